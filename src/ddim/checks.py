@@ -1,0 +1,34 @@
+"""Checks of arguments that several modules share. Each says in one sentence what was given and what is allowed."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+
+def positive_int(name: str, value: Any) -> int:
+    """`value` as an `int` of at least 1.
+
+    Args:
+        name: how the caller calls it, for the message.
+        value: an integer of any kind (NumPy's and zero-dimensional tensors included); booleans and fractions are refused.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    return _bounded_int(name, value, 1)
+
+
+def non_negative_int(name: str, value: Any) -> int:
+    """`value` as an `int` of at least 0; otherwise as `positive_int`."""
+    return _bounded_int(name, value, 0)
+
+
+def _bounded_int(name: str, value: Any, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+    return number

@@ -1,0 +1,71 @@
+"""Writing files and folders whole: to a temporary name beside the target, flushed, then renamed. What was there stays until the new is complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to; on success it becomes `path`, on failure it is deleted and `path` stays as it was.
+
+    Args:
+        path: where the file shall be; its folder must exist.
+
+    Raises:
+        OSError: if the folder does not exist, cannot be written, or the disk is full.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes private files; a finished one gets the permissions that the user's umask gives every other.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        _flush(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
+
+
+@contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill; on success its files move into `path`, replacing those of the same name one by one; on failure nothing there has changed.
+
+    Other files in `path` stay. `path` and its parents are made where they are missing.
+
+    Raises:
+        OSError: as above; `NotADirectoryError` if `path` is a file.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path, prefix=".writing-"))
+    try:
+        yield temporary
+        for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
+            target = path / file.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _flush(file)
+            file.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Push a file's content, or a folder's names, to the disk."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,4 @@
+class ModelFiles:
+    pass
+class SchedulerFiles:
+    pass

@@ -1,0 +1,193 @@
+"""The parts of the U-Net: time embeddings, residual blocks, self-attention, resampling.
+
+Parameter names are those of `diffusers`, so that weights move both ways unchanged. Feature maps are (N, C, H, W) in either memory layout;
+time embeddings are (N, D), or (1, D) when one timestep holds for the whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "swish": nn.SiLU, "mish": nn.Mish, "gelu": nn.GELU, "relu": nn.ReLU}
+
+MAX_PERIOD = 10_000
+
+
+class Timesteps(nn.Module):
+    """Sinusoidal embedding of timesteps, as in DDPM (arXiv 2006.11239, appendix B): frequencies from 1 to 1/10000 in geometric progression.
+
+    Args:
+        num_channels: the embedding's size; an odd one is padded with a zero.
+        flip_sin_to_cos: cosines first.
+        freq_shift: 1 divides the exponents by one less, so that the last frequency is exactly 1/10000.
+    """
+
+    def __init__(self, num_channels: int, flip_sin_to_cos: bool, freq_shift: float) -> None:
+        super().__init__()
+        self.num_channels, self.flip_sin_to_cos, self.freq_shift = num_channels, flip_sin_to_cos, freq_shift
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """(N,) numbers to (N, num_channels) float32."""
+        half = self.num_channels // 2
+        exponents = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
+        angles = timesteps[:, None].float() * torch.exp(exponents / (half - self.freq_shift))
+        parts = [angles.cos(), angles.sin()] if self.flip_sin_to_cos else [angles.sin(), angles.cos()]
+        return F.pad(torch.cat(parts, dim=1), (0, self.num_channels % 2))
+
+
+class GaussianFourierProjection(nn.Module):
+    """Random Fourier features of log t (arXiv 2006.10739), with fixed frequencies that are saved among the weights."""
+
+    def __init__(self, embedding_size: int, scale: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(embedding_size) * scale, requires_grad=False)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """(N,) positive numbers to (N, 2 embedding_size)."""
+        angles = timesteps.log()[:, None] * self.weight[None, :] * (2 * math.pi)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers with a SiLU between them: (N, in_channels) to (N, time_embed_dim)."""
+
+    def __init__(self, in_channels: int, time_embed_dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_channels, time_embed_dim)
+        self.act = nn.SiLU()
+        self.linear_2 = nn.Linear(time_embed_dim, time_embed_dim)
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return self.linear_2(self.act(self.linear_1(sample)))
+
+
+class Downsample2D(nn.Module):
+    """Halve height and width by a strided 3x3 convolution.
+
+    Args:
+        channels: in and out.
+        padding: on every side; 0 pads one row and column at the bottom and right instead, as the original TensorFlow models do.
+    """
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.conv(F.pad(hidden_states, (0, 1, 0, 1)) if self.padding == 0 else hidden_states)
+
+
+class Upsample2D(nn.Module):
+    """Double height and width: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.conv(double(hidden_states))
+
+
+def double(hidden_states: Tensor) -> Tensor:
+    """Nearest-neighbour upsampling: (N, C, H, W) to (N, C, 2H, 2W)."""
+    return F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+
+
+class ResnetBlock2D(nn.Module):
+    """norm - act - conv - (+ time) - norm - act - dropout - conv, plus a shortcut.
+
+    Args:
+        in_channels: of the input; a 1x1 convolution carries the shortcut where `out_channels` differs.
+        out_channels: of the output.
+        temb_channels: D of the time embedding.
+        groups: of both group norms.
+        eps: of both group norms.
+        act_fn: a key of `ACTIVATIONS`.
+        dropout: probability before the second convolution.
+        time_embedding_norm: `default` adds the projected time to the features before the second norm; `scale_shift` scales and shifts after it.
+        output_scale_factor: the sum is divided by this.
+        resample: `up` or `down` doubles or halves (by averaging) both branches before the first convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        temb_channels: int,
+        groups: int,
+        eps: float,
+        act_fn: str,
+        dropout: float,
+        time_embedding_norm: str,
+        output_scale_factor: float = 1.0,
+        resample: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = time_embedding_norm == "scale_shift"
+        self.output_scale_factor = output_scale_factor
+        self.resample = {"up": double, "down": lambda x: F.avg_pool2d(x, 2), None: None}[resample]
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(temb_channels, out_channels * (2 if self.scale_shift else 1))
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nonlinearity = ACTIVATIONS[act_fn]()
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
+        hidden_states = self.nonlinearity(self.norm1(input_tensor))
+        if self.resample is not None:
+            input_tensor, hidden_states = self.resample(input_tensor), self.resample(hidden_states)
+        hidden_states = self.conv1(hidden_states)
+        time = self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            hidden_states = self.norm2(hidden_states) * (1 + scale) + shift
+        else:
+            hidden_states = self.norm2(hidden_states + time)
+        hidden_states = self.conv2(self.dropout(self.nonlinearity(hidden_states)))
+        if self.conv_shortcut is not None:
+            input_tensor = self.conv_shortcut(input_tensor)
+        output = input_tensor + hidden_states
+        return output if self.output_scale_factor == 1 else output / self.output_scale_factor
+
+
+class Attention(nn.Module):
+    """Self-attention over the H W positions of a feature map, with a residual connection.
+
+    Args:
+        channels: C.
+        head_dim: channels a head; there are C // head_dim heads.
+        groups: of the group norm before it; `None` for no norm.
+        eps: of that norm.
+        output_scale_factor: the sum is divided by this.
+    """
+
+    def __init__(self, channels: int, head_dim: int, groups: int | None, eps: float, output_scale_factor: float = 1.0) -> None:
+        super().__init__()
+        self.heads, self.head_dim = channels // head_dim, head_dim
+        self.output_scale_factor = output_scale_factor
+        inner = self.heads * head_dim
+        self.group_norm = nn.GroupNorm(groups, channels, eps=eps) if groups is not None else None
+        self.to_q = nn.Linear(channels, inner)
+        self.to_k = nn.Linear(channels, inner)
+        self.to_v = nn.Linear(channels, inner)
+        # A list, because its only entry is called `to_out.0` in the files.
+        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        N, C, H, W = hidden_states.shape
+        normed = hidden_states if self.group_norm is None else self.group_norm(hidden_states)
+        tokens = normed.flatten(2).transpose(1, 2)
+        q, k, v = (
+            project(tokens).view(N, H * W, self.heads, self.head_dim).transpose(1, 2) for project in (self.to_q, self.to_k, self.to_v)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, H * W, -1)
+        output = hidden_states + self.to_out[0](mixed).transpose(1, 2).reshape(N, C, H, W)
+        return output if self.output_scale_factor == 1 else output / self.output_scale_factor

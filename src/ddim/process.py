@@ -1,0 +1,213 @@
+"""The paper's equations as pure functions of tensors: no state, no files, no randomness of their own.
+
+Notation (arXiv 2010.02502): alpha is `alphas_cumprod[t]`, alpha_prev is `alphas_cumprod` at the timestep the step leads to (1 for the last
+jump to a clean picture). A sample, its clean picture and its noise are tied by the marginal
+
+    x_t = sqrt(alpha) x_0 + sqrt(1 - alpha) epsilon                                                                   (4)
+
+and the generative process moves from x_t to x_prev with any variance sigma^2 of one's choice:
+
+    x_prev = sqrt(alpha_prev) x_0 + sqrt(1 - alpha_prev - sigma^2) epsilon + sigma noise                              (12)
+    sigma  = eta sqrt((1 - alpha_prev) / (1 - alpha)) sqrt(1 - alpha / alpha_prev)                                    (16)
+
+with x_0 and epsilon as the network predicts them. eta = 0 is DDIM, eta = 1 the posterior of DDPM.
+
+Tensors are samples (N, C, H, W) of any floating dtype. Coefficients are Python floats, so that no function waits for a device; those that
+training calls with a tensor of alphas, one an image, take any shape that broadcasts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+
+def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
+    """A sample of q(x_t | x_0), equation (4).
+
+    Args:
+        x0: clean pictures.
+        noise: standard Gaussian, of the shape of `x0`.
+        alpha: broadcasts against `x0`, say (N, 1, 1, 1).
+    """
+    return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+
+
+def velocity(x0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
+    """v = sqrt(alpha) epsilon - sqrt(1 - alpha) x_0 (arXiv 2202.00512, appendix D); arguments as in `add_noise`."""
+    return alpha.sqrt() * noise - (1 - alpha).sqrt() * x0
+
+
+def training_target(x0: Tensor, noise: Tensor, alpha: Tensor, prediction_type: str) -> Tensor:
+    """What a network of this `prediction_type` learns to predict from x_t; arguments as in `add_noise`."""
+    if prediction_type == "v_prediction":
+        return velocity(x0, noise, alpha)
+    return x0 if prediction_type == "sample" else noise
+
+
+def predict_x0_epsilon(model_output: Tensor, sample: Tensor, alpha: float, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """The predicted x_0 and epsilon: whichever the network gives, the other two follow from equation (4).
+
+    Args:
+        model_output: what the network predicts from `sample`; of its shape.
+        sample: x_t.
+        alpha: in (0, 1); 0 as well unless the network predicts epsilon, 1 as well unless it predicts x_0.
+        prediction_type: one of `PREDICTION_TYPES`.
+
+    Returns:
+        (x_0, epsilon), both of the shape of `sample`.
+
+    Raises:
+        ValueError: for an unknown prediction type.
+    """
+    signal, noise = math.sqrt(alpha), math.sqrt(1 - alpha)
+    if prediction_type == "epsilon":
+        return (sample - noise * model_output) / signal, model_output
+    if prediction_type == "sample":
+        return model_output, x0_to_epsilon(model_output, sample, alpha)
+    if prediction_type == "v_prediction":
+        return signal * sample - noise * model_output, signal * model_output + noise * sample
+    raise ValueError(f"prediction_type is {prediction_type!r}; it must be one of {', '.join(PREDICTION_TYPES)}")
+
+
+def x0_to_epsilon(x0: Tensor, sample: Tensor, alpha: float) -> Tensor:
+    """The epsilon that equation (4) wants for this x_0 and x_t; alpha in [0, 1)."""
+    return (sample - math.sqrt(alpha) * x0) / math.sqrt(1 - alpha)
+
+
+def dynamic_threshold(x0: Tensor, ratio: float = 0.995, max_value: float = 1.0) -> Tensor:
+    """Dynamic thresholding (Imagen, arXiv 2205.11487, section 2.3): clip each picture at its own `ratio` quantile s of |x_0|, then divide by s.
+
+    Args:
+        x0: (N, C, H, W).
+        ratio: the quantile, in (0, 1].
+        max_value: s is kept in [1, max_value], so that pictures already within [-1, 1] stay as they are.
+    """
+    flat = x0.flatten(1)
+    # quantile exists for float32 and float64 only.
+    wide = flat if flat.dtype == torch.float64 else flat.float()
+    s = wide.abs().quantile(ratio, dim=1, keepdim=True).clamp(1, max(1.0, max_value))
+    return (wide.clamp(-s, s) / s).to(x0.dtype).view_as(x0)
+
+
+def sigma_ddim(alpha: float, alpha_prev: float, eta: float) -> float:
+    """The standard deviation of equation (16); 0 for eta = 0 and for the last step to alpha_prev = 1."""
+    return eta * math.sqrt((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)) if eta else 0.0
+
+
+def sigma_hat(alpha: float, alpha_prev: float) -> float:
+    """The larger standard deviation of DDPM, sqrt(1 - alpha / alpha_prev) (section 5 of the paper): sqrt(beta_t) for neighbouring timesteps."""
+    return math.sqrt(1 - alpha / alpha_prev)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One transition of the generative process, everything that is known of it before the network runs.
+
+    Attributes:
+        timestep: t, what the network is told.
+        prev_timestep: the next entry of the subsequence, -1 for the jump to the clean picture.
+        alpha: alphas_cumprod at t.
+        alpha_prev: alphas_cumprod at `prev_timestep`.
+        sigma: of equation (16).
+        noise_std: the scale of the noise that is added: `sigma`, or the larger sigma-hat.
+    """
+
+    timestep: int
+    prev_timestep: int
+    alpha: float
+    alpha_prev: float
+    sigma: float = 0.0
+    noise_std: float = 0.0
+
+
+def make_steps(
+    timesteps: Sequence[int],
+    alphas_cumprod: Sequence[float],
+    final_alpha: float = 1.0,
+    eta: float = 0.0,
+    use_sigma_hat: bool = False,
+) -> list[Step]:
+    """The coefficients of all steps along a subsequence of timesteps.
+
+    Args:
+        timesteps: strictly decreasing, within the schedule.
+        alphas_cumprod: the schedule, length T.
+        final_alpha: alpha after the last step: 1 for a clean picture, or alphas_cumprod[0].
+        eta: 0 for DDIM, 1 for DDPM's posterior; not negative.
+        use_sigma_hat: draw the noise with the paper's sigma-hat while the mean keeps the sigma of `eta` (which is then 1 in the paper).
+
+    Returns:
+        As many steps as timesteps, in the order they are taken.
+    """
+    steps = []
+    for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
+        alpha = float(alphas_cumprod[t])
+        alpha_prev = float(alphas_cumprod[t_prev]) if t_prev >= 0 else float(final_alpha)
+        sigma = sigma_ddim(alpha, alpha_prev, eta)
+        # The paper adds no noise in the step that ends in a clean picture, sigma-hat or not.
+        noise_std = sigma_hat(alpha, alpha_prev) if use_sigma_hat and t_prev >= 0 else sigma
+        steps.append(Step(t, t_prev, alpha, alpha_prev, sigma, noise_std))
+    return steps
+
+
+def ddim_update(x0: Tensor, epsilon: Tensor, step: Step, noise: Tensor | None = None) -> Tensor:
+    """x_prev by equation (12).
+
+    Args:
+        x0: the predicted clean pictures.
+        epsilon: the predicted noise.
+        step: the coefficients.
+        noise: standard Gaussian of the shape of `x0`; may be `None` where `step.noise_std` is 0.
+    """
+    # For eta above 1 the radicand can turn negative; the largest variance that keeps the marginal leaves no direction at all.
+    direction = math.sqrt(max(0.0, 1 - step.alpha_prev - step.sigma**2))
+    prev = math.sqrt(step.alpha_prev) * x0 + direction * epsilon
+    return prev if noise is None else prev + step.noise_std * noise
+
+
+def ddim_inverse(x_prev: Tensor, epsilon: Tensor, step: Step) -> Tensor:
+    """x_t from x_prev: the deterministic `ddim_update` (eta = 0) solved for x_t, given the epsilon that it used.
+
+    x_t = sqrt(alpha / alpha_prev) (x_prev - sqrt(1 - alpha_prev) epsilon) + sqrt(1 - alpha) epsilon: a step of the paper's ODE (14) towards noise.
+    With epsilon predicted at x_prev this is the encoding of section 4.3; with the epsilon at x_t itself it is exact.
+    """
+    x0 = (x_prev - math.sqrt(1 - step.alpha_prev) * epsilon) / math.sqrt(step.alpha_prev)
+    return math.sqrt(step.alpha) * x0 + math.sqrt(1 - step.alpha) * epsilon
+
+
+def ddim_step(
+    model_output: Tensor,
+    sample: Tensor,
+    step: Step,
+    prediction_type: str = "epsilon",
+    clip: Callable[[Tensor], Tensor] | None = None,
+    use_clipped_model_output: bool = False,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A whole step of the generative process: prediction, clipping, equation (12).
+
+    Args:
+        model_output: what the network predicts from `sample`.
+        sample: x_t.
+        step: the coefficients.
+        prediction_type: what the network predicts.
+        clip: applied to the predicted x_0; `None` leaves it.
+        use_clipped_model_output: recompute epsilon from the clipped x_0, so that the two agree with x_t again.
+        noise: as in `ddim_update`.
+
+    Returns:
+        (x_prev, the predicted x_0 after clipping).
+    """
+    x0, epsilon = predict_x0_epsilon(model_output, sample, step.alpha, prediction_type)
+    if clip is not None:
+        x0 = clip(x0)
+    if use_clipped_model_output:
+        epsilon = x0_to_epsilon(x0, sample, step.alpha)
+    return ddim_update(x0, epsilon, step, noise), x0

@@ -1,0 +1,199 @@
+"""Noise schedules and subsequences of timesteps: everything about time that is known before a network runs.
+
+A diffusion of T timesteps t = 0 .. T-1 is given by its betas. With
+
+    alphas_cumprod[t] = prod_{s <= t} (1 - betas[s])
+
+the marginals are q(x_t | x_0) = N(sqrt(alphas_cumprod[t]) x_0, (1 - alphas_cumprod[t]) I). `alphas_cumprod` is what the DDIM paper
+(arXiv 2010.02502) writes alpha_t and the DDPM paper (arXiv 2006.11239) writes alpha-bar_t. Sampling walks a decreasing
+subsequence tau of the timesteps (section 4.2 and appendix D.2 of the DDIM paper).
+
+Everything here is float64 NumPy on the host: schedules are tiny, and their rounding would be the only one that grows over T products.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ddim.checks import positive_int
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "quad", "const", "jsd")
+SPACINGS = ("leading", "trailing", "linspace", "quad", "logsnr")
+
+MAX_BETA_COSINE = 0.999
+QUAD_REACH = 0.8
+SIGMOID_REACH = 6.0
+
+
+def make_betas(
+    beta_schedule: str, num_train_timesteps: int, beta_start: float = 0.0001, beta_end: float = 0.02
+) -> NDArray[np.float64]:
+    """The variances beta_t of the forward process.
+
+    Args:
+        beta_schedule: one of `BETA_SCHEDULES`. `linear` is DDPM's; `scaled_linear` (called `quad` in the original DDIM code: the same
+            formula under two names) is linear in sqrt(beta); `squaredcos_cap_v2` is the cosine schedule of arXiv 2102.09672, eq. (17),
+            capped at 0.999, which ignores `beta_start` and `beta_end`; `sigmoid`, `const` (every beta is `beta_end`) and `jsd` (beta_t = 1 / (T - t))
+            are those of the original code.
+        num_train_timesteps: T, at least 1.
+        beta_start: beta at t = 0, in (0, 1).
+        beta_end: beta at t = T - 1, in (0, 1).
+
+    Returns:
+        float64 (T,).
+
+    Raises:
+        ValueError: for an unknown schedule, T below 1, or a beta outside (0, 1).
+    """
+    T = positive_int("num_train_timesteps", num_train_timesteps)
+    for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
+        if not 0 < beta < 1:
+            raise ValueError(f"{name} is {beta}; it must lie between 0 and 1, both excluded")
+    if beta_schedule == "linear":
+        return np.linspace(beta_start, beta_end, T)
+    if beta_schedule in ("scaled_linear", "quad"):
+        return np.linspace(beta_start**0.5, beta_end**0.5, T) ** 2
+    if beta_schedule == "squaredcos_cap_v2":
+        alpha_bar = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+        return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], MAX_BETA_COSINE)
+    if beta_schedule == "sigmoid":
+        return beta_start + (beta_end - beta_start) / (1 + np.exp(-np.linspace(-SIGMOID_REACH, SIGMOID_REACH, T)))
+    if beta_schedule == "const":
+        return np.full(T, float(beta_end))
+    if beta_schedule == "jsd":
+        return 1.0 / np.linspace(T, 1, T)
+    raise ValueError(f"beta_schedule is {beta_schedule!r}; it must be one of {', '.join(BETA_SCHEDULES)}")
+
+
+def check_betas(betas: ArrayLike) -> NDArray[np.float64]:
+    """Trained betas as float64 (T,), checked to be a non-empty list of numbers in (0, 1].
+
+    Raises:
+        ValueError: if they are not.
+    """
+    array = np.asarray(betas, dtype=np.float64)
+    if array.ndim != 1 or not array.size or not np.all((array > 0) & (array <= 1)):
+        raise ValueError("trained_betas must be a non-empty list of numbers above 0 and at most 1")
+    return array
+
+
+def rescale_zero_terminal_snr(betas: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Betas shifted and scaled so that alphas_cumprod[T-1] = 0 exactly and alphas_cumprod[0] is kept (arXiv 2305.08891, algorithm 1).
+
+    Args:
+        betas: float64 (T,).
+
+    Returns:
+        float64 (T,); the last is 1.
+    """
+    root = np.sqrt(make_alphas_cumprod(betas))
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alpha_bar = root**2
+    return 1 - np.concatenate([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+
+
+def make_alphas_cumprod(betas: NDArray[np.float64]) -> NDArray[np.float64]:
+    """alphas_cumprod[t] = prod_{s <= t} (1 - betas[s]); float64 (T,), not increasing, in [0, 1]."""
+    return np.cumprod(1 - betas)
+
+
+def make_timesteps(
+    spacing: str, num_inference_steps: int, alphas_cumprod: NDArray[np.float64], steps_offset: int = 0
+) -> list[int]:
+    """The subsequence tau of timesteps to visit, largest first.
+
+    With S = `num_inference_steps` and i = 0 .. S-1:
+
+    - `leading`: i * (T // S) + steps_offset, the "uniform" of the original code and of most pretrained models;
+    - `trailing`: round(T - i T / S) - 1, which starts from T - 1 (arXiv 2305.08891, table 2);
+    - `linspace`: S points from T - 1 to 0, rounded;
+    - `quad`: int(linspace(0, sqrt(0.8 T), S)**2), the paper's choice for CIFAR-10. Its smallest entries repeat once S is above about 40 for T = 1000;
+      a repeated timestep is an identity step in the paper's code, so that it is left out here and fewer than S steps give the same picture;
+    - `logsnr`: S timesteps nearest to equal steps in log(alphas_cumprod / (1 - alphas_cumprod)), all distinct.
+
+    Args:
+        spacing: one of `SPACINGS`.
+        num_inference_steps: S, from 1 to T.
+        alphas_cumprod: float64 (T,).
+        steps_offset: added to the `leading` timesteps (Stable Diffusion's models want 1); the other spacings ignore it.
+
+    Returns:
+        At most S integers in [0, T - 1], strictly decreasing.
+
+    Raises:
+        ValueError: for an unknown spacing, an S that is not a whole number from 1 to T, or an offset that leads outside [0, T - 1].
+    """
+    T = len(alphas_cumprod)
+    S = positive_int("num_inference_steps", num_inference_steps)
+    if S > T:
+        raise ValueError(f"num_inference_steps is {S}; the model was trained with {T} timesteps and can take no more than that")
+    if spacing == "leading":
+        ascending = np.arange(S) * (T // S) + steps_offset
+        if ascending[0] < 0 or ascending[-1] >= T:
+            raise ValueError(
+                f"{S} leading steps with steps_offset {steps_offset} reach timesteps {ascending[0]} to {ascending[-1]}; they must stay within 0 and {T - 1}"
+            )
+    elif spacing == "trailing":
+        # arange(T, 0, -T/S) of other implementations yields S + 1 entries for some S; a product per entry cannot.
+        ascending = (np.round(T - np.arange(S) * (T / S)) - 1)[::-1]
+    elif spacing == "linspace":
+        ascending = np.round(np.linspace(0, T - 1, S))
+    elif spacing == "quad":
+        ascending = np.unique((np.linspace(0, np.sqrt(T * QUAD_REACH), S) ** 2).astype(np.int64))
+    elif spacing == "logsnr":
+        ascending = _equal_log_snr(S, alphas_cumprod)
+    else:
+        raise ValueError(f"timestep_spacing is {spacing!r}; it must be one of {', '.join(SPACINGS)}")
+    return [int(t) for t in ascending[::-1]]
+
+
+def _equal_log_snr(S: int, alphas_cumprod: NDArray[np.float64]) -> NDArray[np.int64]:
+    """S distinct timesteps, ascending, nearest to equal steps in log SNR between t = 0 and t = T - 1."""
+    T = len(alphas_cumprod)
+    with np.errstate(divide="ignore"):
+        log_snr = np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)
+    # A schedule that ends without signal (or starts without noise) has an infinite end; its neighbour bounds the grid instead.
+    finite = np.flatnonzero(np.isfinite(log_snr))
+    if S > len(finite):
+        return np.arange(T - S, T)
+    wanted = np.linspace(log_snr[finite[0]], log_snr[finite[-1]], S)
+    steps = finite[0] + np.round(np.interp(-wanted, -log_snr[finite], np.arange(len(finite)))).astype(np.int64)
+    # Near t = 0 log SNR falls by more than one equal step a timestep: push repeats up, then back under the last timestep.
+    room = np.arange(S)
+    steps = np.maximum.accumulate(steps - room) + room
+    return np.minimum(steps, finite[-1] - room[::-1])
+
+
+def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> list[int]:
+    """A subsequence of one's own, checked.
+
+    Args:
+        timesteps: whole numbers in [0, T - 1], strictly decreasing (a list, tuple, array or tensor).
+        num_train_timesteps: T.
+
+    Returns:
+        The same as a list of `int`.
+
+    Raises:
+        ValueError: naming the first entry that is not allowed, or if there is none.
+    """
+    entries = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
+    if not entries:
+        raise ValueError("timesteps is empty; it must hold at least one timestep")
+    checked: list[int] = []
+    for entry in entries:
+        try:
+            t = operator.index(entry)
+        except TypeError:
+            raise ValueError(f"timesteps holds {entry!r}; every entry must be a whole number") from None
+        if isinstance(entry, bool) or not 0 <= t < num_train_timesteps:
+            raise ValueError(f"timesteps holds {entry!r}; every entry must lie between 0 and {num_train_timesteps - 1}")
+        if checked and t >= checked[-1]:
+            raise ValueError(f"timesteps holds {t} after {checked[-1]}; they must be strictly decreasing")
+        checked.append(t)
+    return checked

@@ -1,0 +1,252 @@
+"""`DDIMScheduler`: the `diffusers`-shaped face of `schedule` and `process`.
+
+Its constructor, methods and configuration file are those of the class of that name in `diffusers`. The numbers are too wherever the peer's are
+right. One is not: its `step` assumes that the previous timestep is t - T // S, which is false for `linspace`, for `trailing` when S does
+not divide T, and for every list of one's own. Here the previous timestep is the next entry of `timesteps`.
+
+Schedules are computed in float64 (the peer: float32); `betas`, `alphas` and `alphas_cumprod` show them in float32, as scripts expect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from ddim import schedule
+from ddim.config import ConfigMixin, register_to_config
+from ddim.hub import SchedulerFiles
+from ddim.noise import noise_from_generator
+from ddim.outputs import DDIMSchedulerOutput
+from ddim.process import PREDICTION_TYPES, Step, add_noise, ddim_step, dynamic_threshold, make_steps, training_target, velocity
+
+
+class DDIMScheduler(ConfigMixin, SchedulerFiles):
+    """When the network is asked, and what becomes of its answers.
+
+    Args:
+        num_train_timesteps: T.
+        beta_start: as in `ddim.schedule.make_betas`.
+        beta_end: as in `ddim.schedule.make_betas`.
+        beta_schedule: one of `ddim.schedule.BETA_SCHEDULES`; the peer has the first three.
+        trained_betas: T betas that replace the schedule.
+        clip_sample: clip the predicted x_0 at `clip_sample_range`.
+        set_alpha_to_one: the last step leads to alpha = 1, a clean picture; otherwise to alphas_cumprod[0].
+        steps_offset: added to `leading` timesteps.
+        prediction_type: `epsilon`, `sample` (x_0) or `v_prediction`: what the network predicts.
+        thresholding: dynamic thresholding of the predicted x_0, in place of clipping.
+        dynamic_thresholding_ratio: its quantile, in (0, 1].
+        clip_sample_range: the bound for clipping, positive.
+        sample_max_value: its largest threshold.
+        timestep_spacing: one of `ddim.schedule.SPACINGS`; the peer has the first three.
+        rescale_betas_zero_snr: rescale the betas so that x_{T-1} is pure noise; needs a network that predicts x_0 or v.
+
+    Attributes:
+        timesteps: int64 tensor, decreasing: all T of them until `set_timesteps` is called.
+        num_inference_steps: how many there are, `None` until then.
+        final_alpha_cumprod: where the last step leads, float32 ().
+        init_noise_sigma: standard deviation of the initial noise, 1.
+        order: of the method, 1.
+
+    Raises:
+        ValueError: for names that do not exist and numbers out of range.
+    """
+
+    config_name = "scheduler_config.json"
+    order = 1
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: ArrayLike | None = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type is {prediction_type!r}; it must be one of {', '.join(PREDICTION_TYPES)}")
+        if timestep_spacing not in schedule.SPACINGS:
+            raise ValueError(f"timestep_spacing is {timestep_spacing!r}; it must be one of {', '.join(schedule.SPACINGS)}")
+        if not 0 < dynamic_thresholding_ratio <= 1:
+            raise ValueError(f"dynamic_thresholding_ratio is {dynamic_thresholding_ratio}; it must lie above 0 and be at most 1")
+        if not clip_sample_range > 0:
+            raise ValueError(f"clip_sample_range is {clip_sample_range}; it must be positive")
+        betas = (
+            schedule.make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
+            if trained_betas is None
+            else schedule.check_betas(trained_betas)
+        )
+        if rescale_betas_zero_snr:
+            betas = schedule.rescale_zero_terminal_snr(betas)
+        self._alphas_cumprod = schedule.make_alphas_cumprod(betas)
+        self._final_alpha = 1.0 if set_alpha_to_one else float(self._alphas_cumprod[0])
+        self.betas = torch.tensor(betas, dtype=torch.float32)
+        self.alphas = torch.tensor(1 - betas, dtype=torch.float32)
+        self.alphas_cumprod = torch.tensor(self._alphas_cumprod, dtype=torch.float32)
+        self.final_alpha_cumprod = torch.tensor(self._final_alpha, dtype=torch.float32)
+        self.num_inference_steps: int | None = None
+        self._use(list(range(len(betas)))[::-1], None)
+
+    def __len__(self) -> int:
+        return len(self._alphas_cumprod)
+
+    @property
+    def clip(self) -> Callable[[Tensor], Tensor] | None:
+        """What is done to the predicted x_0: dynamic thresholding, clipping, or nothing (`None`)."""
+        config = self.config
+        if config.thresholding:
+            return partial(dynamic_threshold, ratio=config.dynamic_thresholding_ratio, max_value=config.sample_max_value)
+        if config.clip_sample:
+            return partial(torch.clamp, min=-config.clip_sample_range, max=config.clip_sample_range)
+        return None
+
+    def make_timesteps(self, num_inference_steps: int) -> list[int]:
+        """The subsequence for this number of steps, by the configured spacing; see `ddim.schedule.make_timesteps`."""
+        return schedule.make_timesteps(self.config.timestep_spacing, num_inference_steps, self._alphas_cumprod, self.config.steps_offset)
+
+    def make_steps(self, timesteps: Sequence[int], eta: float = 0.0, use_sigma_hat: bool = False) -> list[Step]:
+        """The coefficients of all steps along a subsequence, checked.
+
+        Args:
+            timesteps: as in `ddim.schedule.check_timesteps`.
+            eta: of equation (16), not negative.
+            use_sigma_hat: as in `ddim.process.make_steps`.
+
+        Raises:
+            ValueError: for a list or an eta that is not allowed, or a timestep without any signal where the network predicts epsilon.
+        """
+        if not 0 <= eta < float("inf"):
+            raise ValueError(f"eta is {eta}; it must be 0 (DDIM) or larger, 1 for DDPM")
+        checked = schedule.check_timesteps(timesteps, len(self))
+        steps = make_steps(checked, self._alphas_cumprod.tolist(), self._final_alpha, eta, use_sigma_hat)
+        if self.config.prediction_type == "epsilon" and steps[0].alpha == 0:
+            raise ValueError(
+                f"at timestep {checked[0]} the schedule leaves no signal, so that x_0 cannot be told from a predicted epsilon; "
+                "use prediction_type 'v_prediction' or 'sample', or start from a smaller timestep"
+            )
+        return steps
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Choose the subsequence that `step` walks.
+
+        Args:
+            num_inference_steps: S, from 1 to T.
+            device: where the tensor `timesteps` is kept; the CPU lets `step` look a timestep up without waiting for a device.
+            timesteps: a list of one's own in place of S.
+
+        Raises:
+            ValueError: for both or neither, or as `ddim.schedule.make_timesteps` and `check_timesteps` do.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("give either num_inference_steps or timesteps")
+        if timesteps is not None:
+            chosen = schedule.check_timesteps(timesteps, len(self))
+        else:
+            chosen = self.make_timesteps(num_inference_steps)  # type: ignore[arg-type]
+        self.num_inference_steps = len(chosen)
+        self._use(chosen, device)
+
+    def _use(self, timesteps: list[int], device: str | torch.device | None) -> None:
+        self._timesteps = timesteps
+        self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
+        """The sample as it is: DDIM feeds x_t to the network unscaled. Here for schedulers to be interchangeable."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | int,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+        """One step of the generative process, equations (12) and (16).
+
+        Args:
+            model_output: what the network predicts from `sample`, (N, C, H, W).
+            timestep: t. The step leads to the next smaller entry of `timesteps`, or to `final_alpha_cumprod` after the last.
+            sample: x_t, (N, C, H, W).
+            eta: 0 for DDIM, 1 for DDPM.
+            use_clipped_model_output: recompute epsilon from the clipped x_0.
+            generator: draws the noise when eta > 0.
+            variance_noise: the noise itself, in place of a generator.
+            return_dict: `False` for a tuple.
+
+        Returns:
+            `DDIMSchedulerOutput` with `prev_sample` and `pred_original_sample`, or the two as a tuple.
+
+        Raises:
+            ValueError: if `set_timesteps` has not been called, the timestep is outside the schedule, eta is negative, or both a generator
+                and noise are given.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("no timesteps are set: call set_timesteps(num_inference_steps) before step")
+        if eta > 0 and generator is not None and variance_noise is not None:
+            raise ValueError("give either generator or variance_noise, not both")
+        t = int(timestep)
+        later = next((entry for entry in self._timesteps if entry < t), None)
+        transition = self.make_steps([t] if later is None else [t, later], eta)[0]
+        noise = None
+        if transition.noise_std > 0:
+            noise = variance_noise
+            if noise is None:
+                noise = noise_from_generator(model_output.shape, generator, model_output.device, model_output.dtype)()
+        elif eta > 0 and variance_noise is None:
+            # The peer draws in the last step too, though its scale is 0: the generator must stay where the peer's would be.
+            noise_from_generator(model_output.shape, generator, model_output.device, model_output.dtype)()
+        prev_sample, x0 = ddim_step(
+            model_output, sample, transition, self.config.prediction_type, self.clip, bool(use_clipped_model_output), noise
+        )
+        return DDIMSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) noise, equation (4).
+
+        Args:
+            original_samples: x_0, (N, ...).
+            noise: standard Gaussian of the same shape.
+            timesteps: (N,) or () integers.
+        """
+        return add_noise(original_samples, noise, self._alphas(timesteps, original_samples))
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """v = sqrt(alpha_t) noise - sqrt(1 - alpha_t) x_0; arguments as in `add_noise`, `sample` being x_0."""
+        return velocity(sample, noise, self._alphas(timesteps, sample))
+
+    def training_target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a network of the configured prediction type shall predict: epsilon, x_0 or v; arguments as in `add_noise`."""
+        return training_target(original_samples, noise, self._alphas(timesteps, original_samples), self.config.prediction_type)
+
+    def _alphas(self, timesteps: Tensor, like: Tensor) -> Tensor:
+        """alphas_cumprod at the timesteps, with the dtype and device of `like`, broadcastable against it."""
+        self.alphas_cumprod = self.alphas_cumprod.to(like.device)
+        alphas = self.alphas_cumprod[timesteps.to(like.device)].to(like.dtype)
+        return alphas.reshape(-1, *[1] * (like.ndim - 1))
+
+
