@@ -1,4 +1,6 @@
 class ModelFiles:
     pass
+
+
 class SchedulerFiles:
     pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from PIL import Image
 
+
 def fit_image(image: Image.Image, height: int, width: int, channels: int) -> Image.Image:
     """Crop the largest centred part of the right shape, resize it (Lanczos), and convert it to grey or colour.
 
@@ -18,4 +19,6 @@ def fit_image(image: Image.Image, height: int, width: int, channels: int) -> Ima
     scale = max(width / image.width, height / image.height)
     crop_width, crop_height = width / scale, height / scale
     left, top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + crop_width, top + crop_height))
+    return image.resize(
+        (width, height), Image.Resampling.LANCZOS, box=(left, top, left + crop_width, top + crop_height)
+    )

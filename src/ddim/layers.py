@@ -12,7 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "swish": nn.SiLU, "mish": nn.Mish, "gelu": nn.GELU, "relu": nn.ReLU}
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+    "mish": nn.Mish,
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+}
 
 MAX_PERIOD = 10_000
 
@@ -169,7 +175,9 @@ class Attention(nn.Module):
         output_scale_factor: the sum is divided by this.
     """
 
-    def __init__(self, channels: int, head_dim: int, groups: int | None, eps: float, output_scale_factor: float = 1.0) -> None:
+    def __init__(
+        self, channels: int, head_dim: int, groups: int | None, eps: float, output_scale_factor: float = 1.0
+    ) -> None:
         super().__init__()
         self.heads, self.head_dim = channels // head_dim, head_dim
         self.output_scale_factor = output_scale_factor
@@ -186,7 +194,8 @@ class Attention(nn.Module):
         normed = hidden_states if self.group_norm is None else self.group_norm(hidden_states)
         tokens = normed.flatten(2).transpose(1, 2)
         q, k, v = (
-            project(tokens).view(N, H * W, self.heads, self.head_dim).transpose(1, 2) for project in (self.to_q, self.to_k, self.to_v)
+            project(tokens).view(N, H * W, self.heads, self.head_dim).transpose(1, 2)
+            for project in (self.to_q, self.to_k, self.to_v)
         )
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, H * W, -1)
         output = hidden_states + self.to_out[0](mixed).transpose(1, 2).reshape(N, C, H, W)

@@ -70,14 +70,20 @@ def noise_from_generator(
         if not isinstance(g, torch.Generator):
             raise TypeError(f"generator is {type(g).__name__}; it must be a torch.Generator or a list of them")
         if g.device.type not in ("cpu", device.type):
-            raise ValueError(f"the generator lives on {g.device}, the model on {device}; use one of the model's device or of the CPU")
+            raise ValueError(
+                f"the generator lives on {g.device}, the model on {device}; use one of the model's device or of the CPU"
+            )
     if isinstance(generator, Sequence) and len(generators) != shape[0]:
-        raise ValueError(f"{len(generators)} generators were given for a batch_size of {shape[0]}; give one for all, or one an image")
+        raise ValueError(
+            f"{len(generators)} generators were given for a batch_size of {shape[0]}; give one for all, or one an image"
+        )
     each = tuple(shape) if len(generators) == 1 else (1, *shape[1:])
 
     def draw() -> Tensor:
         parts = [
-            torch.randn(each, generator=g, device=device if g is None else g.device, dtype=dtype).to(device, non_blocking=True)
+            torch.randn(each, generator=g, device=device if g is None else g.device, dtype=dtype).to(
+                device, non_blocking=True
+            )
             for g in generators
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -51,7 +51,9 @@ def training_target(x0: Tensor, noise: Tensor, alpha: Tensor, prediction_type: s
     return x0 if prediction_type == "sample" else noise
 
 
-def predict_x0_epsilon(model_output: Tensor, sample: Tensor, alpha: float, prediction_type: str) -> tuple[Tensor, Tensor]:
+def predict_x0_epsilon(
+    model_output: Tensor, sample: Tensor, alpha: float, prediction_type: str
+) -> tuple[Tensor, Tensor]:
     """The predicted x_0 and epsilon: whichever the network gives, the other two follow from equation (4).
 
     Args:

@@ -131,7 +131,9 @@ def make_timesteps(
     T = len(alphas_cumprod)
     S = positive_int("num_inference_steps", num_inference_steps)
     if S > T:
-        raise ValueError(f"num_inference_steps is {S}; the model was trained with {T} timesteps and can take no more than that")
+        raise ValueError(
+            f"num_inference_steps is {S}; the model was trained with {T} timesteps and can take no more than that"
+        )
     if spacing == "leading":
         ascending = np.arange(S) * (T // S) + steps_offset
         if ascending[0] < 0 or ascending[-1] >= T:

@@ -22,7 +22,16 @@ from ddim.config import ConfigMixin, register_to_config
 from ddim.hub import SchedulerFiles
 from ddim.noise import noise_from_generator
 from ddim.outputs import DDIMSchedulerOutput
-from ddim.process import PREDICTION_TYPES, Step, add_noise, ddim_step, dynamic_threshold, make_steps, training_target, velocity
+from ddim.process import (
+    PREDICTION_TYPES,
+    Step,
+    add_noise,
+    ddim_step,
+    dynamic_threshold,
+    make_steps,
+    training_target,
+    velocity,
+)
 
 
 class DDIMScheduler(ConfigMixin, SchedulerFiles):
@@ -82,9 +91,13 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type is {prediction_type!r}; it must be one of {', '.join(PREDICTION_TYPES)}")
         if timestep_spacing not in schedule.SPACINGS:
-            raise ValueError(f"timestep_spacing is {timestep_spacing!r}; it must be one of {', '.join(schedule.SPACINGS)}")
+            raise ValueError(
+                f"timestep_spacing is {timestep_spacing!r}; it must be one of {', '.join(schedule.SPACINGS)}"
+            )
         if not 0 < dynamic_thresholding_ratio <= 1:
-            raise ValueError(f"dynamic_thresholding_ratio is {dynamic_thresholding_ratio}; it must lie above 0 and be at most 1")
+            raise ValueError(
+                f"dynamic_thresholding_ratio is {dynamic_thresholding_ratio}; it must lie above 0 and be at most 1"
+            )
         if not clip_sample_range > 0:
             raise ValueError(f"clip_sample_range is {clip_sample_range}; it must be positive")
         betas = (
@@ -111,14 +124,18 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         """What is done to the predicted x_0: dynamic thresholding, clipping, or nothing (`None`)."""
         config = self.config
         if config.thresholding:
-            return partial(dynamic_threshold, ratio=config.dynamic_thresholding_ratio, max_value=config.sample_max_value)
+            return partial(
+                dynamic_threshold, ratio=config.dynamic_thresholding_ratio, max_value=config.sample_max_value
+            )
         if config.clip_sample:
             return partial(torch.clamp, min=-config.clip_sample_range, max=config.clip_sample_range)
         return None
 
     def make_timesteps(self, num_inference_steps: int) -> list[int]:
         """The subsequence for this number of steps, by the configured spacing; see `ddim.schedule.make_timesteps`."""
-        return schedule.make_timesteps(self.config.timestep_spacing, num_inference_steps, self._alphas_cumprod, self.config.steps_offset)
+        return schedule.make_timesteps(
+            self.config.timestep_spacing, num_inference_steps, self._alphas_cumprod, self.config.steps_offset
+        )
 
     def make_steps(self, timesteps: Sequence[int], eta: float = 0.0, use_sigma_hat: bool = False) -> list[Step]:
         """The coefficients of all steps along a subsequence, checked.
@@ -221,7 +238,13 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
             # The peer draws in the last step too, though its scale is 0: the generator must stay where the peer's would be.
             noise_from_generator(model_output.shape, generator, model_output.device, model_output.dtype)()
         prev_sample, x0 = ddim_step(
-            model_output, sample, transition, self.config.prediction_type, self.clip, bool(use_clipped_model_output), noise
+            model_output,
+            sample,
+            transition,
+            self.config.prediction_type,
+            self.clip,
+            bool(use_clipped_model_output),
+            noise,
         )
         return DDIMSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
 
@@ -241,12 +264,12 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
 
     def training_target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What a network of the configured prediction type shall predict: epsilon, x_0 or v; arguments as in `add_noise`."""
-        return training_target(original_samples, noise, self._alphas(timesteps, original_samples), self.config.prediction_type)
+        return training_target(
+            original_samples, noise, self._alphas(timesteps, original_samples), self.config.prediction_type
+        )
 
     def _alphas(self, timesteps: Tensor, like: Tensor) -> Tensor:
         """alphas_cumprod at the timesteps, with the dtype and device of `like`, broadcastable against it."""
         self.alphas_cumprod = self.alphas_cumprod.to(like.device)
         alphas = self.alphas_cumprod[timesteps.to(like.device)].to(like.dtype)
         return alphas.reshape(-1, *[1] * (like.ndim - 1))
-
-

@@ -241,7 +241,9 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
         emb = self.time_embedding(self.time_proj(timesteps).to(self.dtype))
         if (self.class_embedding is None) != (class_labels is None):
             raise ValueError(
-                "the model is unconditional and takes no class_labels" if self.class_embedding is None else "the model is class-conditional; give class_labels"
+                "the model is unconditional and takes no class_labels"
+                if self.class_embedding is None
+                else "the model is class-conditional; give class_labels"
             )
         if self.class_embedding is not None:
             if self.config.class_embed_type == "timestep":
@@ -268,7 +270,12 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
         """
         levels = len(self.down_blocks)
         multiple = 2 ** (levels - 1)
-        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels or sample.shape[2] % multiple or sample.shape[3] % multiple:
+        if (
+            sample.ndim != 4
+            or sample.shape[1] != self.config.in_channels
+            or sample.shape[2] % multiple
+            or sample.shape[3] % multiple
+        ):
             raise ValueError(
                 f"the sample has shape {tuple(sample.shape)}; the model takes (N, {self.config.in_channels}, H, W) with H and W multiples of {multiple}"
             )
@@ -333,9 +340,13 @@ class DownBlock2D(nn.Module):
 class MidBlock2D(nn.Module):
     """Two residual blocks with attention between them if `head_dim` is given."""
 
-    def __init__(self, channels: int, head_dim: int | None, attention_groups: int | None, resnet: dict[str, Any]) -> None:
+    def __init__(
+        self, channels: int, head_dim: int | None, attention_groups: int | None, resnet: dict[str, Any]
+    ) -> None:
         super().__init__()
-        self.attentions = _attentions(1, channels, head_dim, attention_groups, resnet["eps"], resnet["output_scale_factor"])
+        self.attentions = _attentions(
+            1, channels, head_dim, attention_groups, resnet["eps"], resnet["output_scale_factor"]
+        )
         self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, **resnet) for _ in range(2))
 
     def forward(self, hidden_states: Tensor, emb: Tensor, save_memory: bool) -> Tensor:
@@ -360,7 +371,8 @@ class UpBlock2D(nn.Module):
         super().__init__()
         inputs = [in_channels] + [out_channels] * (len(skip_channels) - 1)
         self.resnets = nn.ModuleList(
-            ResnetBlock2D(channels + skip, out_channels, **resnet) for channels, skip in zip(inputs, skip_channels, strict=True)
+            ResnetBlock2D(channels + skip, out_channels, **resnet)
+            for channels, skip in zip(inputs, skip_channels, strict=True)
         )
         self.attentions = _attentions(len(inputs), out_channels, head_dim, resnet["groups"], resnet["eps"])
         self.upsamplers: nn.ModuleList | None = None
@@ -428,9 +440,16 @@ def _check(config: Any) -> tuple[list[BlockType], list[BlockType]]:
         raise ValueError(f"layers_per_block is {config.layers_per_block}; it must be at least 1")
     for channels in config.block_out_channels:
         if channels % config.norm_num_groups:
-            raise ValueError(f"block_out_channels holds {channels}, which norm_num_groups ({config.norm_num_groups}) does not divide")
-        if config.attention_head_dim is not None and not 1 <= config.attention_head_dim <= min(config.block_out_channels):
             raise ValueError(
-                f"attention_head_dim is {config.attention_head_dim}; it must lie between 1 and the smallest of block_out_channels, {min(config.block_out_channels)}"
+                f"block_out_channels holds {channels}, which norm_num_groups ({config.norm_num_groups}) does not divide"
             )
-    return [DOWN_BLOCKS[name] for name in down_names], [UP_BLOCKS[name] for name in up_names]
+    down_types, up_types = [DOWN_BLOCKS[name] for name in down_names], [UP_BLOCKS[name] for name in up_names]
+    attended = [c for c, kind in zip(config.block_out_channels, down_types, strict=True) if kind.attention]
+    attended += [c for c, kind in zip(reversed(config.block_out_channels), up_types, strict=True) if kind.attention]
+    attended += [config.block_out_channels[-1]] if config.mid_block_type and config.add_attention else []
+    if config.attention_head_dim is not None and attended and not 1 <= config.attention_head_dim <= min(attended):
+        raise ValueError(
+            f"attention_head_dim is {config.attention_head_dim}; it must lie between 1 and {min(attended)}, "
+            "the channels of the narrowest level with attention"
+        )
+    return down_types, up_types

@@ -44,7 +44,11 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             return state
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, BadZipFile) as error:
-            logger.warning("the checkpoint %s cannot be read and is skipped: %s", path, str(error).splitlines()[0] if str(error) else type(error).__name__)
+            logger.warning(
+                "the checkpoint %s cannot be read and is skipped: %s",
+                path,
+                str(error).splitlines()[0] if str(error) else type(error).__name__,
+            )
     return None
 
 

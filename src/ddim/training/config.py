@@ -80,7 +80,10 @@ def preset_names() -> list[str]:
 
 
 def load_config(
-    preset: str | None = None, config_file: Path | None = None, settings: Iterable[str] = (), overrides: Mapping[str, Any] | None = None
+    preset: str | None = None,
+    config_file: Path | None = None,
+    settings: Iterable[str] = (),
+    overrides: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
     """Put a configuration together.
 
@@ -118,7 +121,9 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
         first = error.errors()[0]
         raise ValueError(f"training configuration, {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     if not isinstance(config.model.get("sample_size"), int):
-        raise ValueError("training configuration, model.sample_size: give the height and width of the images as one number")
+        raise ValueError(
+            "training configuration, model.sample_size: give the height and width of the images as one number"
+        )
     return config
 
 
@@ -138,7 +143,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """What keeps `new` from continuing a run of `old`: sentences such as `seed: 0 there, 1 here`."""
     before, after = old.model_dump(), new.model_dump()
-    return [f"{key}: {before[key]} there, {after[key]} here" for key in after if key not in MAY_CHANGE and before[key] != after[key]]
+    return [
+        f"{key}: {before[key]} there, {after[key]} here"
+        for key in after
+        if key not in MAY_CHANGE and before[key] != after[key]
+    ]
 
 
 def _yaml_value(text: str) -> Any:

@@ -74,7 +74,11 @@ class Trainer:
         self.ema: UNet2DModel = self._average.module
         self.ema.requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.optim.lr, betas=config.optim.betas, weight_decay=config.optim.weight_decay, fused=True
+            self.model.parameters(),
+            lr=config.optim.lr,
+            betas=config.optim.betas,
+            weight_decay=config.optim.weight_decay,
+            fused=True,
         )
         self.batches = Batches(images, config.batch_size, config.seed)
         self.step = 0
@@ -92,7 +96,11 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this step."""
-        state = {"model": self.model.state_dict(), "ema": self._average.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {
+            "model": self.model.state_dict(),
+            "ema": self._average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
         return save_checkpoint(self.out / "checkpoints", self.step, state, self.config.keep_checkpoints)
 
     def train(self, after_step: Callable[[Progress], None]) -> None:
@@ -108,7 +116,9 @@ class Trainer:
         """
         config = self.config
         stop_signals: list[int] = []
-        handlers = {s: signal.signal(s, lambda number, _: stop_signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {
+            s: signal.signal(s, lambda number, _: stop_signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)
+        }
         bar = tqdm(total=config.max_steps, initial=self.step, desc="training", unit="step", dynamic_ncols=True)
         started, first = time.monotonic(), self.step
         try:
@@ -128,7 +138,9 @@ class Trainer:
                     path = self.save()
                     if stop_signals:
                         name = signal.Signals(stop_signals[0]).name
-                        raise TrainingStopped(f"stopped by {name} after step {self.step}; {path} is saved, the same command goes on from there")
+                        raise TrainingStopped(
+                            f"stopped by {name} after step {self.step}; {path} is saved, the same command goes on from there"
+                        )
                 after_step(Progress(self.step, loss, grad_norm, rate))
         finally:
             bar.close()
