@@ -1,6 +1,455 @@
-class ModelFiles:
-    pass
+"""Loading and saving: folders, the built-in models, and the Hugging Face hub. Nothing that is read here can run code.
+
+A pipeline is a folder,
+
+    model_index.json                                  which classes
+    scheduler/scheduler_config.json
+    unet/config.json
+    unet/diffusion_pytorch_model.safetensors          or .bin, a variant (.fp16.safetensors), or shards with an index
+
+and this is what is written. The first models on the hub keep all of it at the root ("flat") and call their attention weights query, key, value and
+proj_attn; they are read too. A `.bin` is unpickled with `weights_only=True`, which builds tensors and nothing else.
+
+This module knows files and names; which classes are allowed is the pipeline's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import pickle
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module, resources
+from pathlib import Path, PurePosixPath
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from ddim.files import write_folder
+
+WEIGHTS = "diffusion_pytorch_model"
+MODEL_INDEX = "model_index.json"
+MAX_SHARD_SIZE = "10GB"
+
+OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def builtin_models() -> dict[str, Path]:
+    """The models that ship with the package: name -> folder."""
+    root = Path(str(resources.files("ddim") / "models"))
+    return {folder.name: folder for folder in sorted(root.iterdir()) if (folder / MODEL_INDEX).is_file()}
+
+
+def find_model(
+    model: str | Path,
+    variant: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """The folder of a model.
+
+    Args:
+        model: the name of a built-in model, a folder, or a hub id such as `google/ddpm-cifar10-32`; tried in this order, so that a folder called
+            `mnist` is reached as `./mnist`.
+        variant: of the weights, for the choice of what to download.
+        cache_dir: where downloads are kept; the hub client's own cache unless given.
+        local_files_only: look into the cache only.
+        revision: a branch, tag or commit of the hub repository.
+        token: for private repositories; `True` for the one that is stored on this machine.
+
+    Raises:
+        FileNotFoundError: if it is none of the three, or cannot be reached and is not in the cache.
+    """
+    name = str(model)
+    if name in (builtin := builtin_models()):
+        return builtin[name]
+    if Path(name).is_dir():
+        return Path(name)
+    if (
+        isinstance(model, Path)
+        or Path(name).exists()
+        or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+        or name.startswith(".")
+    ):
+        raise FileNotFoundError(
+            f"there is no model {name!r}: it is not built in ({', '.join(builtin)}), not a folder, and not a hub id such as google/ddpm-cifar10-32"
+        )
+    return _download(name, variant, cache_dir, local_files_only, revision, token)
+
+
+def _download(
+    repo_id: str,
+    variant: str | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+    revision: str | None,
+    token: str | bool | None,
+) -> Path:
+    """A snapshot of just the files that are needed, from the hub or its cache."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    unreachable: tuple[type[Exception], ...] = (HfHubHTTPError, OfflineModeIsEnabled, OSError, *_transport_errors())
+    patterns: list[str] | None = None
+    trouble = "downloads are turned off"
+    if not local_files_only:
+        try:
+            patterns = _needed(HfApi().list_repo_files(repo_id, revision=revision, token=token), variant)
+        except GatedRepoError:
+            raise FileNotFoundError(
+                f"the model {repo_id} asks for permission on the hub; request it there and pass token="
+            ) from None
+        except RevisionNotFoundError:
+            raise FileNotFoundError(f"the hub model {repo_id} has no revision {revision!r}") from None
+        except RepositoryNotFoundError:
+            raise FileNotFoundError(
+                f"the hub has no model {repo_id}, or it is private and the token does not open it"
+            ) from None
+        except unreachable as error:
+            trouble = f"the hub cannot be reached ({type(error).__name__})"
+    try:
+        return Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                allow_patterns=patterns,
+                local_files_only=patterns is None,
+            )
+        )
+    except unreachable:
+        raise FileNotFoundError(f"the model {repo_id} is not in the cache, and {trouble}") from None
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What the HTTP library below the hub client raises when there is no network; which it is depends on the version."""
+    errors: list[type[Exception]] = []
+    for name, base in (("httpx", "HTTPError"), ("httpx2", "HTTPError"), ("requests", "RequestException")):
+        with contextlib.suppress(ImportError):
+            errors.append(getattr(import_module(name), base))
+    return tuple(errors)
+
+
+def _needed(names: Iterable[str], variant: str | None) -> list[str]:
+    """Of a repository's files: the configurations, and one format of the weights."""
+    names = list(names)
+    needed = [
+        name for name in names if PurePosixPath(name).name in (MODEL_INDEX, "config.json", "scheduler_config.json")
+    ]
+    for folder in ("unet/", ""):
+        here = [
+            name.removeprefix(folder)
+            for name in names
+            if str(PurePosixPath(name).parent) == (folder.rstrip("/") or ".")
+        ]
+        with contextlib.suppress(FileNotFoundError):
+            chosen = choose_weights(here, variant)
+            # An index does not tell its shards before it is read; their names follow a pattern.
+            shards = (
+                [n for n in here if re.fullmatch(rf"{WEIGHTS}.*-\d+-of-\d+\.\w+", n)] if ".index." in chosen else []
+            )
+            needed += [folder + name for name in [chosen, *shards]]
+    return needed
+
+
+def choose_weights(names: Iterable[str], variant: str | None = None) -> str:
+    """The weights file among the names of a folder's files: safetensors before pickles, one file before shards.
+
+    Args:
+        names: of files, without folders.
+        variant: `fp16`, say, for `diffusion_pytorch_model.fp16.safetensors`.
+
+    Raises:
+        FileNotFoundError: saying what was looked for and what weights there are.
+    """
+    present = set(names)
+    infix = f".{variant}" if variant else ""
+    candidates = [
+        f"{WEIGHTS}{infix}.safetensors",
+        f"{WEIGHTS}.safetensors.index{infix}.json",
+        f"{WEIGHTS}{infix}.bin",
+        f"{WEIGHTS}.bin.index{infix}.json",
+    ]
+    for candidate in candidates:
+        if candidate in present:
+            return candidate
+    others = sorted(name for name in present if name.startswith(WEIGHTS))
+    raise FileNotFoundError(f"looked for {', '.join(candidates)}; found {', '.join(others) or 'no weights'}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def read_weights(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
+    """All tensors of the weights in a folder, on the CPU, in memory of their own, under today's names.
+
+    Args:
+        folder: holds a file that `choose_weights` finds.
+        variant: as there.
+
+    Raises:
+        FileNotFoundError: if there are no such weights, or a shard is missing.
+        ValueError: if a file is truncated, altered, or holds something else than tensors.
+    """
+    try:
+        chosen = choose_weights((p.name for p in folder.iterdir()), variant)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder} has no such weights: {error}") from None
+    if ".index." in chosen:
+        tensors = {}
+        for name in _shards(folder / chosen):
+            tensors.update(_read_tensors(folder / name))
+    else:
+        tensors = _read_tensors(folder / chosen)
+    return {_modern_name(name): tensor for name, tensor in tensors.items()}
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names; plain names only, so that an index cannot reach outside its folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map from tensors to files")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith((".safetensors", ".bin")):
+            raise ValueError(f"{index} names {name!r}; shards are .safetensors or .bin files beside it")
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{index} names {name}, which is not there")
+    return names
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                # A copy: in the file tensors lie at any multiple of 8 bytes, and matrix kernels differ in the last bit with alignment.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
+                expected = (file.metadata() or {}).get("sha256")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is truncated or damaged: {error}") from None
+        if expected is not None and expected != _digest(tensors):
+            raise ValueError(f"{path} is damaged: its tensors are not those it was written with (SHA-256 differs)")
+        return tensors
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is refused: it is no plain file of tensors, and loading it could run code") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} is truncated or damaged: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from None
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise ValueError(f"{path} does not hold a dictionary of tensors")
+    return {name: tensor.clone() for name, tensor in content.items()}
+
+
+def _modern_name(name: str) -> str:
+    """`attentions.0.query.weight` as `attentions.0.to_q.weight`; every other name as it is."""
+    match = re.fullmatch(r"(.*attentions\.\d+\.)(query|key|value|proj_attn)(\.\w+)", name)
+    return f"{match[1]}{OLD_ATTENTION_NAMES[match[2]]}{match[3]}" if match else name
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(cast(Any, tensor.flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def fill_model(model: nn.Module, tensors: Mapping[str, Tensor], source: str, dtype: torch.dtype) -> None:
+    """Make the tensors the parameters of a model that was built on the meta device.
+
+    Args:
+        model: whose names and shapes decide.
+        tensors: as from `read_weights`; taken over where the dtype is right, not copied.
+        source: where they come from, for messages.
+        dtype: of the filled model.
+
+    Raises:
+        ValueError: naming the first three that are missing, not known, or of another shape.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+    problems = [f"{name} is missing" for name in shapes if name not in tensors]
+    problems += [f"{name} is not known" for name in tensors if name not in shapes]
+    problems += [
+        f"{name} has shape {tuple(tensors[name].shape)} instead of {shape}"
+        for name, shape in shapes.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ValueError(f"the weights in {source} do not fit its configuration: {'; '.join(problems[:3])}{more}")
+    model.load_state_dict({name: tensors[name].to(dtype) for name in shapes}, assign=True)
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """JSON as it stands in configuration files: indented, keys sorted."""
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def push_folder(
+    save: Callable[[Path], None], repo_id: str, private: bool | None, token: str | bool | None, commit_message: str
+) -> str:
+    """Upload what `save` writes into a folder to a hub repository, which is made where it is missing.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        RuntimeError: if the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
+        failures: tuple[type[Exception], ...] = (HfHubHTTPError, OSError, *_transport_errors())
+        try:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message).commit_url)
+        except failures as error:
+            raise RuntimeError(f"the upload to {repo_id} failed: {str(error).splitlines()[0]}") from error
 
 
 class SchedulerFiles:
-    pass
+    """`from_pretrained` and `save_pretrained` of a scheduler: a folder with `scheduler_config.json`."""
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path, subfolder: str | None = None, **where: Any) -> Self:
+        """Read a scheduler's configuration; any diffusion scheduler's will do.
+
+        Args:
+            model: as for `find_model`.
+            subfolder: the folder inside it, usually `scheduler`.
+            where: `cache_dir`, `local_files_only`, `revision` and `token` of `find_model`; anything else overrides a constructor argument.
+
+        Raises:
+            FileNotFoundError: if there is no model or no configuration in it.
+            ValueError: if the configuration is not valid.
+        """
+        options = {
+            key: where.pop(key) for key in ("cache_dir", "local_files_only", "revision", "token") if key in where
+        }
+        folder = find_model(model, **options) / (subfolder or "")
+        configurable = cast(Any, cls)
+        return cast(Self, configurable.from_config(read_json(folder / configurable.config_name), **where))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `scheduler_config.json` into a folder, which is made where it is missing."""
+        configurable = cast(Any, self)
+        with write_folder(Path(folder)) as temporary:
+            (temporary / configurable.config_name).write_text(configurable.config_json(), encoding="utf-8")
+
+
+class ModelFiles:
+    """`from_pretrained` and `save_pretrained` of a network: a folder with `config.json` and weights."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> Self:
+        """Build a network in evaluation mode from its configuration and weights.
+
+        Args:
+            model: as for `find_model`, and so are the arguments from `cache_dir` on.
+            subfolder: the folder inside it, usually `unet`.
+            torch_dtype: of the parameters; float32 unless given, whatever the file holds.
+            variant: of the weights, such as `fp16`.
+
+        Raises:
+            FileNotFoundError: if there is no model, configuration or weights.
+            ValueError: if one of them is damaged or they do not fit each other.
+        """
+        folder = find_model(model, variant, cache_dir, local_files_only, revision, token) / (subfolder or "")
+        # Built without memory: initial weights would only be overwritten.
+        with torch.device("meta"):
+            network = cast(Any, cls).from_config(read_json(folder / cast(Any, cls).config_name))
+        fill_model(network, read_weights(folder, variant), str(folder), torch_dtype or torch.float32)
+        return cast(Self, network.eval())
+
+    def save_pretrained(
+        self, folder: str | Path, variant: str | None = None, max_shard_size: int | str = MAX_SHARD_SIZE
+    ) -> None:
+        """Write `config.json` and safetensors, replacing weights of the same variant that are there.
+
+        Args:
+            folder: made where it is missing.
+            variant: put into the file's name, such as `fp16`.
+            max_shard_size: larger weights are split into files of at most this size, with an index: bytes, or `"500MB"`.
+
+        Raises:
+            OSError: if it cannot be written; what was there stays.
+        """
+        from huggingface_hub import split_torch_state_dict_into_shards
+        from safetensors.torch import save_file
+
+        module = cast(Any, self)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+        infix = f".{variant}" if variant else ""
+        plan = split_torch_state_dict_into_shards(
+            tensors, filename_pattern=f"{WEIGHTS}{infix}{{suffix}}.safetensors", max_shard_size=max_shard_size
+        )
+        target = Path(folder)
+        written = set(plan.filename_to_tensors)
+        with write_folder(target) as temporary:
+            (temporary / module.config_name).write_text(module.config_json(), encoding="utf-8")
+            for name, keys in plan.filename_to_tensors.items():
+                shard = {key: tensors[key] for key in keys}
+                save_file(shard, temporary / name, metadata={"format": "pt", "sha256": _digest(shard)})
+            if plan.is_sharded:
+                index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+                index_name = f"{WEIGHTS}.safetensors.index{infix}.json"
+                (temporary / index_name).write_text(to_json(index), encoding="utf-8")
+                written.add(index_name)
+        _remove_stale_weights(target, infix, written)
+
+
+def _remove_stale_weights(folder: Path, infix: str, written: set[str]) -> None:
+    """Delete the weights of this variant from an earlier save in another number of files: a loader would take them for the new ones."""
+    mark = re.escape(infix)
+    pattern = re.compile(rf"{WEIGHTS}({mark}(-\d+-of-\d+)?\.safetensors|\.safetensors\.index{mark}\.json)")
+    for path in folder.iterdir():
+        if pattern.fullmatch(path.name) and path.name not in written:
+            path.unlink()

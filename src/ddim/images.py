@@ -1,14 +1,69 @@
-"""Tensors <-> PIL / NumPy, grids, files. A picture inside the model is a float tensor (N, C, H, W) in [-1, 1]; outside, bytes or floats in [0, 1]."""
+"""Tensors <-> PIL / NumPy, grids, files.
+
+Inside the model a picture is a float tensor (N, C, H, W) in [-1, 1]; outside it is bytes, or floats in [0, 1]. C is 1 for grey, 3 for colour.
+"""
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 from PIL import Image
+from torch import Tensor
+
+from ddim.files import write_folder, write_whole
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+GRID_GAP = 2
+
+
+def to_unit_range(samples: Tensor) -> Tensor:
+    """[-1, 1] to [0, 1], clipped."""
+    return (samples / 2 + 0.5).clamp(0, 1)
+
+
+def to_output(samples: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
+    """Samples as the caller wants them.
+
+    Args:
+        samples: (N, C, H, W) in [-1, 1], any device.
+        output_type: `pil` for a list of N images, `np` for float32 (N, H, W, C) in [0, 1], `pt` for (N, C, H, W) in [0, 1] on the same device.
+
+    Raises:
+        ValueError: for another output type.
+    """
+    check_output_type(output_type)
+    unit = to_unit_range(samples)
+    if output_type == "pt":
+        return unit
+    array = unit.permute(0, 2, 3, 1).float().cpu().numpy()
+    return array if output_type == "np" else [as_pil(pixels) for pixels in to_bytes(array)]
+
+
+def check_output_type(output_type: Any) -> None:
+    """ValueError unless it is one of `OUTPUT_TYPES`."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}")
+
+
+def to_bytes(array: np.ndarray) -> np.ndarray:
+    """Floats in [0, 1] to uint8, rounded."""
+    return (array * 255).round().astype(np.uint8)
+
+
+def as_pil(pixels: np.ndarray) -> Image.Image:
+    """uint8 (H, W, C) as an image, grey for one channel."""
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
 def fit_image(image: Image.Image, height: int, width: int, channels: int) -> Image.Image:
     """Crop the largest centred part of the right shape, resize it (Lanczos), and convert it to grey or colour.
 
-    An image that already fits is only converted. Transparency is laid on white.
+    An image of the right size is only converted. Transparency is laid on white.
     """
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -19,6 +74,92 @@ def fit_image(image: Image.Image, height: int, width: int, channels: int) -> Ima
     scale = max(width / image.width, height / image.height)
     crop_width, crop_height = width / scale, height / scale
     left, top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
-    return image.resize(
-        (width, height), Image.Resampling.LANCZOS, box=(left, top, left + crop_width, top + crop_height)
-    )
+    box = (left, top, left + crop_width, top + crop_height)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def make_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """Images of one size in rows, with a gap of 2 pixels between and around them.
+
+    Args:
+        images: at least one, all of one size and mode.
+        columns: images a row; about as many as rows unless given.
+
+    Raises:
+        ValueError: for no images or none a row.
+    """
+    if not images:
+        raise ValueError("a grid needs at least one image")
+    columns = columns or round(len(images) ** 0.5 + 0.49)
+    rows = -(-len(images) // columns)
+    width, height = images[0].size
+    grid = Image.new(images[0].mode, (columns * (width + GRID_GAP) + GRID_GAP, rows * (height + GRID_GAP) + GRID_GAP))
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        grid.paste(image, (column * (width + GRID_GAP) + GRID_GAP, row * (height + GRID_GAP) + GRID_GAP))
+    return grid
+
+
+def is_folder_path(path: str | Path) -> bool:
+    """Whether an output path means a folder: it is one, ends in a separator, or has no suffix."""
+    return str(path).endswith(("/", os.sep)) or Path(path).is_dir() or not Path(path).suffix
+
+
+def check_output_path(path: str | Path) -> Path:
+    """Find out, before any work, whether pictures can be written here.
+
+    Args:
+        path: as for `save_images`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: for a suffix that is not written here.
+        FileNotFoundError: if the folder that shall hold it does not exist.
+        NotADirectoryError: if a file stands where a folder is wanted.
+        PermissionError: if that folder cannot be written.
+    """
+    target = Path(path)
+    if not is_folder_path(path) and target.suffix.lower() not in (".png", ".npz"):
+        raise ValueError(f"--out {path} ends in {target.suffix}; give a name in .png (a grid), .npz, or a folder")
+    folder = target if target.is_dir() else target.parent
+    if not folder.exists():
+        raise FileNotFoundError(f"the folder {folder} does not exist; make it, or write {target.name} elsewhere")
+    if not folder.is_dir() or (is_folder_path(path) and target.exists() and not target.is_dir()):
+        raise NotADirectoryError(f"{target if folder.is_dir() else folder} is a file, not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PermissionError(f"the folder {folder} cannot be written: {error.strerror}") from None
+    return target
+
+
+def save_images(images: Sequence[Image.Image], path: str | Path) -> Path:
+    """Write pictures, whole or not at all.
+
+    Args:
+        images: at least one.
+        path: `x.png` for a grid; `x.npz` for `arr_0`, uint8 (N, H, W, C), the format of the ADM evaluator; anything without a suffix, or an existing folder,
+            for one `00000.png` an image.
+
+    Returns:
+        Where they are.
+
+    Raises:
+        OSError: and its kinds, as `check_output_path`, or when the disk is full; what was there before stays.
+    """
+    target = check_output_path(path)
+    if is_folder_path(path):
+        with write_folder(target) as folder:
+            for index, image in enumerate(images):
+                image.save(folder / f"{index:05d}.png")
+    elif target.suffix.lower() == ".npz":
+        arrays = np.stack([np.atleast_3d(np.asarray(image)) for image in images])
+        with write_whole(target) as temporary:
+            np.savez_compressed(temporary, arrays)
+    else:
+        with write_whole(target) as temporary:
+            make_grid(images).save(temporary)
+    return target

@@ -59,7 +59,7 @@ def make_betas(
     if beta_schedule in ("scaled_linear", "quad"):
         return np.linspace(beta_start**0.5, beta_end**0.5, T) ** 2
     if beta_schedule == "squaredcos_cap_v2":
-        alpha_bar = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+        alpha_bar: NDArray[np.float64] = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2
         return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], MAX_BETA_COSINE)
     if beta_schedule == "sigmoid":
         return beta_start + (beta_end - beta_start) / (1 + np.exp(-np.linspace(-SIGMOID_REACH, SIGMOID_REACH, T)))
@@ -94,12 +94,13 @@ def rescale_zero_terminal_snr(betas: NDArray[np.float64]) -> NDArray[np.float64]
     root = np.sqrt(make_alphas_cumprod(betas))
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     alpha_bar = root**2
-    return 1 - np.concatenate([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    ratios: NDArray[np.float64] = np.concatenate([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    return 1 - ratios
 
 
 def make_alphas_cumprod(betas: NDArray[np.float64]) -> NDArray[np.float64]:
     """alphas_cumprod[t] = prod_{s <= t} (1 - betas[s]); float64 (T,), not increasing, in [0, 1]."""
-    return np.cumprod(1 - betas)
+    return np.cumprod(1 - betas, dtype=np.float64)
 
 
 def make_timesteps(
@@ -161,7 +162,7 @@ def _equal_log_snr(S: int, alphas_cumprod: NDArray[np.float64]) -> NDArray[np.in
         log_snr = np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)
     # A schedule that ends without signal (or starts without noise) has an infinite end; its neighbour bounds the grid instead.
     finite = np.flatnonzero(np.isfinite(log_snr))
-    if S > len(finite):
+    if len(finite) < S:
         return np.arange(T - S, T)
     wanted = np.linspace(log_snr[finite[0]], log_snr[finite[-1]], S)
     steps = finite[0] + np.round(np.interp(-wanted, -log_snr[finite], np.arange(len(finite)))).astype(np.int64)

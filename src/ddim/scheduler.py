@@ -229,14 +229,9 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         t = int(timestep)
         later = next((entry for entry in self._timesteps if entry < t), None)
         transition = self.make_steps([t] if later is None else [t, later], eta)[0]
-        noise = None
-        if transition.noise_std > 0:
-            noise = variance_noise
-            if noise is None:
-                noise = noise_from_generator(model_output.shape, generator, model_output.device, model_output.dtype)()
-        elif eta > 0 and variance_noise is None:
-            # The peer draws in the last step too, though its scale is 0: the generator must stay where the peer's would be.
-            noise_from_generator(model_output.shape, generator, model_output.device, model_output.dtype)()
+        noise = variance_noise if eta > 0 else None
+        if eta > 0 and noise is None:
+            noise = noise_from_generator(model_output.shape, generator, model_output.device, model_output.dtype)()
         prev_sample, x0 = ddim_step(
             model_output,
             sample,

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ class Trainer:
         self.model = UNet2DModel.from_config({}, **config.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         zero_last_layers(self.model)
         self._average = AveragedModel(self.model, multi_avg_fn=ema_update(config.optim.ema_decay))
-        self.ema: UNet2DModel = self._average.module
+        self.ema = cast(UNet2DModel, self._average.module)
         self.ema.requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),

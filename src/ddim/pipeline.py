@@ -1,0 +1,453 @@
+"""`DDIMPipeline`: a network and a scheduler put together, from noise to pictures.
+
+    noise -> sampling.sample(denoiser, steps) -> images
+
+Arguments, defaults and results are those of the class of that name in `diffusers`; what is new here follows as keywords.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ddim import hub
+from ddim.checks import positive_int
+from ddim.files import write_folder
+from ddim.images import check_output_type, to_output
+from ddim.noise import NoiseSource, check_seeds, noise_from_generator, noise_from_seeds
+from ddim.outputs import ImagePipelineOutput
+from ddim.process import Step
+from ddim.sampling import State, sample
+from ddim.scheduler import DDIMScheduler
+from ddim.unet import UNet2DModel
+from ddim.version import __version__
+
+logger = logging.getLogger(__name__)
+
+# What a model_index.json may name. Nothing is ever imported by a name from a file.
+PIPELINE_CLASSES = ("DDIMPipeline", "DDPMPipeline", "PNDMPipeline")
+UNET_CLASSES = ("UNet2DModel", "UNetUnconditionalModel")
+SCHEDULER_CLASSES = (
+    "DDIMScheduler",
+    "DDIMInverseScheduler",
+    "DDPMScheduler",
+    "PNDMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
+
+
+class DDIMPipeline:
+    """Samples pictures.
+
+    Args:
+        unet: a `UNet2DModel`, this library's or `diffusers`', or any object with `unet(sample, timestep).sample` and a `.config` that has
+            `sample_size` and `in_channels`.
+        scheduler: anything with a `.config` of a diffusion scheduler (a `DDPMScheduler`, say); its twin is used.
+
+    Attributes:
+        unet: the network.
+        scheduler: a `DDIMScheduler`.
+    """
+
+    unet: Any
+    scheduler: DDIMScheduler
+
+    def __init__(self, unet: Any, scheduler: Any) -> None:
+        for name, part in (("unet", unet), ("scheduler", scheduler)):
+            if not hasattr(part, "config"):
+                raise TypeError(
+                    f"the {name} is a {type(part).__name__}, which has no .config to read its settings from"
+                )
+        self._progress_bar_config: dict[str, Any] = {}
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """`{"unet": ..., "scheduler": ...}`: what another pipeline of the kind can be built from without copying weights."""
+        return {"unet": self.unet, "scheduler": self.scheduler}
+
+    def register_modules(self, **modules: Any) -> None:
+        """Replace the `unet`, the `scheduler` or both; TypeError for other names."""
+        for name, module in modules.items():
+            if name == "unet":
+                self.unet = module
+            elif name == "scheduler":
+                self.scheduler = DDIMScheduler.from_config(module.config)
+            else:
+                raise TypeError(f"a DDIMPipeline has no component {name!r}; it has unet and scheduler")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return torch.device(getattr(self.unet, "device", "cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network's parameters."""
+        dtype = getattr(self.unet, "dtype", torch.float32)
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the network: `pipe.to("cuda")`, `pipe.to(torch.bfloat16)`, `pipe.to("cuda", torch.bfloat16)`, or `device=` and `dtype=`.
+
+        Raises:
+            ValueError: if there is no such device here.
+            TypeError: for anything else than a device and a floating dtype.
+        """
+        try:
+            device, dtype = torch._C._nn._parse_to(*args, **kwargs)[:2]
+        except (RuntimeError, TypeError):
+            raise ValueError(
+                f"cannot move to {', '.join(map(repr, [*args, *kwargs.values()]))}; give a device such as 'cpu' or 'cuda:0', a floating dtype, or both"
+            ) from None
+        if device is not None and device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("there is no CUDA device here; use 'cpu'")
+        try:
+            self.unet.to(device=device, dtype=dtype)
+        except TypeError as error:
+            raise TypeError(f"cannot move to {dtype}: {error}") from None
+        return self
+
+    def set_progress_bar_config(self, **config: Any) -> None:
+        """Arguments for the `tqdm` bar, such as `disable=True` or `desc="sampling"`."""
+        self._progress_bar_config = config
+
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        eta: float = 0.0,
+        num_inference_steps: int = 50,
+        use_clipped_model_output: bool | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        seeds: Iterable[int] | None = None,
+        latents: Tensor | None = None,
+        timesteps: Sequence[int] | None = None,
+        order: int = 1,
+        use_sigma_hat: bool = False,
+        callback_on_step_end: Callable[[DDIMPipeline, int, int, dict[str, Tensor]], dict[str, Tensor] | None]
+        | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Sample pictures. The network runs without gradients and in evaluation mode, and keeps the mode it was in.
+
+        Args:
+            batch_size: N. Left at 1, it follows the number of `seeds` or `latents`.
+            generator: of all noise; one, or a list of N. The pictures are those that `diffusers` paints with it.
+            eta: 0 for DDIM, 1 for DDPM; above 1 is allowed, with a warning.
+            num_inference_steps: S, from 1 to the number of timesteps the model was trained with.
+            use_clipped_model_output: recompute epsilon from the clipped x_0 in each step.
+            output_type: `pil`, `np` (float32 (N, H, W, C) in [0, 1]) or `pt` ((N, C, H, W) in [0, 1], on the model's device).
+            return_dict: `False` for `(images,)`.
+            seeds: one whole number an image, in place of a generator: picture i then depends on `seeds[i]` and on nothing else, to within rounding.
+            latents: x at the first timestep, (N, C, H, W), in place of noise that is drawn.
+            timesteps: a subsequence of one's own in place of S: strictly decreasing whole numbers.
+            order: of the method; 1 is DDIM.
+            use_sigma_hat: add noise with DDPM's larger variance (the paper's sigma-hat); wants `eta=1`.
+            callback_on_step_end: called as `callback(pipe, step_index, timestep, {"latents": x, "pred_original_sample": x0})` after each step, all
+                tensors (N, C, H, W) in about [-1, 1]; it may return a dictionary whose `latents` replace x.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or `(images,)`.
+
+        Raises:
+            ValueError: for an argument out of range, before the network runs.
+            TypeError: for one of a wrong type.
+        """
+        check_output_type(output_type)
+        if order != 1:
+            raise ValueError(f"order is {order!r}; only order 1, DDIM itself, is available")
+        steps = self._plan(num_inference_steps, timesteps, eta, use_sigma_hat)
+        batch_size, noise = self._noise(batch_size, generator, seeds, latents)
+        start = self._check_latents(latents, batch_size) if latents is not None else noise().to(self._sample_dtype)
+
+        x = start
+        with self.progress_bar(total=len(steps)) as bar, torch.no_grad(), evaluating(self.unet):
+            for state in self._sample(start, steps, bool(use_clipped_model_output), noise if eta > 0 else None):
+                bar.update()
+                if callback_on_step_end is not None:
+                    self._call_back(callback_on_step_end, state)
+                x = state.sample
+        images = to_output(x, output_type)
+        return ImagePipelineOutput(images) if return_dict else (images,)
+
+    @property
+    def _sample_dtype(self) -> torch.dtype:
+        """Samples are kept in float32 at least: in half precision the small late steps would drown in rounding."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def _sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the network's samples."""
+        config = self.unet.config
+        size = config.sample_size
+        if size is None:
+            raise ValueError("the model's configuration has no sample_size, so that noise has no shape; give latents")
+        height, width = (size, size) if isinstance(size, int) else size
+        return config.in_channels, height, width
+
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> tqdm[Any]:
+        """A `tqdm` bar with the settings of `set_progress_bar_config`."""
+        return tqdm(iterable, **({"total": total} | self._progress_bar_config))
+
+    def _plan(
+        self, num_inference_steps: int, timesteps: Sequence[int] | None, eta: float, use_sigma_hat: bool
+    ) -> list[Step]:
+        """All steps' coefficients; the scheduler's own timesteps are set to match."""
+        if isinstance(eta, bool) or not isinstance(eta, int | float):
+            raise TypeError(f"eta is {eta!r}; it must be a number, 0 for DDIM, 1 for DDPM")
+        if use_sigma_hat and eta != 1:
+            raise ValueError(f"use_sigma_hat is DDPM's larger variance and wants eta=1, not {eta}")
+        chosen = self.scheduler.make_timesteps(num_inference_steps) if timesteps is None else timesteps
+        steps = self.scheduler.make_steps(chosen, eta, use_sigma_hat)
+        if eta > 1:
+            logger.warning(
+                "eta is %s; above 1 the process adds more noise than DDPM and its marginals are no longer those of training",
+                eta,
+            )
+        self.scheduler.set_timesteps(timesteps=[step.timestep for step in steps])
+        return steps
+
+    def _noise(
+        self,
+        batch_size: int,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        seeds: Iterable[int] | None,
+        latents: Tensor | None,
+    ) -> tuple[int, NoiseSource]:
+        """The checked batch size, and where noise of its shape comes from."""
+        batch_size = positive_int("batch_size", batch_size)
+        if generator is not None and seeds is not None:
+            raise ValueError("give either seeds or generator, not both")
+        seeds = None if seeds is None else list(seeds)
+        if batch_size == 1:
+            batch_size = len(seeds or ()) or (len(latents) if isinstance(latents, Tensor) and latents.ndim else 1) or 1
+        shape = (batch_size, *(latents.shape[1:] if isinstance(latents, Tensor) else self._sample_shape))
+        if seeds is not None:
+            return batch_size, noise_from_seeds(shape, check_seeds(seeds, batch_size), self.device)
+        return batch_size, noise_from_generator(shape, generator, self.device, self.dtype)
+
+    def _check_latents(self, latents: Tensor, batch_size: int) -> Tensor:
+        """Latents on the model's device, in the samples' dtype or float64."""
+        if not isinstance(latents, Tensor):
+            raise TypeError(f"latents is a {type(latents).__name__}; it must be a tensor (N, C, H, W)")
+        C = self.unet.config.in_channels
+        wanted = (
+            batch_size,
+            C,
+            *(self._sample_shape[1:] if self.unet.config.sample_size is not None else latents.shape[2:]),
+        )
+        if tuple(latents.shape) != wanted or len(wanted) != 4:
+            raise ValueError(f"latents has shape {tuple(latents.shape)}; the model and batch_size want {wanted}")
+        if not latents.is_floating_point() or not bool(torch.isfinite(latents).all()):
+            raise ValueError("latents must be finite floating-point numbers; it holds NaN, infinity or integers")
+        return latents.to(self.device, torch.promote_types(latents.dtype, self._sample_dtype))
+
+    def _sample(
+        self, latents: Tensor, steps: list[Step], use_clipped_model_output: bool, noise: NoiseSource | None
+    ) -> Iterator[State]:
+        """The loop with this pipeline's network and settings."""
+        scheduler = self.scheduler
+        dtype = self.dtype
+
+        def denoiser(x: Tensor, t: Tensor) -> Tensor:
+            prediction: Tensor = self.unet(x.to(dtype), t).sample
+            return prediction.to(x.dtype)
+
+        def noise_like_latents() -> Tensor:
+            assert noise is not None
+            return noise().to(latents.dtype)
+
+        return sample(
+            denoiser,
+            latents,
+            steps,
+            scheduler.config.prediction_type,
+            scheduler.clip,
+            use_clipped_model_output,
+            None if noise is None else noise_like_latents,
+        )
+
+    def _call_back(self, callback: Callable[..., dict[str, Tensor] | None], state: State) -> None:
+        changed = callback(
+            self,
+            state.index,
+            state.step.timestep,
+            {"latents": state.sample, "pred_original_sample": state.pred_original_sample},
+        )
+        if changed and "latents" in changed:
+            if changed["latents"].shape != state.sample.shape:
+                raise ValueError(
+                    f"the callback returned latents of shape {tuple(changed['latents'].shape)} instead of {tuple(state.sample.shape)}"
+                )
+            state.sample = changed["latents"]
+
+    def save_pretrained(
+        self, folder: str | Path, variant: str | None = None, max_shard_size: int | str = hub.MAX_SHARD_SIZE
+    ) -> None:
+        """Write a folder that `from_pretrained` and `diffusers` load: `model_index.json`, `scheduler/`, `unet/` with safetensors.
+
+        Args:
+            folder: made where it is missing; files of the same names in it are replaced, each whole.
+            variant: put into the weights' name, such as `fp16`.
+            max_shard_size: larger weights are split.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        target = Path(folder)
+        self.unet.save_pretrained(target / "unet", variant=variant, max_shard_size=max_shard_size)
+        self.scheduler.save_pretrained(target / "scheduler")
+        index = {
+            "_class_name": "DDIMPipeline",
+            "_ddim_version": __version__,
+            # Who should build the parts; diffusers reads this too and has both classes.
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "unet": ["diffusers", "UNet2DModel"],
+        }
+        with write_folder(target) as temporary:
+            (temporary / hub.MODEL_INDEX).write_text(hub.to_json(index), encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload DDIMPipeline",
+        variant: str | None = None,
+    ) -> str:
+        """Publish the pipeline on the Hugging Face hub, in a repository that is made where it is missing.
+
+        Args:
+            repo_id: `owner/name`.
+            private: of a new repository.
+            token: with the right to write; the one stored on this machine unless given.
+            commit_message: of the commit.
+            variant: as for `save_pretrained`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            RuntimeError: if the hub cannot be reached or refuses.
+        """
+        return hub.push_folder(
+            lambda folder: self.save_pretrained(folder, variant), repo_id, private, token, commit_message
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        **components: Any,
+    ) -> Self:
+        """Load a pipeline: a built-in model, a folder, or a hub id.
+
+        Args:
+            model: `"mnist"`, a folder of any layout that `ddim.hub` describes, or `"google/ddpm-cifar10-32"`.
+            torch_dtype: of the network; float32 unless given.
+            variant: of the weights, such as `fp16`.
+            cache_dir: where downloads are kept.
+            local_files_only: use what has been downloaded, ask no hub.
+            revision: a branch, tag or commit of the hub repository.
+            token: for private repositories.
+            components: `unet=` or `scheduler=`, in place of what the folder holds.
+
+        Raises:
+            FileNotFoundError: if there is no such model, or files are missing in it; says what was looked for.
+            ValueError: if a file is damaged, does not fit, or names a class that is not in this module's tables.
+            TypeError: for another component.
+        """
+        for name in components:
+            if name not in ("unet", "scheduler"):
+                raise TypeError(
+                    f"from_pretrained has no argument {name!r}; a DDIMPipeline's components are unet and scheduler"
+                )
+        folder = hub.find_model(model, variant, cache_dir, local_files_only, revision, token)
+        check_model_index(folder)
+        scheduler = components.get("scheduler")
+        if scheduler is None:
+            scheduler = DDIMScheduler.from_pretrained(component_folder(folder, "scheduler", DDIMScheduler.config_name))
+        unet = components.get("unet")
+        if unet is None:
+            where = component_folder(folder, "unet", UNet2DModel.config_name)
+            check_class(where / UNet2DModel.config_name, UNET_CLASSES)
+            unet = UNet2DModel.from_pretrained(where, torch_dtype=torch_dtype, variant=variant)
+        return cls(unet, scheduler)
+
+
+def check_model_index(folder: Path) -> None:
+    """Compare `model_index.json`, where there is one, with the tables above.
+
+    Raises:
+        ValueError: naming the first class or component that is not in them.
+    """
+    path = folder / hub.MODEL_INDEX
+    if not path.exists():
+        return
+    index = hub.read_json(path)
+    allowed = {"_class_name": PIPELINE_CLASSES, "unet": UNET_CLASSES, "scheduler": SCHEDULER_CLASSES}
+    for name, entry in index.items():
+        if name.startswith("_") and name != "_class_name":
+            continue
+        if name not in allowed:
+            raise ValueError(f"{path} names a component {name!r}; a DDIM pipeline has unet and scheduler only")
+        class_name = entry[-1] if isinstance(entry, list) and entry else entry
+        if class_name not in allowed[name]:
+            raise ValueError(
+                f"{path} names the class {class_name!r} for {name}; allowed are {', '.join(allowed[name])}"
+            )
+
+
+def check_class(path: Path, allowed: Sequence[str]) -> None:
+    """ValueError if a configuration file says that it belongs to another class."""
+    name = hub.read_json(path).get("_class_name", allowed[0])
+    if name not in allowed:
+        raise ValueError(f"{path} describes a {name}; allowed are {', '.join(allowed)}")
+
+
+def component_folder(folder: Path, name: str, config_name: str) -> Path:
+    """Where a component's configuration is: in its own folder, or at the root in the flat layout.
+
+    Raises:
+        FileNotFoundError: saying where was looked.
+    """
+    for candidate in (folder / name, folder):
+        if (candidate / config_name).is_file():
+            return candidate
+    raise FileNotFoundError(f"{folder} holds no model: looked for {name}/{config_name} and {config_name} in it")
+
+
+@contextmanager
+def evaluating(network: Any) -> Iterator[None]:
+    """Evaluation mode inside, and for each part of the network the mode it was in afterwards."""
+    training = [module for module in network.modules() if module.training] if isinstance(network, nn.Module) else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,135 @@
+"""Seeded noise: what it may and may not depend on, and `diffusers`' `randn_tensor`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from ddim.noise import MAX_SEED, check_seeds, noise_from_generator, noise_from_seeds
+
+CPU = torch.device("cpu")
+SHAPE = (3, 2, 4, 4)
+SEEDS = [7, 0, MAX_SEED]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def float64_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_an_image_has_the_same_noise_alone_in_a_batch_and_in_another_order(draws: int) -> None:
+    batch, reverse = noise_from_seeds(SHAPE, SEEDS, CPU), noise_from_seeds(SHAPE, SEEDS[::-1], CPU)
+    alone = [noise_from_seeds((1, *SHAPE[1:]), [seed], CPU) for seed in SEEDS]
+    for _ in range(draws):
+        together = batch()
+        assert together.shape == SHAPE
+        assert torch.equal(together, torch.cat([draw() for draw in alone]))
+        assert torch.equal(together, reverse().flip(0))
+
+
+def test_noise_differs_between_seeds_and_between_draws() -> None:
+    draw = noise_from_seeds(SHAPE, SEEDS, CPU)
+    first, second = draw(), draw()
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first, second)
+
+
+def test_a_seed_is_a_generator_of_that_seed() -> None:
+    ours, theirs = noise_from_seeds(SHAPE, SEEDS, CPU), [seeded(seed) for seed in SEEDS]
+    for _ in range(2):
+        assert torch.equal(ours(), randn_tensor(SHAPE, theirs, CPU, torch.float32))
+
+
+@pytest.mark.usefixtures("float64_by_default")
+def test_seeds_draw_float32_whatever_the_default_dtype() -> None:
+    noise = noise_from_seeds(SHAPE, SEEDS, CPU)()
+    assert noise.dtype == torch.float32
+    assert torch.equal(noise, randn_tensor(SHAPE, [seeded(seed) for seed in SEEDS], CPU, torch.float32))
+
+
+def test_seeds_leave_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    noise_from_seeds(SHAPE, SEEDS, CPU)()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["one", "list", "tuple"])
+def test_generators_give_the_noise_of_diffusers(kind: str, dtype: torch.dtype) -> None:
+    ours, theirs = ([seeded(seed) for seed in (1, 2, 3)] for _ in range(2))
+    given, expected = {"one": (ours[0], theirs[0]), "list": (ours, theirs), "tuple": (tuple(ours), theirs)}[kind]
+    draw = noise_from_generator(SHAPE, given, CPU, dtype)
+    for _ in range(2):
+        noise = draw()
+        assert noise.dtype == dtype
+        assert torch.equal(noise, randn_tensor(SHAPE, expected, CPU, dtype))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.get_state(), b.get_state())
+
+
+def test_a_list_of_one_is_that_generator() -> None:
+    shape = (1, *SHAPE[1:])
+    noise = noise_from_generator(shape, [seeded(5)], CPU, torch.float32)()
+    assert torch.equal(noise, randn_tensor(shape, [seeded(5)], CPU, torch.float32))
+    assert torch.equal(noise, noise_from_generator(shape, seeded(5), CPU, torch.float32)())
+
+
+def test_no_generator_means_the_global_one() -> None:
+    torch.manual_seed(11)
+    draw = noise_from_generator(SHAPE, None, CPU, torch.float32)
+    ours = [draw(), draw()]
+    torch.manual_seed(11)
+    for noise in ours:
+        assert torch.equal(noise, randn_tensor(SHAPE, None, CPU, torch.float32))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4])
+def test_a_list_of_another_length_is_refused(count: int) -> None:
+    message = f"{count} generators were given for a batch_size of 3"
+    with pytest.raises(ValueError, match=message):
+        noise_from_generator(SHAPE, [seeded(i) for i in range(count)], CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("generator", "kind"), [(7, "int"), ([seeded(0), 7, seeded(1)], "int"), ([None] * 3, "NoneType"), ("seed", "str")]
+)
+def test_what_is_no_generator_is_refused(generator: object, kind: str) -> None:
+    with pytest.raises(TypeError, match=f"generator is {kind}; it must be a torch.Generator"):
+        noise_from_generator(SHAPE, generator, CPU, torch.float32)
+
+
+def test_a_generator_of_another_device_is_refused() -> None:
+    class Elsewhere(torch.Generator):
+        device = torch.device("cuda")
+
+    with pytest.raises(ValueError, match="the generator lives on cuda, the model on cpu"):
+        noise_from_generator(SHAPE, Elsewhere(), CPU, torch.float32)
+
+
+@pytest.mark.parametrize("seeds", [[7, 0, MAX_SEED], (7, 0, MAX_SEED), torch.tensor([7, 0, MAX_SEED]), iter(SEEDS)])
+def test_seeds_of_every_kind_are_accepted(seeds: object) -> None:
+    checked = check_seeds(seeds, 3)
+    assert checked == SEEDS
+    assert all(type(seed) is int for seed in checked)
+
+
+@pytest.mark.parametrize("entry", [-1, MAX_SEED + 1, 1.0, "7", None, True, float("nan")])
+def test_bad_seeds_are_refused_by_name(entry: object) -> None:
+    with pytest.raises(ValueError, match=f"seeds holds {entry!r}; a seed is a whole number"):
+        check_seeds([3, entry], 2)
+
+
+@pytest.mark.parametrize("seeds", [[], [1], [1, 2, 3]])
+def test_another_number_of_seeds_than_images_is_refused(seeds: list[int]) -> None:
+    with pytest.raises(ValueError, match=f"{len(seeds)} seeds were given for a batch_size of 2"):
+        check_seeds(seeds, 2)
