@@ -11,7 +11,8 @@ def positive_int(name: str, value: Any) -> int:
 
     Args:
         name: how the caller calls it, for the message.
-        value: an integer of any kind (NumPy's and zero-dimensional tensors included); booleans and fractions are refused.
+        value: an integer of any kind (NumPy's and zero-dimensional tensors included); booleans and fractions are
+            refused.
 
     Raises:
         ValueError: if it is anything else.

@@ -64,7 +64,8 @@ class ConfigMixin:
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
         """Build an instance from the entries of `config` that the constructor knows.
 
-        Other entries are dropped: configurations of related classes (a `DDPMScheduler`'s, say) carry more than is needed here.
+        Other entries are dropped: configurations of related classes (a `DDPMScheduler`'s, say) carry more than is
+        needed here.
 
         Args:
             config: a configuration, such as another object's `.config` or a parsed `config.json`.

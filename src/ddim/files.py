@@ -1,4 +1,6 @@
-"""Writing files and folders whole: to a temporary name beside the target, flushed, then renamed. What was there stays until the new is complete."""
+"""Writing files and folders whole: to a temporary name beside the target, flushed, then renamed. What was there stays
+until the new is complete.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from pathlib import Path
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to; on success it becomes `path`, on failure it is deleted and `path` stays as it was.
+    """Give a temporary path to write to; on success it becomes `path`, on failure it is deleted and `path` stays as it
+    was.
 
     Args:
         path: where the file shall be; its folder must exist.
@@ -39,7 +42,8 @@ def write_whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill; on success its files move into `path`, replacing those of the same name one by one; on failure nothing there has changed.
+    """Give a temporary folder to fill; on success its files move into `path`, replacing those of the same name one by
+    one; on failure nothing there has changed.
 
     Other files in `path` stay. `path` and its parents are made where they are missing.
 

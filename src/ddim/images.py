@@ -1,6 +1,7 @@
 """Tensors <-> PIL / NumPy, grids, files.
 
-Inside the model a picture is a float tensor (N, C, H, W) in [-1, 1]; outside it is bytes, or floats in [0, 1]. C is 1 for grey, 3 for colour.
+Inside the model a picture is a float tensor (N, C, H, W) in [-1, 1]; outside it is bytes, or floats in [0, 1]. C is 1
+for grey, 3 for colour.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def to_output(samples: Tensor, output_type: str) -> list[Image.Image] | np.ndarr
 
     Args:
         samples: (N, C, H, W) in [-1, 1], any device.
-        output_type: `pil` for a list of N images, `np` for float32 (N, H, W, C) in [0, 1], `pt` for (N, C, H, W) in [0, 1] on the same device.
+        output_type: `pil` for a list of N images, `np` for float32 (N, H, W, C) in [0, 1], `pt` for (N, C, H, W) in [0,
+            1] on the same device.
 
     Raises:
         ValueError: for another output type.
@@ -141,8 +143,8 @@ def save_images(images: Sequence[Image.Image], path: str | Path) -> Path:
 
     Args:
         images: at least one.
-        path: `x.png` for a grid; `x.npz` for `arr_0`, uint8 (N, H, W, C), the format of the ADM evaluator; anything without a suffix, or an existing folder,
-            for one `00000.png` an image.
+        path: `x.png` for a grid; `x.npz` for `arr_0`, uint8 (N, H, W, C), the format of the ADM evaluator; anything
+            without a suffix, or an existing folder, for one `00000.png` an image.
 
     Returns:
         Where they are.

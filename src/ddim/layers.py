@@ -1,7 +1,7 @@
 """The parts of the U-Net: time embeddings, residual blocks, self-attention, resampling.
 
-Parameter names are those of `diffusers`, so that weights move both ways unchanged. Feature maps are (N, C, H, W) in either memory layout;
-time embeddings are (N, D), or (1, D) when one timestep holds for the whole batch.
+Parameter names are those of `diffusers`, so that weights move both ways unchanged. Feature maps are (N, C, H, W) in
+either memory layout; time embeddings are (N, D), or (1, D) when one timestep holds for the whole batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ MAX_PERIOD = 10_000
 
 
 class Timesteps(nn.Module):
-    """Sinusoidal embedding of timesteps, as in DDPM (arXiv 2006.11239, appendix B): frequencies from 1 to 1/10000 in geometric progression.
+    """Sinusoidal embedding of timesteps, as in DDPM (arXiv 2006.11239, appendix B): frequencies from 1 to 1/10000 in
+    geometric progression.
 
     Args:
         num_channels: the embedding's size; an odd one is padded with a zero.
@@ -76,7 +77,8 @@ class Downsample2D(nn.Module):
 
     Args:
         channels: in and out.
-        padding: on every side; 0 pads one row and column at the bottom and right instead, as the original TensorFlow models do.
+        padding: on every side; 0 pads one row and column at the bottom and right instead, as the original TensorFlow
+            models do.
     """
 
     def __init__(self, channels: int, padding: int) -> None:
@@ -115,7 +117,8 @@ class ResnetBlock2D(nn.Module):
         eps: of both group norms.
         act_fn: a key of `ACTIVATIONS`.
         dropout: probability before the second convolution.
-        time_embedding_norm: `default` adds the projected time to the features before the second norm; `scale_shift` scales and shifts after it.
+        time_embedding_norm: `default` adds the projected time to the features before the second norm; `scale_shift`
+            scales and shifts after it.
         output_scale_factor: the sum is divided by this.
         resample: `up` or `down` doubles or halves (by averaging) both branches before the first convolution.
     """

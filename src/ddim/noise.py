@@ -1,8 +1,9 @@
 """Seeded Gaussian noise.
 
-Two conventions meet here. A `torch.Generator`, or a list with one an image, gives the numbers that `diffusers` draws from it, in the same
-order. `seeds` gives each image a CPU generator of its own, drawn in float32: neither the device, nor the dtype, nor the batch that an image
-happens to share can change its noise. `seeds=[7]` and `generator=[torch.Generator().manual_seed(7)]` are the same noise on a float32 model.
+Two conventions meet here. A `torch.Generator`, or a list with one an image, gives the numbers that `diffusers` draws
+from it, in the same order. `seeds` gives each image a CPU generator of its own, drawn in float32: neither the device,
+nor the dtype, nor the batch that an image happens to share can change its noise. `seeds=[7]` and
+`generator=[torch.Generator().manual_seed(7)]` are the same noise on a float32 model.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def noise_from_generator(
         dtype: in which they are drawn.
 
     Raises:
-        ValueError: for a list of another length than N, or a generator of a device that is neither the CPU nor `device`.
+        ValueError: for a list of another length than N, or a generator of a device that is neither the CPU nor
+            `device`.
         TypeError: for anything that is no generator.
     """
     generators = list(generator) if isinstance(generator, Sequence) else [generator]

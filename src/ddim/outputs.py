@@ -31,7 +31,9 @@ class UNet2DOutput(Output):
 
 @dataclass
 class DDIMSchedulerOutput(Output):
-    """A step's result: `prev_sample` is x at the next timestep of the subsequence, `pred_original_sample` the predicted x0 after clipping; both (N, C, H, W)."""
+    """A step's result: `prev_sample` is x at the next timestep of the subsequence, `pred_original_sample` the predicted
+    x0 after clipping; both (N, C, H, W).
+    """
 
     prev_sample: torch.Tensor
     pred_original_sample: torch.Tensor | None = None

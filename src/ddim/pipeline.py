@@ -2,7 +2,8 @@
 
     noise -> sampling.sample(denoiser, steps) -> images
 
-Arguments, defaults and results are those of the class of that name in `diffusers`; what is new here follows as keywords.
+Arguments, defaults and results are those of the class of that name in `diffusers`; what is new here follows as
+keywords.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddim import hub
-from ddim.checks import positive_int
+from ddim.checks import non_negative_int, positive_int
 from ddim.files import write_folder
 from ddim.images import check_output_type, to_output
 from ddim.noise import NoiseSource, check_seeds, noise_from_generator, noise_from_seeds
@@ -54,8 +56,8 @@ class DDIMPipeline:
     """Samples pictures.
 
     Args:
-        unet: a `UNet2DModel`, this library's or `diffusers`', or any object with `unet(sample, timestep).sample` and a `.config` that has
-            `sample_size` and `in_channels`.
+        unet: a `UNet2DModel`, this library's or `diffusers`', or any object with `unet(sample, timestep).sample` and a
+            `.config` that has `sample_size` and `in_channels`.
         scheduler: anything with a `.config` of a diffusion scheduler (a `DDPMScheduler`, say); its twin is used.
 
     Attributes:
@@ -77,7 +79,9 @@ class DDIMPipeline:
 
     @property
     def components(self) -> dict[str, Any]:
-        """`{"unet": ..., "scheduler": ...}`: what another pipeline of the kind can be built from without copying weights."""
+        """`{"unet": ..., "scheduler": ...}`: what another pipeline of the kind can be built from without copying
+        weights.
+        """
         return {"unet": self.unet, "scheduler": self.scheduler}
 
     def register_modules(self, **modules: Any) -> None:
@@ -102,7 +106,8 @@ class DDIMPipeline:
         return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move the network: `pipe.to("cuda")`, `pipe.to(torch.bfloat16)`, `pipe.to("cuda", torch.bfloat16)`, or `device=` and `dtype=`.
+        """Move the network: `pipe.to("cuda")`, `pipe.to(torch.bfloat16)`, `pipe.to("cuda", torch.bfloat16)`, or
+        `device=` and `dtype=`.
 
         Raises:
             ValueError: if there is no such device here.
@@ -112,7 +117,8 @@ class DDIMPipeline:
             device, dtype = torch._C._nn._parse_to(*args, **kwargs)[:2]
         except (RuntimeError, TypeError):
             raise ValueError(
-                f"cannot move to {', '.join(map(repr, [*args, *kwargs.values()]))}; give a device such as 'cpu' or 'cuda:0', a floating dtype, or both"
+                f"cannot move to {', '.join(map(repr, [*args, *kwargs.values()]))}; give a device such as 'cpu' or "
+                "'cuda:0', a floating dtype, or both"
             ) from None
         if device is not None and device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("there is no CUDA device here; use 'cpu'")
@@ -152,15 +158,18 @@ class DDIMPipeline:
             eta: 0 for DDIM, 1 for DDPM; above 1 is allowed, with a warning.
             num_inference_steps: S, from 1 to the number of timesteps the model was trained with.
             use_clipped_model_output: recompute epsilon from the clipped x_0 in each step.
-            output_type: `pil`, `np` (float32 (N, H, W, C) in [0, 1]) or `pt` ((N, C, H, W) in [0, 1], on the model's device).
+            output_type: `pil`, `np` (float32 (N, H, W, C) in [0, 1]) or `pt` ((N, C, H, W) in [0, 1], on the model's
+                device).
             return_dict: `False` for `(images,)`.
-            seeds: one whole number an image, in place of a generator: picture i then depends on `seeds[i]` and on nothing else, to within rounding.
+            seeds: one whole number an image, in place of a generator: picture i then depends on `seeds[i]` and on
+                nothing else, to within rounding.
             latents: x at the first timestep, (N, C, H, W), in place of noise that is drawn.
             timesteps: a subsequence of one's own in place of S: strictly decreasing whole numbers.
             order: of the method; 1 is DDIM.
             use_sigma_hat: add noise with DDPM's larger variance (the paper's sigma-hat); wants `eta=1`.
-            callback_on_step_end: called as `callback(pipe, step_index, timestep, {"latents": x, "pred_original_sample": x0})` after each step, all
-                tensors (N, C, H, W) in about [-1, 1]; it may return a dictionary whose `latents` replace x.
+            callback_on_step_end: called as `callback(pipe, step_index, timestep, {"latents": x, "pred_original_sample":
+                x0})` after each step, all tensors (N, C, H, W) in about [-1, 1]; it may return a dictionary whose
+                `latents` replace x.
 
         Returns:
             `ImagePipelineOutput` with `images`, or `(images,)`.
@@ -185,6 +194,35 @@ class DDIMPipeline:
                 x = state.sample
         images = to_output(x, output_type)
         return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def paint(self, count: int, seed: int = 0, batch_size: int = 64, **settings: Any) -> list[Image.Image]:
+        """Many pictures, picture i from seed `seed + i`, in batches of one size.
+
+        The last batch is filled up with further seeds, so that no picture depends on how many were asked for.
+
+        Args:
+            count: how many.
+            seed: of the first.
+            batch_size: pictures painted at once; no more than `count` are.
+            settings: `eta`, `num_inference_steps`, `use_clipped_model_output`, `timesteps`, `order` and `use_sigma_hat`
+                of `__call__`.
+
+        Returns:
+            `count` PIL images.
+
+        Raises:
+            ValueError: as `__call__`.
+        """
+        count, batch_size = positive_int("count", count), positive_int("batch_size", batch_size)
+        seed = non_negative_int("seed", seed)
+        batch_size = min(count, batch_size)
+        images: list[Image.Image] = []
+        for first in range(seed, seed + count, batch_size):
+            (batch,) = cast(
+                tuple[Any], self(batch_size, return_dict=False, seeds=range(first, first + batch_size), **settings)
+            )
+            images += batch
+        return images[:count]
 
     @property
     def _sample_dtype(self) -> torch.dtype:
@@ -217,7 +255,8 @@ class DDIMPipeline:
         steps = self.scheduler.make_steps(chosen, eta, use_sigma_hat)
         if eta > 1:
             logger.warning(
-                "eta is %s; above 1 the process adds more noise than DDPM and its marginals are no longer those of training",
+                "eta is %s; above 1 the process adds more noise than DDPM and its marginals are no longer those of "
+                "training",
                 eta,
             )
         self.scheduler.set_timesteps(timesteps=[step.timestep for step in steps])
@@ -293,14 +332,16 @@ class DDIMPipeline:
         if changed and "latents" in changed:
             if changed["latents"].shape != state.sample.shape:
                 raise ValueError(
-                    f"the callback returned latents of shape {tuple(changed['latents'].shape)} instead of {tuple(state.sample.shape)}"
+                    f"the callback returned latents of shape {tuple(changed['latents'].shape)} instead of "
+                    f"{tuple(state.sample.shape)}"
                 )
             state.sample = changed["latents"]
 
     def save_pretrained(
         self, folder: str | Path, variant: str | None = None, max_shard_size: int | str = hub.MAX_SHARD_SIZE
     ) -> None:
-        """Write a folder that `from_pretrained` and `diffusers` load: `model_index.json`, `scheduler/`, `unet/` with safetensors.
+        """Write a folder that `from_pretrained` and `diffusers` load: `model_index.json`, `scheduler/`, `unet/` with
+        safetensors.
 
         Args:
             folder: made where it is missing; files of the same names in it are replaced, each whole.

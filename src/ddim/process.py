@@ -1,19 +1,19 @@
 """The paper's equations as pure functions of tensors: no state, no files, no randomness of their own.
 
-Notation (arXiv 2010.02502): alpha is `alphas_cumprod[t]`, alpha_prev is `alphas_cumprod` at the timestep the step leads to (1 for the last
-jump to a clean picture). A sample, its clean picture and its noise are tied by the marginal
+Notation (arXiv 2010.02502): alpha is `alphas_cumprod[t]`, alpha_prev is `alphas_cumprod` at the timestep the step leads
+to (1 for the last jump to a clean picture). A sample, its clean picture and its noise are tied by the marginal
 
-    x_t = sqrt(alpha) x_0 + sqrt(1 - alpha) epsilon                                                                   (4)
+    x_t = sqrt(alpha) x_0 + sqrt(1 - alpha) epsilon                                                    (4)
 
 and the generative process moves from x_t to x_prev with any variance sigma^2 of one's choice:
 
-    x_prev = sqrt(alpha_prev) x_0 + sqrt(1 - alpha_prev - sigma^2) epsilon + sigma noise                              (12)
-    sigma  = eta sqrt((1 - alpha_prev) / (1 - alpha)) sqrt(1 - alpha / alpha_prev)                                    (16)
+    x_prev = sqrt(alpha_prev) x_0 + sqrt(1 - alpha_prev - sigma^2) epsilon + sigma noise               (12)
+    sigma  = eta sqrt((1 - alpha_prev) / (1 - alpha)) sqrt(1 - alpha / alpha_prev)                     (16)
 
 with x_0 and epsilon as the network predicts them. eta = 0 is DDIM, eta = 1 the posterior of DDPM.
 
-Tensors are samples (N, C, H, W) of any floating dtype. Coefficients are Python floats, so that no function waits for a device; those that
-training calls with a tensor of alphas, one an image, take any shape that broadcasts.
+Tensors are samples (N, C, H, W) of any floating dtype. Coefficients are Python floats, so that no function waits for a
+device; those that training calls with a tensor of alphas, one an image, take any shape that broadcasts.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def x0_to_epsilon(x0: Tensor, sample: Tensor, alpha: float) -> Tensor:
 
 
 def dynamic_threshold(x0: Tensor, ratio: float = 0.995, max_value: float = 1.0) -> Tensor:
-    """Dynamic thresholding (Imagen, arXiv 2205.11487, section 2.3): clip each picture at its own `ratio` quantile s of |x_0|, then divide by s.
+    """Dynamic thresholding (Imagen, arXiv 2205.11487, section 2.3): clip each picture at its own `ratio` quantile s of
+    |x_0|, then divide by s.
 
     Args:
         x0: (N, C, H, W).
@@ -104,7 +105,9 @@ def sigma_ddim(alpha: float, alpha_prev: float, eta: float) -> float:
 
 
 def sigma_hat(alpha: float, alpha_prev: float) -> float:
-    """The larger standard deviation of DDPM, sqrt(1 - alpha / alpha_prev) (section 5 of the paper): sqrt(beta_t) for neighbouring timesteps."""
+    """The larger standard deviation of DDPM, sqrt(1 - alpha / alpha_prev) (section 5 of the paper): sqrt(beta_t) for
+    neighbouring timesteps.
+    """
     return math.sqrt(1 - alpha / alpha_prev)
 
 
@@ -143,7 +146,8 @@ def make_steps(
         alphas_cumprod: the schedule, length T.
         final_alpha: alpha after the last step: 1 for a clean picture, or alphas_cumprod[0].
         eta: 0 for DDIM, 1 for DDPM's posterior; not negative.
-        use_sigma_hat: draw the noise with the paper's sigma-hat while the mean keeps the sigma of `eta` (which is then 1 in the paper).
+        use_sigma_hat: draw the noise with the paper's sigma-hat while the mean keeps the sigma of `eta` (which is then
+            1 in the paper).
 
     Returns:
         As many steps as timesteps, in the order they are taken.
@@ -168,7 +172,8 @@ def ddim_update(x0: Tensor, epsilon: Tensor, step: Step, noise: Tensor | None = 
         step: the coefficients.
         noise: standard Gaussian of the shape of `x0`; may be `None` where `step.noise_std` is 0.
     """
-    # For eta above 1 the radicand can turn negative; the largest variance that keeps the marginal leaves no direction at all.
+    # For eta above 1 the radicand can turn negative; the largest variance that keeps the marginal leaves no direction
+    # at all.
     direction = math.sqrt(max(0.0, 1 - step.alpha_prev - step.sigma**2))
     prev = math.sqrt(step.alpha_prev) * x0 + direction * epsilon
     return prev if noise is None else prev + step.noise_std * noise
@@ -177,8 +182,9 @@ def ddim_update(x0: Tensor, epsilon: Tensor, step: Step, noise: Tensor | None = 
 def ddim_inverse(x_prev: Tensor, epsilon: Tensor, step: Step) -> Tensor:
     """x_t from x_prev: the deterministic `ddim_update` (eta = 0) solved for x_t, given the epsilon that it used.
 
-    x_t = sqrt(alpha / alpha_prev) (x_prev - sqrt(1 - alpha_prev) epsilon) + sqrt(1 - alpha) epsilon: a step of the paper's ODE (14) towards noise.
-    With epsilon predicted at x_prev this is the encoding of section 4.3; with the epsilon at x_t itself it is exact.
+    x_t = sqrt(alpha / alpha_prev) (x_prev - sqrt(1 - alpha_prev) epsilon) + sqrt(1 - alpha) epsilon: a step of the
+    paper's ODE (14) towards noise. With epsilon predicted at x_prev this is the encoding of section 4.3; with the
+    epsilon at x_t itself it is exact.
     """
     x0 = (x_prev - math.sqrt(1 - step.alpha_prev) * epsilon) / math.sqrt(step.alpha_prev)
     return math.sqrt(step.alpha) * x0 + math.sqrt(1 - step.alpha) * epsilon

@@ -2,8 +2,8 @@
 
     for state in sample(denoiser, noise, steps): ...
 
-Progress bars, previews, callbacks and animations are consumers of this loop, so that it knows none of them. A denoiser is anything that is called as
-`denoiser(sample, timestep)` and returns its prediction.
+Progress bars, previews, callbacks and animations are consumers of this loop, so that it knows none of them. A denoiser
+is anything that is called as `denoiser(sample, timestep)` and returns its prediction.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class State:
     Attributes:
         index: of the step, from 0.
         step: its coefficients.
-        sample: x at `step.prev_timestep`, (N, C, H, W). A consumer may replace it; the loop goes on from what it finds here.
+        sample: x at `step.prev_timestep`, (N, C, H, W). A consumer may replace it; the loop goes on from what it finds
+            here.
         pred_original_sample: the x_0 predicted in this step, after clipping, (N, C, H, W).
     """
 

@@ -4,11 +4,12 @@ A diffusion of T timesteps t = 0 .. T-1 is given by its betas. With
 
     alphas_cumprod[t] = prod_{s <= t} (1 - betas[s])
 
-the marginals are q(x_t | x_0) = N(sqrt(alphas_cumprod[t]) x_0, (1 - alphas_cumprod[t]) I). `alphas_cumprod` is what the DDIM paper
-(arXiv 2010.02502) writes alpha_t and the DDPM paper (arXiv 2006.11239) writes alpha-bar_t. Sampling walks a decreasing
-subsequence tau of the timesteps (section 4.2 and appendix D.2 of the DDIM paper).
+the marginals are q(x_t | x_0) = N(sqrt(alphas_cumprod[t]) x_0, (1 - alphas_cumprod[t]) I). `alphas_cumprod` is what the
+DDIM paper (arXiv 2010.02502) writes alpha_t and the DDPM paper (arXiv 2006.11239) writes alpha-bar_t. Sampling walks a
+decreasing subsequence tau of the timesteps (section 4.2 and appendix D.2 of the DDIM paper).
 
-Everything here is float64 NumPy on the host: schedules are tiny, and their rounding would be the only one that grows over T products.
+Everything here is float64 NumPy on the host: schedules are tiny, and their rounding would be the only one that grows
+over T products.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ def make_betas(
     """The variances beta_t of the forward process.
 
     Args:
-        beta_schedule: one of `BETA_SCHEDULES`. `linear` is DDPM's; `scaled_linear` (called `quad` in the original DDIM code: the same
-            formula under two names) is linear in sqrt(beta); `squaredcos_cap_v2` is the cosine schedule of arXiv 2102.09672, eq. (17),
-            capped at 0.999, which ignores `beta_start` and `beta_end`; `sigmoid`, `const` (every beta is `beta_end`) and `jsd` (beta_t = 1 / (T - t))
-            are those of the original code.
+        beta_schedule: one of `BETA_SCHEDULES`. `linear` is DDPM's; `scaled_linear` (called `quad` in the original DDIM
+            code: one formula under two names) is linear in sqrt(beta); `squaredcos_cap_v2` is the cosine schedule of
+            arXiv 2102.09672, eq. (17), capped at 0.999, which ignores `beta_start` and `beta_end`; `sigmoid`, `const`
+            (every beta is `beta_end`) and `jsd` (beta_t = 1 / (T - t)) are those of the original code.
         num_train_timesteps: T, at least 1.
         beta_start: beta at t = 0, in (0, 1).
         beta_end: beta at t = T - 1, in (0, 1).
@@ -83,7 +84,8 @@ def check_betas(betas: ArrayLike) -> NDArray[np.float64]:
 
 
 def rescale_zero_terminal_snr(betas: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Betas shifted and scaled so that alphas_cumprod[T-1] = 0 exactly and alphas_cumprod[0] is kept (arXiv 2305.08891, algorithm 1).
+    """Betas shifted and scaled so that alphas_cumprod[T-1] = 0 exactly and alphas_cumprod[0] is kept (arXiv 2305.08891,
+    algorithm 1).
 
     Args:
         betas: float64 (T,).
@@ -113,8 +115,9 @@ def make_timesteps(
     - `leading`: i * (T // S) + steps_offset, the "uniform" of the original code and of most pretrained models;
     - `trailing`: round(T - i T / S) - 1, which starts from T - 1 (arXiv 2305.08891, table 2);
     - `linspace`: S points from T - 1 to 0, rounded;
-    - `quad`: int(linspace(0, sqrt(0.8 T), S)**2), the paper's choice for CIFAR-10. Its smallest entries repeat once S is above about 40 for T = 1000;
-      a repeated timestep is an identity step in the paper's code, so that it is left out here and fewer than S steps give the same picture;
+    - `quad`: int(linspace(0, sqrt(0.8 T), S)**2), the paper's choice for CIFAR-10. Its smallest entries repeat once S
+      is above about 40 for T = 1000; a repeated timestep is an identity step in the paper's code, so that it is left
+      out here and fewer than S steps give the same picture;
     - `logsnr`: S timesteps nearest to equal steps in log(alphas_cumprod / (1 - alphas_cumprod)), all distinct.
 
     Args:
@@ -127,7 +130,8 @@ def make_timesteps(
         At most S integers in [0, T - 1], strictly decreasing.
 
     Raises:
-        ValueError: for an unknown spacing, an S that is not a whole number from 1 to T, or an offset that leads outside [0, T - 1].
+        ValueError: for an unknown spacing, an S that is not a whole number from 1 to T, or an offset that leads outside
+            [0, T - 1].
     """
     T = len(alphas_cumprod)
     S = positive_int("num_inference_steps", num_inference_steps)
@@ -139,7 +143,8 @@ def make_timesteps(
         ascending = np.arange(S) * (T // S) + steps_offset
         if ascending[0] < 0 or ascending[-1] >= T:
             raise ValueError(
-                f"{S} leading steps with steps_offset {steps_offset} reach timesteps {ascending[0]} to {ascending[-1]}; they must stay within 0 and {T - 1}"
+                f"{S} leading steps with steps_offset {steps_offset} reach timesteps {ascending[0]} to "
+                f"{ascending[-1]}; they must stay within 0 and {T - 1}"
             )
     elif spacing == "trailing":
         # arange(T, 0, -T/S) of other implementations yields S + 1 entries for some S; a product per entry cannot.
@@ -160,13 +165,15 @@ def _equal_log_snr(S: int, alphas_cumprod: NDArray[np.float64]) -> NDArray[np.in
     T = len(alphas_cumprod)
     with np.errstate(divide="ignore"):
         log_snr = np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)
-    # A schedule that ends without signal (or starts without noise) has an infinite end; its neighbour bounds the grid instead.
+    # A schedule that ends without signal (or starts without noise) has an infinite end; its neighbour bounds the grid
+    # instead.
     finite = np.flatnonzero(np.isfinite(log_snr))
     if len(finite) < S:
         return np.arange(T - S, T)
     wanted = np.linspace(log_snr[finite[0]], log_snr[finite[-1]], S)
     steps = finite[0] + np.round(np.interp(-wanted, -log_snr[finite], np.arange(len(finite)))).astype(np.int64)
-    # Near t = 0 log SNR falls by more than one equal step a timestep: push repeats up, then back under the last timestep.
+    # Near t = 0 log SNR falls by more than one equal step a timestep: push repeats up, then back under the last
+    # timestep.
     room = np.arange(S)
     steps = np.maximum.accumulate(steps - room) + room
     return np.minimum(steps, finite[-1] - room[::-1])

@@ -1,10 +1,12 @@
 """`DDIMScheduler`: the `diffusers`-shaped face of `schedule` and `process`.
 
-Its constructor, methods and configuration file are those of the class of that name in `diffusers`. The numbers are too wherever the peer's are
-right. One is not: its `step` assumes that the previous timestep is t - T // S, which is false for `linspace`, for `trailing` when S does
-not divide T, and for every list of one's own. Here the previous timestep is the next entry of `timesteps`.
+Its constructor, methods and configuration file are those of the class of that name in `diffusers`. The numbers are too
+wherever the peer's are right. One is not: its `step` assumes that the previous timestep is t - T // S, which is false
+for `linspace`, for `trailing` when S does not divide T, and for every list of one's own. Here the previous timestep is
+the next entry of `timesteps`.
 
-Schedules are computed in float64 (the peer: float32); `betas`, `alphas` and `alphas_cumprod` show them in float32, as scripts expect.
+Schedules are computed in float64 (the peer: float32); `betas`, `alphas` and `alphas_cumprod` show them in float32, as
+scripts expect.
 """
 
 from __future__ import annotations
@@ -146,7 +148,8 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
             use_sigma_hat: as in `ddim.process.make_steps`.
 
         Raises:
-            ValueError: for a list or an eta that is not allowed, or a timestep without any signal where the network predicts epsilon.
+            ValueError: for a list or an eta that is not allowed, or a timestep without any signal where the network
+                predicts epsilon.
         """
         if not 0 <= eta < float("inf"):
             raise ValueError(f"eta is {eta}; it must be 0 (DDIM) or larger, 1 for DDPM")
@@ -154,7 +157,8 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         steps = make_steps(checked, self._alphas_cumprod.tolist(), self._final_alpha, eta, use_sigma_hat)
         if self.config.prediction_type == "epsilon" and steps[0].alpha == 0:
             raise ValueError(
-                f"at timestep {checked[0]} the schedule leaves no signal, so that x_0 cannot be told from a predicted epsilon; "
+                f"at timestep {checked[0]} the schedule leaves no signal, so that x_0 cannot be told from a predicted "
+                "epsilon; "
                 "use prediction_type 'v_prediction' or 'sample', or start from a smaller timestep"
             )
         return steps
@@ -169,7 +173,8 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
 
         Args:
             num_inference_steps: S, from 1 to T.
-            device: where the tensor `timesteps` is kept; the CPU lets `step` look a timestep up without waiting for a device.
+            device: where the tensor `timesteps` is kept; the CPU lets `step` look a timestep up without waiting for a
+                device.
             timesteps: a list of one's own in place of S.
 
         Raises:
@@ -207,7 +212,8 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
 
         Args:
             model_output: what the network predicts from `sample`, (N, C, H, W).
-            timestep: t. The step leads to the next smaller entry of `timesteps`, or to `final_alpha_cumprod` after the last.
+            timestep: t. The step leads to the next smaller entry of `timesteps`, or to `final_alpha_cumprod` after the
+                last.
             sample: x_t, (N, C, H, W).
             eta: 0 for DDIM, 1 for DDPM.
             use_clipped_model_output: recompute epsilon from the clipped x_0.
@@ -219,8 +225,8 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
             `DDIMSchedulerOutput` with `prev_sample` and `pred_original_sample`, or the two as a tuple.
 
         Raises:
-            ValueError: if `set_timesteps` has not been called, the timestep is outside the schedule, eta is negative, or both a generator
-                and noise are given.
+            ValueError: if `set_timesteps` has not been called, the timestep is outside the schedule, eta is negative,
+                or both a generator and noise are given.
         """
         if self.num_inference_steps is None:
             raise ValueError("no timesteps are set: call set_timesteps(num_inference_steps) before step")
@@ -258,7 +264,9 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         return velocity(sample, noise, self._alphas(timesteps, sample))
 
     def training_target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What a network of the configured prediction type shall predict: epsilon, x_0 or v; arguments as in `add_noise`."""
+        """What a network of the configured prediction type shall predict: epsilon, x_0 or v; arguments as in
+        `add_noise`.
+        """
         return training_target(
             original_samples, noise, self._alphas(timesteps, original_samples), self.config.prediction_type
         )

@@ -1,8 +1,9 @@
-"""`UNet2DModel`, the denoiser epsilon_theta(x_t, t): constructor, configuration, parameter names and numbers of the class of that name in `diffusers`.
+"""`UNet2DModel`, the denoiser epsilon_theta(x_t, t): constructor, configuration, parameter names and numbers of the
+class of that name in `diffusers`.
 
-The network (DDPM, arXiv 2006.11239, appendix B) goes down through feature maps of shrinking size, through a middle block, and up again; every map on the
-way down is handed across to the way up. A block type is a name for two choices, attention or not and how to resample (`BLOCKS`), so that one
-class serves for all blocks of a direction.
+The network (DDPM, arXiv 2006.11239, appendix B) goes down through feature maps of shrinking size, through a middle
+block, and up again; every map on the way down is handed across to the way up. A block type is a name for two choices,
+attention or not and how to resample (`BLOCKS`), so that one class serves for all blocks of a direction.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ FOURIER_SCALE = 16.0
 
 
 class BlockType(NamedTuple):
-    """What a block's name stands for. `resample` is `conv`, `resnet`, or `None` where the model's `downsample_type` / `upsample_type` decides."""
+    """What a block's name stands for. `resample` is `conv`, `resnet`, or `None` where the model's `downsample_type` /
+    `upsample_type` decides.
+    """
 
     attention: bool
     resample: str | None
@@ -53,12 +56,13 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
     """A U-Net that takes noisy samples and timesteps and returns predictions of the samples' shape.
 
     Args:
-        sample_size: height and width of the samples, an int for squares; what a pipeline draws noise for. The network itself takes every size
-            whose sides are multiples of 2 ** (len(block_out_channels) - 1).
+        sample_size: height and width of the samples, an int for squares; what a pipeline draws noise for. The network
+            itself takes every size whose sides are multiples of 2 ** (len(block_out_channels) - 1).
         in_channels: of the samples.
         out_channels: of the predictions.
         center_input_sample: map samples from [0, 1] to [-1, 1] first.
-        time_embedding_type: `positional` (DDPM's), `fourier` (score-SDE's; needs t > 0) or `learned` (an embedding of `num_train_timesteps` rows).
+        time_embedding_type: `positional` (DDPM's), `fourier` (score-SDE's; needs t > 0) or `learned` (an embedding of
+            `num_train_timesteps` rows).
         time_embedding_dim: D of the time embedding; 4 block_out_channels[0] unless given.
         freq_shift: of the positional embedding; 1 in DDPM.
         flip_sin_to_cos: of the positional embedding; False in DDPM.
@@ -75,11 +79,13 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
         act_fn: `silu` (`swish`), `mish`, `gelu` or `relu`.
         attention_head_dim: channels a head; `None` for a single head.
         norm_num_groups: groups of all group norms; divides all channel counts.
-        attn_norm_num_groups: groups of the middle attention's norm; unless given, `norm_num_groups`, or no norm with `scale_shift`.
+        attn_norm_num_groups: groups of the middle attention's norm; unless given, `norm_num_groups`, or no norm with
+            `scale_shift`.
         norm_eps: of all group norms.
         resnet_time_scale_shift: how time enters residual blocks: `default` (added) or `scale_shift`.
         add_attention: whether the middle block has attention.
-        class_embed_type: `None`, `timestep` (labels are embedded as timesteps are) or `identity` (labels are embeddings already).
+        class_embed_type: `None`, `timestep` (labels are embedded as timesteps are) or `identity` (labels are embeddings
+            already).
         num_class_embeds: number of classes, for `class_embed_type=None`; `None` for an unconditional model.
         num_train_timesteps: rows of the `learned` time embedding.
 
@@ -213,7 +219,9 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
         return self.conv_in.weight.device
 
     def enable_gradient_checkpointing(self) -> None:
-        """While gradients are recorded, keep only what enters each residual block and recompute the rest in the backward pass: less memory, more time."""
+        """While gradients are recorded, keep only what enters each residual block and recompute the rest in the
+        backward pass: less memory, more time.
+        """
         self.gradient_checkpointing = True
 
     def disable_gradient_checkpointing(self) -> None:
@@ -257,7 +265,8 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
         """Predict.
 
         Args:
-            sample: (N, in_channels, H, W), H and W multiples of 2 ** (len(block_out_channels) - 1), of the model's dtype and device.
+            sample: (N, in_channels, H, W), H and W multiples of 2 ** (len(block_out_channels) - 1), of the model's
+                dtype and device.
             timestep: a number, or a tensor () or (N,). A single one is embedded once for the whole batch.
             class_labels: as in `embed`.
             return_dict: `False` for a tuple.
@@ -277,7 +286,8 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
             or sample.shape[3] % multiple
         ):
             raise ValueError(
-                f"the sample has shape {tuple(sample.shape)}; the model takes (N, {self.config.in_channels}, H, W) with H and W multiples of {multiple}"
+                f"the sample has shape {tuple(sample.shape)}; the model takes (N, {self.config.in_channels}, H, W) "
+                f"with H and W multiples of {multiple}"
             )
         if self.config.center_input_sample:
             sample = 2 * sample - 1
@@ -301,7 +311,9 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
 
 
 class DownBlock2D(nn.Module):
-    """Residual blocks of one level, each followed by attention if `head_dim` is given, then a reduction to half the size unless `downsample` is `None`."""
+    """Residual blocks of one level, each followed by attention if `head_dim` is given, then a reduction to half the
+    size unless `downsample` is `None`.
+    """
 
     def __init__(
         self,
@@ -357,7 +369,9 @@ class MidBlock2D(nn.Module):
 
 
 class UpBlock2D(nn.Module):
-    """Residual blocks of one level, each fed with a feature map from the way down, with attention as in `DownBlock2D`, then a doubling unless `upsample` is `None`."""
+    """Residual blocks of one level, each fed with a feature map from the way down, with attention as in `DownBlock2D`,
+    then a doubling unless `upsample` is `None`.
+    """
 
     def __init__(
         self,

@@ -1,7 +1,8 @@
 """Checkpoints: everything that decides the future of a run, in one file a step, written whole or not at all.
 
-`RUN/checkpoints/step-00001000.pt` holds the weights, their moving average, the optimiser's state and the step; data order and randomness are functions of the
-step. Files are read with `weights_only=True`, so that loading one cannot run code.
+`RUN/checkpoints/step-00001000.pt` holds the weights, their moving average, the optimiser's state and the step; data
+order and randomness are functions of the step. Files are read with `weights_only=True`, so that loading one cannot run
+code.
 """
 
 from __future__ import annotations

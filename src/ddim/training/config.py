@@ -1,4 +1,6 @@
-"""The configuration of a training run: one checked tree of values, from a preset, a YAML file and the command line, later ones first."""
+"""The configuration of a training run: one checked tree of values, from a preset, a YAML file and the command line,
+later ones first.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ class Section(BaseModel):
 
 
 class OptimConfig(Section):
-    """AdamW with a linear warm-up to a constant rate, gradient clipping, and an exponential moving average of the weights."""
+    """AdamW with a linear warm-up to a constant rate, gradient clipping, and an exponential moving average of the
+    weights.
+    """
 
     lr: PositiveFloat = 2e-4
     betas: tuple[float, float] = (0.9, 0.999)
@@ -71,7 +75,9 @@ class TrainConfig(Section):
 
 
 MAY_CHANGE = {"data", "max_steps", "samples", "checkpoint_every", "keep_checkpoints"}
-"""Entries that may differ when a run goes on: none of them changes what an earlier step has computed. (`data` is a path; its content is compared.)"""
+"""Entries that may differ when a run goes on: none of them changes what an earlier step has computed. (`data` is a
+path; its content is compared.)
+"""
 
 
 def preset_names() -> list[str]:

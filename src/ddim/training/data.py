@@ -1,7 +1,7 @@
 """Training images: read once through `datasets`, fitted to the model, kept in memory as bytes.
 
-The order is a function of the seed alone: epoch e visits the images in a permutation drawn from (seed, e), and step n takes the n-th batch of
-the endless sequence of epochs. A run that resumes needs to know nothing but its step.
+The order is a function of the seed alone: epoch e visits the images in a permutation drawn from (seed, e), and step n
+takes the n-th batch of the endless sequence of epochs. A run that resumes needs to know nothing but its step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def load_images(path: Path, size: int, channels: int) -> Tensor:
     """Read a collection of images.
 
     Args:
-        path: a folder of images (searched through and through), or a parquet file in the Hugging Face layout, with a column of encoded images.
+        path: a folder of images (searched through and through), or a parquet file in the Hugging Face layout, with a
+            column of encoded images.
         size: height and width to fit every image to (centre crop, Lanczos).
         channels: 1 for grey, 3 for colour.
 
@@ -108,6 +109,8 @@ class Batches:
 
 
 def generator_for(seed: int, purpose: str, index: int) -> torch.Generator:
-    """A CPU generator that depends on these three alone: what happens in step n is then a function of (seed, n), with no state to save."""
+    """A CPU generator that depends on these three alone: what happens in step n is then a function of (seed, n), with
+    no state to save.
+    """
     digest = hashlib.sha256(f"{seed} {purpose} {index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

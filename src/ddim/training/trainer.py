@@ -1,12 +1,14 @@
 """The training loop.
 
-Each step draws x_0 from the data, t uniformly from 0 .. T-1 and epsilon from N(0, I), and takes a step of AdamW down the gradient of
+Each step draws x_0 from the data, t uniformly from 0 .. T-1 and epsilon from N(0, I), and takes a step of AdamW down
+the gradient of
 
     L = E || target - f_theta(sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) epsilon, t) ||^2
 
-which is equation (5) of the DDIM paper with gamma = 1, DDPM's L_simple; target is epsilon, x_0 or v by the scheduler's prediction type. The timesteps of a batch
-come in pairs t, T - 1 - t, as in the original code, which lowers the variance of the loss. Samples are drawn from an exponential moving
-average of the weights. Every random number of step n is a function of (seed, n), so that a resumed run computes what an uninterrupted one would.
+which is equation (5) of the DDIM paper with gamma = 1, DDPM's L_simple; target is epsilon, x_0 or v by the scheduler's
+prediction type. The timesteps of a batch come in pairs t, T - 1 - t, as in the original code, which lowers the variance
+of the loss. Samples are drawn from an exponential moving average of the weights. Every random number of step n is a
+function of (seed, n), so that a resumed run computes what an uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class TrainingStopped(RuntimeError):
 
 @dataclass(frozen=True)
 class Progress:
-    """What a finished step reports: the step's number, its loss and gradient norm, and the images a second since the start."""
+    """What a finished step reports: the step's number, its loss and gradient norm, and the images a second since the
+    start.
+    """
 
     step: int
     loss: float
@@ -68,7 +72,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.scheduler = DDIMScheduler.from_config({}, **config.scheduler)
         # NHWC is the faster layout for convolutions on CPUs and GPUs alike; it changes no value.
-        self.model = UNet2DModel.from_config({}, **config.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = UNet2DModel.from_config({}, **config.model)
+        self.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         zero_last_layers(self.model)
         self._average = AveragedModel(self.model, multi_avg_fn=ema_update(config.optim.ema_decay))
         self.ema = cast(UNet2DModel, self._average.module)
@@ -127,7 +132,8 @@ class Trainer:
                 loss, grad_norm = self._take_step()
                 if not math.isfinite(loss):
                     raise TrainingStopped(
-                        f"the loss became {loss} in step {self.step + 1} at a learning rate of {self._learning_rate():.3g}; "
+                        f"the loss became {loss} in step {self.step + 1} at a learning rate of "
+                        f"{self._learning_rate():.3g}; "
                         f"the last checkpoint in {self.out / 'checkpoints'} is from before, a lower optim.lr may help"
                     )
                 self.step += 1
@@ -139,7 +145,8 @@ class Trainer:
                     if stop_signals:
                         name = signal.Signals(stop_signals[0]).name
                         raise TrainingStopped(
-                            f"stopped by {name} after step {self.step}; {path} is saved, the same command goes on from there"
+                            f"stopped by {name} after step {self.step}; {path} is saved, the same command goes on "
+                            "from there"
                         )
                 after_step(Progress(self.step, loss, grad_norm, rate))
         finally:
@@ -187,7 +194,9 @@ class Trainer:
 
 
 def zero_last_layers(model: UNet2DModel) -> None:
-    """Start every residual branch and the output at zero, as DDPM does: the network begins as nearly linear and learns faster."""
+    """Start every residual branch and the output at zero, as DDPM does: the network begins as nearly linear and learns
+    faster.
+    """
     for name, module in model.named_modules():
         if name.endswith(("conv2", "to_out.0", "conv_out")) and isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.zeros_(module.weight)
@@ -196,7 +205,9 @@ def zero_last_layers(model: UNet2DModel) -> None:
 
 
 def ema_update(decay: float) -> Callable[[Any, Any, Any], None]:
-    """The averaging rule for `AveragedModel`: decay min(decay, (1 + n) / (10 + n)) after n updates, so that early weights fade quickly."""
+    """The averaging rule for `AveragedModel`: decay min(decay, (1 + n) / (10 + n)) after n updates, so that early
+    weights fade quickly.
+    """
 
     @torch.no_grad()
     def update(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:

@@ -1,0 +1,57 @@
+"""The command line. One file a command; a command reads options, calls the library and prints the result.
+
+Results go to stdout, everything else to stderr. Exit status: 0, 1 for a failure told in one line, 2 for bad usage.
+Heavy modules are imported inside the commands, so that help and errors of usage come at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from ddim.cli.info import info
+from ddim.cli.sample import sample
+from ddim.cli.train import train
+from ddim.version import __version__
+
+app = typer.Typer(
+    name="ddim",
+    help="Denoising Diffusion Implicit Models: sample, train, look into models.",
+    epilog="Example: ddim sample --model mnist --steps 20 --count 16 --out digits.png",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(sample)
+app.command()(train)
+app.command()(info)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ddim {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; every failure that a user can cause ends in one line on stderr."""
+    logging.basicConfig(format="ddim: %(message)s", level=logging.WARNING)
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit("ddim: interrupted")
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
+        sys.exit(f"ddim: {' '.join(str(error).split()) or type(error).__name__}")

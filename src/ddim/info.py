@@ -1,0 +1,54 @@
+"""What can be said of a model without sampling from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddim import hub
+from ddim.pipeline import DDIMPipeline
+
+
+def describe(model: str | Path) -> dict[str, Any]:
+    """Facts about a model.
+
+    Args:
+        model: as for `DDIMPipeline.from_pretrained`.
+
+    Returns:
+        `model`, `found` (the folder), `layout` (`diffusers` or `flat`), `weights` (the file), `parameters`,
+        `gflop_per_image_and_step` (multiply and add count as two; one network evaluation on one image), `unet` and
+        `scheduler` (their configurations).
+
+    Raises:
+        FileNotFoundError: as `DDIMPipeline.from_pretrained`.
+        ValueError: as there.
+    """
+    folder = hub.find_model(model)
+    pipe = DDIMPipeline.from_pretrained(folder if Path(folder).is_dir() else model)
+    weights_folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    return {
+        "model": str(model),
+        "found": str(folder),
+        "layout": "diffusers" if weights_folder != folder else "flat",
+        "weights": hub.choose_weights(path.name for path in weights_folder.iterdir()),
+        "parameters": pipe.unet.num_parameters(),
+        "gflop_per_image_and_step": round(count_flop(pipe) / 1e9, 3),
+        "unet": dict(pipe.unet.config),
+        "scheduler": dict(pipe.scheduler.config),
+    }
+
+
+def count_flop(pipe: DDIMPipeline) -> int:
+    """Floating-point operations of one network evaluation on one image: convolutions, matrix products and attention."""
+    size = pipe.unet.config.sample_size or 32
+    height, width = (size, size) if isinstance(size, int) else size
+    # On the meta device shapes are computed and nothing else.
+    network = type(pipe.unet).from_config(pipe.unet.config).to("meta").eval()
+    x = torch.empty(1, network.config.in_channels, height, width, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(x, torch.zeros((), dtype=torch.int64, device="meta"))
+    return counter.get_total_flops()
