@@ -1,4 +1,4 @@
-"""Betas against the formulas of their publications, subsequences of timesteps against the paper's code and `diffusers`."""
+"""Betas against the formulas of their publications, timesteps against the paper's code and `diffusers`."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ def test_every_number_of_steps_gives_the_timesteps_of_diffusers(spacing: str) ->
     for S in range(1, T + 1):
         peer.set_timesteps(S)
         theirs = peer.timesteps.tolist()
-        # numpy.arange(T, 0, -T / S) reaches past its S-th entry where S times the rounded T / S falls short of T: entry S + 1 is some 1e-13 above 0,
-        # which rounds to the timestep -1.
+        # numpy.arange(T, 0, -T / S) has an entry S + 1, some 1e-13 above 0, where S times the rounded T / S falls short
+        # of T; it rounds to the timestep -1.
         assert theirs[S:] in ([], [-1])
         assert len(theirs) == S or spacing == "trailing"
         if make_timesteps(spacing, S, LINEAR) != theirs[:S]:
@@ -153,14 +153,15 @@ def test_quad_is_the_papers_without_repeats(S: int) -> None:
     assert (len(ours) == S) == (S < 30)
 
 
-@settings(deadline=None, max_examples=300)
-@given(st.data(), st.integers(1, 1200), st.sampled_from(BETA_SCHEDULES), st.sampled_from(SPACINGS), st.booleans())
+@pytest.mark.parametrize("spacing", SPACINGS)
+@settings(deadline=None, max_examples=150)
+@given(st.data(), st.integers(1, 1200), st.sampled_from(BETA_SCHEDULES), st.booleans())
 def test_timesteps_are_distinct_decreasing_and_within_the_schedule(
-    data: st.DataObject, steps: int, beta_schedule: str, spacing: str, zero_snr: bool
+    spacing: str, data: st.DataObject, steps: int, beta_schedule: str, zero_snr: bool
 ) -> None:
     S = data.draw(st.integers(1, steps))
     betas = make_betas(beta_schedule, steps)
-    # A single timestep has no start to keep.
+    # A single timestep cannot both keep its signal and lose it.
     alphas = make_alphas_cumprod(rescale_zero_terminal_snr(betas) if zero_snr and steps > 1 else betas)
     timesteps = make_timesteps(spacing, S, alphas)
     assert all(type(t) is int for t in timesteps)
@@ -168,6 +169,7 @@ def test_timesteps_are_distinct_decreasing_and_within_the_schedule(
     assert check_timesteps(timesteps, steps) == timesteps
 
 
+# Not the cosine schedule: its capped last beta makes a single timestep longer than an equal step.
 @pytest.mark.parametrize("S", [3, 5, 8])
 @pytest.mark.parametrize("beta_schedule", [name for name in BETA_SCHEDULES if name != "squaredcos_cap_v2"])
 def test_logsnr_steps_are_nearly_equal_in_log_snr(beta_schedule: str, S: int) -> None:

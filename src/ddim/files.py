@@ -28,12 +28,7 @@ def write_whole(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes private files; a finished one gets the permissions that the user's umask gives every other.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        _flush(temporary)
-        temporary.replace(path)
+        _finish(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -57,11 +52,19 @@ def write_folder(path: Path) -> Iterator[Path]:
         for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
             target = path / file.relative_to(temporary)
             target.parent.mkdir(parents=True, exist_ok=True)
-            _flush(file)
-            file.replace(target)
+            _finish(file, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _flush(path)
+
+
+def _finish(temporary: Path, path: Path) -> None:
+    """Give a complete file the permissions that the user's umask gives every other, push it to the disk, rename it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)
+    _flush(temporary)
+    temporary.replace(path)
 
 
 def _flush(path: Path) -> None:

@@ -7,8 +7,9 @@ A pipeline is a folder,
     unet/config.json
     unet/diffusion_pytorch_model.safetensors          or .bin, a variant (.fp16.safetensors), or shards with an index
 
-and this is what is written. The first models on the hub keep all of it at the root ("flat") and call their attention weights query, key, value and
-proj_attn; they are read too. A `.bin` is unpickled with `weights_only=True`, which builds tensors and nothing else.
+and this is what is written. The first models on the hub keep all of it at the root ("flat") and call their attention
+weights query, key, value and proj_attn; they are read too. A `.bin` is unpickled with `weights_only=True`, which builds
+tensors and nothing else.
 
 This module knows files and names; which classes are allowed is the pipeline's business.
 """
@@ -18,10 +19,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import pickle
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module, resources
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, cast
@@ -29,11 +31,18 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from ddim.files import write_folder
+from ddim.files import write_folder, write_whole
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = "diffusion_pytorch_model"
 MODEL_INDEX = "model_index.json"
+CONFIGS = (MODEL_INDEX, "config.json", "scheduler_config.json")
 MAX_SHARD_SIZE = "10GB"
+# The hub's rules for names; there, an owner is optional for some old models, none of them a pipeline.
+HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+HUB_TIMEOUT = 10.0
+OFFLINE = "downloads are turned off"
 
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -41,7 +50,7 @@ OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_at
 def builtin_models() -> dict[str, Path]:
     """The models that ship with the package: name -> folder."""
     root = Path(str(resources.files("ddim") / "models"))
-    return {folder.name: folder for folder in sorted(root.iterdir()) if (folder / MODEL_INDEX).is_file()}
+    return {index.parent.name: index.parent for index in sorted(root.glob(f"*/{MODEL_INDEX}"))}
 
 
 def find_model(
@@ -51,36 +60,35 @@ def find_model(
     local_files_only: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
+    weights_in: Sequence[str] = ("unet", ""),
 ) -> Path:
     """The folder of a model.
 
     Args:
-        model: the name of a built-in model, a folder, or a hub id such as `google/ddpm-cifar10-32`; tried in this order, so that a folder called
-            `mnist` is reached as `./mnist`.
+        model: the name of a built-in model, a folder, or a hub id such as `google/ddpm-cifar10-32`; tried in this
+            order, so that a folder called `mnist` is reached as `./mnist`.
         variant: of the weights, for the choice of what to download.
         cache_dir: where downloads are kept; the hub client's own cache unless given.
         local_files_only: look into the cache only.
         revision: a branch, tag or commit of the hub repository.
         token: for private repositories; `True` for the one that is stored on this machine.
+        weights_in: folders of the repository; the weights in the first of them that has a `config.json` are downloaded.
+            All configurations are.
 
     Raises:
-        FileNotFoundError: if it is none of the three, or cannot be reached and is not in the cache.
+        FileNotFoundError: if it is none of the three, lacks such weights, or cannot be reached and is not in the cache.
     """
     name = str(model)
     if name in (builtin := builtin_models()):
         return builtin[name]
     if Path(name).is_dir():
         return Path(name)
-    if (
-        isinstance(model, Path)
-        or Path(name).exists()
-        or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)
-        or name.startswith(".")
-    ):
+    if isinstance(model, Path) or Path(name).exists() or not HUB_ID.fullmatch(name):
         raise FileNotFoundError(
-            f"there is no model {name!r}: it is not built in ({', '.join(builtin)}), not a folder, and not a hub id such as google/ddpm-cifar10-32"
+            f"there is no model {name!r}: it is not built in ({', '.join(builtin)}), not a folder, and not a hub id "
+            "such as google/ddpm-cifar10-32"
         )
-    return _download(name, variant, cache_dir, local_files_only, revision, token)
+    return _download(name, variant, cache_dir, local_files_only, revision, token, weights_in)
 
 
 def _download(
@@ -90,52 +98,88 @@ def _download(
     local_files_only: bool,
     revision: str | None,
     token: str | bool | None,
+    weights_in: Sequence[str],
 ) -> Path:
-    """A snapshot of just the files that are needed, from the hub or its cache."""
+    """A snapshot of just the files that are needed, from the hub or, if it cannot be reached, from the cache."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
-    unreachable: tuple[type[Exception], ...] = (HfHubHTTPError, OfflineModeIsEnabled, OSError, *_transport_errors())
-    patterns: list[str] | None = None
-    trouble = "downloads are turned off"
+    trouble = OFFLINE
     if not local_files_only:
         try:
-            patterns = _needed(HfApi().list_repo_files(repo_id, revision=revision, token=token), variant)
-        except GatedRepoError:
-            raise FileNotFoundError(
-                f"the model {repo_id} asks for permission on the hub; request it there and pass token="
-            ) from None
-        except RevisionNotFoundError:
-            raise FileNotFoundError(f"the hub model {repo_id} has no revision {revision!r}") from None
-        except RepositoryNotFoundError:
-            raise FileNotFoundError(
-                f"the hub has no model {repo_id}, or it is private and the token does not open it"
-            ) from None
-        except unreachable as error:
-            trouble = f"the hub cannot be reached ({type(error).__name__})"
+            with _hub_errors(repo_id, revision):
+                # Not list_repo_files, which asks for 20 s before it gives up where there is no network.
+                info = HfApi().model_info(repo_id, revision=revision, token=token, timeout=HUB_TIMEOUT)
+            names = [file.rfilename for file in info.siblings or ()]
+            needed = _needed(names, variant, weights_in, f"the hub model {repo_id}")
+            with _hub_errors(repo_id, revision):
+                return Path(
+                    snapshot_download(
+                        repo_id, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=needed
+                    )
+                )
+        except _HubUnreachableError as error:
+            trouble = str(error)
     try:
-        return Path(
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                allow_patterns=patterns,
-                local_files_only=patterns is None,
-            )
+        # No patterns match nothing: a snapshot without the files that were never asked for is no incomplete one.
+        folder = Path(
+            snapshot_download(repo_id, revision=revision, cache_dir=cache_dir, allow_patterns=[], local_files_only=True)
         )
-    except unreachable:
-        raise FileNotFoundError(f"the model {repo_id} is not in the cache, and {trouble}") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"the model {repo_id} is neither a folder nor in the cache, and {trouble}") from None
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+    _needed(names, variant, weights_in, f"{trouble}, and the copy of {repo_id} in the cache")
+    if trouble != OFFLINE:
+        logger.warning("%s; the copy of %s in the cache is used", trouble, repo_id)
+    return folder
+
+
+class _HubUnreachableError(Exception):
+    """The hub gave no answer, or one that says nothing about the model; the message tells the trouble."""
+
+
+@contextlib.contextmanager
+def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Sort the hub client's exceptions: a refusal is a `FileNotFoundError`, trouble on the way `_HubUnreachableError`.
+
+    Those of the local disk (no space, no permission) pass.
+    """
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    unreachable: tuple[type[Exception], ...] = (OSError, *_transport_errors())
+    try:
+        yield
+    except GatedRepoError:
+        raise FileNotFoundError(
+            f"the model {repo_id} asks for permission on the hub; request it there and pass token="
+        ) from None
+    except RevisionNotFoundError:
+        raise FileNotFoundError(f"the hub model {repo_id} has no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"the hub has no model {repo_id}, or it is private and the token does not open it"
+        ) from None
+    except unreachable as error:
+        if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError):
+            raise
+        raise _HubUnreachableError(_trouble(error)) from None
+
+
+def _trouble(error: Exception) -> str:
+    """What stands between here and the hub, in one line."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return OFFLINE
+    if isinstance(error, LocalTokenNotFoundError):
+        return "no token is stored on this machine, which token=True asks for"
+    if isinstance(error, HfHubHTTPError):
+        said = (error.server_message or "no reason given").splitlines()[0]
+        return f"the hub answers with status {error.response.status_code}: {said}"
+    return f"the hub cannot be reached ({': '.join([type(error).__name__, *str(error).splitlines()[:1]])})"
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:
-    """What the HTTP library below the hub client raises when there is no network; which it is depends on the version."""
+    """What the HTTP library below the hub client raises without a network; which it is depends on the version."""
     errors: list[type[Exception]] = []
     for name, base in (("httpx", "HTTPError"), ("httpx2", "HTTPError"), ("requests", "RequestException")):
         with contextlib.suppress(ImportError):
@@ -143,34 +187,41 @@ def _transport_errors() -> tuple[type[Exception], ...]:
     return tuple(errors)
 
 
-def _needed(names: Iterable[str], variant: str | None) -> list[str]:
-    """Of a repository's files: the configurations, and one format of the weights."""
-    names = list(names)
-    needed = [
-        name for name in names if PurePosixPath(name).name in (MODEL_INDEX, "config.json", "scheduler_config.json")
-    ]
-    for folder in ("unet/", ""):
-        here = [
-            name.removeprefix(folder)
-            for name in names
-            if str(PurePosixPath(name).parent) == (folder.rstrip("/") or ".")
-        ]
-        with contextlib.suppress(FileNotFoundError):
-            chosen = choose_weights(here, variant)
-            # An index does not tell its shards before it is read; their names follow a pattern.
-            shards = (
-                [n for n in here if re.fullmatch(rf"{WEIGHTS}.*-\d+-of-\d+\.\w+", n)] if ".index." in chosen else []
-            )
-            needed += [folder + name for name in [chosen, *shards]]
-    return needed
+def _needed(names: Iterable[str], variant: str | None, weights_in: Sequence[str], source: str) -> list[str]:
+    """Of a repository's files: the configurations, and one format of the weights.
+
+    Args:
+        names: of the files, with folders.
+        variant: as for `choose_weights`.
+        weights_in: as for `find_model`.
+        source: where they come from, for messages.
+
+    Raises:
+        FileNotFoundError: if there are no such weights beside the configuration that they belong to.
+    """
+    paths = [PurePosixPath(name) for name in names]
+    needed = [path for path in paths if path.name in CONFIGS]
+    for folder in map(PurePosixPath, weights_in):
+        if folder / "config.json" in needed:
+            here = [path.name for path in paths if path.parent == folder]
+            chosen = choose_weights(here, variant, source)
+            needed.append(folder / chosen)
+            if ".index." in chosen:
+                # An index does not tell its shards before it is read; their names follow a pattern.
+                infix, suffix = re.escape(f".{variant}" if variant else ""), chosen.split(".")[1]
+                shard = re.compile(rf"{WEIGHTS}({infix}-\d+-of-\d+|-\d+-of-\d+{infix})\.{suffix}")
+                needed += [folder / name for name in here if shard.fullmatch(name)]
+            break
+    return [str(path) for path in needed]
 
 
-def choose_weights(names: Iterable[str], variant: str | None = None) -> str:
+def choose_weights(names: Iterable[str], variant: str | None = None, source: str = "the folder") -> str:
     """The weights file among the names of a folder's files: safetensors before pickles, one file before shards.
 
     Args:
         names: of files, without folders.
         variant: `fp16`, say, for `diffusion_pytorch_model.fp16.safetensors`.
+        source: where they come from, for messages.
 
     Raises:
         FileNotFoundError: saying what was looked for and what weights there are.
@@ -187,7 +238,9 @@ def choose_weights(names: Iterable[str], variant: str | None = None) -> str:
         if candidate in present:
             return candidate
     others = sorted(name for name in present if name.startswith(WEIGHTS))
-    raise FileNotFoundError(f"looked for {', '.join(candidates)}; found {', '.join(others) or 'no weights'}")
+    raise FileNotFoundError(
+        f"{source} has no such weights: looked for {', '.join(candidates)}; found {', '.join(others) or 'none'}"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -217,12 +270,10 @@ def read_weights(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: if there are no such weights, or a shard is missing.
-        ValueError: if a file is truncated, altered, or holds something else than tensors.
+        ValueError: if a file is truncated or holds something else than tensors, or if it was saved here, with a SHA-256
+            of its tensors, and has been altered.
     """
-    try:
-        chosen = choose_weights((p.name for p in folder.iterdir()), variant)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder} has no such weights: {error}") from None
+    chosen = choose_weights((path.name for path in folder.iterdir()), variant, str(folder))
     if ".index." in chosen:
         tensors = {}
         for name in _shards(folder / chosen):
@@ -252,7 +303,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
         try:
             with safe_open(path, framework="pt") as file:
-                # A copy: in the file tensors lie at any multiple of 8 bytes, and matrix kernels differ in the last bit with alignment.
+                # A copy: in the file tensors lie at any multiple of 8 bytes, and matrix kernels differ in the last bit
+                # with alignment.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
                 expected = (file.metadata() or {}).get("sha256")
         except (SafetensorError, OSError) as error:
@@ -263,11 +315,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{path} is refused: it is no plain file of tensors, and loading it could run code") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{path} is truncated or damaged: {str(error).splitlines()[0] if str(error) else error!r}"
+            f"{path} is refused: it is damaged or no plain file of tensors, and loading it could run code"
         ) from None
+    except Exception as error:  # a damaged pickle fails in whatever it is taken for
+        raise ValueError(f"{path} is truncated or damaged: {type(error).__name__}") from None
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise ValueError(f"{path} does not hold a dictionary of tensors")
     return {name: tensor.clone() for name, tensor in content.items()}
@@ -315,6 +367,23 @@ def fill_model(model: nn.Module, tensors: Mapping[str, Tensor], source: str, dty
     model.load_state_dict({name: tensors[name].to(dtype) for name in shapes}, assign=True)
 
 
+def _build(cls: Any, path: Path, **overrides: Any) -> Any:
+    """An instance of a class with `from_config` from a file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds something else.
+        TypeError: for an override that the class does not have.
+    """
+    content = read_json(path)
+    try:
+        return cls.from_config(content, **overrides)
+    except Exception as error:  # constructors expect arguments of the right type and fail with a wrong one somehow
+        if overrides:
+            raise
+        raise ValueError(f"{path} describes no {cls.__name__}: {error}") from error
+
+
 def to_json(content: Mapping[str, Any]) -> str:
     """JSON as it stands in configuration files: indented, keys sorted."""
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
@@ -332,17 +401,16 @@ def push_folder(
         RuntimeError: if the hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))
-        failures: tuple[type[Exception], ...] = (HfHubHTTPError, OSError, *_transport_errors())
+        failures: tuple[type[Exception], ...] = (OSError, *_transport_errors())
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message).commit_url)
         except failures as error:
-            raise RuntimeError(f"the upload to {repo_id} failed: {str(error).splitlines()[0]}") from error
+            raise RuntimeError(f"the upload to {repo_id} failed: {_trouble(error)}") from error
 
 
 class SchedulerFiles:
@@ -355,7 +423,8 @@ class SchedulerFiles:
         Args:
             model: as for `find_model`.
             subfolder: the folder inside it, usually `scheduler`.
-            where: `cache_dir`, `local_files_only`, `revision` and `token` of `find_model`; anything else overrides a constructor argument.
+            where: `cache_dir`, `local_files_only`, `revision` and `token` of `find_model`; anything else overrides a
+                constructor argument.
 
         Raises:
             FileNotFoundError: if there is no model or no configuration in it.
@@ -364,9 +433,8 @@ class SchedulerFiles:
         options = {
             key: where.pop(key) for key in ("cache_dir", "local_files_only", "revision", "token") if key in where
         }
-        folder = find_model(model, **options) / (subfolder or "")
-        configurable = cast(Any, cls)
-        return cast(Self, configurable.from_config(read_json(folder / configurable.config_name), **where))
+        folder = find_model(model, **options, weights_in=()) / (subfolder or "")
+        return cast(Self, _build(cls, folder / cast(Any, cls).config_name, **where))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `scheduler_config.json` into a folder, which is made where it is missing."""
@@ -400,13 +468,17 @@ class ModelFiles:
 
         Raises:
             FileNotFoundError: if there is no model, configuration or weights.
-            ValueError: if one of them is damaged or they do not fit each other.
+            ValueError: if one of them is damaged or they do not fit each other, or the dtype is no floating one.
         """
-        folder = find_model(model, variant, cache_dir, local_files_only, revision, token) / (subfolder or "")
+        dtype = torch_dtype or torch.float32
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"torch_dtype is {dtype!r}; it must be a floating dtype such as torch.bfloat16")
+        subfolder = subfolder or ""
+        folder = find_model(model, variant, cache_dir, local_files_only, revision, token, (subfolder,)) / subfolder
         # Built without memory: initial weights would only be overwritten.
         with torch.device("meta"):
-            network = cast(Any, cls).from_config(read_json(folder / cast(Any, cls).config_name))
-        fill_model(network, read_weights(folder, variant), str(folder), torch_dtype or torch.float32)
+            network = _build(cls, folder / cast(Any, cls).config_name)
+        fill_model(network, read_weights(folder, variant), str(folder), dtype)
         return cast(Self, network.eval())
 
     def save_pretrained(
@@ -417,12 +489,14 @@ class ModelFiles:
         Args:
             folder: made where it is missing.
             variant: put into the file's name, such as `fp16`.
-            max_shard_size: larger weights are split into files of at most this size, with an index: bytes, or `"500MB"`.
+            max_shard_size: larger weights are split into files of at most this size, with an index: bytes, or
+                `"500MB"`.
 
         Raises:
             OSError: if it cannot be written; what was there stays.
         """
         from huggingface_hub import split_torch_state_dict_into_shards
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         module = cast(Any, self)
@@ -437,7 +511,12 @@ class ModelFiles:
             (temporary / module.config_name).write_text(module.config_json(), encoding="utf-8")
             for name, keys in plan.filename_to_tensors.items():
                 shard = {key: tensors[key] for key in keys}
-                save_file(shard, temporary / name, metadata={"format": "pt", "sha256": _digest(shard)})
+                # Some versions of safetensors leave files that only their owner can read; write_whole does not.
+                with write_whole(temporary / name) as path:
+                    try:
+                        save_file(shard, path, metadata={"format": "pt", "sha256": _digest(shard)})
+                    except SafetensorError as error:
+                        raise OSError(f"cannot write {target / name}: {error}") from error
             if plan.is_sharded:
                 index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
                 index_name = f"{WEIGHTS}.safetensors.index{infix}.json"
@@ -447,7 +526,10 @@ class ModelFiles:
 
 
 def _remove_stale_weights(folder: Path, infix: str, written: set[str]) -> None:
-    """Delete the weights of this variant from an earlier save in another number of files: a loader would take them for the new ones."""
+    """Delete the weights of this variant from an earlier save in another number of files.
+
+    A loader would take them for the new ones.
+    """
     mark = re.escape(infix)
     pattern = re.compile(rf"{WEIGHTS}({mark}(-\d+-of-\d+)?\.safetensors|\.safetensors\.index{mark}\.json)")
     for path in folder.iterdir():

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -72,14 +72,18 @@ def make_betas(
 
 
 def check_betas(betas: ArrayLike) -> NDArray[np.float64]:
-    """Trained betas as float64 (T,), checked to be a non-empty list of numbers in (0, 1].
+    """Trained betas as float64 (T,), checked to be a non-empty list of numbers between 0 and 1; only the last may be 1.
 
     Raises:
         ValueError: if they are not.
     """
     array = np.asarray(betas, dtype=np.float64)
-    if array.ndim != 1 or not array.size or not np.all((array > 0) & (array <= 1)):
-        raise ValueError("trained_betas must be a non-empty list of numbers above 0 and at most 1")
+    # 1 - beta, not beta: what is lost in that difference is no noise at all.
+    kept = 1 - array
+    if array.ndim != 1 or not array.size or not (np.all((kept[:-1] > 0) & (kept[:-1] < 1)) and 0 <= kept[-1] < 1):
+        raise ValueError(
+            "trained_betas must be a non-empty list of numbers between 0 and 1, both excluded but for the last"
+        )
     return array
 
 
@@ -92,7 +96,12 @@ def rescale_zero_terminal_snr(betas: NDArray[np.float64]) -> NDArray[np.float64]
 
     Returns:
         float64 (T,); the last is 1.
+
+    Raises:
+        ValueError: for a single beta.
     """
+    if len(betas) < 2:
+        raise ValueError("rescaling to zero terminal SNR needs at least two timesteps")
     root = np.sqrt(make_alphas_cumprod(betas))
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     alpha_bar = root**2
@@ -112,11 +121,12 @@ def make_timesteps(
 
     With S = `num_inference_steps` and i = 0 .. S-1:
 
-    - `leading`: i * (T // S) + steps_offset, the "uniform" of the original code and of most pretrained models;
+    - `leading`: i * (T // S) + steps_offset, the choice of most pretrained models; where S divides T it is the "uniform"
+      of the original code;
     - `trailing`: round(T - i T / S) - 1, which starts from T - 1 (arXiv 2305.08891, table 2);
     - `linspace`: S points from T - 1 to 0, rounded;
-    - `quad`: int(linspace(0, sqrt(0.8 T), S)**2), the paper's choice for CIFAR-10. Its smallest entries repeat once S
-      is above about 40 for T = 1000; a repeated timestep is an identity step in the paper's code, so that it is left
+    - `quad`: int(linspace(0, sqrt(0.8 T), S)**2), the paper's choice for CIFAR-10. Its smallest entries repeat from
+      S = 30 on for T = 1000; a repeated timestep is an identity step in the paper's code, so that it is left
       out here and fewer than S steps give the same picture;
     - `logsnr`: S timesteps nearest to equal steps in log(alphas_cumprod / (1 - alphas_cumprod)), all distinct.
 
@@ -147,8 +157,8 @@ def make_timesteps(
                 f"{ascending[-1]}; they must stay within 0 and {T - 1}"
             )
     elif spacing == "trailing":
-        # arange(T, 0, -T/S) of other implementations yields S + 1 entries for some S; a product per entry cannot.
-        ascending = (np.round(T - np.arange(S) * (T / S)) - 1)[::-1]
+        # Rounding lets arange end one entry late for some S; the first S are those that are meant.
+        ascending = (np.round(np.arange(T, 0, -T / S)[:S]) - 1)[::-1]
     elif spacing == "linspace":
         ascending = np.round(np.linspace(0, T - 1, S))
     elif spacing == "quad":
@@ -170,7 +180,8 @@ def _equal_log_snr(S: int, alphas_cumprod: NDArray[np.float64]) -> NDArray[np.in
     finite = np.flatnonzero(np.isfinite(log_snr))
     if len(finite) < S:
         return np.arange(T - S, T)
-    wanted = np.linspace(log_snr[finite[0]], log_snr[finite[-1]], S)
+    # From the noisy end, which a single step must start from.
+    wanted = np.linspace(log_snr[finite[-1]], log_snr[finite[0]], S)[::-1]
     steps = finite[0] + np.round(np.interp(-wanted, -log_snr[finite], np.arange(len(finite)))).astype(np.int64)
     # Near t = 0 log SNR falls by more than one equal step a timestep: push repeats up, then back under the last
     # timestep.
@@ -192,7 +203,10 @@ def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> list[
     Raises:
         ValueError: naming the first entry that is not allowed, or if there is none.
     """
-    entries = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
+    entries = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
+    if not isinstance(entries, Iterable) or isinstance(entries, str):
+        raise ValueError(f"timesteps is {timesteps!r}; it must be a list of whole numbers")
+    entries = list(entries)
     if not entries:
         raise ValueError("timesteps is empty; it must hold at least one timestep")
     checked: list[int] = []

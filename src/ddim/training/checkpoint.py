@@ -1,18 +1,17 @@
 """Checkpoints: everything that decides the future of a run, in one file a step, written whole or not at all.
 
-`RUN/checkpoints/step-00001000.pt` holds the weights, their moving average, the optimiser's state and the step; data
-order and randomness are functions of the step. Files are read with `weights_only=True`, so that loading one cannot run
-code.
+`RUN/checkpoints/step-00001000.pt` holds the weights, their moving average, the optimiser's state, the step and the
+losses that no line of the metrics has counted yet; data order and randomness are functions of the step. Files are read
+with `weights_only=True`, so that loading one cannot run code.
 """
 
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import torch
 
@@ -21,10 +20,11 @@ from ddim.files import write_whole
 logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"step-(\d{8,})\.pt")
+KEYS = {"step", "model", "ema", "optimizer"}
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of a step, then delete all but the newest `keep`.
+    """Write the checkpoint of a step, then delete all but the newest `keep` up to that step.
 
     Raises:
         OSError: if it cannot be written; the checkpoints there are stay.
@@ -33,18 +33,26 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     path = folder / f"step-{step:08d}.pt"
     with write_whole(path) as temporary:
         torch.save({"step": step, **state}, temporary)
-    for old in _newest_first(folder)[keep:]:
+    there = _newest_first(folder)
+    # One of a later step could not be read when the run was taken up, and is no replacement for this one.
+    for old in there[there.index(path) + keep :]:
         old.unlink()
     return path
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, with a warning for each that cannot; `None` where there is none."""
+    """The newest checkpoint that is whole, with a warning for each that is not; `None` where there is none."""
     for path in _newest_first(folder):
         try:
+            # torch.load compares no checksums.
+            with ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"{damaged} in it has another checksum")
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            if missing := KEYS - state.keys():
+                raise ValueError(f"it has no {', '.join(sorted(missing))}")
             return state
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, BadZipFile) as error:
+        except Exception as error:  # a damaged file fails in whatever it is taken for
             logger.warning(
                 "the checkpoint %s cannot be read and is skipped: %s",
                 path,

@@ -7,12 +7,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 PRESETS = resources.files("ddim.training") / "presets"
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -26,8 +28,8 @@ class OptimConfig(Section):
     weights.
     """
 
-    lr: PositiveFloat = 2e-4
-    betas: tuple[float, float] = (0.9, 0.999)
+    lr: PositiveFloat = Field(default=2e-4, allow_inf_nan=False)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
     warmup_steps: NonNegativeInt = 5000
     grad_clip: PositiveFloat = 1.0
@@ -67,7 +69,7 @@ class TrainConfig(Section):
     samples: SampleConfig = SampleConfig()
     batch_size: PositiveInt = 128
     max_steps: PositiveInt = 800_000
-    seed: NonNegativeInt = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16"] = "fp32"
     horizontal_flip: bool = False
     checkpoint_every: PositiveInt = 1000
@@ -126,9 +128,15 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"training configuration, {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    if not isinstance(config.model.get("sample_size"), int):
+    model = config.model
+    size, channels = model.get("sample_size"), model.get("in_channels", 3)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(
-            "training configuration, model.sample_size: give the height and width of the images as one number"
+            "training configuration, model.sample_size: give the height and width of the images as one positive number"
+        )
+    if channels not in (1, 3) or channels != model.get("out_channels", 3):
+        raise ValueError(
+            "training configuration, model.in_channels: it and model.out_channels must both be 1 (grey) or 3 (colour)"
         )
     return config
 

@@ -43,22 +43,27 @@ def load_images(path: Path, size: int, channels: int) -> Tensor:
     rows = _open(path)
     images = np.empty((len(rows), channels, size, size), np.uint8)
     for index, row in enumerate(tqdm(rows, desc="reading images", unit="image", leave=False, disable=None)):
+        content, name = (row["bytes"], row["path"]) if row else (None, None)
+        source = io.BytesIO(content) if content else name
         try:
-            with Image.open(io.BytesIO(row["bytes"]) if row["bytes"] is not None else row["path"]) as image:
+            if not source:
+                raise ValueError("it is missing")
+            with Image.open(source) as image:
                 pixels = np.asarray(fit_image(image, size, size, channels))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"image {row['path'] or index} of {path} cannot be read: {error}") from None
+        except Exception as error:  # every decoder fails in its own way
+            raise ValueError(f"image {name or index} of {path} cannot be read: {error}") from None
         images[index] = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
     return torch.from_numpy(images)
 
 
 def _open(path: Path) -> Any:
-    """The rows of a data set, each {"bytes", "path"} of an encoded image."""
+    """The rows of a data set, each {"bytes", "path"} of an encoded image, or `None`."""
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # errors come as exceptions as well
     if path.is_dir():
-        files = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         if not files:
             raise FileNotFoundError(f"there is no image in {path}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
         return [{"bytes": None, "path": file} for file in files]
@@ -67,13 +72,16 @@ def _open(path: Path) -> Any:
     try:
         rows = datasets.Dataset.from_parquet(str(path))
     except Exception as error:  # Every reader underneath has errors of its own.
-        raise ValueError(f"{path} cannot be read as parquet: {error}") from None
+        raise ValueError(f"{path} cannot be read as parquet: {error.__cause__ or error}") from None
     columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
         columns = [name for name in rows.column_names if name == "image"]
     if not columns or not len(rows):
         raise ValueError(f"{path} has no column of images; its columns are {', '.join(rows.column_names)}")
-    return rows.select_columns(columns[0]).cast_column(columns[0], datasets.Image(decode=False))[columns[0]]
+    try:
+        return rows.select_columns(columns[0]).cast_column(columns[0], datasets.Image(decode=False))[columns[0]]
+    except Exception as error:
+        raise ValueError(f"the column {columns[0]} of {path} holds no images: {error}") from None
 
 
 def fingerprint(images: Tensor) -> str:

@@ -10,6 +10,7 @@ RUN/final/            the result: a pipeline folder for `ddim` and `diffusers`, 
 from __future__ import annotations
 
 import json
+import math
 import platform
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,14 @@ def train(config: TrainConfig, out: Path, device: torch.device, resume: bool = T
     images = load_images(Path(config.data), config.model["sample_size"], config.model.get("in_channels", 3))
     record = _check_run(config, out, images, resume)
     trainer = Trainer(config, images, out, device)
+    if config.samples.every:
+        # A number of steps that cannot be taken shall be told now.
+        trainer.scheduler.make_steps(trainer.scheduler.make_timesteps(config.samples.num_inference_steps))
     trainer.resume()
     out.mkdir(parents=True, exist_ok=True)
     with write_whole(out / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(record, sort_keys=False))
-    log = MetricsLog(out / "metrics.jsonl", trainer.step)
+    log = MetricsLog(out / "metrics.jsonl", trainer.step, trainer.losses)
 
     def after_step(progress: Progress) -> None:
         log.add(progress)
@@ -90,10 +94,13 @@ def _check_run(config: TrainConfig, out: Path, images: Tensor, resume: bool) -> 
         raise FileExistsError(f"{out} is not empty; give another folder, or --resume auto to go on with the run in it")
     if not path.is_file():
         raise FileExistsError(f"{out} is not empty and holds no run (no config.yaml); give another folder")
-    there = yaml.safe_load(path.read_text())
-    changed = differences(validate(there["config"]), config)
-    if there["data"] != record["data"]:
-        changed.append(f"data: {there['data']['images']} other images there, {len(images)} here")
+    try:
+        there = yaml.safe_load(path.read_text())
+        changed = differences(validate(there["config"]), config)
+        if there["data"] != record["data"]:
+            changed.append(f"data: {there['data']['images']} other images there, {len(images)} here")
+    except (yaml.YAMLError, ValueError, KeyError, TypeError):
+        raise FileExistsError(f"{path} is no record of a run; give another folder") from None
     if changed:
         raise ValueError(
             f"the run in {out} was begun with other settings ({'; '.join(changed)}); "
@@ -107,17 +114,18 @@ class MetricsLog:
 
     Args:
         path: of the file.
-        step: lines after this step are from a run that died since its last checkpoint; they are dropped.
+        step: lines after this step are from a run that died since its last checkpoint; they are dropped, and so is one
+            that it left unfinished.
+        losses: of the steps since the last line; filled and cleared here.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        self.losses: list[float] = []
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line and json.loads(line)["step"] <= step]
-        if len(kept) != len(lines):
+    def __init__(self, path: Path, step: int, losses: list[float]) -> None:
+        self.path, self.losses = path, losses
+        text = path.read_text() if path.exists() else ""
+        kept = "".join(line for line in text.splitlines(keepends=True) if _step_of(line) <= step)
+        if kept != text:
             with write_whole(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept))
+                temporary.write_text(kept)
 
     def add(self, progress: Progress) -> None:
         """Take in a step."""
@@ -133,6 +141,11 @@ class MetricsLog:
         self.losses.clear()
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the metrics; infinity if it is not whole."""
+    return float(json.loads(line)["step"]) if line.endswith("}\n") else math.inf
 
 
 def _paint(trainer: Trainer, path: Path) -> None:

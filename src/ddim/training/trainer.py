@@ -65,6 +65,10 @@ class Trainer:
         model: the network being trained.
         ema: the moving average of its weights, a `UNet2DModel`; use this one.
         step: how many steps have been taken.
+        losses: of the steps that a log has not counted yet; it keeps them here so that they are saved with the rest.
+
+    Raises:
+        ValueError: if the model does not take such images.
     """
 
     def __init__(self, config: TrainConfig, images: Tensor, out: Path, device: torch.device) -> None:
@@ -87,6 +91,10 @@ class Trainer:
         )
         self.batches = Batches(images, config.batch_size, config.seed)
         self.step = 0
+        self.losses: list[float] = []
+        with torch.no_grad():
+            # The network itself says best what does not fit, before anything is written.
+            self.model(torch.zeros(1, *images.shape[1:], device=device), 0)
 
     def resume(self) -> bool:
         """Take up the newest checkpoint that can be read; False where there is none."""
@@ -97,6 +105,7 @@ class Trainer:
         self._average.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+        self.losses = state.get("losses", [])  # older checkpoints have none
         return True
 
     def save(self) -> Path:
@@ -105,6 +114,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "ema": self._average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "losses": self.losses,
         }
         return save_checkpoint(self.out / "checkpoints", self.step, state, self.config.keep_checkpoints)
 
@@ -114,10 +124,10 @@ class Trainer:
         SIGINT and SIGTERM let the current step finish, save, and stop.
 
         Args:
-            after_step: called after each step.
+            after_step: called after each step, before its checkpoint.
 
         Raises:
-            TrainingStopped: on a signal, or a loss that is no number.
+            TrainingStopped: on a signal, or a loss or gradient that is no number.
         """
         config = self.config
         stop_signals: list[int] = []
@@ -130,16 +140,17 @@ class Trainer:
             self.model.train()
             while self.step < config.max_steps:
                 loss, grad_norm = self._take_step()
-                if not math.isfinite(loss):
+                if not math.isfinite(loss + grad_norm):
                     raise TrainingStopped(
-                        f"the loss became {loss} in step {self.step + 1} at a learning rate of "
-                        f"{self._learning_rate():.3g}; "
+                        f"the loss became {loss}, its gradient's norm {grad_norm}, in step {self.step + 1} at a "
+                        f"learning rate of {self._learning_rate():.3g}; "
                         f"the last checkpoint in {self.out / 'checkpoints'} is from before, a lower optim.lr may help"
                     )
                 self.step += 1
                 rate = (self.step - first) * config.batch_size / (time.monotonic() - started)
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.4f}", images=f"{rate:.0f}/s", refresh=False)
+                after_step(Progress(self.step, loss, grad_norm, rate))
                 if self.step % config.checkpoint_every == 0 or self.step == config.max_steps or stop_signals:
                     path = self.save()
                     if stop_signals:
@@ -148,7 +159,6 @@ class Trainer:
                             f"stopped by {name} after step {self.step}; {path} is saved, the same command goes on "
                             "from there"
                         )
-                after_step(Progress(self.step, loss, grad_norm, rate))
         finally:
             bar.close()
             for number, handler in handlers.items():
@@ -168,12 +178,12 @@ class Trainer:
         loss = (predicted.float() - target).square().mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.grad_clip)
+        grad_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.grad_clip))
         value = loss.item()
-        if math.isfinite(value):
+        if math.isfinite(value + grad_norm):
             self.optimizer.step()
             self._average.update_parameters(self.model)
-        return value, float(grad_norm)
+        return value, grad_norm
 
     def _draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """x_0 in [-1, 1], epsilon and timesteps of a step."""

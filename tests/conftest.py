@@ -1,0 +1,63 @@
+"""What several test files share: small models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ddim.pipeline import DDIMPipeline
+from ddim.scheduler import DDIMScheduler
+from ddim.unet import UNet2DModel
+
+TINY: dict[str, Any] = {
+    "sample_size": 16,
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> dict[str, Any]:
+    """Arguments for a U-Net of about 30 000 parameters; `diffusers` takes the same."""
+    return dict(TINY)
+
+
+@pytest.fixture(scope="session")
+def make_unet() -> Callable[..., UNet2DModel]:
+    """`make_unet(**changes)`: that network, changed, with weights that depend on its configuration only.
+
+    Its predictions are small: x then hardly changes from step to step, and float32 rounding is not amplified over a
+    whole sampling process, as other random networks do.
+    """
+
+    def make(**changes: Any) -> UNet2DModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            unet = UNet2DModel(**TINY | changes).eval()
+        with torch.no_grad():
+            unet.conv_out.weight.mul_(0.1)
+        return unet
+
+    return make
+
+
+@pytest.fixture
+def tiny_unet(make_unet: Callable[..., UNet2DModel]) -> UNet2DModel:
+    """A new network in each test, with the same weights in all of them."""
+    return make_unet()
+
+
+@pytest.fixture
+def tiny_pipeline(tiny_unet: UNet2DModel) -> DDIMPipeline:
+    """That network with the scheduler's defaults, and no progress bar."""
+    pipe = DDIMPipeline(tiny_unet, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

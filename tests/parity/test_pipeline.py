@@ -1,0 +1,85 @@
+"""Whole pictures against `diffusers`: the same trained weights, scheduler settings and random numbers give the same picture."""
+
+from __future__ import annotations
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from ddim import DDIMPipeline, DDIMScheduler
+
+
+@pytest.fixture(scope="module")
+def peer() -> diffusers.DDIMPipeline:
+    """`diffusers`' pipeline around its own U-Net with the built-in model's weights."""
+    ours = DDIMPipeline.from_pretrained("mnist")
+    unet = diffusers.UNet2DModel(**ours.unet.config)
+    unet.load_state_dict(ours.unet.state_dict())
+    pipe = diffusers.DDIMPipeline(unet.eval(), diffusers.DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe() -> DDIMPipeline:
+    pipe = DDIMPipeline.from_pretrained("mnist")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def paint(pipe, generator, **settings):
+    return pipe(batch_size=2, generator=generator, output_type="np", **settings).images
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("generators", ["one", "list"])
+def test_pictures_are_the_peers(pipe, peer, eta, generators) -> None:
+    def generator():
+        one = torch.Generator().manual_seed(3)
+        return one if generators == "one" else [one, torch.Generator().manual_seed(4)]
+
+    a, b = (paint(p, generator(), eta=eta, num_inference_steps=12) for p in (pipe, peer))
+    assert a.shape == b.shape == (2, 28, 28, 1)
+    assert a.dtype == b.dtype == np.float32
+    assert np.abs(a - b).max() <= 1 / 255
+
+
+def test_the_global_generator_is_used_as_the_peer_uses_it(pipe, peer) -> None:
+    pictures = []
+    for p in (pipe, peer):
+        torch.manual_seed(5)
+        pictures.append(paint(p, None, eta=1.0, num_inference_steps=4))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1 / 255
+
+
+def test_positional_arguments_are_the_peers(pipe, peer) -> None:
+    a, b = (p(1, torch.Generator().manual_seed(0), 0.0, 5, True, "pil", False)[0][0] for p in (pipe, peer))
+    assert a.mode == b.mode == "L"
+    assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"timestep_spacing": "trailing"},
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+        {"prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2"},
+        {"thresholding": True, "sample_max_value": 2.0, "clip_sample": False},
+        {"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1},
+    ],
+)
+def test_scheduler_settings_carry_over(pipe, peer, settings) -> None:
+    ours = DDIMPipeline(pipe.unet, DDIMScheduler(**settings))
+    theirs = diffusers.DDIMPipeline(peer.unet, diffusers.DDIMScheduler(**settings))
+    for p in (ours, theirs):
+        p.set_progress_bar_config(disable=True)
+    a, b = (paint(p, torch.Generator().manual_seed(1), num_inference_steps=10) for p in (ours, theirs))
+    assert np.abs(a - b).max() <= 1 / 255
+
+
+def test_the_peers_unet_and_any_scheduler_are_taken(pipe, peer) -> None:
+    mixed = DDIMPipeline(peer.unet, diffusers.DDPMScheduler())
+    mixed.set_progress_bar_config(disable=True)
+    a, b = (paint(p, torch.Generator().manual_seed(2), num_inference_steps=10) for p in (mixed, peer))
+    assert np.abs(a - b).max() <= 1 / 255

@@ -1,0 +1,302 @@
+"""`DDIMPipeline` by itself: seeds, latents, callbacks, modes, devices, and what bad input gets."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
+from ddim.outputs import UNet2DOutput
+
+
+@pytest.fixture(scope="module")
+def pipe() -> DDIMPipeline:
+    pipe = DDIMPipeline.from_pretrained("mnist")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class Zero(nn.Module):
+    """A denoiser that counts its calls and records what it was called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = UNet2DModel(
+            sample_size=8, in_channels=1, out_channels=1, block_out_channels=(4,), norm_num_groups=2,
+            down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), mid_block_type=None,
+        ).config  # fmt: skip
+        self.timesteps: list[int] = []
+        self.modes: set[tuple[bool, bool]] = set()
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> UNet2DOutput:
+        self.timesteps.append(int(timestep))
+        self.modes.add((self.training, torch.is_grad_enabled()))
+        return UNet2DOutput(torch.zeros_like(sample))
+
+
+@pytest.fixture
+def zero() -> DDIMPipeline:
+    pipe = DDIMPipeline(Zero(), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def png(image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_seed_gives_the_same_bytes_alone_in_a_batch_and_in_any_order(pipe) -> None:
+    alone = pipe(seeds=[7], num_inference_steps=20).images[0]
+    batches = [[1, 2, 3, 7, 4, 5, 6, 8], [8, 7, 6, 5, 4, 3, 2, 1]]
+    together = [pipe(seeds=seeds, num_inference_steps=20).images[seeds.index(7)] for seeds in batches]
+    assert (
+        png(together[0])
+        == png(together[1])
+        == png(pipe(batch_size=8, seeds=batches[0], num_inference_steps=20).images[3])
+    )
+    assert np.abs(np.asarray(alone, int) - np.asarray(together[0], int)).max() <= 1
+    assert png(alone) == png(pipe(batch_size=1, seeds=[7], num_inference_steps=20).images[0])
+
+
+def test_a_seed_decides_the_noise_of_stochastic_sampling_too(pipe) -> None:
+    alone = pipe(seeds=[7], eta=1.0, num_inference_steps=10).images[0]
+    together = pipe(seeds=[3, 7, 5], eta=1.0, num_inference_steps=10).images[1]
+    assert np.abs(np.asarray(alone, int) - np.asarray(together, int)).max() <= 1
+
+
+def test_a_seed_is_a_generator_of_ones_own(pipe) -> None:
+    a = pipe(seeds=[7, 9], num_inference_steps=4, output_type="pt").images
+    generators = [torch.Generator().manual_seed(7), torch.Generator().manual_seed(9)]
+    b = pipe(batch_size=2, generator=generators, num_inference_steps=4, output_type="pt").images
+    assert torch.equal(a, b)
+
+
+def test_paint_numbers_pictures_by_seed_whatever_the_batches(pipe) -> None:
+    five = pipe.paint(5, seed=10, batch_size=2, num_inference_steps=4)
+    assert len(five) == 5
+    again = pipe.paint(3, seed=12, batch_size=2, num_inference_steps=4)
+    assert [png(image) for image in five[2:]] == [png(image) for image in again]
+
+
+def test_latents_are_where_sampling_starts(pipe) -> None:
+    noise = torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(7))
+    a = pipe(latents=noise, num_inference_steps=4, output_type="pt").images
+    assert torch.equal(a, pipe(seeds=[7], num_inference_steps=4, output_type="pt").images)
+    assert pipe(latents=noise.repeat(3, 1, 1, 1), num_inference_steps=1, output_type="np").images.shape == (
+        3,
+        28,
+        28,
+        1,
+    )
+
+
+def test_output_types(pipe) -> None:
+    pil, array, tensor = (
+        pipe(seeds=[1], num_inference_steps=2, output_type=kind).images for kind in ("pil", "np", "pt")
+    )
+    assert pil[0].size == (28, 28)
+    assert array.shape == (1, 28, 28, 1)
+    assert tensor.shape == (1, 1, 28, 28)
+    assert 0 <= array.min() <= array.max() <= 1
+    assert np.array_equal(array[0, :, :, 0], tensor[0, 0].numpy())
+    assert np.array_equal(np.asarray(pil[0]), (array[0, :, :, 0] * 255).round())
+    assert pipe(seeds=[1], num_inference_steps=2, return_dict=False)[0][0].tobytes() == pil[0].tobytes()
+
+
+def test_the_network_is_asked_once_a_step_at_the_chosen_timesteps(zero) -> None:
+    zero(num_inference_steps=4)
+    assert zero.unet.timesteps == [750, 500, 250, 0]
+    zero.unet.timesteps.clear()
+    zero(timesteps=[900, 5, 1])
+    assert zero.unet.timesteps == [900, 5, 1] == zero.scheduler.timesteps.tolist()
+
+
+def test_mode_is_evaluation_inside_and_as_before_outside(zero) -> None:
+    frozen = nn.Dropout().eval()
+    zero.unet.frozen = frozen
+    zero.unet.train()
+    frozen.eval()
+    zero(num_inference_steps=2)
+    assert zero.unet.modes == {(False, False)}
+    assert zero.unet.training
+    assert not frozen.training
+
+    def fail(*_):
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        zero(num_inference_steps=2, callback_on_step_end=fail)
+    assert zero.unet.training
+    assert torch.is_grad_enabled()
+
+
+def test_callback_sees_each_step_and_may_change_latents(zero) -> None:
+    seen = []
+
+    def watch(pipe, index, timestep, tensors):
+        seen.append((index, timestep, sorted(tensors)))
+        return {"latents": torch.zeros_like(tensors["latents"])} if index == 2 else None
+
+    images = zero(num_inference_steps=3, seeds=[1], callback_on_step_end=watch, output_type="pt").images
+    assert seen == [(i, t, ["latents", "pred_original_sample"]) for i, t in enumerate([666, 333, 0])]
+    assert torch.equal(images, torch.full((1, 1, 8, 8), 0.5))
+    with pytest.raises(ValueError, match=r"shape \(1,\) instead of"):
+        zero(num_inference_steps=3, callback_on_step_end=lambda *_: {"latents": torch.zeros(1)})
+
+
+def test_progress_bar_settings(zero, capsys) -> None:
+    zero.set_progress_bar_config(desc="painting")
+    zero(num_inference_steps=2)
+    assert "painting: 100%" in capsys.readouterr().err
+    zero.set_progress_bar_config(disable=True)
+    zero(num_inference_steps=2)
+    assert capsys.readouterr().err == ""
+
+
+def test_half_precision_keeps_the_samples_in_float32(pipe) -> None:
+    reference = pipe(seeds=[1], num_inference_steps=5, output_type="pt").images
+    half = DDIMPipeline.from_pretrained("mnist", torch_dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    images = half(seeds=[1], num_inference_steps=5, output_type="pt").images
+    assert half.dtype == torch.bfloat16
+    assert images.dtype == torch.float32
+    assert (images - reference).abs().mean() < 0.02
+
+
+def test_to_moves_and_returns_the_pipeline() -> None:
+    pipe = DDIMPipeline.from_pretrained("mnist")
+    assert pipe.to("cpu") is pipe
+    assert pipe.to(torch.float64).dtype == torch.float64
+    assert pipe.to("cpu", torch.float32).dtype == torch.float32
+    assert pipe.to(dtype=torch.bfloat16).unet.conv_in.weight.dtype == torch.bfloat16
+    assert pipe.device == torch.device("cpu")
+    for nonsense in ("nowhere", 3.5, torch.int64):
+        with pytest.raises((ValueError, TypeError), match="cannot move to"):
+            pipe.to(nonsense)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no CUDA device"):
+            pipe.to("cuda")
+
+
+def test_components_and_register_modules(pipe, zero) -> None:
+    assert pipe.components == {"unet": pipe.unet, "scheduler": pipe.scheduler}
+    twin = DDIMPipeline(**pipe.components)
+    assert twin.unet is pipe.unet
+    twin.register_modules(scheduler=DDIMScheduler(timestep_spacing="trailing"), unet=zero.unet)
+    assert twin.scheduler.config.timestep_spacing == "trailing"
+    assert twin.unet is zero.unet
+    with pytest.raises(TypeError, match="no component 'vae'"):
+        twin.register_modules(vae=None)
+    with pytest.raises(TypeError, match=r"no \.config"):
+        DDIMPipeline(object(), DDIMScheduler())
+
+
+def test_non_square_samples() -> None:
+    unet = UNet2DModel(
+        sample_size=(8, 12), in_channels=1, out_channels=1, block_out_channels=(4, 4), norm_num_groups=2,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), attention_head_dim=4,
+    )  # fmt: skip
+    pipe = DDIMPipeline(unet, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(num_inference_steps=1).images[0].size == (12, 8)
+
+
+def test_sigma_hat_adds_the_larger_noise(zero) -> None:
+    def spread(**settings) -> float:
+        return float(
+            zero(
+                batch_size=64, seeds=range(64), eta=1.0, timesteps=[900, 880], output_type="pt", **settings
+            ).images.std()
+        )
+
+    zero.scheduler = DDIMScheduler(clip_sample=False)
+    captured: list[Tensor] = []
+    for flag in (False, True):
+        zero(
+            seeds=range(64), eta=1.0, timesteps=[900, 880], use_sigma_hat=flag,
+            callback_on_step_end=lambda _, index, __, tensors: captured.append(tensors["latents"].clone()) if not index else None,
+        )  # fmt: skip
+    small, large = (float((x - captured[0].mean()).var()) for x in captured)
+    alphas = zero.scheduler.alphas_cumprod.double()
+    beta = 1 - alphas[900] / alphas[880]
+    sigma2 = (1 - alphas[880]) / (1 - alphas[900]) * beta
+    assert large > small
+    assert math.isclose(large - small, float(beta - sigma2), rel_tol=1, abs_tol=0.05)
+
+
+BAD = [
+    ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+    ({"num_inference_steps": -5}, "num_inference_steps is -5"),
+    ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5"),
+    ({"num_inference_steps": 1001}, "can take no more"),
+    ({"eta": -0.1}, "eta is -0.1"),
+    ({"eta": float("nan")}, "eta is nan"),
+    ({"eta": float("inf")}, "eta is inf"),
+    ({"eta": "1"}, "eta is '1'"),
+    ({"batch_size": 0}, "batch_size is 0"),
+    ({"batch_size": -1}, "batch_size is -1"),
+    ({"batch_size": 1.5}, "batch_size is 1.5"),
+    ({"batch_size": 2, "seeds": [1, 2, 3]}, "3 seeds were given for a batch_size of 2"),
+    ({"seeds": []}, "0 seeds"),
+    ({"seeds": [-1]}, "seeds holds -1"),
+    ({"seeds": [1.5]}, "seeds holds 1.5"),
+    ({"batch_size": 3, "generator": [torch.Generator()] * 2}, "2 generators were given for a batch_size of 3"),
+    ({"generator": 7}, "generator is int"),
+    ({"seeds": [1], "generator": torch.Generator()}, "either seeds or generator"),
+    ({"latents": torch.zeros(1, 3, 8, 8)}, "latents has shape"),
+    ({"latents": torch.zeros(1, 1, 8, 9)}, "latents has shape"),
+    ({"latents": torch.zeros(8, 8)}, "latents has shape"),
+    ({"batch_size": 2, "latents": torch.zeros(3, 1, 8, 8)}, "latents has shape"),
+    ({"latents": torch.full((1, 1, 8, 8), float("nan"))}, "finite"),
+    ({"latents": torch.zeros(1, 1, 8, 8, dtype=torch.int64)}, "finite floating-point"),
+    ({"latents": [[0.0]]}, "latents is a list"),
+    ({"output_type": "jpg"}, "output_type is 'jpg'"),
+    ({"order": 2}, "order is 2"),
+    ({"timesteps": []}, "timesteps is empty"),
+    ({"timesteps": [1, 2]}, "strictly decreasing"),
+    ({"timesteps": [1000, 2]}, "1000"),
+    ({"timesteps": [5.5]}, "whole number"),
+    ({"use_sigma_hat": True}, "wants eta=1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: value if isinstance(value, str) else "")
+def test_bad_input_gets_a_sentence_before_the_network_runs(zero, arguments, message) -> None:
+    with pytest.raises((ValueError, TypeError), match=".*") as caught:
+        zero(**arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert zero.unet.timesteps == []
+
+
+def test_no_signal_at_the_first_timestep_is_refused_for_epsilon(zero) -> None:
+    zero.scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    with pytest.raises(ValueError, match="no signal"):
+        zero(num_inference_steps=4)
+
+
+def test_eta_above_one_is_a_warning(zero, caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        zero(eta=1.5, num_inference_steps=2)
+    assert "eta is 1.5" in caplog.text
+
+
+def test_from_pretrained_refuses_unknown_arguments() -> None:
+    with pytest.raises(TypeError, match="no argument 'device_map'"):
+        DDIMPipeline.from_pretrained("mnist", device_map="auto")
+    with pytest.raises(FileNotFoundError, match="no model 'mnits'"):
+        DDIMPipeline.from_pretrained("mnits")
+
+
+def test_component_override(zero) -> None:
+    pipe = DDIMPipeline.from_pretrained("mnist", scheduler=DDIMScheduler(timestep_spacing="trailing"), unet=zero.unet)
+    assert pipe.scheduler.config.timestep_spacing == "trailing"
+    assert pipe.unet is zero.unet

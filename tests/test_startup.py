@@ -1,0 +1,26 @@
+"""What start-up costs: which modules are loaded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def modules_after(code: str) -> set[str]:
+    script = f"{code}\nimport sys\nprint('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_import_brings_in_no_heavy_module() -> None:
+    loaded = modules_after("import ddim; ddim.DDIMPipeline, ddim.DDIMScheduler, ddim.UNet2DModel")
+    heavy = {"huggingface_hub", "datasets", "pydantic", "yaml", "typer", "rich", "matplotlib", "diffusers", "pandas"}
+    assert "torch" in loaded
+    assert not heavy & loaded
+
+
+def test_the_command_line_prints_help_without_pytorch() -> None:
+    script = (
+        "import sys; sys.argv = ['ddim', '--help']\nfrom ddim.cli import main\ntry: main()\nexcept SystemExit: pass"
+    )
+    assert not {"torch", "numpy", "PIL"} & modules_after(script)

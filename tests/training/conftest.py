@@ -1,0 +1,54 @@
+"""What the tests of training share: pictures, and a configuration that takes a few milliseconds a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddim.training.config import TrainConfig, validate
+from digits import TINY_MODEL, digits, write_digits
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Networks this small lose more than they gain by threads; and sums in one order are equal in every process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 40 digits."""
+    return write_digits(tmp_path_factory.mktemp("pictures"), 40)
+
+
+@pytest.fixture(scope="session")
+def images() -> torch.Tensor:
+    """The same as uint8 (40, 1, 8, 8)."""
+    return torch.from_numpy(digits(40))[:, None]
+
+
+@pytest.fixture
+def make_config(pictures: Path) -> Callable[..., TrainConfig]:
+    """A configuration with entries replaced."""
+
+    def make(**entries: Any) -> TrainConfig:
+        return validate(
+            {
+                "data": str(pictures),
+                "model": TINY_MODEL,
+                "batch_size": 8,
+                "max_steps": 12,
+                "optim": {"lr": 2e-3, "warmup_steps": 4},
+                "samples": {"every": 0},
+            }
+            | entries
+        )
+
+    return make
