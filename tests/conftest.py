@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,14 +26,8 @@ TINY: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
-def tiny_config() -> dict[str, Any]:
-    """Arguments for a U-Net of about 30 000 parameters; `diffusers` takes the same."""
-    return dict(TINY)
-
-
-@pytest.fixture(scope="session")
 def make_unet() -> Callable[..., UNet2DModel]:
-    """`make_unet(**changes)`: that network, changed, with weights that depend on its configuration only.
+    """`make_unet(**changes)`: a U-Net of about 30 000 parameters, with weights that depend on its configuration only.
 
     Its predictions are small: x then hardly changes from step to step, and float32 rounding is not amplified over a
     whole sampling process, as other random networks do.
@@ -61,3 +56,11 @@ def tiny_pipeline(tiny_unet: UNet2DModel) -> DDIMPipeline:
     pipe = DDIMPipeline(tiny_unet, DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="session")
+def saved_pipeline(make_unet: Callable[..., UNet2DModel], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `tiny_pipeline` is saved as; to be copied, not changed."""
+    folder = tmp_path_factory.mktemp("saved") / "pipeline"
+    DDIMPipeline(make_unet(), DDIMScheduler()).save_pretrained(folder)
+    return folder

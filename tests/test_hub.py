@@ -59,10 +59,9 @@ def offline_client(hub: Hub, home: Path) -> Iterator[Client]:
 
 
 @pytest.fixture
-def folder(tiny_pipeline: DDIMPipeline, tmp_path: Path) -> Path:
+def folder(saved_pipeline: Path, tmp_path: Path) -> Path:
     """A saved pipeline."""
-    tiny_pipeline.save_pretrained(tmp_path / "saved")
-    return tmp_path / "saved"
+    return shutil.copytree(saved_pipeline, tmp_path / "saved")
 
 
 @pytest.fixture
@@ -134,7 +133,7 @@ def test_the_flat_layout(hub: Hub, client: Client, folder: Path, weights: Weight
 def test_weights_at_the_root_beside_a_unet_folder_are_left(
     hub: Hub, client: Client, folder: Path, weights: Weights, make_unet: Callable[..., UNet2DModel]
 ) -> None:
-    other = make_unet(norm_eps=1e-4)
+    other = make_unet(layers_per_block=2)
     other.save_pretrained(folder)
     hub.add("org/both", folder)
     assert_equal(client(load, "org/both"), weights)
@@ -302,7 +301,7 @@ def test_parts_of_a_pipeline(
     hub: Hub, client: Client, folder: Path, weights: Weights, make_unet: Callable[..., UNet2DModel]
 ) -> None:
     DDIMScheduler(beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
-    average = make_unet(dropout=0.1)
+    average = make_unet(layers_per_block=2)
     average.save_pretrained(folder / "nested/unet_ema")
     hub.add("org/parts", folder)
     config = client(load_scheduler, "org/parts", subfolder="scheduler", clip_sample=False)

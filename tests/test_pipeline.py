@@ -179,10 +179,10 @@ def test_to_moves_and_returns_the_pipeline() -> None:
     assert pipe.to(dtype=torch.bfloat16).unet.conv_in.weight.dtype == torch.bfloat16
     assert pipe.device == torch.device("cpu")
     for nonsense in ("nowhere", 3.5, torch.int64):
-        with pytest.raises((ValueError, TypeError), match="cannot move to"):
+        with pytest.raises((ValueError, TypeError), match=r"cannot move to|no device"):
             pipe.to(nonsense)
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="no CUDA device"):
+        with pytest.raises(ValueError, match="no device 'cuda'"):
             pipe.to("cuda")
 
 
@@ -202,34 +202,36 @@ def test_components_and_register_modules(pipe, zero) -> None:
 def test_non_square_samples() -> None:
     unet = UNet2DModel(
         sample_size=(8, 12), in_channels=1, out_channels=1, block_out_channels=(4, 4), norm_num_groups=2,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), attention_head_dim=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
     )  # fmt: skip
     pipe = DDIMPipeline(unet, DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     assert pipe(num_inference_steps=1).images[0].size == (12, 8)
 
 
-def test_sigma_hat_adds_the_larger_noise(zero) -> None:
-    def spread(**settings) -> float:
-        return float(
-            zero(
-                batch_size=64, seeds=range(64), eta=1.0, timesteps=[900, 880], output_type="pt", **settings
-            ).images.std()
-        )
-
+def test_sigma_hat_adds_ddpms_larger_noise(zero) -> None:
+    """The network predicts no noise, so that what a step adds to sqrt(alpha_prev / alpha) x is the noise alone."""
     zero.scheduler = DDIMScheduler(clip_sample=False)
-    captured: list[Tensor] = []
-    for flag in (False, True):
+    a, a_prev = zero.scheduler.alphas_cumprod[[900, 880]].double().tolist()
+    latents = torch.zeros(256, 1, 8, 8)
+    stds = []
+    for use_sigma_hat in (False, True):
+
+        def keep_first(pipe, index, timestep, tensors):
+            if index == 0:
+                stds.append(float(tensors["latents"].std()))
+
         zero(
-            seeds=range(64), eta=1.0, timesteps=[900, 880], use_sigma_hat=flag,
-            callback_on_step_end=lambda _, index, __, tensors: captured.append(tensors["latents"].clone()) if not index else None,
-        )  # fmt: skip
-    small, large = (float((x - captured[0].mean()).var()) for x in captured)
-    alphas = zero.scheduler.alphas_cumprod.double()
-    beta = 1 - alphas[900] / alphas[880]
-    sigma2 = (1 - alphas[880]) / (1 - alphas[900]) * beta
-    assert large > small
-    assert math.isclose(large - small, float(beta - sigma2), rel_tol=1, abs_tol=0.05)
+            latents=latents,
+            seeds=range(256),
+            eta=1.0,
+            timesteps=[900, 880],
+            use_sigma_hat=use_sigma_hat,
+            callback_on_step_end=keep_first,
+        )
+    expected = [math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev)), math.sqrt(1 - a / a_prev)]
+    assert stds == pytest.approx(expected, rel=0.02)
 
 
 BAD = [
@@ -270,7 +272,7 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: value if isinstance(value, str) else "")
 def test_bad_input_gets_a_sentence_before_the_network_runs(zero, arguments, message) -> None:
-    with pytest.raises((ValueError, TypeError), match=".*") as caught:
+    with pytest.raises((ValueError, TypeError), match=r".*") as caught:
         zero(**arguments)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -7,8 +7,8 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def choose_device(name: str = "auto") -> torch.device:
-    """The device of that name; `auto` is the first GPU there is, else the CPU.
+def choose_device(name: str | torch.device = "auto") -> torch.device:
+    """The device of that name, found to be there; `auto` is the first GPU there is, else the CPU.
 
     Raises:
         ValueError: if there is no such device here.
@@ -21,7 +21,7 @@ def choose_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"there is no device {name!r} here; give cpu, cuda, cuda:1, ... or auto") from None
+        raise ValueError(f"there is no device {str(name)!r} here; give cpu, cuda, cuda:1, ... or auto") from None
     return device
 
 

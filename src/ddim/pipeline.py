@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ddim import hub
 from ddim.checks import non_negative_int, positive_int
+from ddim.devices import choose_device
 from ddim.files import write_folder
 from ddim.images import check_output_type, to_output
 from ddim.noise import NoiseSource, check_seeds, noise_from_generator, noise_from_seeds
@@ -105,27 +106,32 @@ class DDIMPipeline:
         dtype = getattr(self.unet, "dtype", torch.float32)
         return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move the network: `pipe.to("cuda")`, `pipe.to(torch.bfloat16)`, `pipe.to("cuda", torch.bfloat16)`, or
-        `device=` and `dtype=`.
+    def to(
+        self, *args: str | torch.device | torch.dtype, device: str | torch.device | None = None, dtype: Any = None
+    ) -> Self:
+        """Move the network: `pipe.to("cuda")`, `pipe.to(torch.bfloat16)`, `pipe.to("cuda", torch.bfloat16)`.
+
+        Args:
+            args: a device, a floating dtype, or both, in any order.
+            device: the same by name.
+            dtype: the same by name.
 
         Raises:
             ValueError: if there is no such device here.
             TypeError: for anything else than a device and a floating dtype.
         """
-        try:
-            device, dtype = torch._C._nn._parse_to(*args, **kwargs)[:2]
-        except (RuntimeError, TypeError):
-            raise ValueError(
-                f"cannot move to {', '.join(map(repr, [*args, *kwargs.values()]))}; give a device such as 'cpu' or "
-                "'cuda:0', a floating dtype, or both"
-            ) from None
-        if device is not None and device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("there is no CUDA device here; use 'cpu'")
-        try:
-            self.unet.to(device=device, dtype=dtype)
-        except TypeError as error:
-            raise TypeError(f"cannot move to {dtype}: {error}") from None
+        for arg in args:
+            if isinstance(arg, torch.dtype):
+                dtype = arg
+            else:
+                device = arg
+        if not isinstance(device, str | torch.device | None):
+            raise TypeError(
+                f"cannot move to {device!r}; give a device such as 'cpu' or 'cuda:0', a floating dtype, or both"
+            )
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"cannot move to {dtype!r}; give a floating dtype such as torch.bfloat16")
+        self.unet.to(device=None if device is None else choose_device(device), dtype=dtype)
         return self
 
     def set_progress_bar_config(self, **config: Any) -> None:

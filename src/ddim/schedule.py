@@ -82,7 +82,7 @@ def check_betas(betas: ArrayLike) -> NDArray[np.float64]:
     kept = 1 - array
     if array.ndim != 1 or not array.size or not (np.all((kept[:-1] > 0) & (kept[:-1] < 1)) and 0 <= kept[-1] < 1):
         raise ValueError(
-            "trained_betas must be a non-empty list of numbers between 0 and 1, both excluded but for the last"
+            "trained_betas must be a non-empty list of numbers between 0 and 1, both excluded (the last may be 1)"
         )
     return array
 
@@ -121,8 +121,8 @@ def make_timesteps(
 
     With S = `num_inference_steps` and i = 0 .. S-1:
 
-    - `leading`: i * (T // S) + steps_offset, the choice of most pretrained models; where S divides T it is the "uniform"
-      of the original code;
+    - `leading`: i * (T // S) + steps_offset, the choice of most pretrained models; where S divides T it is the
+      "uniform" of the original code;
     - `trailing`: round(T - i T / S) - 1, which starts from T - 1 (arXiv 2305.08891, table 2);
     - `linspace`: S points from T - 1 to 0, rounded;
     - `quad`: int(linspace(0, sqrt(0.8 T), S)**2), the paper's choice for CIFAR-10. Its smallest entries repeat from

@@ -1,4 +1,4 @@
-"""Whole pictures against `diffusers`: the same trained weights, scheduler settings and random numbers give the same picture."""
+"""Whole pictures against `diffusers`: one set of weights, settings and random numbers gives one picture."""
 
 from __future__ import annotations
 

@@ -24,14 +24,16 @@ class Section(BaseModel):
 
 
 class OptimConfig(Section):
-    """AdamW with a linear warm-up to a constant rate, gradient clipping, and an exponential moving average of the
-    weights.
+    """AdamW, gradient clipping, and an exponential moving average of the weights.
+
+    The learning rate rises linearly for `warmup_steps`, stays at `lr`, and falls linearly over the last `decay_steps`.
     """
 
     lr: PositiveFloat = Field(default=2e-4, allow_inf_nan=False)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
     warmup_steps: NonNegativeInt = 5000
+    decay_steps: NonNegativeInt = 0
     grad_clip: PositiveFloat = 1.0
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
 

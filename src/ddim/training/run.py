@@ -24,6 +24,7 @@ from ddim.files import write_whole
 from ddim.images import save_images
 from ddim.pipeline import DDIMPipeline
 from ddim.training.config import TrainConfig, differences, validate
+from ddim.training.curve import plot_loss
 from ddim.training.data import fingerprint, load_images
 from ddim.training.trainer import Progress, Trainer
 from ddim.version import __version__
@@ -72,6 +73,8 @@ def train(config: TrainConfig, out: Path, device: torch.device, resume: bool = T
     DDIMPipeline(trainer.ema, trainer.scheduler).save_pretrained(final)
     if config.samples.every:
         _paint(trainer, out / "samples" / "final.png")
+    if log.path.exists():
+        plot_loss(log.path, out / "loss.png")
     return final
 
 
@@ -82,7 +85,7 @@ def _check_run(config: TrainConfig, out: Path, images: Tensor, resume: bool) -> 
         "data": {"images": len(images), "sha256": fingerprint(images)},
         "versions": {
             "ddim": __version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "numpy": numpy.__version__,
             "python": platform.python_version(),
         },

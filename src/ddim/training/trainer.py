@@ -199,8 +199,11 @@ class Trainer:
         return x0.to(self.device), noise.to(self.device), timesteps.to(self.device)
 
     def _learning_rate(self) -> float:
+        """Of the next step: up in `warmup_steps`, constant, and down to almost zero in the last `decay_steps`."""
         optim = self.config.optim
-        return optim.lr * min(1.0, (self.step + 1) / max(1, optim.warmup_steps))
+        up = (self.step + 1) / max(1, optim.warmup_steps)
+        down = (self.config.max_steps - self.step) / max(1, optim.decay_steps)
+        return optim.lr * min(1.0, up, down)
 
 
 def zero_last_layers(model: UNet2DModel) -> None:

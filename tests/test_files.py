@@ -1,0 +1,591 @@
+"""What becomes of files that are damaged, foreign or dangerous, and of a save that fails half-way.
+
+Every case must end in the documented exception with a message that names the file, never in code that runs, in other
+weights than were saved, or in a folder that has lost what was in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import inspect
+import io
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ddim.config import ConfigMixin, register_to_config
+from ddim.files import write_folder, write_whole
+from ddim.hub import ModelFiles, choose_weights, read_weights
+from ddim.pipeline import DDIMPipeline
+from ddim.scheduler import DDIMScheduler
+from ddim.unet import UNet2DModel
+
+NAME = "diffusion_pytorch_model"
+SAFETENSORS = f"{NAME}.safetensors"
+PICKLE = f"{NAME}.bin"
+INDEX = f"{NAME}.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(saved_pipeline: Path, tmp_path: Path) -> Path:
+    """A saved pipeline."""
+    return shutil.copytree(saved_pipeline, tmp_path / "model")
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """All files, with their bytes, and folders."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def flip(path: Path, position: int, bit: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(position, os.SEEK_END if position < 0 else os.SEEK_SET)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
+# Round trips
+
+
+def test_a_saved_pipeline_is_what_it_was(tiny_pipeline: DDIMPipeline, folder: Path) -> None:
+    loaded = DDIMPipeline.from_pretrained(folder)
+    assert same(loaded.unet.state_dict(), tiny_pipeline.unet.state_dict())
+    assert json.dumps(loaded.unet.config) == json.dumps(tiny_pipeline.unet.config)
+    assert loaded.scheduler.config == tiny_pipeline.scheduler.config
+    assert sorted(name for name, content in contents(folder).items() if content is not None) == [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        f"unet/{SAFETENSORS}",
+    ]
+
+
+def test_every_argument_of_a_scheduler_is_kept(tmp_path: Path) -> None:
+    changed: dict[str, Any] = {
+        "num_train_timesteps": 40,
+        "beta_start": 0.001,
+        "beta_end": 0.03,
+        "beta_schedule": "squaredcos_cap_v2",
+        "trained_betas": np.linspace(1e-3, 0.3, 40) ** 1.5,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "prediction_type": "v_prediction",
+        "thresholding": True,
+        "dynamic_thresholding_ratio": 0.9,
+        "clip_sample_range": 1.5,
+        "sample_max_value": 2.5,
+        "timestep_spacing": "trailing",
+        "rescale_betas_zero_snr": True,
+    }
+    defaults = inspect.signature(DDIMScheduler).parameters
+    assert list(changed) == list(defaults)
+    assert all(not np.array_equal(value, defaults[name].default) for name, value in changed.items())
+
+    scheduler = DDIMScheduler(**changed)
+    scheduler.save_pretrained(tmp_path)
+    loaded = DDIMScheduler.from_pretrained(tmp_path)
+    for name, value in changed.items():
+        np.testing.assert_array_equal(loaded.config[name], value, err_msg=name)
+    assert torch.equal(loaded.alphas_cumprod, scheduler.alphas_cumprod)
+    assert DDIMScheduler.from_pretrained(tmp_path, steps_offset=3).config.steps_offset == 3
+
+
+def test_a_loaded_network_is_in_evaluation_mode_and_can_be_trained(folder: Path) -> None:
+    unet = UNet2DModel.from_pretrained(folder, subfolder="unet")
+    assert not any(module.training for module in unet.modules())
+    assert all(parameter.requires_grad for parameter in unet.parameters())
+
+
+def test_loading_leaves_the_random_state(make_unet: Callable[..., UNet2DModel], tmp_path: Path) -> None:
+    make_unet(time_embedding_type="fourier").save_pretrained(tmp_path)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    UNet2DModel.from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    np.testing.assert_array_equal(np.random.get_state()[1], before[1])
+    assert random.getstate() == before[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtypes(tiny_unet: UNet2DModel, folder: Path, dtype: torch.dtype) -> None:
+    loaded = DDIMPipeline.from_pretrained(folder, torch_dtype=dtype)
+    assert loaded.dtype == dtype
+    assert same(loaded.unet.state_dict(), tiny_unet.to(dtype).state_dict())
+    # A file in half precision is read as float32 unless asked otherwise, and holds half the bytes.
+    tiny_unet.save_pretrained(folder / "half")
+    assert UNet2DModel.from_pretrained(folder / "half").dtype == torch.float32
+    assert (folder / f"half/{SAFETENSORS}").stat().st_size < 0.7 * (folder / f"unet/{SAFETENSORS}").stat().st_size
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "float16"])
+def test_a_dtype_that_is_none(folder: Path, dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"torch_dtype is .*floating"):
+        DDIMPipeline.from_pretrained(folder, torch_dtype=dtype)
+
+
+# Folders that hold something else
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("", r"holds no model: looked for scheduler/scheduler_config\.json and scheduler_config\.json"),
+        ("scheduler", r"holds no model: looked for scheduler/scheduler_config\.json and scheduler_config\.json"),
+        ("unet", r"holds no model: looked for unet/config\.json and config\.json"),
+        (f"unet/{SAFETENSORS}", rf"unet has no such weights: looked for {SAFETENSORS}, .*; found none"),
+    ],
+)
+def test_what_is_missing_is_told(folder: Path, lost: str, message: str) -> None:
+    path = folder / lost
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    folder.mkdir(exist_ok=True)
+    with pytest.raises(FileNotFoundError, match=message):
+        DDIMPipeline.from_pretrained(folder)
+
+
+def test_a_folder_without_an_index_is_read(folder: Path) -> None:
+    (folder / "model_index.json").unlink()
+    DDIMPipeline.from_pretrained(folder)
+
+
+def test_parts_that_are_not_there(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no .*other/config\.json"):
+        UNet2DModel.from_pretrained(folder, subfolder="other")
+    with pytest.raises(FileNotFoundError, match=r"there is no .*other/scheduler_config\.json"):
+        DDIMScheduler.from_pretrained(folder, subfolder="other")
+
+
+def test_a_variant_that_is_not_there(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"looked for {NAME}\.fp16\.safetensors.*found {SAFETENSORS}"):
+        DDIMPipeline.from_pretrained(folder, variant="fp16")
+
+
+def test_the_order_of_preference() -> None:
+    names = [SAFETENSORS, INDEX, PICKLE, f"{NAME}.bin.index.json"]
+    for position in range(4):
+        assert choose_weights(reversed(names[position:])) == names[position]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": "StableDiffusionPipeline"}, "the class 'StableDiffusionPipeline' for _class_name; allowed"),
+        ({"unet": ["diffusers", "UNet2DConditionModel"]}, "the class 'UNet2DConditionModel' for unet"),
+        ({"scheduler": ["os", "system"]}, "the class 'system' for scheduler"),
+        ({"vae": ["diffusers", "AutoencoderKL"]}, "a component 'vae'"),
+        ({"unet": [None, None]}, "the class None for unet"),
+        ({"unet": []}, r"the class \[\] for unet"),
+    ],
+)
+def test_an_index_with_other_classes(folder: Path, changes: dict[str, Any], message: str) -> None:
+    edit(folder / "model_index.json", **changes)
+    with pytest.raises(ValueError, match=rf"model_index\.json names {message}"):
+        DDIMPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "is no valid JSON"),
+        (b'{"sample_size": 16', "is no valid JSON"),
+        (b"\xff\xfe", "is no valid JSON"),
+        (b"[" * 100_000, "is no valid JSON"),
+        (b"[1, 2]", "must hold a JSON object, not a list"),
+        (b"null", "must hold a JSON object, not a NoneType"),
+    ],
+    ids=["empty", "cut", "binary", "deep", "list", "null"],
+)
+def test_json_that_is_none(folder: Path, name: str, text: bytes, message: str) -> None:
+    (folder / name).write_bytes(text)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} {message}"):
+        DDIMPipeline.from_pretrained(folder)
+
+
+def test_a_configuration_of_another_class(folder: Path) -> None:
+    edit(folder / "unet/config.json", _class_name="UNet2DConditionModel")
+    with pytest.raises(
+        ValueError, match=r"unet/config\.json describes a UNet2DConditionModel; allowed are UNet2DModel"
+    ):
+        DDIMPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", [None, "abc", -1, [], {}, [None, None], 1.5, 10**12])
+@pytest.mark.parametrize(
+    "name",
+    ["block_out_channels", "down_block_types", "in_channels", "norm_num_groups", "act_fn"],
+)
+def test_a_network_configuration_with_a_wrong_value(folder: Path, name: str, value: Any) -> None:
+    edit(folder / "unet/config.json", **{name: value})
+    with pytest.raises(ValueError, match="unet"):
+        DDIMPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", ["abc", [], {}, -1])
+@pytest.mark.parametrize("name", ["num_train_timesteps", "beta_end", "trained_betas", "clip_sample_range"])
+def test_a_scheduler_configuration_with_a_wrong_value(folder: Path, name: str, value: Any) -> None:
+    edit(folder / "scheduler/scheduler_config.json", **{name: value})
+    with pytest.raises(ValueError, match=r"scheduler_config\.json describes no DDIMScheduler"):
+        DDIMPipeline.from_pretrained(folder)
+
+
+def test_an_override_that_is_no_argument(folder: Path) -> None:
+    with pytest.raises(TypeError, match="beta_stop"):
+        DDIMScheduler.from_pretrained(folder, subfolder="scheduler", beta_stop=0.1)
+    with pytest.raises(TypeError, match="no argument 'vae'"):
+        DDIMPipeline.from_pretrained(folder, vae=None)
+
+
+# Weights that are damaged, foreign or dangerous
+
+
+class Small(ConfigMixin, ModelFiles, nn.Module):
+    """A network whose file is so small that every bit of it can be tried."""
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(self, size: int = 3) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, 2)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+
+def test_truncated_safetensors(folder: Path) -> None:
+    path = folder / f"unet/{SAFETENSORS}"
+    whole = path.read_bytes()
+    for length in (0, 1, 7, 8, 9, 1000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=rf"{SAFETENSORS} is truncated or damaged"):
+            DDIMPipeline.from_pretrained(folder)
+
+
+def test_safetensors_with_a_flipped_bit_in_the_data(folder: Path) -> None:
+    path = folder / f"unet/{SAFETENSORS}"
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    chosen = random.Random(0)
+    for position in [start, start + 3, len(whole) - 1, *(chosen.randrange(start, len(whole)) for _ in range(20))]:
+        path.write_bytes(whole)
+        flip(path, position, chosen.randrange(8))
+        with pytest.raises(ValueError, match=rf"{SAFETENSORS} is damaged: .*SHA-256"):
+            DDIMPipeline.from_pretrained(folder)
+
+
+def test_safetensors_with_any_bit_flipped(tmp_path: Path) -> None:
+    """Refused, or the flip is in what has no meaning (the name of the checksum's entry, white space)."""
+    small = Small()
+    small.save_pretrained(tmp_path)
+    expected = dict(small.state_dict())
+    path = tmp_path / SAFETENSORS
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    read = []
+    for position in range(8 * len(whole)):
+        flip(path, position // 8, position % 8)
+        with contextlib.suppress(ValueError):
+            assert same(read_weights(tmp_path), expected)
+            read.append(position // 8)
+        flip(path, position // 8, position % 8)
+    assert max(read) < start
+
+
+class Evil:
+    """Unpickling this runs a command."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("disguise", ["alone", "among tensors", "as a shard", "as safetensors", "in the flat layout"])
+def test_a_pickle_that_would_run_code(
+    tiny_unet: UNet2DModel, folder: Path, tmp_path: Path, disguise: str, legacy: bool
+) -> None:
+    evil = Evil(tmp_path / "touched")
+    content = evil if disguise == "alone" else dict(tiny_unet.state_dict()) | {"conv_in.bias": evil}
+    path = folder / "unet" / (f"{NAME}-00001-of-00001.bin" if disguise == "as a shard" else PICKLE)
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    raw = path.read_bytes()
+    (folder / f"unet/{SAFETENSORS}").unlink()
+    if disguise == "as a shard":
+        index = {"weight_map": dict.fromkeys(tiny_unet.state_dict(), path.name)}
+        (folder / f"unet/{NAME}.bin.index.json").write_text(json.dumps(index))
+    elif disguise == "as safetensors":
+        path.rename(folder / f"unet/{SAFETENSORS}")
+    elif disguise == "in the flat layout":
+        shutil.move(path, folder)
+        shutil.move(folder / "unet/config.json", folder)
+
+    with pytest.raises(ValueError, match=r"is truncated or damaged" if "safe" in disguise else r"\.bin is refused: "):
+        DDIMPipeline.from_pretrained(folder)
+    assert not evil.path.exists()
+    # The file is what it is said to be.
+    torch.load(io.BytesIO(raw), weights_only=False)
+    assert evil.path.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_damaged_pickle(tmp_path: Path, legacy: bool) -> None:
+    """Never another exception, and never a part of the tensors; flips in their data cannot be told."""
+    small = Small()
+    path = tmp_path / PICKLE
+    torch.save(small.state_dict(), path, _use_new_zipfile_serialization=not legacy)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 29):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=rf"{NAME}\.bin is (refused|truncated)"):
+            read_weights(tmp_path)
+    path.write_bytes(whole)
+    for position in range(0, len(whole), 3):
+        flip(path, position, position % 8)
+        with contextlib.suppress(ValueError):
+            assert len(read_weights(tmp_path)) == 3
+        flip(path, position, position % 8)
+    assert same(read_weights(tmp_path), dict(small.state_dict()))
+
+
+@pytest.mark.parametrize("content", [torch.zeros(2), [torch.zeros(2)], {"state_dict": {"a": torch.zeros(2)}}, {"a": 1}])
+def test_a_pickle_of_something_else(folder: Path, content: Any) -> None:
+    (folder / f"unet/{SAFETENSORS}").unlink()
+    torch.save(content, folder / f"unet/{PICKLE}")
+    with pytest.raises(ValueError, match=rf"{NAME}\.bin does not hold a dictionary of tensors"):
+        DDIMPipeline.from_pretrained(folder)
+
+
+def test_weights_that_do_not_fit(tiny_unet: UNet2DModel, folder: Path) -> None:
+    path = folder / f"unet/{SAFETENSORS}"
+    tensors = dict(tiny_unet.state_dict())
+    tensors["conv_in.kernel"] = tensors.pop("conv_in.weight")
+    tensors["conv_in.bias"] = torch.zeros(9)
+    safetensors.torch.save_file(tensors, path)
+    fragments = "conv_in.weight is missing; conv_in.kernel is not known; conv_in.bias has shape (9,) instead of (8,)"
+    with pytest.raises(ValueError, match=rf"unet do not fit its configuration: {re.escape(fragments)}$"):
+        DDIMPipeline.from_pretrained(folder)
+    safetensors.torch.save_file({"other": torch.zeros(1)}, path)
+    fragment = r"conv_in\.weight is missing; conv_in\.bias is missing; [\w.]+ is missing \(and \d+ more\)$"
+    with pytest.raises(ValueError, match=fragment):
+        DDIMPipeline.from_pretrained(folder)
+
+
+@pytest.fixture
+def sharded(tiny_unet: UNet2DModel, folder: Path) -> Path:
+    """The network's folder, with its weights in shards."""
+    tiny_unet.save_pretrained(folder / "unet", max_shard_size="50KB")
+    return folder / "unet"
+
+
+@pytest.mark.parametrize("name", ["../evil.safetensors", "/evil.safetensors", "sub/evil.safetensors", "evil.txt", ".."])
+def test_an_index_that_leads_elsewhere(folder: Path, sharded: Path, name: str) -> None:
+    index = json.loads((sharded / INDEX).read_text())
+    for place in (folder, sharded / "sub"):
+        place.mkdir(exist_ok=True)
+        shutil.copy(next(sharded.glob("*-00001-of-*")), place / "evil.safetensors")
+    index["weight_map"]["conv_in.weight"] = str(folder / "evil.safetensors") if name.startswith("/") else name
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"{INDEX} names '.*'; shards are .* files beside it"):
+        DDIMPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {"conv_in.weight": 3}, {"conv_in.weight": None}])
+def test_an_index_that_is_none(folder: Path, sharded: Path, weight_map: Any) -> None:
+    edit(sharded / INDEX, weight_map=weight_map)
+    with pytest.raises(ValueError, match=f"{INDEX} has no weight_map"):
+        DDIMPipeline.from_pretrained(folder)
+
+
+def test_a_shard_that_is_missing_or_damaged(folder: Path, sharded: Path) -> None:
+    shard = sorted(sharded.glob("*-of-*"))[1]
+    flip(shard, -1, 0)
+    with pytest.raises(ValueError, match=f"{shard.name} is damaged"):
+        DDIMPipeline.from_pretrained(folder)
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{INDEX} names {shard.name}, which is not there"):
+        DDIMPipeline.from_pretrained(folder)
+
+
+# Saving over what is there, and saves that fail
+
+
+@pytest.mark.parametrize("sizes", [("50KB", "10GB"), ("10GB", "50KB"), ("50KB", "30KB"), ("30KB", 50_000)])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_no_weights_of_an_earlier_save_are_left(
+    make_unet: Callable[..., UNet2DModel], tmp_path: Path, sizes: tuple[int | str, int | str], variant: str | None
+) -> None:
+    kept = {"README.md": b"mine", "sub/notes.txt": b"mine", f"{NAME}.ema.safetensors": b"mine", PICKLE: b"mine"}
+    (tmp_path / "sub").mkdir()
+    for name, content in kept.items():
+        (tmp_path / name).write_bytes(content)
+    make_unet(layers_per_block=2).save_pretrained(tmp_path, variant, max_shard_size=sizes[0])
+    new = make_unet()
+    new.save_pretrained(tmp_path, variant, max_shard_size=sizes[1])
+    assert same(UNet2DModel.from_pretrained(tmp_path, variant=variant).state_dict(), new.state_dict())
+
+    new.save_pretrained(tmp_path / "fresh", variant, max_shard_size=sizes[1])
+    assert {path.name for path in (tmp_path / "fresh").iterdir()} | {"README.md", "sub", "fresh"} == {
+        path.name for path in tmp_path.iterdir()
+    } - {f"{NAME}.ema.safetensors", PICKLE}
+    assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
+
+
+def test_variants_stand_side_by_side(
+    tiny_unet: UNet2DModel, make_unet: Callable[..., UNet2DModel], tmp_path: Path
+) -> None:
+    tiny_unet.save_pretrained(tmp_path, "fp16", max_shard_size="50KB")
+    make_unet().save_pretrained(tmp_path)
+    make_unet().save_pretrained(tmp_path, max_shard_size="50KB")
+    assert same(UNet2DModel.from_pretrained(tmp_path, variant="fp16").state_dict(), tiny_unet.state_dict())
+
+
+@pytest.mark.parametrize("calls", [0, 1], ids=["the first shard", "the second shard"])
+def test_a_save_that_fails_changes_nothing(
+    make_unet: Callable[..., UNet2DModel], folder: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    before = contents(folder)
+    save_file, written = safetensors.torch.save_file, []
+
+    def fail(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save_file(tensors, path, metadata)
+        written.append(path)
+        if len(written) > calls:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    pipe = DDIMPipeline(make_unet(layers_per_block=2), DDIMScheduler(beta_end=0.01))
+    with pytest.raises(OSError, match="No space left on device"):
+        pipe.save_pretrained(folder, max_shard_size="50KB")
+    assert contents(folder) == before
+    DDIMPipeline.from_pretrained(folder)
+
+
+@pytest.fixture
+def small_disk(folder: Path, tmp_path: Path) -> Iterator[Path]:
+    """A disk that holds the saved pipeline, and too little room for a second one."""
+    size = sum(path.stat().st_size for path in folder.rglob("*.*"))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", str(disk)]
+    if sys.platform != "linux" or os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_changes_nothing(make_unet: Callable[..., UNet2DModel], folder: Path, small_disk: Path) -> None:
+    shutil.copytree(folder, small_disk / "model")
+    before = contents(small_disk)
+    for size in ("10GB", "50KB"):
+        with pytest.raises(OSError, match="No space left on device"):
+            DDIMPipeline(make_unet(layers_per_block=2), DDIMScheduler()).save_pretrained(
+                small_disk / "model", max_shard_size=size
+            )
+        assert contents(small_disk) == before
+
+
+def test_saving_into_a_file(tiny_pipeline: DDIMPipeline, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("mine")
+    for part in (tiny_pipeline, tiny_pipeline.unet, tiny_pipeline.scheduler):
+        with pytest.raises(NotADirectoryError, match="file"):
+            part.save_pretrained(path)
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no umask there")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_permissions_follow_the_umask(tiny_pipeline: DDIMPipeline, tmp_path: Path, umask: int) -> None:
+    old = os.umask(umask)
+    try:
+        tiny_pipeline.save_pretrained(tmp_path / "model")
+        with write_whole(tmp_path / "file.txt") as path:
+            path.write_text("new")
+        with write_folder(tmp_path / "folder") as path:
+            (path / "sub").mkdir()
+            (path / "sub/file.txt").write_text("new")
+    finally:
+        os.umask(old)
+    for path in tmp_path.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+# The two functions that all of this rests on
+
+
+def test_write_whole_replaces_a_file(tmp_path: Path) -> None:
+    target = tmp_path / "file.txt"
+    for content in ("one", "two"):
+        with write_whole(target) as path:
+            path.write_text(content)
+            assert path.parent == tmp_path
+            assert path.suffix == ".txt"
+            assert not target.exists() or target.read_text() == "one"
+        assert contents(tmp_path) == {"file.txt": content.encode()}
+
+
+def write_and_fail(writer: AbstractContextManager[Path], error: type[BaseException]) -> None:
+    with writer as path:
+        for target in (path / "a.txt", path / "b.txt") if path.is_dir() else (path,):
+            target.write_text("new")
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt])
+def test_write_whole_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
+    (tmp_path / "file.txt").write_text("old")
+    for name in ("file.txt", "other.txt"):
+        with pytest.raises(error):
+            write_and_fail(write_whole(tmp_path / name), error)
+    assert contents(tmp_path) == {"file.txt": b"old"}
+
+
+def test_write_whole_wants_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), write_whole(tmp_path / "missing/file.txt"):
+        pytest.fail("there is nothing to write to")
+
+
+def test_write_folder_adds_to_a_folder(tmp_path: Path) -> None:
+    target = tmp_path / "deep/folder"
+    with write_folder(target) as path:
+        (path / "a.txt").write_text("one")
+    with write_folder(target) as path:
+        (path / "sub").mkdir()
+        for name in ("a.txt", "sub/b.txt"):
+            (path / name).write_text("two")
+        assert (target / "a.txt").read_text() == "one"
+    assert contents(target) == {"a.txt": b"two", "sub": None, "sub/b.txt": b"two"}
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt])
+def test_write_folder_leaves_the_old_files(tmp_path: Path, error: type[BaseException]) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(error):
+        write_and_fail(write_folder(tmp_path), error)
+    assert contents(tmp_path) == {"a.txt": b"old"}
