@@ -32,7 +32,7 @@ class FrozenConfig(dict[str, Any]):
         raise TypeError("a configuration is read-only; build a new object with from_config(config, name=value)")
 
     __setattr__ = __setitem__ = __delitem__ = __delattr__ = _refuse
-    pop = popitem = clear = update = setdefault = _refuse
+    pop = popitem = clear = update = setdefault = __ior__ = _refuse
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FrozenConfig, (dict(self),)

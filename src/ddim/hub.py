@@ -31,7 +31,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from ddim.files import write_folder, write_whole
+from ddim.files import write_folder
 
 logger = logging.getLogger(__name__)
 
@@ -511,12 +511,10 @@ class ModelFiles:
             (temporary / module.config_name).write_text(module.config_json(), encoding="utf-8")
             for name, keys in plan.filename_to_tensors.items():
                 shard = {key: tensors[key] for key in keys}
-                # Some versions of safetensors leave files that only their owner can read; write_whole does not.
-                with write_whole(temporary / name) as path:
-                    try:
-                        save_file(shard, path, metadata={"format": "pt", "sha256": _digest(shard)})
-                    except SafetensorError as error:
-                        raise OSError(f"cannot write {target / name}: {error}") from error
+                try:
+                    save_file(shard, temporary / name, metadata={"format": "pt", "sha256": _digest(shard)})
+                except SafetensorError as error:
+                    raise OSError(f"cannot write {target / name}: {error}") from error
             if plan.is_sharded:
                 index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
                 index_name = f"{WEIGHTS}.safetensors.index{infix}.json"

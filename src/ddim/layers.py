@@ -106,6 +106,11 @@ def double(hidden_states: Tensor) -> Tensor:
     return F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
 
 
+def halve(hidden_states: Tensor) -> Tensor:
+    """Averages of 2x2 pixels: (N, C, 2H, 2W) to (N, C, H, W)."""
+    return F.avg_pool2d(hidden_states, 2)
+
+
 class ResnetBlock2D(nn.Module):
     """norm - act - conv - (+ time) - norm - act - dropout - conv, plus a shortcut.
 
@@ -139,14 +144,14 @@ class ResnetBlock2D(nn.Module):
         super().__init__()
         self.scale_shift = time_embedding_norm == "scale_shift"
         self.output_scale_factor = output_scale_factor
-        self.resample = {"up": double, "down": lambda x: F.avg_pool2d(x, 2), None: None}[resample]
+        self.resample = {"up": double, "down": halve, None: None}[resample]
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(temb_channels, out_channels * (2 if self.scale_shift else 1))
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nonlinearity = ACTIVATIONS[act_fn]()
+        self.nonlinearity = ACTIVATIONS[act_fn.lower()]()
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
@@ -200,6 +205,6 @@ class Attention(nn.Module):
             project(tokens).view(N, H * W, self.heads, self.head_dim).transpose(1, 2)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, H * W, -1)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, H * W, self.heads * self.head_dim)
         output = hidden_states + self.to_out[0](mixed).transpose(1, 2).reshape(N, C, H, W)
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor

@@ -3,7 +3,8 @@ class of that name in `diffusers`.
 
 The network (DDPM, arXiv 2006.11239, appendix B) goes down through feature maps of shrinking size, through a middle
 block, and up again; every map on the way down is handed across to the way up. A block type is a name for two choices,
-attention or not and how to resample (`BLOCKS`), so that one class serves for all blocks of a direction.
+attention or not and how to resample (`DOWN_BLOCKS`, `UP_BLOCKS`), so that one class serves for all blocks of a
+direction.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ddim.checks import positive_int
 from ddim.config import ConfigMixin, register_to_config
 from ddim.hub import ModelFiles
 from ddim.layers import (
@@ -78,7 +80,7 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
         dropout: in residual blocks, while training.
         act_fn: `silu` (`swish`), `mish`, `gelu` or `relu`.
         attention_head_dim: channels a head; `None` for a single head.
-        norm_num_groups: groups of all group norms; divides all channel counts.
+        norm_num_groups: groups of the group norms; divides all channel counts.
         attn_norm_num_groups: groups of the middle attention's norm; unless given, `norm_num_groups`, or no norm with
             `scale_shift`.
         norm_eps: of all group norms.
@@ -219,8 +221,9 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
         return self.conv_in.weight.device
 
     def enable_gradient_checkpointing(self) -> None:
-        """While gradients are recorded, keep only what enters each residual block and recompute the rest in the
-        backward pass: less memory, more time.
+        """Save memory while training: of the residual blocks of all levels keep only what enters them.
+
+        The backward pass computes the rest again. Attention and resampling are kept whole.
         """
         self.gradient_checkpointing = True
 
@@ -292,6 +295,8 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
         if self.config.center_input_sample:
             sample = 2 * sample - 1
         emb = self.embed(timestep, class_labels)
+        if emb.shape[0] not in (1, sample.shape[0]):
+            raise ValueError(f"{emb.shape[0]} timesteps or class_labels were given for {sample.shape[0]} samples")
         save_memory = self.gradient_checkpointing and torch.is_grad_enabled()
 
         hidden_states = self.conv_in(sample)
@@ -429,7 +434,7 @@ def _check(config: Any) -> tuple[list[BlockType], list[BlockType]]:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(str(a) for a in allowed)}")
 
     levels = len(config.block_out_channels)
-    if not levels == len(config.down_block_types) == len(config.up_block_types):
+    if not 0 < levels == len(config.down_block_types) == len(config.up_block_types):
         raise ValueError(
             f"block_out_channels, down_block_types and up_block_types must be of one length, not {levels}, "
             f"{len(config.down_block_types)} and {len(config.up_block_types)}"
@@ -444,14 +449,20 @@ def _check(config: Any) -> tuple[list[BlockType], list[BlockType]]:
     choice("mid_block_type", config.mid_block_type, ("UNetMidBlock2D", None))
     choice("time_embedding_type", config.time_embedding_type, ("positional", "fourier", "learned"))
     choice("resnet_time_scale_shift", config.resnet_time_scale_shift, ("default", "scale_shift"))
-    choice("act_fn", config.act_fn, ACTIVATIONS)
+    choice("act_fn", str(config.act_fn).lower(), ACTIVATIONS)
     choice("downsample_type", config.downsample_type, ("conv", "resnet"))
     choice("upsample_type", config.upsample_type, ("conv", "resnet"))
     choice("class_embed_type", config.class_embed_type, (None, "timestep", "identity"))
     if config.time_embedding_type == "learned" and not config.num_train_timesteps:
         raise ValueError("time_embedding_type 'learned' needs num_train_timesteps, the number of rows of the embedding")
-    if config.layers_per_block < 1:
-        raise ValueError(f"layers_per_block is {config.layers_per_block}; it must be at least 1")
+    positive_int("layers_per_block", config.layers_per_block)
+    positive_int("norm_num_groups", config.norm_num_groups)
+    if config.attn_norm_num_groups is not None and config.block_out_channels[-1] % config.attn_norm_num_groups:
+        raise ValueError(
+            f"attn_norm_num_groups is {config.attn_norm_num_groups}, which does not divide "
+            f"{config.block_out_channels[-1]}, "
+            "the channels of the middle block"
+        )
     for channels in config.block_out_channels:
         if channels % config.norm_num_groups:
             raise ValueError(

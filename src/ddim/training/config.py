@@ -79,8 +79,8 @@ class TrainConfig(Section):
 
 
 MAY_CHANGE = {"data", "max_steps", "samples", "checkpoint_every", "keep_checkpoints"}
-"""Entries that may differ when a run goes on: none of them changes what an earlier step has computed. (`data` is a
-path; its content is compared.)
+"""Entries that may differ when a run goes on: none of them changes what an earlier step has computed, unless that was
+one of the last `decay_steps`, which move with `max_steps`. (`data` is a path; its content is compared.)
 """
 
 

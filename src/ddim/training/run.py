@@ -2,6 +2,7 @@
 
 RUN/config.yaml       the configuration, the data's fingerprint and the versions of everything
 RUN/metrics.jsonl     a line every 50 steps: step, loss (mean of those 50), gradient norm, images a second
+RUN/loss.png          the losses in it as a curve
 RUN/samples/          a grid every so many steps, always from the same seeds
 RUN/checkpoints/      what is needed to go on
 RUN/final/            the result: a pipeline folder for `ddim` and `diffusers`, with the averaged weights
