@@ -87,6 +87,7 @@ def test_a_text_file_called_png_is_named(pictures: Path, tmp_path: Path) -> None
         load_images(tmp_path, 8, 1)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
 def test_truncated_images_are_named(tmp_path: Path, kind: str) -> None:
     buffer = io.BytesIO()

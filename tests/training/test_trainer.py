@@ -138,18 +138,17 @@ def test_flips(make_config: MakeConfig, images: Tensor, tmp_path: Path, flip: bo
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_weights_follow_adamw_with_a_linear_warm_up(
+def test_weights_follow_adamw_with_a_linear_warm_up_and_decay(
     make_config: MakeConfig, images: Tensor, tmp_path: Path, weight_decay: float
 ) -> None:
-    config = make_config(
-        max_steps=6, optim={"lr": 2e-3, "warmup_steps": 4, "betas": [0.8, 0.99], "weight_decay": weight_decay}
-    )
+    optim = {"lr": 2e-3, "warmup_steps": 4, "decay_steps": 3, "betas": [0.8, 0.99], "weight_decay": weight_decay}
+    config = make_config(max_steps=8, optim=optim)
     _, record = run(config, images, tmp_path)
+    rates = [2e-3 * part for part in (1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 2 / 3, 1 / 3)]
     for name, start in record.weights[0].items():
         weight, m, v = start.double(), torch.zeros(()), torch.zeros(())
-        for n, gradients in enumerate(record.gradients, start=1):
+        for n, (gradients, rate) in enumerate(zip(record.gradients, rates, strict=True), start=1):
             gradient = gradients[name].double()
-            rate = 2e-3 * min(1, n / 4)
             m, v = 0.8 * m + 0.2 * gradient, 0.99 * v + 0.01 * gradient**2
             weight = weight * (1 - rate * weight_decay)
             weight = weight - rate * (m / (1 - 0.8**n)) / ((v / (1 - 0.99**n)).sqrt() + 1e-8)
