@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 from ddim.config import ConfigMixin, register_to_config
 from ddim.files import write_folder, write_whole
-from ddim.hub import ModelFiles, choose_weights, read_weights
+from ddim.hub import ModelFiles
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.unet import UNet2DModel
+from ddim.weights import choose_weights, read_weights
 
 NAME = "diffusion_pytorch_model"
 SAFETENSORS = f"{NAME}.safetensors"

@@ -1,15 +1,17 @@
 """Writing files and folders whole: to a temporary name beside the target, flushed, then renamed. What was there stays
-until the new is complete.
+until the new is complete. And JSON, as configurations are written in it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -45,6 +47,8 @@ def write_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: as above; `NotADirectoryError` if `path` is a file.
     """
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file, not a folder")
     path.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path, prefix=".writing-"))
     try:
@@ -56,6 +60,29 @@ def write_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _flush(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """JSON as it stands in configuration files: indented, keys sorted."""
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def _finish(temporary: Path, path: Path) -> None:

@@ -1,15 +1,13 @@
-"""Loading and saving: folders, the built-in models, and the Hugging Face hub. Nothing that is read here can run code.
+"""Finding, loading and saving models: folders, the built-in ones, and the Hugging Face hub.
 
 A pipeline is a folder,
 
     model_index.json                                  which classes
     scheduler/scheduler_config.json
     unet/config.json
-    unet/diffusion_pytorch_model.safetensors          or .bin, a variant (.fp16.safetensors), or shards with an index
+    unet/diffusion_pytorch_model.safetensors          or as `ddim.weights` tells
 
-and this is what is written. The first models on the hub keep all of it at the root ("flat") and call their attention
-weights query, key, value and proj_attn; they are read too. A `.bin` is unpickled with `weights_only=True`, which builds
-tensors and nothing else.
+and this is what is written. The first models on the hub keep all of it at the root ("flat"); they are read too.
 
 This module knows files and names; which classes are allowed is the pipeline's business.
 """
@@ -17,34 +15,35 @@ This module knows files and names; which classes are allowed is the pipeline's b
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
-import pickle
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module, resources
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, cast
 
 import torch
-from torch import Tensor, nn
 
-from ddim.files import write_folder
+from ddim.files import read_json, write_folder
+from ddim.weights import (
+    MAX_SHARD_SIZE,
+    WEIGHTS,
+    choose_weights,
+    fill_model,
+    read_weights,
+    remove_stale_weights,
+    write_weights,
+)
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = "diffusion_pytorch_model"
 MODEL_INDEX = "model_index.json"
 CONFIGS = (MODEL_INDEX, "config.json", "scheduler_config.json")
-MAX_SHARD_SIZE = "10GB"
 # The hub's rules for names; there, an owner is optional for some old models, none of them a pipeline.
 HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 HUB_TIMEOUT = 10.0
 OFFLINE = "downloads are turned off"
-
-OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def builtin_models() -> dict[str, Path]:
@@ -215,158 +214,6 @@ def _needed(names: Iterable[str], variant: str | None, weights_in: Sequence[str]
     return [str(path) for path in needed]
 
 
-def choose_weights(names: Iterable[str], variant: str | None = None, source: str = "the folder") -> str:
-    """The weights file among the names of a folder's files: safetensors before pickles, one file before shards.
-
-    Args:
-        names: of files, without folders.
-        variant: `fp16`, say, for `diffusion_pytorch_model.fp16.safetensors`.
-        source: where they come from, for messages.
-
-    Raises:
-        FileNotFoundError: saying what was looked for and what weights there are.
-    """
-    present = set(names)
-    infix = f".{variant}" if variant else ""
-    candidates = [
-        f"{WEIGHTS}{infix}.safetensors",
-        f"{WEIGHTS}.safetensors.index{infix}.json",
-        f"{WEIGHTS}{infix}.bin",
-        f"{WEIGHTS}.bin.index{infix}.json",
-    ]
-    for candidate in candidates:
-        if candidate in present:
-            return candidate
-    others = sorted(name for name in present if name.startswith(WEIGHTS))
-    raise FileNotFoundError(
-        f"{source} has no such weights: looked for {', '.join(candidates)}; found {', '.join(others) or 'none'}"
-    )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        FileNotFoundError: if it is not there.
-        ValueError: if it is something else.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
-    return content
-
-
-def read_weights(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
-    """All tensors of the weights in a folder, on the CPU, in memory of their own, under today's names.
-
-    Args:
-        folder: holds a file that `choose_weights` finds.
-        variant: as there.
-
-    Raises:
-        FileNotFoundError: if there are no such weights, or a shard is missing.
-        ValueError: if a file is truncated or holds something else than tensors, or if it was saved here, with a SHA-256
-            of its tensors, and has been altered.
-    """
-    chosen = choose_weights((path.name for path in folder.iterdir()), variant, str(folder))
-    if ".index." in chosen:
-        tensors = {}
-        for name in _shards(folder / chosen):
-            tensors.update(_read_tensors(folder / name))
-    else:
-        tensors = _read_tensors(folder / chosen)
-    return {_modern_name(name): tensor for name, tensor in tensors.items()}
-
-
-def _shards(index: Path) -> list[str]:
-    """The files that an index names; plain names only, so that an index cannot reach outside its folder."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{index} has no weight_map from tensors to files")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name or not name.endswith((".safetensors", ".bin")):
-            raise ValueError(f"{index} names {name!r}; shards are .safetensors or .bin files beside it")
-        if not (index.parent / name).is_file():
-            raise FileNotFoundError(f"{index} names {name}, which is not there")
-    return names
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                # A copy: in the file tensors lie at any multiple of 8 bytes, and matrix kernels differ in the last bit
-                # with alignment.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
-                expected = (file.metadata() or {}).get("sha256")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is truncated or damaged: {error}") from None
-        if expected is not None and expected != _digest(tensors):
-            raise ValueError(f"{path} is damaged: its tensors are not those it was written with (SHA-256 differs)")
-        return tensors
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} is refused: it is damaged or no plain file of tensors, and loading it could run code"
-        ) from None
-    except Exception as error:  # a damaged pickle fails in whatever it is taken for
-        raise ValueError(f"{path} is truncated or damaged: {type(error).__name__}") from None
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise ValueError(f"{path} does not hold a dictionary of tensors")
-    return {name: tensor.clone() for name, tensor in content.items()}
-
-
-def _modern_name(name: str) -> str:
-    """`attentions.0.query.weight` as `attentions.0.to_q.weight`; every other name as it is."""
-    match = re.fullmatch(r"(.*attentions\.\d+\.)(query|key|value|proj_attn)(\.\w+)", name)
-    return f"{match[1]}{OLD_ATTENTION_NAMES[match[2]]}{match[3]}" if match else name
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(cast(Any, tensor.flatten().view(torch.uint8).numpy()))
-    return digest.hexdigest()
-
-
-def fill_model(model: nn.Module, tensors: Mapping[str, Tensor], source: str, dtype: torch.dtype) -> None:
-    """Make the tensors the parameters of a model that was built on the meta device.
-
-    Args:
-        model: whose names and shapes decide.
-        tensors: as from `read_weights`; taken over where the dtype is right, not copied.
-        source: where they come from, for messages.
-        dtype: of the filled model.
-
-    Raises:
-        ValueError: naming the first three that are missing, not known, or of another shape.
-    """
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-    problems = [f"{name} is missing" for name in shapes if name not in tensors]
-    problems += [f"{name} is not known" for name in tensors if name not in shapes]
-    problems += [
-        f"{name} has shape {tuple(tensors[name].shape)} instead of {shape}"
-        for name, shape in shapes.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise ValueError(f"the weights in {source} do not fit its configuration: {'; '.join(problems[:3])}{more}")
-    model.load_state_dict({name: tensors[name].to(dtype) for name in shapes}, assign=True)
-
-
 def _build(cls: Any, path: Path, **overrides: Any) -> Any:
     """An instance of a class with `from_config` from a file.
 
@@ -382,11 +229,6 @@ def _build(cls: Any, path: Path, **overrides: Any) -> Any:
         if overrides:
             raise
         raise ValueError(f"{path} describes no {cls.__name__}: {error}") from error
-
-
-def to_json(content: Mapping[str, Any]) -> str:
-    """JSON as it stands in configuration files: indented, keys sorted."""
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def push_folder(
@@ -495,41 +337,9 @@ class ModelFiles:
         Raises:
             OSError: if it cannot be written; what was there stays.
         """
-        from huggingface_hub import split_torch_state_dict_into_shards
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         module = cast(Any, self)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-        infix = f".{variant}" if variant else ""
-        plan = split_torch_state_dict_into_shards(
-            tensors, filename_pattern=f"{WEIGHTS}{infix}{{suffix}}.safetensors", max_shard_size=max_shard_size
-        )
-        target = Path(folder)
-        written = set(plan.filename_to_tensors)
-        with write_folder(target) as temporary:
+        with write_folder(Path(folder)) as temporary:
             (temporary / module.config_name).write_text(module.config_json(), encoding="utf-8")
-            for name, keys in plan.filename_to_tensors.items():
-                shard = {key: tensors[key] for key in keys}
-                try:
-                    save_file(shard, temporary / name, metadata={"format": "pt", "sha256": _digest(shard)})
-                except SafetensorError as error:
-                    raise OSError(f"cannot write {target / name}: {error}") from error
-            if plan.is_sharded:
-                index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-                index_name = f"{WEIGHTS}.safetensors.index{infix}.json"
-                (temporary / index_name).write_text(to_json(index), encoding="utf-8")
-                written.add(index_name)
-        _remove_stale_weights(target, infix, written)
-
-
-def _remove_stale_weights(folder: Path, infix: str, written: set[str]) -> None:
-    """Delete the weights of this variant from an earlier save in another number of files.
-
-    A loader would take them for the new ones.
-    """
-    mark = re.escape(infix)
-    pattern = re.compile(rf"{WEIGHTS}({mark}(-\d+-of-\d+)?\.safetensors|\.safetensors\.index{mark}\.json)")
-    for path in folder.iterdir():
-        if pattern.fullmatch(path.name) and path.name not in written:
-            path.unlink()
+            write_weights(module.state_dict(), temporary, variant, max_shard_size)
+            written = [path.name for path in temporary.iterdir()]
+        remove_stale_weights(Path(folder), variant, written)

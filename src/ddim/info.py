@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddim import hub
 from ddim.pipeline import DDIMPipeline
+from ddim.weights import choose_weights
 
 
 def describe(model: str | Path) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def describe(model: str | Path) -> dict[str, Any]:
         "model": str(model),
         "found": str(folder),
         "layout": "diffusers" if weights_folder != folder else "flat",
-        "weights": hub.choose_weights(path.name for path in weights_folder.iterdir()),
+        "weights": choose_weights(path.name for path in weights_folder.iterdir()),
         "parameters": pipe.unet.num_parameters(),
         "gflop_per_image_and_step": round(count_flop(pipe) / 1e9, 3),
         "unet": dict(pipe.unet.config),

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ddim import hub
 from ddim.checks import non_negative_int, positive_int
 from ddim.devices import choose_device
-from ddim.files import write_folder
+from ddim.files import read_json, to_json, write_folder
 from ddim.images import check_output_type, to_output
 from ddim.noise import NoiseSource, check_seeds, noise_from_generator, noise_from_seeds
 from ddim.outputs import ImagePipelineOutput
@@ -31,6 +31,7 @@ from ddim.sampling import State, sample
 from ddim.scheduler import DDIMScheduler
 from ddim.unet import UNet2DModel
 from ddim.version import __version__
+from ddim.weights import MAX_SHARD_SIZE, remove_stale_weights
 
 logger = logging.getLogger(__name__)
 
@@ -344,7 +345,7 @@ class DDIMPipeline:
             state.sample = changed["latents"]
 
     def save_pretrained(
-        self, folder: str | Path, variant: str | None = None, max_shard_size: int | str = hub.MAX_SHARD_SIZE
+        self, folder: str | Path, variant: str | None = None, max_shard_size: int | str = MAX_SHARD_SIZE
     ) -> None:
         """Write a folder that `from_pretrained` and `diffusers` load: `model_index.json`, `scheduler/`, `unet/` with
         safetensors.
@@ -357,9 +358,6 @@ class DDIMPipeline:
         Raises:
             OSError: if it cannot be written.
         """
-        target = Path(folder)
-        self.unet.save_pretrained(target / "unet", variant=variant, max_shard_size=max_shard_size)
-        self.scheduler.save_pretrained(target / "scheduler")
         index = {
             "_class_name": "DDIMPipeline",
             "_ddim_version": __version__,
@@ -367,8 +365,12 @@ class DDIMPipeline:
             "scheduler": ["diffusers", "DDIMScheduler"],
             "unet": ["diffusers", "UNet2DModel"],
         }
-        with write_folder(target) as temporary:
-            (temporary / hub.MODEL_INDEX).write_text(hub.to_json(index), encoding="utf-8")
+        with write_folder(Path(folder)) as temporary:
+            self.unet.save_pretrained(temporary / "unet", variant=variant, max_shard_size=max_shard_size)
+            self.scheduler.save_pretrained(temporary / "scheduler")
+            (temporary / hub.MODEL_INDEX).write_text(to_json(index), encoding="utf-8")
+            written = [path.name for path in (temporary / "unet").iterdir()]
+        remove_stale_weights(Path(folder) / "unet", variant, written)
 
     def push_to_hub(
         self,
@@ -432,7 +434,8 @@ class DDIMPipeline:
                 raise TypeError(
                     f"from_pretrained has no argument {name!r}; a DDIMPipeline's components are unet and scheduler"
                 )
-        folder = hub.find_model(model, variant, cache_dir, local_files_only, revision, token)
+        weights_in = ("unet", "") if components.get("unet") is None else ()
+        folder = hub.find_model(model, variant, cache_dir, local_files_only, revision, token, weights_in)
         check_model_index(folder)
         scheduler = components.get("scheduler")
         if scheduler is None:
@@ -454,7 +457,7 @@ def check_model_index(folder: Path) -> None:
     path = folder / hub.MODEL_INDEX
     if not path.exists():
         return
-    index = hub.read_json(path)
+    index = read_json(path)
     allowed = {"_class_name": PIPELINE_CLASSES, "unet": UNET_CLASSES, "scheduler": SCHEDULER_CLASSES}
     for name, entry in index.items():
         if name.startswith("_") and name != "_class_name":
@@ -470,7 +473,7 @@ def check_model_index(folder: Path) -> None:
 
 def check_class(path: Path, allowed: Sequence[str]) -> None:
     """ValueError if a configuration file says that it belongs to another class."""
-    name = hub.read_json(path).get("_class_name", allowed[0])
+    name = read_json(path).get("_class_name", allowed[0])
     if name not in allowed:
         raise ValueError(f"{path} describes a {name}; allowed are {', '.join(allowed)}")
 

@@ -1,0 +1,213 @@
+"""Weights in files: which file, what is in it, and whether it fits. Nothing that is read here can run code.
+
+    diffusion_pytorch_model.safetensors                    what is written, with a SHA-256 of the tensors in its
+    metadata diffusion_pytorch_model.fp16.safetensors               a variant
+    diffusion_pytorch_model-00001-of-00002.safetensors     shards, with diffusion_pytorch_model.safetensors.index.json
+    diffusion_pytorch_model.bin                            a pickle, read with `weights_only=True`: tensors and nothing
+    else
+
+The first models on the hub call their attention weights query, key, value and proj_attn; they are renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ddim.files import read_json, to_json
+
+WEIGHTS = "diffusion_pytorch_model"
+MAX_SHARD_SIZE = "10GB"
+
+OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def choose_weights(names: Iterable[str], variant: str | None = None, source: str = "the folder") -> str:
+    """The weights file among the names of a folder's files: safetensors before pickles, one file before shards.
+
+    Args:
+        names: of files, without folders.
+        variant: `fp16`, say, for `diffusion_pytorch_model.fp16.safetensors`.
+        source: where they come from, for messages.
+
+    Raises:
+        FileNotFoundError: saying what was looked for and what weights there are.
+    """
+    present = set(names)
+    infix = f".{variant}" if variant else ""
+    candidates = [
+        f"{WEIGHTS}{infix}.safetensors",
+        f"{WEIGHTS}.safetensors.index{infix}.json",
+        f"{WEIGHTS}{infix}.bin",
+        f"{WEIGHTS}.bin.index{infix}.json",
+    ]
+    for candidate in candidates:
+        if candidate in present:
+            return candidate
+    others = sorted(name for name in present if name.startswith(WEIGHTS))
+    raise FileNotFoundError(
+        f"{source} has no such weights: looked for {', '.join(candidates)}; found {', '.join(others) or 'none'}"
+    )
+
+
+def read_weights(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
+    """All tensors of the weights in a folder, on the CPU, in memory of their own, under today's names.
+
+    Args:
+        folder: holds a file that `choose_weights` finds.
+        variant: as there.
+
+    Raises:
+        FileNotFoundError: if there are no such weights, or a shard is missing.
+        ValueError: if a file is truncated or holds something else than tensors, or if it was saved here, with a SHA-256
+            of its tensors, and has been altered.
+    """
+    chosen = choose_weights((path.name for path in folder.iterdir()), variant, str(folder))
+    if ".index." in chosen:
+        tensors = {}
+        for name in _shards(folder / chosen):
+            tensors.update(_read_tensors(folder / name))
+    else:
+        tensors = _read_tensors(folder / chosen)
+    return {_modern_name(name): tensor for name, tensor in tensors.items()}
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names; plain names only, so that an index cannot reach outside its folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map from tensors to files")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith((".safetensors", ".bin")):
+            raise ValueError(f"{index} names {name!r}; shards are .safetensors or .bin files beside it")
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{index} names {name}, which is not there")
+    return names
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                # A copy: in the file tensors lie at any multiple of 8 bytes, and matrix kernels differ in the last bit
+                # with alignment.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
+                expected = (file.metadata() or {}).get("sha256")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is truncated or damaged: {error}") from None
+        if expected is not None and expected != _digest(tensors):
+            raise ValueError(f"{path} is damaged: its tensors are not those it was written with (SHA-256 differs)")
+        return tensors
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} is refused: it is damaged or no plain file of tensors, and loading it could run code"
+        ) from None
+    except Exception as error:  # a damaged pickle fails in whatever it is taken for
+        raise ValueError(f"{path} is truncated or damaged: {type(error).__name__}") from None
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise ValueError(f"{path} does not hold a dictionary of tensors")
+    return {name: tensor.clone() for name, tensor in content.items()}
+
+
+def _modern_name(name: str) -> str:
+    """`attentions.0.query.weight` as `attentions.0.to_q.weight`; every other name as it is."""
+    match = re.fullmatch(r"(.*attentions\.\d+\.)(query|key|value|proj_attn)(\.\w+)", name)
+    return f"{match[1]}{OLD_ATTENTION_NAMES[match[2]]}{match[3]}" if match else name
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(cast(Any, tensor.flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def fill_model(model: nn.Module, tensors: Mapping[str, Tensor], source: str, dtype: torch.dtype) -> None:
+    """Make the tensors the parameters of a model that was built on the meta device.
+
+    Args:
+        model: whose names and shapes decide.
+        tensors: as from `read_weights`; taken over where the dtype is right, not copied.
+        source: where they come from, for messages.
+        dtype: of the filled model.
+
+    Raises:
+        ValueError: naming the first three that are missing, not known, or of another shape.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+    problems = [f"{name} is missing" for name in shapes if name not in tensors]
+    problems += [f"{name} is not known" for name in tensors if name not in shapes]
+    problems += [
+        f"{name} has shape {tuple(tensors[name].shape)} instead of {shape}"
+        for name, shape in shapes.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ValueError(f"the weights in {source} do not fit its configuration: {'; '.join(problems[:3])}{more}")
+    model.load_state_dict({name: tensors[name].to(dtype) for name in shapes}, assign=True)
+
+
+def write_weights(
+    tensors: Mapping[str, Tensor], folder: Path, variant: str | None = None, max_shard_size: int | str = MAX_SHARD_SIZE
+) -> None:
+    """Write safetensors, with an index where they take more than one file.
+
+    Args:
+        tensors: name -> tensor, on any device.
+        folder: must exist.
+        variant: put into the files' names.
+        max_shard_size: of a file: bytes, or `"500MB"`.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    infix = f".{variant}" if variant else ""
+    plan = split_torch_state_dict_into_shards(
+        tensors, filename_pattern=f"{WEIGHTS}{infix}{{suffix}}.safetensors", max_shard_size=max_shard_size
+    )
+    for name, keys in plan.filename_to_tensors.items():
+        shard = {key: tensors[key] for key in keys}
+        try:
+            save_file(shard, folder / name, metadata={"format": "pt", "sha256": _digest(shard)})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {name}: {error}") from error
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / f"{WEIGHTS}.safetensors.index{infix}.json").write_text(to_json(index), encoding="utf-8")
+
+
+def remove_stale_weights(folder: Path, variant: str | None, written: Iterable[str]) -> None:
+    """Delete the weights of this variant from an earlier save in another number of files: a loader would take them.
+
+    Args:
+        folder: where they are.
+        variant: of the weights.
+        written: names of the files that stay.
+    """
+    mark = re.escape(f".{variant}" if variant else "")
+    kept = set(written)
+    pattern = re.compile(rf"{WEIGHTS}({mark}(-\d+-of-\d+)?\.safetensors|\.safetensors\.index{mark}\.json)")
+    for path in folder.iterdir():
+        if pattern.fullmatch(path.name) and path.name not in kept:
+            path.unlink()

@@ -1,0 +1,419 @@
+"""The command line: help, files, what goes to which stream, exit codes, and a line for every mistake.
+
+Three kinds of process: programs of their own where start-up matters, one for a whole table of commands (`cli_batch`),
+and none at all for what `info` counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import typer
+import yaml
+from PIL import Image
+
+import cli_batch
+from ddim.cli import app
+from ddim.info import count_flop
+from ddim.pipeline import DDIMPipeline
+from ddim.scheduler import DDIMScheduler
+from ddim.unet import UNet2DModel
+from ddim.version import __version__
+from digits import TINY_MODEL, write_digits
+
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+class Result(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
+    evaluations: list[tuple[int, int, str]]
+
+
+def environment(home: Path) -> dict[str, str]:
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "COLUMNS": "200",
+    }
+
+
+def program(folder: Path, *command: str) -> Result:
+    """A process of its own."""
+    done = subprocess.run(command, cwd=folder, env=environment(folder / "home"), capture_output=True, text=True)
+    return Result(done.returncode, done.stdout, done.stderr, [])
+
+
+DDIM = str(Path(sys.executable).parent / "ddim")
+TRAIN = ["train", "--config", "mine.yaml", "--data", "pictures", "--device", "cpu"]
+QUICK = ["sample", "-n", "2", "--steps", "2", "--device", "cpu"]
+
+GOOD = {
+    "help": ["--help"],
+    "help sample": ["sample", "--help"],
+    "help train": ["train", "-h"],
+    "help info": ["info", "--help"],
+    "grid": ["sample", "-n", "5", "--steps", "2", "--out", "grid.png"],
+    "grid again": ["sample", "-n", "5", "--steps", "2", "--out", "again.png"],
+    "npz": ["sample", "--count", "5", "--steps", "2", "-o", "x.npz"],
+    "folder": ["sample", "-n", "5", "--steps", "2", "--out", "pictures of digits/"],
+    "third": ["sample", "-n", "1", "--seed", "3", "--steps", "2", "--out", "third.npz"],
+    "batches": ["sample", "-n", "5", "--batch-size", "2", "--steps", "2", "--out", "batches.npz"],
+    "replaced": ["sample", "-n", "1", "--steps", "1", "--out", "old.png"],
+    "default name": ["sample", "-n", "1", "--steps", "1"],
+    "timesteps": [*QUICK, "--timesteps", "900,600,300,0", "-o", "timesteps.npz"],
+    "trailing": [*QUICK, "--spacing", "trailing", "-o", "trailing.npz"],
+    "eta": [*QUICK, "--steps", "10", "--eta", "1", "-o", "eta.npz"],
+    "sigma-hat": [*QUICK, "--steps", "10", "--eta", "1", "--sigma-hat", "-o", "sigma-hat.npz"],
+    "ten": [*QUICK, "--steps", "10", "-o", "ten.npz"],
+    "bfloat16": [*QUICK, "--steps", "10", "--dtype", "bfloat16", "-o", "bfloat16.npz"],
+    "info": ["info"],
+    "info json": ["info", "mnist", "--json"],
+    "train": [*TRAIN, "--out", "runs/one", "--set", "optim.lr=1e-3", "--max-steps", "12"],
+    "train again": [*TRAIN, "--out", "runs/one", "--set", "optim.lr=1e-3", "--max-steps", "12"],
+    "info trained": ["info", "runs/one/final", "--json"],
+    "sample trained": ["sample", "-m", "runs/one/final", "-n", "3", "--steps", "3", "-o", "trained.npz"],
+}
+
+BAD: dict[str, tuple[list[str], int, str]] = {
+    "no steps": (["sample", "--steps", "0"], 1, "num_inference_steps is 0; .* at least 1"),
+    "negative steps": (["sample", "--steps", "-5"], 1, "num_inference_steps is -5"),
+    "too many steps": (["sample", "--steps", "2000"], 1, "num_inference_steps is 2000; .* 1000 timesteps"),
+    "half a step": (["sample", "--steps", "2.5"], 2, "Invalid value for '--steps'"),
+    "eta -1": (["sample", "--eta", "-1"], 1, r"eta is -1\.0"),
+    "eta nan": (["sample", "--eta", "nan"], 1, "eta is nan"),
+    "eta inf": (["sample", "--eta", "inf"], 1, "eta is inf"),
+    "eta much": (["sample", "--eta", "much"], 2, "Invalid value for '--eta'"),
+    "count": (["sample", "--count", "0"], 1, "count is 0; .* at least 1"),
+    "batch size": (["sample", "--batch-size", "0"], 1, "batch_size is 0; .* at least 1"),
+    "order": (["sample", "--order", "2"], 1, "order is 2; only order 1"),
+    "seed": (["sample", "--seed", "-1"], 1, "seed is -1; .* at least 0"),
+    "large seed": (["sample", "--seed", str(2**63)], 1, "seed"),
+    "spacing": (["sample", "--spacing", "even"], 1, "timestep_spacing is 'even'; it must be one of leading, "),
+    "rising timesteps": (["sample", "--timesteps", "10,20"], 1, "20 after 10; they must be strictly decreasing"),
+    "words as timesteps": (["sample", "--timesteps", "a,b"], 1, "--timesteps 'a,b' is no list of whole numbers"),
+    "no timesteps": (["sample", "--timesteps", ""], 1, "--timesteps '' is no list of whole numbers"),
+    "large timesteps": (["sample", "--timesteps", "2000,0"], 1, "holds 2000; .* between 0 and 999"),
+    "model": (["sample", "-m", "monalisa"], 1, r"there is no model 'monalisa': it is not built in \(mnist\)"),
+    "hub model": (
+        ["sample", "-m", "nobody/nothing"],
+        1,
+        "the model nobody/nothing is neither a folder nor in the cache",
+    ),
+    "empty folder": (["sample", "-m", "empty"], 1, "empty holds no model: looked for .*scheduler_config.json"),
+    "file": (["sample", "-m", "mine.yaml"], 1, "there is no model 'mine.yaml'"),
+    "missing folder": (["sample", "--out", "missing/x.png"], 1, "the folder missing does not exist"),
+    "suffix": (["sample", "--out", "x.jpg"], 1, r"--out x\.jpg ends in \.jpg; give a name in \.png"),
+    "file as folder": (["sample", "--out", "mine.yaml/x.png"], 1, r"mine\.yaml is a file, not a folder"),
+    "device": (["sample", "--device", "cuda"], 1, "there is no device 'cuda' here|no CUDA device"),
+    "unknown device": (["sample", "--device", "abacus"], 1, "there is no device 'abacus' here"),
+    "dtype": (["sample", "--dtype", "float99"], 1, "dtype is 'float99'; it must be one of float32, bfloat16, float16"),
+    "sigma-hat": (["sample", "--sigma-hat"], 1, "sigma.hat .* eta=1"),
+    "unknown option": (["sample", "--stepz", "3"], 2, "No such option: --stepz"),
+    "unknown command": (["paint"], 2, "No such command 'paint'"),
+    "info": (["info", "monalisa"], 1, "there is no model 'monalisa'"),
+    "info empty": (["info", "empty"], 1, "empty"),
+    "no data": ([*TRAIN, "--data", "missing", "--out", "run"], 1, "there is no missing; give a folder of images"),
+    "data without images": ([*TRAIN, "--data", "empty", "--out", "run"], 1, "there is no image in empty"),
+    "train without data": (["train", "--out", "run"], 2, "Missing option '--data'"),
+    "preset": ([*TRAIN, "--preset", "imagenet", "--out", "run"], 1, "no preset 'imagenet'; there are .*mnist"),
+    "unknown key": ([*TRAIN, "--set", "optim.rate=1", "--out", "run"], 1, r"optim\.rate: Extra inputs"),
+    "no key": ([*TRAIN, "--set", "optim.lr", "--out", "run"], 1, "--set 'optim.lr' is no key=value"),
+    "wrong value": ([*TRAIN, "--set", "batch_size=none", "--out", "run"], 1, "batch_size: .*integer"),
+    "unknown model key": ([*TRAIN, "--set", "model.colour=1", "--out", "run"], 1, "colour"),
+    "no such config": (["train", "--config", "none.yaml", "--data", "pictures", "--out", "run"], 1, "none.yaml"),
+    "max steps": ([*TRAIN, "--max-steps", "0", "--out", "run"], 1, "max_steps: .*greater than 0"),
+    "resume": ([*TRAIN, "--resume", "maybe", "--out", "run"], 2, "Invalid value for '--resume'"),
+    "other settings": ([*TRAIN, "--seed", "9", "--out", "runs/one"], 1, "begun with other settings .*seed: 0 there"),
+    "never resume": ([*TRAIN, "--resume", "never", "--out", "runs/one"], 1, "runs/one is not empty"),
+    "no run": ([*TRAIN, "--out", "pictures"], 1, "pictures is not empty and holds no run"),
+    "train device": ([*TRAIN, "--device", "cuda", "--out", "run"], 1, "there is no device 'cuda' here"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where everything runs: digits, a configuration, an old picture, an empty folder."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_digits(folder / "pictures", 30)
+    config: dict[str, Any] = {
+        "model": TINY_MODEL,
+        "batch_size": 8,
+        "max_steps": 1000,
+        "optim": {"warmup_steps": 4},
+        "samples": {"every": 6, "count": 4, "num_inference_steps": 2},
+    }
+    (folder / "mine.yaml").write_text(yaml.safe_dump(config))
+    Image.new("L", (3, 3)).save(folder / "old.png")
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, Result]:
+    """Of all commands above, good ones first."""
+    table = GOOD | {f"bad {name}": arguments for name, (arguments, _, _) in BAD.items()}
+    done = subprocess.run(
+        [sys.executable, cli_batch.__file__],
+        input=json.dumps(list(table.values())),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment(folder / "home"),
+        check=True,
+    )
+    return {name: Result(**result) for name, result in zip(table, json.loads(done.stdout), strict=True)}
+
+
+def pictures(path: Path) -> np.ndarray:
+    with np.load(path) as file:
+        return file["arr_0"].astype(int)
+
+
+# --- start and help
+
+
+def test_version(tmp_path: Path) -> None:
+    for command in ([DDIM], [sys.executable, "-m", "ddim"]):
+        assert program(tmp_path, *command, "--version") == Result(0, f"ddim {__version__}\n", "", [])
+
+
+def test_help_of_the_whole(results: dict[str, Result]) -> None:
+    code, stdout, stderr, _ = results["help"]
+    assert (code, stderr) == (0, "")
+    assert "Usage: ddim [OPTIONS] COMMAND" in stdout
+    assert "Example: ddim sample --model mnist --steps 20 --count 16 --out digits.png" in stdout
+    assert COMMANDS.keys() == {"sample", "train", "info"}
+    for name in (*COMMANDS, "--version", "--help"):
+        assert re.search(rf"│ {name} ", stdout)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command(results: dict[str, Result], name: str) -> None:
+    code, stdout, stderr, evaluations = results[f"help {name}"]
+    assert (code, stderr, evaluations) == (0, "", [])
+    for parameter in COMMANDS[name].params:
+        for option in parameter.opts:
+            assert re.search(rf"(?<![\w-]){option}(?![\w-])", stdout)
+        assert parameter.help.split(";")[0] in " ".join(stdout.replace("│", " ").split())
+    examples = stdout.split("Examples:")[1].split("╭")[0].strip().splitlines()
+    assert len([line for line in examples if line.strip().startswith(f"ddim {name}")]) >= 2
+
+
+# --- pictures
+
+
+def test_a_grid(results: dict[str, Result], folder: Path) -> None:
+    code, stdout, stderr, evaluations = results["grid"]
+    assert (code, stdout) == (0, "grid.png\n")
+    assert "2/2" in stderr
+    assert re.search(r"^5 pictures in \d+\.\d s$", stderr, re.MULTILINE)
+    assert evaluations == [[500, 5, "torch.float32"], [0, 5, "torch.float32"]]
+    with Image.open(folder / "grid.png") as grid:
+        assert (grid.mode, grid.size) == ("L", (3 * 30 + 2, 2 * 30 + 2))
+
+
+def test_the_same_command_gives_the_same_bytes(results: dict[str, Result], folder: Path) -> None:
+    assert results["grid again"].code == 0
+    assert (folder / "grid.png").read_bytes() == (folder / "again.png").read_bytes()
+
+
+def test_the_same_pictures_in_every_form(results: dict[str, Result], folder: Path) -> None:
+    assert results["npz"].stdout == "x.npz\n"
+    arrays = pictures(folder / "x.npz")
+    assert arrays.shape == (5, 28, 28, 1)
+    with np.load(folder / "x.npz") as file:
+        assert file["arr_0"].dtype == np.uint8
+
+    assert results["folder"].stdout.strip() == "pictures of digits"
+    files = sorted((folder / "pictures of digits").iterdir())
+    assert [path.name for path in files] == [f"{index:05d}.png" for index in range(5)]
+    with Image.open(folder / "grid.png") as grid:
+        for index, (path, array) in enumerate(zip(files, arrays, strict=True)):
+            with Image.open(path) as image:
+                assert np.array_equal(np.asarray(image), array[..., 0])
+            left, top = index % 3 * 30 + 2, index // 3 * 30 + 2
+            assert np.array_equal(np.asarray(grid.crop((left, top, left + 28, top + 28))), array[..., 0])
+    assert len({array.tobytes() for array in arrays}) == 5
+
+
+def test_picture_i_is_that_of_seed_plus_i(results: dict[str, Result], folder: Path) -> None:
+    expected = pictures(folder / "x.npz")
+    third = pictures(folder / "third.npz")
+    assert third.shape == (1, 28, 28, 1)
+    # To within the rounding of another batch size.
+    assert np.abs(third[0] - expected[3]).max() <= 1
+    assert np.abs(pictures(folder / "batches.npz") - expected).max() <= 1
+    assert [size for _, size, _ in results["batches"].evaluations] == [2] * 6
+
+
+def test_an_old_file_is_replaced_and_told(results: dict[str, Result], folder: Path) -> None:
+    assert re.search(r"^1 pictures in .* s; old\.png was replaced$", results["replaced"].stderr, re.MULTILINE)
+    with Image.open(folder / "old.png") as image:
+        assert image.size == (32, 32)
+
+
+def test_the_default_name(results: dict[str, Result], folder: Path) -> None:
+    assert results["default name"].stdout == "samples.png\n"
+    assert (folder / "samples.png").is_file()
+
+
+def test_timesteps_and_spacing(results: dict[str, Result]) -> None:
+    assert [t for t, _, _ in results["timesteps"].evaluations] == [900, 600, 300, 0]
+    assert [t for t, _, _ in results["trailing"].evaluations] == [999, 499]
+
+
+def test_noise_and_its_size(results: dict[str, Result], folder: Path) -> None:
+    names = ("ten", "eta", "sigma-hat")
+    for name in names:
+        assert results[name].code == 0
+        assert [t for t, _, _ in results[name].evaluations] == list(range(900, -1, -100))
+    arrays = [pictures(folder / f"{name}.npz") for name in names]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert np.abs(arrays[a] - arrays[b]).mean() > 5
+    pipe = DDIMPipeline.from_pretrained("mnist")
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe.paint(2, num_inference_steps=10, eta=1.0, use_sigma_hat=True)
+    assert np.abs(np.stack([np.asarray(image) for image in images])[..., None] - arrays[2]).max() <= 1
+
+
+def test_half_precision(results: dict[str, Result], folder: Path) -> None:
+    assert {dtype for _, _, dtype in results["bfloat16"].evaluations} == {"torch.bfloat16"}
+    difference = np.abs(pictures(folder / "bfloat16.npz") - pictures(folder / "ten.npz"))
+    assert 0 < difference.mean() < 8
+
+
+def test_results_go_to_stdout_and_nothing_else_does(results: dict[str, Result]) -> None:
+    for name, arguments in GOOD.items():
+        assert results[name].code == 0, results[name].stderr
+        assert "Traceback" not in results[name].stderr
+        if arguments[0] in ("sample", "train") and "help" not in name:
+            assert len(results[name].stdout.splitlines()) == 1
+
+
+# --- facts
+
+
+def test_info(results: dict[str, Result]) -> None:
+    lines = results["info"].stdout.splitlines()
+    assert {"model: mnist", "layout: diffusers", "parameters: 1,805,121", "unet:", "  sample_size: 28"} <= set(lines)
+    assert "  prediction_type: epsilon" in lines
+    facts = json.loads(results["info json"].stdout)
+    pipe = DDIMPipeline.from_pretrained("mnist")
+    assert facts["parameters"] == 1_805_121
+    assert facts["unet"] == json.loads(json.dumps(pipe.unet.config))
+    assert facts["scheduler"] == pipe.scheduler.config
+    assert facts["weights"] == "diffusion_pytorch_model.safetensors"
+    assert facts["gflop_per_image_and_step"] == round(count_flop(pipe) / 1e9, 3)
+    assert results["info"].stderr == results["info json"].stderr == ""
+    assert not results["info"].evaluations
+
+
+def flop(**settings: Any) -> int:
+    network = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2,
+        **settings,
+    )  # fmt: skip
+    return count_flop(DDIMPipeline(network, DDIMScheduler()))
+
+
+CONVOLUTIONS = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+
+
+def test_flop_of_convolutions_equal_a_count_by_hand() -> None:
+    def convolution(inputs: int, outputs: int, size: int, kernel: int = 3) -> int:
+        return 2 * inputs * outputs * kernel**2 * size**2
+
+    def block(inputs: int, outputs: int, size: int) -> int:
+        """Two convolutions, the time's projection (16 channels), and a shortcut where the channels change."""
+        shortcut = convolution(inputs, outputs, size, 1) if inputs != outputs else 0
+        return convolution(inputs, outputs, size) + convolution(outputs, outputs, size) + 2 * 16 * outputs + shortcut
+
+    expected = 2 * (4 * 16 + 16 * 16)  # the time embedding
+    expected += convolution(1, 4, 8) + convolution(4, 1, 8)
+    expected += block(4, 4, 8) + convolution(4, 4, 4)  # down, and to half the size
+    expected += block(4, 8, 4)
+    expected += block(8 + 8, 8, 4) + block(8 + 4, 8, 4) + convolution(8, 8, 8)  # up, and to twice the size
+    expected += block(8 + 4, 4, 8) + block(4 + 4, 4, 8)
+    assert flop(**CONVOLUTIONS, mid_block_type=None) == expected
+
+
+def test_flop_of_attention_are_counted() -> None:
+    # The middle block has 4x4 positions and 8 channels: four projections, Q K^T and its product with V.
+    attention = 2 * 16 * 8 * 8 * 4 + 2 * 16 * 16 * 8 * 2
+    assert flop(**CONVOLUTIONS, add_attention=True) - flop(**CONVOLUTIONS, add_attention=False) == attention
+
+
+# --- training
+
+
+def test_train_and_sample_from_the_result(results: dict[str, Result], folder: Path) -> None:
+    code, stdout, stderr, _ = results["train"]
+    assert (code, stdout) == (0, "runs/one/final\n")
+    assert "12/12" in stderr
+    run = folder / "runs" / "one"
+    record = yaml.safe_load((run / "config.yaml").read_text())["config"]
+    assert (record["optim"]["lr"], record["max_steps"], record["data"]) == (1e-3, 12, "pictures")
+    assert sorted(p.name for p in (run / "samples").iterdir()) == [
+        "final.png", "step-00000006.png", "step-00000012.png",
+    ]  # fmt: skip
+    assert json.loads(results["info trained"].stdout)["unet"]["sample_size"] == 8
+    assert results["sample trained"].stdout == "trained.npz\n"
+    assert pictures(folder / "trained.npz").shape == (3, 8, 8, 1)
+
+
+def test_training_what_is_finished_changes_nothing(results: dict[str, Result]) -> None:
+    assert results["train again"].stdout == "runs/one/final\n"
+    # Only the grid at the end is painted again.
+    assert {t for t, _, _ in results["train again"].evaluations} <= {0, 500}
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_gets_a_line(results: dict[str, Result], name: str) -> None:
+    _, code, message = BAD[name]
+    got = results[f"bad {name}"]
+    assert (got.code, got.stdout) == (code, ""), got.stderr
+    assert "Traceback" not in got.stderr
+    assert re.search(message, got.stderr.replace("│", " "))
+    if code == 1:
+        assert len(got.stderr.splitlines()) == 1
+        assert got.stderr.startswith("ddim: ")
+        # One picture of zeros tells whether a model fits its images; nothing is sampled or trained.
+        assert [size for _, size, _ in got.evaluations] in ([], [1])
+    else:
+        assert "Usage: ddim" in got.stderr
+        assert not got.evaluations
+
+
+def test_mistakes_leave_nothing_behind(results: dict[str, Result], folder: Path) -> None:
+    assert results
+    assert not (folder / "run").exists()
+    assert not (folder / "missing").exists()
+    assert not (folder / "x.jpg").exists()
+    assert not list((folder / "empty").iterdir())
+
+
+def test_programs_of_their_own(results: dict[str, Result], folder: Path) -> None:
+    """The table's process is no special case."""
+    for name in ("too many steps", "half a step"):
+        assert program(folder, DDIM, *BAD[name][0])[:3] == results[f"bad {name}"][:3]
+    before = hashlib.sha256((folder / "grid.png").read_bytes()).digest()
+    code, stdout, stderr, _ = program(folder, sys.executable, "-m", "ddim", *GOOD["grid"])
+    assert (code, stdout) == (0, "grid.png\n")
+    assert "grid.png was replaced" in stderr
+    assert hashlib.sha256((folder / "grid.png").read_bytes()).digest() == before
