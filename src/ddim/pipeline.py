@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -81,9 +82,7 @@ class DDIMPipeline:
 
     @property
     def components(self) -> dict[str, Any]:
-        """`{"unet": ..., "scheduler": ...}`: what another pipeline of the kind can be built from without copying
-        weights.
-        """
+        """`{"unet": ..., "scheduler": ...}`: another pipeline can be built from them without copying weights."""
         return {"unet": self.unet, "scheduler": self.scheduler}
 
     def register_modules(self, **modules: Any) -> None:
@@ -203,9 +202,10 @@ class DDIMPipeline:
         return ImagePipelineOutput(images) if return_dict else (images,)
 
     def paint(self, count: int, seed: int = 0, batch_size: int = 64, **settings: Any) -> list[Image.Image]:
-        """Many pictures, picture i from seed `seed + i`, in batches of one size.
+        """Many pictures, picture i from seed `seed + i`.
 
-        The last batch is filled up with further seeds, so that no picture depends on how many were asked for.
+        Batches are all of one size, the last one filled up with further seeds: networks round a little differently for
+        batches of different sizes, and a picture shall not depend on whether it came last.
 
         Args:
             count: how many.
@@ -254,7 +254,8 @@ class DDIMPipeline:
         self, num_inference_steps: int, timesteps: Sequence[int] | None, eta: float, use_sigma_hat: bool
     ) -> list[Step]:
         """All steps' coefficients; the scheduler's own timesteps are set to match."""
-        if isinstance(eta, bool) or not isinstance(eta, int | float):
+        given: Any = eta
+        if isinstance(given, bool) or not isinstance(given, Real):
             raise TypeError(f"eta is {eta!r}; it must be a number, 0 for DDIM, 1 for DDPM")
         if use_sigma_hat and eta != 1:
             raise ValueError(f"use_sigma_hat is DDPM's larger variance and wants eta=1, not {eta}")
@@ -292,12 +293,9 @@ class DDIMPipeline:
         """Latents on the model's device, in the samples' dtype or float64."""
         if not isinstance(latents, Tensor):
             raise TypeError(f"latents is a {type(latents).__name__}; it must be a tensor (N, C, H, W)")
-        C = self.unet.config.in_channels
-        wanted = (
-            batch_size,
-            C,
-            *(self._sample_shape[1:] if self.unet.config.sample_size is not None else latents.shape[2:]),
-        )
+        sized = self.unet.config.sample_size is not None
+        C, *size = self._sample_shape if sized else (self.unet.config.in_channels, *latents.shape[2:])
+        wanted = (batch_size, C, *size)
         if tuple(latents.shape) != wanted or len(wanted) != 4:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; the model and batch_size want {wanted}")
         if not latents.is_floating_point() or not bool(torch.isfinite(latents).all()):
@@ -315,10 +313,6 @@ class DDIMPipeline:
             prediction: Tensor = self.unet(x.to(dtype), t).sample
             return prediction.to(x.dtype)
 
-        def noise_like_latents() -> Tensor:
-            assert noise is not None
-            return noise().to(latents.dtype)
-
         return sample(
             denoiser,
             latents,
@@ -326,7 +320,7 @@ class DDIMPipeline:
             scheduler.config.prediction_type,
             scheduler.clip,
             use_clipped_model_output,
-            None if noise is None else noise_like_latents,
+            noise,
         )
 
     def _call_back(self, callback: Callable[..., dict[str, Tensor] | None], state: State) -> None:
