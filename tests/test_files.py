@@ -154,7 +154,7 @@ def test_a_dtype_that_is_none(folder: Path, dtype: Any) -> None:
 @pytest.mark.parametrize(
     ("lost", "message"),
     [
-        ("", r"holds no model: looked for scheduler/scheduler_config\.json and scheduler_config\.json"),
+        ("", r"holds no model: looked for unet/config\.json and config\.json"),
         ("scheduler", r"holds no model: looked for scheduler/scheduler_config\.json and scheduler_config\.json"),
         ("unet", r"holds no model: looked for unet/config\.json and config\.json"),
         (f"unet/{SAFETENSORS}", rf"unet has no such weights: looked for {SAFETENSORS}, .*; found none"),

@@ -67,17 +67,20 @@ def fit_image(image: Image.Image, height: int, width: int, channels: int) -> Ima
 
     An image of the right size is only converted. Transparency is laid on white.
     """
+    if image.mode.startswith(("I", "F")):
+        # PIL's conversion clips 16 bits at 255 where it should scale.
+        image = Image.fromarray((np.asarray(image, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size == (width, height):
         return image
-    scale = max(width / image.width, height / image.height)
-    crop_width, crop_height = width / scale, height / scale
-    left, top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
-    box = (left, top, left + crop_width, top + crop_height)
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    crop_width = max(1, min(image.width, round(image.height * width / height)))
+    crop_height = max(1, min(image.height, round(image.width * height / width)))
+    left, top = (image.width - crop_width) // 2, (image.height - crop_height) // 2
+    crop = image.crop((left, top, left + crop_width, top + crop_height))
+    return crop.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def make_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
@@ -138,6 +141,12 @@ def check_output_path(path: str | Path) -> Path:
     return target
 
 
+def output_files(path: str | Path, count: int) -> list[Path]:
+    """The files that `save_images` writes for `count` pictures."""
+    target = Path(path)
+    return [target / f"{index:05d}.png" for index in range(count)] if is_folder_path(path) else [target]
+
+
 def save_images(images: Sequence[Image.Image], path: str | Path) -> Path:
     """Write pictures, whole or not at all.
 
@@ -155,8 +164,8 @@ def save_images(images: Sequence[Image.Image], path: str | Path) -> Path:
     target = check_output_path(path)
     if is_folder_path(path):
         with write_folder(target) as folder:
-            for index, image in enumerate(images):
-                image.save(folder / f"{index:05d}.png")
+            for image, file in zip(images, output_files(folder, len(images)), strict=True):
+                image.save(file)
     elif target.suffix.lower() == ".npz":
         arrays = np.stack([np.atleast_3d(np.asarray(image)) for image in images])
         with write_whole(target) as temporary:

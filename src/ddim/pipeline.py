@@ -80,6 +80,10 @@ class DDIMPipeline:
         self._progress_bar_config: dict[str, Any] = {}
         self.register_modules(unet=unet, scheduler=scheduler)
 
+    def __repr__(self) -> str:
+        unet = f"{type(self.unet).__name__} on {self.device}, {self.dtype}"
+        return f"{type(self).__name__}(unet={unet}, scheduler={type(self.scheduler).__name__})"
+
     @property
     def components(self) -> dict[str, Any]:
         """`{"unet": ..., "scheduler": ...}`: another pipeline can be built from them without copying weights."""
@@ -431,14 +435,14 @@ class DDIMPipeline:
         weights_in = ("unet", "") if components.get("unet") is None else ()
         folder = hub.find_model(model, variant, cache_dir, local_files_only, revision, token, weights_in)
         check_model_index(folder)
-        scheduler = components.get("scheduler")
+        unet, scheduler = components.get("unet"), components.get("scheduler")
+        # Both are looked for before the weights, the long part, are read.
+        unet_folder = component_folder(folder, "unet", UNet2DModel.config_name) if unet is None else None
         if scheduler is None:
             scheduler = DDIMScheduler.from_pretrained(component_folder(folder, "scheduler", DDIMScheduler.config_name))
-        unet = components.get("unet")
-        if unet is None:
-            where = component_folder(folder, "unet", UNet2DModel.config_name)
-            check_class(where / UNet2DModel.config_name, UNET_CLASSES)
-            unet = UNet2DModel.from_pretrained(where, torch_dtype=torch_dtype, variant=variant)
+        if unet_folder is not None:
+            check_class(unet_folder / UNet2DModel.config_name, UNET_CLASSES)
+            unet = UNet2DModel.from_pretrained(unet_folder, torch_dtype=torch_dtype, variant=variant)
         return cls(unet, scheduler)
 
 

@@ -123,6 +123,9 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
     def __len__(self) -> int:
         return len(self._alphas_cumprod)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.config_json().rstrip()}"
+
     @property
     def clip(self) -> Callable[[Tensor], Tensor] | None:
         """What is done to the predicted x_0: dynamic thresholding, clipping, or nothing (`None`)."""

@@ -53,7 +53,7 @@ def sample(
       ddim sample -m google/ddpm-cifar10-32 -n 8 --out pictures/
     """
     from ddim.devices import choose_device, choose_dtype
-    from ddim.images import check_output_path, save_images
+    from ddim.images import check_output_path, output_files, save_images
     from ddim.pipeline import DDIMPipeline
 
     target = check_output_path(out)
@@ -73,11 +73,10 @@ def sample(
         use_sigma_hat=sigma_hat,
     )
     seconds = time.monotonic() - started
-    replaced = target.is_file()
+    replaced = sum(file.exists() for file in output_files(out, count))
     save_images(images, out)
-    print(
-        f"{len(images)} pictures in {seconds:.1f} s" + (f"; {target} was replaced" if replaced else ""), file=sys.stderr
-    )
+    note = f"; {replaced} earlier file{'s' * (replaced > 1)} replaced" if replaced else ""
+    print(f"{len(images)} pictures in {seconds:.1f} s{note}", file=sys.stderr)
     print(target)
 
 
