@@ -221,7 +221,7 @@ def test_what_the_hub_does_not_have(hub: Hub, client: Client, folder: Path) -> N
 
 def test_a_repository_that_is_no_diffusion_model(hub: Hub, client: Client) -> None:
     hub.add("org/text", {"config.json": b"{}", "model.safetensors": b"x", f"{WEIGHTS}.safetensors": b"x"})
-    assert "looked for unet/config.json" in error_message(client, load, "org/text")
+    assert "looked for scheduler/scheduler_config.json" in error_message(client, load, "org/text")
     hub.add("org/empty", {"README.md": b"x"})
     assert "looked for unet/config.json" in error_message(client, load, "org/empty")
 
