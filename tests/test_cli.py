@@ -72,6 +72,7 @@ GOOD = {
     "third": ["sample", "-n", "1", "--seed", "3", "--steps", "2", "--out", "third.npz"],
     "batches": ["sample", "-n", "5", "--batch-size", "2", "--steps", "2", "--out", "batches.npz"],
     "replaced": ["sample", "-n", "1", "--steps", "1", "--out", "old.png"],
+    "folder again": ["sample", "-n", "6", "--steps", "1", "--out", "pictures again"],
     "default name": ["sample", "-n", "1", "--steps", "1"],
     "timesteps": [*QUICK, "--timesteps", "900,600,300,0", "-o", "timesteps.npz"],
     "trailing": [*QUICK, "--spacing", "trailing", "-o", "trailing.npz"],
@@ -112,7 +113,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
         1,
         "the model nobody/nothing is neither a folder nor in the cache",
     ),
-    "empty folder": (["sample", "-m", "empty"], 1, "empty holds no model: looked for .*scheduler_config.json"),
+    "empty folder": (["sample", "-m", "empty"], 1, "empty holds no model: looked for .*config.json"),
     "file": (["sample", "-m", "mine.yaml"], 1, "there is no model 'mine.yaml'"),
     "missing folder": (["sample", "--out", "missing/x.png"], 1, "the folder missing does not exist"),
     "suffix": (["sample", "--out", "x.jpg"], 1, r"--out x\.jpg ends in \.jpg; give a name in \.png"),
@@ -158,6 +159,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mine.yaml").write_text(yaml.safe_dump(config))
     Image.new("L", (3, 3)).save(folder / "old.png")
     (folder / "empty").mkdir()
+    (folder / "pictures again").mkdir()
+    for name in ("00000.png", "00005.png", "00006.png"):
+        (folder / "pictures again" / name).write_text("old")
     return folder
 
 
@@ -259,8 +263,14 @@ def test_picture_i_is_that_of_seed_plus_i(results: dict[str, Result], folder: Pa
     assert [size for _, size, _ in results["batches"].evaluations] == [2] * 6
 
 
-def test_an_old_file_is_replaced_and_told(results: dict[str, Result], folder: Path) -> None:
-    assert re.search(r"^1 pictures in .* s; old\.png was replaced$", results["replaced"].stderr, re.MULTILINE)
+def test_old_files_are_replaced_and_told(results: dict[str, Result], folder: Path) -> None:
+    for name, told in {
+        "replaced": "1 picture .*; 1 earlier file",
+        "folder again": "6 pictures .*; 2 earlier files",
+    }.items():
+        assert re.search(rf"^{told} replaced$", results[name].stderr, re.MULTILINE)
+    assert "replaced" not in results["folder"].stderr
+    assert len(list((folder / "pictures again").iterdir())) == 7
     with Image.open(folder / "old.png") as image:
         assert image.size == (32, 32)
 
@@ -415,5 +425,5 @@ def test_programs_of_their_own(results: dict[str, Result], folder: Path) -> None
     before = hashlib.sha256((folder / "grid.png").read_bytes()).digest()
     code, stdout, stderr, _ = program(folder, sys.executable, "-m", "ddim", *GOOD["grid"])
     assert (code, stdout) == (0, "grid.png\n")
-    assert "grid.png was replaced" in stderr
+    assert "1 earlier file replaced" in stderr
     assert hashlib.sha256((folder / "grid.png").read_bytes()).digest() == before

@@ -261,6 +261,7 @@ def test_paths_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
         check_output_path(tmp_path / "x.png")
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="Linux only")
 def test_a_read_only_folder() -> None:
     # The kernel refuses to make files here, even for root.
     with pytest.raises(PermissionError, match="the folder /proc/self cannot be written"):

@@ -75,9 +75,14 @@ def sample(
     seconds = time.monotonic() - started
     replaced = sum(file.exists() for file in output_files(out, count))
     save_images(images, out)
-    note = f"; {replaced} earlier file{'s' * (replaced > 1)} replaced" if replaced else ""
-    print(f"{len(images)} pictures in {seconds:.1f} s{note}", file=sys.stderr)
+    note = f"; {number(replaced, 'earlier file')} replaced" if replaced else ""
+    print(f"{number(len(images), 'picture')} in {seconds:.1f} s{note}", file=sys.stderr)
     print(target)
+
+
+def number(n: int, noun: str) -> str:
+    """`1 picture`, `2 pictures`."""
+    return f"{n} {noun}{'s' * (n != 1)}"
 
 
 def parse_timesteps(text: str) -> list[int]:
