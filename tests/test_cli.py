@@ -390,6 +390,15 @@ def test_training_what_is_finished_changes_nothing(results: dict[str, Result]) -
     assert {t for t, _, _ in results["train again"].evaluations} <= {0, 500}
 
 
+def test_what_training_lacks_is_told_before_it_begins(folder: Path) -> None:
+    for name in ("datasets", "matplotlib", "yaml"):
+        code = f"import sys; sys.modules[{name!r}] = None; from ddim.cli import main; main()"
+        got = program(folder, sys.executable, "-c", code, *TRAIN, "--out", "run")
+        assert (got.code, got.stdout) == (1, "")
+        assert got.stderr.startswith(f"ddim: training needs {name}")
+        assert got.stderr.endswith("install it with: pip install 'ddim[train]'\n")
+
+
 # --- mistakes
 
 

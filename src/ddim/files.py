@@ -39,8 +39,9 @@ def write_whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill; on success its files move into `path`, replacing those of the same name one by
-    one; on failure nothing there has changed.
+    """Give a temporary folder to fill; on success its files move into `path`, each replacing one of its name.
+
+    If filling it fails, nothing in `path` has changed.
 
     Other files in `path` stay. `path` and its parents are made where they are missing.
 

@@ -67,7 +67,7 @@ def fit_image(image: Image.Image, height: int, width: int, channels: int) -> Ima
 
     An image of the right size is only converted. Transparency is laid on white.
     """
-    if image.mode.startswith(("I", "F")):
+    if image.mode.startswith("I"):
         # PIL's conversion clips 16 bits at 255 where it should scale.
         image = Image.fromarray((np.asarray(image, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:

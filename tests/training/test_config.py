@@ -242,3 +242,8 @@ def test_differences() -> None:
     found = differences(old, changed)
     assert [sentence.split(":")[0] for sentence in found] == ["optim", "batch_size", "seed"]
     assert found[2] == "seed: 0 there, 1 here"
+
+
+def test_the_end_of_a_run_that_decays_towards_it_is_fixed() -> None:
+    decaying = MINIMAL | {"optim": {"decay_steps": 10}, "max_steps": 20}
+    assert differences(validate(decaying), validate(decaying | {"max_steps": 30})) == ["max_steps: 20 there, 30 here"]

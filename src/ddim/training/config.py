@@ -79,8 +79,8 @@ class TrainConfig(Section):
 
 
 MAY_CHANGE = {"data", "max_steps", "samples", "checkpoint_every", "keep_checkpoints"}
-"""Entries that may differ when a run goes on: none of them changes what an earlier step has computed, unless that was
-one of the last `decay_steps`, which move with `max_steps`. (`data` is a path; its content is compared.)
+"""Entries that may differ when a run goes on: none of them changes what an earlier step has computed. (`data` is a path;
+its content is compared. `max_steps` may not differ where the learning rate decays towards it.)
 """
 
 
@@ -159,10 +159,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """What keeps `new` from continuing a run of `old`: sentences such as `seed: 0 there, 1 here`."""
     before, after = old.model_dump(), new.model_dump()
+    may_change = MAY_CHANGE - ({"max_steps"} if old.optim.decay_steps else set())
     return [
         f"{key}: {before[key]} there, {after[key]} here"
         for key in after
-        if key not in MAY_CHANGE and before[key] != after[key]
+        if key not in may_change and before[key] != after[key]
     ]
 
 

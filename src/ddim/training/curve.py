@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from ddim.files import write_whole
 
 
 def plot_loss(metrics: Path, path: Path) -> None:
     """Draw the losses of a `metrics.jsonl`, on a logarithmic scale, into a PNG."""
-    from matplotlib.figure import Figure
-
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()

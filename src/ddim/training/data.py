@@ -11,6 +11,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from PIL import Image
@@ -58,8 +59,6 @@ def load_images(path: Path, size: int, channels: int) -> Tensor:
 
 def _open(path: Path) -> Any:
     """The rows of a data set, each {"bytes", "path"} of an encoded image, or `None`."""
-    import datasets
-
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # errors come as exceptions as well
     if path.is_dir():

@@ -105,7 +105,7 @@ class Trainer:
         self._average.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
-        self.losses = state.get("losses", [])  # older checkpoints have none
+        self.losses = state.get("losses", [])
         return True
 
     def save(self) -> Path:
