@@ -79,8 +79,9 @@ class TrainConfig(Section):
 
 
 MAY_CHANGE = {"data", "max_steps", "samples", "checkpoint_every", "keep_checkpoints"}
-"""Entries that may differ when a run goes on: none of them changes what an earlier step has computed. (`data` is a path;
-its content is compared. `max_steps` may not differ where the learning rate decays towards it.)
+"""Entries that may differ when a run goes on: none of them changes what an earlier step has computed.
+
+`data` is a path; its content is compared. `max_steps` may not differ where the learning rate decays towards it.
 """
 
 
