@@ -150,6 +150,15 @@ def test_parquet_without_images(tmp_path: Path, column: dict[str, pa.Array], mes
         load_images(tmp_path / "train.parquet", 8, 1)
 
 
+def test_a_path_in_a_parquet_file_is_not_followed(tmp_path: Path) -> None:
+    picture = tmp_path / "secret.png"
+    picture.write_bytes(png(digits(1)[0]))
+    column = pa.array([{"bytes": None, "path": str(picture)}])
+    pq.write_table(pa.table({"image": column}), tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"secret\.png of .* cannot be read: it is missing"):
+        load_images(tmp_path / "train.parquet", 8, 1)
+
+
 @pytest.mark.parametrize("content", [b"", b"words", b"PAR1 and more PAR1"])
 def test_a_file_that_is_no_parquet(tmp_path: Path, content: bytes, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "train.parquet").write_bytes(content)
