@@ -590,3 +590,21 @@ def test_write_folder_leaves_the_old_files(tmp_path: Path, error: type[BaseExcep
     with pytest.raises(error):
         write_and_fail(write_folder(tmp_path), error)
     assert contents(tmp_path) == {"a.txt": b"old"}
+
+
+# --- formats
+
+
+def test_use_safetensors_decides_between_the_formats(folder: Path) -> None:
+    unet = folder / "unet"
+    doubled = {name: 2 * tensor for name, tensor in read_weights(unet).items()}
+    torch.save(doubled, unet / PICKLE)
+    plain = read_weights(unet)
+    assert same(read_weights(unet, use_safetensors=True), plain)
+    assert same(read_weights(unet, use_safetensors=False), doubled)
+    assert same(DDIMPipeline.from_pretrained(folder, use_safetensors=False).unet.state_dict(), doubled)
+    (unet / SAFETENSORS).unlink()
+    assert same(UNet2DModel.from_pretrained(folder, subfolder="unet").state_dict(), doubled)
+    for load in (DDIMPipeline.from_pretrained, lambda where, **how: UNet2DModel.from_pretrained(where / "unet", **how)):
+        with pytest.raises(FileNotFoundError, match=rf"looked for {NAME}\.safetensors.*found {NAME}\.bin"):
+            load(folder, use_safetensors=True)

@@ -121,6 +121,19 @@ def test_a_pipeline_and_only_its_files_are_downloaded(hub: Hub, client: Client, 
     assert len(hub.downloaded("org/today")) == 4
 
 
+def test_a_format_of_ones_choice(hub: Hub, client: Client, folder: Path, weights: Weights) -> None:
+    tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
+    torch.save(tensors, folder / f"unet/{WEIGHTS}.bin")
+    hub.add("org/both", folder)
+    assert_equal(client(load, "org/both", use_safetensors=False), weights)
+    assert hub.downloaded("org/both") == [*CONFIGS, f"unet/{WEIGHTS}.bin"]
+    (folder / f"unet/{WEIGHTS}.safetensors").unlink()
+    hub.add("org/pickled", folder)
+    message = error_message(client, load, "org/pickled", use_safetensors=True)
+    assert f"looked for {WEIGHTS}.safetensors" in message
+    assert f"found {WEIGHTS}.bin" in message
+
+
 def test_the_flat_layout(hub: Hub, client: Client, folder: Path, weights: Weights) -> None:
     make_flat(folder)
     add_clutter(folder)

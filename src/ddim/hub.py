@@ -19,6 +19,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from importlib import import_module, resources
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, cast
@@ -60,6 +61,7 @@ def find_model(
     revision: str | None = None,
     token: str | bool | None = None,
     weights_in: Sequence[str] = ("unet", ""),
+    use_safetensors: bool | None = None,
 ) -> Path:
     """The folder of a model.
 
@@ -73,6 +75,7 @@ def find_model(
         token: for private repositories; `True` for the one that is stored on this machine.
         weights_in: folders of the repository; the weights in the first of them that has a `config.json` are downloaded.
             All configurations are.
+        use_safetensors: as for `ddim.weights.choose_weights`.
 
     Raises:
         FileNotFoundError: if it is none of the three, lacks such weights, or cannot be reached and is not in the cache.
@@ -87,19 +90,22 @@ def find_model(
             f"there is no model {name!r}: it is not built in ({', '.join(builtin)}), not a folder, and not a hub id "
             "such as google/ddpm-cifar10-32"
         )
-    return _download(name, variant, cache_dir, local_files_only, revision, token, weights_in)
+    needs = partial(_needed, variant=variant, weights_in=weights_in, use_safetensors=use_safetensors)
+    return _download(name, needs, cache_dir, local_files_only, revision, token)
 
 
 def _download(
     repo_id: str,
-    variant: str | None,
+    needs: Callable[..., list[str]],
     cache_dir: str | Path | None,
     local_files_only: bool,
     revision: str | None,
     token: str | bool | None,
-    weights_in: Sequence[str],
 ) -> Path:
-    """A snapshot of just the files that are needed, from the hub or, if it cannot be reached, from the cache."""
+    """A snapshot of just the files that are needed, from the hub or, if it cannot be reached, from the cache.
+
+    `needs(names, source=...)` tells which of a repository's files those are, as `_needed` does.
+    """
     from huggingface_hub import HfApi, snapshot_download
 
     trouble = OFFLINE
@@ -109,7 +115,7 @@ def _download(
                 # Not list_repo_files, which asks for 20 s before it gives up where there is no network.
                 info = HfApi().model_info(repo_id, revision=revision, token=token, timeout=HUB_TIMEOUT)
             names = [file.rfilename for file in info.siblings or ()]
-            needed = _needed(names, variant, weights_in, f"the hub model {repo_id}")
+            needed = needs(names, source=f"the hub model {repo_id}")
             with _hub_errors(repo_id, revision):
                 return Path(
                     snapshot_download(
@@ -126,7 +132,7 @@ def _download(
     except FileNotFoundError:
         raise FileNotFoundError(f"the model {repo_id} is neither a folder nor in the cache, and {trouble}") from None
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
-    _needed(names, variant, weights_in, f"{trouble}, and the copy of {repo_id} in the cache")
+    needs(names, source=f"{trouble}, and the copy of {repo_id} in the cache")
     if trouble != OFFLINE:
         logger.warning("%s; the copy of %s in the cache is used", trouble, repo_id)
     return folder
@@ -186,13 +192,16 @@ def _transport_errors() -> tuple[type[Exception], ...]:
     return tuple(errors)
 
 
-def _needed(names: Iterable[str], variant: str | None, weights_in: Sequence[str], source: str) -> list[str]:
+def _needed(
+    names: Iterable[str], variant: str | None, weights_in: Sequence[str], use_safetensors: bool | None, source: str
+) -> list[str]:
     """Of a repository's files: the configurations, and one format of the weights.
 
     Args:
         names: of the files, with folders.
         variant: as for `choose_weights`.
         weights_in: as for `find_model`.
+        use_safetensors: as for `choose_weights`.
         source: where they come from, for messages.
 
     Raises:
@@ -203,7 +212,7 @@ def _needed(names: Iterable[str], variant: str | None, weights_in: Sequence[str]
     for folder in map(PurePosixPath, weights_in):
         if folder / "config.json" in needed:
             here = [path.name for path in paths if path.parent == folder]
-            chosen = choose_weights(here, variant, source)
+            chosen = choose_weights(here, variant, source, use_safetensors)
             needed.append(folder / chosen)
             if ".index." in chosen:
                 # An index does not tell its shards before it is read; their names follow a pattern.
@@ -299,6 +308,7 @@ class ModelFiles:
         local_files_only: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
+        use_safetensors: bool | None = None,
     ) -> Self:
         """Build a network in evaluation mode from its configuration and weights.
 
@@ -316,11 +326,12 @@ class ModelFiles:
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"torch_dtype is {dtype!r}; it must be a floating dtype such as torch.bfloat16")
         subfolder = subfolder or ""
-        folder = find_model(model, variant, cache_dir, local_files_only, revision, token, (subfolder,)) / subfolder
+        folder = find_model(model, variant, cache_dir, local_files_only, revision, token, (subfolder,), use_safetensors)
+        folder = folder / subfolder
         # Built without memory: initial weights would only be overwritten.
         with torch.device("meta"):
             network = _build(cls, folder / cast(Any, cls).config_name)
-        fill_model(network, read_weights(folder, variant), str(folder), dtype)
+        fill_model(network, read_weights(folder, variant, use_safetensors), str(folder), dtype)
         return cast(Self, network.eval())
 
     def save_pretrained(

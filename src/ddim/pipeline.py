@@ -408,6 +408,7 @@ class DDIMPipeline:
         local_files_only: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
+        use_safetensors: bool | None = None,
         **components: Any,
     ) -> Self:
         """Load a pipeline: a built-in model, a folder, or a hub id.
@@ -420,6 +421,7 @@ class DDIMPipeline:
             local_files_only: use what has been downloaded, ask no hub.
             revision: a branch, tag or commit of the hub repository.
             token: for private repositories.
+            use_safetensors: `True` refuses pickled weights, `False` reads no others; by default safetensors come first.
             components: `unet=` or `scheduler=`, in place of what the folder holds.
 
         Raises:
@@ -433,7 +435,9 @@ class DDIMPipeline:
                     f"from_pretrained has no argument {name!r}; a DDIMPipeline's components are unet and scheduler"
                 )
         weights_in = ("unet", "") if components.get("unet") is None else ()
-        folder = hub.find_model(model, variant, cache_dir, local_files_only, revision, token, weights_in)
+        folder = hub.find_model(
+            model, variant, cache_dir, local_files_only, revision, token, weights_in, use_safetensors
+        )
         check_model_index(folder)
         unet, scheduler = components.get("unet"), components.get("scheduler")
         # Both are looked for before the weights, the long part, are read.
@@ -442,7 +446,9 @@ class DDIMPipeline:
             scheduler = DDIMScheduler.from_pretrained(component_folder(folder, "scheduler", DDIMScheduler.config_name))
         if unet_folder is not None:
             check_class(unet_folder / UNet2DModel.config_name, UNET_CLASSES)
-            unet = UNet2DModel.from_pretrained(unet_folder, torch_dtype=torch_dtype, variant=variant)
+            unet = UNet2DModel.from_pretrained(
+                unet_folder, torch_dtype=torch_dtype, variant=variant, use_safetensors=use_safetensors
+            )
         return cls(unet, scheduler)
 
 

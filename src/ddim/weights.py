@@ -1,10 +1,9 @@
 """Weights in files: which file, what is in it, and whether it fits. Nothing that is read here can run code.
 
-    diffusion_pytorch_model.safetensors                    what is written, with a SHA-256 of the tensors in its
-    metadata diffusion_pytorch_model.fp16.safetensors               a variant
-    diffusion_pytorch_model-00001-of-00002.safetensors     shards, with diffusion_pytorch_model.safetensors.index.json
-    diffusion_pytorch_model.bin                            a pickle, read with `weights_only=True`: tensors and nothing
-    else
+    diffusion_pytorch_model.safetensors                    what is written, a SHA-256 of the tensors in its metadata
+    diffusion_pytorch_model.fp16.safetensors               a variant
+    diffusion_pytorch_model-00001-of-00002.safetensors     shards, and diffusion_pytorch_model.safetensors.index.json
+    diffusion_pytorch_model-00001-of-00002.safetensors     shards, with an index (.safetensors.index.json)
 
 The first models on the hub call their attention weights query, key, value and proj_attn; they are renamed.
 """
@@ -29,13 +28,19 @@ MAX_SHARD_SIZE = "10GB"
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def choose_weights(names: Iterable[str], variant: str | None = None, source: str = "the folder") -> str:
+def choose_weights(
+    names: Iterable[str],
+    variant: str | None = None,
+    source: str = "the folder",
+    use_safetensors: bool | None = None,
+) -> str:
     """The weights file among the names of a folder's files: safetensors before pickles, one file before shards.
 
     Args:
         names: of files, without folders.
         variant: `fp16`, say, for `diffusion_pytorch_model.fp16.safetensors`.
         source: where they come from, for messages.
+        use_safetensors: `True` for safetensors only, `False` for pickles only.
 
     Raises:
         FileNotFoundError: saying what was looked for and what weights there are.
@@ -48,6 +53,8 @@ def choose_weights(names: Iterable[str], variant: str | None = None, source: str
         f"{WEIGHTS}{infix}.bin",
         f"{WEIGHTS}.bin.index{infix}.json",
     ]
+    if use_safetensors is not None:
+        candidates = candidates[:2] if use_safetensors else candidates[2:]
     for candidate in candidates:
         if candidate in present:
             return candidate
@@ -57,19 +64,20 @@ def choose_weights(names: Iterable[str], variant: str | None = None, source: str
     )
 
 
-def read_weights(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
+def read_weights(folder: Path, variant: str | None = None, use_safetensors: bool | None = None) -> dict[str, Tensor]:
     """All tensors of the weights in a folder, on the CPU, in memory of their own, under today's names.
 
     Args:
         folder: holds a file that `choose_weights` finds.
         variant: as there.
+        use_safetensors: as there.
 
     Raises:
         FileNotFoundError: if there are no such weights, or a shard is missing.
         ValueError: if a file is truncated or holds something else than tensors, or if it was saved here, with a SHA-256
             of its tensors, and has been altered.
     """
-    chosen = choose_weights((path.name for path in folder.iterdir()), variant, str(folder))
+    chosen = choose_weights((path.name for path in folder.iterdir()), variant, str(folder), use_safetensors)
     if ".index." in chosen:
         tensors = {}
         for name in _shards(folder / chosen):
