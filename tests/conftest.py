@@ -1,8 +1,8 @@
-"""What several test files share: small models."""
+"""What several test files share: one thread, small models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,15 @@ TINY: dict[str, Any] = {
     "layers_per_block": 1,
     "norm_num_groups": 4,
 }
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Networks this small lose more than they gain by threads, a hundredfold on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -25,11 +25,18 @@ def non_negative_int(name: str, value: Any) -> int:
     return _bounded_int(name, value, 0)
 
 
-def _bounded_int(name: str, value: Any, least: int) -> int:
+def whole_number(value: Any) -> int | None:
+    """`value` as an `int` if it is an integer of any kind, `None` for booleans, fractions and everything else."""
+    if isinstance(value, bool):
+        return None
     try:
-        number = operator.index(value)
+        return operator.index(value)
     except TypeError:
-        number = least - 1
-    if isinstance(value, bool) or number < least:
+        return None
+
+
+def _bounded_int(name: str, value: Any, least: int) -> int:
+    number = whole_number(value)
+    if number is None or number < least:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
     return number

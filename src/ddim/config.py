@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, ParamSpec, Self
 
+from ddim.files import to_json
 from ddim.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -86,9 +86,4 @@ class ConfigMixin:
     def config_json(self) -> str:
         """The configuration as the text of a `config.json`: sorted keys, the class and version beside the arguments."""
         entries = {"_class_name": type(self).__name__, "_ddim_version": __version__, **self.config}
-        return json.dumps(entries, indent=2, sort_keys=True, default=_plain) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """JSON for arrays (trained betas) and paths."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+        return to_json(entries)

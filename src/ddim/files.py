@@ -82,8 +82,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def to_json(content: Mapping[str, Any]) -> str:
-    """JSON as it stands in configuration files: indented, keys sorted."""
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+    """JSON as in configuration files: indented, keys sorted; arrays (trained betas) as lists, paths as text."""
+    return json.dumps(content, indent=2, sort_keys=True, default=_plain) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _finish(temporary: Path, path: Path) -> None:

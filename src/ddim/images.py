@@ -91,7 +91,7 @@ def make_grid(images: Sequence[Image.Image], columns: int | None = None) -> Imag
         columns: images a row; about as many as rows unless given.
 
     Raises:
-        ValueError: for no images or none a row.
+        ValueError: for no images.
     """
     if not images:
         raise ValueError("a grid needs at least one image")

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddim import hub
-from ddim.pipeline import DDIMPipeline
+from ddim.pipeline import DDIMPipeline, component_folder
 from ddim.weights import choose_weights
 
 
@@ -29,8 +29,8 @@ def describe(model: str | Path) -> dict[str, Any]:
         ValueError: as there.
     """
     folder = hub.find_model(model)
-    pipe = DDIMPipeline.from_pretrained(folder if Path(folder).is_dir() else model)
-    weights_folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    pipe = DDIMPipeline.from_pretrained(folder)
+    weights_folder = component_folder(folder, "unet", pipe.unet.config_name)
     return {
         "model": str(model),
         "found": str(folder),
@@ -48,8 +48,7 @@ def count_flop(pipe: DDIMPipeline) -> int:
     size = pipe.unet.config.sample_size or 32
     height, width = (size, size) if isinstance(size, int) else size
     # On the meta device shapes are computed and nothing else.
-    network = type(pipe.unet).from_config(pipe.unet.config).to("meta").eval()
-    x = torch.empty(1, network.config.in_channels, height, width, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(x, torch.zeros((), dtype=torch.int64, device="meta"))
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network = type(pipe.unet).from_config(pipe.unet.config).eval()
+        network(torch.empty(1, network.config.in_channels, height, width), torch.zeros((), dtype=torch.int64))
     return counter.get_total_flops()

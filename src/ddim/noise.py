@@ -8,11 +8,12 @@ nor the dtype, nor the batch that an image happens to share can change its noise
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from ddim.checks import whole_number
 
 NoiseSource = Callable[[], Tensor]
 """Draws the next standard Gaussian tensor of a fixed shape."""
@@ -31,11 +32,8 @@ def check_seeds(seeds: Iterable[int], batch_size: int) -> list[int]:
         raise ValueError(f"{len(entries)} seeds were given for a batch_size of {batch_size}; give one integer an image")
     checked = []
     for entry in entries:
-        try:
-            seed = operator.index(entry)
-        except TypeError:
-            seed = -1
-        if isinstance(entry, bool) or not 0 <= seed <= MAX_SEED:
+        seed = whole_number(entry)
+        if seed is None or not 0 <= seed <= MAX_SEED:
             raise ValueError(f"seeds holds {entry!r}; a seed is a whole number from 0 to 2^63 - 1")
         checked.append(seed)
     return checked

@@ -22,7 +22,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -134,7 +136,7 @@ class Step:
 
 def make_steps(
     timesteps: Sequence[int],
-    alphas_cumprod: Sequence[float],
+    alphas_cumprod: Sequence[float] | NDArray[np.float64],
     final_alpha: float = 1.0,
     eta: float = 0.0,
     use_sigma_hat: bool = False,

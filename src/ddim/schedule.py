@@ -15,13 +15,12 @@ over T products.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ddim.checks import positive_int
+from ddim.checks import positive_int, whole_number
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "quad", "const", "jsd")
 SPACINGS = ("leading", "trailing", "linspace", "quad", "logsnr")
@@ -211,11 +210,10 @@ def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> list[
         raise ValueError("timesteps is empty; it must hold at least one timestep")
     checked: list[int] = []
     for entry in entries:
-        try:
-            t = operator.index(entry)
-        except TypeError:
-            raise ValueError(f"timesteps holds {entry!r}; every entry must be a whole number") from None
-        if isinstance(entry, bool) or not 0 <= t < num_train_timesteps:
+        t = whole_number(entry)
+        if t is None:
+            raise ValueError(f"timesteps holds {entry!r}; every entry must be a whole number")
+        if not 0 <= t < num_train_timesteps:
             raise ValueError(f"timesteps holds {entry!r}; every entry must lie between 0 and {num_train_timesteps - 1}")
         if checked and t >= checked[-1]:
             raise ValueError(f"timesteps holds {t} after {checked[-1]}; they must be strictly decreasing")

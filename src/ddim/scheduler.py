@@ -159,7 +159,7 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         if not 0 <= eta < float("inf"):
             raise ValueError(f"eta is {eta}; it must be 0 (DDIM) or larger, 1 for DDPM")
         checked = schedule.check_timesteps(timesteps, len(self))
-        steps = make_steps(checked, self._alphas_cumprod.tolist(), self._final_alpha, eta, use_sigma_hat)
+        steps = make_steps(checked, self._alphas_cumprod, self._final_alpha, eta, use_sigma_hat)
         if self.config.prediction_type == "epsilon" and steps[0].alpha == 0:
             raise ValueError(
                 f"at timestep {checked[0]} the schedule leaves no signal, so that x_0 cannot be told from a predicted "

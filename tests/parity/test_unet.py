@@ -10,7 +10,6 @@ import copy
 import functools
 import inspect
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -137,13 +136,7 @@ CIFAR10 = {
 every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Networks this small lose more than they gain by threads, a hundredfold on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def randomise(model: torch.nn.Module) -> None:

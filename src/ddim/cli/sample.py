@@ -57,8 +57,9 @@ def sample(
     from ddim.pipeline import DDIMPipeline
 
     target = check_output_path(out)
-    pipe = DDIMPipeline.from_pretrained(model)
-    pipe.to(choose_device(device), choose_dtype(dtype))
+    where = choose_device(device), choose_dtype(dtype)
+    own_timesteps = None if timesteps is None else parse_timesteps(timesteps)
+    pipe = DDIMPipeline.from_pretrained(model).to(*where)
     if spacing is not None:
         pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing)
     started = time.monotonic()
@@ -68,7 +69,7 @@ def sample(
         batch_size,
         eta=eta,
         num_inference_steps=steps,
-        timesteps=None if timesteps is None else parse_timesteps(timesteps),
+        timesteps=own_timesteps,
         order=order,
         use_sigma_hat=sigma_hat,
     )

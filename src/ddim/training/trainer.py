@@ -13,7 +13,6 @@ function of (seed, n), so that a resumed run computes what an uninterrupted one 
 
 from __future__ import annotations
 
-import logging
 import math
 import signal
 import time
@@ -32,8 +31,6 @@ from ddim.training.checkpoint import load_newest, save_checkpoint
 from ddim.training.config import TrainConfig
 from ddim.training.data import Batches, generator_for
 from ddim.unet import UNet2DModel
-
-logger = logging.getLogger(__name__)
 
 
 class TrainingStopped(RuntimeError):
