@@ -16,13 +16,20 @@ from typing import TYPE_CHECKING, Any
 from ddim.version import __version__
 
 if TYPE_CHECKING:
+    from ddim.interpolation import slerp
     from ddim.pipeline import DDIMPipeline
-    from ddim.scheduler import DDIMScheduler
+    from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler
     from ddim.unet import UNet2DModel
 
-_HOMES = {"DDIMPipeline": "ddim.pipeline", "DDIMScheduler": "ddim.scheduler", "UNet2DModel": "ddim.unet"}
+_HOMES = {
+    "DDIMInverseScheduler": "ddim.scheduler",
+    "DDIMPipeline": "ddim.pipeline",
+    "DDIMScheduler": "ddim.scheduler",
+    "UNet2DModel": "ddim.unet",
+    "slerp": "ddim.interpolation",
+}
 
-__all__ = ["DDIMPipeline", "DDIMScheduler", "UNet2DModel", "__version__"]
+__all__ = ["DDIMInverseScheduler", "DDIMPipeline", "DDIMScheduler", "UNet2DModel", "__version__", "slerp"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from numbers import Real
 from typing import Any
 
 
@@ -33,6 +34,17 @@ def whole_number(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def real_number(name: str, value: Any) -> float:
+    """`value` as a `float`.
+
+    Raises:
+        TypeError: if it is a boolean or no real number.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}; it must be a number")
+    return float(value)
 
 
 def _bounded_int(name: str, value: Any, least: int) -> int:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ddim.files import write_folder, write_whole
 
 OUTPUT_TYPES = ("pil", "np", "pt")
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 GRID_GAP = 2
 
 
@@ -44,6 +47,125 @@ def to_output(samples: Tensor, output_type: str) -> list[Image.Image] | np.ndarr
         return unit
     array = unit.permute(0, 2, 3, 1).float().cpu().numpy()
     return array if output_type == "np" else [as_pil(pixels) for pixels in to_bytes(array)]
+
+
+def to_samples(
+    images: Any, channels: int, height: int, width: int, resize: bool = False, name: str = "images"
+) -> Tensor:
+    """Pictures as samples of a model.
+
+    Args:
+        images: a PIL image or a list of them; a NumPy array (N, H, W, C) or (H, W, C), uint8 or floats in [0, 1]; or a
+            floating tensor (N, C, H, W) or (C, H, W) in [-1, 1].
+        channels: C that the model takes: 1 for grey, 3 for colour.
+        height: H that it takes.
+        width: W that it takes.
+        resize: fit PIL images of other sizes and modes, as `fit_image` does; otherwise they are refused.
+        name: how messages call them.
+
+    Returns:
+        float32 (N, C, H, W) in [-1, 1], or float64 for a float64 tensor.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for no images, another size, mode or dtype, or numbers that are not finite or out of range.
+    """
+    if isinstance(images, Image.Image):
+        images = [images]
+    if isinstance(images, list | tuple) and all(isinstance(image, Image.Image) for image in images):
+        fitted = [
+            _as_the_model_takes(image, channels, height, width, resize, f"{name}[{index}]")
+            for index, image in enumerate(images)
+        ]
+        images = np.stack(fitted) if fitted else np.empty((0, height, width, channels), np.uint8)
+    if isinstance(images, np.ndarray):
+        samples = _from_array(images[None] if images.ndim == 3 else images, name)
+    elif isinstance(images, Tensor):
+        samples = _check_range(images[None] if images.ndim == 3 else images, -1, 1, name)
+    else:
+        raise TypeError(
+            f"{name} is a {type(images).__name__}; give PIL images, a NumPy array (N, H, W, C) or a tensor (N, C, H, W)"
+        )
+    if samples.ndim != 4 or samples.shape[1:] != (channels, height, width) or not len(samples):
+        layout = "(N, C, H, W)" if isinstance(images, Tensor) else "(N, H, W, C)"
+        shape = (channels, height, width) if isinstance(images, Tensor) else (height, width, channels)
+        raise ValueError(
+            f"{name} has shape {tuple(images.shape)}; the model takes {layout} of at least one image of {shape}"
+            + ("; arrays are not resized, PIL images are" if resize else "")
+        )
+    return samples
+
+
+def _as_the_model_takes(
+    image: Image.Image, channels: int, height: int, width: int, resize: bool, name: str
+) -> np.ndarray:
+    """uint8 (H, W, C)."""
+    mode = "L" if channels == 1 else "RGB"
+    if not resize and (image.size != (width, height) or image.mode != mode):
+        raise ValueError(
+            f"{name} is {image.width}x{image.height} {image.mode}; the model takes {width}x{height} {mode}; resizing "
+            "(resize=True, --resize) crops the middle, scales it and converts it, with white behind what is transparent"
+        )
+    return np.atleast_3d(np.asarray(fit_image(image, height, width, channels)))
+
+
+def _from_array(array: np.ndarray, name: str) -> Tensor:
+    """(N, H, W, C) of bytes, or of floats in [0, 1], to (N, C, H, W) in [-1, 1]."""
+    if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"{name} is an array of {array.dtype}; it must be uint8, or floating in [0, 1]")
+    values = torch.from_numpy(np.ascontiguousarray(array, None if array.dtype == np.uint8 else np.float32))
+    unit = values / 255 if array.dtype == np.uint8 else _check_range(values, 0, 1, name)
+    return (2 * unit - 1).movedim(-1, 1)
+
+
+def _check_range(values: Tensor, low: int, high: int, name: str) -> Tensor:
+    """Floats, float32 or wider, in [low, high] up to rounding."""
+    if not values.is_floating_point():
+        raise ValueError(f"{name} is a tensor of {values.dtype}; it must be floating in [{low}, {high}]")
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{name} holds NaN or infinity; it must be finite")
+    if values.numel() and (float(values.min()) < low - 1e-3 or float(values.max()) > high + 1e-3):
+        raise ValueError(
+            f"{name} lies in [{float(values.min()):.4g}, {float(values.max()):.4g}]; it must be in [{low}, {high}]"
+        )
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def find_images(path: str | Path) -> list[Path]:
+    """The image files in a folder, searched through and through, by their suffixes, sorted.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    files = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not files:
+        raise FileNotFoundError(f"there is no image in {path}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
+    return files
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Decode a still image.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be decoded, is animated, or is so large that decoding it would be an attack on memory
+            (`PIL.Image.MAX_IMAGE_PIXELS`).
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                frames = getattr(image, "n_frames", 1)
+                image.load()
+                still = image.copy()
+    except Exception as error:  # every decoder fails in its own way
+        reason = "it is no image of a known format" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{path} cannot be read: {reason}") from None
+    if frames > 1:
+        raise ValueError(f"{path} is an animation of {frames} frames; give a still image")
+    return still
 
 
 def check_output_type(output_type: Any) -> None:

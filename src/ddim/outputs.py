@@ -44,3 +44,72 @@ class ImagePipelineOutput(Output):
     """Pictures: a list of N PIL images, a float32 array (N, H, W, C) in [0, 1], or a tensor (N, C, H, W) in [0, 1]."""
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
+
+
+@dataclass
+class EncodeOutput(Output):
+    """Latent codes of N pictures, and how well they were found.
+
+    Attributes:
+        latents: the codes, float32 (N, C, H, W) on the model's device: x at `timesteps[0]`.
+        timesteps: of the steps that were walked, S of them, from the largest to the smallest; `decode` wants the same.
+        residuals: (N, S): how far the step of decoding lands from where encoding came from, the root mean square over
+            the picture's values in [-1, 1]. Column j belongs to the step from `timesteps[j]`.
+        evaluations: int64 (N, S): network evaluations spent.
+        tolerance: what each residual was to reach.
+    """
+
+    latents: torch.Tensor
+    timesteps: list[int]
+    residuals: torch.Tensor
+    evaluations: torch.Tensor
+    tolerance: float
+
+    @property
+    def residual(self) -> torch.Tensor:
+        """The largest residual of each picture, (N,)."""
+        return self.residuals.amax(1)
+
+    @property
+    def converged(self) -> torch.Tensor:
+        """Whether each picture's code reached the tolerance in every step, bool (N,)."""
+        return self.residual <= self.tolerance
+
+
+@dataclass
+class ReconstructOutput(Output):
+    """Pictures that went through latent space and back.
+
+    Attributes:
+        images: what came back: a list of N PIL images, an array (N, H, W, C) or a tensor (N, C, H, W) in [0, 1].
+        mse: float64 (N,): the mean squared error per value in [0, 1], of what the network gave before it was clipped or
+            rounded.
+        codes: the latent codes on the way.
+    """
+
+    images: list[Image.Image] | np.ndarray | torch.Tensor
+    mse: torch.Tensor
+    codes: EncodeOutput
+
+    @property
+    def psnr(self) -> torch.Tensor:
+        """The peak signal-to-noise ratio in dB, (N,): -10 log10(mse)."""
+        return -10 * self.mse.log10()
+
+
+@dataclass
+class TrajectoryOutput(Output):
+    """How pictures appear. Lists have an entry for each timestep shown, the noisiest first; each entry holds N pictures
+    of the `output_type` asked for.
+
+    Attributes:
+        timesteps: t of each entry.
+        samples: x_t.
+        pred_original_samples: the x_0 that the network predicts from x_t.
+        images: where the process ends.
+    """
+
+    timesteps: list[int]
+    samples: list[Any]
+    pred_original_samples: list[Any]
+    images: list[Image.Image] | np.ndarray | torch.Tensor

@@ -181,15 +181,42 @@ def ddim_update(x0: Tensor, epsilon: Tensor, step: Step, noise: Tensor | None = 
     return prev if noise is None else prev + step.noise_std * noise
 
 
-def ddim_inverse(x_prev: Tensor, epsilon: Tensor, step: Step) -> Tensor:
-    """x_t from x_prev: the deterministic `ddim_update` (eta = 0) solved for x_t, given the epsilon that it used.
+def ddim_inverse(model_output: Tensor, x_prev: Tensor, step: Step, prediction_type: str = "epsilon") -> Tensor:
+    """x_t from x_prev: the deterministic `ddim_step` (eta = 0, no clipping) solved for x_t, given the model output that
+    it used.
 
-    x_t = sqrt(alpha / alpha_prev) (x_prev - sqrt(1 - alpha_prev) epsilon) + sqrt(1 - alpha) epsilon: a step of the
-    paper's ODE (14) towards noise. With epsilon predicted at x_prev this is the encoding of section 4.3; with the
-    epsilon at x_t itself it is exact.
+    For a network that predicts epsilon this is a step of the paper's ODE (14) towards noise,
+
+        x_t = sqrt(alpha / alpha_prev) (x_prev - sqrt(1 - alpha_prev) epsilon) + sqrt(1 - alpha) epsilon
+
+    and the others follow likewise. With the model output at x_t itself the inverse is exact; with the epsilon predicted
+    at x_prev it is the encoding of section 4.3.
+
+    Args:
+        model_output: what the network predicts, of the shape of `x_prev`.
+        x_prev: x at `step.prev_timestep`.
+        step: the coefficients; `alpha_prev` may be 1 unless the network predicts x_0 (which then is x_prev, whatever
+            x_t was), and `alpha` may be 0.
+        prediction_type: one of `PREDICTION_TYPES`.
+
+    Raises:
+        ValueError: for alpha_prev = 1 with predicted x_0, or an unknown prediction type.
     """
-    x0 = (x_prev - math.sqrt(1 - step.alpha_prev) * epsilon) / math.sqrt(step.alpha_prev)
-    return math.sqrt(step.alpha) * x0 + math.sqrt(1 - step.alpha) * epsilon
+    signal, noise = math.sqrt(step.alpha), math.sqrt(1 - step.alpha)
+    signal_prev, noise_prev = math.sqrt(step.alpha_prev), math.sqrt(1 - step.alpha_prev)
+    if prediction_type == "v_prediction":
+        # Along the circle of angles arccos(sqrt(alpha)) a step is a turn: x_prev = cos x_t - sin v.
+        cos, sin = signal * signal_prev + noise * noise_prev, noise * signal_prev - signal * noise_prev
+        return (x_prev + sin * model_output) / cos
+    if prediction_type == "sample":
+        if noise_prev == 0:
+            raise ValueError(
+                "a step that ends in the predicted x_0 itself (alpha = 1) has no inverse; use set_alpha_to_one=False"
+            )
+        return signal * model_output + noise * (x_prev - signal_prev * model_output) / noise_prev
+    if prediction_type == "epsilon":
+        return signal * (x_prev - noise_prev * model_output) / signal_prev + noise * model_output
+    raise ValueError(f"prediction_type is {prediction_type!r}; it must be one of {', '.join(PREDICTION_TYPES)}")
 
 
 def ddim_step(

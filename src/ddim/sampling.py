@@ -1,6 +1,7 @@
-"""The sampling loop: one generator that yields a state a step.
+"""The loop: one generator that walks a sequence of steps, in either direction, and yields a state a step.
 
-    for state in sample(denoiser, noise, steps): ...
+    for state in sample(denoiser, noise, steps): ...              from noise to pictures
+    for state in walk(pictures, steps[::-1], Inversion(...)): ... and back, see `ddim.inversion`
 
 Progress bars, previews, callbacks and animations are consumers of this loop, so that it knows none of them. A denoiser
 is anything that is called as `denoiser(sample, timestep)` and returns its prediction.
@@ -20,6 +21,10 @@ from ddim.process import Step, ddim_step
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """Takes x_t (N, C, H, W) and t, an int64 tensor () on the same device; returns (N, C, H, W)."""
 
+Move = Callable[[Tensor, Tensor, Step], tuple[Tensor, Tensor]]
+"""Takes x, the step's timestep t as an int64 tensor () on the same device, and the step; returns where x is after it
+and the x_0 predicted on the way, both (N, C, H, W)."""
+
 
 @dataclass
 class State:
@@ -28,8 +33,8 @@ class State:
     Attributes:
         index: of the step, from 0.
         step: its coefficients.
-        sample: x at `step.prev_timestep`, (N, C, H, W). A consumer may replace it; the loop goes on from what it finds
-            here.
+        sample: x at `step.prev_timestep`, or at `step.timestep` on the way to noise, (N, C, H, W). A consumer may
+            replace it; the loop goes on from what it finds here.
         pred_original_sample: the x_0 predicted in this step, after clipping, (N, C, H, W).
     """
 
@@ -37,6 +42,25 @@ class State:
     step: Step
     sample: Tensor
     pred_original_sample: Tensor
+
+
+def walk(x: Tensor, steps: Sequence[Step], move: Move) -> Iterator[State]:
+    """Take the steps one after the other.
+
+    Args:
+        x: where to start, (N, C, H, W).
+        steps: the coefficients of all transitions, in the order they are taken.
+        move: how a step is taken.
+
+    Yields:
+        A `State` after each step.
+    """
+    # On the device once, before the loop: a Python number would be copied there, and waited for, in every step.
+    timesteps = torch.tensor([step.timestep for step in steps], device=x.device)
+    for index, step in enumerate(steps):
+        state = State(index, step, *move(x, timesteps[index], step))
+        yield state
+        x = state.sample
 
 
 def sample(
@@ -62,14 +86,25 @@ def sample(
     Yields:
         A `State` after each step.
     """
-    # On the device once, before the loop: a Python number would be copied there, and waited for, in every step.
-    timesteps = torch.tensor([step.timestep for step in steps], device=latents.device)
-    x = latents
-    for index, step in enumerate(steps):
-        model_output = denoiser(x, timesteps[index])
-        prev, x0 = ddim_step(
-            model_output, x, step, prediction_type, clip, use_clipped_model_output, None if noise is None else noise()
-        )
-        state = State(index, step, prev, x0)
-        yield state
-        x = state.sample
+
+    def move(x: Tensor, timestep: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        drawn = None if noise is None else noise()
+        return ddim_step(denoiser(x, timestep), x, step, prediction_type, clip, use_clipped_model_output, drawn)
+
+    return walk(latents, steps, move)
+
+
+def in_batches(denoiser: Denoiser, batch_size: int) -> Denoiser:
+    """The same denoiser, asked about exactly `batch_size` samples at a time; the last ones are repeated to fill up.
+
+    Networks round a little differently for batches of different sizes. In batches of one size a sample's prediction
+    does not depend, to the bit, on how many others are asked about.
+    """
+
+    def ask(x: Tensor, timestep: Tensor) -> Tensor:
+        missing = -len(x) % batch_size
+        filled = torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing else x
+        starts = range(0, len(filled), batch_size)
+        return torch.cat([denoiser(filled[i : i + batch_size], timestep) for i in starts])[: len(x)]
+
+    return ask

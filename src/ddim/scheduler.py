@@ -1,9 +1,9 @@
-"""`DDIMScheduler`: the `diffusers`-shaped face of `schedule` and `process`.
+"""`DDIMScheduler` and `DDIMInverseScheduler`: the `diffusers`-shaped faces of `schedule` and `process`.
 
-Its constructor, methods and configuration file are those of the class of that name in `diffusers`. The numbers are too
-wherever the peer's are right. One is not: its `step` assumes that the previous timestep is t - T // S, which is false
-for `linspace`, for `trailing` when S does not divide T, and for every list of one's own. Here the previous timestep is
-the next entry of `timesteps`.
+Their constructors, methods and configuration files are those of the classes of these names in `diffusers`. The numbers
+are too wherever the peer's are right. One is not: its `step` assumes that the previous timestep is t - T // S, which is
+false for `linspace`, for `trailing` when S does not divide T, and for every list of one's own. Here the previous
+timestep is the next entry of `timesteps`.
 
 Schedules are computed in float64 (the peer: float32); `betas`, `alphas` and `alphas_cumprod` show them in float32, as
 scripts expect.
@@ -29,9 +29,11 @@ from ddim.process import (
     PREDICTION_TYPES,
     Step,
     add_noise,
+    ddim_inverse,
     ddim_step,
     dynamic_threshold,
     make_steps,
+    predict_x0_epsilon,
     training_target,
     velocity,
 )
@@ -233,13 +235,9 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
             ValueError: if `set_timesteps` has not been called, the timestep is outside the schedule, eta is negative,
                 or both a generator and noise are given.
         """
-        if self.num_inference_steps is None:
-            raise ValueError("no timesteps are set: call set_timesteps(num_inference_steps) before step")
         if eta > 0 and generator is not None and variance_noise is not None:
             raise ValueError("give either generator or variance_noise, not both")
-        (t,) = schedule.check_timesteps([timestep], len(self))  # type: ignore[list-item]
-        later = next((entry for entry in self._timesteps if entry < t), None)
-        transition = self.make_steps([t] if later is None else [t, later], eta)[0]
+        transition = self._transition(timestep, eta)
         noise = variance_noise if eta > 0 else None
         if eta > 0 and noise is None:
             noise = noise_from_generator(model_output.shape, generator, model_output.device, model_output.dtype)()
@@ -253,6 +251,14 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
             noise,
         )
         return DDIMSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
+
+    def _transition(self, timestep: Tensor | int, eta: float) -> Step:
+        """The step between a timestep and the next smaller entry of `timesteps`."""
+        if self.num_inference_steps is None:
+            raise ValueError("no timesteps are set: call set_timesteps(num_inference_steps) before step")
+        (t,) = schedule.check_timesteps([timestep], len(self))  # type: ignore[list-item]
+        later = next((entry for entry in self._timesteps if entry < t), None)
+        return self.make_steps([t] if later is None else [t, later], eta)[0]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) noise, equation (4).
@@ -281,3 +287,69 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         self.alphas_cumprod = self.alphas_cumprod.to(like.device)
         alphas = self.alphas_cumprod[timesteps.to(like.device)].to(like.dtype)
         return alphas.reshape(-1, *[1] * (like.ndim - 1))
+
+
+class DDIMInverseScheduler(DDIMScheduler):
+    """From pictures to noise: the steps of a `DDIMScheduler` with eta = 0, turned round.
+
+    `timesteps` are those that a `DDIMScheduler` of the same configuration walks, for every spacing, the smallest first.
+    The step to timestep t comes from the next smaller entry, or from `initial_alpha_cumprod` for the first.
+
+        inverse = DDIMInverseScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+        inverse.set_timesteps(50)
+        for t in inverse.timesteps:
+            x = inverse.step(unet(x, t).sample, t, x).prev_sample
+
+    is an Euler encoding, as with the class of that name in `diffusers`, whose arguments these are (and those of
+    `DDIMScheduler`). Two things are wrong there and right here: it steps from t - T // S whatever the timestep before
+    is, and with v-prediction its step is not the inverse of its twin's. Here, given the model output at the x_t that
+    results, `step` inverts `DDIMScheduler.step` exactly, so that a fixed-point iteration over it does too;
+    `DDIMPipeline.encode` does this, and better.
+
+    Clipping, on by default as in `diffusers`, cannot be undone; switch it off for pictures to come back. So cannot, for
+    a good denoiser, the step from alpha = 1: `set_alpha_to_one=False` starts from alphas_cumprod[0].
+
+    Args:
+        as for `DDIMScheduler`.
+
+    Attributes:
+        timesteps: int64 tensor, increasing.
+        initial_alpha_cumprod: 1, or alphas_cumprod[0], where the first step comes from.
+        others: as of `DDIMScheduler`.
+    """
+
+    @property
+    def initial_alpha_cumprod(self) -> Tensor:
+        return self.final_alpha_cumprod
+
+    def _use(self, timesteps: list[int], device: str | torch.device | None) -> None:
+        super()._use(timesteps, device)
+        self.timesteps = self.timesteps.flip(0)
+
+    def step(  # type: ignore[override]  # the interface of the peer's class
+        self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True
+    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+        """x_t from x at the timestep before t.
+
+        Args:
+            model_output: what the network predicts, (N, C, H, W).
+            timestep: t, where the step leads.
+            sample: x at the timestep before, (N, C, H, W).
+            return_dict: `False` for a tuple.
+
+        Returns:
+            `DDIMSchedulerOutput` with x_t, called `prev_sample` as in the peer, and `pred_original_sample`; or the two
+            as a tuple.
+
+        Raises:
+            ValueError: if `set_timesteps` has not been called, the timestep is outside the schedule, or the step comes
+                from alpha = 1 and the network predicts x_0, which leaves x_t open.
+        """
+        transition = self._transition(timestep, 0.0)
+        prediction_type = self.config.prediction_type
+        x = ddim_inverse(model_output, sample, transition, prediction_type)
+        x0, _ = predict_x0_epsilon(model_output, x, transition.alpha, prediction_type)
+        if self.clip is not None:
+            clipped = self.clip(x0)
+            x, x0 = x + transition.alpha**0.5 * (clipped - x0), clipped
+        return DDIMSchedulerOutput(x, x0) if return_dict else (x, x0)

@@ -18,9 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ddim.images import fit_image
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+from ddim.images import find_images, fit_image
 
 
 def load_images(path: Path, size: int, channels: int) -> Tensor:
@@ -63,10 +61,7 @@ def _open(path: Path) -> Any:
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # errors come as exceptions as well
     if path.is_dir():
-        files = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-        if not files:
-            raise FileNotFoundError(f"there is no image in {path}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
-        return [{"bytes": None, "path": file} for file in files]
+        return [{"bytes": None, "path": str(file)} for file in find_images(path)]
     if path.suffix != ".parquet":
         raise ValueError(f"{path} is neither a folder of images nor a .parquet file")
     try:

@@ -1,0 +1,171 @@
+"""Inversion: the deterministic process (eta = 0) walked from pictures to noise.
+
+A step of DDIM takes x_t to x_prev = g(x_t), with the network inside g. Its inverse has no formula, because the network
+must be asked at the x_t that is sought. In the paper's ODE (14), with the signs turned round, one Euler step
+(equation 13, section 4.3) asks it at x_prev instead:
+
+    x_t = ddim_inverse(epsilon(x_prev), x_prev)
+
+which is wrong to first order in the step. Here that is the first guess, and the equation itself is solved,
+
+    f(x) = x_prev - g(x) = 0
+
+so that decoding, which applies g, lands on x_prev again. x + c f(x) is a fixed-point iteration, and Anderson
+acceleration (type II: Walker and Ni, SIAM J. Numer. Anal. 49, 2011) makes of its last few iterates the combination
+whose residuals cancel best, image by image.
+
+The scale c. Were the pictures Gaussian, g would shrink or stretch each direction of x by a factor between
+sqrt((1 - alpha_prev) / (1 - alpha)) (no variance among pictures: what is seen there is noise, which the step removes)
+and about 1 (much variance). c is one over the geometric mean of the two, which errs by the same factor at both ends.
+
+Where a residual remains. The step next to the pictures removes nearly all noise: g is nearly flat in most directions,
+and for a picture without any noise of its own the network's g may not reach x_prev at all. The residual is then what it
+is, is reported, and bounds the error of decoding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ddim.process import Step, ddim_inverse, ddim_step, predict_x0_epsilon
+from ddim.sampling import Denoiser
+
+HISTORY = 5
+"""Differences of iterates that Anderson acceleration combines."""
+
+REGULARISATION = 1e-4
+"""Relative to the squared length of each difference of residuals: keeps the combination small where they are nearly
+parallel."""
+
+
+class Inversion:
+    """The move of `ddim.sampling.walk` that takes x at `step.prev_timestep` to x at `step.timestep`.
+
+    It serves one walk, along steps in the order in which noise grows.
+
+    Args:
+        denoiser: the network.
+        prediction_type: what it predicts.
+        exact: solve each step's equation; otherwise take the Euler step of equation (13).
+        tolerance: an image is done when its residual, the root mean square of x_prev - g(x_t) over its pixels, is at
+            most this.
+        max_iterations: at most so many network evaluations a step and image, of those the best is kept.
+
+    Attributes:
+        residuals: one float tensor (N,) a step taken: the residual reached.
+        evaluations: one int64 tensor (N,) a step taken: network evaluations spent on each image.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, prediction_type: str, exact: bool, tolerance: float, max_iterations: int
+    ) -> None:
+        self.denoiser, self.prediction_type = denoiser, prediction_type
+        self.exact, self.tolerance = exact, tolerance
+        # The residual of an Euler step costs nothing: it asks the network where the next step does.
+        self.max_iterations = max_iterations if exact else 1
+        self.residuals: list[Tensor] = []
+        self.evaluations: list[Tensor] = []
+        self._known: list[tuple[int, Tensor]] = []
+
+    def __call__(self, x_prev: Tensor, timestep: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """x at `step.timestep`, and the x_0 predicted there; as `ddim.sampling.Move`."""
+        asked = int(not self._known)
+        if not self._known:
+            source = timestep.new_tensor(max(step.prev_timestep, 0))
+            output = self.denoiser(x_prev, source)
+            epsilon = predict_x0_epsilon(output, x_prev, step.alpha_prev, self.prediction_type)[1]
+            self._known = [(int(source), epsilon)]
+
+        def f(x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+            output = self.denoiser(x, timestep)
+            return x_prev[active] - ddim_step(output, x, step, self.prediction_type)[0], output
+
+        guess = ddim_inverse(self._guess_epsilon(step.timestep), x_prev, step)
+        x, output, residual, evaluations = anderson(f, guess, mixing(step), self.tolerance, self.max_iterations)
+        x0, epsilon = predict_x0_epsilon(output, x, step.alpha, self.prediction_type)
+        self.residuals.append(residual)
+        self.evaluations.append(evaluations + asked)
+        self._known = [*self._known[-1:], (step.timestep, epsilon)]
+        return x, x0
+
+    def _guess_epsilon(self, t: int) -> Tensor:
+        """Equation (13) takes the epsilon at x_prev; for the exact inverse a line through the last two is nearer."""
+        t1, epsilon = self._known[-1]
+        if not self.exact or len(self._known) == 1:
+            return epsilon
+        t0, before = self._known[0]
+        return epsilon + min(1.0, (t - t1) / (t1 - t0)) * (epsilon - before)
+
+
+def mixing(step: Step) -> float:
+    """The scale c of the module's text."""
+    stretch = math.sqrt(step.alpha * step.alpha_prev) + math.sqrt((1 - step.alpha) * (1 - step.alpha_prev))
+    shrink = math.sqrt((1 - step.alpha_prev) / (1 - step.alpha))
+    return 1 / math.sqrt(stretch * shrink)
+
+
+def anderson(
+    f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    guess: Tensor,
+    mixing: float,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Solve f(x) = 0, each image on its own; an image that has converged is not asked about again.
+
+    Args:
+        f: called as `f(x, active)` with the images that are still sought, (n, C, H, W), and their indices, (n,);
+            returns their residuals and anything else of the same shape that shall be kept.
+        guess: where to start, (N, C, H, W).
+        mixing: the scale c of the plain iteration x + c f(x).
+        tolerance: for the root mean square of an image's f(x).
+        max_iterations: at most so many calls of `f`.
+
+    Returns:
+        For each image the x of the smallest residual, what `f` returned with it, that residual (N,), and the number of
+        times f was called for it, int64 (N,).
+    """
+    best, kept = guess.clone(), torch.zeros_like(guess)
+    residual = guess.new_full((len(guess),), math.inf)
+    evaluations = torch.zeros(len(guess), dtype=torch.int64, device=guess.device)
+    active = torch.arange(len(guess), device=guess.device)
+    x = guess
+    # Iterates and their residuals, the latest last: (n, h, C H W).
+    xs = fs = guess.new_empty(len(guess), 0, guess[0].numel())
+    for _ in range(max_iterations):
+        fx, output = f(x, active)
+        # Row by row: one long sum would be shared among threads, differently for one image than for several.
+        size = fx.square().mean(-1).flatten(1).mean(1).sqrt()
+        evaluations[active] += 1
+        better = size < residual[active]
+        where = active[better]
+        best[where], kept[where], residual[where] = x[better], output[better], size[better]
+        seek = size > tolerance
+        if not bool(seek.any()):
+            break
+        active = active[seek]
+        xs = torch.cat([xs[seek], x[seek].flatten(1)[:, None]], 1)[:, -HISTORY - 1 :]
+        fs = torch.cat([fs[seek], fx[seek].flatten(1)[:, None]], 1)[:, -HISTORY - 1 :]
+        x = _accelerate(xs, fs, mixing).view(-1, *guess.shape[1:])
+    return best, kept, residual, evaluations
+
+
+def _accelerate(xs: Tensor, fs: Tensor, mixing: float) -> Tensor:
+    """The next iterate, (n, D), from iterates and residuals (n, h, D)."""
+    x, f = xs[:, -1], fs[:, -1]
+    if xs.shape[1] == 1:
+        return x + mixing * f
+    dx, df = xs.diff(dim=1), fs.diff(dim=1)
+    # Least squares for f = gamma df by the normal equations, each difference scaled to length 1. One product gives all
+    # of them: alone, df @ f takes another kernel for one image than for several.
+    scale = df.square().sum(2, keepdim=True).clamp_min(torch.finfo(f.dtype).tiny).rsqrt()
+    dx, df = dx * scale, df * scale
+    rows = torch.cat([df, f[:, None]], 1)
+    products = rows @ rows.mT
+    gram = products[:, :-1, :-1] + REGULARISATION * torch.eye(df.shape[1], dtype=f.dtype, device=f.device)
+    gamma = torch.linalg.solve(gram, products[:, :-1, -1:])
+    return x + mixing * f - ((dx + mixing * df) * gamma).sum(1)

@@ -1,0 +1,452 @@
+"""Latent space: pictures to codes, codes to pictures, and what lies between and along the way.
+
+With eta = 0 sampling is a map from x at the largest timestep to a picture, and it can be walked backwards (sections 4.3
+and 5.4 of arXiv 2010.02502): a picture has a code, decoding the code gives the picture back, and the codes between two
+codes are pictures too (section 5.3).
+
+`encode` and `decode` are inverses of each other, which plain sampling is not, for two reasons. It clips the predicted
+x_0, so that different x_t lead to one x_prev. And its last step jumps to alpha = 1, where for a good denoiser it is a
+projection onto the pictures it knows. So both walk between the largest timestep and the schedule's first alpha
+(`set_alpha_to_one=False`; with the usual schedule the noise left there is 0.01, which cannot be seen), and do not clip.
+
+Networks round a little differently for batches of different sizes, and near the pictures inversion makes much of
+little. Codes and their pictures are therefore computed in batches of exactly `batch_size`, filled up where they are
+short: an image's code depends, to the bit, neither on how many others there are nor on which. A larger `batch_size` is
+faster on a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddim.checks import positive_int, real_number
+from ddim.images import check_output_type, to_output, to_samples
+from ddim.interpolation import slerp_grid, slerp_path
+from ddim.inversion import Inversion
+from ddim.outputs import EncodeOutput, ImagePipelineOutput, ReconstructOutput, TrajectoryOutput
+from ddim.process import Step
+from ddim.runner import Runner
+from ddim.sampling import sample, walk
+from ddim.scheduler import DDIMScheduler
+
+logger = logging.getLogger(__name__)
+
+GROUP = 8
+"""Batches whose images are inverted together: as images converge, the others are gathered into full batches."""
+
+
+class LatentSpace(Runner):
+    """What a pipeline does with latent codes."""
+
+    def encode(
+        self,
+        images: Any,
+        num_inference_steps: int = 50,
+        exact: bool = True,
+        tolerance: float = 1e-5,
+        *,
+        max_iterations: int = 50,
+        timesteps: Sequence[int] | None = None,
+        resize: bool = False,
+        batch_size: int = 8,
+    ) -> EncodeOutput:
+        """The latent codes of pictures.
+
+        Where a step's equation cannot be solved to the tolerance, which happens in the step next to the picture and for
+        very few steps, a warning says so, the result tells for which pictures and steps, and the best code found is
+        returned.
+
+        Args:
+            images: as for `ddim.images.to_samples`: PIL, a list of them, NumPy (N, H, W, C), torch (N, C, H, W).
+            num_inference_steps: S, from 1 to the number of timesteps the model was trained with.
+            exact: solve each step's equation, so that decoding gives the picture back; `False` is the paper's Euler
+                encoding (equation 13), one network evaluation a step.
+            tolerance: a step is solved when the root mean square of its residual, on the scale of samples in [-1, 1],
+                is at most this; above 0, below 1.
+            max_iterations: network evaluations a step and image, at most; from 1 to 1000.
+            timesteps: a subsequence of one's own in place of S: strictly decreasing whole numbers.
+            resize: fit PIL images of other sizes and modes; otherwise they are refused.
+            batch_size: images the network sees at once; the codes depend on it in their last digits, and on no other
+                image.
+
+        Returns:
+            The codes, with the residuals reached and the evaluations spent.
+
+        Raises:
+            ValueError: for an argument out of range or an image that the model does not take, before the network runs.
+            TypeError: for one of a wrong type.
+        """
+        samples = to_samples(images, *self._sample_shape, resize=resize).to(self.device)
+        steps = self._invertible_steps(num_inference_steps, timesteps)
+        return self._encode(samples, steps, exact, tolerance, max_iterations, batch_size)
+
+    def decode(
+        self,
+        latents: Tensor | EncodeOutput,
+        num_inference_steps: int = 50,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        timesteps: Sequence[int] | None = None,
+        batch_size: int = 8,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """The pictures of latent codes: the inverse of `encode` with the same timesteps.
+
+        Args:
+            latents: (N, C, H, W), or what `encode` returned.
+            num_inference_steps: S, as for `encode`.
+            output_type: `pil`, `np` or `pt`, as for a call of the pipeline.
+            return_dict: `False` for `(images,)`.
+            timesteps: in place of S.
+            batch_size: as for `encode`.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or `(images,)`.
+
+        Raises:
+            ValueError: for an argument out of range, codes that hold NaN or have another shape, or codes from `encode`
+                that were made along other timesteps (pass their `.latents` if that is meant).
+            TypeError: for one of a wrong type.
+        """
+        check_output_type(output_type)
+        steps = self._invertible_steps(num_inference_steps, timesteps)
+        if isinstance(latents, EncodeOutput):
+            walked = [step.timestep for step in steps]
+            if latents.timesteps != walked:
+                raise ValueError(
+                    f"the codes were made in {len(latents.timesteps)} steps from timestep {latents.timesteps[0]} and "
+                    f"shall be decoded in {len(walked)} from {walked[0]}; use the same steps, or pass .latents"
+                )
+            latents = latents.latents
+        images = to_output(self._decode(latents, steps, batch_size), output_type)
+        return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def reconstruct(
+        self,
+        images: Any,
+        num_inference_steps: int = 50,
+        exact: bool = True,
+        tolerance: float = 1e-5,
+        output_type: str = "pil",
+        *,
+        max_iterations: int = 50,
+        timesteps: Sequence[int] | None = None,
+        resize: bool = False,
+        batch_size: int = 8,
+    ) -> ReconstructOutput:
+        """Encode pictures, decode their codes, and compare (Table 2 of the paper).
+
+        Args:
+            images: as for `encode`, like all that is not named here.
+            output_type: of the pictures that come back: `pil`, `np` or `pt`.
+
+        Returns:
+            The pictures, each one's mean squared error, and the codes.
+
+        Raises:
+            ValueError: as `encode`.
+            TypeError: as `encode`.
+        """
+        check_output_type(output_type)
+        samples = to_samples(images, *self._sample_shape, resize=resize).to(self.device)
+        steps = self._invertible_steps(num_inference_steps, timesteps)
+        codes = self._encode(samples, steps, exact, tolerance, max_iterations, batch_size)
+        decoded = self._decode(codes.latents, steps, batch_size)
+        # In [0, 1] differences are half of those in [-1, 1].
+        mse = ((decoded - samples) / 2).double().square().flatten(1).mean(1)
+        return ReconstructOutput(to_output(decoded, output_type), mse, codes)
+
+    def interpolate(
+        self,
+        z0: Tensor | EncodeOutput | Sequence[Tensor],
+        z1: Tensor | None = None,
+        frames: int | tuple[int, int] = 11,
+        num_inference_steps: int = 50,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        closed: bool = False,
+        timesteps: Sequence[int] | None = None,
+        batch_size: int = 8,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Decode what lies between codes, by spherical interpolation (section 5.3, appendix D.5).
+
+        The codes given are among the frames as they are, so that those frames are the pictures `decode` makes of them.
+
+        Args:
+            z0: a code, (C, H, W) or (1, C, H, W). Without `z1`: a path of at least two, as a list of such, a tensor
+                (K, C, H, W) or what `encode` returned.
+            z1: the code to go to.
+            frames: of each leg from code to code, both ends included; or `(rows, columns)` for a grid between four
+                codes: upper left, upper right, lower left, lower right.
+            num_inference_steps: S, as for `decode`.
+            output_type: `pil`, `np` or `pt`.
+            return_dict: `False` for `(images,)`.
+            closed: come back to the first code; see `ddim.interpolation.slerp_path`.
+            timesteps: in place of S.
+            batch_size: as for `encode`.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or `(images,)`: the frames in order, grids row by row.
+
+        Raises:
+            ValueError: for fewer codes than two, fewer frames than two, or as `decode`.
+            TypeError: for an argument of a wrong type.
+        """
+        check_output_type(output_type)
+        steps = self._invertible_steps(num_inference_steps, timesteps)
+        codes = list_codes(z0, z1)
+        if isinstance(frames, tuple):
+            if len(frames) != 2 or closed:
+                raise ValueError("frames is a tuple; a grid has (rows, columns), and is not closed")
+            path = slerp_grid(codes, *frames)
+        else:
+            path = slerp_path(codes, frames, closed)
+        images = to_output(self._decode(path, steps, batch_size), output_type)
+        return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def trajectory(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int = 50,
+        frames: int | None = 10,
+        output_type: str = "pil",
+        *,
+        seeds: Iterable[int] | None = None,
+        latents: Tensor | None = None,
+        eta: float = 0.0,
+        timesteps: Sequence[int] | None = None,
+        at: Sequence[int] | None = None,
+    ) -> TrajectoryOutput:
+        """Watch pictures appear: x_t and the x_0 predicted from it along plain sampling (`--sequence` of the original
+        code). The pictures at the end are those of a call of the pipeline with the same arguments.
+
+        Args:
+            batch_size: N; left at 1, it follows the number of `seeds` or `latents`.
+            num_inference_steps: S.
+            frames: how many of the steps to show, evenly spread, the first and the last among them; `None` for all.
+            output_type: `pil`, `np` or `pt`.
+            seeds: one whole number an image.
+            latents: x at the first timestep, (N, C, H, W).
+            eta: 0 for DDIM, 1 for DDPM.
+            timesteps: in place of S.
+            at: the timesteps to show, in place of `frames`; each must be among those of the process.
+
+        Returns:
+            The timesteps shown and the pictures there.
+
+        Raises:
+            ValueError: for an argument out of range.
+            TypeError: for one of a wrong type.
+        """
+        check_output_type(output_type)
+        steps = self._plan(num_inference_steps, timesteps, eta, use_sigma_hat=False)
+        shown = set(shown_timesteps([step.timestep for step in steps], frames, at))
+        batch_size, noise = self._noise(batch_size, None, seeds, latents)
+        x = self._check_latents(latents, batch_size) if latents is not None else noise().to(self._sample_dtype)
+        result = TrajectoryOutput([], [], [], [])
+        with self._running(len(steps)) as bar:
+            for state in self._sample(x, steps, noise=noise if eta > 0 else None):
+                bar.update()
+                if state.step.timestep in shown:
+                    result.timesteps.append(state.step.timestep)
+                    result.samples.append(to_output(x, output_type))
+                    result.pred_original_samples.append(to_output(state.pred_original_sample, output_type))
+                x = state.sample
+        result.images = to_output(x, output_type)
+        return result
+
+    def consistency(
+        self,
+        latents: Tensor,
+        num_inference_steps: Sequence[int] = (10, 20, 50, 100),
+        output_type: str = "pil",
+    ) -> list[Any]:
+        """The same codes painted with different numbers of steps, by plain sampling (section 5.2, figure 5): the
+        pictures agree in what matters, because the code decides it.
+
+        Args:
+            latents: (N, C, H, W).
+            num_inference_steps: the numbers of steps.
+            output_type: `pil`, `np` or `pt`.
+
+        Returns:
+            For each number of steps the N pictures.
+
+        Raises:
+            ValueError: for no numbers, or one out of range.
+            TypeError: for latents that are no tensor.
+        """
+        check_output_type(output_type)
+        plans = [self._plan(count, None, 0.0, use_sigma_hat=False) for count in num_inference_steps]
+        if not plans:
+            raise ValueError("num_inference_steps is empty; give at least one number of steps")
+        start = self._check_latents(latents, len(latents) if isinstance(latents, Tensor) and latents.ndim else 1)
+        results = []
+        with self._running(sum(map(len, plans))) as bar:
+            for steps in plans:
+                x = start
+                for state in self._sample(start, steps):
+                    bar.update()
+                    x = state.sample
+                results.append(to_output(x, output_type))
+        return results
+
+    def edit(
+        self,
+        images: Any,
+        strength: float = 0.5,
+        num_inference_steps: int = 50,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        seeds: Iterable[int] | None = None,
+        eta: float = 0.0,
+        timesteps: Sequence[int] | None = None,
+        resize: bool = False,
+        batch_size: int = 8,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Take pictures part of the way to noise and sample from there (SDEdit, arXiv 2108.01073): the coarse shape
+        stays, what the noise covered is painted anew.
+
+        With `seeds` the noise is drawn. Without, a picture is encoded to the intermediate timestep, which covers
+        nothing: what changes is what plain sampling, with its clipping and its last jump to a clean picture, corrects.
+
+        Args:
+            images: as for `encode`.
+            strength: the share of the steps that is walked, from 0 (the pictures as they are) to 1 (all of them).
+            num_inference_steps: S of a whole process; round(strength S) of them are walked.
+            output_type: `pil`, `np` or `pt`.
+            return_dict: `False` for `(images,)`.
+            seeds: one whole number an image, for the noise.
+            eta: of the steps back; above 0 it wants `seeds`.
+            timesteps: in place of S.
+            resize: as for `encode`.
+            batch_size: as for `encode`.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or `(images,)`.
+
+        Raises:
+            ValueError: for an argument out of range, or as `encode`.
+            TypeError: for one of a wrong type.
+        """
+        check_output_type(output_type)
+        if not 0 <= real_number("strength", strength) <= 1:
+            raise ValueError(f"strength is {strength}; it must be a number from 0 to 1")
+        batch_size = positive_int("batch_size", batch_size)
+        x = to_samples(images, *self._sample_shape, resize=resize).to(self.device)
+        plan = self._plan(num_inference_steps, timesteps, eta, use_sigma_hat=False)
+        if eta > 0 and seeds is None:
+            raise ValueError(f"eta is {eta}, which draws noise; give seeds, one an image")
+        walked = round(strength * len(plan))
+        steps = plan[len(plan) - walked :]
+        noise = None if seeds is None else self._noise(len(x), None, seeds, x)[1]
+        if steps and noise is not None:
+            x = self.scheduler.add_noise(x, noise().to(x.dtype), torch.tensor(steps[0].timestep))
+        elif steps and steps[0].timestep > 0:
+            tail = [step.timestep for step in steps]
+            x = self._encode(x, self._invertible_steps(len(tail), tail), True, 1e-5, 50, batch_size).latents
+        with self._running(len(steps)) as bar:
+            for state in self._sample(x, steps, noise=noise if eta > 0 else None):
+                bar.update()
+                x = state.sample
+        edited = to_output(x, output_type)
+        return ImagePipelineOutput(edited) if return_dict else (edited,)
+
+    def _invertible_steps(self, num_inference_steps: int, timesteps: Sequence[int] | None) -> list[Step]:
+        """The steps of decoding, from the largest timestep to the schedule's first alpha; see the module's text."""
+        twin = DDIMScheduler.from_config(self.scheduler.config, set_alpha_to_one=False)
+        chosen = twin.make_timesteps(num_inference_steps) if timesteps is None else timesteps
+        # A step from timestep 0 to the alpha of timestep 0 leads nowhere.
+        steps = [step for step in twin.make_steps(chosen) if step.alpha != step.alpha_prev]
+        if not steps:
+            raise ValueError("the only timestep is 0, where pictures are; a latent code needs a larger one")
+        return steps
+
+    def _encode(
+        self,
+        samples: Tensor,
+        steps: Sequence[Step],
+        exact: bool,
+        tolerance: float,
+        max_iterations: int,
+        batch_size: int,
+    ) -> EncodeOutput:
+        if not 0 < real_number("tolerance", tolerance) < 1:
+            raise ValueError(f"tolerance is {tolerance}; it must lie above 0 and below 1")
+        if positive_int("max_iterations", max_iterations) > 1000:
+            raise ValueError(f"max_iterations is {max_iterations}; more than 1000 a step is not allowed")
+        denoiser = self._denoiser(positive_int("batch_size", batch_size))
+        samples = samples.to(torch.promote_types(samples.dtype, self._sample_dtype))
+        groups = [samples[i : i + GROUP * batch_size] for i in range(0, len(samples), GROUP * batch_size)]
+        codes, residuals, evaluations = [], [], []
+        with self._running(len(groups) * len(steps)) as bar:
+            for x in groups:
+                move = Inversion(denoiser, self.scheduler.config.prediction_type, exact, tolerance, max_iterations)
+                for state in walk(x, steps[::-1], move):
+                    bar.update()
+                    x = state.sample
+                codes.append(x)
+                residuals.append(torch.stack(move.residuals[::-1], 1))
+                evaluations.append(torch.stack(move.evaluations[::-1], 1))
+        timesteps = [step.timestep for step in steps]
+        result = EncodeOutput(torch.cat(codes), timesteps, torch.cat(residuals), torch.cat(evaluations), tolerance)
+        if exact and not bool(result.converged.all()):
+            logger.warning(not_converged(result))
+        return result
+
+    def _decode(self, latents: Tensor, steps: Sequence[Step], batch_size: int) -> Tensor:
+        """Samples at the schedule's first alpha, (N, C, H, W)."""
+        denoiser = self._denoiser(positive_int("batch_size", batch_size))
+        x = self._check_latents(latents, len(latents) if isinstance(latents, Tensor) and latents.ndim else 1)
+        with self._running(len(steps)) as bar:
+            for state in sample(denoiser, x, steps, self.scheduler.config.prediction_type):
+                bar.update()
+                x = state.sample
+        return x
+
+
+def not_converged(codes: EncodeOutput) -> str:
+    """One sentence on the images and steps that did not reach the tolerance."""
+    missed = codes.residuals > codes.tolerance
+    where = [str(t) for t, some in zip(codes.timesteps, missed.any(0).tolist(), strict=True) if some]
+    several = f"{len(where)} steps, timesteps {where[-1]} to {where[0]}" if len(where) > 3 else ", ".join(where[::-1])
+    return (
+        f"{int(missed.any(1).sum())} of {len(missed)} images did not reach the tolerance {codes.tolerance:g} in the "
+        f"step from timestep {several}; the largest residual is {float(codes.residual.max()):.1e}"
+    )
+
+
+def shown_timesteps(timesteps: Sequence[int], frames: int | None, at: Sequence[int] | None) -> list[int]:
+    """Which timesteps of a process to show; arguments as for `LatentSpace.trajectory`."""
+    if at is not None:
+        for t in at:
+            if t not in timesteps:
+                raise ValueError(f"at holds {t}; the process visits {', '.join(map(str, timesteps))}")
+        return list(at)
+    count = len(timesteps) if frames is None else min(positive_int("frames", frames), len(timesteps))
+    last = len(timesteps) - 1
+    return [timesteps[round(i * last / max(1, count - 1))] for i in range(count)]
+
+
+def list_codes(z0: Tensor | EncodeOutput | Sequence[Tensor], z1: Tensor | None) -> list[Tensor]:
+    """The codes of a path, each (C, H, W)."""
+    if isinstance(z0, EncodeOutput):
+        z0 = z0.latents
+    given: Any = [z0, z1] if z1 is not None else z0
+    if isinstance(given, Tensor) and given.ndim < 4:
+        given = [given]
+    codes = []
+    for code in given:
+        if not isinstance(code, Tensor):
+            raise TypeError(f"a code is a {type(code).__name__}; it must be a tensor (C, H, W)")
+        codes.append(code[0] if code.ndim == 4 and len(code) == 1 else code)
+        if codes[-1].ndim != 3:
+            raise ValueError(f"a code has shape {tuple(code.shape)}; it must be (C, H, W) or (1, C, H, W)")
+    return codes
