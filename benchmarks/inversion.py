@@ -123,7 +123,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     pipe = DDIMPipeline.from_pretrained("mnist")
     pipe.unet.to(memory_format=torch.channels_last)
-    channels, height, _ = pipe._sample_shape
+    channels, height, _ = pipe.sample_shape
     samples = load_images(options.data, height, channels)[: options.images].float() / 127.5 - 1
     options.cache.mkdir(parents=True, exist_ok=True)
     rows = {}

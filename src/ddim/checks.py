@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -18,12 +19,12 @@ def positive_int(name: str, value: Any) -> int:
     Raises:
         ValueError: if it is anything else.
     """
-    return _bounded_int(name, value, 1)
+    return bounded_int(name, value, 1)
 
 
 def non_negative_int(name: str, value: Any) -> int:
     """`value` as an `int` of at least 0; otherwise as `positive_int`."""
-    return _bounded_int(name, value, 0)
+    return bounded_int(name, value, 0)
 
 
 def whole_number(value: Any) -> int | None:
@@ -47,7 +48,14 @@ def real_number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _bounded_int(name: str, value: Any, least: int) -> int:
+def one_of(choices: Sequence[str]) -> str:
+    """`a`, `a or b`, `a, b, or c`."""
+    *others, last = choices
+    return f"{', '.join(others)}{',' * (len(others) > 1)} or {last}" if others else last
+
+
+def bounded_int(name: str, value: Any, least: int) -> int:
+    """`value` as an `int` of at least `least`; otherwise as `positive_int`."""
     number = whole_number(value)
     if number is None or number < least:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")

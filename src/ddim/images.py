@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from ddim.checks import one_of
 from ddim.files import write_folder, write_whole
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+PICTURES = {".png": "a grid", ".npz": ""}
+ANIMATION_SUFFIXES = {".gif": "an animation", ".webp": "an animation"}
 GRID_GAP = 2
 
 
@@ -74,7 +77,9 @@ def to_samples(
         images = [images]
     if isinstance(images, list | tuple) and all(isinstance(image, Image.Image) for image in images):
         fitted = [
-            _as_the_model_takes(image, channels, height, width, resize, f"{name}[{index}]")
+            _as_the_model_takes(
+                image, channels, height, width, resize, getattr(image, "filename", "") or f"{name}[{index}]"
+            )
             for index, image in enumerate(images)
         ]
         images = np.stack(fitted) if fitted else np.empty((0, height, width, channels), np.uint8)
@@ -110,12 +115,14 @@ def _as_the_model_takes(
 
 
 def _from_array(array: np.ndarray, name: str) -> Tensor:
-    """(N, H, W, C) of bytes, or of floats in [0, 1], to (N, C, H, W) in [-1, 1]."""
+    """(N, H, W, C) of bytes, or of floats in [0, 1], to (N, C, H, W) in [-1, 1]; other ranks keep their shape."""
     if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"{name} is an array of {array.dtype}; it must be uint8, or floating in [0, 1]")
-    values = torch.from_numpy(np.ascontiguousarray(array, None if array.dtype == np.uint8 else np.float32))
+    # A copy, because arrays can be read-only, such as np.asarray makes of a PIL image, or strided backwards.
+    values = torch.from_numpy(np.array(array, np.uint8 if array.dtype == np.uint8 else np.float32, order="C"))
     unit = values / 255 if array.dtype == np.uint8 else _check_range(values, 0, 1, name)
-    return (2 * unit - 1).movedim(-1, 1)
+    samples = 2 * unit - 1
+    return samples.movedim(-1, 1) if samples.ndim == 4 else samples
 
 
 def _check_range(values: Tensor, low: int, high: int, name: str) -> Tensor:
@@ -157,9 +164,12 @@ def read_image(path: str | Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                frames = getattr(image, "n_frames", 1)
+                # MPO is a camera's JPEG with a preview or a depth map behind it, not an animation.
+                frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
                 image.load()
                 still = image.copy()
+        # As images that PIL itself opened: messages call an image by its file.
+        setattr(still, "filename", str(path))  # noqa: B010 - the copy's class does not declare it
     except Exception as error:  # every decoder fails in its own way
         reason = "it is no image of a known format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{path} cannot be read: {reason}") from None
@@ -227,16 +237,46 @@ def make_grid(images: Sequence[Image.Image], columns: int | None = None) -> Imag
     return grid
 
 
+def stack_rows(rows: Sequence[Sequence[Image.Image]], columns: int = 16) -> Image.Image:
+    """Rows of pictures that belong together column by column, such as originals above their reconstructions.
+
+    Args:
+        rows: at least one, all of one length, all images of one size and mode.
+        columns: where rows are longer, they are broken there, and the next part follows below.
+
+    Raises:
+        ValueError: for no images.
+    """
+    length = max((len(row) for row in rows), default=0)
+    if not length:
+        raise ValueError("a grid needs at least one image")
+    columns = min(columns, length)
+    blank = Image.new(rows[0][0].mode, rows[0][0].size)
+    cells = []
+    for first in range(0, length, columns):
+        for row in rows:
+            part = list(row[first : first + columns])
+            cells += part + [blank] * (columns - len(part))
+    return make_grid(cells, columns)
+
+
 def is_folder_path(path: str | Path) -> bool:
     """Whether an output path means a folder: it is one, ends in a separator, or has no suffix."""
     return str(path).endswith(("/", os.sep)) or Path(path).is_dir() or not Path(path).suffix
 
 
-def check_output_path(path: str | Path) -> Path:
-    """Find out, before any work, whether pictures can be written here.
+def is_animation_path(path: str | Path) -> bool:
+    """Whether an output path means an animation."""
+    return Path(path).suffix.lower() in ANIMATION_SUFFIXES
+
+
+def check_output_path(path: str | Path, allowed: Mapping[str, str] = PICTURES, folder_allowed: bool = True) -> Path:
+    """Find out, before any work, whether a result can be written here.
 
     Args:
-        path: as for `save_images`.
+        path: as for `save_images`, for one.
+        allowed: suffixes, and what they mean.
+        folder_allowed: whether a folder is meant by a path without a suffix.
 
     Returns:
         The path.
@@ -248,8 +288,11 @@ def check_output_path(path: str | Path) -> Path:
         PermissionError: if that folder cannot be written.
     """
     target = Path(path)
-    if not is_folder_path(path) and target.suffix.lower() not in (".png", ".npz"):
-        raise ValueError(f"--out {path} ends in {target.suffix}; give a name in .png (a grid), .npz, or a folder")
+    if target.suffix.lower() not in allowed if not is_folder_path(path) else not folder_allowed:
+        names = [f"{suffix} ({meaning})" if meaning else suffix for suffix, meaning in allowed.items()]
+        choices = one_of([*names, "a folder"] if folder_allowed else names)
+        ends = f"ends in {target.suffix}" if target.suffix and not target.is_dir() else "is a folder or has no suffix"
+        raise ValueError(f"--out {path} {ends}; give a name in {choices}")
     folder = target if target.is_dir() else target.parent
     if not folder.exists():
         raise FileNotFoundError(f"the folder {folder} does not exist; make it, or write {target.name} elsewhere")
@@ -269,13 +312,38 @@ def output_files(path: str | Path, count: int) -> list[Path]:
     return [target / f"{index:05d}.png" for index in range(count)] if is_folder_path(path) else [target]
 
 
-def save_images(images: Sequence[Image.Image], path: str | Path) -> Path:
+def save_animation(frames: Sequence[Image.Image], path: str | Path, frames_per_second: float = 10) -> Path:
+    """Write an animation that repeats, whole or not at all.
+
+    Args:
+        frames: at least one, all of one size.
+        path: in `.gif` (256 colours a frame) or `.webp` (lossless).
+        frames_per_second: above 0; GIF rounds the time of a frame to 1/100 s.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        ValueError: for no frames.
+        OSError: as `save_images`.
+    """
+    if not frames:
+        raise ValueError("an animation needs at least one frame")
+    target = Path(path)
+    duration = round(1000 / frames_per_second)
+    with write_whole(target) as temporary:
+        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=duration, loop=0, lossless=True)
+    return target
+
+
+def save_images(images: Sequence[Image.Image], path: str | Path, columns: int | None = None) -> Path:
     """Write pictures, whole or not at all.
 
     Args:
         images: at least one.
         path: `x.png` for a grid; `x.npz` for `arr_0`, uint8 (N, H, W, C), the format of the ADM evaluator; anything
             without a suffix, or an existing folder, for one `00000.png` an image.
+        columns: of a grid, as for `make_grid`.
 
     Returns:
         Where they are.
@@ -293,6 +361,11 @@ def save_images(images: Sequence[Image.Image], path: str | Path) -> Path:
         with write_whole(target) as temporary:
             np.savez_compressed(temporary, arrays)
     else:
-        with write_whole(target) as temporary:
-            make_grid(images).save(temporary)
+        save_picture(make_grid(images, columns), target)
     return target
+
+
+def save_picture(picture: Image.Image, path: str | Path) -> None:
+    """Write one picture as it is, whole or not at all, in the format of its suffix; OSError if it cannot be."""
+    with write_whole(Path(path)) as temporary:
+        picture.save(temporary)

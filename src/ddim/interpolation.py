@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ddim.checks import positive_int
+from ddim.checks import bounded_int
 
 PARALLEL = 1e-6
 """sin(theta) below which equation (67) would divide by nearly nothing."""
@@ -37,12 +37,15 @@ def slerp(z0: Tensor, z1: Tensor, t: float | Tensor) -> Tensor:
         Of the shape of `z0`, or (F, *shape) for a tensor of t; in the dtype of `z0`.
 
     Raises:
-        ValueError: for codes of different shapes, or that are not finite, or a t outside [0, 1].
+        ValueError: for codes of different shapes or dtypes, that are empty or not finite, or a t outside [0, 1].
+        TypeError: for codes that are no tensors.
     """
     check_codes([z0, z1])
     where = torch.as_tensor(t, dtype=torch.float64).cpu()
-    if where.ndim > 1 or not bool(((where >= 0) & (where <= 1)).all()):
-        raise ValueError(f"t is {t}; it must be a number from 0 to 1, or a one-dimensional tensor of them")
+    outside = where[~((where >= 0) & (where <= 1))]
+    if where.ndim > 1 or len(outside):
+        given = f"t has shape {tuple(where.shape)}" if where.ndim > 1 else f"t is {float(outside[0]):g}"
+        raise ValueError(f"{given}; it must be a number from 0 to 1, or a one-dimensional tensor of them")
     batched = z0.ndim == 4
     pairs = zip(z0, z1, strict=True) if batched else [(z0, z1)]
     frames = torch.stack([_slerp(a, b, where.reshape(-1)) for a, b in pairs], 1 if batched else 0)
@@ -66,8 +69,7 @@ def slerp_path(codes: Sequence[Tensor], frames: int, closed: bool = False) -> Te
         ValueError: for fewer codes than two, fewer frames than two, or as `slerp`.
     """
     check_codes(codes)
-    if positive_int("frames", frames) < 2:
-        raise ValueError("frames is 1; a leg from one code to the next has at least its 2 ends")
+    bounded_int("frames", frames, 2)
     t = torch.linspace(0, 1, frames, dtype=torch.float64)[:-1]
     ends = [*codes[1:], codes[0]] if closed else codes[1:]
     legs = [slerp(z0, z1, t) for z0, z1 in zip(codes[: len(ends)], ends, strict=True)]
@@ -86,19 +88,22 @@ def slerp_grid(corners: Sequence[Tensor], rows: int, columns: int) -> Tensor:
         (rows * columns, C, H, W), row by row.
 
     Raises:
-        ValueError: for another number of corners, a smaller grid, or as `slerp`.
+        ValueError: for another number of corners, another shape, a smaller grid, or as `slerp`.
     """
     if len(corners) != 4:
         raise ValueError(f"a grid lies between four codes; {len(corners)} were given")
+    check_codes(corners)
+    if corners[0].ndim != 3:
+        raise ValueError(f"code 0 has shape {tuple(corners[0].shape)}; a grid lies between codes (C, H, W)")
+    for name, count in (("rows", rows), ("columns", columns)):
+        bounded_int(name, count, 2)
     upper = slerp_path(corners[:2], columns)
     lower = slerp_path(corners[2:], columns)
-    if positive_int("rows", rows) < 2:
-        raise ValueError("rows is 1; a grid has at least 2")
     return slerp(upper, lower, torch.linspace(0, 1, rows, dtype=torch.float64)).flatten(0, 1)
 
 
 def check_codes(codes: Sequence[Tensor]) -> None:
-    """ValueError unless there are at least two finite codes of one shape."""
+    """ValueError unless there are at least two finite codes of one shape and dtype; TypeError for what is no tensor."""
     if len(codes) < 2:
         raise ValueError(f"{len(codes)} code{' was' if len(codes) == 1 else 's were'} given; a path has at least two")
     for index, code in enumerate(codes):
@@ -108,6 +113,10 @@ def check_codes(codes: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"code {index} has shape {tuple(code.shape)}, code 0 {tuple(codes[0].shape)}; they must agree"
             )
+        if code.dtype != codes[0].dtype:
+            raise ValueError(f"code {index} is {code.dtype}, code 0 {codes[0].dtype}; they must agree")
+        if not code.numel():
+            raise ValueError(f"code {index} has shape {tuple(code.shape)}; it holds no number")
         if not code.is_floating_point() or not bool(torch.isfinite(code).all()):
             raise ValueError(f"code {index} holds NaN, infinity or integers; codes are finite floating-point numbers")
 

@@ -81,7 +81,7 @@ class LatentSpace(Runner):
             ValueError: for an argument out of range or an image that the model does not take, before the network runs.
             TypeError: for one of a wrong type.
         """
-        samples = to_samples(images, *self._sample_shape, resize=resize).to(self.device)
+        samples = to_samples(images, *self.sample_shape, resize=resize).to(self.device)
         steps = self._invertible_steps(num_inference_steps, timesteps)
         return self._encode(samples, steps, exact, tolerance, max_iterations, batch_size)
 
@@ -90,23 +90,21 @@ class LatentSpace(Runner):
         latents: Tensor | EncodeOutput,
         num_inference_steps: int = 50,
         output_type: str = "pil",
-        return_dict: bool = True,
         *,
         timesteps: Sequence[int] | None = None,
         batch_size: int = 8,
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> ImagePipelineOutput:
         """The pictures of latent codes: the inverse of `encode` with the same timesteps.
 
         Args:
             latents: (N, C, H, W), or what `encode` returned.
             num_inference_steps: S, as for `encode`.
             output_type: `pil`, `np` or `pt`, as for a call of the pipeline.
-            return_dict: `False` for `(images,)`.
             timesteps: in place of S.
             batch_size: as for `encode`.
 
         Returns:
-            `ImagePipelineOutput` with `images`, or `(images,)`.
+            `ImagePipelineOutput` with `images`.
 
         Raises:
             ValueError: for an argument out of range, codes that hold NaN or have another shape, or codes from `encode`
@@ -123,8 +121,7 @@ class LatentSpace(Runner):
                     f"shall be decoded in {len(walked)} from {walked[0]}; use the same steps, or pass .latents"
                 )
             latents = latents.latents
-        images = to_output(self._decode(latents, steps, batch_size), output_type)
-        return ImagePipelineOutput(images) if return_dict else (images,)
+        return ImagePipelineOutput(to_output(self._decode(latents, steps, batch_size), output_type))
 
     def reconstruct(
         self,
@@ -153,7 +150,7 @@ class LatentSpace(Runner):
             TypeError: as `encode`.
         """
         check_output_type(output_type)
-        samples = to_samples(images, *self._sample_shape, resize=resize).to(self.device)
+        samples = to_samples(images, *self.sample_shape, resize=resize).to(self.device)
         steps = self._invertible_steps(num_inference_steps, timesteps)
         codes = self._encode(samples, steps, exact, tolerance, max_iterations, batch_size)
         decoded = self._decode(codes.latents, steps, batch_size)
@@ -168,12 +165,11 @@ class LatentSpace(Runner):
         frames: int | tuple[int, int] = 11,
         num_inference_steps: int = 50,
         output_type: str = "pil",
-        return_dict: bool = True,
         *,
         closed: bool = False,
         timesteps: Sequence[int] | None = None,
         batch_size: int = 8,
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> ImagePipelineOutput:
         """Decode what lies between codes, by spherical interpolation (section 5.3, appendix D.5).
 
         The codes given are among the frames as they are, so that those frames are the pictures `decode` makes of them.
@@ -186,13 +182,12 @@ class LatentSpace(Runner):
                 codes: upper left, upper right, lower left, lower right.
             num_inference_steps: S, as for `decode`.
             output_type: `pil`, `np` or `pt`.
-            return_dict: `False` for `(images,)`.
             closed: come back to the first code; see `ddim.interpolation.slerp_path`.
             timesteps: in place of S.
             batch_size: as for `encode`.
 
         Returns:
-            `ImagePipelineOutput` with `images`, or `(images,)`: the frames in order, grids row by row.
+            `ImagePipelineOutput` with `images`: the frames in order, grids row by row.
 
         Raises:
             ValueError: for fewer codes than two, fewer frames than two, or as `decode`.
@@ -207,8 +202,7 @@ class LatentSpace(Runner):
             path = slerp_grid(codes, *frames)
         else:
             path = slerp_path(codes, frames, closed)
-        images = to_output(self._decode(path, steps, batch_size), output_type)
-        return ImagePipelineOutput(images) if return_dict else (images,)
+        return ImagePipelineOutput(to_output(self._decode(path, steps, batch_size), output_type))
 
     def trajectory(
         self,
@@ -303,14 +297,13 @@ class LatentSpace(Runner):
         strength: float = 0.5,
         num_inference_steps: int = 50,
         output_type: str = "pil",
-        return_dict: bool = True,
         *,
         seeds: Iterable[int] | None = None,
         eta: float = 0.0,
         timesteps: Sequence[int] | None = None,
         resize: bool = False,
         batch_size: int = 8,
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> ImagePipelineOutput:
         """Take pictures part of the way to noise and sample from there (SDEdit, arXiv 2108.01073): the coarse shape
         stays, what the noise covered is painted anew.
 
@@ -322,7 +315,6 @@ class LatentSpace(Runner):
             strength: the share of the steps that is walked, from 0 (the pictures as they are) to 1 (all of them).
             num_inference_steps: S of a whole process; round(strength S) of them are walked.
             output_type: `pil`, `np` or `pt`.
-            return_dict: `False` for `(images,)`.
             seeds: one whole number an image, for the noise.
             eta: of the steps back; above 0 it wants `seeds`.
             timesteps: in place of S.
@@ -330,7 +322,7 @@ class LatentSpace(Runner):
             batch_size: as for `encode`.
 
         Returns:
-            `ImagePipelineOutput` with `images`, or `(images,)`.
+            `ImagePipelineOutput` with `images`.
 
         Raises:
             ValueError: for an argument out of range, or as `encode`.
@@ -340,7 +332,7 @@ class LatentSpace(Runner):
         if not 0 <= real_number("strength", strength) <= 1:
             raise ValueError(f"strength is {strength}; it must be a number from 0 to 1")
         batch_size = positive_int("batch_size", batch_size)
-        x = to_samples(images, *self._sample_shape, resize=resize).to(self.device)
+        x = to_samples(images, *self.sample_shape, resize=resize).to(self.device)
         plan = self._plan(num_inference_steps, timesteps, eta, use_sigma_hat=False)
         if eta > 0 and seeds is None:
             raise ValueError(f"eta is {eta}, which draws noise; give seeds, one an image")
@@ -356,16 +348,17 @@ class LatentSpace(Runner):
             for state in self._sample(x, steps, noise=noise if eta > 0 else None):
                 bar.update()
                 x = state.sample
-        edited = to_output(x, output_type)
-        return ImagePipelineOutput(edited) if return_dict else (edited,)
+        return ImagePipelineOutput(to_output(x, output_type))
+
+    def latent_timesteps(self, num_inference_steps: int = 50, timesteps: Sequence[int] | None = None) -> list[int]:
+        """The timesteps that encoding and decoding walk, decreasing; arguments and errors as for `encode`."""
+        return [step.timestep for step in self._invertible_steps(num_inference_steps, timesteps)]
 
     def _invertible_steps(self, num_inference_steps: int, timesteps: Sequence[int] | None) -> list[Step]:
         """The steps of decoding, from the largest timestep to the schedule's first alpha; see the module's text."""
         twin = DDIMScheduler.from_config(self.scheduler.config, set_alpha_to_one=False)
-        chosen = twin.make_timesteps(num_inference_steps) if timesteps is None else timesteps
-        # A step from timestep 0 to the alpha of timestep 0 leads nowhere.
-        steps = [step for step in twin.make_steps(chosen) if step.alpha != step.alpha_prev]
-        if not steps:
+        steps = twin.make_steps(twin.make_timesteps(num_inference_steps) if timesteps is None else timesteps)
+        if not moving(steps):
             raise ValueError("the only timestep is 0, where pictures are; a latent code needs a larger one")
         return steps
 
@@ -384,19 +377,22 @@ class LatentSpace(Runner):
             raise ValueError(f"max_iterations is {max_iterations}; more than 1000 a step is not allowed")
         denoiser = self._denoiser(positive_int("batch_size", batch_size))
         samples = samples.to(torch.promote_types(samples.dtype, self._sample_dtype))
-        groups = [samples[i : i + GROUP * batch_size] for i in range(0, len(samples), GROUP * batch_size)]
-        codes, residuals, evaluations = [], [], []
-        with self._running(len(groups) * len(steps)) as bar:
-            for x in groups:
+        back = moving(steps)[::-1]
+        latents = samples.clone()
+        residuals = samples.new_zeros(len(samples), len(steps))
+        evaluations = torch.zeros(len(samples), len(steps), dtype=torch.int64, device=samples.device)
+        groups = range(0, len(samples), GROUP * batch_size)
+        with self._running(len(groups) * len(back)) as bar:
+            for first in groups:
+                group = slice(first, first + GROUP * batch_size)
                 move = Inversion(denoiser, self.scheduler.config.prediction_type, exact, tolerance, max_iterations)
-                for state in walk(x, steps[::-1], move):
+                for state in walk(samples[group], back, move):
                     bar.update()
-                    x = state.sample
-                codes.append(x)
-                residuals.append(torch.stack(move.residuals[::-1], 1))
-                evaluations.append(torch.stack(move.evaluations[::-1], 1))
+                    latents[group] = state.sample
+                residuals[group, : len(back)] = torch.stack(move.residuals[::-1], 1)
+                evaluations[group, : len(back)] = torch.stack(move.evaluations[::-1], 1)
         timesteps = [step.timestep for step in steps]
-        result = EncodeOutput(torch.cat(codes), timesteps, torch.cat(residuals), torch.cat(evaluations), tolerance)
+        result = EncodeOutput(latents, timesteps, residuals, evaluations, tolerance)
         if exact and not bool(result.converged.all()):
             logger.warning(not_converged(result))
         return result
@@ -405,11 +401,16 @@ class LatentSpace(Runner):
         """Samples at the schedule's first alpha, (N, C, H, W)."""
         denoiser = self._denoiser(positive_int("batch_size", batch_size))
         x = self._check_latents(latents, len(latents) if isinstance(latents, Tensor) and latents.ndim else 1)
-        with self._running(len(steps)) as bar:
-            for state in sample(denoiser, x, steps, self.scheduler.config.prediction_type):
+        with self._running(len(moving(steps))) as bar:
+            for state in sample(denoiser, x, moving(steps), self.scheduler.config.prediction_type):
                 bar.update()
                 x = state.sample
         return x
+
+
+def moving(steps: Sequence[Step]) -> list[Step]:
+    """Without the step from timestep 0 to the alpha of timestep 0, which leads nowhere."""
+    return [step for step in steps if step.alpha != step.alpha_prev]
 
 
 def not_converged(codes: EncodeOutput) -> str:

@@ -6,9 +6,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-    from PIL import Image
 
 
 class Output:
@@ -43,7 +41,7 @@ class DDIMSchedulerOutput(Output):
 class ImagePipelineOutput(Output):
     """Pictures: a list of N PIL images, a float32 array (N, H, W, C) in [0, 1], or a tensor (N, C, H, W) in [0, 1]."""
 
-    images: list[Image.Image] | np.ndarray | torch.Tensor
+    images: Any
 
 
 @dataclass
@@ -52,9 +50,10 @@ class EncodeOutput(Output):
 
     Attributes:
         latents: the codes, float32 (N, C, H, W) on the model's device: x at `timesteps[0]`.
-        timesteps: of the steps that were walked, S of them, from the largest to the smallest; `decode` wants the same.
+        timesteps: the S timesteps, from the largest to the smallest; `decode` wants the same.
         residuals: (N, S): how far the step of decoding lands from where encoding came from, the root mean square over
-            the picture's values in [-1, 1]. Column j belongs to the step from `timesteps[j]`.
+            the picture's values in [-1, 1]. Column j belongs to the step from `timesteps[j]`; that from timestep 0
+            leads nowhere and has no residual and no cost.
         evaluations: int64 (N, S): network evaluations spent.
         tolerance: what each residual was to reach.
     """
@@ -87,7 +86,7 @@ class ReconstructOutput(Output):
         codes: the latent codes on the way.
     """
 
-    images: list[Image.Image] | np.ndarray | torch.Tensor
+    images: Any
     mse: torch.Tensor
     codes: EncodeOutput
 
@@ -112,4 +111,4 @@ class TrajectoryOutput(Output):
     timesteps: list[int]
     samples: list[Any]
     pred_original_samples: list[Any]
-    images: list[Image.Image] | np.ndarray | torch.Tensor
+    images: Any

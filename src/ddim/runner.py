@@ -109,7 +109,7 @@ class Runner:
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
-    def _sample_shape(self) -> tuple[int, int, int]:
+    def sample_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the network's samples."""
         config = self.unet.config
         size = config.sample_size
@@ -154,7 +154,7 @@ class Runner:
         seeds = None if seeds is None else list(seeds)
         if batch_size == 1:
             batch_size = len(seeds or ()) or (len(latents) if isinstance(latents, Tensor) and latents.ndim else 1) or 1
-        shape = (batch_size, *(latents.shape[1:] if isinstance(latents, Tensor) else self._sample_shape))
+        shape = (batch_size, *(latents.shape[1:] if isinstance(latents, Tensor) else self.sample_shape))
         if seeds is not None:
             return batch_size, noise_from_seeds(shape, check_seeds(seeds, batch_size), self.device)
         return batch_size, noise_from_generator(shape, generator, self.device, self.dtype)
@@ -164,7 +164,7 @@ class Runner:
         if not isinstance(latents, Tensor):
             raise TypeError(f"latents is a {type(latents).__name__}; it must be a tensor (N, C, H, W)")
         sized = self.unet.config.sample_size is not None
-        C, *size = self._sample_shape if sized else (self.unet.config.in_channels, *latents.shape[2:])
+        C, *size = self.sample_shape if sized else (self.unet.config.in_channels, *latents.shape[2:])
         wanted = (batch_size, C, *size)
         if tuple(latents.shape) != wanted or len(wanted) != 4:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; the model and batch_size want {wanted}")

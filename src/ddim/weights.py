@@ -113,7 +113,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
                 expected = (file.metadata() or {}).get("sha256")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is truncated or damaged: {error}") from None
-        if expected is not None and expected != _digest(tensors):
+        if expected is not None and expected != digest(tensors):
             raise ValueError(f"{path} is damaged: its tensors are not those it was written with (SHA-256 differs)")
         return tensors
     try:
@@ -135,14 +135,14 @@ def _modern_name(name: str) -> str:
     return f"{match[1]}{OLD_ATTENTION_NAMES[match[2]]}{match[3]}" if match else name
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors on the CPU, in hexadecimal."""
+    sha256 = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(cast(Any, tensor.flatten().view(torch.uint8).numpy()))
-    return digest.hexdigest()
+        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        sha256.update(cast(Any, tensor.flatten().view(torch.uint8).numpy()))
+    return sha256.hexdigest()
 
 
 def fill_model(model: nn.Module, tensors: Mapping[str, Tensor], source: str, dtype: torch.dtype) -> None:
@@ -197,7 +197,7 @@ def write_weights(
     for name, keys in plan.filename_to_tensors.items():
         shard = {key: tensors[key] for key in keys}
         try:
-            save_file(shard, folder / name, metadata={"format": "pt", "sha256": _digest(shard)})
+            save_file(shard, folder / name, metadata={"format": "pt", "sha256": digest(shard)})
         except SafetensorError as error:
             raise OSError(f"cannot write {name}: {error}") from error
     if plan.is_sharded:

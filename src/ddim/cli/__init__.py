@@ -12,23 +12,27 @@ from typing import Annotated
 
 import typer
 
+from ddim.cli.edit import edit
+from ddim.cli.encode import decode, encode
 from ddim.cli.info import info
+from ddim.cli.interpolate import interpolate
+from ddim.cli.reconstruct import reconstruct
 from ddim.cli.sample import sample
 from ddim.cli.train import train
+from ddim.cli.trajectory import consistency, trajectory
 from ddim.version import __version__
 
 app = typer.Typer(
     name="ddim",
-    help="Denoising Diffusion Implicit Models: sample, train, look into models.",
+    help="Denoising Diffusion Implicit Models: sample, invert, interpolate, edit, train.",
     epilog="Example: ddim sample --model mnist --steps 20 --count 16 --out digits.png",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(sample)
-app.command()(train)
-app.command()(info)
+for command in (sample, encode, decode, reconstruct, interpolate, trajectory, consistency, edit, train, info):
+    app.command()(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -12,4 +12,28 @@ Model = Annotated[
         "--model", "-m", help="A built-in model (mnist), a folder, or a hub id such as google/ddpm-cifar10-32."
     ),
 ]
+Steps = Annotated[int, typer.Option(help="Network evaluations a picture: fewer are faster, more are finer.")]
+Eta = Annotated[float, typer.Option(help="0 is DDIM, 1 is DDPM; between them, some noise in each step.")]
+Spacing = Annotated[
+    str | None,
+    typer.Option(help="Of the timesteps: leading, trailing, linspace, quad, logsnr; the model's own unless given."),
+]
+Timesteps = Annotated[str | None, typer.Option(help="A list of one's own in place of --steps, such as 900,600,300,0.")]
+Count = Annotated[int, typer.Option("--count", "-n", help="How many pictures.")]
+Seed = Annotated[int, typer.Option(help="Picture i is painted from seed + i, whatever the batch.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
+Dtype = Annotated[str, typer.Option(help="Of the network: float32, bfloat16 or float16.")]
+
+Images = Annotated[list[str], typer.Argument(help="Images, or folders of them.", show_default=False)]
+Resize = Annotated[
+    bool, typer.Option("--resize", help="Crop, scale and convert images that are not of the model's size and mode.")
+]
+Exact = Annotated[
+    bool, typer.Option("--exact/--euler", help="Solve each step's equation, or take the paper's Euler step.")
+]
+Tolerance = Annotated[float, typer.Option(help="A step is solved when its residual is at most this.")]
+MaxIterations = Annotated[int, typer.Option(help="Network evaluations a step and image, at most.")]
+InverseBatch = Annotated[
+    int, typer.Option("--batch-size", help="Images the network sees at once; more are faster on a GPU.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Take codes that other settings made.")]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Annotated
 
 import typer
 
 from ddim.cli import options
+from ddim.cli.common import finish, load_pipeline, number, parse_timesteps
 
 
 def sample(
@@ -19,24 +19,19 @@ def sample(
             "--out", "-o", help="x.png is a grid, x.npz holds arr_0 as uint8 NHWC, a folder gets one PNG an image."
         ),
     ] = "samples.png",
-    count: Annotated[int, typer.Option("--count", "-n", help="How many pictures.")] = 16,
-    steps: Annotated[int, typer.Option(help="Network evaluations a picture: fewer are faster, more are finer.")] = 50,
-    eta: Annotated[float, typer.Option(help="0 is DDIM, 1 is DDPM; between them, some noise in each step.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Picture i is painted from seed + i, whatever the batch.")] = 0,
+    count: options.Count = 16,
+    steps: options.Steps = 50,
+    eta: options.Eta = 0.0,
+    seed: options.Seed = 0,
     batch_size: Annotated[int, typer.Option(help="Pictures painted at once.")] = 64,
-    spacing: Annotated[
-        str | None,
-        typer.Option(help="Of the timesteps: leading, trailing, linspace, quad, logsnr; the model's own unless given."),
-    ] = None,
-    timesteps: Annotated[
-        str | None, typer.Option(help="A list of one's own in place of --steps, such as 900,600,300,0.")
-    ] = None,
+    spacing: options.Spacing = None,
+    timesteps: options.Timesteps = None,
     order: Annotated[int, typer.Option(help="Of the method; 1 is DDIM.")] = 1,
     sigma_hat: Annotated[
         bool, typer.Option("--sigma-hat", help="Noise with DDPM's larger variance; goes with --eta 1.")
     ] = False,
     device: options.Device = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the network: float32, bfloat16 or float16.")] = "float32",
+    dtype: options.Dtype = "float32",
 ) -> None:
     """Paint pictures.
 
@@ -52,16 +47,11 @@ def sample(
 
       ddim sample -m google/ddpm-cifar10-32 -n 8 --out pictures/
     """
-    from ddim.devices import choose_device, choose_dtype
     from ddim.images import check_output_path, output_files, save_images
-    from ddim.pipeline import DDIMPipeline
 
     target = check_output_path(out)
-    where = choose_device(device), choose_dtype(dtype)
-    own_timesteps = None if timesteps is None else parse_timesteps(timesteps)
-    pipe = DDIMPipeline.from_pretrained(model).to(*where)
-    if spacing is not None:
-        pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing)
+    own_timesteps = parse_timesteps(timesteps)
+    pipe = load_pipeline(model, device, dtype, spacing)
     started = time.monotonic()
     images = pipe.paint(
         count,
@@ -76,19 +66,4 @@ def sample(
     seconds = time.monotonic() - started
     replaced = sum(file.exists() for file in output_files(out, count))
     save_images(images, out)
-    note = f"; {number(replaced, 'earlier file')} replaced" if replaced else ""
-    print(f"{number(len(images), 'picture')} in {seconds:.1f} s{note}", file=sys.stderr)
-    print(target)
-
-
-def number(n: int, noun: str) -> str:
-    """`1 picture`, `2 pictures`."""
-    return f"{n} {noun}{'s' * (n != 1)}"
-
-
-def parse_timesteps(text: str) -> list[int]:
-    """`900,600,300,0` as a list; ValueError for anything that is no whole number."""
-    try:
-        return [int(entry) for entry in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--timesteps {text!r} is no list of whole numbers such as 900,600,300,0") from None
+    finish(target, replaced, f"{number(len(images), 'picture')} in {seconds:.1f} s")

@@ -1,0 +1,53 @@
+"""What several commands do: load a model, read images, say what was written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ddim.pipeline import DDIMPipeline
+
+
+def load_pipeline(model: str, device: str, dtype: str = "float32", spacing: str | None = None) -> DDIMPipeline:
+    """A pipeline where and as the options want it."""
+    from ddim.devices import choose_device, choose_dtype
+    from ddim.pipeline import DDIMPipeline
+
+    where = choose_device(device), choose_dtype(dtype)
+    pipe = DDIMPipeline.from_pretrained(model).to(*where)
+    if spacing is not None:
+        pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing)
+    return pipe
+
+
+def read_images(paths: Sequence[str]) -> list[Image.Image]:
+    """The images of files and folders, in order; errors name the file."""
+    from ddim.images import find_images, read_image
+
+    files = [file for path in paths for file in (find_images(path) if Path(path).is_dir() else [Path(path)])]
+    return [read_image(file) for file in files]
+
+
+def finish(path: Path, replaced: int, summary: str) -> None:
+    """The last lines of a command that writes: a summary on stderr, where the result is on stdout."""
+    note = f"; {number(replaced, 'earlier file')} replaced" if replaced else ""
+    print(f"{summary}{note}", file=sys.stderr)
+    print(path)
+
+
+def number(n: int, noun: str) -> str:
+    """`1 picture`, `2 pictures`."""
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
+def parse_timesteps(text: str | None, option: str = "--timesteps") -> list[int] | None:
+    """`900,600,300,0` as a list; ValueError for anything that is no whole number."""
+    try:
+        return None if text is None else [int(entry) for entry in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} {text!r} is no list of whole numbers such as 900,600,300,0") from None

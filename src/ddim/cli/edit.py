@@ -1,0 +1,68 @@
+"""`ddim edit`: take images part of the way to noise and paint from there."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ddim.cli import options
+from ddim.cli.common import finish, load_pipeline, number, parse_timesteps, read_images
+
+
+def edit(
+    images: options.Images,
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out", "-o", help="x.png has the images above their edits; x.npz and a folder take the edits alone."
+        ),
+    ] = "edited.png",
+    strength: Annotated[
+        float, typer.Option(help="The share of the steps to go back: 0 keeps the image, 1 keeps nothing.")
+    ] = 0.5,
+    seed: Annotated[
+        int | None, typer.Option(help="Cover image i with noise from seed + i; without, it is encoded.")
+    ] = None,
+    model: options.Model = "mnist",
+    steps: options.Steps = 50,
+    eta: options.Eta = 0.0,
+    spacing: options.Spacing = None,
+    timesteps: options.Timesteps = None,
+    resize: options.Resize = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
+) -> None:
+    """Take images part of the way to noise and sample from there (SDEdit).
+
+    The path of the result is printed.
+
+    Examples:
+
+      ddim edit sketch.png --seed 0 --strength 0.6
+
+      ddim edit digits/ --seed 7 --strength 0.4 --out edited/
+    """
+    from ddim.images import check_output_path, fit_image, output_files, save_images, save_picture, stack_rows
+
+    target = check_output_path(out)
+    own_timesteps = parse_timesteps(timesteps)
+    pictures = read_images(images)
+    pipe = load_pipeline(model, device, dtype, spacing)
+    edited = pipe.edit(
+        pictures,
+        strength,
+        steps,
+        seeds=None if seed is None else range(seed, seed + len(pictures)),
+        eta=eta,
+        timesteps=own_timesteps,
+        resize=resize,
+    ).images
+    replaced = sum(file.exists() for file in output_files(out, len(edited)))
+    if target.suffix.lower() == ".png":
+        channels, height, width = pipe.sample_shape
+        originals = [fit_image(picture, height, width, channels) for picture in pictures]
+        save_picture(stack_rows([originals, edited]), target)
+    else:
+        save_images(edited, out)
+    finish(target, replaced, number(len(edited), "picture"))

@@ -1,0 +1,158 @@
+"""Files of latent codes, with the settings they were made with.
+
+    codes.npz            arrays `latents`, float32 (N, C, H, W), and `settings`, JSON in a string
+    codes.safetensors    a tensor `latents`, and `settings` in the file's metadata
+
+A code means a picture only to the model and along the timesteps that made it. The settings therefore hold the SHA-256
+of the model's weights, configuration and noise schedule.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddim.files import to_json, write_whole
+from ddim.runner import Runner
+from ddim.schedule import check_timesteps
+from ddim.weights import digest
+
+CODES = {".npz": "", ".safetensors": ""}
+
+
+@dataclass(frozen=True)
+class CodeSettings:
+    """How codes were made.
+
+    Attributes:
+        model: as the user called it.
+        model_sha256: of its weights, configuration and noise schedule.
+        timesteps: that were walked, decreasing.
+        exact: solved, or Euler.
+        tolerance: that a step's residual was to reach.
+        residual: the largest residual of each image.
+    """
+
+    model: str
+    model_sha256: str
+    timesteps: list[int]
+    exact: bool
+    tolerance: float
+    residual: list[float]
+
+
+def model_sha256(pipe: Runner) -> str:
+    """SHA-256 of all that decides what a code means: weights with their dtype, the network's configuration, the
+    schedule and what the network predicts. Hexadecimal.
+    """
+    sha256 = hashlib.sha256()
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in pipe.unet.state_dict().items()}
+    sha256.update(digest(weights).encode())
+    config = {name: value for name, value in pipe.unet.config.items() if not name.startswith("_")}
+    sha256.update(to_json(config).encode())
+    sha256.update(pipe.scheduler.config.prediction_type.encode())
+    sha256.update(pipe.scheduler.alphas_cumprod.cpu().numpy().tobytes())
+    return sha256.hexdigest()
+
+
+def save_codes(path: str | Path, latents: Tensor, settings: CodeSettings) -> Path:
+    """Write codes, whole or not at all.
+
+    Args:
+        path: in `.npz` or `.safetensors`.
+        latents: (N, C, H, W); written as float32.
+        settings: how they were made.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    target = Path(path)
+    values = latents.detach().float().cpu().contiguous()
+    text = json.dumps(asdict(settings), sort_keys=True)
+    with write_whole(target) as temporary:
+        if target.suffix.lower() == ".npz":
+            np.savez(temporary, latents=values.numpy(), settings=np.array(text))
+        else:
+            from safetensors.torch import save_file
+
+            save_file({"latents": values}, temporary, metadata={"format": "pt", "settings": text})
+    return target
+
+
+def load_codes(path: str | Path) -> tuple[Tensor, CodeSettings]:
+    """Read codes. Nothing in the file can run code.
+
+    Returns:
+        float32 (N, C, H, W), N at least 1, and how they were made.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or no file of codes, or holds NaN.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"there is no file {source}")
+    if source.suffix.lower() not in CODES:
+        raise ValueError(f"{source} is no file of codes; those end in {' or '.join(CODES)}")
+    try:
+        latents, text = _read_npz(source) if source.suffix.lower() == ".npz" else _read_safetensors(source)
+        settings = _parse_settings(json.loads(text))
+    except Exception as error:  # every reader fails in its own way
+        raise ValueError(f"{source} is damaged or no file of codes: {error}") from None
+    if latents.ndim != 4 or not latents.numel() or not latents.is_floating_point():
+        raise ValueError(f"{source} holds latents of shape {tuple(latents.shape)}; codes are floating (N, C, H, W)")
+    if not bool(torch.isfinite(latents).all()):
+        raise ValueError(f"{source} holds NaN or infinity; codes are finite")
+    return latents.float(), settings
+
+
+def check_settings(source: str | Path, settings: CodeSettings, pipe: Runner, timesteps: list[int]) -> None:
+    """Refuse codes of another model or other timesteps.
+
+    Args:
+        source: the file, for the message.
+        settings: of the codes in it.
+        pipe: shall decode them,
+        timesteps: along these.
+
+    Raises:
+        ValueError: saying what differs, and that `--force` decodes all the same.
+    """
+    if settings.model_sha256 != model_sha256(pipe):
+        raise ValueError(
+            f"{source} was made with the model {settings.model!r}, which is not the one given (its weights, dtype, "
+            "configuration or schedule differ); --force decodes all the same"
+        )
+    if settings.timesteps != timesteps:
+        raise ValueError(
+            f"{source} was made in {len(settings.timesteps)} steps from timestep {settings.timesteps[0]}, which are "
+            f"not the {len(timesteps)} from {timesteps[0]} asked for; --force decodes all the same"
+        )
+
+
+def _read_npz(path: Path) -> tuple[Tensor, str]:
+    with np.load(path, allow_pickle=False) as file:
+        return torch.from_numpy(file["latents"]), str(file["settings"])
+
+
+def _read_safetensors(path: Path) -> tuple[Tensor, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("latents"), (file.metadata() or {})["settings"]
+
+
+def _parse_settings(entries: Any) -> CodeSettings:
+    """The settings from JSON, which may hold anything."""
+    settings = CodeSettings(**{field.name: entries[field.name] for field in fields(CodeSettings)})
+    check_timesteps(settings.timesteps, 1 + max(settings.timesteps))
+    if not isinstance(settings.model, str) or not isinstance(settings.model_sha256, str):
+        raise ValueError("its settings do not name a model")
+    return settings
