@@ -51,8 +51,7 @@ class Inversion:
         denoiser: the network.
         prediction_type: what it predicts.
         exact: solve each step's equation; otherwise take the Euler step of equation (13).
-        tolerance: an image is done when its residual, the root mean square of x_prev - g(x_t) over its pixels, is at
-            most this.
+        tolerance: an image is done when its residual, the largest |x_prev - g(x_t)| among its values, is at most this.
         max_iterations: at most so many network evaluations a step and image, of those the best is kept.
 
     Attributes:
@@ -122,7 +121,7 @@ def anderson(
             returns their residuals and anything else of the same shape that shall be kept.
         guess: where to start, (N, C, H, W).
         mixing: the scale c of the plain iteration x + c f(x).
-        tolerance: for the root mean square of an image's f(x).
+        tolerance: for the largest |f(x)| among an image's values.
         max_iterations: at most so many calls of `f`.
 
     Returns:
@@ -138,8 +137,7 @@ def anderson(
     xs = fs = guess.new_empty(len(guess), 0, guess[0].numel())
     for _ in range(max_iterations):
         fx, output = f(x, active)
-        # Row by row: one long sum would be shared among threads, differently for one image than for several.
-        size = fx.square().mean(-1).flatten(1).mean(1).sqrt()
+        size = fx.abs().flatten(1).amax(1)
         evaluations[active] += 1
         better = size < residual[active]
         where = active[better]

@@ -66,8 +66,8 @@ class LatentSpace(Runner):
             num_inference_steps: S, from 1 to the number of timesteps the model was trained with.
             exact: solve each step's equation, so that decoding gives the picture back; `False` is the paper's Euler
                 encoding (equation 13), one network evaluation a step.
-            tolerance: a step is solved when the root mean square of its residual, on the scale of samples in [-1, 1],
-                is at most this; above 0, below 1.
+            tolerance: a step is solved when the step of decoding lands so near to where encoding came from, in every
+                value, on the scale of samples in [-1, 1]; above 0, below 1.
             max_iterations: network evaluations a step and image, at most; from 1 to 1000.
             timesteps: a subsequence of one's own in place of S: strictly decreasing whole numbers.
             resize: fit PIL images of other sizes and modes; otherwise they are refused.

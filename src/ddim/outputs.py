@@ -51,9 +51,9 @@ class EncodeOutput(Output):
     Attributes:
         latents: the codes, float32 (N, C, H, W) on the model's device: x at `timesteps[0]`.
         timesteps: the S timesteps, from the largest to the smallest; `decode` wants the same.
-        residuals: (N, S): how far the step of decoding lands from where encoding came from, the root mean square over
-            the picture's values in [-1, 1]. Column j belongs to the step from `timesteps[j]`; that from timestep 0
-            leads nowhere and has no residual and no cost.
+        residuals: (N, S): how far the step of decoding lands from where encoding came from, the largest difference
+            among the values of a picture, on the scale of [-1, 1]. Column j belongs to the step from `timesteps[j]`;
+            that from timestep 0 leads nowhere and has no residual and no cost.
         evaluations: int64 (N, S): network evaluations spent.
         tolerance: what each residual was to reach.
     """
