@@ -131,10 +131,10 @@ def _slerp(z0: Tensor, z1: Tensor, t: Tensor) -> Tensor:
     if min(norms) > 0:
         u, v = a / norms[0], b / norms[1]
         # Kahan's formula: exact for small angles and for angles near pi, where the arc cosine is not.
-        theta = 2 * math.atan2(float((u - v).norm()), float((u + v).norm()))
-        if math.sin(theta) > PARALLEL:
-            frames = (torch.sin((1 - t) * theta) * a + torch.sin(t * theta) * b) / math.sin(theta)
-        elif theta > 1 and len(u) > 1:
+        theta = 2 * torch.atan2((u - v).norm(), (u + v).norm())
+        if float(theta.sin()) > PARALLEL:
+            frames = (torch.sin((1 - t) * theta) * a + torch.sin(t * theta) * b) / theta.sin()
+        elif float(theta) > 1 and len(u) > 1:
             around = torch.cos(t * math.pi) * u + torch.sin(t * math.pi) * _perpendicular(u)
             frames = (norms[0] + t * (norms[1] - norms[0])) * around
     frames = frames.to(z0.dtype).view(-1, *z0.shape)

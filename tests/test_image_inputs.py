@@ -1,0 +1,605 @@
+"""Pictures on their way in: bytes against the numbers they must become, resizing against PIL done by hand, and real
+files, sound and damaged, as PIL or these tests write them.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from ddim.images import find_images, read_image, to_output, to_samples
+from digits import digits, write_digits
+
+H, W = 4, 6
+
+
+def noise(mode: str = "RGB", width: int = W, height: int = H, seed: int = 0) -> Image.Image:
+    shape = (height, width) if len(mode) == 1 else (height, width, len(mode))
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
+
+
+def smooth(mode: str = "RGB", width: int = 40, height: int = 30) -> Image.Image:
+    """A picture that lossy formats hardly change."""
+    y, x = np.mgrid[:height, :width]
+    planes = [x * 6, y * 8, (x + y) * 3]
+    array = np.stack(planes[: len(mode)], -1).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(array[..., 0] if mode == "L" else array)
+
+
+def numbers(image: Image.Image) -> np.ndarray:
+    """(C, H, W) in [-1, 1], float64: what a model shall see."""
+    array = np.asarray(image).astype(np.float64).reshape(image.height, image.width, -1)
+    return array.transpose(2, 0, 1) / 127.5 - 1
+
+
+def assert_samples(got: Tensor, *images: Image.Image) -> None:
+    assert got.dtype == torch.float32
+    assert got.shape == (len(images), len(images[0].getbands()), images[0].height, images[0].width)
+    np.testing.assert_allclose(got.numpy(), np.stack([numbers(image) for image in images]), rtol=0, atol=1.2e-7)
+
+
+# --- PIL images
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("resize", [False, True])
+def test_images(mode: str, resize: bool) -> None:
+    channels = len(mode)
+    images = [noise(mode, seed=seed) for seed in range(3)]
+    assert_samples(to_samples(images[0], channels, H, W, resize), images[0])
+    assert_samples(to_samples(images, channels, H, W, resize), *images)
+    assert_samples(to_samples(tuple(images), channels, H, W, resize), *images)
+
+
+def test_real_pictures(tmp_path: Path) -> None:
+    files = find_images(write_digits(tmp_path, 20))
+    got = to_samples([read_image(file) for file in files], 1, 8, 8)
+    np.testing.assert_allclose(got[:, 0].numpy(), digits(20) / 127.5 - 1, rtol=0, atol=1.2e-7)
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+def test_every_byte(as_array: bool) -> None:
+    """0 is -1, 255 is 1, what lies between is evenly spaced, and all of them come back."""
+    every = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    samples = to_samples(every[..., None] if as_array else Image.fromarray(every), 1, 16, 16)
+    flat = samples.double().flatten()
+    assert flat[0] == -1
+    assert flat[255] == 1
+    np.testing.assert_allclose(flat.numpy(), np.linspace(-1, 1, 256), rtol=0, atol=1.2e-7)
+    (image,) = to_output(samples, "pil")
+    assert np.array_equal(np.asarray(image), every)
+
+
+def test_channels_rows_and_columns_stay_in_order() -> None:
+    image = Image.new("RGB", (W, H))
+    image.putpixel((5, 1), (255, 0, 0))  # PIL counts x first
+    image.putpixel((2, 3), (0, 255, 0))
+    image.putpixel((0, 2), (0, 0, 255))
+    expected = torch.full((1, 3, H, W), -1.0)
+    expected[0, 0, 1, 5] = expected[0, 1, 3, 2] = expected[0, 2, 2, 0] = 1
+    assert torch.equal(to_samples(image, 3, H, W), expected)
+    assert torch.equal(to_samples(np.array(image), 3, H, W), expected)
+    assert torch.equal(to_samples(np.array(image) / 255, 3, H, W), expected)
+
+
+# --- arrays
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_arrays_of_bytes(channels: int) -> None:
+    images = [noise("L" if channels == 1 else "RGB", seed=seed) for seed in range(3)]
+    array = np.stack([np.asarray(image).reshape(H, W, channels) for image in images])
+    assert_samples(to_samples(array, channels, H, W), *images)
+    assert_samples(to_samples(array[1], channels, H, W), images[1])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4", np.longdouble])
+def test_arrays_of_floats(dtype: Any) -> None:
+    values = np.array([0, 0.25, 0.5, 0.75, 1, 0.125]).repeat(4).reshape(1, H, W, 1).astype(dtype)
+    samples = to_samples(values, 1, H, W)
+    assert samples.dtype == torch.float32
+    assert samples.flatten()[::4].tolist() == [-1, -0.5, 0, 0.5, 1, -0.75]
+    assert torch.equal(to_samples(values[0], 1, H, W), samples)
+
+
+def test_floats_that_output_made() -> None:
+    samples = torch.rand(5, 3, H, W, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    back = to_samples(to_output(samples, "np"), 3, H, W)
+    torch.testing.assert_close(back, samples, rtol=0, atol=1.2e-7)
+
+
+@pytest.fixture
+def every_warning() -> Iterator[None]:
+    """PyTorch gives most of its warnings once a process."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(before)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_arrays_are_taken_however_they_lie_in_memory(dtype: Any, every_warning: None) -> None:
+    """Read-only as those PIL gives out, backwards, in steps, transposed; nor is anything written to them."""
+    array = (
+        np.asarray(noise("RGB", 2 * W, 2 * H))
+        if dtype == np.uint8
+        else np.random.default_rng(0).random((2 * H, 2 * W, 3), dtype)
+    )
+    views = [
+        array[:H, :W].copy(),
+        array[:H, :W],
+        array[::-2, ::-2],
+        array[::2, ::2, ::-1],
+        array[:W, :H].swapaxes(0, 1),
+    ]
+    for view in views:
+        view.flags.writeable = False
+        kept = view.copy()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            samples = to_samples(view, 3, H, W)
+        expected = kept.astype(np.float64) / (255 if dtype == np.uint8 else 1) * 2 - 1
+        np.testing.assert_allclose(samples[0].numpy(), expected.transpose(2, 0, 1), rtol=0, atol=1.2e-7)
+        samples.zero_()
+        assert np.array_equal(view, kept)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(count=st.integers(1, 4), channels=st.sampled_from([1, 3]), height=st.integers(1, 9), width=st.integers(1, 9))
+def test_every_way_in_gives_the_same_samples(count: int, channels: int, height: int, width: int) -> None:
+    mode = "L" if channels == 1 else "RGB"
+    images = [noise(mode, width, height, seed) for seed in range(count)]
+    array = np.stack([np.asarray(image).reshape(height, width, channels) for image in images])
+    expected = to_samples(images, channels, height, width)
+    assert_samples(expected, *images)
+    assert torch.equal(to_samples(array, channels, height, width), expected)
+    torch.testing.assert_close(to_samples(array / 255, channels, height, width), expected, rtol=0, atol=1.2e-7)
+    assert torch.equal(to_samples(expected, channels, height, width), expected)
+
+
+# --- tensors
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_tensors_are_samples_already(channels: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensor = (torch.rand(2, channels, H, W, generator=generator, dtype=torch.float64) * 2 - 1).to(dtype)
+    samples = to_samples(tensor, channels, H, W)
+    assert samples.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(samples, tensor.to(samples.dtype))
+    assert torch.equal(to_samples(tensor[1], channels, H, W), samples[1:])
+
+
+def test_rounding_beyond_the_range_is_let_through() -> None:
+    tensor = torch.full((1, 1, H, W), 1 + 5e-4)
+    assert torch.equal(to_samples(tensor, 1, H, W), tensor)
+    assert torch.equal(to_samples(-tensor, 1, H, W), -tensor)
+
+
+# --- what is refused
+
+HINT = r"; resizing \(resize=True, --resize\) crops the middle, scales it and converts it, with white behind what is"
+
+
+@pytest.mark.parametrize(
+    ("image", "channels", "message"),
+    [
+        (noise("RGB", 7, 4), 3, "images[0] is 7x4 RGB; the model takes 6x4 RGB"),
+        (noise("RGB", 4, 6), 3, "images[0] is 4x6 RGB; the model takes 6x4 RGB"),
+        (noise("L"), 3, "images[0] is 6x4 L; the model takes 6x4 RGB"),
+        (noise("RGB"), 1, "images[0] is 6x4 RGB; the model takes 6x4 L"),
+        (noise("RGBA"), 3, "images[0] is 6x4 RGBA; the model takes 6x4 RGB"),
+        (noise("L").convert("LA"), 1, "images[0] is 6x4 LA; the model takes 6x4 L"),
+        (noise("RGB").convert("P"), 3, "images[0] is 6x4 P; the model takes 6x4 RGB"),
+        (noise("RGB").convert("CMYK"), 3, "images[0] is 6x4 CMYK; the model takes 6x4 RGB"),
+        (Image.fromarray(np.zeros((H, W), np.uint16)), 1, "images[0] is 6x4 I;16; the model takes 6x4 L"),
+    ],
+)
+def test_other_sizes_and_modes(image: Image.Image, channels: int, message: str) -> None:
+    with pytest.raises(ValueError, match=HINT) as caught:
+        to_samples(image, channels, H, W)
+    assert str(caught.value).startswith(message + ";")
+    right = noise("L" if channels == 1 else "RGB")
+    with pytest.raises(ValueError, match=HINT) as caught:
+        to_samples([right, image, right], channels, H, W, name="references")
+    assert str(caught.value).startswith(message.replace("images[0]", "references[1]") + ";")
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(), (6,), (4, 6), (6, 4, 1), (1, 4, 6), (4, 6, 3), (2, 6, 4, 1), (2, 1, 4, 6), (1, 2, 4, 6, 1), (0, 4, 6, 1)],
+)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_arrays_of_another_shape(shape: tuple[int, ...], dtype: Any) -> None:
+    with pytest.raises(ValueError, match="the model takes") as caught:
+        to_samples(np.zeros(shape, dtype), 1, 4, 6)
+    rule = "; the model takes (N, H, W, C) of at least one image of (4, 6, 1)"
+    assert str(caught.value) == f"images has shape {shape}{rule}"
+    with pytest.raises(ValueError, match=r"; arrays are not resized, PIL images are$"):
+        to_samples(np.zeros(shape, dtype), 1, 4, 6, resize=True)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(), (6,), (4, 6), (6, 4, 1), (4, 6, 1), (3, 4, 6), (2, 1, 6, 4), (2, 4, 6, 1), (1, 2, 1, 4, 6), (0, 1, 4, 6)],
+)
+def test_tensors_of_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="the model takes") as caught:
+        to_samples(torch.zeros(shape), 1, 4, 6)
+    rule = "; the model takes (N, C, H, W) of at least one image of (1, 4, 6)"
+    assert str(caught.value) == f"images has shape {shape}{rule}"
+
+
+@pytest.mark.parametrize("empty", [[], ()])
+@pytest.mark.parametrize("resize", [False, True])
+def test_no_images(empty: Any, resize: bool) -> None:
+    with pytest.raises(ValueError, match=r"at least one image of \(4, 6, 3\)"):
+        to_samples(empty, 3, H, W, resize)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [None, "picture.png", Path("picture.png"), b"", 3, [1, 2], [[0.5]], {}, [None], [noise(), np.asarray(noise())],
+     [np.asarray(noise())], [torch.zeros(3, H, W)], [noise(), "picture.png"], [[noise()]]],
+    ids=lambda images: repr(images)[:25],
+)  # fmt: skip
+def test_other_things_and_mixed_lists(images: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        to_samples(images, 3, H, W)
+    rule = "give PIL images, a NumPy array (N, H, W, C) or a tensor (N, C, H, W)"
+    assert str(caught.value) == f"images is a {type(images).__name__}; {rule}"
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint16, bool, np.complex64, object, "U1"])
+def test_arrays_of_other_numbers(dtype: Any) -> None:
+    array = np.zeros((1, H, W, 1), dtype)
+    with pytest.raises(ValueError, match=f"images is an array of {array.dtype}; it must be uint8, or floating in "):
+        to_samples(array, 1, H, W)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64], ids=str)
+def test_tensors_of_other_numbers(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=rf"images is a tensor of {dtype}; it must be floating in \[-1, 1\]"):
+        to_samples(torch.zeros(1, 1, H, W, dtype=dtype), 1, H, W)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+def test_numbers_that_are_not_finite(value: float, kind: str) -> None:
+    array = np.full((2, H, W, 1), 0.5)
+    array[1, 2, 3] = value
+    images = array if kind == "array" else torch.from_numpy(array).movedim(-1, 1)
+    with pytest.raises(ValueError, match="images holds NaN or infinity; it must be finite"):
+        to_samples(images, 1, H, W)
+
+
+@pytest.mark.parametrize(("value", "message"), [(1.01, r"[0.5, 1.01]"), (-0.01, r"[-0.01, 0.5]"), (255, r"[0.5, 255]")])
+def test_arrays_out_of_range(value: float, message: str) -> None:
+    array = np.full((2, H, W, 1), 0.5)
+    array[1, 2, 3] = value
+    with pytest.raises(ValueError, match="it must be in") as caught:
+        to_samples(array, 1, H, W, name="pictures")
+    assert str(caught.value) == f"pictures lies in {message}; it must be in [0, 1]"
+
+
+@pytest.mark.parametrize(("value", "message"), [(1.01, "[0.5, 1.01]"), (-1.01, "[-1.01, 0.5]"), (255, "[0.5, 255]")])
+def test_tensors_out_of_range(value: float, message: str) -> None:
+    tensor = torch.full((2, 1, H, W), 0.5)
+    tensor[1, 0, 2, 3] = value
+    with pytest.raises(ValueError, match="it must be in") as caught:
+        to_samples(tensor, 1, H, W)
+    assert str(caught.value) == f"images lies in {message}; it must be in [-1, 1]"
+
+
+# --- resizing
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [
+        ((12, 8), (0, 0, 12, 8)),  # of the model's shape
+        ((20, 8), (4, 0, 16, 8)),  # too wide
+        ((12, 30), (0, 11, 12, 19)),  # too high
+        ((3, 2), (0, 0, 3, 2)),  # too small
+        ((9, 4), (1, 0, 7, 4)),  # an odd rest: the larger half on the right; then of the model's size
+    ],
+)
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_resizing_crops_the_middle_and_scales_it(
+    mode: str, size: tuple[int, int], box: tuple[int, int, int, int]
+) -> None:
+    image = noise(mode, *size)
+    by_hand = image.crop(box).resize((W, H), Image.Resampling.LANCZOS)
+    assert_samples(to_samples(image, len(mode), H, W, resize=True), by_hand)
+
+
+def test_resizing_a_mixed_list() -> None:
+    """Each as if it were alone, whatever its size and mode."""
+    images = [noise("RGB", 12, 8), noise("L", 6, 4), noise("RGBA", 9, 4), noise("RGB").convert("P"), noise("RGB")]
+    together = to_samples(images, 3, H, W, resize=True)
+    assert together.shape == (5, 3, H, W)
+    for index, image in enumerate(images):
+        assert torch.equal(together[index], to_samples(image, 3, H, W, resize=True)[0])
+    assert_samples(together[4:], images[4])
+
+
+def test_resizing_leaves_the_image_alone() -> None:
+    image = noise("RGBA", 9, 9)
+    kept = image.copy()
+    to_samples(image, 1, H, W, resize=True)
+    assert image.mode == "RGBA"
+    assert np.array_equal(np.asarray(image), np.asarray(kept))
+
+
+def test_transparent_images_are_laid_on_white() -> None:
+    image = noise("RGBA")
+    colour, alpha = np.split(np.asarray(image).astype(np.float64), [3], axis=2)
+    on_white = (colour * alpha + 255 * (255 - alpha)) / 255
+    got = to_samples(image, 3, H, W, resize=True)[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose((got + 1) * 127.5, on_white, rtol=0, atol=1)
+    # Fully transparent is white, whatever colour lies below, also for grey models.
+    clear = Image.new("RGBA", (W, H), (10, 200, 30, 0))
+    for channels in (1, 3):
+        assert bool((to_samples(clear, channels, H, W, resize=True) == 1).all())
+
+
+def test_transparency_is_laid_on_white_before_scaling() -> None:
+    """Otherwise the colour below what cannot be seen would bleed into its surroundings."""
+    image = Image.new("RGBA", (2 * W, 2 * H), (0, 0, 0, 0))
+    image.paste((255, 255, 255, 255), (0, 0, W, 2 * H))
+    assert bool((to_samples(image, 3, H, W, resize=True) == 1).all())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_are_scaled_not_cut(tmp_path: Path, channels: int) -> None:
+    deep = np.linspace(0, 65535, H * W).round().astype(np.uint16).reshape(H, W)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    image = read_image(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="the model takes"):
+        to_samples(image, channels, H, W)
+    got = to_samples(image, channels, H, W, resize=True)
+    assert got.shape == (1, channels, H, W)
+    np.testing.assert_allclose(got[0].numpy(), np.stack([deep / 32767.5 - 1] * channels), rtol=0, atol=1 / 255 + 1e-6)
+    assert got.min() == -1
+    assert got.max() == 1
+
+
+@pytest.mark.parametrize("name", ["palette.png", "palette.gif"])
+def test_palettes(tmp_path: Path, name: str) -> None:
+    image = Image.new("P", (2, 2))
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 255, 255, 255])
+    image.putdata([0, 1, 2, 3])
+    image.save(tmp_path / name)
+    got = to_samples(read_image(tmp_path / name), 3, 2, 2, resize=True)[0].permute(1, 2, 0)
+    assert got.tolist() == [[[1, -1, -1], [-1, 1, -1]], [[-1, -1, 1], [1, 1, 1]]]
+    image.save(tmp_path / name, transparency=1)
+    got = to_samples(read_image(tmp_path / name), 3, 2, 2, resize=True)[0].permute(1, 2, 0)
+    assert got.tolist() == [[[1, -1, -1], [1, 1, 1]], [[-1, -1, 1], [1, 1, 1]]]
+
+
+# --- files that can be read
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "png": {},
+    "jpg": {"quality": 95, "subsampling": 0},
+    "webp": {"quality": 95},
+    "bmp": {},
+    "gif": {},
+    "tiff": {},
+    "ppm": {},
+}
+
+
+def write(folder: Path, suffix: str, image: Image.Image) -> Path:
+    path = folder / f"picture.{suffix}"
+    image.save(path, **FORMATS[suffix])
+    return path
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_files_of_every_format(tmp_path: Path, suffix: str, mode: str) -> None:
+    image = smooth(mode)
+    path = write(tmp_path, suffix, image)
+    for given_path in (path, str(path)):
+        got = read_image(given_path)
+        assert isinstance(got, Image.Image)
+        assert got.size == (40, 30)
+    path.unlink()  # it is decoded: nothing more is read
+    error = np.abs(np.asarray(got.convert(mode)).astype(int) - np.asarray(image))
+    if suffix in ("png", "bmp", "tiff", "ppm"):
+        assert got.mode == mode
+        assert error.max() == 0
+    elif (suffix, mode) == ("gif", "L"):  # a palette of greys
+        assert error.max() == 0
+    else:
+        assert error.mean() < 4
+
+
+def test_the_content_says_what_a_file_is(tmp_path: Path) -> None:
+    noise().save(tmp_path / "picture", "png")
+    (tmp_path / "picture").rename(tmp_path / "picture.jpg")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "picture.jpg")), np.asarray(noise()))
+
+
+def test_transparency_survives_reading(tmp_path: Path) -> None:
+    noise("RGBA").save(tmp_path / "x.png")
+    got = read_image(tmp_path / "x.png")
+    assert got.mode == "RGBA"
+    assert np.array_equal(np.asarray(got), np.asarray(noise("RGBA")))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
+def test_animations(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"moving.{suffix}"
+    frames = [noise(seed=seed) for seed in range(3)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=50)
+    with pytest.raises(ValueError, match="an animation") as caught:
+        read_image(path)
+    assert str(caught.value) == f"{path} is an animation of 3 frames; give a still image"
+    # Of one frame it stands still.
+    frames[0].save(path, save_all=True)
+    assert read_image(path).size == (W, H)
+
+
+def test_a_camera_s_preview_is_no_animation(tmp_path: Path) -> None:
+    """Multi-picture JPEG is what many cameras and telephones write; the first is the photograph."""
+    photograph, preview = smooth(), Image.new("RGB", (10, 8), "red")
+    photograph.save(tmp_path / "x.jpg", "MPO", save_all=True, append_images=[preview], quality=95)
+    with Image.open(tmp_path / "x.jpg") as image:
+        assert (image.format, image.n_frames) == ("MPO", 2)
+    got = np.asarray(read_image(tmp_path / "x.jpg")).astype(int)
+    assert np.abs(got - np.asarray(photograph)).mean() < 4
+
+
+# --- files that cannot
+
+
+def refusal(path: Path) -> str:
+    """What is said of the file after its name, in one line."""
+    with pytest.raises(ValueError, match="cannot be read") as caught:
+        read_image(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path} cannot be read: ")
+    assert len(message.splitlines()) == 1
+    reason = message.removeprefix(f"{path} cannot be read: ")
+    assert reason.strip()
+    return reason
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.filterwarnings("ignore")  # PIL's own, of TIFF files cut in their directory
+def test_truncated_files(tmp_path: Path, suffix: str, mode: str) -> None:
+    path = write(tmp_path, suffix, noise(mode, 40, 30))
+    whole = path.read_bytes()
+    for part in (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95):
+        path.write_bytes(whole[: int(len(whole) * part)])
+        refusal(path)
+    path.write_bytes(whole)
+    assert read_image(path).size == (40, 30)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_give_an_image_or_a_refusal(tmp_path: Path, suffix: str) -> None:
+    """Every byte of the header in turn; formats without checksums cannot notice all."""
+    path = write(tmp_path, suffix, noise("RGB", 16, 12))
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(min(64, len(whole))):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            read_image(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path} ")  # noqa: PT017
+            assert len(str(error).splitlines()) == 1  # noqa: PT017
+            refused += 1
+    assert refused > 3
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"This is no picture.\n", b"\x00" * 1000, b"<svg></svg>", b"\x89PNG\r\n\x1a\n"]
+)
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "txt"])
+def test_files_that_are_no_images(tmp_path: Path, content: bytes, suffix: str) -> None:
+    path = tmp_path / f"picture.{suffix}"
+    path.write_bytes(content)
+    reason = refusal(path)
+    if not content.startswith(b"\x89"):
+        assert reason == "it is no image of a known format"
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_of_zeros(width: int, height: int, rows: int) -> bytes:
+    """A PNG that claims a size, with so many rows of zeros."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    data = zlib.compress(bytes((width + 1) * rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000])
+@pytest.mark.parametrize("suffix", ["png", "pgm"])
+def test_decompression_bombs(tmp_path: Path, suffix: str, side: int) -> None:
+    """PIL only warns of the smaller one; here both are refused, by their headers."""
+    path = tmp_path / f"bomb.{suffix}"
+    path.write_bytes(png_of_zeros(side, side, 1) if suffix == "png" else b"P5 %d %d 255\n" % (side, side))
+    assert f"Image size ({side * side} pixels) exceeds limit of" in refusal(path)
+
+
+def test_the_limit_of_pixels_is_pil_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(png_of_zeros(10, 10, 10))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert read_image(path).size == (10, 10)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
+    filters = list(warnings.filters)
+    assert "Image size (100 pixels) exceeds limit of 99 pixels" in refusal(path)
+    assert warnings.filters == filters
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert read_image(path).size == (10, 10)
+
+
+@pytest.mark.parametrize("name", ["missing.png", "missing/x.png", "file.png/x.png", "folder", "folder.png", ""])
+def test_no_such_file(tmp_path: Path, name: str) -> None:
+    for folder in ("folder", "folder.png"):
+        (tmp_path / folder).mkdir()
+    noise().save(tmp_path / "file.png")
+    path = tmp_path / name
+    with pytest.raises(FileNotFoundError) as caught:
+        read_image(path)
+    assert str(caught.value) == f"there is no file {path}"
+
+
+# --- folders
+
+
+def test_images_are_found_through_and_through(tmp_path: Path) -> None:
+    names = ["b.png", "a.JPG", "c/2.webp", "c/1.bmp", "c/d/e/deep.tif", ".hidden/x.jpeg", "z.Tiff", "0.gif", "p.ppm",
+             "p.pgm", "with space.png"]  # fmt: skip
+    others = ["notes.txt", "c/metadata.jsonl", "c/x.png.part", "png", "c/array.npz", "movie.mp4"]
+    for name in names + others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    expected = sorted(tmp_path / name for name in names)
+    assert find_images(tmp_path) == expected
+    assert find_images(str(tmp_path)) == expected
+    assert find_images(tmp_path / "c") == [tmp_path / "c" / name for name in ("1.bmp", "2.webp", "d/e/deep.tif")]
+
+
+def test_images_of_a_saved_folder_come_in_order(tmp_path: Path) -> None:
+    write_digits(tmp_path / "digits", 12)
+    assert [file.name for file in find_images(tmp_path)] == [f"{index:04d}.png" for index in range(12)]
+
+
+@pytest.mark.parametrize("kind", ["empty", "others", "missing"])
+def test_folders_without_images(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / kind
+    if kind != "missing":
+        (folder / "sub.png").mkdir(parents=True)
+    if kind == "others":
+        (folder / "notes.txt").touch()
+    with pytest.raises(FileNotFoundError) as caught:
+        find_images(folder)
+    message = str(caught.value)
+    assert message.startswith(f"there is no image in {folder}; looked for .bmp, ")
+    assert ".png" in message
+    assert len(message.splitlines()) == 1

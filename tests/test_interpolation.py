@@ -1,0 +1,544 @@
+"""Spherical interpolation: against equation (67) of arXiv 2010.02502 in NumPy, rotations of the complex plane, and
+rotation matrices.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import ddim
+from ddim.interpolation import slerp, slerp_grid, slerp_path
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+TIMES = torch.linspace(0, 1, 21, dtype=torch.float64)
+
+
+def code(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape or (3, 4, 5))).to(dtype)
+
+
+def orthonormal(dimension: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Two unit vectors at right angles."""
+    q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((dimension, 2)))
+    return q[:, 0], q[:, 1]
+
+
+def equation_67(z0: np.ndarray, z1: np.ndarray, t: float) -> np.ndarray:
+    """Word for word as in the paper, with the arc cosine, and plain NumPy."""
+    theta = np.arccos((z0 * z1).sum() / (np.sqrt((z0**2).sum()) * np.sqrt((z1**2).sum())))
+    return np.sin((1 - t) * theta) / np.sin(theta) * z0 + np.sin(t * theta) / np.sin(theta) * z1
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Stricter than equality: tells -0.0 from 0.0."""
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(BITS[a.dtype]), b.contiguous().view(BITS[b.dtype]))
+
+
+def turned(start: complex, angle: float, t: float) -> complex:
+    """`start` turned around the origin by a share t of the angle."""
+    return start * complex(math.cos(t * angle), math.sin(t * angle))
+
+
+def plane(*points: complex) -> list[Tensor]:
+    return [torch.tensor([z.real, z.imag], dtype=torch.float64) for z in points]
+
+
+# --- the formula
+
+
+@pytest.mark.parametrize("shape", [(2,), (7,), (3, 4, 5), (1, 28, 28), (3, 32, 32)])
+@pytest.mark.parametrize("scale", [1, 2.5])
+def test_equation_67(shape: tuple[int, ...], scale: float) -> None:
+    """Also for codes of different norms, as those of real pictures are."""
+    z0, z1 = code(1, *shape), scale * code(2, *shape)
+    got = slerp(z0, z1, TIMES)
+    assert got.shape == (21, *shape)
+    expected = np.stack([equation_67(z0.numpy(), z1.numpy(), float(t)) for t in TIMES])
+    np.testing.assert_allclose(got.numpy(), expected, rtol=0, atol=1e-13)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    start=st.floats(-math.pi, math.pi),
+    angle=st.floats(0.01, math.pi - 0.01),
+    side=st.sampled_from([-1, 1]),
+    radius=st.floats(0.01, 100),
+    t=st.floats(0, 1),
+)
+def test_codes_of_two_numbers_turn_in_the_plane(start: float, angle: float, side: int, radius: float, t: float) -> None:
+    begin = radius * complex(math.cos(start), math.sin(start))
+    z0, z1 = plane(begin, turned(begin, side * angle, 1))
+    got = complex(*slerp(z0, z1, t).tolist())
+    assert abs(got - turned(begin, side * angle, t)) <= 1e-12 * radius
+
+
+@pytest.mark.parametrize("angle", [1e-12, 1e-9, 9.9e-7, 1.01e-6, 1e-5, 1e-3, 1, 3, math.pi - 1e-3, math.pi - 1e-5])
+def test_small_and_large_angles_in_the_plane(angle: float) -> None:
+    """On both sides of where equation (67) gives way to the straight line, and where the arc cosine is inexact."""
+    begin = complex(0.6, -0.8)
+    z0, z1 = plane(begin, turned(begin, angle, 1))
+    # The rounding of the codes themselves is as many times larger between codes that are nearly opposite.
+    bound = 1e-12 if angle < 3 else 1e-15 / math.sin(angle)
+    for t, frame in zip(TIMES.tolist(), slerp(z0, z1, TIMES), strict=True):
+        assert abs(complex(*frame.tolist()) - turned(begin, angle, t)) <= bound
+
+
+@pytest.mark.parametrize("dimension", [2, 3, 12])
+@pytest.mark.parametrize("angle", [1e-4, 0.3, 1.5, 3.1])
+def test_a_rotation_matrix_takes_the_first_code_along(dimension: int, angle: float) -> None:
+    e, f = orthonormal(dimension)
+    generator = np.outer(f, e) - np.outer(e, f)
+
+    def rotation(turn: float) -> np.ndarray:
+        """exp(turn generator), by Rodrigues' formula, which holds for turns within a plane in any dimension."""
+        return np.eye(dimension) + math.sin(turn) * generator + (1 - math.cos(turn)) * generator @ generator
+
+    z0, z1 = 5 * e, rotation(angle) @ (5 * e)
+    for t in (0, 0.1, 0.5, 0.75, 1):
+        got = slerp(torch.from_numpy(z0), torch.from_numpy(z1), t).numpy()
+        np.testing.assert_allclose(got, rotation(t * angle) @ z0, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("angle", [1e-7, 0.01, 1, 2, 3.14])
+def test_equal_norms_give_constant_norm_and_angular_speed(angle: float) -> None:
+    e, f = (v.reshape(3, 16, 16) for v in orthonormal(768))
+    radius = math.sqrt(768)
+    z0, z1 = (radius * torch.from_numpy(v) for v in (e, math.cos(angle) * e + math.sin(angle) * f))
+    frames = slerp(z0, z1, torch.linspace(0, 1, 51, dtype=torch.float64)).flatten(1).numpy()
+    np.testing.assert_allclose(np.linalg.norm(frames, axis=1), radius, rtol=1e-12)
+    # Coordinates along e and f say how far a frame has turned, without an arc cosine.
+    turns = np.unwrap(np.arctan2(frames @ f.ravel(), frames @ e.ravel()))
+    np.testing.assert_allclose(turns, np.linspace(0, angle, 51), rtol=0, atol=1e-10)
+    # Nothing leaves the plane of the two codes.
+    inside = np.outer(frames @ e.ravel(), e.ravel()) + np.outer(frames @ f.ravel(), f.ravel())
+    np.testing.assert_allclose(frames, inside, rtol=0, atol=1e-10)
+
+
+def test_it_keeps_to_the_shell_that_the_straight_line_leaves() -> None:
+    z0, z1 = code(3, 3, 32, 32), code(4, 3, 32, 32)
+    typical = math.sqrt(3 * 32 * 32)
+    assert 0.97 * typical < float(slerp(z0, z1, 0.5).norm()) < 1.03 * typical
+    assert float(((z0 + z1) / 2).norm()) < 0.73 * typical
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32), dimension=st.integers(3, 40), scale=st.floats(0.01, 100), t=st.floats(0, 1))
+def test_symmetries(seed: int, dimension: int, scale: float, t: float) -> None:
+    z0, z1 = code(seed, dimension), scale * code(seed + 1, dimension)
+    got = slerp(z0, z1, t)
+    size = float(z0.norm() + z1.norm())
+    # From either end,
+    torch.testing.assert_close(slerp(z1, z0, 1 - t), got, rtol=0, atol=1e-12 * size)
+    # in any unit,
+    torch.testing.assert_close(slerp(7 * z0, 7 * z1, t), 7 * got, rtol=0, atol=1e-12 * size)
+    # and turned with everything else.
+    q, _ = torch.linalg.qr(code(seed + 2, dimension, dimension))
+    torch.testing.assert_close(slerp(q @ z0, q @ z1, t), q @ got, rtol=0, atol=1e-11 * size)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32), dimension=st.integers(3, 40), s=st.floats(0.01, 1), t=st.floats(0, 1))
+def test_part_of_a_part(seed: int, dimension: int, s: float, t: float) -> None:
+    """On the sphere, t of the way to what lies at s is s t of the way."""
+    z0, z1 = (z / z.norm() for z in (code(seed, dimension), code(seed + 1, dimension)))
+    torch.testing.assert_close(slerp(z0, slerp(z0, z1, s), t), slerp(z0, z1, s * t), rtol=0, atol=1e-11)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data(), count=st.integers(1, 6), t=st.floats(0, 1))
+def test_any_codes_give_finite_frames_and_themselves_at_the_ends(data: st.DataObject, count: int, t: float) -> None:
+    numbers = st.lists(st.floats(-(2.0**60), 2.0**60, width=32), min_size=count, max_size=count)
+    z0, z1 = (torch.tensor(data.draw(numbers)) for _ in range(2))
+    between = slerp(z0, z1, t)
+    assert bool(torch.isfinite(between).all())
+    # Nowhere is it much further out than the codes: nearly opposite ones are not divided by nearly nothing.
+    largest = max(float(z0.double().norm()), float(z1.double().norm()))
+    assert float(between.double().norm()) <= largest * max(1, largest_of_67(z0, z1)) * (1 + 1e-5) + 1e-40
+    assert same_bits(slerp(z0, z1, 0), z0)
+    assert same_bits(slerp(z0, z1, 1), z1)
+
+
+def largest_of_67(z0: Tensor, z1: Tensor) -> float:
+    """How far equation (67) can leave the larger of two norms: by 1 / sin(theta) where they differ."""
+    u, v = (z.double() / z.double().norm().clamp_min(1e-300) for z in (z0, z1))
+    sine = math.sin(2 * math.atan2(float((u - v).norm()), float((u + v).norm())))
+    return 1 / sine if sine > 1e-6 else 1
+
+
+# --- the ends, and types
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 5), (2, 3, 4, 5), (40,)])
+def test_the_ends_come_back_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    z0, z1 = code(5, *shape, dtype=dtype), code(6, *shape, dtype=dtype)
+    z0.view(-1)[0], z1.view(-1)[1] = -0.0, -0.0
+    z1.view(-1)[2] = torch.finfo(dtype).smallest_normal / 4
+    kept = z0.clone(), z1.clone()
+    frames = slerp(z0, z1, torch.tensor([1, 0.5, 0, 1e-9]))
+    assert frames.dtype == dtype
+    assert same_bits(frames[0], z1)
+    assert same_bits(frames[2], z0)
+    for t in (0, 0.0, torch.tensor(0), torch.tensor(0.0)):
+        assert same_bits(slerp(z0, z1, t), z0)
+    for t in (1, 1.0, torch.tensor(1), torch.tensor(1.0)):
+        assert same_bits(slerp(z0, z1, t), z1)
+    # The frames are new: whoever paints over them does not touch the codes, and neither were the codes touched here.
+    frames.zero_()
+    slerp(z0, z1, 0).zero_()
+    assert same_bits(z0, kept[0])
+    assert same_bits(z1, kept[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_narrow_codes_are_computed_in_float64_and_rounded_once(dtype: torch.dtype) -> None:
+    z0, z1 = code(7, 3, 16, 16, dtype=dtype), code(8, 3, 16, 16, dtype=dtype)
+    got = slerp(z0, z1, TIMES)
+    assert got.dtype == dtype
+    assert torch.equal(got, slerp(z0.double(), z1.double(), TIMES).to(dtype))
+
+
+def test_t_of_every_kind() -> None:
+    z0, z1 = code(9), code(10)
+    quarter = slerp(z0, z1, 0.25)
+    assert quarter.shape == z0.shape
+    many: list[Any] = [torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64), np.float32(0.25), np.array(0.25)]
+    for t in many:
+        assert torch.equal(slerp(z0, z1, t), quarter)
+    for t in ([0.75, 0, 0.25, 0.25], (0.75, 0, 0.25, 0.25)):
+        frames = slerp(z0, z1, torch.tensor(t))
+        assert frames.shape == (4, 3, 4, 5)
+        torch.testing.assert_close(frames[0], slerp(z0, z1, 0.75), rtol=0, atol=1e-14)
+        assert torch.equal(frames[1], z0)
+        torch.testing.assert_close(frames[2], quarter, rtol=0, atol=1e-14)
+        assert torch.equal(frames[2], frames[3])
+    assert slerp(z0, z1, torch.tensor([0.25])).shape == (1, 3, 4, 5)
+    assert slerp(z0, z1, torch.tensor([0, 1])).shape == (2, 3, 4, 5)
+    assert slerp(z0, z1, torch.zeros(0)).shape == (0, 3, 4, 5)
+
+
+def test_a_batch_gives_each_pair_its_own_angle() -> None:
+    e, f = (torch.from_numpy(v).view(1, 4, 5) for v in orthonormal(20))
+    angles = [1e-9, 0.1, 1.0, 3.0, math.pi]
+    z0 = torch.stack([e] * 5)
+    z1 = torch.stack([math.cos(a) * e + math.sin(a) * f for a in angles[:4]] + [-e])
+    assert slerp(z0, z1, 0.5).shape == (5, 1, 4, 5)
+    frames = slerp(z0, z1, TIMES)
+    assert frames.shape == (21, 5, 1, 4, 5)
+    for index, angle in enumerate(angles[:4]):
+        expected = torch.stack([math.cos(t * angle) * e + math.sin(t * angle) * f for t in TIMES.tolist()])
+        torch.testing.assert_close(frames[:, index], expected, rtol=0, atol=1e-13)
+    for index in range(5):
+        assert torch.equal(frames[:, index], slerp(z0[index], z1[index], TIMES))
+    # Without the dimension of a batch, the same numbers are one code with one angle.
+    assert not torch.allclose(slerp(z0[:, 0], z1[:, 0], TIMES), frames[:, :, 0], atol=1e-2)
+
+
+def test_it_is_public() -> None:
+    assert ddim.slerp is slerp
+
+
+# --- where equation (67) divides by nothing
+
+
+@pytest.mark.parametrize("distance", [0, 1e-15, 1e-12, 1e-9, 1e-7])
+def test_nearly_the_same_code(distance: float) -> None:
+    z0 = code(11)
+    z1 = z0 + distance * code(12)
+    frames = slerp(z0, z1, TIMES)
+    straight = z0 + TIMES.view(-1, 1, 1, 1) * (z1 - z0)
+    # An arc this flat is its chord.
+    torch.testing.assert_close(frames, straight, rtol=0, atol=1e-14)
+    if distance == 0:
+        assert bool((frames == z0).all())
+
+
+def test_the_same_direction_at_another_norm() -> None:
+    """Equation (67) is linear there, in the limit."""
+    z0 = code(13)
+    frames = slerp(z0, 3 * z0, TIMES)
+    torch.testing.assert_close(frames, (1 + 2 * TIMES.view(-1, 1, 1, 1)) * z0, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_opposite_codes_take_half_a_circle(seed: int) -> None:
+    z0 = code(seed)
+    frames = slerp(z0, -z0, TIMES)
+    assert torch.equal(frames, slerp(z0.clone(), -z0.clone(), TIMES))
+    assert same_bits(frames[0], z0)
+    assert same_bits(frames[-1], -z0)
+    flat = frames.flatten(1).numpy() / float(z0.norm())
+    np.testing.assert_allclose(np.linalg.norm(flat, axis=1), 1, rtol=1e-14)
+    # At t it has turned by pi t from the one, hence by pi (1 - t) from the other,
+    np.testing.assert_allclose(flat @ flat[0], np.cos(np.pi * TIMES.numpy()), rtol=0, atol=1e-14)
+    # at constant speed, in one plane.
+    chords = np.linalg.norm(np.diff(flat, axis=0), axis=1)
+    np.testing.assert_allclose(chords, 2 * math.sin(math.pi / 40), rtol=1e-12)
+    assert np.linalg.matrix_rank(flat, tol=1e-10) == 2
+
+
+@pytest.mark.parametrize("values", [[1.0, 1.0], [1.0, 0.0], [0.0, 0.0, 2.0], [3.0, 3.0, 3.0, 3.0], [1e-20, 1e20]])
+def test_opposite_codes_on_axes_and_diagonals(values: list[float]) -> None:
+    z0 = torch.tensor(values, dtype=torch.float64)
+    frames = slerp(z0, -z0, TIMES)
+    torch.testing.assert_close(frames.norm(dim=1), z0.norm().expand(21), rtol=1e-14, atol=0)
+
+
+def test_opposite_codes_of_different_norms_stay_away_from_nothing() -> None:
+    z0 = code(14)
+    frames = slerp(z0, -4 * z0, torch.linspace(0, 1, 1001, dtype=torch.float64))
+    norms = (frames.flatten(1).norm(dim=1) / z0.norm()).numpy()
+    assert norms.min() == pytest.approx(1)
+    assert norms.max() == pytest.approx(4)
+    assert float((frames[1:] - frames[:-1]).flatten(1).norm(dim=1).max() / z0.norm()) < 4 * math.pi / 1000 + 3 / 1000
+    assert same_bits(frames[-1], -4 * z0)
+
+
+@pytest.mark.parametrize("distance", [1e-3, 1e-5, 1.5e-6, 1e-6, 9e-7, 1e-9, 1e-12, 1e-15])
+def test_nearly_opposite_codes(distance: float) -> None:
+    """Continuous in t and on the sphere, whichever half circle it takes."""
+    e, f = (torch.from_numpy(v) for v in orthonormal(48))
+    z0 = e
+    z1 = -math.cos(distance) * e + math.sin(distance) * f
+    frames = slerp(z0, z1, torch.linspace(0, 1, 1001, dtype=torch.float64))
+    assert same_bits(frames[0], z0)
+    assert same_bits(frames[-1], z1)
+    # 1e-6: where the formula gives way to the half circle, that circle ends in -z0 and not in z1.
+    torch.testing.assert_close(frames.norm(dim=1), torch.ones(1001, dtype=torch.float64), rtol=0, atol=1e-8)
+    chords = (frames[1:] - frames[:-1]).norm(dim=1)
+    assert float(chords.max()) <= math.pi / 1000 + 1.1e-6
+    assert float(chords.min()) >= (math.pi - distance) / 1000 * 0.999 - 1.1e-6
+    assert torch.equal(frames, slerp(z0, z1, torch.linspace(0, 1, 1001, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_code_of_zeros(dtype: torch.dtype) -> None:
+    z, zero = code(15, dtype=dtype), torch.zeros(3, 4, 5, dtype=dtype)
+    t = torch.tensor([0, 0.25, 0.5, 1])
+    assert torch.equal(slerp(zero, z, t), torch.stack([zero, z / 4, z / 2, z]))
+    assert torch.equal(slerp(z, zero, t), torch.stack([z, (z.double() * 0.75).to(dtype), z / 2, zero]))
+    assert torch.equal(slerp(zero, zero, t), torch.zeros(4, 3, 4, 5, dtype=dtype))
+    # One pair in a batch does not spoil the others.
+    batch = slerp(torch.stack([zero, z]), torch.stack([z, -z]), 0.5)
+    assert torch.equal(batch[0], z / 2)
+    assert torch.equal(batch[1], slerp(z, -z, 0.5))
+
+
+def test_codes_of_one_number_have_no_circle() -> None:
+    z0, z1 = torch.tensor([2.0]), torch.tensor([-4.0])
+    assert slerp(z0, z1, torch.tensor([0, 0.5, 1])).tolist() == [[2], [-1], [-4]]
+    assert slerp(z0[0], z1[0], 0.5).shape == ()
+
+
+@pytest.mark.parametrize("kind", ["far", "parallel", "opposite", "zero"])
+def test_small_changes_of_t_change_little(kind: str) -> None:
+    z0 = code(16)
+    z1 = {"far": code(17), "parallel": z0 + 1e-9 * code(17), "opposite": -z0, "zero": torch.zeros_like(z0)}[kind]
+    size = float(z0.norm() + z1.norm())
+    for t in (0, 1e-12, 0.3, 0.5, 1 - 1e-9):
+        step = slerp(z0, z1, t + 1e-9) - slerp(z0, z1, t)
+        assert float(step.norm()) <= 4e-9 * size
+
+
+# --- paths
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("frames", [2, 3, 8])
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_path_goes_through_its_codes(dtype: torch.dtype, count: int, frames: int, closed: bool) -> None:
+    codes = [code(seed, 2, 3, 4, dtype=dtype) for seed in range(count)]
+    path = slerp_path(codes, frames, closed)
+    assert path.dtype == dtype
+    assert path.shape == (count * (frames - 1) if closed else (count - 1) * (frames - 1) + 1, 2, 3, 4)
+    for index, z in enumerate(codes):
+        assert same_bits(path[index * (frames - 1)], z)
+
+
+def test_a_path_between_its_codes_is_the_formula() -> None:
+    codes = [code(seed, 2, 3, 4) for seed in range(3)]
+    path = slerp_path(codes, 6, closed=True)
+    for leg in range(3):
+        for step in range(5):
+            expected = equation_67(codes[leg].numpy(), codes[(leg + 1) % 3].numpy(), step / 5)
+            np.testing.assert_allclose(path[5 * leg + step].numpy(), expected, rtol=0, atol=1e-13)
+    # Open, it is the same without the way home, and ends in the last code.
+    assert torch.equal(slerp_path(codes, 6), path[:11])
+
+
+def test_there_and_back() -> None:
+    codes = [code(seed, 2, 3, 4) for seed in range(2)]
+    path = slerp_path(codes, 5, closed=True)
+    assert len(path) == 8
+    torch.testing.assert_close(path[1:], path[1:].flip(0), rtol=0, atol=1e-14)
+
+
+def test_codes_as_list_tuple_and_tensor() -> None:
+    codes = code(18, 4, 2, 3, 5)
+    expected = slerp_path(list(codes), 3, closed=True)
+    assert torch.equal(slerp_path(tuple(codes), 3, closed=True), expected)
+    assert torch.equal(slerp_path(codes, 3, closed=True), expected)
+    assert torch.equal(slerp_grid(codes, 3, 4), slerp_grid(list(codes), 3, 4))
+
+
+# --- grids
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(2, 2), (3, 5), (5, 3), (2, 7)])
+def test_corners_and_edges_of_a_grid(dtype: torch.dtype, rows: int, columns: int) -> None:
+    upper_left, upper_right, lower_left, lower_right = corners = [
+        code(seed, 2, 3, 4, dtype=dtype) for seed in range(20, 24)
+    ]
+    flat = slerp_grid(corners, rows, columns)
+    assert flat.dtype == dtype
+    assert flat.shape == (rows * columns, 2, 3, 4)
+    grid = flat.view(rows, columns, 2, 3, 4)
+    assert same_bits(grid[0, 0], upper_left)
+    assert same_bits(grid[0, -1], upper_right)
+    assert same_bits(grid[-1, 0], lower_left)
+    assert same_bits(grid[-1, -1], lower_right)
+    assert same_bits(grid[0], slerp_path([upper_left, upper_right], columns))
+    assert same_bits(grid[-1], slerp_path([lower_left, lower_right], columns))
+    assert same_bits(grid[:, 0], slerp_path([upper_left, lower_left], rows))
+    assert same_bits(grid[:, -1], slerp_path([upper_right, lower_right], rows))
+
+
+def test_inside_a_grid_is_the_formula_twice() -> None:
+    corners = [code(seed, 2, 3, 4).numpy() for seed in range(30, 34)]
+    grid = slerp_grid([torch.from_numpy(z) for z in corners], 4, 6).view(4, 6, 2, 3, 4)
+    for row in range(4):
+        for column in range(6):
+            upper = equation_67(corners[0], corners[1], column / 5)
+            lower = equation_67(corners[2], corners[3], column / 5)
+            expected = equation_67(upper, lower, row / 3)
+            np.testing.assert_allclose(grid[row, column].numpy(), expected, rtol=0, atol=1e-12)
+
+
+# --- what is refused
+
+
+Z = code(40)
+
+
+def spoilt(value: float) -> Tensor:
+    z = Z.clone()
+    z[1, 2, 3] = value
+    return z
+
+
+@pytest.mark.parametrize(
+    ("z1", "message"),
+    [
+        (code(0, 3, 4, 6), r"code 1 has shape \(3, 4, 6\), code 0 \(3, 4, 5\); they must agree"),
+        (code(0, 1, 3, 4, 5), r"code 1 has shape \(1, 3, 4, 5\), code 0 \(3, 4, 5\); they must agree"),
+        (code(0, 1), r"code 1 has shape \(1,\), code 0 \(3, 4, 5\)"),
+        (Z.float(), r"code 1 is torch.float32, code 0 torch.float64; they must agree"),
+        (spoilt(math.nan), "code 1 holds NaN, infinity or integers; codes are finite floating-point"),
+        (spoilt(math.inf), "code 1 holds NaN, infinity or integers"),
+        (spoilt(-math.inf), "code 1 holds NaN, infinity or integers"),
+    ],
+)
+def test_codes_that_do_not_fit(z1: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        slerp(Z, z1, 0.5)
+    with pytest.raises(ValueError, match=message):
+        slerp_path([Z, z1, Z], 3)
+    with pytest.raises(ValueError, match=message.replace("code 1", "code 2")):
+        slerp_path([Z, Z, z1], 3, closed=True)
+    for place in (1, 2, 3):
+        corners = [Z] * 4
+        corners[place] = z1
+        with pytest.raises(ValueError, match=message.replace("code 1", f"code {place}")):
+            slerp_grid(corners, 3, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
+def test_codes_that_are_no_floats(dtype: torch.dtype) -> None:
+    z = torch.ones(3, 4, 5, dtype=dtype)
+    with pytest.raises(ValueError, match=r"code 0 holds NaN, infinity or integers; codes are finite floating-point"):
+        slerp(z, z, 0.5)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3, 4, 5), (3, 0, 5)])
+def test_codes_of_nothing(shape: tuple[int, ...]) -> None:
+    z = torch.zeros(shape)
+    with pytest.raises(ValueError, match=r"code 0 has shape \(.*\); it holds no number"):
+        slerp(z, z, 0.5)
+
+
+def test_codes_that_are_no_tensors() -> None:
+    array: Any = Z.numpy()
+    with pytest.raises(TypeError, match="code 0 is a ndarray; it must be a tensor"):
+        slerp(array, array, 0.5)
+    with pytest.raises(TypeError, match="code 1 is a list; it must be a tensor"):
+        slerp_path([Z, array.tolist()], 3)
+
+
+RULE = r"; it must be a number from 0 to 1, or a one-dimensional tensor of them$"
+
+
+@pytest.mark.parametrize("t", [-0.01, 1.01, -1, 2, math.nan, math.inf, -math.inf])
+def test_t_out_of_range(t: float) -> None:
+    several = torch.linspace(0, 1, 500)
+    several[400] = t
+    for times in (t, torch.tensor(t), torch.tensor([t]), torch.tensor([0, t, 1]), several):
+        with pytest.raises(ValueError, match=rf"^t is {t}{RULE}"):
+            slerp(Z, Z, times)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (0, 3), (1, 1, 1)])
+def test_t_of_more_dimensions(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"^t has shape {re.escape(str(shape))}{RULE}"):
+        slerp(Z, Z, torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"), [([], "0 codes were given; a path has at least two"), ([Z], "1 code was given; a path has")]
+)
+def test_a_path_of_too_few_codes(codes: Sequence[Tensor], message: str) -> None:
+    for closed in (False, True):
+        with pytest.raises(ValueError, match=message):
+            slerp_path(codes, 3, closed)
+
+
+@pytest.mark.parametrize("frames", [1, 0, -1, 2.5, 2.0, True, "3", None])
+def test_frames_that_are_no_count(frames: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^frames is {frames!r}; it must be a whole number of at least 2$"):
+        slerp_path([Z, Z], frames)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 5])
+def test_a_grid_of_another_number_of_corners(count: int) -> None:
+    with pytest.raises(ValueError, match=f"a grid lies between four codes; {count} were given"):
+        slerp_grid([Z] * count, 3, 3)
+
+
+@pytest.mark.parametrize("name", ["rows", "columns"])
+@pytest.mark.parametrize("value", [1, 0, -1, 2.5, True, None])
+def test_grids_too_small(name: str, value: Any) -> None:
+    """The message calls it as the caller does."""
+    size: dict[str, Any] = {"rows": 3, "columns": 3} | {name: value}
+    with pytest.raises(ValueError, match=f"^{name} is {value!r}; it must be a whole number of at least 2$"):
+        slerp_grid([Z] * 4, **size)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (4, 5), (2, 3, 4, 5)])
+def test_a_grid_of_codes_that_are_no_pictures(shape: tuple[int, ...]) -> None:
+    """Stacked, they would be taken for one code, or for batches of codes."""
+    with pytest.raises(ValueError, match=r"code 0 has shape \(.*\); a grid lies between codes \(C, H, W\)"):
+        slerp_grid([torch.ones(shape)] * 4, 3, 3)
