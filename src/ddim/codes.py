@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddim.checks import real_number
 from ddim.files import to_json, write_whole
 from ddim.runner import Runner
 from ddim.schedule import check_timesteps
@@ -67,22 +69,30 @@ def save_codes(path: str | Path, latents: Tensor, settings: CodeSettings) -> Pat
 
     Args:
         path: in `.npz` or `.safetensors`.
-        latents: (N, C, H, W); written as float32.
+        latents: (N, C, H, W), N at least 1; written as float32.
         settings: how they were made.
 
     Raises:
-        OSError: if it cannot be written.
+        ValueError: for another suffix, or latents that `load_codes` would refuse.
+        OSError: if it cannot be written; what was there stays.
     """
-    target = Path(path)
-    values = latents.detach().float().cpu().contiguous()
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    target = _check_suffix(path)
+    values = _check_latents(latents.detach(), "latents").cpu().contiguous()
     text = json.dumps(asdict(settings), sort_keys=True)
     with write_whole(target) as temporary:
         if target.suffix.lower() == ".npz":
-            np.savez(temporary, latents=values.numpy(), settings=np.array(text))
+            # Given a name, NumPy would add its suffix to one in capitals.
+            with temporary.open("wb") as file:
+                np.savez(file, latents=values.numpy(), settings=np.array(text))
         else:
-            from safetensors.torch import save_file
-
-            save_file({"latents": values}, temporary, metadata={"format": "pt", "settings": text})
+            try:
+                # One entry: several would come in another order each time.
+                save_file({"latents": values}, temporary, metadata={"settings": text})
+            except SafetensorError as error:
+                raise OSError(f"cannot write {target}: {error}") from error
     return target
 
 
@@ -99,18 +109,13 @@ def load_codes(path: str | Path) -> tuple[Tensor, CodeSettings]:
     source = Path(path)
     if not source.is_file():
         raise FileNotFoundError(f"there is no file {source}")
-    if source.suffix.lower() not in CODES:
-        raise ValueError(f"{source} is no file of codes; those end in {' or '.join(CODES)}")
+    _check_suffix(source)
     try:
         latents, text = _read_npz(source) if source.suffix.lower() == ".npz" else _read_safetensors(source)
         settings = _parse_settings(json.loads(text))
     except Exception as error:  # every reader fails in its own way
         raise ValueError(f"{source} is damaged or no file of codes: {error}") from None
-    if latents.ndim != 4 or not latents.numel() or not latents.is_floating_point():
-        raise ValueError(f"{source} holds latents of shape {tuple(latents.shape)}; codes are floating (N, C, H, W)")
-    if not bool(torch.isfinite(latents).all()):
-        raise ValueError(f"{source} holds NaN or infinity; codes are finite")
-    return latents.float(), settings
+    return _check_latents(latents, str(source)), settings
 
 
 def check_settings(source: str | Path, settings: CodeSettings, pipe: Runner, timesteps: list[int]) -> None:
@@ -137,8 +142,28 @@ def check_settings(source: str | Path, settings: CodeSettings, pipe: Runner, tim
         )
 
 
+def _check_suffix(path: str | Path) -> Path:
+    if Path(path).suffix.lower() not in CODES:
+        raise ValueError(f"{path} is no file of codes; those end in {' or '.join(CODES)}")
+    return Path(path)
+
+
+def _check_latents(latents: Tensor, name: str) -> Tensor:
+    """In float32, where float64 can overflow."""
+    if latents.ndim != 4 or not latents.numel() or not latents.is_floating_point():
+        kind = f"{latents.dtype} of shape {tuple(latents.shape)}".removeprefix("torch.")
+        raise ValueError(f"{name} holds {kind}; codes are floating (N, C, H, W), N at least 1")
+    values = latents.float()
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{name} holds NaN or infinity; codes are finite")
+    return values
+
+
 def _read_npz(path: Path) -> tuple[Tensor, str]:
     with np.load(path, allow_pickle=False) as file:
+        # Reading stops where an array's shape says; only the end of a member tells whether its checksum is right.
+        if (damaged := file.zip.testzip()) is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.from_numpy(file["latents"]), str(file["settings"])
 
 
@@ -151,8 +176,15 @@ def _read_safetensors(path: Path) -> tuple[Tensor, str]:
 
 def _parse_settings(entries: Any) -> CodeSettings:
     """The settings from JSON, which may hold anything."""
-    settings = CodeSettings(**{field.name: entries[field.name] for field in fields(CodeSettings)})
-    check_timesteps(settings.timesteps, 1 + max(settings.timesteps))
+    names = [field.name for field in fields(CodeSettings)]
+    if not isinstance(entries, dict) or not entries.keys() >= set(names):
+        raise ValueError(f"its settings are no JSON object with {', '.join(names)}")
+    settings = CodeSettings(**{name: entries[name] for name in names})
+    check_timesteps(settings.timesteps, sys.maxsize)
     if not isinstance(settings.model, str) or not isinstance(settings.model_sha256, str):
         raise ValueError("its settings do not name a model")
+    if not isinstance(settings.exact, bool) or not isinstance(settings.residual, list):
+        raise ValueError("its settings do not tell how the codes were made")
+    for value in (settings.tolerance, *settings.residual):
+        real_number("a tolerance or residual", value)
     return settings

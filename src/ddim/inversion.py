@@ -83,7 +83,7 @@ class Inversion:
             output = self.denoiser(x, timestep)
             return x_prev[active] - ddim_step(output, x, step, self.prediction_type)[0], output
 
-        guess = ddim_inverse(self._guess_epsilon(step.timestep), x_prev, step)
+        guess, _ = ddim_inverse(self._guess_epsilon(step.timestep), x_prev, step)
         x, output, residual, evaluations = anderson(f, guess, mixing(step), self.tolerance, self.max_iterations)
         x0, epsilon = predict_x0_epsilon(output, x, step.alpha, self.prediction_type)
         self.residuals.append(residual)
@@ -159,11 +159,11 @@ def _accelerate(xs: Tensor, fs: Tensor, mixing: float) -> Tensor:
         return x + mixing * f
     dx, df = xs.diff(dim=1), fs.diff(dim=1)
     # Least squares for f = gamma df by the normal equations, each difference scaled to length 1. One product gives all
-    # of them: alone, df @ f takes another kernel for one image than for several.
-    scale = df.square().sum(2, keepdim=True).clamp_min(torch.finfo(f.dtype).tiny).rsqrt()
-    dx, df = dx * scale, df * scale
+    # lengths and angles: sums and products with vectors round differently for one image than for several.
     rows = torch.cat([df, f[:, None]], 1)
     products = rows @ rows.mT
-    gram = products[:, :-1, :-1] + REGULARISATION * torch.eye(df.shape[1], dtype=f.dtype, device=f.device)
-    gamma = torch.linalg.solve(gram, products[:, :-1, -1:])
+    scale = products.diagonal(dim1=1, dim2=2)[:, :-1, None].clamp_min(torch.finfo(f.dtype).tiny).rsqrt()
+    gram = scale * products[:, :-1, :-1] * scale.mT
+    gram = gram + REGULARISATION * torch.eye(df.shape[1], dtype=f.dtype, device=f.device)
+    gamma = scale * torch.linalg.solve(gram, scale * products[:, :-1, -1:])
     return x + mixing * f - ((dx + mixing * df) * gamma).sum(1)

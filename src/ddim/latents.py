@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddim.checks import positive_int, real_number
+from ddim.checks import positive_int, real_number, whole_number
 from ddim.images import check_output_type, to_output, to_samples
 from ddim.interpolation import slerp_grid, slerp_path
 from ddim.inversion import Inversion
+from ddim.noise import check_seeds, noise_from_seeds
 from ddim.outputs import EncodeOutput, ImagePipelineOutput, ReconstructOutput, TrajectoryOutput
 from ddim.process import Step
 from ddim.runner import Runner
@@ -35,6 +36,9 @@ from ddim.sampling import sample, walk
 from ddim.scheduler import DDIMScheduler
 
 logger = logging.getLogger(__name__)
+
+TOLERANCE, MAX_ITERATIONS, BATCH_SIZE = 1e-5, 50, 8
+"""Defaults of the arguments of these names."""
 
 GROUP = 8
 """Batches whose images are inverted together: as images converge, the others are gathered into full batches."""
@@ -48,12 +52,12 @@ class LatentSpace(Runner):
         images: Any,
         num_inference_steps: int = 50,
         exact: bool = True,
-        tolerance: float = 1e-5,
+        tolerance: float = TOLERANCE,
         *,
-        max_iterations: int = 50,
+        max_iterations: int = MAX_ITERATIONS,
         timesteps: Sequence[int] | None = None,
         resize: bool = False,
-        batch_size: int = 8,
+        batch_size: int = BATCH_SIZE,
     ) -> EncodeOutput:
         """The latent codes of pictures.
 
@@ -92,7 +96,7 @@ class LatentSpace(Runner):
         output_type: str = "pil",
         *,
         timesteps: Sequence[int] | None = None,
-        batch_size: int = 8,
+        batch_size: int = BATCH_SIZE,
     ) -> ImagePipelineOutput:
         """The pictures of latent codes: the inverse of `encode` with the same timesteps.
 
@@ -128,13 +132,13 @@ class LatentSpace(Runner):
         images: Any,
         num_inference_steps: int = 50,
         exact: bool = True,
-        tolerance: float = 1e-5,
+        tolerance: float = TOLERANCE,
         output_type: str = "pil",
         *,
-        max_iterations: int = 50,
+        max_iterations: int = MAX_ITERATIONS,
         timesteps: Sequence[int] | None = None,
         resize: bool = False,
-        batch_size: int = 8,
+        batch_size: int = BATCH_SIZE,
     ) -> ReconstructOutput:
         """Encode pictures, decode their codes, and compare (Table 2 of the paper).
 
@@ -168,7 +172,7 @@ class LatentSpace(Runner):
         *,
         closed: bool = False,
         timesteps: Sequence[int] | None = None,
-        batch_size: int = 8,
+        batch_size: int = BATCH_SIZE,
     ) -> ImagePipelineOutput:
         """Decode what lies between codes, by spherical interpolation (section 5.3, appendix D.5).
 
@@ -277,6 +281,8 @@ class LatentSpace(Runner):
             TypeError: for latents that are no tensor.
         """
         check_output_type(output_type)
+        if not isinstance(num_inference_steps, Iterable):
+            raise TypeError(f"num_inference_steps is {num_inference_steps!r}; give a list of numbers of steps")
         plans = [self._plan(count, None, 0.0, use_sigma_hat=False) for count in num_inference_steps]
         if not plans:
             raise ValueError("num_inference_steps is empty; give at least one number of steps")
@@ -302,7 +308,7 @@ class LatentSpace(Runner):
         eta: float = 0.0,
         timesteps: Sequence[int] | None = None,
         resize: bool = False,
-        batch_size: int = 8,
+        batch_size: int = BATCH_SIZE,
     ) -> ImagePipelineOutput:
         """Take pictures part of the way to noise and sample from there (SDEdit, arXiv 2108.01073): the coarse shape
         stays, what the noise covered is painted anew.
@@ -336,14 +342,17 @@ class LatentSpace(Runner):
         plan = self._plan(num_inference_steps, timesteps, eta, use_sigma_hat=False)
         if eta > 0 and seeds is None:
             raise ValueError(f"eta is {eta}, which draws noise; give seeds, one an image")
+        checked = None if seeds is None else check_seeds(seeds, len(x))
         walked = round(strength * len(plan))
         steps = plan[len(plan) - walked :]
-        noise = None if seeds is None else self._noise(len(x), None, seeds, x)[1]
+        noise = None if checked is None else noise_from_seeds(x.shape, checked, self.device)
         if steps and noise is not None:
             x = self.scheduler.add_noise(x, noise().to(x.dtype), torch.tensor(steps[0].timestep))
         elif steps and steps[0].timestep > 0:
             tail = [step.timestep for step in steps]
-            x = self._encode(x, self._invertible_steps(len(tail), tail), True, 1e-5, 50, batch_size).latents
+            x = self._encode(
+                x, self._invertible_steps(len(tail), tail), True, TOLERANCE, MAX_ITERATIONS, batch_size
+            ).latents
         with self._running(len(steps)) as bar:
             for state in self._sample(x, steps, noise=noise if eta > 0 else None):
                 bar.update()
@@ -427,10 +436,15 @@ def not_converged(codes: EncodeOutput) -> str:
 def shown_timesteps(timesteps: Sequence[int], frames: int | None, at: Sequence[int] | None) -> list[int]:
     """Which timesteps of a process to show; arguments as for `LatentSpace.trajectory`."""
     if at is not None:
-        for t in at:
+        if not isinstance(at, Iterable):
+            raise TypeError(f"at is {at!r}; it must be a list of timesteps")
+        chosen = set()
+        for entry in at:
+            t = whole_number(entry)
             if t not in timesteps:
-                raise ValueError(f"at holds {t}; the process visits {', '.join(map(str, timesteps))}")
-        return list(at)
+                raise ValueError(f"at holds {entry}; the process visits {', '.join(map(str, timesteps))}")
+            chosen.add(t)
+        return [t for t in timesteps if t in chosen]
     count = len(timesteps) if frames is None else min(positive_int("frames", frames), len(timesteps))
     last = len(timesteps) - 1
     return [timesteps[round(i * last / max(1, count - 1))] for i in range(count)]
@@ -441,7 +455,7 @@ def list_codes(z0: Tensor | EncodeOutput | Sequence[Tensor], z1: Tensor | None) 
     if isinstance(z0, EncodeOutput):
         z0 = z0.latents
     given: Any = [z0, z1] if z1 is not None else z0
-    if isinstance(given, Tensor) and given.ndim < 4:
+    if (isinstance(given, Tensor) and given.ndim < 4) or not isinstance(given, Iterable):
         given = [given]
     codes = []
     for code in given:

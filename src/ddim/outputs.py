@@ -49,7 +49,8 @@ class EncodeOutput(Output):
     """Latent codes of N pictures, and how well they were found.
 
     Attributes:
-        latents: the codes, float32 (N, C, H, W) on the model's device: x at `timesteps[0]`.
+        latents: the codes, float32 (N, C, H, W) on the model's device: x at `timesteps[0]`. Float64 images, or a
+            float64 model, give float64 codes.
         timesteps: the S timesteps, from the largest to the smallest; `decode` wants the same.
         residuals: (N, S): how far the step of decoding lands from where encoding came from, the largest difference
             among the values of a picture, on the scale of [-1, 1]. Column j belongs to the step from `timesteps[j]`;

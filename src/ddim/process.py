@@ -181,7 +181,9 @@ def ddim_update(x0: Tensor, epsilon: Tensor, step: Step, noise: Tensor | None = 
     return prev if noise is None else prev + step.noise_std * noise
 
 
-def ddim_inverse(model_output: Tensor, x_prev: Tensor, step: Step, prediction_type: str = "epsilon") -> Tensor:
+def ddim_inverse(
+    model_output: Tensor, x_prev: Tensor, step: Step, prediction_type: str = "epsilon"
+) -> tuple[Tensor, Tensor]:
     """x_t from x_prev: the deterministic `ddim_step` (eta = 0, no clipping) solved for x_t, given the model output that
     it used.
 
@@ -199,6 +201,9 @@ def ddim_inverse(model_output: Tensor, x_prev: Tensor, step: Step, prediction_ty
             x_t was), and `alpha` may be 0.
         prediction_type: one of `PREDICTION_TYPES`.
 
+    Returns:
+        (x_t, the predicted x_0).
+
     Raises:
         ValueError: for alpha_prev = 1 with predicted x_0, or an unknown prediction type.
     """
@@ -207,15 +212,18 @@ def ddim_inverse(model_output: Tensor, x_prev: Tensor, step: Step, prediction_ty
     if prediction_type == "v_prediction":
         # Along the circle of angles arccos(sqrt(alpha)) a step is a turn: x_prev = cos x_t - sin v.
         cos, sin = signal * signal_prev + noise * noise_prev, noise * signal_prev - signal * noise_prev
-        return (x_prev + sin * model_output) / cos
+        x = (x_prev + sin * model_output) / cos
+        return x, signal * x - noise * model_output
     if prediction_type == "sample":
         if noise_prev == 0:
             raise ValueError(
                 "a step that ends in the predicted x_0 itself (alpha = 1) has no inverse; use set_alpha_to_one=False"
             )
-        return signal * model_output + noise * (x_prev - signal_prev * model_output) / noise_prev
+        return signal * model_output + noise * (x_prev - signal_prev * model_output) / noise_prev, model_output
     if prediction_type == "epsilon":
-        return signal * (x_prev - noise_prev * model_output) / signal_prev + noise * model_output
+        # Not from x_t, which divided by a small alpha would show all its rounding.
+        x0 = (x_prev - noise_prev * model_output) / signal_prev
+        return signal * x0 + noise * model_output, x0
     raise ValueError(f"prediction_type is {prediction_type!r}; it must be one of {', '.join(PREDICTION_TYPES)}")
 
 

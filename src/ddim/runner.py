@@ -165,7 +165,7 @@ class Runner:
             raise TypeError(f"latents is a {type(latents).__name__}; it must be a tensor (N, C, H, W)")
         sized = self.unet.config.sample_size is not None
         C, *size = self.sample_shape if sized else (self.unet.config.in_channels, *latents.shape[2:])
-        wanted = (batch_size, C, *size)
+        wanted = (max(1, batch_size), C, *size)
         if tuple(latents.shape) != wanted or len(wanted) != 4:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; the model and batch_size want {wanted}")
         if not latents.is_floating_point() or not bool(torch.isfinite(latents).all()):

@@ -33,7 +33,6 @@ from ddim.process import (
     ddim_step,
     dynamic_threshold,
     make_steps,
-    predict_x0_epsilon,
     training_target,
     velocity,
 )
@@ -346,9 +345,7 @@ class DDIMInverseScheduler(DDIMScheduler):
                 from alpha = 1 and the network predicts x_0, which leaves x_t open.
         """
         transition = self._transition(timestep, 0.0)
-        prediction_type = self.config.prediction_type
-        x = ddim_inverse(model_output, sample, transition, prediction_type)
-        x0, _ = predict_x0_epsilon(model_output, x, transition.alpha, prediction_type)
+        x, x0 = ddim_inverse(model_output, sample, transition, self.config.prediction_type)
         if self.clip is not None:
             clipped = self.clip(x0)
             x, x0 = x + transition.alpha**0.5 * (clipped - x0), clipped

@@ -30,6 +30,7 @@ def edit(
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
     resize: options.Resize = False,
+    batch_size: options.InverseBatch = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
 ) -> None:
@@ -43,7 +44,15 @@ def edit(
 
       ddim edit digits/ --seed 7 --strength 0.4 --out edited/
     """
-    from ddim.images import check_output_path, fit_image, output_files, save_images, save_picture, stack_rows
+    from ddim.images import (
+        check_output_path,
+        fit_image,
+        is_folder_path,
+        output_files,
+        save_images,
+        save_picture,
+        stack_rows,
+    )
 
     target = check_output_path(out)
     own_timesteps = parse_timesteps(timesteps)
@@ -57,9 +66,10 @@ def edit(
         eta=eta,
         timesteps=own_timesteps,
         resize=resize,
+        batch_size=batch_size,
     ).images
     replaced = sum(file.exists() for file in output_files(out, len(edited)))
-    if target.suffix.lower() == ".png":
+    if target.suffix.lower() == ".png" and not is_folder_path(out):
         channels, height, width = pipe.sample_shape
         originals = [fit_image(picture, height, width, channels) for picture in pictures]
         save_picture(stack_rows([originals, edited]), target)

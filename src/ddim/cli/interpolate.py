@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ddim.checks import bounded_int
 from ddim.cli import options
 from ddim.cli.common import finish, load_pipeline, number, read_images
 
@@ -58,7 +59,7 @@ def interpolate(
         ANIMATION_SUFFIXES,
         PICTURES,
         check_output_path,
-        is_animation_path,
+        is_folder_path,
         output_files,
         save_animation,
         save_images,
@@ -69,11 +70,12 @@ def interpolate(
     target = check_output_path(out, PICTURES | ANIMATION_SUFFIXES)
     if not 0.1 <= fps <= 50:
         raise ValueError(f"--fps {fps} is out of range; it must lie from 0.1 to 50")
+    bounded_int("--frames", frames, 2)
     shape = parse_grid(grid)
     if shape is not None and closed:
         raise ValueError("--closed is for paths; a --grid has no end to close")
     pipe = load_pipeline(model, device, dtype, spacing)
-    codes, timesteps = collect_codes(pipe, points, steps, resize, force, batch_size)
+    codes, timesteps = collect_codes(pipe, points, shape is not None, steps, resize, force, batch_size)
     pictures = pipe.interpolate(
         codes,
         frames=frames if shape is None else shape,
@@ -82,9 +84,10 @@ def interpolate(
         batch_size=batch_size,
     ).images
     replaced = sum(file.exists() for file in output_files(out, len(pictures)))
-    if is_animation_path(out):
+    suffix = "" if is_folder_path(out) else target.suffix.lower()
+    if suffix in ANIMATION_SUFFIXES:
         save_animation(pictures, out, fps)
-    elif target.suffix.lower() == ".png" and shape is None:
+    elif suffix == ".png" and shape is None:
         ends = range(0, len(pictures) if closed else len(pictures) - 1, frames - 1)
         around = [*pictures, pictures[0]]
         save_picture(stack_rows([around[end : end + frames] for end in ends], frames), target)
@@ -98,13 +101,13 @@ def parse_grid(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--grid {text!r} is not ROWSxCOLUMNS, such as 8x8")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) >= 2 for part in parts):
+        raise ValueError(f"--grid {text!r} is not ROWSxCOLUMNS, such as 8x8, each at least 2")
     return int(parts[0]), int(parts[1])
 
 
 def collect_codes(
-    pipe: DDIMPipeline, points: list[str], steps: int | None, resize: bool, force: bool, batch_size: int
+    pipe: DDIMPipeline, points: list[str], grid: bool, steps: int | None, resize: bool, force: bool, batch_size: int
 ) -> tuple[list[Tensor], list[int]]:
     """The codes of all points, in order, and the timesteps that belong to them."""
     from ddim.checks import non_negative_int
@@ -112,7 +115,7 @@ def collect_codes(
     from ddim.noise import check_seeds, noise_from_seeds
 
     files = {point: load_codes(point) for point in points if Path(point).suffix.lower() in CODES}
-    seeds = {point: int(point) for point in points if point.lstrip("-").isdecimal()}
+    seeds = {point: int(point) for point in points if point.removeprefix("-").isdecimal()}
     check_seeds([non_negative_int("a seed", seed) for seed in seeds.values()], len(seeds))
     names = [point for point in points if point not in files and point not in seeds]
     images = {name: read_images([name]) for name in names}
@@ -123,8 +126,16 @@ def collect_codes(
     if not force:
         for name, (_, settings) in files.items():
             check_settings(name, settings, pipe, timesteps)
-    if sum(len(files[p][0]) if p in files else len(images.get(p, "1")) for p in points) < 2:
+    for name, (latents, _) in files.items():
+        if latents.shape[1:] != pipe.sample_shape:
+            raise ValueError(
+                f"{name} holds codes of shape {tuple(latents.shape[1:])}; the model takes {pipe.sample_shape}"
+            )
+    count = sum(len(files[p][0]) if p in files else len(images.get(p, "1")) for p in points)
+    if count < 2:
         raise ValueError("one point was given; an interpolation has at least two")
+    if grid and count != 4:
+        raise ValueError(f"a grid lies between four points, its corners; {count} were given")
     codes: dict[str, list[Tensor]] = {name: list(latents.to(pipe.device)) for name, (latents, _) in files.items()}
     if images:
         flat = [image for group in images.values() for image in group]

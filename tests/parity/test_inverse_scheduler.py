@@ -1,0 +1,353 @@
+"""`DDIMInverseScheduler` against the class of that name in `diffusers`, and against the `DDIMScheduler` it inverts.
+
+The peer takes a step to t from t - T // S, whatever the timestep before is, and inverts a v-prediction wrongly; the
+comparison holds where neither matters, and both are shown. As in `test_scheduler`, steps are compared twice: with
+tables and inputs in float64, and as shipped.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMInverseScheduler as Peer
+from diffusers import DDIMScheduler as ForwardPeer
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from torch import Tensor
+
+from ddim.schedule import SPACINGS
+from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler
+
+T = 1000
+PREDICTION_TYPES = ["epsilon", "sample", "v_prediction"]
+# timestep_spacing, steps_offset, S: those where t - T // S is the entry before t.
+SUBSEQUENCES = [
+    *(("leading", offset, S) for offset in (0, 1) for S in (1, 7, 10, 50)),
+    *(("trailing", 0, S) for S in (1, 10, 50, 1000)),
+]
+NETWORKS = [
+    {"prediction_type": "epsilon"},
+    {"prediction_type": "sample"},
+    {"prediction_type": "sample", "rescale_betas_zero_snr": True},
+]
+CLIPS: list[dict[str, Any]] = [
+    {"clip_sample": False},
+    {"clip_sample": True},
+    {"clip_sample": True, "clip_sample_range": 0.5},
+]
+GRID = [
+    ({**network, "beta_schedule": betas, "timestep_spacing": spacing, "steps_offset": offset}, S)
+    for network in NETWORKS
+    for betas in ("linear", "scaled_linear")
+    for spacing, offset, S in SUBSEQUENCES
+]
+GRID_IDS = ["-".join(str(value) for value in (*config.values(), S)) for config, S in GRID]
+
+
+def randn(seed: int) -> Tensor:
+    return torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+SAMPLE, OUTPUT = randn(0), randn(1)
+
+
+def in_float64(peer: Peer) -> Peer:
+    """The peer with the tables of its own formulas, computed in float64."""
+    config, twin = peer.config, copy.copy(peer)
+    if config.beta_schedule == "linear":
+        betas = torch.linspace(config.beta_start, config.beta_end, T, dtype=torch.float64)
+    else:
+        betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, T, dtype=torch.float64) ** 2
+    twin.alphas_cumprod = (1 - (rescale_zero_terminal_snr(betas) if config.rescale_betas_zero_snr else betas)).cumprod(
+        0
+    )
+    first = torch.ones((), dtype=torch.float64) if config.set_alpha_to_one else twin.alphas_cumprod[0]
+    twin.initial_alpha_cumprod = first
+    return twin
+
+
+def some(timesteps: list[int]) -> list[int]:
+    return sorted({timesteps[0], timesteps[len(timesteps) // 2], timesteps[-1]})
+
+
+def pairs(config: dict[str, Any], S: int) -> Iterator[tuple[DDIMInverseScheduler, Peer, Peer, int]]:
+    """Ours, the peer, its twin in float64, and a timestep."""
+    for clip, set_alpha_to_one in itertools.product(CLIPS, (True, False)):
+        ours, peer = (
+            make(**config, **clip, set_alpha_to_one=set_alpha_to_one) for make in (DDIMInverseScheduler, Peer)
+        )
+        exact = in_float64(peer)
+        for scheduler in (ours, peer, exact):
+            scheduler.set_timesteps(S)
+        timesteps = peer.timesteps.tolist()
+        for t in some(timesteps):
+            # From alpha = 1 the peer divides by nothing when x_0 is predicted.
+            if not (config["prediction_type"] == "sample" and set_alpha_to_one and t == timesteps[0]):
+                yield ours, peer, exact, t
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    """Relative to the larger of 1 and the largest entry."""
+    return (a.double() - b.double()).abs().max().item() / max(1.0, b.abs().max().item())
+
+
+@pytest.mark.parametrize(("timestep_spacing", "steps_offset", "S"), SUBSEQUENCES)
+def test_timesteps(timestep_spacing: str, steps_offset: int, S: int) -> None:
+    config = {"timestep_spacing": timestep_spacing, "steps_offset": steps_offset}
+    ours, peer, forward = DDIMInverseScheduler(**config), Peer(**config), ForwardPeer(**config)
+    assert torch.equal(ours.timesteps, peer.timesteps)
+    for scheduler in (ours, peer, forward):
+        scheduler.set_timesteps(S)
+    assert ours.timesteps.dtype == peer.timesteps.dtype == torch.int64
+    assert ours.timesteps.tolist() == peer.timesteps.tolist() == forward.timesteps.tolist()[::-1]
+    assert ours.num_inference_steps == peer.num_inference_steps == S
+    # What makes the peer's steps comparable.
+    timesteps = peer.timesteps.tolist()
+    assert [t - T // S for t in timesteps[1:]] == timesteps[:-1]
+    assert timesteps[0] - T // S < 0
+
+
+@pytest.mark.parametrize("S", [1, 7, 50, 999])
+@pytest.mark.parametrize("timestep_spacing", SPACINGS)
+def test_timesteps_are_those_of_the_forward_scheduler_turned_round(timestep_spacing: str, S: int) -> None:
+    forward = DDIMScheduler(timestep_spacing=timestep_spacing)
+    inverse = DDIMInverseScheduler.from_config(forward.config)
+    for scheduler in (forward, inverse):
+        scheduler.set_timesteps(S)
+    assert inverse.timesteps.tolist() == forward.timesteps.tolist()[::-1]
+    inverse.set_timesteps(timesteps=[900, 30, 2])
+    assert inverse.timesteps.tolist() == [2, 30, 900]
+
+
+@pytest.mark.parametrize(("config", "S"), GRID, ids=GRID_IDS)
+def test_step_in_float64(config: dict[str, Any], S: int) -> None:
+    for ours, _, exact, t in pairs(config, S):
+        a, b = ours.step(OUTPUT, t, SAMPLE), exact.step(OUTPUT, t, SAMPLE)
+        assert error(a.prev_sample, b.prev_sample) <= 1e-9, (ours.config, t)
+        assert error(a.pred_original_sample, b.pred_original_sample) <= 1e-9, (ours.config, t)
+
+
+@pytest.mark.parametrize(("config", "S"), GRID, ids=GRID_IDS)
+def test_step_as_shipped(config: dict[str, Any], S: int) -> None:
+    """The two agree, or ours is nearer to the result in float64; and ours is near to it."""
+    for ours, peer, exact, t in pairs(config, S):
+        truth = exact.step(OUTPUT, t, SAMPLE)
+        a, b = (scheduler.step(OUTPUT.float(), t, SAMPLE.float()) for scheduler in (ours, peer))
+        for name in ("prev_sample", "pred_original_sample"):
+            x, y, z = (result[name] for result in (a, b, truth))
+            assert x.dtype == torch.float32
+            # x_0 from epsilon is a difference of numbers larger by 1 / sqrt(alpha), which clipping does not scale back.
+            divided = config["prediction_type"] == "epsilon" and ours.alphas_cumprod[t] < 0.01
+            bound = 1e-5 if divided and ours.clip is not None else 1e-6
+            assert error(x, z) <= bound, (ours.config, t, name)
+            assert error(x, y) <= bound or error(x, z) < error(y, z), (ours.config, t, name)
+
+
+@pytest.mark.parametrize("timestep_spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_x0_in_half_precision_is_as_near_as_the_peers(dtype: torch.dtype, timestep_spacing: str) -> None:
+    """Told from x_t, which the step rounds, it would be lost where alpha is small."""
+    config = {"timestep_spacing": timestep_spacing, "clip_sample": False}
+    ours, peer = DDIMInverseScheduler(**config), Peer(**config)
+    exact = in_float64(peer)
+    for scheduler in (ours, peer, exact):
+        scheduler.set_timesteps(10)
+    for t in peer.timesteps.tolist():
+        a = exact.alphas_cumprod[t - 100] if t >= 100 else exact.initial_alpha_cumprod
+        x_prev = (a.sqrt() * SAMPLE.clamp(-1, 1) + (1 - a).sqrt() * OUTPUT).to(dtype)
+        truth = exact.step(OUTPUT.to(dtype).double(), t, x_prev.double()).pred_original_sample
+        x0, theirs = (s.step(OUTPUT.to(dtype), t, x_prev).pred_original_sample for s in (ours, peer))
+        assert x0.dtype == dtype
+        assert error(x0, truth) <= 2 * error(theirs, truth) + 4 * torch.finfo(dtype).eps, t
+
+
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_what_loops_read(prediction_type: str, set_alpha_to_one: bool) -> None:
+    arguments = {"prediction_type": prediction_type, "set_alpha_to_one": set_alpha_to_one}
+    ours, peer = DDIMInverseScheduler(**arguments), Peer(**arguments)
+    assert len(ours) == len(peer) == T
+    assert ours.order == peer.order == 1
+    assert ours.init_noise_sigma == peer.init_noise_sigma == 1
+    assert ours.num_inference_steps is peer.num_inference_steps is None
+    assert ours.scale_model_input(SAMPLE, 5) is SAMPLE
+    assert float(ours.initial_alpha_cumprod) == pytest.approx(float(peer.initial_alpha_cumprod), abs=1e-7)
+    assert float(ours.initial_alpha_cumprod) == pytest.approx(1 if set_alpha_to_one else 1 - 1e-4, abs=1e-7)
+    assert error(ours.alphas_cumprod, peer.alphas_cumprod) <= 1e-5
+
+
+def test_arguments_and_results_are_the_peers() -> None:
+    parameters = [list(inspect.signature(cls.step).parameters.values()) for cls in (DDIMInverseScheduler, Peer)]
+    ours, theirs = ([(p.name, p.default) for p in entries] for entries in parameters)
+    assert ours == theirs
+    assert set(inspect.signature(Peer).parameters) - {"kwargs"} <= set(
+        inspect.signature(DDIMInverseScheduler).parameters
+    )
+    for scheduler in (DDIMInverseScheduler(), Peer()):
+        scheduler.set_timesteps(10)
+        result = scheduler.step(OUTPUT, 500, SAMPLE)
+        pair = scheduler.step(OUTPUT, torch.tensor(500), SAMPLE, return_dict=False)
+        assert type(pair) is tuple
+        assert torch.equal(result.prev_sample, pair[0])
+        assert torch.equal(result.pred_original_sample, pair[1])
+
+
+def public(config: Any) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"beta_schedule": "scaled_linear", "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}],
+)
+def test_configurations_are_interchangeable(arguments: dict[str, Any], tmp_path: Path) -> None:
+    ours, peer = DDIMInverseScheduler(**arguments), Peer(**arguments)
+    theirs = public(peer.config)
+    assert set(public(ours.config)) - set(theirs) == {"thresholding", "dynamic_thresholding_ratio", "sample_max_value"}
+    ours.save_pretrained(tmp_path / "ours")
+    peer.save_pretrained(tmp_path / "theirs")
+    twins = [
+        DDIMInverseScheduler.from_config(peer.config),
+        DDIMInverseScheduler.from_config(DDIMScheduler(**arguments).config),
+        DDIMInverseScheduler.from_config(ForwardPeer(**arguments).config),
+        DDIMInverseScheduler.from_pretrained(tmp_path / "ours"),
+        DDIMInverseScheduler.from_pretrained(tmp_path / "theirs"),
+    ]
+    assert all(type(twin) is DDIMInverseScheduler and twin.config == ours.config for twin in twins)
+    assert DDIMScheduler.from_config(ours.config).config == ours.config
+    for twin in (Peer.from_config(ours.config), Peer.from_pretrained(tmp_path / "ours")):
+        assert {name: twin.config[name] for name in theirs} == theirs
+    assert json.loads((tmp_path / "ours/scheduler_config.json").read_text())["_class_name"] == "DDIMInverseScheduler"
+
+
+# name: arguments of set_timesteps.
+WALKS: dict[str, dict[str, Any]] = {
+    "7 steps": {"num_inference_steps": 7},
+    "50 steps": {"num_inference_steps": 50},
+    "a list": {"timesteps": [998, 600, 599, 31, 2]},
+}
+
+
+def inverses(
+    prediction_type: str, walk: str, **config: Any
+) -> Iterator[tuple[int, DDIMScheduler, DDIMInverseScheduler]]:
+    """A timestep, the forward scheduler and the inverse one, without clipping."""
+    for set_alpha_to_one, zero_snr in itertools.product((True, False), (True, False)):
+        forward = DDIMScheduler(
+            prediction_type=prediction_type,
+            clip_sample=False,
+            set_alpha_to_one=set_alpha_to_one,
+            rescale_betas_zero_snr=zero_snr,
+            **config,
+        )
+        inverse = DDIMInverseScheduler.from_config(forward.config)
+        for scheduler in (forward, inverse):
+            scheduler.set_timesteps(**WALKS[walk])
+        for t in inverse.timesteps.tolist():
+            lost = prediction_type == "sample" and set_alpha_to_one and t == int(inverse.timesteps[0])
+            silent = prediction_type == "epsilon" and zero_snr and t == T - 1
+            # From timestep 0 to alphas_cumprod[0] nothing moves, and the two agree on that as well.
+            if not lost and not silent:
+                yield t, forward, inverse
+
+
+@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("timestep_spacing", SPACINGS)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_given_the_output_at_x_t_a_step_is_inverted_exactly(
+    prediction_type: str, timestep_spacing: str, walk: str
+) -> None:
+    count = 0
+    for t, forward, inverse in inverses(prediction_type, walk, timestep_spacing=timestep_spacing):
+        x_prev, x0 = forward.step(OUTPUT, t, SAMPLE, return_dict=False)
+        result = inverse.step(OUTPUT, t, x_prev)
+        assert error(result.prev_sample, SAMPLE) <= 1e-9, (inverse.config, t)
+        assert error(result.pred_original_sample, x0) <= 1e-9, (inverse.config, t)
+        count += 1
+    assert count >= 4 * 4
+
+
+def peer_misses(config: dict[str, Any], S: int) -> list[float]:
+    """By how much the peer's step misses the x_t that its own forward step came from, for each timestep."""
+    config = {**config, "clip_sample": False, "set_alpha_to_one": False}
+    forward, peer = ForwardPeer(**config), in_float64(Peer(**config))
+    ours = DDIMScheduler(**config)
+    for scheduler in (forward, ours, peer):
+        scheduler.set_timesteps(S)
+    assert peer.timesteps.tolist() == ours.timesteps.tolist()[::-1]
+    timesteps = peer.timesteps.tolist()[1:]
+    return [error(peer.step(OUTPUT, t, ours.step(OUTPUT, t, SAMPLE)[0])[0], SAMPLE) for t in timesteps]
+
+
+@pytest.mark.parametrize("timestep_spacing", ["leading", "trailing"])
+def test_the_peer_does_not_invert_a_v_prediction(timestep_spacing: str) -> None:
+    config = {"timestep_spacing": timestep_spacing}
+    for right in ("epsilon", "sample"):
+        assert max(peer_misses({**config, "prediction_type": right}, 10)) <= 1e-9
+    missed = peer_misses({**config, "prediction_type": "v_prediction"}, 10)
+    assert min(missed) > 1e-5
+    assert max(missed) > 1e-2
+
+
+def test_the_peer_steps_from_another_timestep_where_s_does_not_divide_t() -> None:
+    assert max(peer_misses({"timestep_spacing": "trailing"}, 7)) > 1e-4
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_clipping_is_of_the_x0_that_x_t_holds(prediction_type: str) -> None:
+    """With x_t = sqrt(alpha) x_0 + sqrt(1 - alpha) epsilon, x_0 is clipped and epsilon stays."""
+    for clip in ({"clip_sample_range": 0.5}, {"thresholding": True, "dynamic_thresholding_ratio": 0.9}):
+        config = {"prediction_type": prediction_type, "set_alpha_to_one": False}
+        plain = DDIMInverseScheduler(clip_sample=False, **config)
+        clipping = DDIMInverseScheduler(**config, **clip)
+        for scheduler in (plain, clipping):
+            scheduler.set_timesteps(10)
+        for t in (100, 500, 900):
+            a = torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64), 0)[t]
+            x, x0 = plain.step(OUTPUT, t, SAMPLE, return_dict=False)
+            epsilon = (x - a.sqrt() * x0) / (1 - a).sqrt()
+            if "thresholding" in clip:
+                s = x0.abs().flatten(1).quantile(0.9, 1).clamp_min(1).view(-1, 1, 1, 1)
+                # sample_max_value is 1, its default, so that the threshold is.
+                wanted = x0.clamp(-s.clamp_max(1), s.clamp_max(1))
+            else:
+                wanted = x0.clamp(-0.5, 0.5)
+            clipped, kept = clipping.step(OUTPUT, t, SAMPLE, return_dict=False)
+            assert error(kept, wanted) <= 1e-9
+            assert error(clipped, a.sqrt() * wanted + (1 - a).sqrt() * epsilon) <= 1e-9
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_a_step_needs_timesteps(prediction_type: str) -> None:
+    with pytest.raises(ValueError, match="call set_timesteps"):
+        DDIMInverseScheduler(prediction_type=prediction_type).step(OUTPUT, 500, SAMPLE)
+
+
+@pytest.mark.parametrize("t", [-1, 1000, 2.5])
+def test_a_timestep_outside_the_schedule_is_refused(t: Any) -> None:
+    inverse = DDIMInverseScheduler()
+    inverse.set_timesteps(10)
+    with pytest.raises(ValueError, match=f"timesteps holds {t}; every entry must"):
+        inverse.step(OUTPUT, t, SAMPLE)
+
+
+def test_from_a_clean_picture_a_predicted_x0_tells_nothing() -> None:
+    inverse = DDIMInverseScheduler(prediction_type="sample")
+    inverse.set_timesteps(10)
+    with pytest.raises(ValueError, match="has no inverse; use set_alpha_to_one=False"):
+        inverse.step(OUTPUT, 0, SAMPLE)
+    inverse.step(OUTPUT, 100, SAMPLE)
+
+
+def test_no_signal_is_refused_for_epsilon() -> None:
+    inverse = DDIMInverseScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    inverse.set_timesteps(10)
+    with pytest.raises(ValueError, match="at timestep 999 the schedule leaves no signal"):
+        inverse.step(OUTPUT, 999, SAMPLE)

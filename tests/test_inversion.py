@@ -1,0 +1,384 @@
+"""`ddim.inversion` by itself: the solver on equations whose solutions are known, and one step's inverse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import brentq
+from torch import Tensor
+
+from ddim.inversion import Inversion, anderson, mixing
+from ddim.process import PREDICTION_TYPES, Step, ddim_step, make_steps
+from ddim.sampling import in_batches, walk
+
+ALPHAS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+STEPS = make_steps([900, 600, 300, 100, 5], ALPHAS, float(ALPHAS[0]))
+Residual = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2 - 1
+
+
+class Recorder:
+    """A residual function that remembers, image by image, where it was asked and what came of it."""
+
+    def __init__(self, f: Callable[[Tensor, Tensor], Tensor], count: int) -> None:
+        self.f, self.calls = f, 0
+        self.asked: list[list[Tensor]] = [[] for _ in range(count)]
+        self.sizes: list[list[float]] = [[] for _ in range(count)]
+
+    def __call__(self, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        fx = self.f(x, active)
+        assert len(x) == len(active) == len(fx) > 0
+        for image, index in enumerate(active.tolist()):
+            self.asked[index].append(x[image].clone())
+            self.sizes[index].append(float(fx[image].abs().max()))
+        return fx, 10 * x
+
+
+def linear_systems(count: int, side: int, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Symmetric matrices (count, D, D) with eigenvalues from `low` to `high`, and right-hand sides."""
+    rng = np.random.default_rng(0)
+    D = side * side
+    matrices = []
+    for _ in range(count):
+        basis, _ = np.linalg.qr(rng.standard_normal((D, D)))
+        matrices.append(basis @ np.diag(rng.uniform(low, high, D)) @ basis.T)
+    return torch.from_numpy(np.stack(matrices)), torch.from_numpy(rng.standard_normal((count, 1, side, side)))
+
+
+# The spectrum of a step for x_prev = g(x): from no variance among pictures to one as large as the noise's.
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: f"{step.timestep}-{step.prev_timestep}")
+def test_linear_systems_are_solved(step: Step) -> None:
+    low = math.sqrt((1 - step.alpha_prev) / (1 - step.alpha))
+    A, b = linear_systems(4, 4, low, 1.0)
+
+    def f(x: Tensor, active: Tensor) -> Tensor:
+        return b[active] - (A[active] @ x.flatten(1)[..., None]).view_as(x)
+
+    recorder = Recorder(f, 4)
+    x, kept, residual, evaluations = anderson(recorder, b, mixing(step), 1e-10, 300)
+    truth = np.linalg.solve(A.numpy(), b.flatten(1).numpy()[..., None])[..., 0]
+    # |x - truth| = |A^-1 f| <= |f| / low, where |f| is at most the root of 16 values times the largest.
+    assert np.linalg.norm(x.flatten(1).numpy() - truth, axis=1).max() <= 4 * 1e-10 / low
+    assert torch.equal(kept, 10 * x)
+    assert residual.tolist() == [min(sizes) for sizes in recorder.sizes]
+    assert residual.max() <= 1e-10
+    assert evaluations.tolist() == [len(asked) for asked in recorder.asked]
+
+
+def test_acceleration_is_worth_its_name() -> None:
+    A, b = linear_systems(4, 4, 0.1, 1.0)
+
+    def f(x: Tensor, active: Tensor) -> Tensor:
+        return b[active] - (A[active] @ x.flatten(1)[..., None]).view_as(x)
+
+    plain = []
+    for image in range(4):
+        x, count = b[image : image + 1], 1
+        while (fx := f(x, torch.tensor([image]))).abs().max() > 1e-8:
+            x, count = x + fx, count + 1
+        plain.append(count)
+    # With the scale of the module's text the plain iteration would diverge.
+    for c in (1.0, 1 / math.sqrt(0.1)):
+        evaluations = anderson(Recorder(f, 4), b, c, 1e-8, 500)[3].tolist()
+        assert all(count < slow / 3 for count, slow in zip(evaluations, plain, strict=True))
+
+
+def test_two_iterates_are_a_secant() -> None:
+    """With one unknown a line through two residuals has its root where the third is, up to the regularisation."""
+    x, _, residual, evaluations = anderson(
+        Recorder(lambda x, _: 0.7 - 3 * x, 1), torch.zeros(1, 1, 1, 1).double(), 0.1, 1e-3, 3
+    )
+    assert evaluations.tolist() == [3]
+    assert float(x) == pytest.approx(0.7 / 3, abs=1e-4)
+    assert float(residual) <= 1e-4
+
+
+def test_a_nonlinear_map_is_solved() -> None:
+    y = rand(3, 2, 4, 4) * 1.3
+
+    def f(x: Tensor, active: Tensor) -> Tensor:
+        return y[active] - (0.3 * x + torch.tanh(x))
+
+    x, _, residual, _ = anderson(Recorder(f, 3), y, 1.0, 1e-12, 200)
+    truth = [brentq(lambda x, v=v: v - (0.3 * x + math.tanh(x)), -5, 5, xtol=1e-15) for v in y.flatten().tolist()]
+    assert residual.max() <= 1e-12
+    assert np.abs(x.flatten().numpy() - truth).max() <= 1e-11
+
+
+def test_an_image_that_has_converged_is_not_asked_about_again() -> None:
+    # The further down, the more unequal the pixels of an image are, and the longer it takes.
+    k = 1 - torch.tensor([0.0, 0.01, 0.1, 0.5, 0.9]).double()[:, None] * torch.linspace(0, 1, 64).double()
+    k, y = k.view(5, 1, 8, 8), rand(5, 1, 8, 8)
+    recorder = Recorder(lambda x, active: y[active] - k[active] * x, 5)
+    x, _, residual, evaluations = anderson(recorder, y * 0.5, 1.0, 1e-9, 100)
+    counts = evaluations.tolist()
+    assert counts == [len(asked) for asked in recorder.asked]
+    assert counts == sorted(counts)
+    assert counts[0] == 2 < counts[-1]
+    assert recorder.calls == max(counts)
+    for image in range(5):
+        *before, last = recorder.sizes[image]
+        assert last <= 1e-9 < min(before)
+        assert torch.equal(x[image], recorder.asked[image][-1])
+        assert float(residual[image]) == last
+
+
+def test_a_solution_as_the_guess_is_one_evaluation() -> None:
+    y = rand(2, 1, 4, 4)
+    recorder = Recorder(lambda x, active: y[active] - x, 2)
+    x, _, residual, evaluations = anderson(recorder, y, 1.0, 1e-9, 100)
+    assert torch.equal(x, y)
+    assert residual.tolist() == [0, 0]
+    assert evaluations.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("max_iterations", [1, 2, 5, 17])
+def test_no_more_evaluations_than_allowed(max_iterations: int) -> None:
+    A, b = linear_systems(3, 4, 0.001, 1.0)
+
+    def f(x: Tensor, active: Tensor) -> Tensor:
+        return b[active] - (A[active] @ x.flatten(1)[..., None]).view_as(x)
+
+    recorder = Recorder(f, 3)
+    x, _, residual, evaluations = anderson(recorder, b, 1.0, 1e-14, max_iterations)
+    assert recorder.calls == max_iterations
+    assert evaluations.tolist() == [max_iterations] * 3
+    for image, sizes in enumerate(recorder.sizes):
+        assert float(residual[image]) == min(sizes)
+        assert torch.equal(x[image], recorder.asked[image][int(np.argmin(sizes))])
+
+
+def scripted(*sizes: list[float]) -> Recorder:
+    """For each image a list of residuals, whatever x is; constant over the pixels."""
+    calls = [0] * len(sizes)
+
+    def f(x: Tensor, active: Tensor) -> Tensor:
+        fx = torch.empty_like(x)
+        for row, image in enumerate(active.tolist()):
+            fx[row] = sizes[image][calls[image]]
+            calls[image] += 1
+        return fx
+
+    return Recorder(f, len(sizes))
+
+
+def test_the_best_iterate_is_kept_when_the_iteration_diverges() -> None:
+    recorder = scripted([3, 1, 5, 20], [3, 4, 5, 6], [4, 3, 2, 1])
+    x, kept, residual, evaluations = anderson(recorder, rand(3, 1, 2, 2), 1.0, 1e-3, 4)
+    assert residual.tolist() == [1, 3, 1]
+    assert evaluations.tolist() == [4, 4, 4]
+    for image, best in enumerate((1, 0, 3)):
+        assert torch.equal(x[image], recorder.asked[image][best])
+        assert torch.equal(kept[image], 10 * recorder.asked[image][best])
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("sizes", "best", "residual"),
+    [([NAN] * 9, None, INF), ([2, NAN, *[1.0] * 7], 0, 2), ([3, 2, NAN, *[1.0] * 6], 1, 2), ([INF] * 9, None, INF)],
+)
+def test_nan_is_never_converged_and_harms_no_other_image(
+    sizes: list[float], best: int | None, residual: float, dtype: torch.dtype
+) -> None:
+    others = [[1.0, 0.5, 0.25, 0.0], [1.0, 2.0, 0.0]]
+    guess = rand(3, 1, 4, 4, dtype=dtype)
+    recorder = scripted(others[0], sizes, others[1])
+    x, kept, reached, evaluations = anderson(recorder, guess, 1.0, 1e-6, 9)
+    assert float(reached[1]) == residual
+    assert not (reached <= 1e-6)[1]
+    assert torch.isfinite(x).all()
+    assert torch.isfinite(kept).all()
+    assert torch.equal(x[1], guess[1] if best is None else recorder.asked[1][best])
+    assert int(evaluations[1]) == len(recorder.asked[1])
+    alone = anderson(scripted(*others), guess[[0, 2]], 1.0, 1e-6, 9)
+    for together, apart in zip((x, kept, reached, evaluations), alone, strict=True):
+        assert torch.equal(together[[0, 2]], apart)
+    assert reached[[0, 2]].tolist() == [0, 0]
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# Sums over 32768 values and more are shared among threads.
+@pytest.mark.parametrize(
+    ("shape", "number"), [((1, 8, 8), 1), ((3, 28, 28), 1), ((3, 28, 28), 2), ((3, 128, 128), 1), ((3, 128, 128), 2)]
+)
+def test_an_image_is_solved_alike_alone_and_in_company(
+    shape: tuple[int, ...], number: int, threads: Callable[[int], None]
+) -> None:
+    threads(number)
+    count = 9
+    y = rand(count, *shape, dtype=torch.float32)
+    spread = torch.linspace(0, 0.9, count).view(-1, 1, 1, 1)
+    k = 1 - spread * rand(count, *shape, seed=1, dtype=torch.float32).abs()
+
+    def solve(images: list[int]) -> tuple[Tensor, ...]:
+        b, slope = y[images], k[images]
+        return anderson(Recorder(lambda x, active: b[active] - slope[active] * x, count), b * 0.9, 1.0, 1e-5, 12)
+
+    everyone = solve(list(range(count)))
+    assert len(set(everyone[3].tolist())) > 2
+    for images in [*([i] for i in range(count)), [8, 0, 3]]:
+        for together, apart in zip(everyone, solve(images), strict=True):
+            assert torch.equal(together[images], apart), images
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: f"{step.timestep}-{step.prev_timestep}")
+def test_the_scale_errs_alike_at_both_ends(step: Step) -> None:
+    """c times the slope of a step is q for pictures without variance and 1 / q for those with the noise's."""
+    x = torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1)
+    slopes = []
+    for variance in (0.0, 1.0):
+        epsilon = math.sqrt(1 - step.alpha) * x / (step.alpha * variance + 1 - step.alpha)
+        start, end = ddim_step(epsilon, x, step)[0].flatten().tolist()
+        slopes.append(end - start)
+    shrink, stretch = (mixing(step) * slope for slope in slopes)
+    assert shrink * stretch == pytest.approx(1, abs=1e-12)
+    assert shrink < 1 < stretch
+
+
+class Denoiser:
+    """A small nonlinear function of x and t, which remembers when it was asked and about how many."""
+
+    def __init__(self) -> None:
+        self.timesteps: list[int] = []
+        self.sizes: list[int] = []
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        self.timesteps.append(int(t))
+        self.sizes.append(len(x))
+        return self.at(x, int(t))
+
+    @staticmethod
+    def at(x: Tensor, t: int) -> Tensor:
+        return 0.4 * x + 0.1 * torch.sin(2 * x + t / 500) + 0.05 * x.roll(1, -1) + 0.1
+
+
+def predictions(output: Tensor, x: Tensor, a: float, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """x_0 and epsilon, from x = sqrt(a) x_0 + sqrt(1 - a) epsilon and v = sqrt(a) epsilon - sqrt(1 - a) x_0."""
+    matrix = np.array([[math.sqrt(a), math.sqrt(1 - a)], [-math.sqrt(1 - a), math.sqrt(a)]])
+    row = {"epsilon": [0.0, 1.0], "sample": [1.0, 0.0], "v_prediction": matrix[1].tolist()}[prediction_type]
+    known = np.stack([x.numpy(), output.numpy()])
+    x0, epsilon = np.tensordot(np.linalg.inv(np.array([matrix[0], row])), known, 1)
+    return torch.from_numpy(x0), torch.from_numpy(epsilon)
+
+
+def forward(x: Tensor, step: Step, prediction_type: str) -> Tensor:
+    """g(x), by the equations written out."""
+    x0, epsilon = predictions(Denoiser.at(x, step.timestep), x, step.alpha, prediction_type)
+    return math.sqrt(step.alpha_prev) * x0 + math.sqrt(1 - step.alpha_prev) * epsilon
+
+
+def encode(prediction_type: str, exact: bool, **limits: Any) -> tuple[list[Tensor], list[Tensor], Inversion, Denoiser]:
+    """x before and after each step, x_0 predicted in each, and what did it."""
+    denoiser = Denoiser()
+    inversion = Inversion(denoiser, prediction_type, exact, **({"tolerance": 1e-10, "max_iterations": 100} | limits))
+    xs, x0s = [rand(3, 1, 4, 4)], []
+    for state in walk(xs[0], STEPS[::-1], inversion):
+        xs.append(state.sample)
+        x0s.append(state.pred_original_sample)
+    return xs, x0s, inversion, denoiser
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_euler_asks_once_a_step_and_once_at_the_start(prediction_type: str) -> None:
+    xs, _, inversion, denoiser = encode(prediction_type, exact=False)
+    ascending = [5, 100, 300, 600, 900]
+    # At timestep 0 for the picture, then where each step has led.
+    assert denoiser.timesteps == [0, *ascending]
+    assert [entry.tolist() for entry in inversion.evaluations] == [[2] * 3, *[[1] * 3] * 4]
+    for (x_prev, x), t_prev, step in zip(pairwise(xs), [0, *ascending[:-1]], STEPS[::-1], strict=True):
+        # Equation (13) with x / sqrt(alpha) and sigma = sqrt((1 - alpha) / alpha).
+        _, epsilon = predictions(Denoiser.at(x_prev, t_prev), x_prev, step.alpha_prev, prediction_type)
+        sigma, sigma_prev = (math.sqrt((1 - a) / a) for a in (step.alpha, step.alpha_prev))
+        wanted = math.sqrt(step.alpha) * (x_prev / math.sqrt(step.alpha_prev) + (sigma - sigma_prev) * epsilon)
+        assert (x - wanted).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_residuals_are_what_a_step_of_sampling_misses(prediction_type: str, exact: bool) -> None:
+    xs, x0s, inversion, _ = encode(prediction_type, exact)
+    for index, step in enumerate(STEPS[::-1]):
+        missed = xs[index] - forward(xs[index + 1], step, prediction_type)
+        wanted = missed.abs().flatten(1).amax(1)
+        assert inversion.residuals[index].tolist() == pytest.approx(wanted.tolist(), rel=1e-6, abs=1e-14)
+        output = Denoiser.at(xs[index + 1], step.timestep)
+        x0, _ = predictions(output, xs[index + 1], step.alpha, prediction_type)
+        assert (x0s[index] - x0).abs().max() <= 1e-9
+        if exact:
+            assert wanted.max() <= 1e-10
+        else:
+            assert wanted.min() > 1e-6
+
+
+def test_the_first_guess_follows_epsilon_along_a_line() -> None:
+    """An epsilon that is linear in t is guessed right as soon as two of it are known, and by Euler never."""
+    steps = make_steps([500, 400, 300, 200, 100], ALPHAS, float(ALPHAS[0]))
+    x = rand(2, 1, 4, 4)
+    residuals = []
+    for exact in (True, False):
+        inversion = Inversion(lambda x, t: 0.2 + torch.full_like(x, int(t) / 1000), "epsilon", exact, 1e-9, 1)
+        list(walk(x, steps[::-1], inversion))
+        residuals.append(torch.stack(inversion.residuals, 1))
+    line, euler = residuals
+    assert torch.equal(line[:, 0], euler[:, 0])
+    assert line[:, 1:].max() <= 1e-12
+    assert euler.min() > 1e-3
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_evaluations_are_counted_image_by_image(prediction_type: str) -> None:
+    _, _, inversion, denoiser = encode(prediction_type, exact=True, tolerance=1e-9)
+    assert sum(int(entry.sum()) for entry in inversion.evaluations) == sum(denoiser.sizes)
+    for step, entry in zip(STEPS[::-1], inversion.evaluations, strict=True):
+        asked = denoiser.timesteps.count(step.timestep) + (step is STEPS[-1])
+        assert int(entry.max()) == asked
+    _, _, inversion, _ = encode(prediction_type, exact=True, max_iterations=2)
+    assert [entry.tolist() for entry in inversion.evaluations] == [[3] * 3, *[[2] * 3] * 4]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 16])
+def test_in_batches_asks_about_exactly_so_many(batch_size: int, make_unet: Callable[..., Any]) -> None:
+    unet = make_unet()
+    sizes = []
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return unet(x, t).sample
+
+    x, t = rand(9, 3, 16, 16, dtype=torch.float32), torch.tensor(300)
+    denoiser = in_batches(network, batch_size)
+    with torch.no_grad():
+        together = denoiser(x, t)
+        assert set(sizes) == {batch_size}
+        assert len(sizes) == -(-9 // batch_size)
+        assert (together - unet(x, t).sample).abs().max() <= 1e-5
+        for images in ([0], [8], [4, 2], [7, 6, 5, 4, 3, 2, 1]):
+            assert torch.equal(denoiser(x[images], t), together[images])
+    assert set(sizes) == {batch_size}
+
+
+def test_in_batches_leaves_full_batches_as_they_are() -> None:
+    seen = []
+    denoiser = in_batches(lambda x, t: (seen.append(x), x * t)[1], 2)
+    x = rand(4, 1, 2, 2)
+    assert torch.equal(denoiser(x, torch.tensor(3)), x * 3)
+    assert all(torch.equal(a, b) for a, b in zip(seen, x.split(2), strict=True))

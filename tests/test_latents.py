@@ -1,0 +1,758 @@
+"""Latent space: codes and their pictures, what lies between them, trajectories, edits, and what bad input gets."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ddim import DDIMPipeline, DDIMScheduler
+from ddim.latents import GROUP
+from ddim.outputs import EncodeOutput, UNet2DOutput
+from digits import digits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ALPHAS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+# Where a network with random weights can be inverted.
+QUIET = [300, 200, 100, 0]
+
+
+class Network(nn.Module):
+    """Nearly the exact network for pixels of N(mean, 0.5^2), each a little swayed by its neighbour, and a record of its
+    calls. Its steps can be inverted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = 0.1
+        self.config = SimpleNamespace(sample_size=8, in_channels=1)
+        self.timesteps: list[int] = []
+        self.sizes: list[int] = []
+        self.modes: set[tuple[bool, bool]] = set()
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> UNet2DOutput:
+        self.timesteps.append(int(timestep))
+        self.sizes.append(len(sample))
+        self.modes.add((self.training, torch.is_grad_enabled()))
+        a = float(ALPHAS[int(timestep)])
+        epsilon = math.sqrt(1 - a) * (sample - math.sqrt(a) * self.mean) / (a * 0.25 + 1 - a)
+        return UNet2DOutput(epsilon + 0.03 * math.sqrt(1 - a) * torch.tanh(sample.roll(1, -1)))
+
+
+@pytest.fixture
+def pipe() -> DDIMPipeline:
+    pipe = DDIMPipeline(Network(), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def mnist() -> DDIMPipeline:
+    pipe = DDIMPipeline.from_pretrained("mnist")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Pictures in [-1, 1]."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2 - 1
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unit(samples: Tensor) -> Tensor:
+    """[-1, 1] to [0, 1], as pictures are returned."""
+    return (samples / 2 + 0.5).clamp(0, 1)
+
+
+def handwritten(count: int) -> list[Image.Image]:
+    return [Image.fromarray(pixels) for pixels in digits(count)]
+
+
+# --- encode, decode, reconstruct
+
+
+def test_pictures_come_back(tiny_pipeline: DDIMPipeline) -> None:
+    x = rand(5, 3, 16, 16)
+    codes = tiny_pipeline.encode(x, timesteps=QUIET, batch_size=4)
+    assert codes.converged.all()
+    back = tiny_pipeline.decode(codes, timesteps=QUIET, output_type="pt", batch_size=4).images
+    assert (back - unit(x)).abs().max() <= 1e-3
+    assert (codes.latents - x).square().mean() > 0.01
+    result = tiny_pipeline.reconstruct(x, timesteps=QUIET, output_type="pt", batch_size=4)
+    assert torch.equal(result.images, back)
+    assert torch.equal(result.codes.latents, codes.latents)
+    assert result.mse.max() <= 1e-9
+
+
+def test_the_models_own_pictures_come_back_a_thousand_times_nearer_than_by_euler(mnist: DDIMPipeline) -> None:
+    pictures = mnist(seeds=[1, 3], num_inference_steps=20).images
+    exact, euler = (mnist.reconstruct(pictures, 20, exact, batch_size=2) for exact in (True, False))
+    assert (euler.mse / exact.mse).min() >= 1000
+    assert exact.psnr.min() > 60
+    # Every pixel, and not only their mean, after rounding to bytes.
+    for before, after in zip(pictures, exact.images, strict=True):
+        assert np.abs(np.asarray(before, int) - np.asarray(after, int)).max() <= 2
+
+
+def test_digits_of_another_hand_come_back(mnist: DDIMPipeline) -> None:
+    """Enlarged from 8x8, they are unlike those that the model knows. Decoding then magnifies what encoding leaves."""
+    exact, euler = (mnist.reconstruct(handwritten(3), 20, exact, resize=True, batch_size=3) for exact in (True, False))
+    ratio = euler.mse / exact.mse
+    assert ratio.median() >= 1000
+    assert ratio.min() >= 10
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_code_is_the_same_alone_and_in_company(mnist: DDIMPipeline, exact: bool) -> None:
+    pictures, timesteps = handwritten(3), [700, 400, 150]
+    settings: dict[str, Any] = {"timesteps": timesteps, "batch_size": 2}
+    limits = {"exact": exact, "max_iterations": 12, "resize": True}
+    together = mnist.encode(pictures, **settings, **limits)
+    assert not exact or len(set(together.evaluations.sum(1).tolist())) > 1
+    images = mnist.decode(together, output_type="pt", **settings).images
+    for order in ([0], [1], [2], [2, 0]):
+        some = mnist.encode([pictures[i] for i in order], **settings, **limits)
+        for name in ("latents", "residuals", "evaluations"):
+            assert torch.equal(getattr(some, name), getattr(together, name)[order]), (order, name)
+        assert torch.equal(mnist.decode(some, output_type="pt", **settings).images, images[order])
+
+
+def test_a_code_is_the_same_in_company_of_more_than_a_group(tiny_pipeline: DDIMPipeline) -> None:
+    x = rand(2 * GROUP + 1, 3, 16, 16)
+    settings: dict[str, Any] = {"timesteps": [200, 100], "batch_size": 2}
+    together = tiny_pipeline.encode(x, **settings)
+    images = tiny_pipeline.decode(together, output_type="np", **settings).images
+    for index in (0, 5, 2 * GROUP):
+        alone = tiny_pipeline.encode(x[index : index + 1], **settings)
+        assert torch.equal(alone.latents, together.latents[index : index + 1])
+        assert torch.equal(alone.evaluations, together.evaluations[index : index + 1])
+        assert np.array_equal(tiny_pipeline.decode(alone, output_type="np", **settings).images[0], images[index])
+
+
+def test_the_network_sees_full_batches_only(pipe: DDIMPipeline) -> None:
+    for batch_size in (1, 3):
+        pipe.unet.sizes.clear()
+        codes = pipe.encode(rand(4, 1, 8, 8), 5, batch_size=batch_size)
+        pipe.decode(codes, 5, batch_size=batch_size)
+        assert set(pipe.unet.sizes) == {batch_size}
+
+
+def test_fields_of_codes(pipe: DDIMPipeline) -> None:
+    codes = pipe.encode(rand(3, 1, 8, 8), 10, batch_size=1)
+    assert codes.latents.shape == (3, 1, 8, 8)
+    assert codes.latents.dtype == torch.float32
+    assert codes.timesteps == [900, 800, 700, 600, 500, 400, 300, 200, 100, 0] == pipe.latent_timesteps(10)
+    assert codes.residuals.shape == codes.evaluations.shape == (3, 10)
+    assert codes.evaluations.dtype == torch.int64
+    assert codes.tolerance == 1e-5
+    # A batch size of 1 makes a call of each evaluation; the step from timestep 0 is none.
+    assert int(codes.evaluations.sum()) == len(pipe.unet.timesteps)
+    asked = [pipe.unet.timesteps.count(t) for t in codes.timesteps]
+    # At timestep 0 for the guess of the step next to it.
+    asked[-2:] = [asked[-2] + asked[-1], 0]
+    assert codes.evaluations.sum(0).tolist() == asked
+    assert (codes.residuals[:, :-1] > 0).all()
+    assert (codes.residuals[:, -1] == 0).all()
+    assert torch.equal(codes.residual, codes.residuals.max(1).values)
+    assert codes.converged.tolist() == [True] * 3
+    assert codes.residuals.max() <= 1e-5
+
+
+def test_euler_asks_once_a_step_and_once_more(pipe: DDIMPipeline) -> None:
+    codes = pipe.encode(rand(2, 1, 8, 8), 10, exact=False, batch_size=2)
+    assert codes.evaluations.tolist() == [[1] * 8 + [2, 0]] * 2
+    assert pipe.unet.timesteps == codes.timesteps[::-1]
+    pipe.unet.timesteps.clear()
+    pipe.decode(codes, 10, batch_size=2)
+    assert pipe.unet.timesteps == codes.timesteps[:-1]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_residual_is_what_a_step_of_the_scheduler_misses(pipe: DDIMPipeline, exact: bool) -> None:
+    x = rand(3, 1, 8, 8, dtype=torch.float64)
+    pipe.unet.dtype = torch.float64
+    codes = pipe.encode(x, timesteps=[400], exact=exact)
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
+    scheduler.set_timesteps(timesteps=[400])
+    missed = x - scheduler.step(pipe.unet(codes.latents, torch.tensor(400)).sample, 400, codes.latents).prev_sample
+    assert codes.residuals[:, 0].tolist() == pytest.approx(missed.abs().flatten(1).amax(1).tolist(), rel=1e-6)
+    assert codes.converged.tolist() == [exact] * 3
+    # Of several columns it is the last, the others being further from the picture.
+    further = pipe.encode(x, timesteps=[700, 400], exact=exact)
+    assert torch.equal(further.residuals[:, 1:], codes.residuals)
+
+
+def test_converged_is_at_most_the_tolerance_in_every_step() -> None:
+    residuals = torch.tensor([[0.25, 0.0], [0.0, 0.26], [math.inf, 0.0], [0.1, 0.2], [math.nan, 0.0]])
+    codes = EncodeOutput(torch.zeros(5, 1, 8, 8), [900, 400], residuals, torch.ones(5, 2, dtype=torch.int64), 0.25)
+    assert codes.converged.tolist() == [True, False, False, True, False]
+    assert codes.residual[:4].tolist() == residuals[:4].max(1).values.tolist()
+
+
+def test_a_tighter_tolerance_is_reached_and_costs_more(pipe: DDIMPipeline) -> None:
+    x = rand(2, 1, 8, 8)
+    loose, tight = (pipe.encode(x, 10, tolerance=tolerance) for tolerance in (1e-2, 1e-6))
+    assert tight.residuals.max() <= 1e-6 < loose.residuals.max() <= 1e-2
+    assert (tight.evaluations.sum(1) > loose.evaluations.sum(1)).all()
+    assert tight.evaluations.max() <= 50
+    with_less = pipe.encode(x, 10, tolerance=1e-6, max_iterations=2)
+    assert with_less.evaluations.max() == 3
+    assert not with_less.converged.any()
+
+
+def test_a_warning_is_logged_when_and_only_when_the_tolerance_is_missed(
+    pipe: DDIMPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = rand(3, 1, 8, 8)
+    with caplog.at_level(logging.WARNING):
+        assert pipe.encode(x, 10).converged.all()
+        # Euler's residuals are no failure.
+        assert not pipe.encode(x, 10, exact=False).converged.any()
+        assert caplog.records == []
+        codes = pipe.encode(x, timesteps=[600, 100, 0], tolerance=1e-6, max_iterations=2)
+        assert not codes.converged.any()
+        assert len(caplog.records) == 1
+        assert "3 of 3 images did not reach the tolerance 1e-06 in the step from timestep 100, 600" in caplog.text
+        assert f"the largest residual is {float(codes.residuals.max()):.1e}" in caplog.text
+        caplog.clear()
+        codes = pipe.encode(x, 10, tolerance=1e-6, max_iterations=2)
+        assert "9 steps, timesteps 100 to 900" in caplog.text
+
+
+def test_a_network_that_breaks_down_on_one_picture_spoils_no_other(
+    pipe: DDIMPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = rand(3, 1, 8, 8)
+    codes = pipe.encode(x, 6)
+    forward = pipe.unet.forward
+
+    def broken(sample: Tensor, timestep: Tensor) -> UNet2DOutput:
+        bright = sample.mean((1, 2, 3), keepdim=True) > 0.8
+        return UNet2DOutput(torch.where(bright, math.nan, forward(sample, timestep).sample))
+
+    pipe.unet.forward = broken
+    with caplog.at_level(logging.WARNING):
+        hopeless = pipe.encode(torch.cat([x[:1], torch.ones(1, 1, 8, 8), x[1:]]), 6)
+    assert hopeless.converged.tolist() == [True, False, True, True]
+    assert "1 of 4 images did not reach" in caplog.text
+    for name in ("latents", "residuals", "evaluations"):
+        assert torch.equal(getattr(hopeless, name)[[0, 2, 3]], getattr(codes, name))
+
+
+def test_mse_and_psnr(pipe: DDIMPipeline) -> None:
+    # Within the range of pictures, so that what is returned is not clipped.
+    x = rand(3, 1, 8, 8) * 0.5
+    result = pipe.reconstruct(x, 5, exact=False, output_type="pt")
+    expected = (result.images.double() - (x.double() + 1) / 2).square().mean((1, 2, 3))
+    assert result.mse.dtype == torch.float64
+    assert result.mse.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+    assert result.mse.min() > 1e-6
+    assert result.psnr.tolist() == pytest.approx([10 * math.log10(1 / mse) for mse in expected.tolist()], rel=1e-4)
+
+
+def test_mse_is_of_what_the_network_gave_before_it_was_clipped(pipe: DDIMPipeline) -> None:
+    x = torch.ones(1, 1, 8, 8)
+    # Euler steps and back lead towards the mean.
+    pipe.unet.mean = 3
+    result = pipe.reconstruct(x, 5, exact=False, output_type="pt")
+    assert result.images.max() == 1
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
+    scheduler.set_timesteps(5)
+    y = result.codes.latents
+    for t in scheduler.timesteps:
+        y = scheduler.step(pipe.unet(y, t).sample, t, y).prev_sample
+    assert y.max() > 1
+    assert float(result.mse) == pytest.approx(float(((y - x) / 2).square().mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace", "quad", "logsnr"])
+def test_every_spacing(spacing: str) -> None:
+    pipe = DDIMPipeline(Network(), DDIMScheduler(timestep_spacing=spacing))
+    pipe.set_progress_bar_config(disable=True)
+    result = pipe.reconstruct(rand(2, 1, 8, 8), 7)
+    assert result.codes.timesteps == pipe.scheduler.make_timesteps(7)
+    assert result.mse.max() <= 1e-8
+
+
+def test_output_types(pipe: DDIMPipeline) -> None:
+    z = randn(2, 1, 8, 8)
+    pil, array, tensor = (pipe.decode(z, 4, kind).images for kind in ("pil", "np", "pt"))
+    assert [image.size for image in pil] == [(8, 8)] * 2
+    assert array.shape == (2, 8, 8, 1)
+    assert np.array_equal(array[:, :, :, 0], tensor[:, 0].numpy())
+    assert np.array_equal(np.stack([np.asarray(image) for image in pil]), (array[:, :, :, 0] * 255).round())
+
+
+def test_pictures_of_all_kinds_have_one_code(pipe: DDIMPipeline) -> None:
+    pixels = digits(2)
+    samples = torch.from_numpy(pixels)[:, None] / 127.5 - 1
+    codes = pipe.encode(samples, 5).latents
+    for images in ([Image.fromarray(p) for p in pixels], pixels[..., None], (pixels / 255)[..., None]):
+        assert (pipe.encode(images, 5).latents - codes).abs().max() <= 1e-4
+
+
+def test_decode_wants_the_timesteps_of_encode(pipe: DDIMPipeline) -> None:
+    codes = pipe.encode(rand(1, 1, 8, 8), 5)
+    pipe.unet.timesteps.clear()
+    for other in ({"num_inference_steps": 10}, {"timesteps": [800, 600, 400, 200, 1]}, {"timesteps": [800, 600]}):
+        with pytest.raises(
+            ValueError, match="the codes were made in 5 steps from timestep 800 and shall be decoded in"
+        ):
+            pipe.decode(codes, **other)
+    assert pipe.unet.timesteps == []
+    pipe.decode(codes.latents, 10)
+    pipe.decode(codes, timesteps=[800, 600, 400, 200, 0])
+
+
+def test_float64_stays(pipe: DDIMPipeline) -> None:
+    codes = pipe.encode(rand(1, 1, 8, 8, dtype=torch.float64), 4)
+    assert codes.latents.dtype == torch.float64
+    assert pipe.decode(codes, 4, "pt").images.dtype == torch.float64
+
+
+def test_a_network_in_half_precision_keeps_samples_in_float32(make_unet: Callable[..., Any]) -> None:
+    wide, half = (DDIMPipeline(make_unet(), DDIMScheduler()) for _ in range(2))
+    half.to(torch.bfloat16)
+    for pipe in (wide, half):
+        pipe.set_progress_bar_config(disable=True)
+    x = rand(2, 3, 16, 16)
+    codes, rough = (pipe.encode(x, timesteps=QUIET, max_iterations=10) for pipe in (wide, half))
+    assert half.dtype == torch.bfloat16
+    assert rough.latents.dtype == rough.residuals.dtype == torch.float32
+    # More than bfloat16 can tell apart.
+    assert not torch.equal(rough.latents, rough.latents.bfloat16().float())
+    assert (rough.latents - codes.latents).abs().mean() < 0.02
+    images = half.decode(rough, timesteps=QUIET, output_type="pt").images
+    assert images.dtype == torch.float32
+    assert (images - unit(x)).abs().mean() < 0.02
+    edited = half.edit(x, 0.5, 4, "pt", seeds=[1, 2]).images
+    assert edited.dtype == half.trajectory(2, 2, seeds=[1, 2], output_type="pt").images.dtype == torch.float32
+    assert (edited - wide.edit(x, 0.5, 4, "pt", seeds=[1, 2]).images).abs().mean() < 0.02
+
+
+EVERYTHING: dict[str, Callable[[DDIMPipeline], Any]] = {
+    "encode": lambda pipe: pipe.encode(rand(1, 1, 8, 8), 3),
+    "decode": lambda pipe: pipe.decode(randn(1, 1, 8, 8), 3),
+    "reconstruct": lambda pipe: pipe.reconstruct(rand(1, 1, 8, 8), 3),
+    "interpolate": lambda pipe: pipe.interpolate(randn(2, 1, 8, 8), frames=3, num_inference_steps=3),
+    "trajectory": lambda pipe: pipe.trajectory(num_inference_steps=3),
+    "consistency": lambda pipe: pipe.consistency(randn(1, 1, 8, 8), [2, 3]),
+    "edit": lambda pipe: pipe.edit(rand(1, 1, 8, 8), 0.7, 3),
+}
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_mode_is_evaluation_inside_and_as_before_outside(pipe: DDIMPipeline, name: str) -> None:
+    pipe.unet.frozen = nn.Dropout().eval()
+    pipe.unet.train()
+    pipe.unet.frozen.eval()
+    EVERYTHING[name](pipe)
+    assert pipe.unet.modes == {(False, False)}
+    assert pipe.unet.training
+    assert not pipe.unet.frozen.training
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_the_progress_bar_reaches_its_end(pipe: DDIMPipeline, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe.set_progress_bar_config(desc=name)
+    EVERYTHING[name](pipe)
+    bars = [line.split("\r")[-1] for line in capsys.readouterr().err.strip().split("\n")]
+    assert len(bars) == (2 if name in ("reconstruct", "edit") else 1)
+    assert all(f"{name}: 100%" in bar for bar in bars)
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_the_same_call_gives_the_same_again(pipe: DDIMPipeline, name: str) -> None:
+    def numbers(result: Any) -> list[Any]:
+        if isinstance(result, Image.Image):
+            return [result.tobytes()]
+        if isinstance(result, Tensor):
+            return result.tolist()
+        if isinstance(result, list):
+            return [numbers(entry) for entry in result]
+        return [numbers(entry) for entry in result.to_tuple()] if hasattr(result, "to_tuple") else [result]
+
+    first, second = [], []
+    for results in (first, second):
+        torch.manual_seed(5)
+        results += numbers(EVERYTHING[name](pipe))
+    assert first == second
+
+
+# --- interpolate
+
+
+def equation_67(z0: np.ndarray, z1: np.ndarray, t: float) -> np.ndarray:
+    theta = np.arccos((z0 * z1).sum() / np.linalg.norm(z0) / np.linalg.norm(z1))
+    return np.sin((1 - t) * theta) / np.sin(theta) * z0 + np.sin(t * theta) / np.sin(theta) * z1
+
+
+def array(pipe: DDIMPipeline, method: str, *args: Any, **kwargs: Any) -> np.ndarray:
+    return getattr(pipe, method)(*args, output_type="np", **kwargs).images
+
+
+def test_interpolation_decodes_the_codes_themselves_at_its_ends(tiny_pipeline: DDIMPipeline) -> None:
+    a, b, c, d = codes = randn(4, 3, 16, 16)
+    settings: dict[str, Any] = {"timesteps": QUIET, "batch_size": 3}
+    ends = array(tiny_pipeline, "decode", codes, **settings)
+    line = array(tiny_pipeline, "interpolate", a, b, 4, **settings)
+    assert line.shape == (4, 16, 16, 3)
+    assert np.array_equal(line[[0, 3]], ends[:2])
+    assert np.abs(line[1] - ends[0]).max() > 0.01
+    path = array(tiny_pipeline, "interpolate", [a, b[None], c], frames=4, **settings)
+    assert path.shape == (7, 16, 16, 3)
+    assert np.array_equal(path[[0, 3, 6]], ends[:3])
+    assert np.array_equal(path[:4], line)
+    closed = array(tiny_pipeline, "interpolate", codes[:3], frames=4, closed=True, **settings)
+    assert closed.shape == (9, 16, 16, 3)
+    assert np.array_equal(closed[:7], path)
+    grid = array(tiny_pipeline, "interpolate", [a, b, c, d], frames=(3, 4), **settings)
+    assert grid.shape == (12, 16, 16, 3)
+    assert np.array_equal(grid[[0, 3, 8, 11]], ends)
+    assert np.array_equal(grid[:4], line)
+
+
+def test_between_the_codes_lie_the_pictures_of_equation_67(pipe: DDIMPipeline) -> None:
+    codes = randn(4, 1, 8, 8)
+    z = codes.double().numpy()
+
+    def decoded(*points: np.ndarray) -> np.ndarray:
+        return array(pipe, "decode", torch.from_numpy(np.stack(points)).float(), 6)
+
+    settings = {"num_inference_steps": 6}
+    line = array(pipe, "interpolate", codes[0], codes[1], 5, **settings)
+    wanted = [equation_67(z[0], z[1], t) for t in (0, 0.25, 0.5, 0.75, 1)]
+    assert np.abs(line - decoded(*wanted)).max() <= 1e-5
+    closed = array(pipe, "interpolate", codes[:3], frames=3, closed=True, **settings)
+    wanted = [
+        z[0],
+        equation_67(z[0], z[1], 0.5),
+        z[1],
+        equation_67(z[1], z[2], 0.5),
+        z[2],
+        equation_67(z[2], z[0], 0.5),
+    ]
+    assert np.abs(closed - decoded(*wanted)).max() <= 1e-5
+    grid = array(pipe, "interpolate", codes, frames=(3, 2), **settings)
+    wanted = [z[0], z[1], equation_67(z[0], z[2], 0.5), equation_67(z[1], z[3], 0.5), z[2], z[3]]
+    assert np.abs(grid - decoded(*wanted)).max() <= 1e-5
+
+
+def test_interpolation_takes_what_encode_returns(pipe: DDIMPipeline) -> None:
+    codes = pipe.encode(rand(3, 1, 8, 8), 5)
+    path = array(pipe, "interpolate", codes, frames=2, num_inference_steps=5)
+    assert np.array_equal(path, array(pipe, "decode", codes, 5))
+
+
+# --- trajectory and consistency
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_trajectory_is_that_of_sampling(tiny_pipeline: DDIMPipeline, eta: float) -> None:
+    arguments: dict[str, Any] = {"num_inference_steps": 6, "seeds": [7, 9], "eta": eta, "output_type": "pt"}
+    seen = []
+    images = tiny_pipeline(
+        **arguments, callback_on_step_end=lambda _, index, t, tensors: seen.append((t, dict(tensors)))
+    ).images
+    result = tiny_pipeline.trajectory(**arguments, frames=None)
+    assert torch.equal(result.images, images)
+    assert result.timesteps == [t for t, _ in seen] == [830, 664, 498, 332, 166, 0]
+    starts = [torch.cat([randn(1, 3, 16, 16, seed=seed) for seed in (7, 9)]), *(x["latents"] for _, x in seen)]
+    for index, (_, tensors) in enumerate(seen):
+        assert torch.equal(result.samples[index], unit(starts[index]))
+        assert torch.equal(result.pred_original_samples[index], unit(tensors["pred_original_sample"]))
+
+
+def test_a_trajectory_from_latents_and_timesteps_of_ones_own(pipe: DDIMPipeline) -> None:
+    arguments: dict[str, Any] = {"latents": randn(3, 1, 8, 8), "timesteps": [900, 400, 30], "output_type": "np"}
+    result = pipe.trajectory(**arguments)
+    assert result.timesteps == [900, 400, 30]
+    assert np.array_equal(result.images, pipe(**arguments).images)
+    assert [entry.shape for entry in (*result.samples, *result.pred_original_samples)] == [(3, 8, 8, 1)] * 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ({}, [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]),
+        ({"frames": 4}, [900, 600, 300, 0]),
+        ({"frames": 3}, [900, 500, 0]),
+        ({"frames": 2}, [900, 0]),
+        ({"frames": 1}, [900]),
+        ({"frames": 99}, [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]),
+        ({"frames": None}, [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]),
+        ({"at": [0, 700, 300]}, [700, 300, 0]),
+        ({"at": np.array([700, 0])}, [700, 0]),
+        ({"at": torch.tensor([700, 0])}, [700, 0]),
+        ({"at": range(900, 0, -400)}, [900, 500, 100]),
+    ],
+)
+def test_which_timesteps_a_trajectory_shows(pipe: DDIMPipeline, arguments: dict[str, Any], shown: list[int]) -> None:
+    result = pipe.trajectory(seeds=[1], num_inference_steps=10, output_type="pt", **arguments)
+    assert result.timesteps == shown
+    assert len(result.samples) == len(result.pred_original_samples) == len(shown)
+    everything = pipe.trajectory(seeds=[1], num_inference_steps=10, output_type="pt", frames=None)
+    for t, x, x0 in zip(result.timesteps, result.samples, result.pred_original_samples, strict=True):
+        index = everything.timesteps.index(t)
+        assert torch.equal(x, everything.samples[index])
+        assert torch.equal(x0, everything.pred_original_samples[index])
+    assert torch.equal(result.images, everything.images)
+
+
+def test_consistency_is_sampling_again_and_again(tiny_pipeline: DDIMPipeline) -> None:
+    z = randn(2, 3, 16, 16)
+    results = tiny_pipeline.consistency(z, (5, 2, 3), "pt")
+    for images, S in zip(results, (5, 2, 3), strict=True):
+        assert torch.equal(images, tiny_pipeline(latents=z, num_inference_steps=S, output_type="pt").images)
+
+
+# --- edit
+
+
+def test_no_strength_is_no_edit(pipe: DDIMPipeline) -> None:
+    pictures = handwritten(2)
+    for seeds in (None, [1, 2]):
+        assert [i.tobytes() for i in pipe.edit(pictures, 0, 10, seeds=seeds).images] == [i.tobytes() for i in pictures]
+    assert pipe.unet.timesteps == []
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize(("strength", "walked"), [(1, 10), (0.5, 5), (0.32, 3), (0.38, 4)])
+def test_an_edit_with_seeds_samples_from_a_noised_picture(
+    tiny_pipeline: DDIMPipeline, strength: float, walked: int, eta: float
+) -> None:
+    x = rand(2, 3, 16, 16)
+    edited = tiny_pipeline.edit(x, strength, 10, "pt", seeds=[3, 4], eta=eta).images
+    # Equation (4), with the first numbers of each image's generator; the steps take those that follow.
+    timesteps = list(range(900, -1, -100))[-walked:]
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    noise = torch.cat([torch.randn(1, 3, 16, 16, generator=g) for g in generators])
+    a = float(ALPHAS[timesteps[0]])
+    start = math.sqrt(a) * x + math.sqrt(1 - a) * noise
+    sampled = tiny_pipeline(2, generators, eta, latents=start, timesteps=timesteps, output_type="pt").images
+    assert (edited - sampled).abs().max() <= 1e-5
+    assert (edited - unit(x)).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_an_edit_is_decided_by_its_seed(pipe: DDIMPipeline, eta: float) -> None:
+    x = rand(3, 1, 8, 8)
+    edited = pipe.edit(x, 0.6, 10, "pt", seeds=[3, 4, 5], eta=eta).images
+    assert torch.equal(edited, pipe.edit(x, 0.6, 10, "pt", seeds=iter([3, 4, 5]), eta=eta).images)
+    for order in ([1], [2, 0]):
+        some = pipe.edit(x[order], 0.6, 10, "pt", seeds=[3 + i for i in order], eta=eta).images
+        assert (some - edited[order]).abs().max() <= 1e-5
+    other = pipe.edit(x, 0.6, 10, "pt", seeds=[3, 6, 5], eta=eta).images
+    assert (other - edited).abs().flatten(1).amax(1).gt(1e-3).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(("strength", "timesteps"), [(0.5, [400, 300, 200, 100, 0]), (0.1, [0]), (1, None)])
+def test_an_edit_without_seeds_samples_from_the_code(
+    pipe: DDIMPipeline, strength: float, timesteps: list[int] | None
+) -> None:
+    x = rand(2, 1, 8, 8)
+    edited = pipe.edit(x, strength, 10, "pt").images
+    timesteps = timesteps or list(range(900, -1, -100))
+    start = x if timesteps == [0] else pipe.encode(x, timesteps=timesteps).latents
+    assert torch.equal(edited, pipe(latents=start, timesteps=timesteps, output_type="pt").images)
+    torch.manual_seed(99)
+    assert torch.equal(edited, pipe.edit(x, strength, 10, "pt").images)
+
+
+def test_a_stronger_edit_leaves_less_of_the_picture(pipe: DDIMPipeline) -> None:
+    x = rand(4, 1, 8, 8)
+    errors = [
+        float((pipe.edit(x, strength, 20, "pt", seeds=range(4)).images - unit(x)).square().mean())
+        for strength in (0, 0.2, 0.5, 1)
+    ]
+    assert errors == sorted(errors)
+    assert errors[0] < 1e-12
+    assert errors[-1] > 0.05
+
+
+# --- bad input
+
+
+X, Z = rand(2, 1, 8, 8), randn(2, 1, 8, 8)
+NAN = torch.full((1, 1, 8, 8), math.nan)
+PATH_STEPS = [
+    ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+    ({"num_inference_steps": 1001}, "1001"),
+    ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5"),
+    ({"num_inference_steps": "ten"}, "num_inference_steps is 'ten'"),
+    ({"timesteps": []}, "timesteps is empty"),
+    ({"timesteps": [5, 5]}, "strictly decreasing"),
+    ({"timesteps": [0, 5]}, "strictly decreasing"),
+    ({"timesteps": [1000]}, "timesteps holds 1000"),
+    ({"timesteps": [-1]}, "timesteps holds -1"),
+    ({"timesteps": [2.5]}, "timesteps holds 2.5"),
+    ({"timesteps": 7}, "timesteps is 7"),
+]
+# Without timestep 0 alone, which plain sampling can start from.
+STEPS = [*PATH_STEPS, ({"num_inference_steps": 1}, "timestep is 0"), ({"timesteps": [0]}, "timestep is 0")]
+BATCHES = [({"batch_size": value}, f"batch_size is {value!r}") for value in (0, -1, 2.5, "8", True, None)]
+LIMITS = [
+    *(({"tolerance": value}, f"tolerance is {value}") for value in (0, 1, -1e-5, 2.0, math.nan, math.inf)),
+    *(({"tolerance": value}, f"tolerance is {value!r}") for value in ("x", True, None)),
+    *(({"max_iterations": value}, f"max_iterations is {value!r}") for value in (0, -3, 1001, 2.5, "x", True)),
+]
+OUTPUTS = [({"output_type": value}, f"output_type is {value!r}") for value in ("jpg", None)]
+IMAGES = [
+    ({"images": None}, "images is a NoneType"),
+    ({"images": "digit.png"}, "images is a str"),
+    ({"images": []}, "images has shape (0, 8, 8, 1)"),
+    ({"images": torch.zeros(0, 1, 8, 8)}, "images has shape (0, 1, 8, 8)"),
+    ({"images": torch.zeros(2, 3, 8, 8)}, "images has shape (2, 3, 8, 8)"),
+    ({"images": torch.zeros(8, 8)}, "images has shape (8, 8)"),
+    ({"images": NAN}, "NaN"),
+    ({"images": torch.full((1, 1, 8, 8), 255.0)}, "[255, 255]"),
+    ({"images": torch.zeros(1, 1, 8, 8, dtype=torch.int64)}, "torch.int64"),
+    ({"images": Image.new("L", (9, 8))}, "9x8 L"),
+    ({"images": Image.new("RGB", (8, 8))}, "8x8 RGB"),
+]
+LATENTS = [
+    ({"latents": NAN}, "latents must be finite"),
+    ({"latents": -NAN / 0}, "latents must be finite"),
+    ({"latents": torch.zeros(1, 1, 8, 8, dtype=torch.int64)}, "latents must be finite floating-point"),
+    ({"latents": torch.zeros(1, 8, 8)}, "latents has shape (1, 8, 8)"),
+    ({"latents": torch.zeros(1, 3, 8, 8)}, "latents has shape (1, 3, 8, 8)"),
+    ({"latents": torch.zeros(1, 1, 8, 9)}, "latents has shape (1, 1, 8, 9)"),
+    ({"latents": torch.zeros(0, 1, 8, 8)}, "latents has shape (0, 1, 8, 8)"),
+    ({"latents": torch.tensor(0.0)}, "latents has shape ()"),
+    ({"latents": [0.0]}, "latents is a list"),
+    ({"latents": np.zeros((1, 1, 8, 8))}, "latents is a ndarray"),
+    ({"latents": None}, "latents is a NoneType"),
+]
+BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
+    "encode": ({"images": X}, [*IMAGES, *STEPS, *BATCHES, *LIMITS]),
+    "reconstruct": ({"images": X}, [*IMAGES, *STEPS, *BATCHES, *LIMITS, *OUTPUTS]),
+    "decode": (
+        {"latents": Z},
+        [
+            *LATENTS,
+            *STEPS,
+            *BATCHES,
+            *OUTPUTS,
+            ({"latents": EncodeOutput(Z, [900, 0], Z, Z, 1e-5)}, "made in 2 steps from timestep 900"),
+            ({"latents": EncodeOutput(NAN, [980 - 20 * i for i in range(50)], Z, Z, 1e-5)}, "must be finite"),
+        ],
+    ),
+    "interpolate": (
+        {"z0": Z},
+        [
+            *STEPS,
+            *BATCHES,
+            *OUTPUTS,
+            *(({"frames": value}, f"frames is {value!r}") for value in (1, 0, -2, 2.5, "3", None, [2, 3])),
+            ({"frames": (2,)}, "(rows, columns)"),
+            ({"frames": (2, 2, 2)}, "(rows, columns)"),
+            ({"frames": (2, 2)}, "between four codes; 2 were given"),
+            ({"z0": randn(4, 1, 8, 8), "frames": (1, 3)}, "rows is 1"),
+            ({"z0": randn(4, 1, 8, 8), "frames": (3, 1)}, "columns is 1"),
+            ({"z0": randn(4, 1, 8, 8), "frames": (2.5, 3)}, "rows is 2.5"),
+            ({"z0": randn(4, 1, 8, 8), "frames": (2, 2), "closed": True}, "not closed"),
+            ({"z0": Z[:1]}, "1 code was given"),
+            ({"z0": Z[0]}, "1 code was given"),
+            ({"z0": []}, "0 codes were given"),
+            ({"z0": [Z[0], Z[:0]]}, "shape (0, 1, 8, 8)"),
+            ({"z0": EncodeOutput(Z[:1], [900, 0], Z, Z, 1e-5)}, "1 code was given"),
+            ({"z0": Z, "z1": Z[0]}, "a code has shape (2, 1, 8, 8)"),
+            ({"z0": Z[0], "z1": NAN}, "NaN"),
+            ({"z0": Z[0], "z1": Z[0].to(torch.int64)}, "int64"),
+            ({"z0": Z[0], "z1": Z[0].double()}, "float64"),
+            ({"z0": Z[0], "z1": torch.zeros(3, 8, 8)}, "shape (3, 8, 8)"),
+            ({"z0": torch.zeros(2, 3, 8, 8)}, "3, 8, 8)"),
+            ({"z0": [Z[0], "code"]}, "a code is a str"),
+            ({"z0": Z[0], "z1": 5}, "a code is a int"),
+            ({"z0": 5}, "code"),
+            ({"z0": None}, "code"),
+        ],
+    ),
+    "trajectory": (
+        {"num_inference_steps": 4},
+        [
+            *PATH_STEPS,
+            *OUTPUTS,
+            *BATCHES,
+            *(case for case in LATENTS if case[0]["latents"] is not None),
+            *(({"frames": value}, f"frames is {value!r}") for value in (0, -2, 2.5, "3", (2, 2))),
+            ({"at": [750, 123]}, "at holds 123; the process visits 750, 500, 250, 0"),
+            ({"at": [2.5]}, "at holds 2.5"),
+            ({"at": ["750"]}, "at holds"),
+            ({"at": 750}, "at is 750"),
+            ({"eta": -0.5}, "eta is -0.5"),
+            ({"eta": math.nan}, "eta is nan"),
+            ({"eta": "1"}, "eta is '1'"),
+            ({"seeds": [1, 2], "batch_size": 3}, "2 seeds were given for a batch_size of 3"),
+            ({"seeds": [1.5]}, "seeds holds 1.5"),
+            ({"seeds": []}, "0 seeds"),
+        ],
+    ),
+    "consistency": (
+        {"latents": Z},
+        [
+            *LATENTS,
+            *OUTPUTS,
+            ({"num_inference_steps": []}, "num_inference_steps is empty"),
+            ({"num_inference_steps": [5, 0]}, "num_inference_steps is 0"),
+            ({"num_inference_steps": [5, 2000]}, "num_inference_steps is 2000"),
+            ({"num_inference_steps": [2.5]}, "num_inference_steps is 2.5"),
+            ({"num_inference_steps": 10}, "num_inference_steps is 10"),
+        ],
+    ),
+    "edit": (
+        {"images": X},
+        [
+            *IMAGES,
+            *PATH_STEPS,
+            *BATCHES,
+            *OUTPUTS,
+            *(({"strength": value}, f"strength is {value}") for value in (-0.1, 1.1, math.nan, math.inf)),
+            *(({"strength": value}, f"strength is {value!r}") for value in ("x", True, None)),
+            ({"eta": 0.5}, "eta is 0.5, which draws noise; give seeds"),
+            ({"eta": -0.5, "seeds": [1, 2]}, "eta is -0.5"),
+            ({"eta": math.nan, "seeds": [1, 2]}, "eta is nan"),
+            ({"eta": "1", "seeds": [1, 2]}, "eta is '1'"),
+            ({"seeds": [1]}, "1 seeds were given"),
+            ({"seeds": [1, 2, 3]}, "3 seeds were given"),
+            ({"seeds": []}, "0 seeds were given"),
+            ({"seeds": [1, -2]}, "seeds holds -2"),
+            ({"images": X[:1], "seeds": [1, 2]}, "2 seeds were given"),
+        ],
+    ),
+}
+CASES = [(method, {**usual, **wrong}, message) for method, (usual, cases) in BAD.items() for wrong, message in cases]
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"), CASES, ids=[f"{method}-{message}" for method, _, message in CASES]
+)
+def test_bad_input_gets_a_sentence_before_the_network_runs(
+    pipe: DDIMPipeline, method: str, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ValueError, TypeError), match=r".*") as caught:
+        getattr(pipe, method)(**arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert pipe.unet.timesteps == []
+
+
+def test_no_signal_is_refused_for_epsilon(pipe: DDIMPipeline) -> None:
+    pipe.scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    for call in (lambda: pipe.encode(X, 5), lambda: pipe.decode(Z, 5), lambda: pipe.edit(X, 1, 5, seeds=[1, 2])):
+        with pytest.raises(ValueError, match="no signal"):
+            call()
+    assert pipe.unet.timesteps == []
