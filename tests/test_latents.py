@@ -224,11 +224,11 @@ def test_a_warning_is_logged_when_and_only_when_the_tolerance_is_missed(
         codes = pipe.encode(x, timesteps=[600, 100, 0], tolerance=1e-6, max_iterations=2)
         assert not codes.converged.any()
         assert len(caplog.records) == 1
-        assert "3 of 3 images did not reach the tolerance 1e-06 in the step from timestep 100, 600" in caplog.text
+        assert "3 of 3 images did not reach the tolerance 1e-06 in the 2 steps from timesteps 100 to 600" in caplog.text
         assert f"the largest residual is {float(codes.residuals.max()):.1e}" in caplog.text
         caplog.clear()
         codes = pipe.encode(x, 10, tolerance=1e-6, max_iterations=2)
-        assert "9 steps, timesteps 100 to 900" in caplog.text
+        assert "in the 9 steps from timesteps 100 to 900; the" in caplog.text
 
 
 def test_a_network_that_breaks_down_on_one_picture_spoils_no_other(
@@ -423,6 +423,17 @@ def test_interpolation_decodes_the_codes_themselves_at_its_ends(tiny_pipeline: D
     assert grid.shape == (12, 16, 16, 3)
     assert np.array_equal(grid[[0, 3, 8, 11]], ends)
     assert np.array_equal(grid[:4], line)
+
+
+def test_digits_turn_into_digits_in_small_steps(mnist: DDIMPipeline) -> None:
+    """Eight pairs: the ends are the pictures of their codes, bit for bit, and neighbours differ less than the ends."""
+    codes = randn(16, 1, 28, 28)
+    ends = array(mnist, "decode", codes, 10)
+    for i in range(0, 16, 2):
+        frames = array(mnist, "interpolate", codes[i], codes[i + 1], 11, num_inference_steps=10)
+        assert np.array_equal(frames[[0, -1]], ends[i : i + 2])
+        neighbours = np.abs(np.diff(frames, axis=0)).mean((1, 2, 3))
+        assert neighbours.max() < np.abs(frames[-1] - frames[0]).mean()
 
 
 def test_between_the_codes_lie_the_pictures_of_equation_67(pipe: DDIMPipeline) -> None:

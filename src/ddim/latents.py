@@ -425,11 +425,15 @@ def moving(steps: Sequence[Step]) -> list[Step]:
 def not_converged(codes: EncodeOutput) -> str:
     """One sentence on the images and steps that did not reach the tolerance."""
     missed = codes.residuals > codes.tolerance
-    where = [str(t) for t, some in zip(codes.timesteps, missed.any(0).tolist(), strict=True) if some]
-    several = f"{len(where)} steps, timesteps {where[-1]} to {where[0]}" if len(where) > 3 else ", ".join(where[::-1])
+    where = [t for t, some in zip(codes.timesteps, missed.any(0).tolist(), strict=True) if some]
+    steps = (
+        f"step from timestep {where[0]}"
+        if len(where) == 1
+        else f"{len(where)} steps from timesteps {where[-1]} to {where[0]}"
+    )
     return (
         f"{int(missed.any(1).sum())} of {len(missed)} images did not reach the tolerance {codes.tolerance:g} in the "
-        f"step from timestep {several}; the largest residual is {float(codes.residual.max()):.1e}"
+        f"{steps}; the largest residual is {float(codes.residual.max()):.1e}"
     )
 
 
