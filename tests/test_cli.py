@@ -62,9 +62,8 @@ QUICK = ["sample", "-n", "2", "--steps", "2", "--device", "cpu"]
 
 GOOD = {
     "help": ["--help"],
-    "help sample": ["sample", "--help"],
-    "help train": ["train", "-h"],
-    "help info": ["info", "--help"],
+    **{f"help {name}": [name, "--help"] for name in COMMANDS},
+    "short help": ["train", "-h"],
     "grid": ["sample", "-n", "5", "--steps", "2", "--out", "grid.png"],
     "grid again": ["sample", "-n", "5", "--steps", "2", "--out", "again.png"],
     "npz": ["sample", "--count", "5", "--steps", "2", "-o", "x.npz"],
@@ -199,7 +198,8 @@ def test_help_of_the_whole(results: dict[str, Result]) -> None:
     assert (code, stderr) == (0, "")
     assert "Usage: ddim [OPTIONS] COMMAND" in stdout
     assert "Example: ddim sample --model mnist --steps 20 --count 16 --out digits.png" in stdout
-    assert COMMANDS.keys() == {"sample", "train", "info"}
+    latent_space = {"encode", "decode", "reconstruct", "interpolate", "trajectory", "consistency", "edit"}
+    assert COMMANDS.keys() == {"sample", "train", "info"} | latent_space
     for name in (*COMMANDS, "--version", "--help"):
         assert re.search(rf"│ {name} ", stdout)
 

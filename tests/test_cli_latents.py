@@ -29,6 +29,7 @@ from torch import Tensor
 import cli_batch
 from ddim.cli import app
 from ddim.codes import model_sha256
+from ddim.images import save_images
 from ddim.outputs import ReconstructOutput
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
@@ -594,9 +595,15 @@ def test_codes_in_safetensors(results: dict[str, Result], folder: Path) -> None:
             assert np.abs(latents[0] - npz_codes(folder / "three.npz")[0][1]).max() < 0.1
 
 
-def test_euler_asks_once_a_step(results: dict[str, Result]) -> None:
+def test_euler_asks_once_a_step(
+    results: dict[str, Result], folder: Path, pipe: DDIMPipeline, originals: np.ndarray
+) -> None:
     assert results["encode euler"].evaluations == [[t, 3, "torch.float32"] for t in TIMESTEPS[::-1]]
     assert "10 evaluations an image" in results["encode euler"].stderr
+    # The images in the order in which they were named.
+    expected = pipe.encode([Image.fromarray(originals[i]) for i in (2, 0)], 10, exact=False, batch_size=3).latents
+    with safe_open(folder / "euler.safetensors", "pt") as file:
+        assert float((file.get_tensor("latents") - expected).abs().max()) < 1e-4
     assert [t for t, _, _ in results["encode again"].evaluations] == [0, 300, 700]
 
 
@@ -606,7 +613,7 @@ def test_iterations_end(results: dict[str, Result], folder: Path) -> None:
     _, settings = npz_codes(folder / "hasty.npz")
     assert settings["residual"][0] > settings["tolerance"] == 1e-5
     told = (
-        r"^ddim: 1 of 1 images did not reach the tolerance 1e-05 in the step from timestep .*; the largest residual is "
+        r"^ddim: 1 of 1 images did not reach the tolerance 1e-05 in the .* from timesteps? .*; the largest residual is "
     )
     assert re.search(told + re.escape(f"{settings['residual'][0]:.1e}"), results["encode hastily"].stderr, re.MULTILINE)
     assert len(results["encode loosely"].evaluations) < 19
@@ -679,6 +686,13 @@ def test_forced_decoding(results: dict[str, Result], folder: Path, pipe: DDIMPip
     assert apart(arrays(folder / "other.npz"), decoded(other, codes)) <= 1
     assert {dtype for _, _, dtype in results["decode half"].evaluations} == {"torch.bfloat16"}
     assert 0 < np.abs(arrays(folder / "half.npz").astype(int) - originals).mean() < 10
+
+
+def test_pictures_in_capitals(tmp_path: Path) -> None:
+    """`ddim decode codes.npz --out X.NPZ` writes that name, and no other file."""
+    save_images([Image.new("L", (28, 28), 7)] * 2, tmp_path / "X.NPZ")
+    assert [path.name for path in tmp_path.iterdir()] == ["X.NPZ"]
+    assert (arrays(tmp_path / "X.NPZ") == 7).all()
 
 
 # --- there and back

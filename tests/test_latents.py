@@ -150,7 +150,8 @@ def test_the_network_sees_full_batches_only(pipe: DDIMPipeline) -> None:
 
 
 def test_fields_of_codes(pipe: DDIMPipeline) -> None:
-    codes = pipe.encode(rand(3, 1, 8, 8), 10, batch_size=1)
+    codes = pipe.encode(rand(3, 1, 8, 8), 10, verify=False, batch_size=1)
+    assert codes.mse.isnan().all()
     assert codes.latents.shape == (3, 1, 8, 8)
     assert codes.latents.dtype == torch.float32
     assert codes.timesteps == [900, 800, 700, 600, 500, 400, 300, 200, 100, 0] == pipe.latent_timesteps(10)
@@ -171,12 +172,25 @@ def test_fields_of_codes(pipe: DDIMPipeline) -> None:
 
 
 def test_euler_asks_once_a_step_and_once_more(pipe: DDIMPipeline) -> None:
-    codes = pipe.encode(rand(2, 1, 8, 8), 10, exact=False, batch_size=2)
+    codes = pipe.encode(rand(2, 1, 8, 8), 10, exact=False, verify=False, batch_size=2)
     assert codes.evaluations.tolist() == [[1] * 8 + [2, 0]] * 2
     assert pipe.unet.timesteps == codes.timesteps[::-1]
     pipe.unet.timesteps.clear()
     pipe.decode(codes, 10, batch_size=2)
     assert pipe.unet.timesteps == codes.timesteps[:-1]
+
+
+def test_encoding_tells_what_decoding_gives_back(pipe: DDIMPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    x = rand(2, 1, 8, 8)
+    with caplog.at_level(logging.WARNING):
+        codes = pipe.encode(x, 10)
+        assert caplog.records == []
+        back = pipe._decode(codes.latents, pipe._invertible_steps(10, None), 8)
+        assert torch.equal(codes.mse, ((back - x) / 2).double().square().mean((1, 2, 3)))
+        assert codes.mse.max() < 1e-9
+        lost = pipe.encode(x, timesteps=[900, 0], max_iterations=1)
+    assert lost.mse.max() > 1 / 255**2
+    assert f"mean squared error up to {float(lost.mse.max()):.1e}" in caplog.text
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -196,7 +210,9 @@ def test_the_residual_is_what_a_step_of_the_scheduler_misses(pipe: DDIMPipeline,
 
 def test_converged_is_at_most_the_tolerance_in_every_step() -> None:
     residuals = torch.tensor([[0.25, 0.0], [0.0, 0.26], [math.inf, 0.0], [0.1, 0.2], [math.nan, 0.0]])
-    codes = EncodeOutput(torch.zeros(5, 1, 8, 8), [900, 400], residuals, torch.ones(5, 2, dtype=torch.int64), 0.25)
+    codes = EncodeOutput(
+        torch.zeros(5, 1, 8, 8), [900, 400], residuals, torch.ones(5, 2, dtype=torch.int64), 0.25, torch.zeros(5)
+    )
     assert codes.converged.tolist() == [True, False, False, True, False]
     assert codes.residual[:4].tolist() == residuals[:4].max(1).values.tolist()
 
@@ -221,13 +237,13 @@ def test_a_warning_is_logged_when_and_only_when_the_tolerance_is_missed(
         # Euler's residuals are no failure.
         assert not pipe.encode(x, 10, exact=False).converged.any()
         assert caplog.records == []
-        codes = pipe.encode(x, timesteps=[600, 100, 0], tolerance=1e-6, max_iterations=2)
+        codes = pipe.encode(x, timesteps=[600, 100, 0], tolerance=1e-6, max_iterations=2, verify=False)
         assert not codes.converged.any()
         assert len(caplog.records) == 1
         assert "3 of 3 images did not reach the tolerance 1e-06 in the 2 steps from timesteps 100 to 600" in caplog.text
         assert f"the largest residual is {float(codes.residuals.max()):.1e}" in caplog.text
         caplog.clear()
-        codes = pipe.encode(x, 10, tolerance=1e-6, max_iterations=2)
+        codes = pipe.encode(x, 10, tolerance=1e-6, max_iterations=2, verify=False)
         assert "in the 9 steps from timesteps 100 to 900; the" in caplog.text
 
 
@@ -246,6 +262,8 @@ def test_a_network_that_breaks_down_on_one_picture_spoils_no_other(
     with caplog.at_level(logging.WARNING):
         hopeless = pipe.encode(torch.cat([x[:1], torch.ones(1, 1, 8, 8), x[1:]]), 6)
     assert hopeless.converged.tolist() == [True, False, True, True]
+    assert "1 of 4 images do not come back from their codes" in caplog.text
+    assert hopeless.mse.isfinite().tolist() == [True, False, True, True]
     assert "1 of 4 images did not reach" in caplog.text
     for name in ("latents", "residuals", "evaluations"):
         assert torch.equal(getattr(hopeless, name)[[0, 2, 3]], getattr(codes, name))
@@ -370,7 +388,7 @@ def test_the_progress_bar_reaches_its_end(pipe: DDIMPipeline, name: str, capsys:
     pipe.set_progress_bar_config(desc=name)
     EVERYTHING[name](pipe)
     bars = [line.split("\r")[-1] for line in capsys.readouterr().err.strip().split("\n")]
-    assert len(bars) == (2 if name in ("reconstruct", "edit") else 1)
+    assert len(bars) == (2 if name in ("encode", "reconstruct", "edit") else 1)
     assert all(f"{name}: 100%" in bar for bar in bars)
 
 
@@ -657,8 +675,11 @@ BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
             *STEPS,
             *BATCHES,
             *OUTPUTS,
-            ({"latents": EncodeOutput(Z, [900, 0], Z, Z, 1e-5)}, "made in 2 steps from timestep 900"),
-            ({"latents": EncodeOutput(NAN, [980 - 20 * i for i in range(50)], Z, Z, 1e-5)}, "must be finite"),
+            ({"latents": EncodeOutput(Z, [900, 0], Z, Z, 1e-5, torch.zeros(2))}, "made in 2 steps from timestep 900"),
+            (
+                {"latents": EncodeOutput(NAN, [980 - 20 * i for i in range(50)], Z, Z, 1e-5, torch.zeros(2))},
+                "must be finite",
+            ),
         ],
     ),
     "interpolate": (
@@ -679,7 +700,7 @@ BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
             ({"z0": Z[0]}, "1 code was given"),
             ({"z0": []}, "0 codes were given"),
             ({"z0": [Z[0], Z[:0]]}, "shape (0, 1, 8, 8)"),
-            ({"z0": EncodeOutput(Z[:1], [900, 0], Z, Z, 1e-5)}, "1 code was given"),
+            ({"z0": EncodeOutput(Z[:1], [900, 0], Z, Z, 1e-5, torch.zeros(2))}, "1 code was given"),
             ({"z0": Z, "z1": Z[0]}, "a code has shape (2, 1, 8, 8)"),
             ({"z0": Z[0], "z1": NAN}, "NaN"),
             ({"z0": Z[0], "z1": Z[0].to(torch.int64)}, "int64"),

@@ -358,8 +358,9 @@ def save_images(images: Sequence[Image.Image], path: str | Path, columns: int | 
                 image.save(file)
     elif target.suffix.lower() == ".npz":
         arrays = np.stack([np.atleast_3d(np.asarray(image)) for image in images])
-        with write_whole(target) as temporary:
-            np.savez_compressed(temporary, arrays)
+        # To an open file: NumPy would give a name in .NPZ another suffix.
+        with write_whole(target) as temporary, temporary.open("wb") as opened:
+            np.savez_compressed(opened, arrays)
     else:
         save_picture(make_grid(images, columns), target)
     return target

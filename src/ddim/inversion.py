@@ -20,8 +20,9 @@ and about 1 (much variance). c is one over the geometric mean of the two, which 
 
 Where a residual remains. The step next to the pictures removes nearly all noise: g is nearly flat in most directions,
 and for a picture without any noise of its own the network's g may not reach x_prev at all. The residual is then what it
-is, and is reported. Later steps of decoding shrink what a step leaves or magnify it, by pictures and models: the error
-of the picture that comes back is told by decoding it (`reconstruct`).
+is, and is reported. Later steps of decoding shrink what a step leaves, or magnify it: little for pictures like those
+that the model was trained on, up to a hundred thousandfold for others, beyond what float32 can hold. Only decoding
+tells (`verify` of `ddim.latents.LatentSpace.encode`).
 """
 
 from __future__ import annotations

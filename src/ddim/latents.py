@@ -18,6 +18,7 @@ faster on a GPU.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -40,6 +41,9 @@ logger = logging.getLogger(__name__)
 TOLERANCE, MAX_ITERATIONS, BATCH_SIZE = 1e-5, 50, 8
 """Defaults of the arguments of these names."""
 
+GREY_LEVEL = 1 / 255
+"""A root mean square error of more than this is told."""
+
 GROUP = 8
 """Batches whose images are inverted together: as images converge, the others are gathered into full batches."""
 
@@ -57,13 +61,16 @@ class LatentSpace(Runner):
         max_iterations: int = MAX_ITERATIONS,
         timesteps: Sequence[int] | None = None,
         resize: bool = False,
+        verify: bool = True,
         batch_size: int = BATCH_SIZE,
     ) -> EncodeOutput:
         """The latent codes of pictures.
 
         Where a step's equation cannot be solved to the tolerance, which happens in the step next to the picture and for
         very few steps, a warning says so, the result tells for which pictures and steps, and the best code found is
-        returned.
+        returned. Pictures unlike any that the model knows may not come back although every step was solved, because
+        decoding magnifies what float32 leaves; so the codes are decoded once and the errors told, with a warning if one
+        is more than a grey level.
 
         Args:
             images: as for `ddim.images.to_samples`: PIL, a list of them, NumPy (N, H, W, C), torch (N, C, H, W).
@@ -75,6 +82,7 @@ class LatentSpace(Runner):
             max_iterations: network evaluations a step and image, at most; from 1 to 1000.
             timesteps: a subsequence of one's own in place of S: strictly decreasing whole numbers.
             resize: fit PIL images of other sizes and modes; otherwise they are refused.
+            verify: decode the codes and tell each picture's error, for S more evaluations an image.
             batch_size: images the network sees at once; the codes depend on it in their last digits, and on no other
                 image.
 
@@ -87,7 +95,8 @@ class LatentSpace(Runner):
         """
         samples = to_samples(images, *self.sample_shape, resize=resize).to(self.device)
         steps = self._invertible_steps(num_inference_steps, timesteps)
-        return self._encode(samples, steps, exact, tolerance, max_iterations, batch_size)
+        codes, _ = self._encode(samples, steps, exact, tolerance, max_iterations, batch_size, verify)
+        return codes
 
     def decode(
         self,
@@ -147,7 +156,7 @@ class LatentSpace(Runner):
             output_type: of the pictures that come back: `pil`, `np` or `pt`.
 
         Returns:
-            The pictures, each one's mean squared error, and the codes.
+            The pictures, each one's mean squared error, and the codes, as of `encode`.
 
         Raises:
             ValueError: as `encode`.
@@ -156,11 +165,8 @@ class LatentSpace(Runner):
         check_output_type(output_type)
         samples = to_samples(images, *self.sample_shape, resize=resize).to(self.device)
         steps = self._invertible_steps(num_inference_steps, timesteps)
-        codes = self._encode(samples, steps, exact, tolerance, max_iterations, batch_size)
-        decoded = self._decode(codes.latents, steps, batch_size)
-        # In [0, 1] differences are half of those in [-1, 1].
-        mse = ((decoded - samples) / 2).double().square().flatten(1).mean(1)
-        return ReconstructOutput(to_output(decoded, output_type), mse, codes)
+        codes, decoded = self._encode(samples, steps, exact, tolerance, max_iterations, batch_size, verify=True)
+        return ReconstructOutput(to_output(decoded, output_type), codes)
 
     def interpolate(
         self,
@@ -350,9 +356,8 @@ class LatentSpace(Runner):
             x = self.scheduler.add_noise(x, noise().to(x.dtype), torch.tensor(steps[0].timestep))
         elif steps and steps[0].timestep > 0:
             tail = [step.timestep for step in steps]
-            x = self._encode(
-                x, self._invertible_steps(len(tail), tail), True, TOLERANCE, MAX_ITERATIONS, batch_size
-            ).latents
+            there = self._invertible_steps(len(tail), tail)
+            x = self._encode(x, there, True, TOLERANCE, MAX_ITERATIONS, batch_size, verify=False)[0].latents
         with self._running(len(steps)) as bar:
             for state in self._sample(x, steps, noise=noise if eta > 0 else None):
                 bar.update()
@@ -379,7 +384,9 @@ class LatentSpace(Runner):
         tolerance: float,
         max_iterations: int,
         batch_size: int,
-    ) -> EncodeOutput:
+        verify: bool,
+    ) -> tuple[EncodeOutput, Tensor]:
+        """The codes, and what they decode to (without `verify`, the samples themselves)."""
         if not 0 < real_number("tolerance", tolerance) < 1:
             raise ValueError(f"tolerance is {tolerance}; it must lie above 0 and below 1")
         if positive_int("max_iterations", max_iterations) > 1000:
@@ -401,15 +408,31 @@ class LatentSpace(Runner):
                 residuals[group, : len(back)] = torch.stack(move.residuals[::-1], 1)
                 evaluations[group, : len(back)] = torch.stack(move.evaluations[::-1], 1)
         timesteps = [step.timestep for step in steps]
-        result = EncodeOutput(latents, timesteps, residuals, evaluations, tolerance)
+        decoded = self._generate(latents, steps, batch_size) if verify else samples
+        # In [0, 1] differences are half of those in [-1, 1].
+        mse = ((decoded - samples) / 2).double().square().flatten(1).mean(1)
+        if not verify:
+            mse = torch.full_like(mse, math.nan)
+        result = EncodeOutput(latents, timesteps, residuals, evaluations, tolerance, mse)
         if exact and not bool(result.converged.all()):
             logger.warning(not_converged(result))
-        return result
+        if exact and verify and bool((lost := ~(mse <= GREY_LEVEL**2)).any()):
+            logger.warning(
+                "%d of %d images do not come back from their codes: mean squared error up to %.1e; another number of "
+                "steps may serve them better",
+                int(lost.sum()),
+                len(mse),
+                float(mse.max()),
+            )
+        return result, decoded
 
     def _decode(self, latents: Tensor, steps: Sequence[Step], batch_size: int) -> Tensor:
-        """Samples at the schedule's first alpha, (N, C, H, W)."""
-        denoiser = self._denoiser(positive_int("batch_size", batch_size))
+        """Samples at the schedule's first alpha, (N, C, H, W), from latents that a caller gave."""
         x = self._check_latents(latents, len(latents) if isinstance(latents, Tensor) and latents.ndim else 1)
+        return self._generate(x, steps, positive_int("batch_size", batch_size))
+
+    def _generate(self, x: Tensor, steps: Sequence[Step], batch_size: int) -> Tensor:
+        denoiser = self._denoiser(batch_size)
         with self._running(len(moving(steps))) as bar:
             for state in sample(denoiser, x, moving(steps), self.scheduler.config.prediction_type):
                 bar.update()

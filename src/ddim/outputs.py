@@ -57,6 +57,8 @@ class EncodeOutput(Output):
             that from timestep 0 leads nowhere and has no residual and no cost.
         evaluations: int64 (N, S): network evaluations spent.
         tolerance: what each residual was to reach.
+        mse: float64 (N,): the mean squared error per value in [0, 1] of what decoding gives back, before it is clipped
+            or rounded; NaN where that was not looked at (`verify=False`).
     """
 
     latents: torch.Tensor
@@ -64,6 +66,7 @@ class EncodeOutput(Output):
     residuals: torch.Tensor
     evaluations: torch.Tensor
     tolerance: float
+    mse: torch.Tensor
 
     @property
     def residual(self) -> torch.Tensor:
@@ -82,14 +85,16 @@ class ReconstructOutput(Output):
 
     Attributes:
         images: what came back: a list of N PIL images, an array (N, H, W, C) or a tensor (N, C, H, W) in [0, 1].
-        mse: float64 (N,): the mean squared error per value in [0, 1], of what the network gave before it was clipped or
-            rounded.
         codes: the latent codes on the way.
     """
 
     images: Any
-    mse: torch.Tensor
     codes: EncodeOutput
+
+    @property
+    def mse(self) -> torch.Tensor:
+        """Each picture's mean squared error per value in [0, 1], float64 (N,); that of the codes."""
+        return self.codes.mse
 
     @property
     def psnr(self) -> torch.Tensor:

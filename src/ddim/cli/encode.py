@@ -61,7 +61,8 @@ def encode(
     replaced = int(target.exists())
     save_codes(target, codes.latents, settings)
     cost = float(codes.evaluations.sum(1).float().mean())
-    finish(target, replaced, f"{number(len(pictures), 'code')} in {seconds:.1f} s, {cost:.0f} evaluations an image")
+    told = f"{cost:.0f} evaluations an image, mean squared error {float(codes.mse.mean()):.1e}"
+    finish(target, replaced, f"{number(len(pictures), 'code')} in {seconds:.1f} s, {told}")
 
 
 def decode(
@@ -100,8 +101,8 @@ def decode(
     latents, settings = load_codes(codes)
     pipe = load_pipeline(model, device, dtype, spacing)
     walked = settings.timesteps
-    if steps is not None or own_timesteps is not None:
-        walked = pipe.latent_timesteps(50 if steps is None else steps, own_timesteps)
+    if (steps, own_timesteps, spacing) != (None, None, None):
+        walked = pipe.latent_timesteps(len(walked) if steps is None else steps, own_timesteps)
     if not force:
         check_settings(codes, settings, pipe, walked)
     started = time.monotonic()

@@ -75,7 +75,7 @@ def interpolate(
     if shape is not None and closed:
         raise ValueError("--closed is for paths; a --grid has no end to close")
     pipe = load_pipeline(model, device, dtype, spacing)
-    codes, timesteps = collect_codes(pipe, points, shape is not None, steps, resize, force, batch_size)
+    codes, timesteps = collect_codes(pipe, points, shape is not None, steps, spacing, resize, force, batch_size)
     pictures = pipe.interpolate(
         codes,
         frames=frames if shape is None else shape,
@@ -107,7 +107,14 @@ def parse_grid(text: str | None) -> tuple[int, int] | None:
 
 
 def collect_codes(
-    pipe: DDIMPipeline, points: list[str], grid: bool, steps: int | None, resize: bool, force: bool, batch_size: int
+    pipe: DDIMPipeline,
+    points: list[str],
+    grid: bool,
+    steps: int | None,
+    spacing: str | None,
+    resize: bool,
+    force: bool,
+    batch_size: int,
 ) -> tuple[list[Tensor], list[int]]:
     """The codes of all points, in order, and the timesteps that belong to them."""
     from ddim.checks import non_negative_int
@@ -119,7 +126,7 @@ def collect_codes(
     check_seeds([non_negative_int("a seed", seed) for seed in seeds.values()], len(seeds))
     names = [point for point in points if point not in files and point not in seeds]
     images = {name: read_images([name]) for name in names}
-    if steps is None and files:
+    if steps is None and spacing is None and files:
         timesteps = next(iter(files.values()))[1].timesteps
     else:
         timesteps = pipe.latent_timesteps(50 if steps is None else steps)

@@ -82,7 +82,9 @@ def consistency(
 
     The path of the result is printed.
 
-    Example:
+    Examples:
+
+      ddim consistency
 
       ddim consistency --count 12 --steps 5,10,100
     """
