@@ -530,8 +530,8 @@ def test_earlier_files_are_replaced_and_told(results: dict[str, Result], folder:
 @pytest.mark.parametrize(
     ("name", "summary"),
     [
-        ("encode", r"3 codes in \d+\.\d s, \d+ evaluations an image"),
-        ("encode one", r"1 code in \d+\.\d s, \d+ evaluations an image"),
+        ("encode", r"3 codes in \d+\.\d s, \d+ evaluations an image, mean squared error \S+"),
+        ("encode one", r"1 code in \d+\.\d s, \d+ evaluations an image, mean squared error \S+"),
         ("decode", r"3 pictures in \d+\.\d s"),
         ("reconstruct", "3 images"),
         ("strip", "4 frames"),
@@ -595,28 +595,28 @@ def test_codes_in_safetensors(results: dict[str, Result], folder: Path) -> None:
             assert np.abs(latents[0] - npz_codes(folder / "three.npz")[0][1]).max() < 0.1
 
 
-def test_euler_asks_once_a_step(
+def test_euler_asks_once_a_step_and_once_more_to_look(
     results: dict[str, Result], folder: Path, pipe: DDIMPipeline, originals: np.ndarray
 ) -> None:
-    assert results["encode euler"].evaluations == [[t, 3, "torch.float32"] for t in TIMESTEPS[::-1]]
+    assert results["encode euler"].evaluations == [[t, 3, "torch.float32"] for t in (*TIMESTEPS[::-1], *TIMESTEPS[:-1])]
     assert "10 evaluations an image" in results["encode euler"].stderr
     # The images in the order in which they were named.
     expected = pipe.encode([Image.fromarray(originals[i]) for i in (2, 0)], 10, exact=False, batch_size=3).latents
     with safe_open(folder / "euler.safetensors", "pt") as file:
         assert float((file.get_tensor("latents") - expected).abs().max()) < 1e-4
-    assert [t for t, _, _ in results["encode again"].evaluations] == [0, 300, 700]
+    assert [t for t, _, _ in results["encode again"].evaluations] == [0, 300, 700, 700, 300]
 
 
 def test_iterations_end(results: dict[str, Result], folder: Path) -> None:
     """At the limit, which is told, or at the tolerance."""
-    assert len(results["encode hastily"].evaluations) == 1 + 9 * 2
+    assert len(results["encode hastily"].evaluations) == 1 + 9 * 2 + 9
     _, settings = npz_codes(folder / "hasty.npz")
     assert settings["residual"][0] > settings["tolerance"] == 1e-5
     told = (
         r"^ddim: 1 of 1 images did not reach the tolerance 1e-05 in the .* from timesteps? .*; the largest residual is "
     )
     assert re.search(told + re.escape(f"{settings['residual'][0]:.1e}"), results["encode hastily"].stderr, re.MULTILINE)
-    assert len(results["encode loosely"].evaluations) < 19
+    assert len(results["encode loosely"].evaluations) < 1 + 9 * 2 + 9
     _, settings = npz_codes(folder / "loose.npz")
     assert settings["residual"][0] <= settings["tolerance"] == 0.5
     for name in ("encode", "encode one", "encode euler", "encode loosely"):
