@@ -10,9 +10,9 @@ encodes the first 256 images of a data set with the built-in model and decodes t
   `set_alpha_to_one=False`, which is kinder to it than its defaults are.
 
 The error is the mean squared error per pixel in [0, 1] of what the network gives, before clipping and rounding. Numbers
-of steps beyond 200 take hours on two cores and are run on the first 32 images only. Results are kept in `--cache`,
-block by block, so that a run can be stopped and several can share the work. `--noise` shows why codes of clean images
-are not quite centred.
+of steps beyond 200 take hours on two cores and are run on the first 32 images only (`--images-beyond`). Results are
+kept in `--cache`, block by block, so that a run can be stopped and several can share the work. `--noise` shows why
+codes of clean images are not quite centred.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ddim.files import to_json, write_whole
 from ddim.training.data import load_images
 
 BLOCK = 64
-MANY_STEPS, FEW_IMAGES = 200, 32
+MANY_STEPS = 200
 PAPER = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
 
 
@@ -128,7 +128,8 @@ def noisy_codes(pipe: DDIMPipeline, samples: Tensor, steps: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The error of encoding and decoding.")
     parser.add_argument("--data", type=Path, required=True, help="a folder of images, or a parquet file")
-    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--images", type=int, default=256, help="up to 200 steps")
+    parser.add_argument("--images-beyond", type=int, default=32, help="beyond 200 steps")
     parser.add_argument("--noise", action="store_true", help="tell the codes of the first 64 images with that noise")
     parser.add_argument("--steps", type=int, nargs="+", default=list(PAPER))
     parser.add_argument("--cache", type=Path, default=Path("runs/inversion"))
@@ -147,7 +148,7 @@ def main() -> None:
     rows = {}
     for steps in options.steps:
         blocks = []
-        chosen = samples if steps <= MANY_STEPS else samples[:FEW_IMAGES]
+        chosen = samples if steps <= MANY_STEPS else samples[: options.images_beyond]
         for first in range(0, len(chosen), BLOCK):
             part = chosen[first : first + BLOCK]
             kept = options.cache / f"{steps}-{first}-{len(part)}.json"
