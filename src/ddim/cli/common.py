@@ -33,6 +33,20 @@ def read_images(paths: Sequence[str]) -> list[Image.Image]:
     return [read_image(file) for file in files]
 
 
+def fit_images(pipe: DDIMPipeline, images: Sequence[Image.Image]) -> list[Image.Image]:
+    """Images as the model sees them, to be shown beside what it makes of them."""
+    from ddim.images import fit_image
+
+    channels, height, width = pipe.sample_shape
+    return [fit_image(image, height, width, channels) for image in images]
+
+
+def check_fps(fps: float) -> None:
+    """ValueError for a rate that animations cannot have."""
+    if not 0.1 <= fps <= 50:
+        raise ValueError(f"--fps {fps} is out of range; it must lie from 0.1 to 50")
+
+
 def finish(path: Path, replaced: int, summary: str) -> None:
     """The last lines of a command that writes: a summary on stderr, where the result is on stdout."""
     note = f"; {number(replaced, 'earlier file')} replaced" if replaced else ""

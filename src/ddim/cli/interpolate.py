@@ -9,7 +9,7 @@ import typer
 
 from ddim.checks import bounded_int
 from ddim.cli import options
-from ddim.cli.common import finish, load_pipeline, number, read_images
+from ddim.cli.common import check_fps, finish, load_pipeline, number, read_images
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ def interpolate(
     grid: Annotated[
         str | None, typer.Option(help="ROWSxCOLUMNS between four points, the corners, in place of a path.")
     ] = None,
-    fps: Annotated[float, typer.Option(help="Frames a second, of animations.")] = 10.0,
+    fps: options.Fps = 10.0,
     model: options.Model = "mnist",
     steps: Annotated[int | None, typer.Option(help="Those of the codes, or else 50, unless given.")] = None,
     spacing: options.Spacing = None,
@@ -68,8 +68,7 @@ def interpolate(
     )
 
     target = check_output_path(out, PICTURES | ANIMATION_SUFFIXES)
-    if not 0.1 <= fps <= 50:
-        raise ValueError(f"--fps {fps} is out of range; it must lie from 0.1 to 50")
+    check_fps(fps)
     bounded_int("--frames", frames, 2)
     shape = parse_grid(grid)
     if shape is not None and closed:

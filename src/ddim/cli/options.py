@@ -36,4 +36,5 @@ MaxIterations = Annotated[int, typer.Option(help="Network evaluations a step and
 InverseBatch = Annotated[
     int, typer.Option("--batch-size", help="Images the network sees at once; more are faster on a GPU.")
 ]
+Fps = Annotated[float, typer.Option(help="Frames a second, of animations.")]
 Force = Annotated[bool, typer.Option("--force", help="Take codes that other settings made.")]

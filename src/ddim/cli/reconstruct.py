@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import finish, load_pipeline, number, parse_timesteps, read_images
+from ddim.cli.common import finish, fit_images, load_pipeline, number, parse_timesteps, read_images
 
 
 def reconstruct(
@@ -38,7 +38,7 @@ def reconstruct(
 
       ddim reconstruct digits/ --euler --steps 20
     """
-    from ddim.images import check_output_path, fit_image, save_picture, stack_rows
+    from ddim.images import check_output_path, save_picture, stack_rows
 
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     own_timesteps = parse_timesteps(timesteps)
@@ -54,8 +54,6 @@ def reconstruct(
         resize=resize,
         batch_size=batch_size,
     )
-    channels, height, width = pipe.sample_shape
-    originals = [fit_image(picture, height, width, channels) for picture in pictures]
     spent, residual = result.codes.evaluations.sum(1), result.codes.residual
     print("image       mse   psnr  evaluations  residual")
     for index in range(len(pictures)):
@@ -65,5 +63,5 @@ def reconstruct(
     mean = result.mse.mean(), result.psnr.mean(), spent.double().mean(), residual.mean()
     print(" mean  {:.2e}  {:5.1f}  {:11.0f}  {:.2e}".format(*mean))
     replaced = int(target.exists())
-    save_picture(stack_rows([originals, result.images]), target)
+    save_picture(stack_rows([fit_images(pipe, pictures), result.images]), target)
     finish(target, replaced, number(len(pictures), "image"))

@@ -8,7 +8,7 @@ import typer
 
 from ddim.checks import positive_int
 from ddim.cli import options
-from ddim.cli.common import finish, load_pipeline, number, parse_timesteps
+from ddim.cli.common import check_fps, finish, load_pipeline, number, parse_timesteps
 
 
 def trajectory(
@@ -25,7 +25,7 @@ def trajectory(
     at: Annotated[str | None, typer.Option(help="The timesteps to show, in place of --frames.")] = None,
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
-    fps: Annotated[float, typer.Option(help="Frames a second, of animations.")] = 10.0,
+    fps: options.Fps = 10.0,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
 ) -> None:
@@ -49,8 +49,7 @@ def trajectory(
     )
 
     target = check_output_path(out, {".png": ""} | ANIMATION_SUFFIXES, folder_allowed=False)
-    if not 0.1 <= fps <= 50:
-        raise ValueError(f"--fps {fps} is out of range; it must lie from 0.1 to 50")
+    check_fps(fps)
     own_timesteps, own_frames = parse_timesteps(timesteps), parse_timesteps(at, "--at")
     positive_int("--count", count)
     pipe = load_pipeline(model, device, dtype, spacing)
