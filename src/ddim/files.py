@@ -63,6 +63,38 @@ def write_folder(path: Path) -> Iterator[Path]:
     _flush(path)
 
 
+@contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill; on success it becomes `path`, in place of a folder that is there.
+
+    Args:
+        path: where the folder shall be; its parents are made where they are missing.
+
+    Raises:
+        OSError: if it cannot be written; what is there stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        for file in sorted(temporary.rglob("*")):
+            _flush(file)
+        _flush(temporary)
+        if path.exists():
+            path.rename(temporary.with_name(f"{temporary.name}-old"))
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary.with_name(f"{temporary.name}-old"), ignore_errors=True)
+    _flush(path.parent)
+
+
+def cache_folder() -> Path:
+    """Where this user's caches of `ddim` are: `$XDG_CACHE_HOME/ddim`, or `~/.cache/ddim`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddim"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object.
 
@@ -92,11 +124,16 @@ def _plain(value: Any) -> Any:
 
 def _finish(temporary: Path, path: Path) -> None:
     """Give a complete file the permissions that the user's umask gives every other, push it to the disk, rename it."""
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o666 & ~umask)
+    temporary.chmod(0o666 & ~_umask())
     _flush(temporary)
     temporary.replace(path)
+
+
+def _umask() -> int:
+    """The permissions that the user takes from every new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def _flush(path: Path) -> None:

@@ -240,8 +240,14 @@ def _build(cls: Any, path: Path, **overrides: Any) -> Any:
         raise ValueError(f"{path} describes no {cls.__name__}: {error}") from error
 
 
+def check_hub_id(repo_id: str) -> None:
+    """ValueError for what cannot be the id of a repository on the hub."""
+    if not HUB_ID.fullmatch(repo_id):
+        raise ValueError(f"{repo_id!r} is no id of a repository on the hub, which looks like owner/name")
+
+
 def push_folder(
-    save: Callable[[Path], None], repo_id: str, private: bool | None, token: str | bool | None, commit_message: str
+    save: Callable[[Path], Any], repo_id: str, private: bool | None, token: str | bool | None, commit_message: str
 ) -> str:
     """Upload what `save` writes into a folder to a hub repository, which is made where it is missing.
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 PICTURES = {".png": "a grid", ".npz": ""}
 ANIMATION_SUFFIXES = {".gif": "an animation", ".webp": "an animation"}
 GRID_GAP = 2
+OPENING = threading.Lock()
 
 
 def to_unit_range(samples: Tensor) -> Tensor:
@@ -155,26 +157,41 @@ def read_image(path: str | Path) -> Image.Image:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be decoded, is animated, or is so large that decoding it would be an attack on memory
-            (`PIL.Image.MAX_IMAGE_PIXELS`).
+        ValueError: as `decode_image`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
+    return decode_image(path, str(path))
+
+
+def decode_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
+    """Decode a still image.
+
+    Args:
+        source: a file's path, or what is in it.
+        name: how messages call it.
+
+    Raises:
+        ValueError: if it cannot be decoded, is animated, or is so large that decoding it would be an attack on memory
+            (`PIL.Image.MAX_IMAGE_PIXELS`).
+    """
     try:
-        with warnings.catch_warnings():
+        # Python's filters of warnings are one for all threads.
+        with OPENING, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                # MPO is a camera's JPEG with a preview or a depth map behind it, not an animation.
-                frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-                image.load()
-                still = image.copy()
+            opened = Image.open(source)
+        with opened as image:
+            # MPO is a camera's JPEG with a preview or a depth map behind it, not an animation.
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            image.load()
+            still = image.copy()
         # As images that PIL itself opened: messages call an image by its file.
-        setattr(still, "filename", str(path))  # noqa: B010 - the copy's class does not declare it
+        setattr(still, "filename", name)  # noqa: B010 - the copy's class does not declare it
     except Exception as error:  # every decoder fails in its own way
         reason = "it is no image of a known format" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{path} cannot be read: {reason}") from None
+        raise ValueError(f"{name} cannot be read: {reason}") from None
     if frames > 1:
-        raise ValueError(f"{path} is an animation of {frames} frames; give a still image")
+        raise ValueError(f"{name} is an animation of {frames} frames; give a still image")
     return still
 
 
@@ -194,10 +211,11 @@ def as_pil(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
-def fit_image(image: Image.Image, height: int, width: int, channels: int) -> Image.Image:
+def fit_image(image: Image.Image, height: int, width: int, channels: int, crop: bool = True) -> Image.Image:
     """Crop the largest centred part of the right shape, resize it (Lanczos), and convert it to grey or colour.
 
-    An image of the right size is only converted. Transparency is laid on white.
+    An image of the right size is only converted. Transparency is laid on white. Without `crop`, the whole image is
+    squeezed into shape.
     """
     if image.mode.startswith("I"):
         # PIL's conversion clips 16 bits at 255 where it should scale.
@@ -208,11 +226,12 @@ def fit_image(image: Image.Image, height: int, width: int, channels: int) -> Ima
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size == (width, height):
         return image
-    crop_width = max(1, min(image.width, round(image.height * width / height)))
-    crop_height = max(1, min(image.height, round(image.width * height / width)))
-    left, top = (image.width - crop_width) // 2, (image.height - crop_height) // 2
-    crop = image.crop((left, top, left + crop_width, top + crop_height))
-    return crop.resize((width, height), Image.Resampling.LANCZOS)
+    if crop:
+        crop_width = max(1, min(image.width, round(image.height * width / height)))
+        crop_height = max(1, min(image.height, round(image.width * height / width)))
+        left, top = (image.width - crop_width) // 2, (image.height - crop_height) // 2
+        image = image.crop((left, top, left + crop_width, top + crop_height))
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def make_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:

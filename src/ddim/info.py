@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddim import hub
 from ddim.pipeline import DDIMPipeline, component_folder
+from ddim.unet import UNet2DModel
 from ddim.weights import choose_weights
 
 
@@ -37,18 +38,18 @@ def describe(model: str | Path) -> dict[str, Any]:
         "layout": "diffusers" if weights_folder != folder else "flat",
         "weights": choose_weights(path.name for path in weights_folder.iterdir()),
         "parameters": pipe.unet.num_parameters(),
-        "gflop_per_image_and_step": round(count_flop(pipe) / 1e9, 3),
+        "gflop_per_image_and_step": round(count_flop(pipe.unet) / 1e9, 3),
         "unet": dict(pipe.unet.config),
         "scheduler": dict(pipe.scheduler.config),
     }
 
 
-def count_flop(pipe: DDIMPipeline) -> int:
+def count_flop(unet: UNet2DModel) -> int:
     """Floating-point operations of one network evaluation on one image: convolutions, matrix products and attention."""
-    size = pipe.unet.config.sample_size or 32
+    size = unet.config.sample_size or 32
     height, width = (size, size) if isinstance(size, int) else size
     # On the meta device shapes are computed and nothing else.
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network = type(pipe.unet).from_config(pipe.unet.config).eval()
+        network = UNet2DModel.from_config(unet.config).eval()
         network(torch.empty(1, network.config.in_channels, height, width), torch.zeros((), dtype=torch.int64))
     return counter.get_total_flops()

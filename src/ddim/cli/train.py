@@ -2,55 +2,127 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
+import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ddim.cli import options
 
+if TYPE_CHECKING:
+    from ddim.training.plan import Plan
+
 
 def train(
-    data: Annotated[str, typer.Option(help="A folder of images, or a parquet file with a column of them.")],
-    out: Annotated[Path, typer.Option(help="The run's folder; the result is its subfolder final.")],
-    preset: Annotated[
-        str | None, typer.Option(help="Start from settings that ship with the package, such as mnist.")
+    out: Annotated[Path | None, typer.Option(help="The run's folder; the result is its subfolder final.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder of images or parquet files, a .parquet or .npz file, the id of a data set on the hub, or "
+            "digits; the preset's unless given."
+        ),
     ] = None,
+    preset: Annotated[str | None, typer.Option(help="Start from settings that ship with the package.")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file with settings.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="One setting, such as optim.lr=2e-4; may be repeated.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, data order, timesteps and noise.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Where the run ends.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a step, of all processes together.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     resume: Annotated[
-        Literal["auto", "never"], typer.Option(help="auto goes on with the run in --out; never wants an empty folder.")
+        str,
+        typer.Option(
+            help="auto goes on with the run in --out; never wants an empty folder; or the folder of a checkpoint."
+        ),
     ] = "auto",
+    max_minutes: Annotated[
+        float | None, typer.Option(help="End after so much time; the same command goes on from there.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Publish the result on the Hugging Face hub under this id, owner/name.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Take a few steps, tell what the run would cost, write nothing.")
+    ] = False,
+    list_presets: Annotated[bool, typer.Option("--list-presets", help="List the presets and exit.")] = False,
     device: options.Device = "auto",
 ) -> None:
     """Train a model with the DDPM objective. Stopped and started again, it goes on from its last checkpoint.
 
-    The path of the finished pipeline is printed.
+    The path of the finished pipeline is printed. Several processes and machines train together when the command is
+    started by `accelerate launch -m ddim train ...` or `torchrun --nproc-per-node 8 -m ddim train ...`.
 
     Examples:
+
+      ddim train --preset digits --out runs/digits
 
       ddim train --preset mnist --data mnist/train.parquet --out runs/mnist
 
       ddim train --config mine.yaml --data pictures/ --out runs/mine --set optim.lr=1e-4
     """
+    if out is None and not dry_run and not list_presets:
+        raise typer.BadParameter("give a folder for the run, such as --out runs/mine", param_hint="--out")
+    if max_minutes is not None and not max_minutes > 0:
+        raise typer.BadParameter(f"{max_minutes} minutes are no time; give more than 0", param_hint="--max-minutes")
     try:
+        from accelerate import PartialState
+
         from ddim.training.config import load_config
+        from ddim.training.plan import plan, preset_table
         from ddim.training.run import train as run
     except ModuleNotFoundError as error:
         raise RuntimeError(f"training needs {error.name}; install it with: pip install 'ddim[train]'") from None
-    from ddim.devices import choose_device
+    from ddim.hub import check_hub_id, push_folder
 
-    overrides = {
-        "data": data,
+    if list_presets:
+        print(preset_table())
+        return
+    overrides: dict[str, Any] = {
+        "data.source": data,
         "seed": seed,
         "max_steps": max_steps,
         "batch_size": batch_size,
-        "checkpoint_every": checkpoint_every,
+        "checkpoints.every": checkpoint_every,
     }
-    print(run(load_config(preset, config, settings or (), overrides), out, choose_device(device), resume == "auto"))
+    checked = load_config(preset, config, settings or (), overrides)
+    if out is None or dry_run:
+        print(_table(plan(checked, device)))
+        return
+    if push_to_hub is not None:
+        check_hub_id(push_to_hub)
+    logging.getLogger("ddim.training").setLevel(logging.INFO)
+    how: Any = resume if resume in ("auto", "never") else Path(resume)
+    final = run(checked, out, device, how, max_minutes)
+    if not PartialState().is_main_process:
+        return
+    if push_to_hub is not None:
+        address = push_folder(
+            lambda folder: shutil.copytree(final, folder, dirs_exist_ok=True),
+            push_to_hub,
+            None,
+            None,
+            f"Upload the result of {checked.max_steps} steps of training",
+        )
+        print(f"published: {address}", file=sys.stderr)
+    print(final)
+
+
+def _table(costs: Plan) -> str:
+    """A line a cost."""
+    rows = {
+        "images": f"{costs.images:,}",
+        "parameters": f"{costs.parameters:,}",
+        "GFLOP a step": f"{costs.gflop_per_step:,.1f}",
+        "weights, average, gradients, moments": f"{costs.state_mib:,.0f} MiB",
+        "memory in use": f"{costs.peak_mib:,.0f} MiB",
+        "loader": f"{costs.loader_images_per_second:,.0f} images/s",
+        "a step": f"{costs.seconds_per_step:.3f} s",
+        "all steps": f"{costs.hours:,.1f} h",
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

@@ -4,7 +4,7 @@ later ones first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,19 +23,80 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class OptimConfig(Section):
-    """AdamW, gradient clipping, and an exponential moving average of the weights.
+class DataConfig(Section):
+    """What is learned from, see `ddim.training.data`.
 
-    The learning rate rises linearly for `warmup_steps`, stays at `lr`, and falls linearly over the last `decay_steps`.
+    Attributes:
+        source: a folder of images or of parquet files, a parquet or `.npz` file, the id of a data set on the hub, or
+            `digits`.
+        split: of a data set on the hub.
+        column: of images in a data set; found by itself unless given.
+        crop: how images become square: `center` cuts the largest centred square, `none` squeezes, `random` cuts, at
+            each visit, a window at random from a centred square an eighth larger than the model's size.
+        horizontal_flip: mirror each image with probability 1/2.
+        cache: where decoded images are kept: `memory`, `disk` (a memory map), `none` (decode at each visit), or `auto`
+            by their size.
+        on_device: keep the decoded images on the training device.
+        holdout: so many images, drawn by the seed, are not trained on; the averaged weights are measured on them.
+        max_unreadable: more images than this that cannot be decoded stop the run.
+    """
+
+    source: str = Field(min_length=1)
+    split: str = "train"
+    column: str | None = None
+    crop: Literal["center", "random", "none"] = "center"
+    horizontal_flip: bool = False
+    cache: Literal["auto", "memory", "disk", "none"] = "auto"
+    on_device: bool = False
+    holdout: NonNegativeInt = 0
+    max_unreadable: NonNegativeInt = 10
+
+
+class ObjectiveConfig(Section):
+    """The loss, see `ddim.training.objective`. What the network predicts is `scheduler.prediction_type`.
+
+    Attributes:
+        weighting: of timesteps: `simple` (DDPM's), `min_snr` or `truncated_snr`.
+        gamma: of `min_snr`.
+        antithetic: timesteps in pairs t, T - 1 - t.
+    """
+
+    weighting: Literal["simple", "min_snr", "truncated_snr"] = "simple"
+    gamma: PositiveFloat = Field(default=5.0, allow_inf_nan=False)
+    antithetic: bool = True
+
+
+class OptimConfig(Section):
+    """AdamW with clipped gradients.
+
+    The learning rate rises linearly for `warmup_steps`, stays at `lr`, and over the last `decay_steps` (everything
+    after the warm-up unless given) follows `decay` down to zero.
+
+    Attributes:
+        accumulate: so many backward passes share a step's batch, to save memory.
     """
 
     lr: PositiveFloat = Field(default=2e-4, allow_inf_nan=False)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: PositiveFloat = Field(default=1e-8, allow_inf_nan=False)
     weight_decay: float = Field(default=0.0, ge=0)
     warmup_steps: NonNegativeInt = 5000
-    decay_steps: NonNegativeInt = 0
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    decay_steps: PositiveInt | None = None
     grad_clip: PositiveFloat = 1.0
-    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    accumulate: PositiveInt = 1
+
+
+class EmaConfig(Section):
+    """The exponential moving average of the weights, which is what is sampled from and what a run results in.
+
+    Attributes:
+        decay: of the average.
+        warmup: decay no faster than (1 + n) / (10 + n) after n steps, so that the first weights fade quickly.
+    """
+
+    decay: float = Field(default=0.9999, ge=0, lt=1)
+    warmup: bool = True
 
 
 class SampleConfig(Section):
@@ -46,48 +107,110 @@ class SampleConfig(Section):
     num_inference_steps: PositiveInt = 50
 
 
+class EvaluateConfig(Section):
+    """Measuring the averaged weights every `every` steps (0: never), see `ddim.training.evaluate`.
+
+    Attributes:
+        count: samples painted for the Fréchet distance; 0 leaves it out.
+        num_inference_steps: of those samples.
+        features: what the distance is measured on: `pixels`.
+    """
+
+    every: NonNegativeInt = 0
+    count: NonNegativeInt = 1000
+    num_inference_steps: PositiveInt = 50
+    features: Literal["pixels"] = "pixels"
+
+
+class CheckpointConfig(Section):
+    """A checkpoint every `every` steps; the newest `keep` stay, and those of multiples of `keep_every` (0: none)."""
+
+    every: PositiveInt = 1000
+    keep: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
+
+
 class TrainConfig(Section):
     """Everything that decides what a run computes.
 
     Attributes:
-        data: a folder of images or a parquet file.
-        model: arguments of `UNet2DModel`; `sample_size` is required.
+        data: what is learned from.
+        model: arguments of `UNet2DModel`, `sample_size` among them; may be left out where `init` is given.
+        init: weights to start from, as for `DDIMPipeline.from_pretrained`: a built-in model, a folder, a hub id.
         scheduler: arguments of `DDIMScheduler`: the betas and the prediction type.
+        objective: the loss.
         optim: the optimiser.
+        ema: the averaged weights.
         samples: the grids on the way.
-        batch_size: images a step.
+        evaluate: the measurements on the way.
+        checkpoints: when, and how many.
+        batch_size: images a step, of all processes together.
         max_steps: where the run ends.
         seed: of weights, data order, timesteps and noise.
-        precision: `fp32`, or `bf16` for autocast.
-        horizontal_flip: mirror each image with probability 1/2.
-        checkpoint_every: steps between checkpoints.
-        keep_checkpoints: how many of the newest stay on disk.
+        precision: `fp32`; `bf16` or `fp16` (with loss scaling) for autocast. Weights stay in float32.
+        channels_last: keep feature maps as NHWC, the faster layout on CPUs and GPUs alike.
+        gradient_checkpointing: save memory, at the price of computing residual blocks twice.
+        compile: `torch.compile` the network.
+        log_every: steps between lines of the metrics.
     """
 
-    data: str
-    model: dict[str, Any]
+    data: DataConfig
+    model: dict[str, Any] = {}
+    init: str | None = None
     scheduler: dict[str, Any] = {}
+    objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
+    ema: EmaConfig = EmaConfig()
     samples: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
     batch_size: PositiveInt = 128
     max_steps: PositiveInt = 800_000
     seed: int = Field(default=0, ge=0, lt=2**63)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    horizontal_flip: bool = False
-    checkpoint_every: PositiveInt = 1000
-    keep_checkpoints: PositiveInt = 2
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = True
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    log_every: PositiveInt = 50
 
 
-MAY_CHANGE = {"data", "max_steps", "samples", "checkpoint_every", "keep_checkpoints"}
-"""Entries that may differ when a run goes on: none of them changes what an earlier step has computed.
+MAY_CHANGE = (
+    "data.source",
+    "data.split",
+    "data.column",
+    "data.cache",
+    "data.on_device",
+    "data.max_unreadable",
+    "init",
+    "samples",
+    "evaluate",
+    "checkpoints",
+    "max_steps",
+    "channels_last",
+    "gradient_checkpointing",
+    "compile",
+)
+"""Entries that may differ when a run goes on: none of them changes, beyond rounding, what an earlier step has computed.
 
-`data` is a path; its content is compared. `max_steps` may not differ where the learning rate decays towards it.
+The data's content is compared, not where it is. `max_steps` may not differ where the learning rate decays towards it.
 """
 
 
 def preset_names() -> list[str]:
     """The presets that ship with the package."""
     return sorted(Path(entry.name).stem for entry in PRESETS.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """A preset's tree of values; ValueError, with those there are, for an unknown name."""
+    if name not in preset_names():
+        raise ValueError(f"there is no preset {name!r}; there are {', '.join(preset_names())}")
+    return yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
+
+
+def describe_preset(name: str) -> str:
+    """The sentence that a preset's file opens with, in a comment."""
+    return (PRESETS / f"{name}.yaml").read_text().partition("\n")[0].removeprefix("# ")
 
 
 def load_config(
@@ -102,25 +225,23 @@ def load_config(
         preset: one of `preset_names()`.
         config_file: a YAML file whose entries replace the preset's.
         settings: `key=value` with a dotted key and a YAML value (`optim.lr=2e-4`), which replace both.
-        overrides: entries that replace all others; `None` values are skipped.
+        overrides: values by dotted keys that replace all others; `None` values are skipped.
 
     Raises:
         ValueError: naming the entry that is wrong and what is allowed.
         FileNotFoundError: if there is no such file.
     """
-    tree: dict[str, Any] = {}
-    if preset is not None:
-        if preset not in preset_names():
-            raise ValueError(f"there is no preset {preset!r}; there are {', '.join(preset_names())}")
-        _merge(tree, yaml.safe_load((PRESETS / f"{preset}.yaml").read_text()))
+    tree: dict[str, Any] = {} if preset is None else read_preset(preset)
     if config_file is not None:
         _merge(tree, read_yaml(config_file))
     for setting in settings:
         key, equals, value = setting.partition("=")
-        if not equals:
+        if not equals or not key:
             raise ValueError(f"--set {setting!r} is no key=value, such as optim.lr=2e-4")
         _merge(tree, _nested(key.split("."), _yaml_value(value)))
-    _merge(tree, {key: value for key, value in (overrides or {}).items() if value is not None})
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            _merge(tree, _nested(key.split("."), value))
     return validate(tree)
 
 
@@ -131,7 +252,24 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"training configuration, {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    model = config.model
+    if config.model or config.init is None:
+        check_model(config.model)
+    optim = config.optim
+    if config.batch_size % optim.accumulate:
+        raise ValueError(
+            f"training configuration, optim.accumulate: {optim.accumulate} does not divide batch_size, "
+            f"{config.batch_size}"
+        )
+    if optim.decay_steps is not None and optim.decay == "constant":
+        raise ValueError(
+            "training configuration, optim.decay_steps: the learning rate stays constant unless optim.decay is linear "
+            "or cosine"
+        )
+    return config
+
+
+def check_model(model: Mapping[str, Any]) -> None:
+    """What training asks of the network's arguments; ValueError naming the wrong one."""
     size, channels = model.get("sample_size"), model.get("in_channels", 3)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(
@@ -141,7 +279,6 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
         raise ValueError(
             "training configuration, model.in_channels: it and model.out_channels must both be 1 (grey) or 3 (colour)"
         )
-    return config
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -159,13 +296,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """What keeps `new` from continuing a run of `old`: sentences such as `seed: 0 there, 1 here`."""
-    before, after = old.model_dump(), new.model_dump()
-    may_change = MAY_CHANGE - ({"max_steps"} if old.optim.decay_steps else set())
+    before, after = dict(_leaves(old.model_dump())), dict(_leaves(new.model_dump()))
+    free = [key for key in MAY_CHANGE if key != "max_steps" or old.optim.decay == "constant"]
     return [
-        f"{key}: {before[key]} there, {after[key]} here"
-        for key in after
-        if key not in may_change and before[key] != after[key]
+        f"{key}: {before.get(key)} there, {after.get(key)} here"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not any(key == entry or key.startswith(f"{entry}.") for entry in free)
     ]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            # YAML knows no tuples.
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
 def _yaml_value(text: str) -> Any:

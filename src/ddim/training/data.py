@@ -1,119 +1,380 @@
-"""Training images: read once through `datasets`, fitted to the model, kept in memory as bytes.
+"""Training images: decoded once, fitted to the model, kept as bytes, and handed out in a seeded order.
 
-The order is a function of the seed alone: epoch e visits the images in a permutation drawn from (seed, e), and step n
-takes the n-th batch of the endless sequence of epochs. A run that resumes needs to know nothing but its step.
+The order is a function of the seed alone: epoch e visits the images in a permutation drawn from (seed, e), step n takes
+the n-th batch of the endless sequence of epochs, and process r of P takes the r-th part of that batch. Each image is
+seen once an epoch, whatever P, and a run that resumes needs to know nothing but its step.
+
+Decoded images are kept in memory, or, where they are large or several processes share them, in a memory map in the
+user's cache folder; sets too large for that are decoded at each visit, by threads. Either way the next batch is fetched
+while the network works on this one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ddim.images import find_images, fit_image
+from ddim.files import cache_folder, replace_folder
+from ddim.images import fit_image
+from ddim.training.config import DataConfig
+from ddim.training.sources import Source, open_source
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 256
+IN_MEMORY = 2**31
+ON_DISK = 2**38
+"""Up to so many bytes `cache: auto` keeps decoded images in memory, or on disk."""
 
 
-def load_images(path: Path, size: int, channels: int) -> Tensor:
-    """Read a collection of images.
+class Pictures(Protocol):
+    """Images of one size.
+
+    Attributes:
+        shape: (N, C, H, W).
+        fingerprint: changes when they do; runs go on only with the same.
+        place: where they are kept, for people.
+    """
+
+    shape: tuple[int, int, int, int]
+    fingerprint: str
+    place: str
+
+    def take(self, indices: Tensor) -> Tensor:
+        """The images at int64 indices (n,): uint8 (n, C, H, W)."""
+        ...
+
+
+class CachedPictures:
+    """Images that are decoded already.
 
     Args:
-        path: a folder of images (searched through and through), or a parquet file in the Hugging Face layout, with a
-            column of encoded images.
-        size: height and width to fit every image to (centre crop, Lanczos).
+        pixels: uint8 (N, C, H, W).
+        place: where they are kept.
+        fingerprint: computed unless given.
+    """
+
+    def __init__(self, pixels: Tensor, place: str = "memory", fingerprint: str | None = None) -> None:
+        self.pixels, self.place = pixels, place
+        self.shape = (pixels.shape[0], pixels.shape[1], pixels.shape[2], pixels.shape[3])
+        self.fingerprint = fingerprint or hashlib.sha256(pixels.numpy().data).hexdigest()
+
+    def take(self, indices: Tensor) -> Tensor:
+        return self.pixels[indices.to(self.pixels.device)]
+
+
+class LazyPictures:
+    """Images that are decoded when they are asked for; in place of one that cannot be read comes the next that can.
+
+    Args:
+        source: of encoded images.
+        fit: a decoded image to uint8 (C, H, W).
+        shape: (C, H, W).
+        unreadable: where those that cannot be read are counted.
+    """
+
+    place = "nowhere: they are decoded at each visit"
+
+    def __init__(
+        self,
+        source: Source,
+        fit: Callable[[Image.Image], np.ndarray],
+        shape: tuple[int, int, int],
+        unreadable: Unreadable,
+    ) -> None:
+        self.source, self.fit, self.unreadable = source, fit, unreadable
+        self.shape = (source.count, *shape)
+        self.fingerprint = hashlib.sha256(source.identity.encode()).hexdigest()
+        self._pool = ThreadPoolExecutor(os.cpu_count())
+
+    def take(self, indices: Tensor) -> Tensor:
+        wanted = indices.tolist()
+        decoded = dict(zip(wanted, decode(self.source, wanted, self.fit, self._pool, self.unreadable), strict=True))
+        for index, pixels in decoded.items():
+            other = index
+            while pixels is None:
+                other = (other + 1) % self.source.count
+                (pixels,) = decode(self.source, [other], self.fit, self._pool, self.unreadable)
+            decoded[index] = pixels
+        return torch.from_numpy(np.stack([decoded[index] for index in wanted]))
+
+
+class Unreadable:
+    """Counts and names the images that cannot be read.
+
+    Args:
+        source: how messages call the collection.
+        limit: so many are skipped; one more is a ValueError.
+    """
+
+    def __init__(self, source: str, limit: int) -> None:
+        self.source, self.limit = source, limit
+        self.reasons: dict[int, str] = {}
+
+    def add(self, index: int, reason: str) -> None:
+        """Count one, once."""
+        if index in self.reasons:
+            return
+        self.reasons[index] = reason
+        if len(self.reasons) > self.limit:
+            first = next(iter(self.reasons.values()))
+            raise ValueError(
+                f"{len(self.reasons)} images of {self.source} cannot be read, more than data.max_unreadable allows "
+                f"({self.limit}); the first: {first}"
+            )
+        logger.warning("%s; it is skipped", reason)
+
+
+def decode(
+    source: Source,
+    indices: Sequence[int],
+    fit: Callable[[Image.Image], np.ndarray],
+    pool: ThreadPoolExecutor,
+    unreadable: Unreadable,
+) -> list[np.ndarray | None]:
+    """Decode and fit some images of a source, by the pool's threads; `None` for those that cannot be read."""
+
+    def read(opener: Callable[[], Image.Image]) -> np.ndarray | ValueError:
+        try:
+            return fit(opener())
+        except ValueError as error:
+            return error
+        except Exception as error:  # an image can be damaged in ways that only its conversion finds
+            return ValueError(f"an image cannot be converted: {error}")
+
+    results = list(pool.map(read, source.fetch(indices)))
+    for index, result in zip(indices, results, strict=True):
+        if isinstance(result, ValueError):
+            unreadable.add(index, str(result))
+    return [None if isinstance(result, ValueError) else result for result in results]
+
+
+def open_pictures(config: DataConfig, size: int, channels: int, shared: bool = False) -> Pictures:
+    """Find the images that a run learns from, and decode them where they are to be cached.
+
+    Args:
+        config: where they are and how they are fitted.
+        size: height and width that the model takes.
         channels: 1 for grey, 3 for colour.
+        shared: several processes of this machine read them.
 
     Returns:
-        uint8 (N, channels, size, size).
+        N images, (N, channels, size, size); with `crop: random` they are an eighth larger.
 
     Raises:
         FileNotFoundError: if there is nothing there, or no image in it.
-        ValueError: if a file is neither a folder nor parquet, has no images, or one of them cannot be decoded.
+        ValueError: if it is of another kind, or more images than allowed cannot be read.
+        RuntimeError: if the hub cannot be reached or refuses.
+        OSError: if the cache cannot be written.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"there is no {path}; give a folder of images or a parquet file")
-    rows = _open(path)
-    images = np.empty((len(rows), channels, size, size), np.uint8)
-    for index, row in enumerate(tqdm(rows, desc="reading images", unit="image", leave=False, disable=None)):
-        content, name = (row["bytes"], row["path"]) if row else (None, None)
-        # A path that stands in a parquet file is not followed: it could lead anywhere.
-        source = name if path.is_dir() else content and io.BytesIO(content)
-        try:
-            if not source:
-                raise ValueError("it is missing")
-            with Image.open(source) as image:
-                pixels = np.asarray(fit_image(image, size, size, channels))
-        except Exception as error:  # every decoder fails in its own way
-            raise ValueError(f"image {name or index} of {path} cannot be read: {error}") from None
-        images[index] = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-    return torch.from_numpy(images)
+    source = open_source(config.source, config.split, config.column)
+    stored = math.ceil(size * 9 / 8) if config.crop == "random" else size
+    shape = (channels, stored, stored)
+
+    def fit(image: Image.Image) -> np.ndarray:
+        pixels = np.asarray(fit_image(image, stored, stored, channels, crop=config.crop != "none"))
+        return pixels.reshape(stored, stored, channels).transpose(2, 0, 1)
+
+    unreadable = Unreadable(source.name, config.max_unreadable)
+    cache = choose_cache(source.count * math.prod(shape), shared) if config.cache == "auto" else config.cache
+    if cache == "none":
+        return LazyPictures(source, fit, shape, unreadable)
+    if cache == "disk":
+        key = json.dumps([source.identity, shape, config.crop])
+        return _on_disk(cache_folder() / "images" / hashlib.sha256(key.encode()).hexdigest(), source, fit, unreadable)
+    pixels = list(_decode_all(source, fit, unreadable))
+    return CachedPictures(torch.from_numpy(np.concatenate(pixels)))
 
 
-def _open(path: Path) -> Any:
-    """The rows of a data set, each {"bytes", "path"} of an encoded image, or `None`."""
-    datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # errors come as exceptions as well
-    if path.is_dir():
-        return [{"bytes": None, "path": str(file)} for file in find_images(path)]
-    if path.suffix != ".parquet":
-        raise ValueError(f"{path} is neither a folder of images nor a .parquet file")
-    try:
-        rows = datasets.Dataset.from_parquet(str(path))
-    except Exception as error:  # Every reader underneath has errors of its own.
-        raise ValueError(f"{path} cannot be read as parquet: {error.__cause__ or error}") from None
-    columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
-    if not columns:
-        columns = [name for name in rows.column_names if name == "image"]
-    if not columns or not len(rows):
-        raise ValueError(f"{path} has no column of images; its columns are {', '.join(rows.column_names)}")
-    try:
-        return rows.select_columns(columns[0]).cast_column(columns[0], datasets.Image(decode=False))[columns[0]]
-    except Exception as error:
-        raise ValueError(f"the column {columns[0]} of {path} holds no images: {error}") from None
+def choose_cache(size: int, shared: bool) -> str:
+    """`memory`, `disk` or `none` for so many bytes of decoded images."""
+    if size <= IN_MEMORY and not shared:
+        return "memory"
+    folder = cache_folder()
+    while not folder.exists():
+        folder = folder.parent
+    return "disk" if size <= min(ON_DISK, shutil.disk_usage(folder).free // 2) else "none"
 
 
-def fingerprint(images: Tensor) -> str:
-    """A hash of the images, so that a run cannot go on with others."""
-    return hashlib.sha256(images.numpy().tobytes()).hexdigest()
+def _decode_all(
+    source: Source, fit: Callable[[Image.Image], np.ndarray], unreadable: Unreadable
+) -> Iterator[np.ndarray]:
+    """Chunks of uint8 (n, C, H, W), without the images that cannot be read; ValueError if none is left."""
+    decoded = 0
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=source.count, desc="reading images", unit="image", leave=False, disable=None) as bar,
+    ):
+        for first in range(0, source.count, CHUNK):
+            indices = range(first, min(first + CHUNK, source.count))
+            chunk = [pixels for pixels in decode(source, indices, fit, pool, unreadable) if pixels is not None]
+            bar.update(len(indices))
+            decoded += len(chunk)
+            if chunk:
+                yield np.stack(chunk)
+    if not decoded:
+        raise ValueError(f"no image of {source.name} can be read; the first: {next(iter(unreadable.reasons.values()))}")
+
+
+def _on_disk(
+    folder: Path, source: Source, fit: Callable[[Image.Image], np.ndarray], unreadable: Unreadable
+) -> CachedPictures:
+    """A memory map of decoded images in a folder, made now unless it is there."""
+    if not (folder / "about.json").is_file():
+        digest = hashlib.sha256()
+        shape: list[int] = []
+        with replace_folder(folder) as temporary:
+            with (temporary / "pixels.bin").open("wb") as file:
+                for chunk in _decode_all(source, fit, unreadable):
+                    content = np.ascontiguousarray(chunk).tobytes()
+                    digest.update(content)
+                    file.write(content)
+                    shape = [(shape or [0])[0] + len(chunk), *chunk.shape[1:]]
+            about = {
+                "source": source.name,
+                "shape": shape,
+                "sha256": digest.hexdigest(),
+                "unreadable": list(unreadable.reasons.values()),
+            }
+            (temporary / "about.json").write_text(json.dumps(about))
+    about = json.loads((folder / "about.json").read_text())
+    for index, reason in enumerate(about["unreadable"] if not unreadable.reasons else ()):
+        unreadable.add(index, reason)
+    # Copy on write: PyTorch wants memory that could be written.
+    pixels = np.memmap(folder / "pixels.bin", np.uint8, "c", shape=tuple(about["shape"]))
+    return CachedPictures(torch.from_numpy(pixels), f"a memory map in {folder}", about["sha256"])
+
+
+def split_holdout(count: int, holdout: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the images to train on, in order, and of those that are not; which is decided by the seed."""
+    order = torch.randperm(count, generator=generator_for(seed, "holdout", 0)) if holdout else torch.arange(count)
+    return order[holdout:].sort().values, order[:holdout].sort().values
 
 
 class Batches:
-    """The endless, seeded sequence of batches.
+    """The endless, seeded sequence of batches, or one process's part of it.
 
     Args:
-        images: uint8 (N, C, H, W).
-        batch_size: may exceed N.
-        seed: decides the order.
+        pictures: the images.
+        indices: of those that are trained on, int64 (N,).
+        batch_size: of all processes together; may exceed N.
+        seed: decides the order and the augmentation.
+        size: height and width that the model takes; larger images are cropped at random.
+        horizontal_flip: mirror each with probability 1/2.
+        part: this process, and how many there are.
     """
 
-    def __init__(self, images: Tensor, batch_size: int, seed: int) -> None:
-        self.images, self.batch_size, self.seed = images, batch_size, seed
+    def __init__(
+        self,
+        pictures: Pictures,
+        indices: Tensor,
+        batch_size: int,
+        seed: int,
+        size: int,
+        horizontal_flip: bool = False,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.pictures, self.indices, self.batch_size, self.seed = pictures, indices, batch_size, seed
+        self.size, self.horizontal_flip = size, horizontal_flip
+        rank, processes = part
+        local = batch_size // processes
+        self.local = slice(rank * local, (rank + 1) * local)
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
     def __getitem__(self, step: int) -> Tensor:
-        """The batch of a step, uint8 (batch_size, C, H, W); an epoch's last batch runs over into the next."""
-        N = len(self.images)
-        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return self.images[torch.tensor([int(self._epoch_order(p // N)[p % N]) for p in positions])]
+        """The images of a step, uint8 (n, C, size, size); an epoch's last batch runs over into the next."""
+        images = self.pictures.take(self.positions(step))
+        generator = generator_for(self.seed, "augment", step)
+        room = self.pictures.shape[2] - self.size
+        if room:
+            corners = torch.randint(room + 1, (self.batch_size, 2), generator=generator)[self.local]
+            images = crop(images, corners.to(images.device), self.size)
+        if self.horizontal_flip:
+            flipped = (torch.rand(self.batch_size, generator=generator) < 0.5)[self.local].to(images.device)
+            images = torch.where(flipped[:, None, None, None], images.flip(3), images)
+        return images
+
+    def positions(self, step: int) -> Tensor:
+        """Which images a step takes, int64 (n,)."""
+        N = len(self.indices)
+        positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.local]
+        epochs = positions // N
+        visited = range(int(epochs[0]), int(epochs[-1]) + 1)
+        parts = [self._epoch_order(epoch)[positions[epochs == epoch] % N] for epoch in visited]
+        return self.indices[torch.cat(parts)]
 
     def _epoch_order(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = torch.randperm(len(self.images), generator=generator_for(self.seed, "order", epoch))
+            self._order = torch.randperm(len(self.indices), generator=generator_for(self.seed, "order", epoch))
         return self._order
 
 
-def generator_for(seed: int, purpose: str, index: int) -> torch.Generator:
-    """A CPU generator that depends on these three alone: what happens in step n is then a function of (seed, n), with
-    no state to save.
+def crop(images: Tensor, corners: Tensor, size: int) -> Tensor:
+    """A square window of each image, (n, C, H, W) to (n, C, size, size), at its corner (n, 2): top, left."""
+    n, C = images.shape[:2]
+    span = torch.arange(size, device=images.device)
+    rows = (corners[:, 0, None] + span)[:, None, :, None]
+    columns = (corners[:, 1, None] + span)[:, None, None, :]
+    batch = torch.arange(n, device=images.device)[:, None, None, None]
+    channels = torch.arange(C, device=images.device)[None, :, None, None]
+    return images[batch, channels, rows, columns]
+
+
+class Ahead:
+    """Calls a function of the step one step ahead, in a thread of its own.
+
+    Args:
+        fetch: the function.
+        last: the step after which nothing is fetched.
+    """
+
+    def __init__(self, fetch: Callable[[int], Any], last: int) -> None:
+        self.fetch, self.last = fetch, last
+        self._pool = ThreadPoolExecutor(1)
+        self._next: tuple[int, Future[Any]] | None = None
+
+    def __getitem__(self, step: int) -> Any:
+        if self._next is None or self._next[0] != step:
+            self._next = step, self._pool.submit(self.fetch, step)
+        result = self._next[1].result()
+        self._next = (step + 1, self._pool.submit(self.fetch, step + 1)) if step < self.last else None
+        return result
+
+    def close(self) -> None:
+        """Wait for what is being fetched, and end the thread."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def loader_rate(batches: Batches, seconds: float = 0.2) -> float:
+    """Images a second that the data gives when nothing else is done."""
+    batches[0]
+    started, count, step = time.perf_counter(), 0, 1
+    while time.perf_counter() - started < seconds:
+        count += len(batches[step])
+        step += 1
+    return count / (time.perf_counter() - started)
+
+
+def generator_for(seed: int, purpose: str, index: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on these alone: what happens in step n is then a function of (seed, n), with no state to
+    save.
     """
     digest = hashlib.sha256(f"{seed} {purpose} {index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,100 +1,229 @@
 """A whole training run, from data to a pipeline folder.
 
 RUN/config.yaml       the configuration, the data's fingerprint and the versions of everything
-RUN/metrics.jsonl     a line every 50 steps: step, loss (mean of those 50), gradient norm, images a second
-RUN/loss.png          the losses in it as a curve
+RUN/metrics.jsonl     what it computed, see `ddim.training.watch`
+RUN/tensorboard/      the same and more, for TensorBoard
+RUN/loss.png          the losses as a curve
 RUN/samples/          a grid every so many steps, always from the same seeds
-RUN/checkpoints/      what is needed to go on
-RUN/final/            the result: a pipeline folder for `ddim` and `diffusers`, with the averaged weights
+RUN/checkpoints/      what is needed to go on; the raw weights are in the last one
+RUN/final/            the result: a pipeline folder for `ddim` and `diffusers`, with the averaged weights and a card
 """
 
 from __future__ import annotations
 
-import json
-import math
+import logging
 import platform
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy
 import torch
 import yaml
-from torch import Tensor
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
+from ddim.devices import choose_device
 from ddim.files import write_whole
-from ddim.images import save_images
+from ddim.images import make_grid, save_images
 from ddim.pipeline import DDIMPipeline
-from ddim.training.config import TrainConfig, differences, validate
-from ddim.training.curve import plot_loss
-from ddim.training.data import fingerprint, load_images
+from ddim.training.card import model_card
+from ddim.training.checkpoint import clean, load_checkpoint, load_newest
+from ddim.training.config import TrainConfig, check_model, differences, validate
+from ddim.training.data import CachedPictures, Pictures, loader_rate, open_pictures
+from ddim.training.evaluate import evaluate
+from ddim.training.optim import learning_rate
 from ddim.training.trainer import Progress, Trainer
-from ddim.version import __version__
+from ddim.training.watch import Watch, plot_loss
 
-LOG_EVERY = 50
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("ddim", "torch", "numpy", "pillow", "datasets", "accelerate", "safetensors", "pydantic")
+# The main process paints and measures while the others wait.
+PATIENCE = timedelta(hours=6)
 
 
-def train(config: TrainConfig, out: Path, device: torch.device, resume: bool = True) -> Path:
-    """Run to the end, or go on with a run that was begun.
+def train(
+    config: TrainConfig,
+    out: Path,
+    device: str | torch.device = "auto",
+    resume: Literal["auto", "never"] | Path = "auto",
+    max_minutes: float | None = None,
+) -> Path:
+    """Run to the end, or go on with a run that was begun. Each of several processes calls this.
 
     Args:
         config: the checked configuration.
         out: the run's folder.
-        device: where to train.
-        resume: take up the newest checkpoint in `out`; otherwise `out` must be empty or not exist.
+        device: where to train; several processes take a GPU each, or, with `cpu`, none.
+        resume: `auto` takes up the newest checkpoint in `out` that is whole; `never` wants `out` empty or not there; a
+            path is that of a checkpoint to go on from.
+        max_minutes: end after so much time; the same call goes on from there.
 
     Returns:
         `out/final`.
 
     Raises:
-        FileNotFoundError: if there is no data.
-        ValueError: if the data, or a run that is there, does not fit the configuration.
-        FileExistsError: if `out` has something in it and `resume` is false, or it is no run.
+        FileNotFoundError: if there is no data, or no such checkpoint.
+        ValueError: if the data, a run that is there, or the checkpoint does not fit the configuration.
+        FileExistsError: if `out` has something in it and `resume` is `never`, or it is no run.
         TrainingStopped: on a signal or a loss that is no number.
     """
-    images = load_images(Path(config.data), config.model["sample_size"], config.model.get("in_channels", 3))
-    record = _check_run(config, out, images, resume)
-    trainer = Trainer(config, images, out, device)
+    config = complete(config)
+    accelerator, where = start_processes(device)
+    pictures = load(config, accelerator, where)
+    record = _record(config, pictures, where)
+    _check_run(record, config, out, resume)
+    checkpoint = load_checkpoint(resume) if isinstance(resume, Path) else None
+    trainer = Trainer(config, pictures, out, where, accelerator)
     if config.samples.every:
         # A number of steps that cannot be taken shall be told now.
         trainer.scheduler.make_steps(trainer.scheduler.make_timesteps(config.samples.num_inference_steps))
-    trainer.resume()
+    # None writes before all have read.
+    checkpoint = checkpoint or load_newest(out / "checkpoints")
+    accelerator.wait_for_everyone()
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    if not accelerator.is_main_process:
+        trainer.train(lambda progress: None, max_minutes)
+        accelerator.wait_for_everyone()
+        return out / "final"
     out.mkdir(parents=True, exist_ok=True)
+    clean(out / "checkpoints")
     with write_whole(out / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(record, sort_keys=False))
-    log = MetricsLog(out / "metrics.jsonl", trainer.step, trainer.losses)
-
-    def after_step(progress: Progress) -> None:
-        log.add(progress)
-        samples = config.samples
-        if samples.every and progress.step % samples.every == 0:
-            _paint(trainer, out / "samples" / f"step-{progress.step:08d}.png")
-
-    trainer.train(after_step)
-    final = out / "final"
-    DDIMPipeline(trainer.ema, trainer.scheduler).save_pretrained(final)
-    if config.samples.every:
-        _paint(trainer, out / "samples" / "final.png")
-    if log.path.exists():
-        plot_loss(log.path, out / "loss.png")
+    _run(trainer, out, max_minutes)
+    final = _finish(trainer, out, record)
+    accelerator.wait_for_everyone()
     return final
 
 
-def _check_run(config: TrainConfig, out: Path, images: Tensor, resume: bool) -> dict[str, Any]:
-    """What goes into `config.yaml`, after comparing it with what is there."""
-    record = {
+def complete(config: TrainConfig) -> TrainConfig:
+    """The configuration with the network's arguments of `init`, where it has none of its own."""
+    if config.init is None or config.model:
+        return config
+    unet = DDIMPipeline.from_pretrained(config.init).unet.config
+    model = {key: list(value) if isinstance(value, tuple) else value for key, value in unet.items()}
+    check_model(model)
+    return config.model_copy(update={"model": model})
+
+
+def start_processes(device: str | torch.device) -> tuple[Accelerator, torch.device]:
+    """Join the other processes, where `accelerate launch` or `torchrun` has started several; and this one's device."""
+    wanted = choose_device(device)
+    accelerator = Accelerator(
+        cpu=wanted.type == "cpu",
+        mixed_precision="no",  # the trainer's own, by the configuration
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    if wanted.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    return accelerator, accelerator.device if accelerator.num_processes > 1 else wanted
+
+
+def load(config: TrainConfig, accelerator: Accelerator, device: torch.device) -> Pictures:
+    """The images; several processes of a machine share what the first of them decodes.
+
+    Raises:
+        ValueError: besides what `open_pictures` raises, if there are fewer images than a batch takes.
+    """
+    with accelerator.local_main_process_first():
+        size, channels = config.model["sample_size"], config.model.get("in_channels", 3)
+        pictures = open_pictures(config.data, size, channels, shared=accelerator.num_processes > 1)
+    left = pictures.shape[0] - config.data.holdout
+    if left < config.batch_size:
+        raise ValueError(
+            f"{config.data.source} has {pictures.shape[0]} images, of which {config.data.holdout} are held out; that "
+            f"is too few for a batch_size of {config.batch_size}"
+        )
+    if config.data.on_device and isinstance(pictures, CachedPictures):
+        pictures = CachedPictures(pictures.pixels.to(device), str(device), pictures.fingerprint)
+    return pictures
+
+
+def _run(trainer: Trainer, out: Path, max_minutes: float | None) -> None:
+    """Train, and write down what comes of it."""
+    config = trainer.config
+    N, C, H, W = trainer.pictures.shape
+    logger.info(
+        "%s: %d images, %d x %d x %d, in %s; the loader gives %.0f images/s",
+        *(config.data.source, N, C, H, W, trainer.pictures.place, loader_rate(trainer.batches)),
+    )
+    watch = Watch(out, trainer.step, config.log_every, trainer.device)
+
+    def after_step(progress: Progress) -> None:
+        watch.add(progress, learning_rate(config.optim, progress.step - 1, config.max_steps))
+        if config.samples.every and progress.step % config.samples.every == 0:
+            watch.picture(progress.step, _paint(trainer, out / "samples" / f"step-{progress.step:08d}.png"))
+        if config.evaluate.every and progress.step % config.evaluate.every == 0:
+            watch.write(progress.step, evaluate(trainer, _pipeline(trainer)))
+
+    try:
+        if not trainer.train(after_step, max_minutes):
+            said = "the time is up after step %d of %d; the same command goes on from there"
+            logger.warning(said, trainer.step, config.max_steps)
+    finally:
+        watch.close()
+
+
+def _finish(trainer: Trainer, out: Path, record: dict[str, Any]) -> Path:
+    """Write the result: the pipeline, then what describes it."""
+    final = out / "final"
+    _pipeline(trainer).save_pretrained(final)
+    _paint(trainer, final / "samples.png")
+    plot_loss(out / "metrics.jsonl", out / "loss.png")
+    for name, content in (
+        ("loss.png", (out / "loss.png").read_bytes()),
+        ("README.md", model_card(trainer, out, record).encode()),
+    ):
+        with write_whole(final / name) as temporary:
+            temporary.write_bytes(content)
+    return final
+
+
+def _pipeline(trainer: Trainer) -> DDIMPipeline:
+    pipe = DDIMPipeline(trainer.ema, trainer.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _paint(trainer: Trainer, path: Path) -> Any:
+    """A grid from the averaged weights, always from seeds 0, 1, 2, ...; in a file, and returned."""
+    samples = trainer.config.samples
+    images = _pipeline(trainer).paint(samples.count, num_inference_steps=samples.num_inference_steps)
+    path.parent.mkdir(exist_ok=True)
+    save_images(images, path)
+    return make_grid(images)
+
+
+def _record(config: TrainConfig, pictures: Pictures, device: torch.device) -> dict[str, Any]:
+    """What goes into `config.yaml`."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
         "config": config.model_dump(mode="json"),
-        "data": {"images": len(images), "sha256": fingerprint(images)},
+        "data": {"images": pictures.shape[0], "sha256": pictures.fingerprint},
+        "device": f"{device.type} ({name})",
         "versions": {
-            "ddim": __version__,
-            "torch": str(torch.__version__),
-            "numpy": numpy.__version__,
+            **{package: _version(package) for package in PACKAGES},
+            "cuda": torch.version.cuda,
             "python": platform.python_version(),
         },
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _check_run(record: dict[str, Any], config: TrainConfig, out: Path, resume: Literal["auto", "never"] | Path) -> None:
+    """Compare with the run that is in the folder, if there is one."""
     if not out.exists() or not any(out.iterdir()):
-        return record
+        return
     path = out / "config.yaml"
-    if not resume:
+    if resume == "never":
         raise FileExistsError(f"{out} is not empty; give another folder, or --resume auto to go on with the run in it")
     if not path.is_file():
         raise FileExistsError(f"{out} is not empty and holds no run (no config.yaml); give another folder")
@@ -102,7 +231,7 @@ def _check_run(config: TrainConfig, out: Path, images: Tensor, resume: bool) -> 
         there = yaml.safe_load(path.read_text())
         changed = differences(validate(there["config"]), config)
         if there["data"] != record["data"]:
-            changed.append(f"data: {there['data']['images']} other images there, {len(images)} here")
+            changed.append(f"data: {there['data']['images']} other images there, {record['data']['images']} here")
     except (yaml.YAMLError, ValueError, KeyError, TypeError):
         raise FileExistsError(f"{path} is no record of a run; give another folder") from None
     if changed:
@@ -110,53 +239,3 @@ def _check_run(config: TrainConfig, out: Path, images: Tensor, resume: bool) -> 
             f"the run in {out} was begun with other settings ({'; '.join(changed)}); "
             "go on with those, or give another folder"
         )
-    return record
-
-
-class MetricsLog:
-    """`metrics.jsonl`: a line every `LOG_EVERY` steps.
-
-    Args:
-        path: of the file.
-        step: lines after this step are from a run that died since its last checkpoint; they are dropped, and so is one
-            that it left unfinished.
-        losses: of the steps since the last line; filled and cleared here.
-    """
-
-    def __init__(self, path: Path, step: int, losses: list[float]) -> None:
-        self.path, self.losses = path, losses
-        text = path.read_text() if path.exists() else ""
-        kept = "".join(line for line in text.splitlines(keepends=True) if _step_of(line) <= step)
-        if kept != text:
-            with write_whole(path) as temporary:
-                temporary.write_text(kept)
-
-    def add(self, progress: Progress) -> None:
-        """Take in a step."""
-        self.losses.append(progress.loss)
-        if progress.step % LOG_EVERY:
-            return
-        line = {
-            "step": progress.step,
-            "loss": sum(self.losses) / len(self.losses),
-            "grad_norm": progress.grad_norm,
-            "images_per_second": round(progress.images_per_second, 1),
-        }
-        self.losses.clear()
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of the metrics; infinity if it is not whole."""
-    return float(json.loads(line)["step"]) if line.endswith("}\n") else math.inf
-
-
-def _paint(trainer: Trainer, path: Path) -> None:
-    """A grid from the averaged weights, always from seeds 0, 1, 2, ..."""
-    samples = trainer.config.samples
-    pipe = DDIMPipeline(trainer.ema, trainer.scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    images = pipe.paint(samples.count, num_inference_steps=samples.num_inference_steps)
-    path.parent.mkdir(exist_ok=True)
-    save_images(images, path)

@@ -1,0 +1,1 @@
+"""How good samples are: features, and distances between sets of images. Needs `pip install ddim[train]`."""

@@ -1,0 +1,92 @@
+"""The model card of a run's result: what it is, what it was trained on and how, and what came of it, from the run's own
+records.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ddim.training.trainer import Trainer
+
+CARD = """---
+library_name: ddim
+pipeline_tag: unconditional-image-generation
+tags:
+  - diffusers
+  - ddim
+---
+
+# {name}
+
+A denoising diffusion model of {size}x{size} {colour} images, trained with `ddim`.
+
+![{count} samples, {steps} steps](samples.png)
+
+{count} samples from seeds 0 to {last} at {steps} steps, none picked.
+
+```python
+from ddim import DDIMPipeline  # or: from diffusers import DDIMPipeline
+
+pipe = DDIMPipeline.from_pretrained("{name}")  # this folder, or its id on the hub
+images = pipe(batch_size=16, num_inference_steps={steps}).images
+```
+
+| | |
+|---|---|
+{facts}
+
+![loss](loss.png)
+
+The losses of training, by quarter of the timesteps.
+
+## Settings
+
+```yaml
+{settings}```
+"""
+
+
+def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
+    """The card as Markdown.
+
+    Args:
+        trainer: at the end of the run.
+        out: the run's folder; its name is the model's.
+        record: as in the run's `config.yaml`.
+    """
+    config, scheduler = trainer.config, trainer.scheduler
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line][-10:]
+    measured = [line for line in lines if "held_out_loss" in line or "frechet_distance" in line][-1:]
+    images, processes = record["data"]["images"], trainer.accelerator.num_processes
+    passes = trainer.step * config.batch_size / images
+    facts = {
+        "network": f"`UNet2DModel`, {trainer.model.num_parameters():,} parameters",
+        "predicts": f"{scheduler.config.prediction_type}; {scheduler.config.beta_schedule} betas, T = {len(scheduler)}",
+        "weights": f"exponential moving average, decay {config.ema.decay}",
+        "data": f"{config.data.source}: {images:,} images, SHA-256 {record['data']['sha256'][:16]}",
+        "length": f"{trainer.step:,} steps of {config.batch_size} images, {passes:.1f} passes over the data",
+        "time": f"{trainer.seconds / 60:.1f} minutes on {record['device']}; processes: {processes}",
+        "objective": f"{config.objective.weighting} weighting, {config.precision}",
+    }
+    if losses:
+        facts["final loss"] = f"{sum(losses) / len(losses):.4f}, mean over the last {len(losses)} lines of the metrics"
+    for line in measured:
+        step = line.pop("step")
+        facts |= {key.replace("_", " "): f"{value:.4g}, at step {step:,}" for key, value in line.items()}
+    facts["versions"] = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+    model = config.model
+    return CARD.format(
+        name=out.resolve().name,
+        size=model["sample_size"],
+        colour="grey" if model.get("in_channels", 3) == 1 else "colour",
+        count=config.samples.count,
+        last=config.samples.count - 1,
+        steps=config.samples.num_inference_steps,
+        facts="\n".join(f"| {name} | {fact} |" for name, fact in facts.items()),
+        settings=yaml.safe_dump(record["config"], sort_keys=False),
+    )

@@ -1,0 +1,70 @@
+"""Measuring the averaged weights on the way: the loss on images that are not trained on, and the Fréchet distance."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddim.evaluation.features import Pixels
+from ddim.evaluation.frechet import frechet_distance
+from ddim.pipeline import DDIMPipeline
+from ddim.training.config import EvaluateConfig
+from ddim.training.data import Pictures, generator_for
+from ddim.training.trainer import Trainer
+
+BATCH = 256
+
+
+def evaluate(trainer: Trainer, pipe: DDIMPipeline) -> dict[str, float]:
+    """What there is to measure: `held_out_loss` where images are held out, `frechet_distance` where samples are wanted.
+
+    Args:
+        trainer: the run.
+        pipe: of its averaged weights.
+    """
+    settings, values = trainer.config.evaluate, {}
+    if len(trainer.held_out):
+        values["held_out_loss"] = held_out_loss(trainer)
+    if settings.count:
+        values["frechet_distance"] = sample_distance(trainer, pipe, settings)
+    return values
+
+
+@torch.no_grad()
+def held_out_loss(trainer: Trainer) -> float:
+    """The simple loss of the averaged weights on the held-out images: timesteps spread evenly, always one noise."""
+    scheduler, total = trainer.scheduler, 0.0
+    count = len(trainer.held_out)
+    timesteps = torch.arange(count) * len(scheduler) // count
+    images = square(trainer.pictures, trainer.held_out, trainer.config.model["sample_size"])
+    x0 = images.float() / 127.5 - 1
+    noise = torch.randn(x0.shape, generator=generator_for(trainer.config.seed, "held-out noise", 0))
+    for part in (slice(first, first + BATCH) for first in range(0, count, BATCH)):
+        x, e, t = (tensor[part].to(trainer.device) for tensor in (x0, noise, timesteps))
+        predicted = trainer.ema(scheduler.add_noise(x, e, t), t).sample
+        total += float((predicted - scheduler.training_target(x, e, t)).square().flatten(1).mean(1).sum())
+    return total / count
+
+
+def sample_distance(trainer: Trainer, pipe: DDIMPipeline, settings: EvaluateConfig) -> float:
+    """The Fréchet distance of samples from seeds 0, 1, 2, ... to the held-out images, or, where there are fewer than
+    samples, to as many of those that are trained on.
+    """
+    indices = trainer.held_out
+    if len(indices) < settings.count:
+        chosen = torch.randperm(trainer.pictures.shape[0], generator=generator_for(trainer.config.seed, "reference", 0))
+        indices = chosen[: settings.count]
+    size = trainer.config.model["sample_size"]
+    real = [square(trainer.pictures, indices[first : first + BATCH], size) for first in range(0, len(indices), BATCH)]
+    painted = pipe.paint(settings.count, batch_size=BATCH, num_inference_steps=settings.num_inference_steps)
+    channels = real[0].shape[1]
+    fake = torch.from_numpy(np.stack([np.asarray(picture) for picture in painted])).view(-1, size, size, channels)
+    return frechet_distance(real, [fake.permute(0, 3, 1, 2)], Pixels((channels, size, size)))
+
+
+def square(pictures: Pictures, indices: Tensor, size: int) -> Tensor:
+    """Images as the model takes them, those stored larger cut in the middle: uint8 (n, C, size, size) on the CPU."""
+    images = pictures.take(indices).cpu()
+    margin = (images.shape[2] - size) // 2
+    return images[:, :, margin : margin + size, margin : margin + size]

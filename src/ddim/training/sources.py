@@ -1,0 +1,196 @@
+"""Where training images come from: folders, parquet files, data sets on the hub, arrays. A source has a length and
+gives the image at an index; it is decoded, fitted and cached by `ddim.training.data`.
+
+Nothing that is read can run code: data sets are read as tables, arrays without pickles, and a path that stands in a
+table is followed only into the cache of this machine's own downloads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub.constants
+import numpy as np
+from PIL import Image
+
+from ddim.images import as_pil, decode_image, find_images, read_image
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+DIGITS = "digits"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A collection of encoded images.
+
+    Attributes:
+        name: how messages call it.
+        count: how many images there are, readable or not.
+        fetch: takes indices, and returns for each a function that decodes the image, or raises a ValueError that names
+            it. Fetching is quick and done by one thread; decoding may be done by many.
+        identity: changes when the images do, as far as can be told without decoding them.
+    """
+
+    name: str
+    count: int
+    fetch: Callable[[Sequence[int]], list[Callable[[], Image.Image]]]
+    identity: str
+
+
+def open_source(source: str, split: str = "train", column: str | None = None) -> Source:
+    """Find a collection of images.
+
+    Args:
+        source: a folder of images (searched through and through) or of parquet files; a parquet file with a column of
+            encoded images; an `.npz` file with an array of uint8 (N, H, W, C) or (N, H, W); `owner/name`, a data set on
+            the hub; or `digits`, the 1,797 handwritten digits of scikit-learn, 8x8.
+        split: of a data set on the hub.
+        column: of images in a table; found by itself unless given.
+
+    Raises:
+        FileNotFoundError: if there is nothing there, or no image in it.
+        ValueError: if it is of another kind, or has no such column.
+        RuntimeError: if the hub cannot be reached or refuses.
+    """
+    path = Path(source)
+    if source == DIGITS:
+        from sklearn.datasets import load_digits
+
+        return _from_array(np.round(load_digits().images * (255 / 16)).astype(np.uint8), DIGITS)
+    if path.is_dir():
+        tables = sorted(str(file) for file in path.rglob("*.parquet"))
+        try:
+            return _from_files(find_images(path), path)
+        except FileNotFoundError:
+            if not tables:
+                raise
+        return _from_rows(_read_parquet(tables, source), source, column, _stamp([Path(table) for table in tables]))
+    if path.is_file():
+        if path.suffix == ".parquet":
+            return _from_rows(_read_parquet([source], source), source, column, _stamp([path]))
+        if path.suffix == ".npz":
+            return _from_array(_read_npz(path), source)
+        raise ValueError(f"{source} is neither a folder of images nor a .parquet or .npz file")
+    if path.suffix not in (".parquet", ".npz") and HUB_ID.fullmatch(source):
+        rows = _download(source, split)
+        return _from_rows(rows, f"{source} ({split})", column, str(rows._fingerprint))
+    raise FileNotFoundError(
+        f"there is no {source}; give a folder of images, a .parquet or .npz file, the id of a data set on the hub such "
+        f"as owner/name, or {DIGITS}"
+    )
+
+
+def _from_files(files: list[Path], folder: Path) -> Source:
+    def fetch(indices: Sequence[int]) -> list[Callable[[], Image.Image]]:
+        return [partial(read_image, files[i]) for i in indices]
+
+    return Source(str(folder), len(files), fetch, _stamp(files))
+
+
+def _from_array(pixels: np.ndarray, name: str) -> Source:
+    if pixels.ndim == 3:
+        pixels = pixels[..., None]
+
+    def fetch(indices: Sequence[int]) -> list[Callable[[], Image.Image]]:
+        return [partial(as_pil, pixels[i]) for i in indices]
+
+    return Source(name, len(pixels), fetch, hashlib.sha256(pixels.tobytes()).hexdigest())
+
+
+def _from_rows(rows: datasets.Dataset, name: str, column: str | None, identity: str) -> Source:
+    columns = [key for key, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    chosen = column or next(iter(columns), "image")
+    if chosen not in rows.column_names or not len(rows):
+        raise ValueError(f"{name} has no column of images; its columns are {', '.join(rows.column_names)}")
+    try:
+        encoded = rows.select_columns(chosen).cast_column(chosen, datasets.Image(decode=False))
+        encoded[0]
+    except Exception as error:  # every reader underneath has errors of its own
+        raise ValueError(f"the column {chosen} of {name} holds no images: {_first_line(error)}") from None
+
+    def fetch(indices: Sequence[int]) -> list[Callable[[], Image.Image]]:
+        content = encoded[list(indices)][chosen]
+        return [partial(_decode_row, row, f"image {i} of {name}") for row, i in zip(content, indices, strict=True)]
+
+    return Source(name, len(encoded), fetch, f"{identity} {chosen}")
+
+
+def _decode_row(row: dict[str, Any] | None, name: str) -> Image.Image:
+    content, path = (row.get("bytes"), row.get("path")) if row else (None, None)
+    if content:
+        return decode_image(io.BytesIO(content), name)
+    if path and _is_download(Path(path)):
+        return decode_image(path, name)
+    raise ValueError(f"{name} cannot be read: it is missing")
+
+
+def _is_download(path: Path) -> bool:
+    """Whether a file is in a cache of the hub's clients; a path in a table could lead anywhere."""
+    caches = (huggingface_hub.constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
+    # The hub's cache links from readable names to content, so that the name itself is what counts.
+    return any(path.is_relative_to(cache) for cache in caches) and ".." not in path.parts
+
+
+def _read_npz(path: Path) -> np.ndarray:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except Exception as error:  # a damaged archive fails in whatever it is taken for
+        raise ValueError(f"{path} cannot be read as .npz: {_first_line(error)}") from None
+    for array in arrays.values():
+        if (
+            array.dtype == np.uint8
+            and array.size
+            and (array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3)))
+        ):
+            return array
+    found = ", ".join(f"{key}: {array.dtype} {array.shape}" for key, array in arrays.items())
+    raise ValueError(f"{path} has no array of images, uint8 (N, H, W, C) with C 1 or 3; it holds {found or 'nothing'}")
+
+
+def _read_parquet(files: list[str], name: str) -> datasets.Dataset:
+    _be_quiet()
+    try:
+        return datasets.Dataset.from_parquet(files)
+    except Exception as error:  # every reader underneath has errors of its own
+        raise ValueError(f"{name} cannot be read as parquet: {_first_line(error.__cause__ or error)}") from None
+
+
+def _download(name: str, split: str) -> datasets.Dataset:
+    _be_quiet()
+    try:
+        return datasets.load_dataset(name, split=split)
+    except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
+        raise FileNotFoundError(
+            f"there is no file {name} here and no such data set on the hub: {_first_line(error)}"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"the data set {name} cannot be used: {_first_line(error)}") from None
+    except Exception as error:  # the network, the hub, the disk
+        raise RuntimeError(f"the data set {name} cannot be loaded: {_first_line(error)}") from None
+
+
+def _be_quiet() -> None:
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # errors come as exceptions as well
+
+
+def _stamp(files: Sequence[Path]) -> str:
+    """A hash of files' paths, sizes and times."""
+    digest = hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
