@@ -11,8 +11,8 @@ demo: $(VENV)/core
 	$(BIN)/ddim sample --model mnist --count 16 --steps 50 --out demo.png
 
 test: $(VENV)/dev
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks scripts
+	$(BIN)/ruff format --check src tests benchmarks scripts
 	$(BIN)/mypy
 	$(BIN)/pytest
 

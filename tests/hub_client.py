@@ -73,6 +73,15 @@ def load_with_scheduler(model: str, **config: Any) -> dict[str, Any]:
     return dict(DDIMPipeline.from_pretrained(model, scheduler=DDIMScheduler(**config)).scheduler.config)
 
 
+def load_images(source: str, **arguments: Any) -> tuple[str, str, list[NDArray[np.uint8]]]:
+    """The name and identity of a collection of images, and all of them."""
+    # `datasets` is slow to import, and no other function here wants it.
+    from ddim.training.sources import open_source
+
+    found = open_source(source, **arguments)
+    return found.name, found.identity, [np.asarray(read()) for read in found.fetch(range(found.count))]
+
+
 def push(folder: Path, repo_id: str, **arguments: Any) -> str:
     """Upload the pipeline in a folder."""
     return DDIMPipeline.from_pretrained(folder).push_to_hub(repo_id, **arguments)

@@ -1,8 +1,9 @@
 """A hub on the loopback interface, for the real `huggingface_hub` client: just the requests that it makes to look at,
-download and upload models, answered as the public hub answers them.
+download and upload models, and `datasets` to download data sets, answered as the public hub answers them.
 
     with Hub() as hub:
         commit = hub.add("owner/name", {"config.json": b"{}"})
+        hub.add("datasets/owner/name", {"train.parquet": ...})
         ...                                        # a client whose HF_ENDPOINT is hub.url
         hub.downloaded("owner/name")               # ["config.json"]
 """
@@ -18,13 +19,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
-API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|preupload|commit)/([^/]+))?")
-RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+API = re.compile(
+    r"/api/(?:models/|(?=datasets/))((?:datasets/)?[^/]+/[^/]+)(?:/(revision|tree|preupload|commit)/([^/]+)(?:/(.+))?)?"
+)
+RESOLVE = re.compile(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 CREATE = "/api/repos/create"
+VALIDATE = "/api/validate-yaml"
 
 READER, WRITER = "hf_reader", "hf_writer"
 
@@ -135,6 +139,24 @@ class Hub:
         return repository
 
 
+def about(name: str, content: bytes) -> dict[str, Any]:
+    """A file as the hub lists it."""
+    return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+
+
+def list_tree(files: Mapping[str, bytes], folder: str, recursive: bool) -> list[dict[str, Any]]:
+    """What is in a folder of a commit, and, if `recursive`, in the folders below."""
+    prefix = f"{folder}/" if folder else ""
+    inside = [name for name in files if name.startswith(prefix)]
+    if not inside:
+        raise RefusalError(404, "EntryNotFound", f"{folder} does not exist")
+    parents = {str(parent) for name in inside for parent in PurePosixPath(name).parents}
+    folders = [name for name in sorted(parents - {"."}) if name.startswith(prefix)]
+    listed = [{"type": "directory", "path": name, "size": 0, "oid": 40 * "0"} for name in folders]
+    listed += [about(name, files[name]) for name in inside]
+    return [entry for entry in listed if recursive or "/" not in entry["path"].removeprefix(prefix)]
+
+
 class Handler(BaseHTTPRequestHandler):
     """One request; `hub` is set in a subclass."""
 
@@ -158,6 +180,8 @@ class Handler(BaseHTTPRequestHandler):
             token = self._token()
             if path == CREATE:
                 self._send_json(self._create(json.loads(body), token))
+            elif path == VALIDATE:  # what a model card says of itself
+                self._send_json({"errors": [], "warnings": []})
             elif match := RESOLVE.fullmatch(path):
                 self._send_file(*map(unquote, match.groups()), token)
             elif match := API.fullmatch(path):
@@ -190,16 +214,16 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.add(repo_id, {".gitattributes": b""})
         return {"url": f"{self.hub.url}/{repo_id}", "name": repo_id}
 
-    def _call(self, repo_id: str, action: str | None, revision: str | None, body: bytes, token: str | None) -> Any:
+    def _call(
+        self, repo_id: str, action: str | None, revision: str | None, folder: str | None, body: bytes, token: str | None
+    ) -> Any:
         repository = self.hub.open(repo_id, token)
         branch = unquote(revision or "main")
         sha = repository.find(branch)
         files = repository.commits[sha]
         if action == "tree":
-            return [
-                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for name, content in files.items()
-            ]
+            recursive = parse_qs(urlsplit(self.path).query).get("recursive") == ["true"]
+            return list_tree(files, unquote(folder or ""), recursive)
         if action == "preupload":
             self._check_writer(token)
             names = [file["path"] for file in json.loads(body)["files"]]

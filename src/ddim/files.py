@@ -75,18 +75,24 @@ def replace_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    old = temporary.with_name(f"{temporary.name}-old")
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        for file in sorted(temporary.rglob("*")):
+        umask = _umask()
+        for file in (*sorted(temporary.rglob("*")), temporary):
+            # Some writers keep their files from everybody else.
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
             _flush(file)
-        _flush(temporary)
         if path.exists():
-            path.rename(temporary.with_name(f"{temporary.name}-old"))
+            path.rename(old)
         temporary.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(temporary.with_name(f"{temporary.name}-old"), ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     _flush(path.parent)
 
 

@@ -12,6 +12,12 @@ import torch
 from ddim.training.config import TrainConfig, validate
 from digits import TINY_MODEL, digits, write_digits
 
+ONE_LEVEL: dict[str, Any] = {
+    "block_out_channels": [8],
+    "down_block_types": ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
+}
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread(one_thread: None) -> None:
@@ -30,21 +36,20 @@ def images() -> torch.Tensor:
     return torch.from_numpy(digits(40))[:, None]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config(pictures: Path) -> Callable[..., TrainConfig]:
-    """A configuration with entries replaced."""
+    """A configuration with entries replaced; those of `data`, `model`, `optim` and `samples` one by one."""
+    base: dict[str, Any] = {
+        "data": {"source": str(pictures)},
+        "model": TINY_MODEL | ONE_LEVEL,
+        "batch_size": 8,
+        "max_steps": 12,
+        "optim": {"lr": 2e-3, "warmup_steps": 4},
+        "samples": {"every": 0, "count": 4, "num_inference_steps": 2},
+    }
 
     def make(**entries: Any) -> TrainConfig:
-        return validate(
-            {
-                "data": str(pictures),
-                "model": TINY_MODEL,
-                "batch_size": 8,
-                "max_steps": 12,
-                "optim": {"lr": 2e-3, "warmup_steps": 4},
-                "samples": {"every": 0},
-            }
-            | entries
-        )
+        sections = {name: base[name] | entries.get(name, {}) for name in ("data", "model", "optim", "samples")}
+        return validate(base | entries | sections)
 
     return make

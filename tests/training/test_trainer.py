@@ -1,10 +1,17 @@
-"""The training loop against the equations, computed here once more in float64 from what the network was shown; when it
-stops; and that it learns.
+"""The training loop against the equations, computed here once more in float64 from what the network was shown; what may
+change how a step is computed but not what it comes to; where a run starts from, and when it stops.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,59 +23,95 @@ import torch
 from torch import Tensor, nn
 
 from ddim.outputs import UNet2DOutput
+from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
-from ddim.training.checkpoint import load_newest
+from ddim.training.checkpoint import load_checkpoint, load_newest
 from ddim.training.config import TrainConfig
-from ddim.training.trainer import Progress, Trainer, TrainingStopped
+from ddim.training.data import CachedPictures
+from ddim.training.trainer import Progress, Record, Trainer, TrainingStopped
 from ddim.unet import UNet2DModel
-from digits import TINY_MODEL, digits
+from digits import TINY_MODEL
 
 MakeConfig = Callable[..., TrainConfig]
 CPU = torch.device("cpu")
 ALPHAS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+RESTLESS = {"dropout": 0.3}
 
 
 def as_samples(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def start(config: TrainConfig, images: Tensor, out: Path) -> Trainer:
+    return Trainer(config, CachedPictures(images), out, CPU)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 @dataclass
-class Record:
+class Seen:
     """What a run showed its network, and what became of the weights."""
 
     noisy: list[Tensor] = field(default_factory=list)
     timesteps: list[Tensor] = field(default_factory=list)
+    predicted: list[Tensor] = field(default_factory=list)
     weights: list[dict[str, Tensor]] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     averages: list[dict[str, Tensor]] = field(default_factory=list)
-    progress: list[Progress] = field(default_factory=list)
+    moments: list[dict[str, Tensor]] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
 
 
-def run(config: TrainConfig, images: Tensor, out: Path) -> tuple[Trainer, Record]:
+def run(
+    config: TrainConfig, images: Tensor, out: Path, prepare: Callable[[Trainer], None] | None = None
+) -> tuple[Trainer, Seen]:
     """Train to the end; `weights` begins with those before the first step."""
-    trainer, record = Trainer(config, images, out, CPU), Record()
+    trainer, seen = start(config, images, out), Seen()
 
     def see(module: nn.Module, arguments: tuple[Any, ...], output: UNet2DOutput) -> None:
         if module.training and torch.is_grad_enabled():
-            record.noisy.append(arguments[0].detach().clone())
-            record.timesteps.append(arguments[1].clone())
+            seen.noisy.append(arguments[0].detach().clone())
+            seen.timesteps.append(arguments[1].clone())
+            seen.predicted.append(output.sample.detach().clone())
 
     def after_step(progress: Progress) -> None:
-        record.progress.append(progress)
-        record.weights.append(copy.deepcopy(trainer.model.state_dict()))
-        record.gradients.append({name: p.grad.clone() for name, p in trainer.model.named_parameters()})
-        record.averages.append(copy.deepcopy(trainer.ema.state_dict()))
+        assert progress.step == len(seen.records) + 1 == trainer.step
+        seen.records.append(progress.records[-1])
+        seen.weights.append(copy.deepcopy(trainer.model.state_dict()))
+        seen.gradients.append({name: p.grad.clone() for name, p in trainer.model.named_parameters()})
+        seen.averages.append(copy.deepcopy(trainer.ema.state_dict()))
+        state = trainer.optimizer.state_dict()["state"]
+        seen.moments.append({f"{i}.{key}": value.clone() for i, of in state.items() for key, value in of.items()})
+        seen.scales.append(trainer._scaler.get_scale())
 
     trainer.model.register_forward_hook(see)
-    record.weights.append(copy.deepcopy(trainer.model.state_dict()))
-    trainer.train(after_step)
-    return trainer, record
+    seen.weights.append(copy.deepcopy(trainer.model.state_dict()))
+    if prepare is not None:
+        prepare(trainer)
+    assert trainer.train(after_step)
+    return trainer, seen
 
 
-def noise_in(record: Record, step: int, x0: Tensor) -> Tensor:
+def alpha_in(seen: Seen, step: int) -> Tensor:
+    return torch.from_numpy(ALPHAS)[seen.timesteps[step]].reshape(-1, 1, 1, 1)
+
+
+def noise_in(seen: Seen, step: int, x0: Tensor) -> Tensor:
     """The epsilon of equation (4) that leads from x_0 to what the network was shown; float64."""
-    alpha = torch.from_numpy(ALPHAS)[record.timesteps[step]].reshape(-1, 1, 1, 1)
-    return (record.noisy[step].double() - alpha.sqrt() * x0) / (1 - alpha).sqrt()
+    alpha = alpha_in(seen, step)
+    return (seen.noisy[step].double() - alpha.sqrt() * x0) / (1 - alpha).sqrt()
+
+
+def target_in(seen: Seen, step: int, x0: Tensor, prediction_type: str) -> Tensor:
+    alpha, epsilon = alpha_in(seen, step), noise_in(seen, step, x0)
+    return {
+        "epsilon": epsilon,
+        "sample": x0.expand_as(epsilon),
+        "v_prediction": alpha.sqrt() * epsilon - (1 - alpha).sqrt() * x0,
+    }[prediction_type]
 
 
 # --- a step
@@ -82,121 +125,361 @@ def test_loss_and_gradient_are_those_of_ddpm(
     # With a single picture x_0 is known, and epsilon follows from what the network saw.
     config = make_config(
         max_steps=4,
+        model=TINY_MODEL,
         scheduler={"prediction_type": prediction_type},
-        optim={"lr": 2e-3, "warmup_steps": 0, "grad_clip": grad_clip},
+        optim={"warmup_steps": 0, "grad_clip": grad_clip},
     )
     x0 = as_samples(images[:1]).double()
-    _, record = run(config, images[:1], tmp_path)
+    _, seen = run(config, images[:1], tmp_path)
     for step in (0, 3):
-        epsilon = noise_in(record, step, x0)
-        alpha = torch.from_numpy(ALPHAS)[record.timesteps[step]].reshape(-1, 1, 1, 1)
-        target = {
-            "epsilon": epsilon,
-            "sample": x0.expand_as(epsilon),
-            "v_prediction": alpha.sqrt() * epsilon - (1 - alpha).sqrt() * x0,
-        }[prediction_type]
+        target = target_in(seen, step, x0, prediction_type)
         network = UNet2DModel(**TINY_MODEL).double()
-        network.load_state_dict({name: tensor.double() for name, tensor in record.weights[step].items()})
-        loss = (target - network(record.noisy[step].double(), record.timesteps[step]).sample).square().mean()
+        network.load_state_dict({name: tensor.double() for name, tensor in seen.weights[step].items()})
+        loss = (target - network(seen.noisy[step].double(), seen.timesteps[step]).sample).square().mean()
         loss.backward()
         gradient = {name: p.grad for name, p in network.named_parameters()}
         norm = float(torch.cat([g.flatten() for g in gradient.values()]).norm())
 
-        assert record.progress[step].loss == pytest.approx(float(loss.detach()), rel=1e-4)
-        assert record.progress[step].grad_norm == pytest.approx(norm, rel=1e-3)
+        assert seen.records[step].loss == pytest.approx(float(loss.detach()), rel=1e-4)
+        assert seen.records[step].grad_norm == pytest.approx(norm, rel=1e-3)
         assert (norm > grad_clip) == (grad_clip < 1)
         scale = min(1.0, grad_clip / norm)
-        for name, got in record.gradients[step].items():
+        for name, got in seen.gradients[step].items():
             torch.testing.assert_close(got.double(), gradient[name] * scale, rtol=1e-2, atol=1e-4 * norm * scale)
 
 
-def test_noise_is_gaussian_and_timesteps_come_in_pairs(make_config: MakeConfig, images: Tensor, tmp_path: Path) -> None:
-    _, record = run(make_config(), images[:1], tmp_path)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("weighting", ["simple", "min_snr", "truncated_snr"])
+def test_losses_are_weighted_and_those_by_quartile_are_not(
+    make_config: MakeConfig, images: Tensor, tmp_path: Path, prediction_type: str, weighting: str
+) -> None:
+    config = make_config(
+        max_steps=3,
+        batch_size=16,
+        scheduler={"prediction_type": prediction_type},
+        objective={"weighting": weighting, "gamma": 2.0},
+        optim={"accumulate": 2},
+    )
     x0 = as_samples(images[:1]).double()
-    noise = torch.stack([noise_in(record, step, x0) for step in range(12)])
+    _, seen = run(config, images[:1], tmp_path)
+    snr = ALPHAS / (1 - ALPHAS)
+    # Of the error of x_0; an error of epsilon is SNR times, one of v SNR + 1 times that.
+    weights = {"simple": None, "min_snr": np.minimum(snr, 2.0), "truncated_snr": np.maximum(snr, 1.0)}[weighting]
+    if weights is not None:
+        weights = weights / {"epsilon": snr, "sample": 1, "v_prediction": snr + 1}[prediction_type]
+    for step, record in enumerate(seen.records):
+        # Two passes a step: parts of one batch.
+        timesteps = torch.cat(seen.timesteps[2 * step : 2 * step + 2]).numpy()
+        errors = [
+            (seen.predicted[i].double() - target_in(seen, i, x0, prediction_type)).square().mean((1, 2, 3)).numpy()
+            for i in (2 * step, 2 * step + 1)
+        ]
+        error = np.concatenate(errors)
+        weighted = error if weights is None else weights[timesteps] * error
+        assert record.loss == pytest.approx(weighted.mean(), rel=1e-4)
+        for quarter in range(4):
+            member = (timesteps >= 250 * quarter) & (timesteps < 250 * (quarter + 1))
+            assert record.quartile_counts[quarter] == member.sum()
+            assert record.quartile_sums[quarter] == pytest.approx(error[member].sum(), rel=1e-4)
+        assert sum(record.quartile_counts) == 16
+
+
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_noise_is_gaussian_and_timesteps_come_in_pairs(
+    make_config: MakeConfig, images: Tensor, tmp_path: Path, antithetic: bool
+) -> None:
+    _, seen = run(make_config(objective={"antithetic": antithetic}), images[:1], tmp_path)
+    x0 = as_samples(images[:1]).double()
+    noise = torch.stack([noise_in(seen, step, x0) for step in range(12)])
     # 6144 numbers: four standard deviations of their mean and variance.
     assert abs(float(noise.mean())) < 0.051
     assert abs(float(noise.var()) - 1) < 0.072
     assert len(torch.unique(noise.flatten(2)[..., 0])) == noise.shape[0] * noise.shape[1]
-    for timesteps in record.timesteps:
+    for timesteps in seen.timesteps:
         assert timesteps.dtype == torch.int64
         assert bool(((timesteps >= 0) & (timesteps < 1000)).all())
-        assert torch.equal(timesteps[5:], 999 - timesteps[:3])
-    assert len({tuple(timesteps.tolist()) for timesteps in record.timesteps}) == 12
+        assert torch.equal(timesteps[5:], 999 - timesteps[:3]) == antithetic
+    assert len({tuple(timesteps.tolist()) for timesteps in seen.timesteps}) == 12
+    # Of 96 draws, or 60, from 1000, few are equal.
+    assert len(torch.unique(torch.cat(seen.timesteps))) > 80
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_flips(make_config: MakeConfig, images: Tensor, tmp_path: Path, flip: bool) -> None:
     # Next to no noise: the network sees the pictures themselves.
-    config = make_config(horizontal_flip=flip, scheduler={"beta_start": 1e-9, "beta_end": 1e-9})
-    _, record = run(config, images[:1], tmp_path)
-    x0, seen = as_samples(images[:1]), torch.cat(record.noisy)
-    as_it_is, mirrored = ((seen - x).abs().amax((1, 2, 3)) < 0.02 for x in (x0, x0.flip(3)))
+    config = make_config(data={"horizontal_flip": flip}, scheduler={"beta_start": 1e-9, "beta_end": 1e-9})
+    _, seen = run(config, images[:1], tmp_path)
+    x0, noisy = as_samples(images[:1]), torch.cat(seen.noisy)
+    as_it_is, mirrored = ((noisy - x).abs().amax((1, 2, 3)) < 0.02 for x in (x0, x0.flip(3)))
     assert bool((as_it_is ^ mirrored).all())
     # Of 96, half: four standard deviations are 20.
     assert abs(int(mirrored.sum()) - 48) < 20 if flip else not mirrored.any()
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_weights_follow_adamw_with_a_linear_warm_up_and_decay(
-    make_config: MakeConfig, images: Tensor, tmp_path: Path, weight_decay: float
+def test_held_out_images_are_not_shown(make_config: MakeConfig, images: Tensor, tmp_path: Path) -> None:
+    config = make_config(data={"holdout": 30}, scheduler={"beta_start": 1e-9, "beta_end": 1e-9}, max_steps=5)
+    trainer, seen = run(config, images, tmp_path)
+    distances = torch.cdist(torch.cat(seen.noisy).flatten(1), as_samples(images).flatten(1))
+    shown = set(distances.argmin(1).tolist())
+    assert bool((distances.min(1).values < 0.1).all())
+    assert len(trainer.held_out) == 30
+    assert shown == set(range(40)) - set(trainer.held_out.tolist())
+
+
+@pytest.mark.parametrize(
+    ("optim", "shape"),
+    [
+        ({"decay": "constant"}, [1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1, 1]),
+        ({"decay": "linear", "decay_steps": 3}, [1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 2 / 3, 1 / 3]),
+        ({"decay": "linear", "weight_decay": 0.1}, [1 / 4, 2 / 4, 3 / 4, 1, 1, 3 / 4, 2 / 4, 1 / 4]),
+        ({"decay": "cosine", "decay_steps": 3}, [1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 3 / 4, 1 / 4]),
+    ],
+)
+def test_weights_follow_adamw_with_warm_up_and_decay(
+    make_config: MakeConfig, images: Tensor, tmp_path: Path, optim: dict[str, Any], shape: list[float]
 ) -> None:
-    optim = {"lr": 2e-3, "warmup_steps": 4, "decay_steps": 3, "betas": [0.8, 0.99], "weight_decay": weight_decay}
-    config = make_config(max_steps=8, optim=optim)
-    _, record = run(config, images, tmp_path)
-    rates = [2e-3 * part for part in (1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 2 / 3, 1 / 3)]
-    for name, start in record.weights[0].items():
-        weight, m, v = start.double(), torch.zeros(()), torch.zeros(())
-        for n, (gradients, rate) in enumerate(zip(record.gradients, rates, strict=True), start=1):
-            gradient = gradients[name].double()
+    config = make_config(max_steps=8, optim={"betas": [0.8, 0.99], **optim})
+    _, seen = run(config, images, tmp_path)
+    weight_decay = optim.get("weight_decay", 0)
+    for name, first in seen.weights[0].items():
+        weight, m, v = first.double(), torch.zeros(()), torch.zeros(())
+        for n, (gradients, part) in enumerate(zip(seen.gradients, shape, strict=True), start=1):
+            gradient, rate = gradients[name].double(), 2e-3 * part
             m, v = 0.8 * m + 0.2 * gradient, 0.99 * v + 0.01 * gradient**2
             weight = weight * (1 - rate * weight_decay)
             weight = weight - rate * (m / (1 - 0.8**n)) / ((v / (1 - 0.99**n)).sqrt() + 1e-8)
-            torch.testing.assert_close(record.weights[n][name].double(), weight, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(seen.weights[n][name].double(), weight, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9999])
-def test_average_follows_its_recursion(make_config: MakeConfig, images: Tensor, tmp_path: Path, decay: float) -> None:
-    config = make_config(optim={"lr": 2e-3, "warmup_steps": 0, "ema_decay": decay})
-    trainer, record = run(config, images, tmp_path)
+@pytest.mark.parametrize(("decay", "warmup"), [(0.0, True), (0.5, True), (0.9999, True), (0.9, False)])
+def test_average_follows_its_recursion(
+    make_config: MakeConfig, images: Tensor, tmp_path: Path, decay: float, warmup: bool
+) -> None:
+    config = make_config(optim={"warmup_steps": 0}, ema={"decay": decay, "warmup": warmup})
+    trainer, seen = run(config, images, tmp_path)
     assert isinstance(trainer.ema, UNet2DModel)
     assert not trainer.ema.training
     assert not any(p.requires_grad for p in trainer.ema.parameters())
-    for name, first in record.weights[1].items():
+    for name, first in seen.weights[1].items():
         average = first.double()
         for n in range(1, 12):
-            d = min(decay, (1 + n) / (10 + n))
-            average = d * average + (1 - d) * record.weights[n + 1][name].double()
-            torch.testing.assert_close(record.averages[n][name].double(), average, rtol=1e-5, atol=1e-6)
+            d = min(decay, (1 + n) / (10 + n)) if warmup else decay
+            average = d * average + (1 - d) * seen.weights[n + 1][name].double()
+            torch.testing.assert_close(seen.averages[n][name].double(), average, rtol=1e-5, atol=1e-6)
 
 
-def test_bfloat16_keeps_weights_in_float32(make_config: MakeConfig, images: Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_keeps_weights_in_float32(
+    make_config: MakeConfig, images: Tensor, tmp_path: Path, precision: str
+) -> None:
     _, exact = run(make_config(), images, tmp_path / "fp32")
-    trainer, rough = run(make_config(precision="bf16"), images, tmp_path / "bf16")
-    assert {tensor.dtype for tensor in trainer.model.state_dict().values()} == {torch.float32}
-    assert {tensor.dtype for tensor in trainer.ema.state_dict().values()} == {torch.float32}
-    for a, b in zip(exact.progress, rough.progress, strict=True):
-        assert a.loss != b.loss or a.step == 1
+    trainer, rough = run(make_config(precision=precision), images, tmp_path / precision)
+    for network in (trainer.model, trainer.ema):
+        assert {tensor.dtype for tensor in network.state_dict().values()} == {torch.float32}
+    assert {tensor.dtype for tensor in rough.predicted} == {{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
+    for step, (a, b) in enumerate(zip(exact.records, rough.records, strict=True)):
+        assert a.loss != b.loss or step == 0
         assert a.loss == pytest.approx(b.loss, rel=0.05)
+        assert not math.isfinite(b.grad_norm) or a.grad_norm == pytest.approx(b.grad_norm, rel=0.2)
 
 
 def test_the_network_begins_at_zero(make_config: MakeConfig, images: Tensor, tmp_path: Path) -> None:
-    trainer = Trainer(make_config(), images, tmp_path, CPU)
+    trainer = start(make_config(), images, tmp_path)
     for network in (trainer.model, trainer.ema):
         assert not network(torch.randn(2, 1, 8, 8), torch.tensor([3, 900])).sample.any()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_seed_decides_everything(make_config: MakeConfig, images: Tensor, tmp_path: Path) -> None:
-    def losses(name: str, **entries: Any) -> list[float]:
+    def records(name: str, **entries: Any) -> list[Record]:
         torch.seed()  # whatever state the program is in
-        config = make_config(max_steps=3, model=TINY_MODEL | {"dropout": 0.3}, **entries)
-        return [progress.loss for progress in run(config, images, tmp_path / name)[1].progress]
+        config = make_config(max_steps=3, model=RESTLESS, **entries)
+        return run(config, images, tmp_path / name)[1].records
 
-    assert losses("a") == losses("b") != losses("c", seed=1)
+    assert records("a") == records("b") != records("c", seed=1)
 
 
-# --- models that do not fit
+def test_a_single_step_is_one_of_the_loop(make_config: MakeConfig, images: Tensor, tmp_path: Path) -> None:
+    config = make_config(max_steps=3, model=RESTLESS)
+    whole, seen = run(config, images, tmp_path / "whole")
+    trainer = start(config, images, tmp_path / "steps")
+    assert [trainer.take_step() for _ in range(3)] == seen.records
+    assert trainer.step == 3
+    assert trainer.records == []
+    assert same(trainer.model.state_dict(), whole.model.state_dict())
+    assert same(trainer.ema.state_dict(), whole.ema.state_dict())
+    assert not (tmp_path / "steps").exists()
+    break_loss(trainer, 3)
+    with pytest.raises(TrainingStopped, match=r"in step 4 at a learning rate of .*; no checkpoint is from before"):
+        trainer.take_step()
+
+
+# --- ways to compute the same
+
+
+def trained(make_config: MakeConfig, images: Tensor, out: Path, **entries: Any) -> Trainer:
+    """A trainer that takes up five steps of the plain configuration."""
+    if not out.exists():
+        run(make_config(max_steps=5, model=entries.get("model", {})), images, out)
+    trainer = start(make_config(**entries), images, out)
+    checkpoint = load_newest(out / "checkpoints")
+    assert checkpoint is not None
+    trainer.restore(checkpoint)
+    return trainer
+
+
+@pytest.mark.parametrize("weighting", ["simple", "min_snr"])
+def test_accumulated_gradients_are_those_of_one_pass(
+    make_config: MakeConfig, images: Tensor, tmp_path: Path, weighting: str
+) -> None:
+    entries = {"objective": {"weighting": weighting}}
+    whole = trained(make_config, images, tmp_path / "run", **entries)
+    calls: list[int] = []
+    for passes in (2, 4, 8):
+        parts = trained(make_config, images, tmp_path / "run", optim={"accumulate": passes}, **entries)
+        parts.model.register_forward_pre_hook(lambda module, arguments: calls.append(len(arguments[0])))
+        if passes == 2:
+            expected = whole.take_step()
+        record = parts.take_step()
+        assert record.loss == pytest.approx(expected.loss, rel=1e-6)
+        assert record.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+        assert record.quartile_counts == expected.quartile_counts
+        for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+            torch.testing.assert_close(other.grad, one.grad, rtol=1e-5, atol=1e-6)
+    assert calls == [4] * 2 + [2] * 4 + [1] * 8
+
+
+@pytest.mark.parametrize(
+    ("entries", "dropout", "rounding"),
+    # Dropout draws its mask in the order of memory: layouts are compared without.
+    [({"gradient_checkpointing": True}, 0.3, 0.0), ({"channels_last": False}, 0.0, 1e-5)],
+)
+def test_memory_layout_and_gradient_checkpointing_change_nothing(
+    make_config: MakeConfig,
+    images: Tensor,
+    tmp_path: Path,
+    entries: dict[str, bool],
+    dropout: float,
+    rounding: float,
+) -> None:
+    # AdamW with a small eps makes large steps of small gradients, rounding and all.
+    common = {"model": {"dropout": dropout}, "optim": {"eps": 0.1, "lr": 0.02}, "max_steps": 8}
+    _, plain = run(make_config(**common), images, tmp_path / "plain")
+    calls: list[nn.Module] = []
+
+    def watch(trainer: Trainer) -> None:
+        block = trainer.model.down_blocks[0].resnets[0]
+        block.norm1.register_forward_hook(lambda module, arguments, output: calls.append(module))
+        last = block.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+        assert last == trainer.config.channels_last
+        assert not trainer.ema.gradient_checkpointing
+
+    trainer, other = run(make_config(**common, **entries), images, tmp_path / "other", watch)
+    # Residual blocks are computed a second time on the way back.
+    assert len(calls) == (16 if trainer.config.gradient_checkpointing else 8)
+    for a, b in zip(plain.records, other.records, strict=True):
+        assert b.loss == pytest.approx(a.loss, rel=rounding)
+        assert b.grad_norm == pytest.approx(a.grad_norm, rel=10 * rounding)
+
+
+# --- loss scaling
+
+
+def test_infinite_gradients_of_half_precision_cost_a_step_and_halve_the_scale(
+    make_config: MakeConfig, images: Tensor, tmp_path: Path
+) -> None:
+    config = make_config(precision="fp16", checkpoints={"every": 7}, ema={"decay": 0.0})
+    trainer, seen = run(config, images, tmp_path, lambda trainer: break_gradient(trainer, 5))
+    skipped = [not math.isfinite(record.grad_norm) for record in seen.records]
+    assert skipped[5]
+    assert not all(skipped)
+    scale = 65536.0
+    for step, skip in enumerate(skipped):
+        scale = scale / 2 if skip else scale
+        assert seen.scales[step] == scale
+        assert same(seen.weights[step], seen.weights[step + 1]) == skip
+        if skip and step:
+            assert same(seen.moments[step - 1], seen.moments[step])
+        assert math.isfinite(seen.records[step].loss)
+    assert all(bool(tensor.isfinite().all()) for tensor in trainer.ema.state_dict().values())
+
+    checkpoint = load_checkpoint(tmp_path / "checkpoints" / "step-00000007")
+    resumed = start(config, images, tmp_path / "other")
+    resumed.restore(checkpoint)
+    assert resumed._scaler.get_scale() == seen.scales[6] != 65536.0
+    assert resumed._scaler.state_dict()["_growth_tracker"] == 1
+    resumed.train(lambda progress: None)
+    assert same(resumed.model.state_dict(), trainer.model.state_dict())
+    assert resumed._scaler.state_dict() == trainer._scaler.state_dict()
+
+
+# --- where a run starts from
+
+
+def saved_model(config: TrainConfig, folder: Path, **changes: Any) -> UNet2DModel:
+    torch.manual_seed(3)
+    network = UNet2DModel(**config.model | changes)
+    DDIMPipeline(network, DDIMScheduler()).save_pretrained(folder)
+    return network
+
+
+def test_a_run_starts_from_the_weights_of_init(make_config: MakeConfig, images: Tensor, tmp_path: Path) -> None:
+    network = saved_model(make_config(), tmp_path / "saved")
+    trainer = start(make_config(init=str(tmp_path / "saved")), images, tmp_path / "run")
+    assert same(trainer.model.state_dict(), network.state_dict())
+    assert same(trainer.ema.state_dict(), network.state_dict())
+    assert trainer.step == 0
+
+
+@pytest.mark.parametrize("changes", [TINY_MODEL, {"layers_per_block": 2}, {"in_channels": 3}])
+def test_another_model_is_no_init(
+    make_config: MakeConfig, images: Tensor, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    saved_model(make_config(), tmp_path / "saved", **changes)
+    with pytest.raises(ValueError, match=r"^init: .*saved is another model: \S.*$") as refusal:
+        start(make_config(init=str(tmp_path / "saved")), images, tmp_path / "run")
+    assert "\n" not in str(refusal.value)
+
+
+def test_no_model_is_no_init(make_config: MakeConfig, images: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no model '.*/missing'"):
+        start(make_config(init=str(tmp_path / "missing")), images, tmp_path / "run")
+
+
+def test_a_checkpoint_holds_the_future(make_config: MakeConfig, images: Tensor, tmp_path: Path) -> None:
+    config = make_config(model=RESTLESS, data={"horizontal_flip": True}, checkpoints={"every": 5, "keep": 3})
+    whole, seen = run(config, images, tmp_path / "whole")
+    resumed = start(config, images, tmp_path / "resumed")
+    resumed.restore(load_checkpoint(tmp_path / "whole" / "checkpoints" / "step-00000005"))
+    assert (resumed.step, resumed.records) == (5, seen.records[:5])
+    assert resumed.seconds > 0
+    assert resumed.train(lambda progress: None)
+    assert resumed.records == seen.records
+    assert same(resumed.model.state_dict(), whole.model.state_dict())
+    assert same(resumed.ema.state_dict(), whole.ema.state_dict())
+    a, b = (trainer.optimizer.state_dict()["state"] for trainer in (resumed, whole))
+    assert a.keys() == b.keys()
+    assert all(same(a[index], b[index]) for index in a)
+
+
+def test_a_checkpoint_of_another_model_is_refused(make_config: MakeConfig, images: Tensor, tmp_path: Path) -> None:
+    run(make_config(max_steps=1), images, tmp_path)
+    checkpoint = load_newest(tmp_path / "checkpoints")
+    assert checkpoint is not None
+    other = start(make_config(model={"layers_per_block": 2}), images, tmp_path)
+    with pytest.raises(ValueError, match=r"^the checkpoint is of another model: \S.*$"):
+        other.restore(checkpoint)
+
+
+def test_a_run_that_is_beyond_its_end_is_at_its_end(make_config: MakeConfig, images: Tensor, tmp_path: Path) -> None:
+    trainer = trained(make_config, images, tmp_path / "run", max_steps=3)
+    before = copy.deepcopy(trainer.model.state_dict())
+    assert trainer.train(lambda progress: pytest.fail("no step is left"))
+    assert trainer.step == 5
+    assert same(trainer.model.state_dict(), before)
+
+
+# --- what does not fit
 
 
 @pytest.mark.parametrize(
@@ -209,6 +492,10 @@ def test_a_seed_decides_everything(make_config: MakeConfig, images: Tensor, tmp_
         ({"scheduler": {"beta_schedule": "steep"}}, "beta_schedule is 'steep'"),
         ({"scheduler": {"prediction_type": "noise"}}, "prediction_type is 'noise'"),
         ({"scheduler": {"betas": 3}}, "betas"),
+        (
+            {"scheduler": {"rescale_betas_zero_snr": True}, "objective": {"weighting": "truncated_snr"}},
+            "the weighting truncated_snr of epsilon is infinite",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_told_at_once(
@@ -217,8 +504,15 @@ def test_settings_that_do_not_fit_are_told_at_once(
     config = make_config(**entries)
     size = config.model["sample_size"]
     with pytest.raises((ValueError, TypeError), match=message):
-        Trainer(config, images.new_zeros(4, 1, size, size), tmp_path, CPU)
+        start(config, images.new_zeros(4, 1, size, size), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(make_config: MakeConfig, images: Tensor, tmp_path: Path) -> None:
+    processes = types.SimpleNamespace(num_processes=3, process_index=0)
+    message = "batch_size is 8; 3 processes and optim.accumulate 4 want a multiple of 12"
+    with pytest.raises(ValueError, match=message):
+        Trainer(make_config(optim={"accumulate": 4}), CachedPictures(images), tmp_path, CPU, processes)  # type: ignore[arg-type]
 
 
 # --- losses that are no numbers
@@ -235,84 +529,139 @@ def break_gradient(trainer: Trainer, step: int) -> None:
     trainer.model.conv_in.bias.register_hook(lambda g: g * float("inf") if trainer.step == step else g)
 
 
-@pytest.mark.parametrize(("spoil", "named"), [(break_loss, "loss became nan"), (break_gradient, "norm (nan|inf)")])
+@pytest.mark.parametrize(
+    ("spoil", "precision", "named"),
+    [
+        (break_loss, "fp32", "loss became nan"),
+        (break_gradient, "fp32", "norm (nan|inf)"),
+        (break_loss, "fp16", "loss became nan"),
+    ],
+)
 def test_a_loss_that_is_no_number_stops_before_it_is_saved(
     make_config: MakeConfig,
     images: Tensor,
     tmp_path: Path,
     spoil: Callable[[Trainer, int], None],
+    precision: str,
     named: str,
 ) -> None:
-    config = make_config(checkpoint_every=1, keep_checkpoints=1)
-    trainer = Trainer(config, images, tmp_path, CPU)
+    config = make_config(checkpoints={"every": 1, "keep": 1}, precision=precision)
+    trainer = start(config, images, tmp_path)
     spoil(trainer, 5)
     steps: list[int] = []
-    with pytest.raises(TrainingStopped, match=rf"{named}.* in step 6 at a learning rate of 0\.002.* lower optim\.lr"):
+    last = r"the last checkpoint, \S*/checkpoints/step-00000005, is from before"
+    with pytest.raises(
+        TrainingStopped, match=rf"{named}.* in step 6 at a learning rate of 0\.002; {last}, a lower optim\.lr may help"
+    ):
         trainer.train(lambda progress: steps.append(progress.step))
     assert steps == [1, 2, 3, 4, 5]
     assert all(bool(tensor.isfinite().all()) for tensor in trainer.ema.state_dict().values())
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005.pt"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
 
-    resumed = Trainer(config, images, tmp_path, CPU)
-    assert resumed.resume()
-    assert resumed.step == 5
+    resumed = start(config, images, tmp_path)
+    resumed.restore(load_checkpoint(tmp_path / "checkpoints" / "step-00000005"))
     resumed.train(lambda progress: None)
-    whole, _ = run(make_config(), images, tmp_path / "whole")
-    for name, tensor in whole.ema.state_dict().items():
-        assert torch.equal(resumed.ema.state_dict()[name], tensor)
+    whole, _ = run(make_config(precision=precision), images, tmp_path / "whole")
+    assert same(whole.ema.state_dict(), resumed.ema.state_dict())
 
 
 def test_a_learning_rate_that_is_too_large_ends_in_that_sentence(
     make_config: MakeConfig, images: Tensor, tmp_path: Path
 ) -> None:
-    config = make_config(optim={"lr": 1e30, "warmup_steps": 0})
-    with pytest.raises(TrainingStopped, match=r"in step \d+ at a learning rate of 1e\+30"):
-        Trainer(config, images, tmp_path, CPU).train(lambda progress: None)
+    trainer = start(make_config(optim={"lr": 1e30, "warmup_steps": 0}), images, tmp_path)
+    with pytest.raises(TrainingStopped, match=r"in step \d+ at a learning rate of 1e\+30; no checkpoint is from"):
+        trainer.train(lambda progress: None)
     assert load_newest(tmp_path / "checkpoints") is None
 
 
-# --- learning
+# --- time and signals
 
 
-def gaussian_denoiser_loss(train: np.ndarray, x0: np.ndarray, noise: np.ndarray, alpha: np.ndarray) -> float:
-    """Mean squared error of E[epsilon | x_t] for Gaussian data with the mean and covariance of `train`: the best that
-    any denoiser can do that is linear in x_t.
-    """
-    noisy = np.sqrt(alpha) * x0 + np.sqrt(1 - alpha) * noise
-    variances, axes = np.linalg.eigh(np.cov(train.T))
-    centred = (noisy - np.sqrt(alpha) * train.mean(0)) @ axes
-    predicted = centred * np.sqrt(1 - alpha) / (alpha * variances.clip(0) + 1 - alpha) @ axes.T
-    return float(np.square(predicted - noise).mean())
+def test_a_run_ends_when_its_time_is_up(make_config: MakeConfig, images: Tensor, tmp_path: Path) -> None:
+    whole, seen = run(make_config(), images, tmp_path / "whole")
+    steps: list[int] = []
+    trainer = start(make_config(), images, tmp_path / "run")
+    assert not trainer.train(lambda progress: steps.append(progress.step), max_minutes=1e-9)
+    assert steps == [1]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
+    resumed = start(make_config(), images, tmp_path / "run")
+    resumed.restore(load_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000001"))
+    assert resumed.train(lambda progress: None, max_minutes=100)
+    assert resumed.records == seen.records
+    assert same(resumed.ema.state_dict(), whole.ema.state_dict())
 
 
-def test_a_small_network_learns_digits(make_config: MakeConfig, tmp_path: Path) -> None:
-    pictures = torch.from_numpy(digits())[:, None]
-    training, held_out = pictures[:1500], as_samples(pictures[1500:])
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(held_out.shape, generator=generator)
-    timesteps = torch.randint(1000, (len(held_out),), generator=generator)
-    noisy = DDIMScheduler().add_noise(held_out, noise, timesteps)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step(
+    make_config: MakeConfig, images: Tensor, tmp_path: Path, number: signal.Signals
+) -> None:
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    trainer = start(make_config(), images, tmp_path)
 
-    def loss(network: UNet2DModel) -> float:
-        with torch.no_grad():
-            return float((network(noisy, timesteps).sample - noise).square().mean())
+    def interrupt(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if trainer.step == 4 and module.training:
+            signal.raise_signal(number)
 
-    config = make_config(
-        model=TINY_MODEL | {"block_out_channels": [16, 32]},
-        batch_size=64,
-        max_steps=300,
-        optim={"lr": 3e-3, "warmup_steps": 50, "ema_decay": 0.99},
-        checkpoint_every=300,
+    trainer.model.register_forward_pre_hook(interrupt)
+    steps: list[int] = []
+    message = (
+        rf"^stopped by {number.name} after step 5; \S*/checkpoints/step-00000005 is saved, the same command goes on "
+        "from there$"
     )
-    trainer = Trainer(config, training, tmp_path, CPU)
-    assert loss(trainer.ema) == pytest.approx(1, abs=0.03)
-    trainer.train(lambda progress: None)
-    linear = gaussian_denoiser_loss(
-        as_samples(training).flatten(1).double().numpy(),
-        held_out.flatten(1).double().numpy(),
-        noise.flatten(1).double().numpy(),
-        ALPHAS[timesteps.numpy()][:, None],
+    with pytest.raises(TrainingStopped, match=message):
+        trainer.train(lambda progress: steps.append(progress.step))
+    assert steps == [1, 2, 3, 4, 5]
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert load_checkpoint(tmp_path / "checkpoints" / "step-00000005").step == 5
+
+
+def test_handlers_are_as_before_after_every_end(make_config: MakeConfig, images: Tensor, tmp_path: Path) -> None:
+    def mine(*arguments: Any) -> None:
+        pass
+
+    before = {number: signal.signal(number, mine) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        trainer = start(make_config(max_steps=2), images, tmp_path)
+        trainer.train(lambda progress: None)
+        assert [signal.getsignal(number) for number in before] == [mine, mine]
+        trainer = start(make_config(), images, tmp_path)
+        with pytest.raises(ZeroDivisionError):
+            trainer.train(lambda progress: print(1 // 0))
+        assert [signal.getsignal(number) for number in before] == [mine, mine]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+TWO_SIGNALS = """
+import json, signal, sys
+from pathlib import Path
+import torch
+from ddim.training.config import validate
+from ddim.training.data import CachedPictures
+from ddim.training.trainer import Trainer
+
+def interrupt(module, arguments):
+    if trainer.step == 3 and module.training:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            print(number.name, flush=True)
+            signal.raise_signal(number)
+        print("alive", flush=True)
+
+trainer = Trainer(validate(json.loads(sys.argv[1])), CachedPictures(torch.zeros(9, 1, 8, 8, dtype=torch.uint8)),
+                  Path(sys.argv[2]), torch.device("cpu"))
+trainer.model.register_forward_pre_hook(interrupt)
+trainer.train(lambda progress: None)
+"""
+
+
+def test_a_second_signal_ends_the_program_at_once(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(checkpoints={"every": 2}).model_dump(mode="json")
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_SIGNALS, json.dumps(config), str(tmp_path / "run")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
-    assert 0.1 < linear < 0.14
-    assert loss(trainer.ema) < linear
-    assert loss(trainer.ema) < loss(trainer.model)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "SIGINT\nSIGTERM\n"), done.stderr
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]

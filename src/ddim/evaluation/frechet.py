@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 
 def frechet_distance(first: Iterable[Tensor], second: Iterable[Tensor], features: nn.Module) -> float:
@@ -21,6 +20,9 @@ def frechet_distance(first: Iterable[Tensor], second: Iterable[Tensor], features
         second: the same of the other set.
         features: images to vectors (n, D), with an attribute `num_features`, D.
     """
+    # A second or two to import.
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     metric = FrechetInceptionDistance(feature=features)
     for batches, real in ((first, True), (second, False)):
         for images in batches:

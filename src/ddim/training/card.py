@@ -62,13 +62,14 @@ def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line][-10:]
     measured = [line for line in lines if "held_out_loss" in line or "frechet_distance" in line][-1:]
-    images, processes = record["data"]["images"], trainer.accelerator.num_processes
+    images, processes = len(trainer.batches.indices), trainer.accelerator.num_processes
     passes = trainer.step * config.batch_size / images
+    held_out = f", {len(trainer.held_out):,} more held out" if len(trainer.held_out) else ""
     facts = {
         "network": f"`UNet2DModel`, {trainer.model.num_parameters():,} parameters",
         "predicts": f"{scheduler.config.prediction_type}; {scheduler.config.beta_schedule} betas, T = {len(scheduler)}",
         "weights": f"exponential moving average, decay {config.ema.decay}",
-        "data": f"{config.data.source}: {images:,} images, SHA-256 {record['data']['sha256'][:16]}",
+        "data": f"{config.data.source}: {images:,} images{held_out}, SHA-256 {record['data']['sha256'][:16]}",
         "length": f"{trainer.step:,} steps of {config.batch_size} images, {passes:.1f} passes over the data",
         "time": f"{trainer.seconds / 60:.1f} minutes on {record['device']}; processes: {processes}",
         "objective": f"{config.objective.weighting} weighting, {config.precision}",

@@ -109,6 +109,8 @@ class LazyPictures:
             other = index
             while pixels is None:
                 other = (other + 1) % self.source.count
+                if other == index:
+                    raise _nothing_readable(self.source, self.unreadable)
                 (pixels,) = decode(self.source, [other], self.fit, self._pool, self.unreadable)
             decoded[index] = pixels
         return torch.from_numpy(np.stack([decoded[index] for index in wanted]))
@@ -188,7 +190,7 @@ def open_pictures(config: DataConfig, size: int, channels: int, shared: bool = F
 
     def fit(image: Image.Image) -> np.ndarray:
         pixels = np.asarray(fit_image(image, stored, stored, channels, crop=config.crop != "none"))
-        return pixels.reshape(stored, stored, channels).transpose(2, 0, 1)
+        return np.ascontiguousarray(pixels.reshape(stored, stored, channels).transpose(2, 0, 1))
 
     unreadable = Unreadable(source.name, config.max_unreadable)
     cache = choose_cache(source.count * math.prod(shape), shared) if config.cache == "auto" else config.cache
@@ -228,7 +230,11 @@ def _decode_all(
             if chunk:
                 yield np.stack(chunk)
     if not decoded:
-        raise ValueError(f"no image of {source.name} can be read; the first: {next(iter(unreadable.reasons.values()))}")
+        raise _nothing_readable(source, unreadable)
+
+
+def _nothing_readable(source: Source, unreadable: Unreadable) -> ValueError:
+    return ValueError(f"no image of {source.name} can be read; the first: {next(iter(unreadable.reasons.values()))}")
 
 
 def _on_disk(
@@ -241,7 +247,7 @@ def _on_disk(
         with replace_folder(folder) as temporary:
             with (temporary / "pixels.bin").open("wb") as file:
                 for chunk in _decode_all(source, fit, unreadable):
-                    content = np.ascontiguousarray(chunk).tobytes()
+                    content = chunk.tobytes()
                     digest.update(content)
                     file.write(content)
                     shape = [(shape or [0])[0] + len(chunk), *chunk.shape[1:]]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ddim.evaluation.features import Pixels
 from ddim.evaluation.frechet import frechet_distance
+from ddim.evaluation.samples import paint_pixels
 from ddim.pipeline import DDIMPipeline
 from ddim.training.config import EvaluateConfig
 from ddim.training.data import Pictures, generator_for
@@ -53,14 +53,13 @@ def sample_distance(trainer: Trainer, pipe: DDIMPipeline, settings: EvaluateConf
     """
     indices = trainer.held_out
     if len(indices) < settings.count:
-        chosen = torch.randperm(trainer.pictures.shape[0], generator=generator_for(trainer.config.seed, "reference", 0))
-        indices = chosen[: settings.count]
+        trained = trainer.batches.indices
+        chosen = torch.randperm(len(trained), generator=generator_for(trainer.config.seed, "reference", 0))
+        indices = trained[chosen[: settings.count]]
     size = trainer.config.model["sample_size"]
     real = [square(trainer.pictures, indices[first : first + BATCH], size) for first in range(0, len(indices), BATCH)]
-    painted = pipe.paint(settings.count, batch_size=BATCH, num_inference_steps=settings.num_inference_steps)
-    channels = real[0].shape[1]
-    fake = torch.from_numpy(np.stack([np.asarray(picture) for picture in painted])).view(-1, size, size, channels)
-    return frechet_distance(real, [fake.permute(0, 3, 1, 2)], Pixels((channels, size, size)))
+    fake = paint_pixels(pipe, settings.count, settings.num_inference_steps, BATCH)
+    return frechet_distance(real, [fake], Pixels((fake.shape[1], size, size)))
 
 
 def square(pictures: Pictures, indices: Tensor, size: int) -> Tensor:

@@ -26,8 +26,8 @@ def draw_timesteps(count: int, num_train_timesteps: int, antithetic: bool, gener
     Args:
         count: how many.
         num_train_timesteps: T.
-        antithetic: draw half of them and take T - 1 - t for the others, as the original code does: every batch then has
-            as many early as late timesteps, which lowers the variance of the loss.
+        antithetic: draw count // 2 + 1 of them and take T - 1 - t of the first ones for the others, as the original
+            code does: a batch then has about as many early as late timesteps, which lowers the variance of the loss.
         generator: decides them, and the device they are on.
     """
     drawn = count // 2 + 1 if antithetic else count

@@ -21,14 +21,14 @@ from typing import Any, Literal
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from ddim.devices import choose_device
 from ddim.files import write_whole
 from ddim.images import make_grid, save_images
 from ddim.pipeline import DDIMPipeline
 from ddim.training.card import model_card
-from ddim.training.checkpoint import clean, load_checkpoint, load_newest
+from ddim.training.checkpoint import Checkpoint, clean, load_checkpoint, load_newest
 from ddim.training.config import TrainConfig, check_model, differences, validate
 from ddim.training.data import CachedPictures, Pictures, loader_rate, open_pictures
 from ddim.training.evaluate import evaluate
@@ -73,15 +73,19 @@ def train(
     accelerator, where = start_processes(device)
     pictures = load(config, accelerator, where)
     record = _record(config, pictures, where)
-    _check_run(record, config, out, resume)
-    checkpoint = load_checkpoint(resume) if isinstance(resume, Path) else None
+    # The main process alone looks into the folder, which need not be on the other machines.
+    found: list[Checkpoint | None] = [None]
+    if accelerator.is_main_process:
+        _check_run(record, config, out, resume)
+        found = [load_checkpoint(resume) if isinstance(resume, Path) else load_newest(out / "checkpoints")]
     trainer = Trainer(config, pictures, out, where, accelerator)
-    if config.samples.every:
+    painted = [config.samples.num_inference_steps]
+    if config.evaluate.every and config.evaluate.count:
+        painted.append(config.evaluate.num_inference_steps)
+    for steps in painted:
         # A number of steps that cannot be taken shall be told now.
-        trainer.scheduler.make_steps(trainer.scheduler.make_timesteps(config.samples.num_inference_steps))
-    # None writes before all have read.
-    checkpoint = checkpoint or load_newest(out / "checkpoints")
-    accelerator.wait_for_everyone()
+        trainer.scheduler.make_steps(trainer.scheduler.make_timesteps(steps))
+    (checkpoint,) = broadcast_object_list(found)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     if not accelerator.is_main_process:
@@ -155,8 +159,9 @@ def _run(trainer: Trainer, out: Path, max_minutes: float | None) -> None:
         watch.add(progress, learning_rate(config.optim, progress.step - 1, config.max_steps))
         if config.samples.every and progress.step % config.samples.every == 0:
             watch.picture(progress.step, _paint(trainer, out / "samples" / f"step-{progress.step:08d}.png"))
-        if config.evaluate.every and progress.step % config.evaluate.every == 0:
-            watch.write(progress.step, evaluate(trainer, _pipeline(trainer)))
+        measures = config.evaluate.every and progress.step % config.evaluate.every == 0
+        if measures and (values := evaluate(trainer, _pipeline(trainer))):
+            watch.write(progress.step, values)
 
     try:
         if not trainer.train(after_step, max_minutes):
@@ -220,7 +225,8 @@ def _version(package: str) -> str | None:
 
 def _check_run(record: dict[str, Any], config: TrainConfig, out: Path, resume: Literal["auto", "never"] | Path) -> None:
     """Compare with the run that is in the folder, if there is one."""
-    if not out.exists() or not any(out.iterdir()):
+    # A process that died at once may have left no more than the beginning of config.yaml.
+    if not out.exists() or all(path.name.startswith(".config-") for path in out.iterdir()):
         return
     path = out / "config.yaml"
     if resume == "never":

@@ -1,27 +1,22 @@
 """Where training images come from: folders, parquet files, data sets on the hub, arrays. A source has a length and
 gives the image at an index; it is decoded, fitted and cached by `ddim.training.data`.
 
-Nothing that is read can run code: data sets are read as tables, arrays without pickles, and a path that stands in a
-table is followed only into the cache of this machine's own downloads.
+Nothing that is read can run code: arrays are read without pickles, data sets as tables (`ddim.training.tables`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import datasets
-import huggingface_hub.constants
 import numpy as np
 from PIL import Image
 
-from ddim.images import as_pil, decode_image, find_images, read_image
+from ddim.images import as_pil, find_images, read_image
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 DIGITS = "digits"
@@ -72,16 +67,17 @@ def open_source(source: str, split: str = "train", column: str | None = None) ->
         except FileNotFoundError:
             if not tables:
                 raise
-        return _from_rows(_read_parquet(tables, source), source, column, _stamp([Path(table) for table in tables]))
+        return _from_tables(tables, source, column)
     if path.is_file():
         if path.suffix == ".parquet":
-            return _from_rows(_read_parquet([source], source), source, column, _stamp([path]))
+            return _from_tables([source], source, column)
         if path.suffix == ".npz":
             return _from_array(_read_npz(path), source)
         raise ValueError(f"{source} is neither a folder of images nor a .parquet or .npz file")
     if path.suffix not in (".parquet", ".npz") and HUB_ID.fullmatch(source):
-        rows = _download(source, split)
-        return _from_rows(rows, f"{source} ({split})", column, str(rows._fingerprint))
+        from ddim.training.tables import download
+
+        return download(source, split, column)
     raise FileNotFoundError(
         f"there is no {source}; give a folder of images, a .parquet or .npz file, the id of a data set on the hub such "
         f"as owner/name, or {DIGITS}"
@@ -95,6 +91,13 @@ def _from_files(files: list[Path], folder: Path) -> Source:
     return Source(str(folder), len(files), fetch, _stamp(files))
 
 
+def _from_tables(files: list[str], name: str, column: str | None) -> Source:
+    # `datasets` takes a second to import.
+    from ddim.training.tables import read_parquet
+
+    return read_parquet(files, name, column, _stamp([Path(file) for file in files]))
+
+
 def _from_array(pixels: np.ndarray, name: str) -> Source:
     if pixels.ndim == 3:
         pixels = pixels[..., None]
@@ -105,46 +108,12 @@ def _from_array(pixels: np.ndarray, name: str) -> Source:
     return Source(name, len(pixels), fetch, hashlib.sha256(pixels.tobytes()).hexdigest())
 
 
-def _from_rows(rows: datasets.Dataset, name: str, column: str | None, identity: str) -> Source:
-    columns = [key for key, feature in rows.features.items() if isinstance(feature, datasets.Image)]
-    chosen = column or next(iter(columns), "image")
-    if chosen not in rows.column_names or not len(rows):
-        raise ValueError(f"{name} has no column of images; its columns are {', '.join(rows.column_names)}")
-    try:
-        encoded = rows.select_columns(chosen).cast_column(chosen, datasets.Image(decode=False))
-        encoded[0]
-    except Exception as error:  # every reader underneath has errors of its own
-        raise ValueError(f"the column {chosen} of {name} holds no images: {_first_line(error)}") from None
-
-    def fetch(indices: Sequence[int]) -> list[Callable[[], Image.Image]]:
-        content = encoded[list(indices)][chosen]
-        return [partial(_decode_row, row, f"image {i} of {name}") for row, i in zip(content, indices, strict=True)]
-
-    return Source(name, len(encoded), fetch, f"{identity} {chosen}")
-
-
-def _decode_row(row: dict[str, Any] | None, name: str) -> Image.Image:
-    content, path = (row.get("bytes"), row.get("path")) if row else (None, None)
-    if content:
-        return decode_image(io.BytesIO(content), name)
-    if path and _is_download(Path(path)):
-        return decode_image(path, name)
-    raise ValueError(f"{name} cannot be read: it is missing")
-
-
-def _is_download(path: Path) -> bool:
-    """Whether a file is in a cache of the hub's clients; a path in a table could lead anywhere."""
-    caches = (huggingface_hub.constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
-    # The hub's cache links from readable names to content, so that the name itself is what counts.
-    return any(path.is_relative_to(cache) for cache in caches) and ".." not in path.parts
-
-
 def _read_npz(path: Path) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except Exception as error:  # a damaged archive fails in whatever it is taken for
-        raise ValueError(f"{path} cannot be read as .npz: {_first_line(error)}") from None
+        raise ValueError(f"{path} cannot be read as .npz: {first_line(error)}") from None
     for array in arrays.values():
         if (
             array.dtype == np.uint8
@@ -156,33 +125,6 @@ def _read_npz(path: Path) -> np.ndarray:
     raise ValueError(f"{path} has no array of images, uint8 (N, H, W, C) with C 1 or 3; it holds {found or 'nothing'}")
 
 
-def _read_parquet(files: list[str], name: str) -> datasets.Dataset:
-    _be_quiet()
-    try:
-        return datasets.Dataset.from_parquet(files)
-    except Exception as error:  # every reader underneath has errors of its own
-        raise ValueError(f"{name} cannot be read as parquet: {_first_line(error.__cause__ or error)}") from None
-
-
-def _download(name: str, split: str) -> datasets.Dataset:
-    _be_quiet()
-    try:
-        return datasets.load_dataset(name, split=split)
-    except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
-        raise FileNotFoundError(
-            f"there is no file {name} here and no such data set on the hub: {_first_line(error)}"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"the data set {name} cannot be used: {_first_line(error)}") from None
-    except Exception as error:  # the network, the hub, the disk
-        raise RuntimeError(f"the data set {name} cannot be loaded: {_first_line(error)}") from None
-
-
-def _be_quiet() -> None:
-    datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # errors come as exceptions as well
-
-
 def _stamp(files: Sequence[Path]) -> str:
     """A hash of files' paths, sizes and times."""
     digest = hashlib.sha256()
@@ -192,5 +134,6 @@ def _stamp(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -205,7 +205,7 @@ class Trainer:
             max_minutes: stop, with a checkpoint, when so much time has passed.
 
         Returns:
-            Whether `max_steps` was reached.
+            Whether `max_steps` is reached.
 
         Raises:
             TrainingStopped: on a signal, or a loss or gradient that is no number.
@@ -249,7 +249,7 @@ class Trainer:
         finally:
             bar.close()
             ahead.close()
-        return self.step == config.max_steps
+        return self.step >= config.max_steps
 
     def take_step(self) -> Record:
         """One step, with nothing around it: no checkpoint, no signals; TrainingStopped as in `train`."""

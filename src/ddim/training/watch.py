@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from matplotlib.figure import Figure
-from torch.utils.tensorboard import SummaryWriter
 
 from ddim.files import write_whole
 from ddim.training.trainer import Progress, Record
@@ -36,11 +34,14 @@ class Watch:
 
     def __init__(self, out: Path, step: int, log_every: int, device: torch.device) -> None:
         self.path, self.log_every, self.device = out / "metrics.jsonl", log_every, device
-        text = self.path.read_text() if self.path.exists() else ""
+        self.path.touch()
+        text = self.path.read_text(errors="replace")
         kept = "".join(line for line in text.splitlines(keepends=True) if _step_of(line) <= step)
         if kept != text:
             with write_whole(self.path) as temporary:
                 temporary.write_text(kept)
+        from torch.utils.tensorboard import SummaryWriter
+
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
     def add(self, progress: Progress, learning_rate: float) -> None:
@@ -80,14 +81,15 @@ class Watch:
 
 def summary(records: list[Record]) -> dict[str, Any]:
     """Means over steps: the loss, the loss without weights by quartile of the timestep (the least noisy first; `None`
-    where no sample fell), the gradient's norm.
+    where no sample fell), the gradient's norm (`None` where all were infinite: steps that loss scaling has skipped).
     """
+    norms = [record.grad_norm for record in records if math.isfinite(record.grad_norm)]
     sums = [math.fsum(column) for column in zip(*(record.quartile_sums for record in records), strict=True)]
     counts = [math.fsum(column) for column in zip(*(record.quartile_counts for record in records), strict=True)]
     return {
         "loss": math.fsum(record.loss for record in records) / len(records),
         "loss_by_quartile": [s / c if c else None for s, c in zip(sums, counts, strict=True)],
-        "grad_norm": math.fsum(record.grad_norm for record in records) / len(records),
+        "grad_norm": math.fsum(norms) / len(norms) if norms else None,
     }
 
 
@@ -100,6 +102,8 @@ def memory_mib(device: torch.device) -> float:
 
 def plot_loss(metrics: Path, path: Path) -> None:
     """Draw the losses of a `metrics.jsonl`, those by quartile as well, on a logarithmic scale, into a PNG."""
+    from matplotlib.figure import Figure
+
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
     figure = Figure(figsize=(6, 3), layout="constrained")
@@ -119,4 +123,7 @@ def plot_loss(metrics: Path, path: Path) -> None:
 
 def _step_of(line: str) -> float:
     """The step of a line of the metrics; infinity if it is not whole."""
-    return float(json.loads(line)["step"]) if line.endswith("}\n") else math.inf
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,84 @@
+"""Train the CIFAR-10 model on one GPU for some minutes, measure it, and export its weights; again, to go on.
+
+    python scripts/cifar10.py --data cifar10/train.parquet --minutes 25
+    python scripts/cifar10.py --data cifar10/train.parquet --minutes 25                      # goes on, on this machine
+    python scripts/cifar10.py --data cifar10/train.parquet --minutes 25 --init cifar10-fp16  # goes on, on another
+
+    runs/cifar10/             the run, as `ddim train` leaves it
+    runs/cifar10/export/      a pipeline folder: averaged weights in fp16, in files of at most --max-shard-size
+    runs/cifar10/export/samples-10.png, -20.png, -50.png
+    runs/cifar10/export/measured.json
+
+A run goes on exactly from its checkpoints, which are 16 bytes a parameter. Where those are too large to move, --init
+starts a new run from exported weights, of 2 bytes a parameter: with new moments, and its learning rate warmed up again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddim import DDIMPipeline
+from ddim.devices import choose_device
+from ddim.evaluation.features import Pixels
+from ddim.evaluation.frechet import frechet_distance
+from ddim.evaluation.samples import paint_pixels
+from ddim.files import to_json
+from ddim.images import save_images
+from ddim.training.config import TrainConfig, load_config
+from ddim.training.data import open_pictures
+from ddim.training.run import train
+
+GRID = 64
+
+
+def measure(pipe: DDIMPipeline, config: TrainConfig, count: int) -> dict[str, Any]:
+    """The Fréchet distance of the pixels of samples to those of as many training images, for 10, 20 and 50 steps."""
+    size, channels = config.model["sample_size"], config.model["in_channels"]
+    pictures = open_pictures(config.data, size, channels)
+    chosen = torch.randperm(pictures.shape[0], generator=torch.Generator().manual_seed(0))
+    real, other = pictures.take(chosen[:count]), pictures.take(chosen[count : 2 * count])
+    features = Pixels((channels, size, size))
+    found = {"count": count, "features": "pixels", "real against real": frechet_distance([real], [other], features)}
+    for steps in (10, 20, 50):
+        found[f"{steps} steps"] = frechet_distance([real], [paint_pixels(pipe, count, steps)], features)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train, measure and export the CIFAR-10 model.")
+    parser.add_argument("--data", required=True, help="a parquet file or anything else that ddim train takes")
+    parser.add_argument("--out", type=Path, default=Path("runs/cifar10"))
+    parser.add_argument("--minutes", type=float, default=25)
+    parser.add_argument("--init", help="a folder of exported weights, to start a new run from")
+    parser.add_argument("--count", type=int, default=2000, help="samples that are measured")
+    parser.add_argument("--max-shard-size", default="15MB", help="of the exported weights' files")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--set", nargs="*", default=[], help="entries of the preset cifar10-small, key=value")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    overrides = {"data.source": options.data, "init": options.init}
+    config = load_config("cifar10-small", settings=options.set, overrides=overrides)
+    final = train(config, options.out, options.device, max_minutes=options.minutes)
+
+    export = options.out / "export"
+    DDIMPipeline.from_pretrained(final, torch_dtype=torch.float16).save_pretrained(
+        export, max_shard_size=options.max_shard_size
+    )
+    pipe = DDIMPipeline.from_pretrained(export).to(choose_device(options.device))
+    pipe.set_progress_bar_config(disable=True)
+    for steps in (10, 20, 50):
+        save_images(pipe.paint(GRID, num_inference_steps=steps), export / f"samples-{steps}.png")
+    found = measure(pipe, config, options.count)
+    (export / "measured.json").write_text(to_json(found))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

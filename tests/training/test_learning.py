@@ -1,0 +1,90 @@
+"""Training learns: on scikit-learn's digits, measured on digits that it was not shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from ddim.pipeline import DDIMPipeline
+from ddim.scheduler import DDIMScheduler
+from ddim.training.config import load_config
+from ddim.training.data import split_holdout
+from ddim.training.run import train
+from digits import TINY_MODEL, digits
+
+HELD_OUT, STEPS = 297, 500
+ALPHAS = DDIMScheduler().alphas_cumprod.double().numpy()
+
+
+@pytest.fixture(scope="module")
+def learned(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the preset `digits` with a smaller network, some ten seconds long."""
+    settings = [
+        *("batch_size=64", f"max_steps={STEPS}", f"data.holdout={HELD_OUT}", "ema.decay=0.99", "samples.every=0"),
+        *(f"evaluate.every={STEPS}", f"evaluate.count={HELD_OUT}", "evaluate.num_inference_steps=20"),
+        *("optim.lr=3e-3", "optim.warmup_steps=50", f"checkpoints.every={STEPS}"),
+    ]
+    overrides = {f"model.{key}": value for key, value in (TINY_MODEL | {"block_out_channels": [16, 32]}).items()}
+    out = tmp_path_factory.mktemp("learned") / "run"
+    train(load_config("digits", settings=settings, overrides=overrides), out, "cpu")
+    return out
+
+
+@pytest.fixture(scope="module")
+def measured(learned: Path) -> dict[str, float]:
+    """The last line of its metrics."""
+    line = json.loads((learned / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["step"] == STEPS
+    return line
+
+
+def halves() -> tuple[np.ndarray, np.ndarray]:
+    """The digits that are trained on, and those that are not, as float64 (n, 64) in [0, 1]."""
+    pixels = digits().reshape(-1, 64) / 255
+    training, held_out = split_holdout(len(pixels), HELD_OUT, seed=0)
+    return pixels[training.numpy()], pixels[held_out.numpy()]
+
+
+def linear_denoiser_loss(training: np.ndarray, held_out: np.ndarray) -> float:
+    """Mean squared error of E[epsilon | x_t] for Gaussian data with the mean and covariance of `training`: the best that
+    any denoiser can do that is linear in x_t. In closed form, for timesteps spread evenly.
+    """
+    variances, axes = np.linalg.eigh(np.cov(2 * training.T))
+    error = np.square((held_out - training.mean(0)) * 2 @ axes).mean(0)
+    total = 0.0
+    for alpha in ALPHAS:
+        # epsilon - predicted = (alpha v epsilon - sqrt(alpha (1 - alpha)) centred x_0) / (alpha v + 1 - alpha)
+        scale = np.square(alpha * variances + 1 - alpha)
+        total += float(((alpha * variances) ** 2 / scale + alpha * (1 - alpha) * error / scale).mean())
+    return total / len(ALPHAS)
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """By SciPy's matrix square root, in float64."""
+    root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T))
+    spread = np.trace(np.cov(a.T) + np.cov(b.T) - 2 * np.real(root))
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + spread)
+
+
+def test_the_loss_on_digits_not_shown_is_below_that_of_any_linear_denoiser(measured: dict[str, float]) -> None:
+    linear = linear_denoiser_loss(*halves())
+    assert 0.1 < linear < 0.14
+    assert measured["held_out_loss"] < 0.105 < linear
+
+
+def test_samples_are_near_the_digits_not_shown(learned: Path, measured: dict[str, float]) -> None:
+    training, held_out = halves()
+    noise = torch.randn(HELD_OUT, 64, generator=torch.Generator().manual_seed(0)).double().numpy()
+    far = frechet(((noise + 1) / 2).clip(0, 1), held_out)
+    assert measured["frechet_distance"] < 0.1 * far
+    # And of those, most is the sets' being small: digits against other digits.
+    assert measured["frechet_distance"] < 5 * frechet(training[:HELD_OUT], held_out)
+
+    painted = DDIMPipeline.from_pretrained(learned / "final").paint(HELD_OUT, batch_size=256, num_inference_steps=20)
+    pixels = np.stack([np.asarray(image) for image in painted]).reshape(-1, 64) / 255
+    assert measured["frechet_distance"] == pytest.approx(frechet(pixels, held_out), rel=1e-3)
