@@ -36,8 +36,6 @@ from ddim.scheduler import DDIMScheduler
 from ddim.unet import UNet2DModel
 from digits import TINY_MODEL, digits
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DDIM = str(Path(sys.executable).parent / "ddim")
 COMMANDS = ("encode", "decode", "reconstruct", "interpolate", "trajectory", "consistency", "edit")
 DIGITS = (1, 2, 9)
@@ -291,7 +289,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def pipe(one_thread: None) -> DDIMPipeline:
+def pipe() -> DDIMPipeline:
     """The built-in model, with quadratic timesteps."""
     pipe = DDIMPipeline.from_pretrained("mnist")
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="quad")

@@ -27,8 +27,6 @@ from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.unet import UNet2DModel
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SUFFIXES = [".npz", ".safetensors"]
 SETTINGS = CodeSettings("mnist", "0f" * 32, [999, 600, 20, 0], True, 1e-5, [3.25e-6, 1e-3])
 

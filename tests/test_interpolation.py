@@ -19,8 +19,6 @@ from torch import Tensor
 import ddim
 from ddim.interpolation import slerp, slerp_grid, slerp_path
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 TIMES = torch.linspace(0, 1, 21, dtype=torch.float64)

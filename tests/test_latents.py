@@ -19,8 +19,6 @@ from ddim.latents import GROUP
 from ddim.outputs import EncodeOutput, UNet2DOutput
 from digits import digits
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ALPHAS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 # Where a network with random weights can be inverted.
 QUIET = [300, 200, 100, 0]

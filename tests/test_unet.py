@@ -46,9 +46,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def build(**overrides: Any) -> UNet2DModel:
     torch.manual_seed(0)
     return UNet2DModel(**SMALL | overrides)

@@ -136,9 +136,6 @@ CIFAR10 = {
 every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def randomise(model: torch.nn.Module) -> None:
     """Draw every parameter, fixed ones too, at a scale that keeps activations near one."""
     generator = torch.Generator().manual_seed(0)

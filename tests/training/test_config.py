@@ -469,7 +469,7 @@ OTHER = {
     "max_steps": (5, True),
     "seed": (1, False),
     "precision": ("bf16", False),
-    "channels_last": (False, True),
+    "channels_last": (False, False),
     "gradient_checkpointing": (True, True),
     "compile": (True, True),
 }

@@ -19,12 +19,6 @@ from ddim.training.optim import ema_update, learning_rate, make_optimizer, zero_
 from ddim.unet import UNet2DModel
 from digits import TINY_MODEL
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread(one_thread: None) -> None:
-    pass
-
-
 # --- the learning rate
 
 LR = 0.3

@@ -112,7 +112,7 @@ def train_alone(out: Path, max_steps: int = 50) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
     out = tmp_path_factory.mktemp("alone") / "run"
     train_alone(out)

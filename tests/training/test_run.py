@@ -398,7 +398,6 @@ def test_entries_that_change_no_step_may_change(
         evaluate={"every": 3, "count": 4, "num_inference_steps": 1},
         checkpoints={"every": 2, "keep": 1},
         max_steps=6,
-        channels_last=False,
         gradient_checkpointing=True,
     )
     train(config, out, "cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,19 @@ from ddim.cli import options
 
 if TYPE_CHECKING:
     from ddim.training.plan import Plan
+
+NEEDED = (
+    "accelerate",
+    "datasets",
+    "matplotlib",
+    "psutil",
+    "pydantic",
+    "sklearn",
+    "tensorboard",
+    "torchmetrics",
+    "yaml",
+)
+"""Modules that come with `ddim[train]`; some are imported only when the run is over."""
 
 
 def train(
@@ -69,15 +83,15 @@ def train(
         raise typer.BadParameter("give a folder for the run, such as --out runs/mine", param_hint="--out")
     if max_minutes is not None and not max_minutes > 0:
         raise typer.BadParameter(f"{max_minutes} minutes are no time; give more than 0", param_hint="--max-minutes")
-    try:
-        from accelerate import PartialState
+    for name in NEEDED:
+        if find_spec(name) is None:
+            raise RuntimeError(f"training needs {name}; install it with: pip install 'ddim[train]'")
+    from accelerate import PartialState
 
-        from ddim.training.config import load_config
-        from ddim.training.plan import plan, preset_table
-        from ddim.training.run import train as run
-    except ModuleNotFoundError as error:
-        raise RuntimeError(f"training needs {error.name}; install it with: pip install 'ddim[train]'") from None
     from ddim.hub import check_hub_id, push_folder
+    from ddim.training.config import load_config
+    from ddim.training.plan import plan, preset_table
+    from ddim.training.run import train as run
 
     if list_presets:
         print(preset_table())
@@ -106,7 +120,7 @@ def train(
             push_to_hub,
             None,
             None,
-            f"Upload the result of {checked.max_steps} steps of training",
+            "Upload the result of a training run",
         )
         print(f"published: {address}", file=sys.stderr)
     print(final)

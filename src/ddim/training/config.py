@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
 PRESETS = resources.files("ddim.training") / "presets"
 
+MOST_FEATURES = 4096
+"""Of a Fréchet distance, whose covariances grow with the square."""
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -186,7 +189,6 @@ MAY_CHANGE = (
     "evaluate",
     "checkpoints",
     "max_steps",
-    "channels_last",
     "gradient_checkpointing",
     "compile",
 )
@@ -259,6 +261,13 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
         raise ValueError(
             f"training configuration, optim.accumulate: {optim.accumulate} does not divide batch_size, "
             f"{config.batch_size}"
+        )
+    size, channels = config.model.get("sample_size", 1), config.model.get("in_channels", 3)
+    measures = config.evaluate.every and config.evaluate.count
+    if measures and (config.evaluate.count < 2 or channels * size**2 > MOST_FEATURES):
+        raise ValueError(
+            f"training configuration, evaluate.count: the Fréchet distance of pixels takes two samples or more, of at "
+            f"most {MOST_FEATURES} numbers each; 0 leaves it out"
         )
     if optim.decay_steps is not None and optim.decay == "constant":
         raise ValueError(

@@ -89,7 +89,7 @@ def train(
     if checkpoint is not None:
         trainer.restore(checkpoint)
     if not accelerator.is_main_process:
-        trainer.train(lambda progress: None, max_minutes)
+        trainer.train(lambda progress: progress.records.clear(), max_minutes)
         accelerator.wait_for_everyone()
         return out / "final"
     out.mkdir(parents=True, exist_ok=True)

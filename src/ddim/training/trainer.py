@@ -201,7 +201,7 @@ class Trainer:
         SIGINT and SIGTERM let the current step finish, save, and stop; a second one stops at once.
 
         Args:
-            after_step: called in the main process after each step, before its checkpoint.
+            after_step: called after each step, before its checkpoint.
             max_minutes: stop, with a checkpoint, when so much time has passed.
 
         Returns:
@@ -234,8 +234,7 @@ class Trainer:
                     bar.update()
                     if self.records:
                         bar.set_postfix(loss=f"{self.records[-1].loss:.4f}", images=f"{rate:.0f}/s", refresh=False)
-                    if main:
-                        after_step(Progress(step, self.records, rate))
+                    after_step(Progress(step, self.records, rate))
                     if (saves or stops or late) and main:
                         path = self.save()
                     if stops:
