@@ -11,8 +11,9 @@ encodes the first 256 images of a data set with the built-in model and decodes t
 
 The error is the mean squared error per pixel in [0, 1] of what the network gives, before clipping and rounding. Numbers
 of steps beyond 200 take hours on two cores and are run on the first 32 images only (`--images-beyond`). Results are
-kept in `--cache`, block by block, so that a run can be stopped and several can share the work. `--noise` shows why
-codes of clean images are not quite centred.
+kept in `--cache`, a file for every 32 images, with a hash of the weights that they belong to, so that a run can be
+stopped and several can share the work: `--part 0/2` and `--part 1/2` do every other file each, and a run without it
+prints the table. `--noise` shows why codes of clean images are not quite centred.
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ from torch import Tensor
 
 from ddim import DDIMPipeline
 from ddim.files import to_json, write_whole
-from ddim.training.data import load_images
+from ddim.training.config import DataConfig
+from ddim.training.data import open_pictures
+from ddim.weights import digest
 
-BLOCK = 64
+BLOCK = 32
+NOISY = 64
 MANY_STEPS = 200
 PAPER = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
 
@@ -57,7 +61,7 @@ def moments(codes: Tensor) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def block(pipe: DDIMPipeline, samples: Tensor, steps: int) -> dict:
-    """Errors, codes and costs of up to 64 images; lists have an entry an image."""
+    """Errors, codes and costs of some images; lists have an entry an image."""
     result: dict = {}
     for name, exact in (("euler", False), ("exact", True)):
         back = pipe.reconstruct(samples, steps, exact=exact, output_type="pt")
@@ -133,32 +137,39 @@ def main() -> None:
     parser.add_argument("--noise", action="store_true", help="tell the codes of the first 64 images with that noise")
     parser.add_argument("--steps", type=int, nargs="+", default=list(PAPER))
     parser.add_argument("--cache", type=Path, default=Path("runs/inversion"))
+    parser.add_argument("--part", default="", help="such as 0/2: every other file, without the table")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     pipe = DDIMPipeline.from_pretrained("mnist")
     pipe.unet.to(memory_format=torch.channels_last)
     channels, height, _ = pipe.sample_shape
-    samples = load_images(options.data, height, channels)[: options.images].float() / 127.5 - 1
+    pictures = open_pictures(DataConfig(source=str(options.data)), height, channels)
+    samples = pictures.take(torch.arange(min(options.images, pictures.shape[0]))).float() / 127.5 - 1
     if options.noise:
         for steps in options.steps:
-            cells = noisy_codes(pipe, samples[:BLOCK], steps)
+            cells = noisy_codes(pipe, samples[:NOISY], steps)
             print(f"{steps} steps, with the noise of timestep 0: " + ", ".join(cells))
         return
     options.cache.mkdir(parents=True, exist_ok=True)
+    weights = digest(pipe.unet.state_dict())
+    turn, turns = map(int, (options.part or "0/1").split("/"))
     rows = {}
     for steps in options.steps:
         blocks = []
         chosen = samples if steps <= MANY_STEPS else samples[: options.images_beyond]
-        for first in range(0, len(chosen), BLOCK):
+        for number, first in enumerate(range(0, len(chosen), BLOCK)):
             part = chosen[first : first + BLOCK]
             kept = options.cache / f"{steps}-{first}-{len(part)}.json"
-            if not kept.exists():
-                result = block(pipe, part, steps)
+            if number % turns != turn:
+                continue
+            if not kept.exists() or json.loads(kept.read_text())["weights"] != weights:
+                result = {"weights": weights, "result": block(pipe, part, steps)}
                 with write_whole(kept) as temporary:
                     temporary.write_text(to_json(result))
-            blocks.append(json.loads(kept.read_text()))
+            blocks.append(json.loads(kept.read_text())["result"])
         rows[steps] = merge(blocks)
-    report(rows)
+    if turns == 1:
+        report(rows)
 
 
 if __name__ == "__main__":
