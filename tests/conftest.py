@@ -1,9 +1,9 @@
-"""What several test files share: one thread, small models."""
+"""What several test files share: one thread, small models, a client of a hub."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.unet import UNet2DModel
+from hub_client import client as start_client
+from hub_server import Hub
 
 TINY: dict[str, Any] = {
     "sample_size": 16,
@@ -71,3 +73,16 @@ def saved_pipeline(make_unet: Callable[..., UNet2DModel], tmp_path_factory: pyte
     folder = tmp_path_factory.mktemp("saved") / "pipeline"
     DDIMPipeline(make_unet(), DDIMScheduler()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the client keeps its cache and looks for a token."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def client(hub: Hub, home: Path) -> Iterator[Callable[..., Any]]:
+    """`client(f, ...)` is `f(...)` in a process whose hub is the `hub` of the test's file."""
+    with start_client(hub.url, home) as call:
+        yield call

@@ -39,19 +39,6 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the client keeps its cache and looks for a token."""
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def client(hub: Hub, home: Path) -> Iterator[Client]:
-    """`client(f, ...)` is `f(...)` in a process whose hub is `hub`."""
-    with start_client(hub.url, home) as call:
-        yield call
-
-
-@pytest.fixture(scope="module")
 def offline_client(hub: Hub, home: Path) -> Iterator[Client]:
     """The same with HF_HUB_OFFLINE, and the same cache."""
     with start_client(hub.url, home, HF_HUB_OFFLINE="1") as call:

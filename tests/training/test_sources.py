@@ -22,7 +22,6 @@ from PIL import Image
 
 from ddim.training.sources import Source, open_source
 from digits import digits
-from hub_client import client as start_client
 from hub_client import load_images
 from hub_server import Hub
 
@@ -420,19 +419,6 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         hub.add("datasets/owner/private", tables, private=True)
         hub.add("owner/model", {"config.json": b"{}"})
         yield hub
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the client keeps its caches."""
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def client(hub: Hub, home: Path) -> Iterator[Client]:
-    """`client(f, ...)` is `f(...)` in a process whose hub is `hub`."""
-    with start_client(hub.url, home) as call:
-        yield call
 
 
 def test_a_data_set_on_the_hub(hub: Hub, client: Client) -> None:

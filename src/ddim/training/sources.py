@@ -7,7 +7,6 @@ Nothing that is read can run code: arrays are read without pickles, data sets as
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ddim.hub import HUB_ID
 from ddim.images import as_pil, find_images, read_image
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 DIGITS = "digits"
 
 
