@@ -12,6 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddim.convolution import conv2d, convolve
+from ddim.kernels import stand_in
+from ddim.normalization import norm_silu
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
     "swish": nn.SiLU,
@@ -87,7 +91,7 @@ class Downsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.conv(F.pad(hidden_states, (0, 1, 0, 1)) if self.padding == 0 else hidden_states)
+        return convolve(self.conv, F.pad(hidden_states, (0, 1, 0, 1)) if self.padding == 0 else hidden_states)
 
 
 class Upsample2D(nn.Module):
@@ -106,11 +110,12 @@ class Upsample2D(nn.Module):
         if hidden_states.device.type != "cpu":
             return self.conv(double(hidden_states))
         kernels = sub_pixel_kernels(self.conv.weight)
+        convolution = conv2d if stand_in(self.conv, hidden_states, self.conv.weight) else F.conv2d
         rows = []
         for i in (0, 1):
             # Above or below, left or right: the neighbours that this pixel's window reaches.
             padded = [F.pad(hidden_states, (1 - j, j, 1 - i, i)) for j in (0, 1)]
-            columns = [F.conv2d(x, kernels[i][j], self.conv.bias).permute(0, 2, 3, 1) for j, x in enumerate(padded)]
+            columns = [convolution(x, kernels[i][j], self.conv.bias).permute(0, 2, 3, 1) for j, x in enumerate(padded)]
             rows.append(torch.stack(columns, dim=3))
         N, H, W, _, C = rows[0].shape
         return torch.stack(rows, dim=2).view(N, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
@@ -181,21 +186,26 @@ class ResnetBlock2D(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
-        hidden_states = self.nonlinearity(self.norm1(input_tensor))
+        hidden_states = self._norm_act(self.norm1, input_tensor)
         if self.resample is not None:
             input_tensor, hidden_states = self.resample(input_tensor), self.resample(hidden_states)
-        hidden_states = self.conv1(hidden_states)
-        time = self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
+        hidden_states = convolve(self.conv1, hidden_states)
+        time = self.time_emb_proj(self.nonlinearity(temb))
         if self.scale_shift:
-            scale, shift = time.chunk(2, dim=1)
-            hidden_states = self.norm2(hidden_states) * (1 + scale) + shift
+            scale, shift = time[:, :, None, None].chunk(2, dim=1)
+            hidden_states = self.nonlinearity(self.norm2(hidden_states) * (1 + scale) + shift)
         else:
-            hidden_states = self.norm2(hidden_states + time)
-        hidden_states = self.conv2(self.dropout(self.nonlinearity(hidden_states)))
+            hidden_states = self._norm_act(self.norm2, hidden_states, time)
+        hidden_states = convolve(self.conv2, self.dropout(hidden_states))
         if self.conv_shortcut is not None:
-            input_tensor = self.conv_shortcut(input_tensor)
+            input_tensor = convolve(self.conv_shortcut, input_tensor)
         output = input_tensor + hidden_states
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor
+
+    def _norm_act(self, norm: nn.GroupNorm, hidden_states: Tensor, shift: Tensor | None = None) -> Tensor:
+        if isinstance(self.nonlinearity, nn.SiLU):
+            return norm_silu(norm, hidden_states, shift)
+        return self.nonlinearity(norm_silu(norm, hidden_states, shift, silu=False))
 
 
 class Attention(nn.Module):
@@ -225,7 +235,7 @@ class Attention(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         N, C, H, W = hidden_states.shape
-        normed = hidden_states if self.group_norm is None else self.group_norm(hidden_states)
+        normed = hidden_states if self.group_norm is None else norm_silu(self.group_norm, hidden_states, silu=False)
         tokens = normed.flatten(2).transpose(1, 2)
         q, k, v = (
             project(tokens).view(N, H * W, self.heads, self.head_dim).transpose(1, 2)

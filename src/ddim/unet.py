@@ -28,6 +28,7 @@ from ddim.layers import (
     Timesteps,
     Upsample2D,
 )
+from ddim.normalization import norm_silu
 from ddim.outputs import UNet2DOutput
 
 FOURIER_SCALE = 16.0
@@ -207,7 +208,6 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
             )
 
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], eps=norm_eps)
-        self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
 
     @property
@@ -308,7 +308,7 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
             hidden_states = self.mid_block(hidden_states, emb, save_memory)
         for up_block in self.up_blocks:
             hidden_states = up_block(hidden_states, skips, emb, save_memory)
-        output = self.conv_out(self.conv_act(self.conv_norm_out(hidden_states)))
+        output = self.conv_out(norm_silu(self.conv_norm_out, hidden_states))
 
         if self.config.time_embedding_type == "fourier":
             output = output / torch.as_tensor(timestep, device=output.device).to(output.dtype).reshape(-1, 1, 1, 1)

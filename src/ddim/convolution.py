@@ -1,0 +1,65 @@
+"""Convolutions with faster gradients on CPUs.
+
+In training on a CPU two thirds of the time are convolutions, and most of that is the gradient of their weights: a small
+result with a long sum, at which the libraries are at half the speed of the machine. Here that one gradient is a compiled
+loop (`ddim.kernels.convolution`). 1x1 convolutions of maps with channels innermost are products of matrices and are
+handed over as such. Everything else, and everything elsewhere, is PyTorch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddim.kernels import loops, stand_in
+
+
+def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """`conv(x)`: (N, C, H, W) to (N, K, OH, OW)."""
+    if not stand_in(conv, x, conv.weight):
+        return conv(x)
+    if conv.kernel_size == (1, 1):
+        return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
+    return conv2d(x, conv.weight, conv.bias, conv.stride[0], conv.padding[0])
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+    """`F.conv2d` of float32 maps on the CPU, channels innermost, with that gradient where the loop takes the shape."""
+    module = loops("convolution")
+    K, C, *size = weight.shape
+    if module is None or not module.fits(C, K, tuple(size)):
+        return F.conv2d(x, weight, bias, stride, padding)
+    return _Conv2d.apply(x, weight, bias, stride, padding, module)  # type: ignore[no-untyped-call]
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, module: Any) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.stride, ctx.padding, ctx.module = stride, padding, module
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, bias = ctx.saved_tensors
+        wants = ctx.needs_input_grad[:3]
+        nothing = (None,) * 3
+        if torch.is_grad_enabled():
+            # Gradients of gradients were asked for.
+            y = F.conv2d(x, weight, bias, ctx.stride, ctx.padding)
+            wanted = [t for t, needed in zip((x, weight, bias), wants, strict=True) if needed]
+            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+            return *(next(found) if needed else None for needed in wants), *nothing
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        stride, padding = [ctx.stride] * 2, [ctx.padding] * 2
+        dx, dw, db = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, stride, padding, [1, 1], False, [0, 0], 1, [wants[0], False, False]
+        )
+        if wants[1]:
+            dw = ctx.module.weight_gradient(x, dy, weight.shape[2], ctx.stride, ctx.padding)
+        if wants[2]:
+            db = dy.sum((0, 2, 3))
+        return dx, dw, db, *nothing

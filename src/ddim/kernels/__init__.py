@@ -1,0 +1,50 @@
+"""Loops over feature maps that are compiled by numba and run on PyTorch's own threads.
+
+They exist where PyTorch passes over memory many times for what one pass can do, or where its libraries are far from the
+machine's speed. All of them take float32 maps on the CPU with channels innermost, and whoever calls them has a plain
+form in PyTorch for everything else. `team` runs loops; `norm` and `convolution` have them.
+
+Here is what decides between the two forms; numba is imported when it is first needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+
+def stand_in(module: nn.Module, x: Tensor, *others: Tensor) -> bool:
+    """Whether compiled loops stand in for PyTorch's operations: in training, where the time goes, on a CPU.
+
+    Args:
+        module: whose operation it is.
+        x: the map (N, C, H, W).
+        others: what else takes part.
+    """
+    return (
+        module.training
+        and x.device.type == "cpu"
+        and all(tensor.dtype == torch.float32 for tensor in (x, *others))
+        and not x.is_contiguous()
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
+
+
+@functools.cache
+def loops(name: str) -> ModuleType | None:
+    """The module of that name here, or `None` without numba."""
+    try:
+        return importlib.import_module(f"ddim.kernels.{name}")
+    except ImportError as error:
+        logger.debug("%s is PyTorch's own: %s", name, error)
+        return None
