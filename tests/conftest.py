@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ TINY: dict[str, Any] = {
 # equal in every process. It is the tests that run side by side.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# Loops are compiled once, not by each process with a cache folder of its own.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"ddim-tests-{getpass.getuser()}"))
 
 
 @pytest.fixture(scope="session")

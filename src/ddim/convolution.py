@@ -1,9 +1,8 @@
 """Convolutions with faster gradients on CPUs.
 
-In training on a CPU two thirds of the time are convolutions, and most of that is the gradient of their weights: a small
-result with a long sum, at which the libraries are at half the speed of the machine. Here that one gradient is a compiled
-loop (`ddim.kernels.convolution`). 1x1 convolutions of maps with channels innermost are products of matrices and are
-handed over as such. Everything else, and everything elsewhere, is PyTorch's.
+In training on a CPU three quarters of the time are convolutions, and most of that is the gradient of their weights: a
+small result with a long sum, at which the libraries are at half the speed of the machine. Here that one gradient is a
+compiled loop (`ddim.kernels.convolution`). Everything else, and everything elsewhere, is PyTorch's.
 """
 
 from __future__ import annotations
@@ -21,12 +20,10 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """`conv(x)`: (N, C, H, W) to (N, K, OH, OW)."""
     if not stand_in(conv, x, conv.weight):
         return conv(x)
-    if conv.kernel_size == (1, 1):
-        return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
-    return conv2d(x, conv.weight, conv.bias, conv.stride[0], conv.padding[0])
+    return conv2d(x, conv.weight, conv.bias, conv.stride[0], int(conv.padding[0]))
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> Tensor:
     """`F.conv2d` of float32 maps on the CPU, channels innermost, with that gradient where the loop takes the shape."""
     module = loops("convolution")
     K, C, *size = weight.shape
@@ -43,7 +40,7 @@ class _Conv2d(torch.autograd.Function):
         return F.conv2d(x, weight, bias, stride, padding)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         wants = ctx.needs_input_grad[:3]
         nothing = (None,) * 3

@@ -73,7 +73,7 @@ class _NormSiLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, shift, weight, bias, mean, rstd = ctx.saved_tensors
         nothing = (None,) * 4
         if torch.is_grad_enabled():

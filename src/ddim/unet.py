@@ -262,6 +262,20 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
             emb = emb + self.class_embedding(class_labels).to(self.dtype)
         return emb
 
+    def check_sample(self, sample: Tensor) -> None:
+        """ValueError if the sample's shape does not fit the model."""
+        multiple = 2 ** (len(self.down_blocks) - 1)
+        if (
+            sample.ndim != 4
+            or sample.shape[1] != self.config.in_channels
+            or sample.shape[2] % multiple
+            or sample.shape[3] % multiple
+        ):
+            raise ValueError(
+                f"the sample has shape {tuple(sample.shape)}; the model takes (N, {self.config.in_channels}, H, W) "
+                f"with H and W multiples of {multiple}"
+            )
+
     def forward(
         self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> UNet2DOutput | tuple[Tensor]:
@@ -280,23 +294,11 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
         Raises:
             ValueError: if the sample's shape does not fit the model.
         """
-        levels = len(self.down_blocks)
-        multiple = 2 ** (levels - 1)
-        if (
-            sample.ndim != 4
-            or sample.shape[1] != self.config.in_channels
-            or sample.shape[2] % multiple
-            or sample.shape[3] % multiple
-        ):
-            raise ValueError(
-                f"the sample has shape {tuple(sample.shape)}; the model takes (N, {self.config.in_channels}, H, W) "
-                f"with H and W multiples of {multiple}"
-            )
+        self.check_sample(sample)
         if self.config.center_input_sample:
             sample = 2 * sample - 1
         emb = self.embed(timestep, class_labels)
-        if emb.shape[0] not in (1, sample.shape[0]):
-            raise ValueError(f"{emb.shape[0]} timesteps or class_labels were given for {sample.shape[0]} samples")
+        check_embeddings(emb, sample)
         save_memory = self.gradient_checkpointing and torch.is_grad_enabled()
 
         hidden_states = self.conv_in(sample)
@@ -313,6 +315,12 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
         if self.config.time_embedding_type == "fourier":
             output = output / torch.as_tensor(timestep, device=output.device).to(output.dtype).reshape(-1, 1, 1, 1)
         return UNet2DOutput(output) if return_dict else (output,)
+
+
+def check_embeddings(emb: Tensor, sample: Tensor) -> None:
+    """ValueError unless there is one embedding for all samples, or one for each."""
+    if emb.shape[0] not in (1, sample.shape[0]):
+        raise ValueError(f"{emb.shape[0]} timesteps or class_labels were given for {sample.shape[0]} samples")
 
 
 class DownBlock2D(nn.Module):

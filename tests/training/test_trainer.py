@@ -369,7 +369,7 @@ def test_memory_layout_and_gradient_checkpointing_change_nothing(
 
     def watch(trainer: Trainer) -> None:
         block = trainer.model.down_blocks[0].resnets[0]
-        block.norm1.register_forward_hook(lambda module, arguments, output: calls.append(module))
+        block.register_forward_pre_hook(lambda module, arguments: calls.append(module))
         last = block.conv1.weight.is_contiguous(memory_format=torch.channels_last)
         assert last == trainer.config.channels_last
         assert not trainer.ema.gradient_checkpointing

@@ -36,7 +36,7 @@ def stand_in(module: nn.Module, x: Tensor, *others: Tensor) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
     )
 
 

@@ -36,7 +36,7 @@ GRADIENT = np.dtype([(name, np.int64) for name in NAMES])
 def _add_tile(taps: int) -> Any:
     """An intrinsic that adds to the tile of `taps` taps the sum over the rows of some samples."""
 
-    @intrinsic  # type: ignore[misc]
+    @intrinsic
     def add_tile(
         typing_context: Any,
         x: Any,
@@ -98,7 +98,7 @@ def _add_tile(taps: int) -> Any:
 _add_tile_2, _add_tile_3 = _add_tile(2), _add_tile(3)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _copy(typing_context: Any, source: Any, first: Any, target: Any, place: Any) -> Any:
     """`LANES` numbers, from the one at `first` of a pointer to the one at `place` of another."""
     vector = ir.VectorType(ir.FloatType(), LANES)
@@ -131,7 +131,7 @@ def _gradient(data: Any) -> None:
     dweight = array(job.dweight, (K, size, size, C))
     block = min(OH, max(1, PLACES // OW))
     together = max(1, PLACES // (OH * OW))
-    chunk = together * max(1, NEAR // (together * (H * W * C + OH * OW * K)))
+    chunk = min(job.N, together * max(1, NEAR // (together * (H * W * C + OH * OW * K))))
     xs = np.zeros((chunk, H + 2 * job.padding, W + 2 * job.padding, LANES), np.float32)
     dys = np.empty((together, block, OW, LANES), np.float32)
     x_row, x_sample, dy_sample = xs.shape[2] * LANES, xs.shape[1] * xs.shape[2] * LANES, block * OW * LANES

@@ -22,7 +22,7 @@ RUN = 64
 LOG2_E = np.float32(math.log2(math.e))
 LN_2_HIGH = np.float32(0.693359375)
 LN_2_LOW = np.float32(math.log(2) - 0.693359375)
-ONE = np.float32(1)
+ZERO, ONE = np.float32(0), np.float32(1)
 HALF = np.float32(0.5)
 LIMIT = np.float32(87)
 EXPONENT_BIAS, MANTISSA_BITS = np.int32(127), np.int32(23)
@@ -32,32 +32,29 @@ EXP = tuple(
     for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 )
 
-FORWARD = np.dtype(
-    [(name, np.int64) for name in ("N", "P", "C", "groups", "silu", "x", "shift", "weight", "bias", "y", "mean", "rstd")]
-    + [("eps", np.float64)]
-)
-BACKWARD = np.dtype(
+SHARED = ("N", "P", "C", "groups", "silu", "x", "shift", "weight", "bias", "mean", "rstd")
+FORWARD = np.dtype([(name, np.int64) for name in (*SHARED, "y")] + [("eps", np.float64)])
+INFERENCE = np.dtype(
     [
         (name, np.int64)
-        for name in (
-            *("N", "P", "C", "groups", "silu", "x", "shift", "weight", "bias", "mean", "rstd"),
-            *("dy", "dx", "dshift", "dweight", "dbias"),
-        )
+        for name in ("N", "H", "W", "A", "B", "groups", "silu", "a", "b", "shifts", "shift", "weights", "weight", "bias")
     ]
+    + [("top", np.int64), ("rows", np.int64), ("columns", np.int64), ("y", np.int64), ("eps", np.float64)]
 )
+BACKWARD = np.dtype([(name, np.int64) for name in (*SHARED, "dy", "dx", "dshift", "dweight", "dbias")])
 
 
 @njit(inline="always", fastmath=MATHS)
 def sigmoid(z: Any) -> Any:
-    """1 / (1 + exp(-z)) in float32 without a call, so that loops over it are vectorised; 1e-7 from exact."""
-    v = -z
-    v = v if v > -LIMIT else -LIMIT
-    v = v if v < LIMIT else LIMIT
-    k = np.floor(v * LOG2_E + HALF)
-    r = (v - k * LN_2_HIGH) - k * LN_2_LOW
+    """1 / (1 + exp(-z)) in float32, 0 below -87; without a call, so that loops over it are vectorised."""
+    v = -z if -z > -LIMIT else -LIMIT
+    w = v if v < LIMIT else LIMIT
+    k = np.floor(w * LOG2_E + HALF)
+    r = (w - k * LN_2_HIGH) - k * LN_2_LOW
     p = ((((EXP[0] * r + EXP[1]) * r + EXP[2]) * r + EXP[3]) * r + EXP[4]) * r + EXP[5]
     power_of_2 = np.int32((np.int32(k) + EXPONENT_BIAS) << MANTISSA_BITS).view(np.float32)
-    return ONE / (ONE + (p * r * r + r + ONE) * power_of_2)
+    s = ONE / (ONE + (p * r * r + r + ONE) * power_of_2)
+    return s if v < LIMIT else ZERO
 
 
 @njit(fastmath=MATHS, error_model="numpy")
@@ -201,6 +198,78 @@ def _backward(data: Any) -> None:
             dshift[n, c] = t0[c]
 
 
+@njit(fastmath=MATHS, error_model="numpy")
+def apply_row(x: Any, y: Any, first: int, scale: Any, offset: Any, silu: bool) -> None:
+    """silu(scale x + offset) of places x (W, C), to the channels of y from `first` on."""
+    for w in range(x.shape[0]):
+        place, result = x[w], y[w][first:]
+        if silu:
+            for c in range(place.size):
+                z = place[c] * scale[c] + offset[c]
+                result[c] = z * sigmoid(z)
+        else:
+            for c in range(place.size):
+                result[c] = place[c] * scale[c] + offset[c]
+
+
+@njit(fastmath=MATHS, error_model="numpy")
+def add_totals(x: Any, totals: Any, sums: Any) -> None:
+    """Add the sums over all pixels of x (P, C) to float64 totals; `sums` is zero before and after."""
+    for p in range(0, x.shape[0], RUN):
+        add_rows(x, p, min(p + RUN, x.shape[0]), sums)
+        flush(sums, totals)
+
+
+@njit(fastmath=MATHS, error_model="numpy")
+def add_total_squares(x: Any, centre: Any, totals: Any, sums: Any) -> None:
+    """Add the sums of squared distances from `centre`."""
+    for p in range(0, x.shape[0], RUN):
+        add_squares(x, p, min(p + RUN, x.shape[0]), centre, sums)
+        flush(sums, totals)
+
+
+@kernel(INFERENCE)
+def _normalise(data: Any) -> None:
+    job = carray(data, 1)[0]
+    N, H, W, A, B, groups = job.N, job.H, job.W, job.A, job.B, job.groups
+    C = A + B
+    D = C // groups
+    a, b = array(job.a, (N, H, W, A)), array(job.b, (N, H, W, B))
+    shift = array(job.shift, (job.shifts, C))
+    weight, bias = array(job.weight, (job.weights, C)), array(job.bias, (job.weights, C))
+    y = array(job.y, (N, job.rows, job.columns, C))
+    scale, offset, sums = np.empty(C, np.float32), np.empty(C, np.float32), np.zeros(C, np.float32)
+    totals = np.empty(C, np.float64)
+    # Threads share rows of pixels; what a sample's rows have in common is computed by each that has some of them.
+    first, last = share(N * H)
+    for n in range(first // H, (last + H - 1) // H):
+        s, w = min(n, job.shifts - 1), min(n, job.weights - 1)
+        totals[:] = 0
+        add_totals(a[n].reshape(H * W, A), totals[:A], sums[:A])
+        add_totals(b[n].reshape(H * W, B), totals[A:], sums[A:])
+        for g in range(groups):
+            mean = 0.0
+            for c in range(g * D, (g + 1) * D):
+                mean += totals[c] / (H * W) + shift[s, c]
+            for c in range(g * D, (g + 1) * D):
+                offset[c] = mean / D - shift[s, c]
+        totals[:] = 0
+        add_total_squares(a[n].reshape(H * W, A), offset[:A], totals[:A], sums[:A])
+        add_total_squares(b[n].reshape(H * W, B), offset[A:], totals[A:], sums[A:])
+        for g in range(groups):
+            squares = 0.0
+            for c in range(g * D, (g + 1) * D):
+                squares += totals[c]
+            rstd = 1 / math.sqrt(squares / (H * W * D) + job.eps)
+            for c in range(g * D, (g + 1) * D):
+                scale[c] = rstd * weight[w, c]
+                offset[c] = bias[w, c] - offset[c] * scale[c]
+        for h in range(max(first - n * H, 0), min(last - n * H, H)):
+            row = y[n, h + job.top, job.top : job.top + W]
+            apply_row(a[n, h], row, 0, scale[:A], offset[:A], job.silu != 0)
+            apply_row(b[n, h], row, A, scale[A:], offset[A:], job.silu != 0)
+
+
 def forward(
     x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,3 +302,36 @@ def backward(
     given = {"x": x, "shift": shift, "weight": weight, "bias": bias, "mean": mean, "rstd": rstd, "dy": dy}
     run(_backward, BACKWARD, **given, dx=dx, dshift=dshift, dweight=dweight, dbias=dbias, **sizes)
     return dx, dshift, dweight.sum(0), dbias.sum(0)
+
+
+def normalise(
+    a: Tensor,
+    b: Tensor | None,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    y: Tensor,
+    rim: bool,
+) -> None:
+    """Write y of the map `a`, or of `a` and `b` side by side, for which nothing is kept for the way back.
+
+    Args:
+        a: (N, H, W, A) float32 on the CPU, contiguous, as all the others.
+        b: (N, H, W, B), or `None`. C = A + B.
+        shift: (N, C), or (1, C) for all samples.
+        weight: (N, C) or (1, C).
+        bias: as `weight`.
+        groups: divides C.
+        eps: added to the variance.
+        silu: whether SiLU follows.
+        y: (N, H, W, C), or more rows and columns with a `rim`.
+        rim: the first pixel of y is at (1, 1), not at (0, 0).
+    """
+    N, H, W, A = a.shape
+    maps = {"a": a, "b": a if b is None else b, "shift": shift, "weight": weight, "bias": bias, "y": y}
+    sizes = {"N": N, "H": H, "W": W, "A": A, "B": 0 if b is None else b.shape[-1]}
+    counts = {"shifts": shift.shape[0], "weights": weight.shape[0], "rows": y.shape[1], "columns": y.shape[2]}
+    run(_normalise, INFERENCE, **sizes, **counts, **maps, groups=groups, eps=eps, silu=silu, top=int(rim))

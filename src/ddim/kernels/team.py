@@ -19,7 +19,8 @@ A kernel takes a pointer to one record of sizes and of addresses of float32 arra
 
     run(double, DOUBLE, N=x.numel(), x=x)
 
-Compiled code is kept in the user's cache folder; where nothing can be kept, each process compiles anew.
+Compiled code is kept in the user's cache folder, or in `NUMBA_CACHE_DIR`; where nothing can be kept, each process
+compiles anew.
 """
 
 from __future__ import annotations
@@ -61,20 +62,12 @@ def _openmp() -> ctypes.CDLL | None:
     return library
 
 
-@numba.cfunc(types.int32())
-def _first() -> int:
-    return 0
-
-
-@numba.cfunc(types.int32())
-def _single() -> int:
-    return 1
-
-
 _library = _openmp()
 if _library is None:
-    llvmlite.binding.add_symbol(THREAD, _first.address)
-    llvmlite.binding.add_symbol(THREADS, _single.address)
+    # The only thread is the first.
+    _numbers = [numba.cfunc(types.int32())(number) for number in (lambda: 0, lambda: 1)]
+    for _symbol, _number in zip((THREAD, THREADS), _numbers, strict=True):
+        llvmlite.binding.add_symbol(_symbol, _number.address)
 thread = types.ExternalFunction(THREAD, types.int32())
 """In a kernel: this thread's number."""
 threads = types.ExternalFunction(THREADS, types.int32())
@@ -82,13 +75,13 @@ threads = types.ExternalFunction(THREADS, types.int32())
 
 
 @numba.njit(inline="always")
-def share(N: int) -> tuple[int, int]:
+def share(N: int) -> Any:
     """In a kernel: the first of N pieces of work that this thread does, and the one after its last."""
     part, parts = np.int64(thread()), np.int64(threads())
     return N * part // parts, N * (part + 1) // parts
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def pointer(typing_context: Any, x: Any) -> Any:
     """In a kernel: a pointer to the first number of a float32 array."""
 
@@ -98,7 +91,7 @@ def pointer(typing_context: Any, x: Any) -> Any:
     return types.CPointer(types.float32)(x), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _at(typing_context: Any, address: Any) -> Any:
     """int64 to a pointer to float32."""
 
@@ -120,7 +113,8 @@ def kernel(job: np.dtype[Any]) -> Callable[[Callable[..., None]], Any]:
 
     def compile_(function: Callable[..., None]) -> Any:
         settings = {"nopython": True, "fastmath": MATHS, "error_model": "numpy"}
-        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(cache_folder() / "kernels" / _sources())
+        before = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = str(Path(before or cache_folder() / "kernels") / _sources())
         try:
             return numba.cfunc(signature, cache=True, **settings)(function)
         except RuntimeError:

@@ -1,0 +1,304 @@
+"""The U-Net on a CPU: the same weights and, to rounding, the same numbers, in less time.
+
+- 3x3 convolutions by Winograd's F(4x4, 3x3), with weights transformed beforehand (`ddim.kernels.winograd`).
+- Group normalisation, the shift by the time embedding and SiLU in one loop, which writes straight into the map that the
+  convolution after it reads, zero rim and all, and takes the two maps of a skip connection side by side, so that they
+  are never concatenated (`ddim.kernels.norm`).
+- Residuals are added where a convolution finishes its tiles.
+- The projections of the time embedding of all blocks are one product, and so are a block's queries, keys and values.
+
+Feature maps are (N, H, W, C) float32, contiguous. What does not fit a loop (a number of channels, an activation) is done
+by PyTorch in the same layout.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddim.kernels import norm as norms
+from ddim.kernels import winograd
+from ddim.layers import Attention, Downsample2D, ResnetBlock2D, Upsample2D
+from ddim.outputs import UNet2DOutput
+from ddim.unet import DownBlock2D, MidBlock2D, UNet2DModel, UpBlock2D, check_embeddings
+
+Map = Tensor
+"""(N, H, W, C)."""
+
+
+class CPUEngine:
+    """A network prepared for evaluation.
+
+    It stands in for the network in a pipeline, `DDIMPipeline(CPUEngine(pipe.unet), pipe.scheduler)`, and holds what it
+    made of the weights when it was built: after they have changed, build another.
+
+    Args:
+        unet: float32 on the CPU.
+    """
+
+    def __init__(self, unet: UNet2DModel) -> None:
+        self.unet = unet
+        self.config, self.device, self.dtype, self.state_dict = unet.config, unet.device, unet.dtype, unet.state_dict
+        rims = _Rims()
+        self._projections: list[nn.Linear] = []
+        self._conv_in = unet.conv_in
+        self._down = [self._block(block, rims) for block in unet.down_blocks]
+        self._middle = None if unet.mid_block is None else self._block(unet.mid_block, rims)
+        self._up = [self._block(block, rims) for block in unet.up_blocks]
+        self._norm_out = _Norm(unet.conv_norm_out, "silu")
+        self._conv_out = _Conv3x3(unet.conv_out, rims)
+        blocks = self._projections
+        self._time_weight = torch.cat([linear.weight.detach() for linear in blocks])
+        self._time_bias = torch.cat([linear.bias.detach() for linear in blocks])
+        self._time_sizes = [linear.out_features for linear in blocks]
+        self._act = blocks_act(unet)
+
+    def _block(self, block: Any, rims: _Rims) -> _Block:
+        return _Block(block, rims, self._projections)
+
+    @torch.no_grad()
+    def __call__(
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None
+    ) -> UNet2DOutput:
+        """Predict; arguments, result and errors are those of `UNet2DModel.forward`, without gradients."""
+        unet = self.unet
+        unet.check_sample(sample)
+        if unet.config.center_input_sample:
+            sample = 2 * sample - 1
+        emb = unet.embed(timestep, class_labels)
+        check_embeddings(emb, sample)
+        times = F.linear(self._act(emb), self._time_weight, self._time_bias).split(self._time_sizes, dim=1)
+        remaining = iter([time.contiguous() for time in times])
+
+        x = _direct(sample.permute(0, 2, 3, 1), self._conv_in)
+        skips = [x]
+        for block in self._down:
+            x = block.down(x, skips, remaining)
+        if self._middle is not None:
+            x = self._middle.through(x, remaining)
+        for block in self._up:
+            x = block.up(x, skips, remaining)
+        output = self._norm_out.then(self._conv_out, x).permute(0, 3, 1, 2).contiguous()
+        if unet.config.time_embedding_type == "fourier":
+            output = output / torch.as_tensor(timestep).to(output.dtype).reshape(-1, 1, 1, 1)
+        return UNet2DOutput(output)
+
+
+def blocks_act(unet: UNet2DModel) -> Callable[[Tensor], Tensor]:
+    """The activation of all residual blocks."""
+    return next(module for module in unet.modules() if isinstance(module, ResnetBlock2D)).nonlinearity
+
+
+class _Rims(threading.local):
+    """Maps with a rim, kept by shape: what is written into them leaves the rim zero. Each thread has its own."""
+
+    def __init__(self) -> None:
+        self._maps: dict[tuple[int, ...], Tensor] = {}
+
+    def get(self, N: int, H: int, W: int, C: int) -> Tensor:
+        shape = (N, H, W, C)
+        if shape not in self._maps:
+            if len(self._maps) > 64:
+                self._maps.clear()
+            self._maps[shape] = winograd.rimmed(N, C, H, W)
+        return self._maps[shape]
+
+
+class _Conv3x3:
+    """A 3x3 convolution, stride 1, padding 1."""
+
+    def __init__(self, conv: nn.Conv2d, rims: _Rims) -> None:
+        self.conv, self.rims = conv, rims
+        self.fits = winograd.fits(conv.in_channels, conv.out_channels)
+        if self.fits:
+            self.weights = winograd.transform_weights(conv.weight.detach())
+            self.bias = cast(Tensor, conv.bias).detach()
+
+    def input(self, N: int, H: int, W: int, C: int) -> tuple[Tensor, Tensor]:
+        """Where its input is to be written: what `__call__` takes, and the part of it that is the map."""
+        if not self.fits:
+            x = torch.empty(N, H, W, C)
+            return x, x
+        x = self.rims.get(N, H, W, C)
+        return x, x[:, 1 : H + 1, 1 : W + 1]
+
+    def __call__(self, x: Tensor, H: int, W: int, residual: Map | None = None) -> Map:
+        if not self.fits:
+            y = _direct(x, self.conv)
+            return y if residual is None else y.add_(residual)
+        y = torch.empty(x.shape[0], H, W, self.conv.out_channels)
+        winograd.convolve(x, self.weights, self.bias, residual, y)
+        return y
+
+
+class _Norm:
+    """A group norm, and the activation after it."""
+
+    def __init__(self, norm: nn.GroupNorm, act: str | nn.Module | None) -> None:
+        self.groups, self.eps = norm.num_groups, norm.eps
+        self.weight, self.bias = norm.weight.detach()[None], norm.bias.detach()[None]
+        self.no_shift = torch.zeros_like(self.weight)
+        self.silu = act == "silu" or isinstance(act, nn.SiLU)
+        self.act = act if isinstance(act, nn.Module) and not self.silu else None
+
+    def write(
+        self,
+        y: Tensor,
+        inside: Tensor,
+        a: Map,
+        b: Map | None = None,
+        shift: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        """To `y`, whose pixels are `inside`. With a `scale` (N or 1, C) the shift comes after the norm instead."""
+        weight, bias, before = self.weight, self.bias, self.no_shift if shift is None else shift
+        if scale is not None and shift is not None:
+            weight, bias, before = weight * (1 + scale), bias * (1 + scale) + shift, self.no_shift
+        rim = y.shape != inside.shape
+        norms.normalise(a, b, before, weight, bias, self.groups, self.eps, self.silu, y, rim)
+        if self.act is not None:
+            inside.copy_(self.act(inside))
+
+    def then(
+        self,
+        conv: _Conv3x3,
+        a: Map,
+        b: Map | None = None,
+        shift: Tensor | None = None,
+        scale: Tensor | None = None,
+        residual: Map | None = None,
+    ) -> Map:
+        """The convolution of it, plus residual."""
+        N, H, W, A = a.shape
+        y, inside = conv.input(N, H, W, A + (0 if b is None else b.shape[-1]))
+        self.write(y, inside, a, b, shift, scale)
+        return conv(y, H, W, residual)
+
+
+class _Resnet:
+    def __init__(self, block: ResnetBlock2D, rims: _Rims) -> None:
+        self.norm1, self.norm2 = _Norm(block.norm1, block.nonlinearity), _Norm(block.norm2, block.nonlinearity)
+        self.conv1, self.conv2 = _Conv3x3(block.conv1, rims), _Conv3x3(block.conv2, rims)
+        self.scale_shift, self.factor, self.resample = block.scale_shift, block.output_scale_factor, block.resample
+        self.shortcut = None
+        if block.conv_shortcut is not None:
+            self.shortcut = block.conv_shortcut.weight.detach().flatten(1).t()
+            self.shortcut_bias = cast(Tensor, block.conv_shortcut.bias).detach()
+
+    def __call__(self, a: Map, b: Map | None, time: Tensor) -> Map:
+        scale, shift = None, time
+        if self.scale_shift:
+            scale, shift = (part.contiguous() for part in time.chunk(2, dim=1))
+        residual = self._residual(a, b)
+        if self.resample is None:
+            x = self.norm1.then(self.conv1, a, b)
+        else:
+            normed = torch.empty_like(a)
+            self.norm1.write(normed, normed, a)
+            normed = self.resample(normed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            residual = self.resample(residual.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+            y, inside = self.conv1.input(*normed.shape)
+            inside.copy_(normed)
+            x = self.conv1(y, *normed.shape[1:3])
+        x = self.norm2.then(self.conv2, x, None, shift, scale, residual)
+        return x if self.factor == 1 else x.div_(self.factor)
+
+    def _residual(self, a: Map, b: Map | None) -> Map:
+        if self.shortcut is None:
+            return a if b is None else torch.cat([a, b], dim=-1)
+        N, H, W, A = a.shape
+        total = torch.addmm(self.shortcut_bias, a.view(-1, A), self.shortcut[:A])
+        if b is not None:
+            total.addmm_(b.view(-1, b.shape[-1]), self.shortcut[A:])
+        return total.view(N, H, W, -1)
+
+
+class _Attention:
+    def __init__(self, attention: Attention) -> None:
+        self.norm = None if attention.group_norm is None else _Norm(attention.group_norm, None)
+        self.heads, self.factor = attention.heads, attention.output_scale_factor
+        projections = (attention.to_q, attention.to_k, attention.to_v)
+        self.weight = torch.cat([linear.weight.detach() for linear in projections])
+        self.bias = torch.cat([linear.bias.detach() for linear in projections])
+        self.out = attention.to_out[0]
+
+    def __call__(self, x: Map) -> Map:
+        N, H, W, C = x.shape
+        normed = x
+        if self.norm is not None:
+            normed = torch.empty_like(x)
+            self.norm.write(normed, normed, x)
+        mixed = F.linear(normed.view(N, H * W, C), self.weight, self.bias)
+        q, k, v = mixed.view(N, H * W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N * H * W, -1)
+        y = torch.addmm(self.out.bias, attended, self.out.weight.t()).view(N, H, W, C).add_(x)
+        return y if self.factor == 1 else y.div_(self.factor)
+
+
+class _Block:
+    """A block of the way down, of the middle or of the way up; times are taken in the order of the blocks."""
+
+    def __init__(self, block: DownBlock2D | MidBlock2D | UpBlock2D, rims: _Rims, projections: list[nn.Linear]) -> None:
+        self.resnets = [self._resnet(resnet, rims, projections) for resnet in block.resnets]
+        self.attentions = None if block.attentions is None else [_Attention(a) for a in block.attentions]
+        samplers = getattr(block, "downsamplers", None) or getattr(block, "upsamplers", None)
+        self.sampler: Any = None
+        if samplers is not None and isinstance(samplers[0], ResnetBlock2D):
+            self.sampler = self._resnet(samplers[0], rims, projections)
+        elif samplers is not None:
+            self.sampler = samplers[0]
+            self.conv = _Conv3x3(samplers[0].conv, rims) if isinstance(samplers[0], Upsample2D) else None
+
+    @staticmethod
+    def _resnet(resnet: Any, rims: _Rims, projections: list[nn.Linear]) -> _Resnet:
+        projections.append(resnet.time_emb_proj)
+        return _Resnet(resnet, rims)
+
+    def down(self, x: Map, skips: list[Map], times: Any) -> Map:
+        for index, resnet in enumerate(self.resnets):
+            x = resnet(x, None, next(times))
+            if self.attentions is not None:
+                x = self.attentions[index](x)
+            skips.append(x)
+        if self.sampler is not None:
+            x = self._resample(x, times)
+            skips.append(x)
+        return x
+
+    def through(self, x: Map, times: Any) -> Map:
+        x = self.resnets[0](x, None, next(times))
+        if self.attentions is not None:
+            x = self.attentions[0](x)
+        return self.resnets[1](x, None, next(times))
+
+    def up(self, x: Map, skips: list[Map], times: Any) -> Map:
+        for index, resnet in enumerate(self.resnets):
+            x = resnet(x, skips.pop(), next(times))
+            if self.attentions is not None:
+                x = self.attentions[index](x)
+        return x if self.sampler is None else self._resample(x, times)
+
+    def _resample(self, x: Map, times: Any) -> Map:
+        if isinstance(self.sampler, _Resnet):
+            return self.sampler(x, None, next(times))
+        if isinstance(self.sampler, Downsample2D):
+            padded = F.pad(x, (0, 0, 0, 1, 0, 1)) if self.sampler.padding == 0 else x
+            return _direct(padded, self.sampler.conv)
+        N, H, W, C = x.shape
+        y, inside = self.conv.input(N, 2 * H, 2 * W, C)
+        for i in (0, 1):
+            for j in (0, 1):
+                inside[:, i::2, j::2] = x
+        return self.conv(y, 2 * H, 2 * W)
+
+
+def _direct(x: Map, conv: nn.Conv2d) -> Map:
+    """PyTorch's convolution."""
+    weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, conv.bias, conv.stride, conv.padding)
+    return y.permute(0, 2, 3, 1).contiguous()
