@@ -9,11 +9,11 @@ encodes the first 256 images of a data set with the built-in model and decodes t
 - diffusers: its `DDIMInverseScheduler` and its `DDIMScheduler`, asking the same network, without clipping and with
   `set_alpha_to_one=False`, which is kinder to it than its defaults are.
 
-All three ask the same network through the same engine. The error is the mean squared error per pixel in [0, 1] of what the network gives, before clipping and rounding. Numbers
-of steps beyond 200 take hours on two cores and are run on the first 32 images only (`--images-beyond`). Results are
-kept in `--cache`, a file for every 32 images, with a hash of the weights that they belong to, so that a run can be
-stopped and several can share the work: `--part 0/2` and `--part 1/2` do every other file each, and a run without it
-prints the table. `--noise` shows why codes of clean images are not quite centred.
+All three ask the same network, run by the CPU engine. The error is the mean squared error per pixel in [0, 1] of what
+it gives, before clipping and rounding. Numbers of steps beyond 200 take two hours on two cores (`--images-beyond` takes
+fewer images for them). Results are kept in `--cache`, a file for every 32 images, with a hash of the weights that they
+belong to, so that a run can be stopped and several can share the work: `--part 0/2` and `--part 1/2` do every other
+file each, and a run without it prints the table. `--noise` shows why codes of clean images are not quite centred.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The error of encoding and decoding.")
     parser.add_argument("--data", type=Path, required=True, help="a folder of images, or a parquet file")
     parser.add_argument("--images", type=int, default=256, help="up to 200 steps")
-    parser.add_argument("--images-beyond", type=int, default=32, help="beyond 200 steps")
+    parser.add_argument("--images-beyond", type=int, default=256, help="beyond 200 steps")
     parser.add_argument("--noise", action="store_true", help="tell the codes of the first 64 images with that noise")
     parser.add_argument("--steps", type=int, nargs="+", default=list(PAPER))
     parser.add_argument("--cache", type=Path, default=Path("runs/inversion"))

@@ -7,14 +7,14 @@
 - Residuals are added where a convolution finishes its tiles.
 - The projections of the time embedding of all blocks are one product, and so are a block's queries, keys and values.
 
-Feature maps are (N, H, W, C) float32, contiguous. What does not fit a loop (a number of channels, an activation) is done
-by PyTorch in the same layout.
+Feature maps are (N, H, W, C) float32, contiguous. What fits no loop (a number of channels, an activation) is done by
+PyTorch in the same layout.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -25,7 +25,7 @@ from ddim.kernels import norm as norms
 from ddim.kernels import winograd
 from ddim.layers import Attention, Downsample2D, ResnetBlock2D, Upsample2D
 from ddim.outputs import UNet2DOutput
-from ddim.unet import DownBlock2D, MidBlock2D, UNet2DModel, UpBlock2D, check_embeddings
+from ddim.unet import UNet2DModel, check_embeddings
 
 Map = Tensor
 """(N, H, W, C)."""
@@ -45,26 +45,19 @@ class CPUEngine:
         self.unet = unet
         self.config, self.device, self.dtype, self.state_dict = unet.config, unet.device, unet.dtype, unet.state_dict
         rims = _Rims()
-        self._projections: list[nn.Linear] = []
-        self._conv_in = unet.conv_in
-        self._down = [self._block(block, rims) for block in unet.down_blocks]
-        self._middle = None if unet.mid_block is None else self._block(unet.mid_block, rims)
-        self._up = [self._block(block, rims) for block in unet.up_blocks]
+        projections: list[nn.Linear] = []
+        self._conv_in = _Direct(unet.conv_in)
+        self._down = [_Block(block, rims, projections) for block in unet.down_blocks]
+        self._middle = None if unet.mid_block is None else _Block(unet.mid_block, rims, projections)
+        self._up = [_Block(block, rims, projections) for block in unet.up_blocks]
         self._norm_out = _Norm(unet.conv_norm_out, "silu")
         self._conv_out = _Conv3x3(unet.conv_out, rims)
-        blocks = self._projections
-        self._time_weight = torch.cat([linear.weight.detach() for linear in blocks])
-        self._time_bias = torch.cat([linear.bias.detach() for linear in blocks])
-        self._time_sizes = [linear.out_features for linear in blocks]
-        self._act = blocks_act(unet)
-
-    def _block(self, block: Any, rims: _Rims) -> _Block:
-        return _Block(block, rims, self._projections)
+        self._times = _stacked(projections)
+        self._time_sizes = [linear.out_features for linear in projections]
+        self._act: Any = next(m for m in unet.modules() if isinstance(m, ResnetBlock2D)).nonlinearity
 
     @torch.no_grad()
-    def __call__(
-        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None
-    ) -> UNet2DOutput:
+    def __call__(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> UNet2DOutput:
         """Predict; arguments, result and errors are those of `UNet2DModel.forward`, without gradients."""
         unet = self.unet
         unet.check_sample(sample)
@@ -72,10 +65,10 @@ class CPUEngine:
             sample = 2 * sample - 1
         emb = unet.embed(timestep, class_labels)
         check_embeddings(emb, sample)
-        times = F.linear(self._act(emb), self._time_weight, self._time_bias).split(self._time_sizes, dim=1)
+        times = torch.split(F.linear(self._act(emb), *self._times), self._time_sizes, dim=1)
         remaining = iter([time.contiguous() for time in times])
 
-        x = _direct(sample.permute(0, 2, 3, 1), self._conv_in)
+        x = self._conv_in(sample.permute(0, 2, 3, 1))
         skips = [x]
         for block in self._down:
             x = block.down(x, skips, remaining)
@@ -89,9 +82,9 @@ class CPUEngine:
         return UNet2DOutput(output)
 
 
-def blocks_act(unet: UNet2DModel) -> Callable[[Tensor], Tensor]:
-    """The activation of all residual blocks."""
-    return next(module for module in unet.modules() if isinstance(module, ResnetBlock2D)).nonlinearity
+def _stacked(linears: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Weight and bias of one linear layer that gives the results of several side by side."""
+    return torch.cat([x.weight.detach() for x in linears]), torch.cat([x.bias.detach() for x in linears])
 
 
 class _Rims(threading.local):
@@ -109,11 +102,24 @@ class _Rims(threading.local):
         return self._maps[shape]
 
 
+class _Direct:
+    """A convolution by PyTorch."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        self.weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
+        self.bias, self.stride, self.padding = conv.bias, conv.stride, conv.padding
+
+    def __call__(self, x: Map) -> Map:
+        y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, self.stride, self.padding)
+        return y.permute(0, 2, 3, 1).contiguous()
+
+
 class _Conv3x3:
     """A 3x3 convolution, stride 1, padding 1."""
 
     def __init__(self, conv: nn.Conv2d, rims: _Rims) -> None:
-        self.conv, self.rims = conv, rims
+        self.out_channels, self.rims = conv.out_channels, rims
+        self.direct = _Direct(conv)
         self.fits = winograd.fits(conv.in_channels, conv.out_channels)
         if self.fits:
             self.weights = winograd.transform_weights(conv.weight.detach())
@@ -129,9 +135,9 @@ class _Conv3x3:
 
     def __call__(self, x: Tensor, H: int, W: int, residual: Map | None = None) -> Map:
         if not self.fits:
-            y = _direct(x, self.conv)
+            y = self.direct(x)
             return y if residual is None else y.add_(residual)
-        y = torch.empty(x.shape[0], H, W, self.conv.out_channels)
+        y = torch.empty(x.shape[0], H, W, self.out_channels)
         winograd.convolve(x, self.weights, self.bias, residual, y)
         return y
 
@@ -156,13 +162,19 @@ class _Norm:
         scale: Tensor | None = None,
     ) -> None:
         """To `y`, whose pixels are `inside`. With a `scale` (N or 1, C) the shift comes after the norm instead."""
-        weight, bias, before = self.weight, self.bias, self.no_shift if shift is None else shift
-        if scale is not None and shift is not None:
-            weight, bias, before = weight * (1 + scale), bias * (1 + scale) + shift, self.no_shift
+        weight, bias, before = self._terms(shift, scale)
         rim = y.shape != inside.shape
         norms.normalise(a, b, before, weight, bias, self.groups, self.eps, self.silu, y, rim)
         if self.act is not None:
             inside.copy_(self.act(inside))
+
+    def _terms(self, shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight, bias, and the shift before the norm."""
+        if shift is None:
+            return self.weight, self.bias, self.no_shift
+        if scale is None:
+            return self.weight, self.bias, shift
+        return self.weight * (1 + scale), self.bias * (1 + scale) + shift, self.no_shift
 
     def then(
         self,
@@ -175,6 +187,12 @@ class _Norm:
     ) -> Map:
         """The convolution of it, plus residual."""
         N, H, W, A = a.shape
+        if conv.fits and self.act is None and torch.get_num_threads() <= N:
+            weight, bias, before = self._terms(shift, scale)
+            y = torch.empty(N, H, W, conv.out_channels)
+            terms = (before, weight, bias, self.groups, self.eps, self.silu)
+            winograd.normalise_and_convolve(a, b, *terms, conv.weights, conv.bias, residual, y)
+            return y
         y, inside = conv.input(N, H, W, A + (0 if b is None else b.shape[-1]))
         self.write(y, inside, a, b, shift, scale)
         return conv(y, H, W, residual)
@@ -222,10 +240,8 @@ class _Attention:
     def __init__(self, attention: Attention) -> None:
         self.norm = None if attention.group_norm is None else _Norm(attention.group_norm, None)
         self.heads, self.factor = attention.heads, attention.output_scale_factor
-        projections = (attention.to_q, attention.to_k, attention.to_v)
-        self.weight = torch.cat([linear.weight.detach() for linear in projections])
-        self.bias = torch.cat([linear.bias.detach() for linear in projections])
-        self.out = attention.to_out[0]
+        self.qkv = _stacked([attention.to_q, attention.to_k, attention.to_v])
+        self.out: Any = attention.to_out[0]
 
     def __call__(self, x: Map) -> Map:
         N, H, W, C = x.shape
@@ -233,7 +249,7 @@ class _Attention:
         if self.norm is not None:
             normed = torch.empty_like(x)
             self.norm.write(normed, normed, x)
-        mixed = F.linear(normed.view(N, H * W, C), self.weight, self.bias)
+        mixed = F.linear(normed.view(N, H * W, C), *self.qkv)
         q, k, v = mixed.view(N, H * W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N * H * W, -1)
         y = torch.addmm(self.out.bias, attended, self.out.weight.t()).view(N, H, W, C).add_(x)
@@ -243,16 +259,19 @@ class _Attention:
 class _Block:
     """A block of the way down, of the middle or of the way up; times are taken in the order of the blocks."""
 
-    def __init__(self, block: DownBlock2D | MidBlock2D | UpBlock2D, rims: _Rims, projections: list[nn.Linear]) -> None:
+    def __init__(self, block: Any, rims: _Rims, projections: list[nn.Linear]) -> None:
         self.resnets = [self._resnet(resnet, rims, projections) for resnet in block.resnets]
-        self.attentions = None if block.attentions is None else [_Attention(a) for a in block.attentions]
+        self.attentions = (
+            None if block.attentions is None else [_Attention(cast(Attention, a)) for a in block.attentions]
+        )
         samplers = getattr(block, "downsamplers", None) or getattr(block, "upsamplers", None)
         self.sampler: Any = None
         if samplers is not None and isinstance(samplers[0], ResnetBlock2D):
             self.sampler = self._resnet(samplers[0], rims, projections)
         elif samplers is not None:
             self.sampler = samplers[0]
-            self.conv = _Conv3x3(samplers[0].conv, rims) if isinstance(samplers[0], Upsample2D) else None
+            conv = samplers[0].conv
+            self.conv: Any = _Conv3x3(conv, rims) if isinstance(samplers[0], Upsample2D) else _Direct(conv)
 
     @staticmethod
     def _resnet(resnet: Any, rims: _Rims, projections: list[nn.Linear]) -> _Resnet:
@@ -288,17 +307,10 @@ class _Block:
             return self.sampler(x, None, next(times))
         if isinstance(self.sampler, Downsample2D):
             padded = F.pad(x, (0, 0, 0, 1, 0, 1)) if self.sampler.padding == 0 else x
-            return _direct(padded, self.sampler.conv)
+            return self.conv(padded)
         N, H, W, C = x.shape
         y, inside = self.conv.input(N, 2 * H, 2 * W, C)
         for i in (0, 1):
             for j in (0, 1):
                 inside[:, i::2, j::2] = x
         return self.conv(y, 2 * H, 2 * W)
-
-
-def _direct(x: Map, conv: nn.Conv2d) -> Map:
-    """PyTorch's convolution."""
-    weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
-    y = F.conv2d(x.permute(0, 3, 1, 2), weight, conv.bias, conv.stride, conv.padding)
-    return y.permute(0, 2, 3, 1).contiguous()

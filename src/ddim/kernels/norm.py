@@ -34,12 +34,9 @@ EXP = tuple(
 
 SHARED = ("N", "P", "C", "groups", "silu", "x", "shift", "weight", "bias", "mean", "rstd")
 FORWARD = np.dtype([(name, np.int64) for name in (*SHARED, "y")] + [("eps", np.float64)])
+MAPS = ("N", "H", "W", "A", "B", "groups", "silu", "a", "b", "shifts", "shift", "weights", "weight")
 INFERENCE = np.dtype(
-    [
-        (name, np.int64)
-        for name in ("N", "H", "W", "A", "B", "groups", "silu", "a", "b", "shifts", "shift", "weights", "weight", "bias")
-    ]
-    + [("top", np.int64), ("rows", np.int64), ("columns", np.int64), ("y", np.int64), ("eps", np.float64)]
+    [(name, np.int64) for name in (*MAPS, "bias", "top", "rows", "columns", "y")] + [("eps", np.float64)]
 )
 BACKWARD = np.dtype([(name, np.int64) for name in (*SHARED, "dy", "dx", "dshift", "dweight", "dbias")])
 
@@ -228,12 +225,63 @@ def add_total_squares(x: Any, centre: Any, totals: Any, sums: Any) -> None:
         flush(sums, totals)
 
 
+@njit(fastmath=MATHS, error_model="numpy")
+def affine(
+    a: Any,
+    b: Any,
+    shift: Any,
+    weight: Any,
+    bias: Any,
+    groups: int,
+    eps: float,
+    scale: Any,
+    offset: Any,
+    sums: Any,
+    totals: Any,
+) -> None:
+    """The scale and the offset of each channel that normalise a sample, the maps a (H, W, A) and b (H, W, B) side by
+    side; `sums` and `totals` (A + B,) are for its own use, the former zero before and after.
+    """
+    H, W, A = a.shape
+    B = b.shape[2]
+    D = (A + B) // groups
+    totals[:] = 0
+    add_totals(a.reshape(H * W, A), totals[:A], sums[:A])
+    add_totals(b.reshape(H * W, B), totals[A:], sums[A:])
+    for g in range(groups):
+        mean = 0.0
+        for c in range(g * D, (g + 1) * D):
+            mean += totals[c] / (H * W) + shift[c]
+        for c in range(g * D, (g + 1) * D):
+            offset[c] = mean / D - shift[c]
+    totals[:] = 0
+    add_total_squares(a.reshape(H * W, A), offset[:A], totals[:A], sums[:A])
+    add_total_squares(b.reshape(H * W, B), offset[A:], totals[A:], sums[A:])
+    for g in range(groups):
+        squares = 0.0
+        for c in range(g * D, (g + 1) * D):
+            squares += totals[c]
+        rstd = 1 / math.sqrt(squares / (H * W * D) + eps)
+        for c in range(g * D, (g + 1) * D):
+            scale[c] = rstd * weight[c]
+            offset[c] = bias[c] - offset[c] * scale[c]
+
+
+@njit(fastmath=MATHS, error_model="numpy")
+def apply_rows(a: Any, b: Any, y: Any, top: int, first: int, last: int, scale: Any, offset: Any, silu: bool) -> None:
+    """silu(scale x + offset) of rows of the maps side by side, to y, where the first pixel is at (top, top)."""
+    W, A = a.shape[1:]
+    for h in range(first, last):
+        row = y[h + top, top : top + W]
+        apply_row(a[h], row, 0, scale[:A], offset[:A], silu)
+        apply_row(b[h], row, A, scale[A:], offset[A:], silu)
+
+
 @kernel(INFERENCE)
 def _normalise(data: Any) -> None:
     job = carray(data, 1)[0]
-    N, H, W, A, B, groups = job.N, job.H, job.W, job.A, job.B, job.groups
+    N, H, W, A, B = job.N, job.H, job.W, job.A, job.B
     C = A + B
-    D = C // groups
     a, b = array(job.a, (N, H, W, A)), array(job.b, (N, H, W, B))
     shift = array(job.shift, (job.shifts, C))
     weight, bias = array(job.weight, (job.weights, C)), array(job.bias, (job.weights, C))
@@ -244,30 +292,9 @@ def _normalise(data: Any) -> None:
     first, last = share(N * H)
     for n in range(first // H, (last + H - 1) // H):
         s, w = min(n, job.shifts - 1), min(n, job.weights - 1)
-        totals[:] = 0
-        add_totals(a[n].reshape(H * W, A), totals[:A], sums[:A])
-        add_totals(b[n].reshape(H * W, B), totals[A:], sums[A:])
-        for g in range(groups):
-            mean = 0.0
-            for c in range(g * D, (g + 1) * D):
-                mean += totals[c] / (H * W) + shift[s, c]
-            for c in range(g * D, (g + 1) * D):
-                offset[c] = mean / D - shift[s, c]
-        totals[:] = 0
-        add_total_squares(a[n].reshape(H * W, A), offset[:A], totals[:A], sums[:A])
-        add_total_squares(b[n].reshape(H * W, B), offset[A:], totals[A:], sums[A:])
-        for g in range(groups):
-            squares = 0.0
-            for c in range(g * D, (g + 1) * D):
-                squares += totals[c]
-            rstd = 1 / math.sqrt(squares / (H * W * D) + job.eps)
-            for c in range(g * D, (g + 1) * D):
-                scale[c] = rstd * weight[w, c]
-                offset[c] = bias[w, c] - offset[c] * scale[c]
-        for h in range(max(first - n * H, 0), min(last - n * H, H)):
-            row = y[n, h + job.top, job.top : job.top + W]
-            apply_row(a[n, h], row, 0, scale[:A], offset[:A], job.silu != 0)
-            apply_row(b[n, h], row, A, scale[A:], offset[A:], job.silu != 0)
+        affine(a[n], b[n], shift[s], weight[w], bias[w], job.groups, job.eps, scale, offset, sums, totals)
+        top, bottom = max(first - n * H, 0), min(last - n * H, H)
+        apply_rows(a[n], b[n], y[n], job.top, top, bottom, scale, offset, job.silu != 0)
 
 
 def forward(

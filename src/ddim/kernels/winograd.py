@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+from ddim.kernels.norm import MAPS, affine, apply_rows
 from ddim.kernels.team import array, kernel, pointer, run, share
 
 LANES = 16
@@ -35,16 +36,35 @@ ROWS = 6
 """Tiles of a product's tile."""
 HALF = 8
 """Channels transformed side by side."""
-TILES = 12
+TILES = 18
 SIDE, STEP = 6, 4
 POINTS = SIDE * SIDE
 
-BT = ((4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0), (0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0), (0, 4, 0, -5, 0, 1))
-G = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6), (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1))
+BT = (
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1),
+)
+G = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
 AT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
 
 NAMES = ("N", "H", "W", "C", "K", "x", "weights", "bias", "adds", "residual", "y")
 CONVOLUTION = np.dtype([(name, np.int64) for name in NAMES])
+
+NORMALISED = np.dtype(
+    [(name, np.int64) for name in (*MAPS, "beta", "K", "kernels", "bias", "adds", "residual", "y")]
+    + [("eps", np.float64)]
+)
 
 SINGLE, INDEX = ir.FloatType(), ir.IntType(64)
 FUSED = ("contract", "nsz")
@@ -79,7 +99,9 @@ class _Code:
         """The number there, in all lanes."""
         number = self.builder.load(place, align=4, typ=SINGLE)
         first = self.builder.insert_element(ir.Constant(self.vector, ir.Undefined), number, ir.Constant(INDEX, 0))
-        return self.builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes))
+        return self.builder.shuffle_vector(
+            first, first, ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
+        )
 
     def add(self, a: Any, b: Any) -> Any:
         return self.builder.fadd(a, b, flags=FUSED)
@@ -102,7 +124,9 @@ class _Code:
                         if result is None:
                             result = value if factor == 1 else self.scale(value, factor)
                         elif factor in (1, -1):
-                            result = (self.builder.fadd if factor == 1 else self.builder.fsub)(result, value, flags=FUSED)
+                            result = (self.builder.fadd if factor == 1 else self.builder.fsub)(
+                                result, value, flags=FUSED
+                            )
                         else:
                             result = self.add(self.scale(value, factor), result)
                 sums[row] = result
@@ -124,7 +148,7 @@ class _Code:
 
 @intrinsic
 def _to_points(typing_context: Any, x: Any, x_row: Any, C: Any, v: Any, v_point: Any) -> Any:
-    """B^T d B of all channels of a tile: from x (6 rows `x_row` apart, 6 places C apart) to 36 vectors `v_point` apart."""
+    """B^T d B of all channels of a tile: from 6 rows, `x_row` apart, of x to 36 places, `v_point` apart, of v."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, x_row, C, v, v_point = arguments
@@ -220,27 +244,25 @@ def _multiply(rows: int) -> Any:
 _multiply_1, _multiply_2, _multiply_3, _multiply_4, _multiply_5, _multiply_6 = map(_multiply, range(1, ROWS + 1))
 
 
-@kernel(CONVOLUTION)
-def _convolve(data: Any) -> None:
-    job = carray(data, 1)[0]
-    N, H, W, C, K = job.N, job.H, job.W, job.C, job.K
+@njit
+def convolve_tiles(
+    x: Any, y: Any, u: Any, bias: Any, adds: bool, residual: Any, first: int, last: int, v: Any, m: Any
+) -> None:
+    """Tiles first to last of some samples, row by row; `v` and `m` are for its own use."""
+    H, W, K = y.shape[1:]
+    C = x.shape[3]
     down, across = (H + STEP - 1) // STEP, (W + STEP - 1) // STEP
-    x = array(job.x, (N, STEP * down + 2, STEP * across + 2, C))
-    y, residual, bias = array(job.y, (N, H, W, K)), array(job.residual, (N, H, W, K)), array(job.bias, (K,))
-    u = array(job.weights, (POINTS, K // LANES, C, LANES))
-    v, m = np.empty((POINTS, TILES, C), np.float32), np.empty((POINTS, TILES, K), np.float32)
-    first, last = share(N * down * across)
     for start in range(first, last, TILES):
         count = min(TILES, last - start)
         for t in range(count):
             n, rest = (start + t) // (down * across), (start + t) % (down * across)
-            top, left = rest // across * STEP, rest % across * STEP
-            _to_points(pointer(x[n, top, left]), x.shape[2] * C, C, pointer(v[0, t]), TILES * C)
+            here = pointer(x[n, rest // across * STEP, rest % across * STEP])
+            _to_points(here, x.shape[2] * C, C, pointer(v[0, t * C :]), v.shape[1])
         for point in range(POINTS):
             for panel in range(K // LANES):
                 weights = pointer(u[point, panel])
                 for t in range(0, count, ROWS):
-                    rows, a, b = count - t, pointer(v[point, t]), pointer(m[point, t, panel * LANES :])
+                    rows, a, b = count - t, pointer(v[point, t * C :]), pointer(m[point, t * K + panel * LANES :])
                     if rows >= 6:
                         _multiply_6(a, C, weights, b, K)
                     elif rows == 5:
@@ -256,13 +278,54 @@ def _convolve(data: Any) -> None:
         for t in range(count):
             n, rest = (start + t) // (down * across), (start + t) % (down * across)
             top, left = rest // across * STEP, rest % across * STEP
-            a, b, there = pointer(m[0, t]), pointer(bias), pointer(y[n, top, left])
+            a, b, there = pointer(m[0, t * K :]), pointer(bias), pointer(y[n, top, left])
             rows, columns = min(STEP, H - top), min(STEP, W - left)
-            if job.adds:
+            if adds:
                 before = pointer(residual[n, top, left])
-                _finish_and_add(a, TILES * K, K, b, before, there, W * K, rows, columns)
+                _finish_and_add(a, m.shape[1], K, b, before, there, W * K, rows, columns)
             else:
-                _finish(a, TILES * K, K, b, b, there, W * K, rows, columns)
+                _finish(a, m.shape[1], K, b, b, there, W * K, rows, columns)
+
+
+@kernel(CONVOLUTION)
+def _convolve(data: Any) -> None:
+    job = carray(data, 1)[0]
+    N, H, W, C, K = job.N, job.H, job.W, job.C, job.K
+    down, across = (H + STEP - 1) // STEP, (W + STEP - 1) // STEP
+    x = array(job.x, (N, STEP * down + 2, STEP * across + 2, C))
+    y, residual, bias = array(job.y, (N, H, W, K)), array(job.residual, (N, H, W, K)), array(job.bias, (K,))
+    u = array(job.weights, (POINTS, K // LANES, C, LANES))
+    # A cache line more for each point: at distances of powers of two they would compete for a few places in the cache.
+    v, m = np.empty((POINTS, TILES * C + LANES), np.float32), np.empty((POINTS, TILES * K + LANES), np.float32)
+    first, last = share(N * down * across)
+    convolve_tiles(x, y, u, bias, job.adds != 0, residual, first, last, v, m)
+
+
+@kernel(NORMALISED)
+def _normalise_and_convolve(data: Any) -> None:
+    job = carray(data, 1)[0]
+    N, H, W, A, B, K = job.N, job.H, job.W, job.A, job.B, job.K
+    C = A + B
+    down, across = (H + STEP - 1) // STEP, (W + STEP - 1) // STEP
+    a, b = array(job.a, (N, H, W, A)), array(job.b, (N, H, W, B))
+    shift = array(job.shift, (job.shifts, C))
+    weight, beta = array(job.weight, (job.weights, C)), array(job.beta, (job.weights, C))
+    y, residual, bias = array(job.y, (N, H, W, K)), array(job.residual, (N, H, W, K)), array(job.bias, (K,))
+    u = array(job.kernels, (POINTS, K // LANES, C, LANES))
+    v, m = np.empty((POINTS, TILES * C + LANES), np.float32), np.empty((POINTS, TILES * K + LANES), np.float32)
+    scale, offset, sums = np.empty(C, np.float32), np.empty(C, np.float32), np.zeros(C, np.float32)
+    totals = np.empty(C, np.float64)
+    together = max(1, TILES // (down * across))
+    x = np.zeros((together, STEP * down + 2, STEP * across + 2, C), np.float32)
+    first, last = share(N)
+    for start in range(first, last, together):
+        end = min(start + together, last)
+        for n in range(start, end):
+            s, w = min(n, job.shifts - 1), min(n, job.weights - 1)
+            affine(a[n], b[n], shift[s], weight[w], beta[w], job.groups, job.eps, scale, offset, sums, totals)
+            apply_rows(a[n], b[n], x[n - start], 1, 0, H, scale, offset, job.silu != 0)
+        tiles = (end - start) * down * across
+        convolve_tiles(x, y[start:end], u, bias, job.adds != 0, residual[start:end], 0, tiles, v, m)
 
 
 def fits(C: int, K: int) -> bool:
@@ -279,7 +342,7 @@ def transform_weights(weight: Tensor) -> Tensor:
 
 
 def rimmed(N: int, C: int, H: int, W: int) -> Tensor:
-    """A map of zeros with a rim, (N, 4 ceil(H / 4) + 2, 4 ceil(W / 4) + 2, C); the pixels' place is [:, 1 : H + 1, 1 : W + 1]."""
+    """A map of zeros that has a rim; the pixels' place is [:, 1 : H + 1, 1 : W + 1]."""
     return torch.zeros(N, -(-H // STEP) * STEP + 2, -(-W // STEP) * STEP + 2, C)
 
 
@@ -297,3 +360,28 @@ def convolve(x: Tensor, weights: Tensor, bias: Tensor, residual: Tensor | None, 
     sizes = {"N": N, "H": H, "W": W, "C": x.shape[-1], "K": K, "adds": residual is not None}
     before = y if residual is None else residual
     run(_convolve, CONVOLUTION, **sizes, x=x, weights=weights, bias=bias, residual=before, y=y)
+
+
+def normalise_and_convolve(
+    a: Tensor,
+    b: Tensor | None,
+    shift: Tensor,
+    weight: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    kernels: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+) -> None:
+    """Write to `y` the convolution of what `ddim.kernels.norm.normalise` makes of `a` and `b`: each thread does both to
+    a few samples at a time, which stay in its cache. Arguments as there and in `convolve`.
+    """
+    N, H, W, K = y.shape
+    maps = {"a": a, "b": a if b is None else b, "shift": shift, "weight": weight, "beta": beta}
+    maps |= {"kernels": kernels, "bias": bias, "residual": y if residual is None else residual, "y": y}
+    sizes = {"N": N, "H": H, "W": W, "A": a.shape[-1], "B": 0 if b is None else b.shape[-1], "K": K}
+    counts = {"shifts": shift.shape[0], "weights": weight.shape[0], "adds": residual is not None}
+    run(_normalise_and_convolve, NORMALISED, **sizes, **counts, **maps, groups=groups, eps=eps, silu=silu)

@@ -1,0 +1,216 @@
+"""The CPU engine against the network that it runs, and its loops against PyTorch in float64."""
+
+from __future__ import annotations
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddim import DDIMPipeline
+from ddim.engine.cpu import CPUEngine
+from ddim.kernels import norm, winograd
+from ddim.unet import UNet2DModel
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def build(**settings: Any) -> UNet2DModel:
+    """A network all of whose weights matter."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(**settings).eval()
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "norm" in name:
+                parameter.normal_(1.0 if name.endswith("weight") else 0.0, 0.3)
+    return unet
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@torch.no_grad()
+def compare(unet: UNet2DModel, number: int, size: tuple[int, int], timestep: Any, **labels: Any) -> float:
+    sample = drawn(number, unet.config.in_channels, *size)
+    return apart(CPUEngine(unet)(sample, timestep, **labels).sample, unet(sample, timestep, **labels).sample)
+
+
+class TestWinograd:
+    @pytest.mark.parametrize(
+        ("N", "C", "K", "H", "W"),
+        [
+            (1, 8, 16, 4, 4),
+            (3, 32, 32, 28, 28),
+            (2, 40, 48, 7, 5),
+            (1, 96, 16, 1, 9),
+            (5, 16, 32, 2, 2),
+            (1, 8, 16, 3, 70),
+        ],
+    )
+    @pytest.mark.parametrize("adds", [False, True])
+    def test_equals_float64(self, N: int, C: int, K: int, H: int, W: int, adds: bool) -> None:
+        x, weight, bias = drawn(N, H, W, C), drawn(K, C, 3, 3, seed=1) / (9 * C) ** 0.5, drawn(K, seed=2)
+        residual = drawn(N, H, W, K, seed=3)
+        rimmed = winograd.rimmed(N, C, H, W)
+        rimmed[:, 1 : H + 1, 1 : W + 1] = x
+        y = torch.full((N, H, W, K), torch.nan)
+        winograd.convolve(rimmed, winograd.transform_weights(weight), bias, residual if adds else None, y)
+        expected = F.conv2d(x.permute(0, 3, 1, 2).double(), weight.double(), bias.double(), padding=1)
+        expected = expected.permute(0, 2, 3, 1) + (residual if adds else 0)
+        assert float((y - expected).abs().max()) < 1e-4
+        assert apart(y.double(), expected) < 1e-5
+
+    def test_bits_depend_on_nothing_but_the_sample(self) -> None:
+        """Not on the batch around it, nor on the number of threads; alone, or with the norm before it."""
+        N, C, K, size = 7, 24, 32, 10
+        x, weight, bias = drawn(N, size, size, C), drawn(K, C, 3, 3, seed=1), drawn(K, seed=2)
+        weights, one, zero = winograd.transform_weights(weight), torch.ones(1, C), torch.zeros(1, C)
+
+        def run(x: Tensor) -> tuple[Tensor, Tensor]:
+            ys = torch.empty(2, len(x), size, size, K)
+            rimmed = winograd.rimmed(len(x), C, size, size)
+            norm.normalise(x, None, zero, one, zero, 3, 1e-5, True, rimmed, True)
+            winograd.convolve(rimmed, weights, bias, None, ys[0])
+            winograd.normalise_and_convolve(x, None, zero, one, zero, 3, 1e-5, True, weights, bias, None, ys[1])
+            return ys[0], ys[1]
+
+        threads = torch.get_num_threads()
+        try:
+            expected, _ = run(x)
+            for number in (1, 2, 3, 9):
+                torch.set_num_threads(number)
+                for y in (*run(x), *(torch.cat(parts) for parts in zip(*map(run, x.split(2)), strict=True))):
+                    assert torch.equal(y, expected)
+        finally:
+            torch.set_num_threads(threads)
+
+
+class TestNormalise:
+    @pytest.mark.parametrize("silu", [True, False])
+    @pytest.mark.parametrize("rim", [True, False])
+    @pytest.mark.parametrize(("A", "B"), [(24, 0), (8, 16), (30, 6)])
+    @pytest.mark.parametrize("each", [True, False])
+    def test_equals_float64(self, A: int, B: int, rim: bool, silu: bool, each: bool) -> None:
+        N, H, W, C = 3, 6, 5, A + B
+        a, b = drawn(N, H, W, A) + 3, drawn(N, H, W, B, seed=1) if B else None
+        M = N if each else 1
+        shift, weight, bias = drawn(M, C, seed=2), drawn(M, C, seed=3), drawn(M, C, seed=4)
+        y = winograd.rimmed(N, C, H, W) if rim else torch.empty(N, H, W, C)
+        norm.normalise(a, b, shift, weight, bias, 3, 1e-5, silu, y, rim)
+        x = a if b is None else torch.cat([a, b], dim=-1)
+        u = (x + shift[:, None, None]).double().permute(0, 3, 1, 2)
+        z = F.group_norm(u, 3).permute(0, 2, 3, 1) * weight[:, None, None] + bias[:, None, None]
+        expected = F.silu(z) if silu else z
+        inside = y[:, 1 : H + 1, 1 : W + 1] if rim else y
+        assert apart(inside.double(), expected) < 1e-6
+        if rim:
+            assert float(y.double().square().sum()) == pytest.approx(float(inside.double().square().sum()))
+
+
+SMALL: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
+RESNET = {
+    "down_block_types": ("ResnetDownsampleBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "ResnetUpsampleBlock2D"),
+}
+
+
+class TestNetwork:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            RESNET,
+            RESNET | {"resnet_time_scale_shift": "scale_shift"},
+            {"act_fn": "gelu", "downsample_padding": 0},
+            {"time_embedding_type": "fourier", "center_input_sample": True},
+            {"time_embedding_type": "learned", "num_train_timesteps": 1000},
+            {"mid_block_type": None, "layers_per_block": 2},
+            {"mid_block_scale_factor": 1.4, "attention_head_dim": 8},
+            {"add_attention": False, "downsample_type": "resnet", "upsample_type": "resnet"},
+            {"block_out_channels": (12, 20), "norm_num_groups": 4},
+        ],
+        ids=str,
+    )
+    def test_equals_eager(self, changes: dict[str, Any]) -> None:
+        unet = build(**SMALL | changes)
+        assert compare(unet, 3, (8, 8), torch.tensor([7, 400, 999])) < 1e-5
+        assert compare(unet, 1, (8, 8), 20) < 1e-5
+
+    def test_classes(self) -> None:
+        assert (
+            compare(build(**SMALL, num_class_embeds=5), 4, (8, 8), 20, class_labels=torch.tensor([0, 4, 2, 1])) < 1e-5
+        )
+
+    def test_random_configurations(self) -> None:
+        draw = random.Random(0)
+        for _ in range(30):
+            levels = draw.choice([1, 2, 3])
+            groups = draw.choice([1, 2, 4])
+            channels = tuple(groups * draw.choice([4, 8, 12, 16, 5]) for _ in range(levels))
+            changes = {
+                "block_out_channels": channels,
+                "norm_num_groups": groups,
+                "down_block_types": draw.choices(
+                    ["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"], k=levels
+                ),
+                "up_block_types": draw.choices(["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"], k=levels),
+                "layers_per_block": draw.choice([1, 2]),
+                "in_channels": draw.choice([1, 3, 4]),
+                "out_channels": draw.choice([1, 3, 16]),
+                "act_fn": draw.choice(["silu", "relu", "mish"]),
+                "resnet_time_scale_shift": draw.choice(["default", "scale_shift"]),
+                "attention_head_dim": draw.choice([None, 4]),
+            }
+            multiple = 2 ** (levels - 1)
+            size = (multiple * draw.choice([1, 2, 3, 5]), multiple * draw.choice([1, 2, 4]))
+            unet = build(**changes)
+            assert compare(unet, draw.choice([1, 2, 5]), size, draw.randrange(1, 1000)) < 1e-3, (changes, size)
+
+    def test_the_built_in_model(self) -> None:
+        """Over a whole run: to 1e-3 in every step's prediction, to a grey level in 99.9% of the pixels at its end."""
+        pipe = DDIMPipeline.from_pretrained("mnist")
+        pipe.set_progress_bar_config(disable=True)
+        fast = DDIMPipeline(CPUEngine(pipe.unet), pipe.scheduler)
+        fast.set_progress_bar_config(disable=True)
+        seen: list[float] = []
+
+        def look(pipe: DDIMPipeline, index: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            x = tensors["latents"]
+            with torch.no_grad():
+                seen.append(apart(fast.unet(x, t).sample, pipe.unet(x, t).sample))
+            return {}
+
+        images = pipe(seeds=range(8), num_inference_steps=50, output_type="np", callback_on_step_end=look).images
+        assert max(seen) < 1e-3
+        found = fast(seeds=range(8), num_inference_steps=50, output_type="np").images
+        near = abs(found - images) <= 1 / 255
+        assert near.mean() > 0.999
+
+    def test_refuses_what_the_network_refuses(self) -> None:
+        engine = CPUEngine(build(**SMALL))
+        with pytest.raises(ValueError, match="the model takes"):
+            engine(drawn(1, 4, 8, 8), 3)
+        with pytest.raises(ValueError, match="2 timesteps"):
+            engine(drawn(3, 3, 8, 8), torch.tensor([3, 4]))
+
+    def test_callers_in_parallel(self) -> None:
+        engine = CPUEngine(build(**SMALL))
+        samples = [drawn(2, 3, 8, 8, seed=seed) for seed in range(12)]
+        expected = [engine(sample, 5).sample for sample in samples]
+        with ThreadPoolExecutor(4) as pool:
+            for found, alone in zip(pool.map(lambda sample: engine(sample, 5).sample, samples), expected, strict=True):
+                assert torch.equal(found, alone)
