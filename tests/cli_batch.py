@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ddim.cli import main
+from ddim.engine.cpu import CPUEngine
 from ddim.unet import UNet2DModel
 
 
@@ -63,18 +64,21 @@ def caught(stream: int) -> Iterator[list[str]]:
 
 
 def record_evaluations() -> list[tuple[int, int, str]]:
-    """A list that grows whenever a U-Net is asked, outside the meta device."""
+    """A list that grows whenever a U-Net is asked, itself or through its engine, outside the meta device."""
     evaluations: list[tuple[int, int, str]] = []
-    forward = UNet2DModel.forward
 
-    @functools.wraps(forward)
-    def recorded(self: UNet2DModel, sample: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        if sample.device.type != "meta":
-            single = getattr(timestep, "numel", lambda: 1)() == 1
-            evaluations.append((int(timestep) if single else -1, len(sample), str(sample.dtype)))
-        return forward(self, sample, timestep, *args, **kwargs)
+    def recorded(ask: Any) -> Any:
+        @functools.wraps(ask)
+        def asked(self: Any, sample: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+            if sample.device.type != "meta":
+                single = getattr(timestep, "numel", lambda: 1)() == 1
+                evaluations.append((int(timestep) if single else -1, len(sample), str(sample.dtype)))
+            return ask(self, sample, timestep, *args, **kwargs)
 
-    UNet2DModel.forward = recorded  # type: ignore[method-assign]
+        return asked
+
+    UNet2DModel.forward = recorded(UNet2DModel.forward)  # type: ignore[method-assign]
+    CPUEngine.__call__ = recorded(CPUEngine.__call__)  # type: ignore[method-assign]
     return evaluations
 
 

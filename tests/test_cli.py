@@ -70,7 +70,9 @@ GOOD = {
     "third": ["sample", "-n", "1", "--seed", "3", "--steps", "2", "--out", "third.npz"],
     "batches": ["sample", "-n", "5", "--batch-size", "2", "--steps", "2", "--out", "batches.npz"],
     "replaced": ["sample", "-n", "1", "--steps", "1", "--out", "old.png"],
-    "folder again": ["sample", "-n", "6", "--steps", "1", "--out", "pictures again"],
+    "folder again": ["sample", "-n", "6", "--steps", "1", "--out", "pictures again", "--overwrite"],
+    "gone on with": ["sample", "-n", "6", "--steps", "1", "--out", "pictures again"],
+    "shards": ["sample", "-n", "6", "--steps", "1", "--out", "shards.tar", "--batch-size", "2", "--shard-size", "5"],
     "default name": ["sample", "-n", "1", "--steps", "1"],
     "timesteps": [*QUICK, "--timesteps", "900,600,300,0", "-o", "timesteps.npz"],
     "trailing": [*QUICK, "--spacing", "trailing", "-o", "trailing.npz"],
@@ -110,6 +112,16 @@ BAD: dict[str, tuple[list[str], int, str]] = {
         ["sample", "-m", "nobody/nothing"],
         1,
         "the model nobody/nothing is neither a folder nor in the cache",
+    ),
+    "unknown pictures": (
+        ["sample", "-n", "2", "--steps", "1", "--out", "unknown"],
+        1,
+        r"unknown/00000\.png is there, and no manifest\.json .*--overwrite",
+    ),
+    "other pictures": (
+        ["sample", "-n", "6", "--steps", "2", "--out", "pictures again"],
+        1,
+        r"other settings \(timesteps is \[500, 0\], was \[0\]\)",
     ),
     "empty folder": (["sample", "-m", "empty"], 1, "empty holds no model: looked for .*config.json"),
     "file": (["sample", "-m", "mine.yaml"], 1, "there is no model 'mine.yaml'"),
@@ -159,6 +171,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.new("L", (3, 3)).save(folder / "old.png")
     (folder / "empty").mkdir()
     (folder / "pictures again").mkdir()
+    (folder / "unknown").mkdir()
+    (folder / "unknown" / "00000.png").write_text("mine")
     for name in ("00000.png", "00005.png", "00006.png"):
         (folder / "pictures again" / name).write_text("old")
     return folder
@@ -242,14 +256,16 @@ def test_the_same_pictures_in_every_form(results: dict[str, Result], folder: Pat
         assert file["arr_0"].dtype == np.uint8
 
     assert results["folder"].stdout.strip() == "pictures of digits"
-    files = sorted((folder / "pictures of digits").iterdir())
+    files = sorted((folder / "pictures of digits").glob("*.png"))
     assert [path.name for path in files] == [f"{index:05d}.png" for index in range(5)]
     with Image.open(folder / "grid.png") as grid:
         for index, (path, array) in enumerate(zip(files, arrays, strict=True)):
             with Image.open(path) as image:
                 assert np.array_equal(np.asarray(image), array[..., 0])
             left, top = index % 3 * 30 + 2, index // 3 * 30 + 2
-            assert np.array_equal(np.asarray(grid.crop((left, top, left + 28, top + 28))), array[..., 0])
+            # A grid is painted by the network itself, files by its engine.
+            cut = np.asarray(grid.crop((left, top, left + 28, top + 28)), int)
+            assert np.abs(cut - array[..., 0]).max() <= 1
     assert len({array.tobytes() for array in arrays}) == 5
 
 
@@ -264,15 +280,23 @@ def test_picture_i_is_that_of_seed_plus_i(results: dict[str, Result], folder: Pa
 
 
 def test_old_files_are_replaced_and_told(results: dict[str, Result], folder: Path) -> None:
-    for name, told in {
-        "replaced": "1 picture .*; 1 earlier file",
-        "folder again": "6 pictures .*; 2 earlier files",
-    }.items():
-        assert re.search(rf"^{told} replaced$", results[name].stderr, re.MULTILINE)
+    assert re.search("^1 picture .*; 1 earlier file replaced$", results["replaced"].stderr, re.MULTILINE)
     assert "replaced" not in results["folder"].stderr
-    assert len(list((folder / "pictures again").iterdir())) == 7
+    assert len(list((folder / "pictures again").glob("*.png"))) == 6
     with Image.open(folder / "old.png") as image:
         assert image.size == (32, 32)
+
+
+def test_the_same_command_again_has_nothing_to_do(results: dict[str, Result]) -> None:
+    assert results["gone on with"].evaluations == []
+    assert re.search("^0 pictures .*; 6 of 6 are there$", results["gone on with"].stderr, re.MULTILINE)
+
+
+def test_shards(results: dict[str, Result], folder: Path) -> None:
+    assert results["shards"].stdout == "shards.tar\n"
+    assert sorted(path.name for path in folder.glob("shards*")) == [
+        *("shards-000000.tar", "shards-000001.tar", "shards.tar.manifest.json"),
+    ]
 
 
 def test_the_default_name(results: dict[str, Result], folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,14 @@ def load_pipeline(model: str, device: str, dtype: str = "float32", spacing: str 
     if spacing is not None:
         pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing)
     return pipe
+
+
+def own_device(device: str) -> str:
+    """The device of this process, of several on a machine: the GPU of its number, or the CPU where there is none."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}" if gpus else device
 
 
 def read_images(paths: Sequence[str]) -> list[Image.Image]:

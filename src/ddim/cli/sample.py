@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import finish, load_pipeline, number, parse_timesteps
+from ddim.cli.common import finish, load_pipeline, number, own_device, parse_timesteps
 
 
 def sample(
@@ -16,7 +16,10 @@ def sample(
     out: Annotated[
         str,
         typer.Option(
-            "--out", "-o", help="x.png is a grid, x.npz holds arr_0 as uint8 NHWC, a folder gets one PNG an image."
+            "--out",
+            "-o",
+            help="x.png is a grid, a folder gets one PNG an image, x.npz holds arr_0 as uint8 NHWC, x.tar stands for "
+            "WebDataset shards x-000000.tar, ...",
         ),
     ] = "samples.png",
     count: options.Count = 16,
@@ -30,12 +33,17 @@ def sample(
     sigma_hat: Annotated[
         bool, typer.Option("--sigma-hat", help="Noise with DDPM's larger variance; goes with --eta 1.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the pictures that are in --out and start afresh.")
+    ] = False,
+    shard_size: Annotated[int, typer.Option(help="Pictures a tar shard, in whole batches.")] = 1000,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
 ) -> None:
     """Paint pictures.
 
-    The path of the result is printed.
+    The path of the result is printed. A folder, x.npz and x.tar get a manifest, and the same command, stopped and
+    started again, goes on where it was; torchrun or accelerate launch share the work among processes.
 
     Examples:
 
@@ -46,24 +54,39 @@ def sample(
       ddim sample --eta 1 --steps 1000 --sigma-hat        # DDPM
 
       ddim sample -m google/ddpm-cifar10-32 -n 8 --out pictures/
-    """
-    from ddim.images import check_output_path, output_files, save_images
 
-    target = check_output_path(out)
+      torchrun --nproc-per-node 8 -m ddim sample -n 50000 --out digits.npz
+    """
+    from ddim.bulk import sample_many
+    from ddim.bulk.run import processes
+    from ddim.images import PICTURES, check_output_path, is_folder_path, save_images
+
+    target = check_output_path(out, PICTURES | {".tar": "WebDataset shards"})
     own_timesteps = parse_timesteps(timesteps)
+    rank, world = processes()
+    if device in ("auto", "cuda") and world > 1:
+        device = own_device(device)
     pipe = load_pipeline(model, device, dtype, spacing)
+    settings: dict[str, Any] = {
+        "eta": eta,
+        "num_inference_steps": steps,
+        "timesteps": own_timesteps,
+        "order": order,
+        "use_sigma_hat": sigma_hat,
+    }
     started = time.monotonic()
-    images = pipe.paint(
-        count,
-        seed,
-        batch_size,
-        eta=eta,
-        num_inference_steps=steps,
-        timesteps=own_timesteps,
-        order=order,
-        use_sigma_hat=sigma_hat,
-    )
+    if is_folder_path(out) or target.suffix.lower() in (".npz", ".tar"):
+        result = sample_many(pipe, out, count, seed, batch_size, shard_size, overwrite, **settings)
+        summary = f"{number(result.painted, 'picture')} in {time.monotonic() - started:.1f} s"
+        if result.done < result.count or result.painted < result.count:
+            summary += f"; {result.done} of {result.count} are there"
+        if rank == 0:
+            finish(target, 0, summary)
+        return
+    if world > 1:
+        raise ValueError("a grid is painted by one process; many go with a folder, x.npz or x.tar")
+    images = pipe.paint(count, seed, batch_size, **settings)
     seconds = time.monotonic() - started
-    replaced = sum(file.exists() for file in output_files(out, count))
+    replaced = int(target.exists())
     save_images(images, out)
     finish(target, replaced, f"{number(len(images), 'picture')} in {seconds:.1f} s")

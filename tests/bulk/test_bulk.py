@@ -1,0 +1,286 @@
+"""Many pictures in files: exactly so many, the same bytes whatever happens on the way, nothing mixed or lost."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddim.bulk import sample_many
+from ddim.bulk.targets import FolderTarget
+from ddim.pipeline import DDIMPipeline
+
+FORMATS = ("pictures", "pictures.npz", "pictures.tar")
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def pipe(make_unet: Callable[..., Any]) -> DDIMPipeline:
+    from ddim.scheduler import DDIMScheduler
+
+    return DDIMPipeline(make_unet(sample_size=8), DDIMScheduler())
+
+
+def names(folder: Path) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """What is in all files but manifests, whose versions and counts tests look at themselves."""
+    files = (file for file in folder.rglob("*") if file.is_file() and not file.name.endswith("manifest.json"))
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def read(out: Path, count: int) -> np.ndarray:
+    """The pictures (N, H, W, C) in any of the formats."""
+    if out.suffix == ".npz":
+        pixels: np.ndarray = np.load(out)["arr_0"]
+        return pixels
+    pictures = []
+    if out.suffix == ".tar":
+        for shard in sorted(out.parent.glob(f"{out.stem}-*.tar")):
+            with tarfile.open(shard) as archive:
+                for entry in archive.getmembers():
+                    content = archive.extractfile(entry)
+                    assert content is not None
+                    if entry.name.endswith(".png"):
+                        pictures.append(np.asarray(Image.open(io.BytesIO(content.read()))))
+                    else:
+                        assert json.loads(content.read()) == {"index": len(pictures) - 1, "seed": 5 + len(pictures) - 1}
+    else:
+        pictures = [np.asarray(Image.open(out / f"{index:05d}.png")) for index in range(count)]
+    return np.stack(pictures)
+
+
+class TestPictures:
+    @pytest.mark.parametrize("count", [1, 7, 33])
+    @pytest.mark.parametrize("batch_size", [1, 4, 64])
+    def test_exactly_so_many_in_every_format(
+        self, pipe: DDIMPipeline, tmp_path: Path, count: int, batch_size: int
+    ) -> None:
+        expected = pipe(seeds=range(5, 5 + count), num_inference_steps=STEPS, output_type="np").images
+        for name in FORMATS:
+            result = sample_many(pipe, tmp_path / name, count, 5, batch_size, shard_size=10, num_inference_steps=STEPS)
+            assert (result.painted, result.done, result.count) == (count, count, count)
+            found = read(tmp_path / name, count)
+            assert found.shape == (count, 8, 8, 3)
+            assert abs(found / 255 - expected).max() < 1.5 / 255
+        shards = -(-count // (max(1, 10 // min(batch_size, count)) * min(batch_size, count)))
+        assert names(tmp_path) == {
+            *(f"pictures/{index:05d}.png" for index in range(count)),
+            *(f"pictures-{number:06d}.tar" for number in range(shards)),
+            *("pictures/manifest.json", "pictures.npz", "pictures.npz.manifest.json", "pictures.tar.manifest.json"),
+        }
+
+    def test_many_names_keep_their_order(self, tmp_path: Path) -> None:
+        target = FolderTarget(tmp_path, 100_001, 1, 0)
+        target.put(100_000, np.zeros((1, 2, 2, 1), np.uint8))
+        assert target.done() == {100_000}
+
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_shares_make_the_same_bytes(self, pipe: DDIMPipeline, tmp_path: Path, name: str) -> None:
+        """Of one process, of three one after the other in any order, of other numbers of them after a stop."""
+        settings = {"batch_size": 4, "shard_size": 8, "num_inference_steps": STEPS}
+        runs: dict[str, list[tuple[int, int]]] = {
+            "one": [(0, 1)],
+            "three": [(2, 3), (0, 3), (1, 3)],
+            "changed": [(1, 2), (1, 3), (0, 1)],
+        }
+        for folder, shares in runs.items():
+            (tmp_path / folder).mkdir()
+            done = [sample_many(pipe, tmp_path / folder / name, 30, share=share, **settings) for share in shares]
+            assert sum(result.painted for result in done) == done[-1].done == 30
+        assert hashes(tmp_path / "one") == hashes(tmp_path / "three") == hashes(tmp_path / "changed")
+
+    def test_the_manifest(self, pipe: DDIMPipeline, tmp_path: Path) -> None:
+        sample_many(pipe, tmp_path / "x", 6, 3, 2, share=(0, 2), num_inference_steps=STEPS, eta=0.5)
+        manifest = json.loads((tmp_path / "x" / "manifest.json").read_text())
+        assert (manifest["done"], manifest["complete"]) == (4, False)
+        wanted = {"count": 6, "seed": 3, "batch_size": 2, "eta": 0.5, "timesteps": [500, 0], "format": "png"}
+        assert wanted.items() <= manifest["settings"].items()
+        assert len(manifest["settings"]["model_sha256"]) == 64
+        assert {"ddim", "torch", "numpy", "pillow", "python"} == set(manifest["versions"])
+        sample_many(pipe, tmp_path / "x", 6, 3, 2, share=(1, 2), num_inference_steps=STEPS, eta=0.5)
+        manifest = json.loads((tmp_path / "x" / "manifest.json").read_text())
+        assert (manifest["done"], manifest["complete"]) == (6, True)
+
+
+class TestGoingOn:
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_what_is_done_is_not_painted_again(self, pipe: DDIMPipeline, tmp_path: Path, name: str) -> None:
+        out = tmp_path / name
+        settings: dict[str, Any] = {"batch_size": 2, "num_inference_steps": STEPS}
+        sample_many(pipe, out, 8, **settings)
+        before = hashes(tmp_path)
+        assert sample_many(pipe, out, 8, **settings).painted == 0
+        assert hashes(tmp_path) == before
+
+    @pytest.mark.parametrize("name", FORMATS)
+    @pytest.mark.parametrize(
+        ("changes", "differing"),
+        [
+            ({"seed": 1}, "seed is 1, was 0"),
+            ({"count": 9}, "count is 9, was 8"),
+            ({"batch_size": 4}, "batch_size is 4, was 2"),
+            ({"eta": 1.0}, r"eta is 1\.0, was 0\.0"),
+            ({"num_inference_steps": 3}, r"timesteps is \[666, 333, 0\], was \[500, 0\]"),
+        ],
+    )
+    def test_other_settings_are_refused(
+        self, pipe: DDIMPipeline, tmp_path: Path, name: str, changes: dict[str, Any], differing: str
+    ) -> None:
+        settings: dict[str, Any] = {"count": 8, "batch_size": 2, "num_inference_steps": STEPS}
+        sample_many(pipe, tmp_path / name, **settings, share=(0, 2))
+        before = hashes(tmp_path)
+        with pytest.raises(ValueError, match=differing):
+            sample_many(pipe, tmp_path / name, **settings | changes)
+        assert hashes(tmp_path) == before
+        result = sample_many(pipe, tmp_path / name, **settings | changes, overwrite=True)
+        assert result.painted == result.done == result.count
+        (tmp_path / "fresh").mkdir()
+        sample_many(pipe, tmp_path / "fresh" / name, **settings | changes)
+        fresh = hashes(tmp_path / "fresh")
+        assert {key: value for key, value in hashes(tmp_path).items() if not key.startswith("fresh")} == fresh
+
+    def test_another_model_is_refused(self, make_unet: Callable[..., Any], pipe: DDIMPipeline, tmp_path: Path) -> None:
+        sample_many(pipe, tmp_path / "x", 2, num_inference_steps=STEPS)
+        other = DDIMPipeline(make_unet(sample_size=8, layers_per_block=2), pipe.scheduler)
+        with pytest.raises(ValueError, match="model_sha256 is"):
+            sample_many(other, tmp_path / "x", 2, num_inference_steps=STEPS)
+
+    @pytest.mark.parametrize("name", ["pictures/00001.png", "pictures.npz", "pictures-000000.tar"])
+    def test_pictures_that_nothing_is_known_of_stay(self, pipe: DDIMPipeline, tmp_path: Path, name: str) -> None:
+        (tmp_path / "pictures").mkdir()
+        (tmp_path / name).write_bytes(b"mine")
+        out = tmp_path / ("pictures" + Path(name).suffix.replace(".png", ""))
+        with pytest.raises(FileExistsError, match="--overwrite"):
+            sample_many(pipe, out, 3, num_inference_steps=STEPS)
+        assert (tmp_path / name).read_bytes() == b"mine"
+        assert sample_many(pipe, out, 3, num_inference_steps=STEPS, overwrite=True).done == 3
+
+    def test_files_of_others_in_the_folder_stay(self, pipe: DDIMPipeline, tmp_path: Path) -> None:
+        for name in ("notes.txt", "me.png", "12.png", ".hidden.png"):
+            (tmp_path / name).write_bytes(b"mine")
+        sample_many(pipe, tmp_path, 3, num_inference_steps=STEPS)
+        sample_many(pipe, tmp_path, 4, num_inference_steps=STEPS, overwrite=True)
+        for name in ("notes.txt", "me.png", "12.png", ".hidden.png"):
+            assert (tmp_path / name).read_bytes() == b"mine"
+
+    @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"settings": 3}'])
+    def test_a_manifest_that_is_none(self, pipe: DDIMPipeline, tmp_path: Path, content: str) -> None:
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(ValueError, match=r"manifest\.json"):
+            sample_many(pipe, tmp_path, 3, num_inference_steps=STEPS)
+
+    def test_other_versions_are_told(
+        self, pipe: DDIMPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        sample_many(pipe, tmp_path / "x", 2, num_inference_steps=STEPS)
+        path = tmp_path / "x" / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["versions"]["torch"] = "1.0"
+        path.write_text(json.dumps(manifest))
+        sample_many(pipe, tmp_path / "x", 2, num_inference_steps=STEPS)
+        assert "torch 1.0 to " in caplog.text
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"count": 0}, "count"),
+            ({"batch_size": 0}, "batch_size"),
+            ({"seed": -1}, "seed"),
+            ({"shard_size": 0}, "shard_size"),
+            ({"eta": -1.0}, "eta"),
+            ({"num_inference_steps": 0}, "num_inference_steps"),
+            ({"out": "x.jpg"}, r"a folder, x\.npz or x\.tar, not to x\.jpg"),
+            ({"overwrite": True, "share": (0, 2)}, "one process"),
+        ],
+    )
+    def test_refused_before_anything_is_written(
+        self, pipe: DDIMPipeline, tmp_path: Path, arguments: dict[str, Any], message: str
+    ) -> None:
+        out = tmp_path / arguments.pop("out", "x.npz")
+        with pytest.raises(ValueError, match=message):
+            sample_many(pipe, out, **{"count": 3, "num_inference_steps": STEPS} | arguments)
+        assert not list(tmp_path.iterdir())
+
+
+COMMAND = ["-m", "ddim", "sample", "-n", "150", "--steps", "2", "--batch-size", "8", "--shard-size", "50", "--out"]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return os.environ | {"HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
+
+
+class TestProcesses:
+    """The command itself, killed at any moment, and shared by launchers."""
+
+    @pytest.fixture(scope="class")
+    def whole(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """What uninterrupted runs write."""
+        folder = tmp_path_factory.mktemp("whole")
+        for name in FORMATS:
+            subprocess.run([sys.executable, *COMMAND, name], cwd=folder, env=environment(folder), check=True)
+        return folder
+
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_killed_at_random_moments(self, whole: Path, tmp_path: Path, name: str) -> None:
+        draw = random.Random(name)
+        killed = 0
+        while killed < 3:
+            process = subprocess.Popen(
+                [sys.executable, *COMMAND, name], cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.DEVNULL
+            )
+            manifest = tmp_path / name / "manifest.json" if name == "pictures" else tmp_path / f"{name}.manifest.json"
+            while not manifest.exists() and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0.2, 2.5))
+            if process.poll() is not None:
+                break
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+        assert killed
+        subprocess.run([sys.executable, *COMMAND, name], cwd=tmp_path, env=environment(tmp_path), check=True)
+        expected = {key: value for key, value in hashes(whole).items() if key.startswith(name.replace(".tar", "-"))}
+        expected = {k: v for k, v in expected.items() if k.endswith(Path(name).suffix or ".png")}
+        assert expected
+        assert hashes(tmp_path) == expected
+
+    def test_two_processes_and_two_machines(self, whole: Path, tmp_path: Path) -> None:
+        torchrun = [sys.executable, "-m", "torch.distributed.run"]
+        together = [*torchrun, "--standalone", "--nproc-per-node", "2", *COMMAND]
+        subprocess.run([*together, "pictures"], cwd=tmp_path, env=environment(tmp_path), check=True)
+        meeting = ["--master-addr", "127.0.0.1", "--master-port", str(unused_port())]
+        machine = [*torchrun, "--nnodes", "2", "--nproc-per-node", "1", *meeting, "--node-rank"]
+        for name in FORMATS[1:]:
+            nodes = [
+                subprocess.Popen([*machine, node, *COMMAND, name], cwd=tmp_path, env=environment(tmp_path))
+                for node in ("0", "1")
+            ]
+            assert [node.wait(300) for node in nodes] == [0, 0]
+        assert hashes(tmp_path) == hashes(whole)
+
+
+def unused_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
