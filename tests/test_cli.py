@@ -213,7 +213,7 @@ def test_help_of_the_whole(results: dict[str, Result]) -> None:
     assert "Usage: ddim [OPTIONS] COMMAND" in stdout
     assert "Example: ddim sample --model mnist --steps 20 --count 16 --out digits.png" in stdout
     latent_space = {"encode", "decode", "reconstruct", "interpolate", "trajectory", "consistency", "edit"}
-    assert COMMANDS.keys() == {"sample", "train", "info"} | latent_space
+    assert COMMANDS.keys() == {"sample", "train", "evaluate", "convert", "info"} | latent_space
     for name in (*COMMANDS, "--version", "--help"):
         assert re.search(rf"│ {name} ", stdout)
 

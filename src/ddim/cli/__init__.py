@@ -12,8 +12,10 @@ from typing import Annotated
 
 import typer
 
+from ddim.cli.convert import convert
 from ddim.cli.edit import edit
 from ddim.cli.encode import decode, encode
+from ddim.cli.evaluate import evaluate
 from ddim.cli.info import info
 from ddim.cli.interpolate import interpolate
 from ddim.cli.reconstruct import reconstruct
@@ -24,14 +26,18 @@ from ddim.version import __version__
 
 app = typer.Typer(
     name="ddim",
-    help="Denoising Diffusion Implicit Models: sample, invert, interpolate, edit, train.",
+    help="Denoising Diffusion Implicit Models: sample, invert, interpolate, edit, train, evaluate.",
     epilog="Example: ddim sample --model mnist --steps 20 --count 16 --out digits.png",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (sample, encode, decode, reconstruct, interpolate, trajectory, consistency, edit, train, info):
+COMMANDS = (
+    *(sample, encode, decode, reconstruct, interpolate, trajectory, consistency, edit),
+    *(train, evaluate, convert, info),
+)
+for command in COMMANDS:
     app.command()(command)
 
 

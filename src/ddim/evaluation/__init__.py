@@ -1,1 +1,1 @@
-"""How good samples are: features, and distances between sets of images. Needs `pip install ddim[train]`."""
+"""How good samples are: features of images, and distances between sets of them. Needs `pip install ddim[train]`."""

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ddim.evaluation.features import Pixels
-from ddim.evaluation.frechet import frechet_distance
-from ddim.evaluation.samples import paint_pixels
+from ddim.evaluation.metrics import frechet
+from ddim.evaluation.sets import paint_set
 from ddim.pipeline import DDIMPipeline
 from ddim.training.config import EvaluateConfig
 from ddim.training.data import Pictures, generator_for
@@ -57,9 +57,10 @@ def sample_distance(trainer: Trainer, pipe: DDIMPipeline, settings: EvaluateConf
         chosen = torch.randperm(len(trained), generator=generator_for(trainer.config.seed, "reference", 0))
         indices = trained[chosen[: settings.count]]
     size = trainer.config.model["sample_size"]
-    real = [square(trainer.pictures, indices[first : first + BATCH], size) for first in range(0, len(indices), BATCH)]
-    fake = paint_pixels(pipe, settings.count, settings.num_inference_steps, BATCH)
-    return frechet_distance(real, [fake], Pixels((fake.shape[1], size, size)))
+    painted = paint_set(pipe, settings.count, num_inference_steps=settings.num_inference_steps)
+    features = Pixels(painted.shape)
+    real = [square(trainer.pictures, part, size) for part in torch.split(indices, BATCH)]
+    return frechet(*(torch.cat([features(batch) for batch in batches]) for batches in (painted.batches(), real)))
 
 
 def square(pictures: Pictures, indices: Tensor, size: int) -> Tensor:
