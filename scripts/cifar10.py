@@ -26,8 +26,8 @@ import torch
 from ddim import DDIMPipeline
 from ddim.devices import choose_device
 from ddim.evaluation.features import Pixels
-from ddim.evaluation.frechet import frechet_distance
-from ddim.evaluation.samples import paint_pixels
+from ddim.evaluation.metrics import frechet
+from ddim.evaluation.sets import paint_set
 from ddim.files import to_json
 from ddim.images import save_images
 from ddim.training.config import TrainConfig, load_config
@@ -44,9 +44,10 @@ def measure(pipe: DDIMPipeline, config: TrainConfig, count: int) -> dict[str, An
     chosen = torch.randperm(pictures.shape[0], generator=torch.Generator().manual_seed(0))
     real, other = pictures.take(chosen[:count]), pictures.take(chosen[count : 2 * count])
     features = Pixels((channels, size, size))
-    found = {"count": count, "features": "pixels", "real against real": frechet_distance([real], [other], features)}
+    found = {"count": count, "features": "pixels", "real against real": frechet(features(other), features(real))}
     for steps in (10, 20, 50):
-        found[f"{steps} steps"] = frechet_distance([real], [paint_pixels(pipe, count, steps)], features)
+        painted = torch.cat(list(paint_set(pipe, count, num_inference_steps=steps).batches()))
+        found[f"{steps} steps"] = frechet(features(painted), features(real))
     return found
 
 

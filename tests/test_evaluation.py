@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ddim.bulk import sample_many
-from ddim.evaluation import metrics
+from ddim.evaluation import metrics, tables
 from ddim.evaluation.features import DigitClassifier, Pixels, load_features
 from ddim.evaluation.metrics import compute_features, frechet, measure, shortage, within
 from ddim.evaluation.report import describe
 from ddim.evaluation.sets import ImageSet, is_model, open_files, paint_set
 from ddim.pipeline import DDIMPipeline
+from ddim.scheduler import DDIMScheduler
 from digits import write_digits
 
 
@@ -279,3 +281,97 @@ class TestCommand:
         assert done.returncode == 1
         assert message.replace("\\", "") in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+class TestTables:
+    @pytest.fixture
+    def small(self, make_unet: Any) -> DDIMPipeline:
+        pipe = DDIMPipeline(make_unet(sample_size=8, in_channels=1, out_channels=1), DDIMScheduler())
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def test_table_1_cell_by_cell(self, small: DDIMPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+        digits = open_files("digits", 60)
+        features = Pixels(digits.shape)
+        table = tables.table_1(small, digits, features, 12, seed=3, steps=(2, 3))
+        assert table.columns == ["", "2", "3"]
+        assert [name for name, _ in table.rows] == ["eta = 0", "eta = 0.2", "eta = 0.5", "eta = 1", "sigma-hat"]
+        real = torch.cat([features(batch) for batch in digits.batches()])
+        for row, settings in ((2, {"eta": 0.5}), (4, {"eta": 1.0, "use_sigma_hat": True})):
+            painted = paint_set(small, 12, 3, num_inference_steps=3, **settings)
+            expected = frechet(torch.cat([features(batch) for batch in painted.batches()]), real)
+            assert table.rows[row][1][1] == pytest.approx(expected, rel=1e-4)
+        # Interrupted, it goes on: what is there is not painted again.
+        painted_again: list[Any] = []
+        monkeypatch.setattr(tables, "paint_set", lambda *a, **k: painted_again.append(k) or paint_set(*a, **k))
+        assert tables.table_1(small, digits, features, 12, seed=3, steps=(2, 3)).rows == table.rows
+        assert not painted_again
+        tables.table_1(small, digits, features, 12, seed=3, steps=(2, 4))
+        assert {settings["num_inference_steps"] for settings in painted_again} == {4}
+        tables.table_1(small, digits, features, 12, seed=4, steps=(2,))
+        assert len(painted_again) == 10
+
+    def test_the_papers_rows_are_beside(self, make_unet: Any) -> None:
+        pipe = DDIMPipeline(make_unet(sample_size=32), DDIMScheduler())
+        pixels = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
+        mean = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+        class Means(torch.nn.Module):
+            num_features = 3
+
+            def forward(self, images: Tensor) -> Tensor:
+                result: Tensor = mean(images.float())
+                return result
+
+        table = tables.table_1(pipe, of(pixels), Means(), 4, steps=(10, 7))
+        rows = dict(table.rows)
+        assert rows["eta = 0, paper, CIFAR-10"] == [13.36, None]
+        assert rows["sigma-hat, paper, CIFAR-10"] == [367.43, None]
+
+    def test_table_2(self, pipe: DDIMPipeline) -> None:
+        painted = torch.cat(list(paint_set(pipe, 2, num_inference_steps=10).batches()))
+        table = tables.table_2(pipe, of(painted), (10, 20))
+        rows = dict(table.rows)
+        assert rows["paper, CIFAR-10"] == [0.014, 0.0065]
+        expected = pipe.reconstruct(painted.float() / 127.5 - 1, 20, exact=False, output_type="pt").mse.mean()
+        assert rows["Euler, equation (13)"][1] == pytest.approx(float(expected), rel=1e-2)
+        exact, euler = rows["exact"], rows["Euler, equation (13)"]
+        assert all(a is not None and b is not None and a < b / 100 for a, b in zip(exact, euler, strict=True))
+
+    def test_figure_4_and_its_plot(self, small: DDIMPipeline, tmp_path: Path) -> None:
+        digits = open_files("digits", 60)
+        table = tables.figure_4(small, digits, Pixels(digits.shape), 8, steps=(1, 2))
+        assert [name for name, _ in table.rows] == ["seconds for 8 pictures", "Fréchet distance"]
+        assert all(value is not None and value > 0 for _, values in table.rows for value in values)
+        tables.plot(table, tmp_path / "figure.png")
+        with Image.open(tmp_path / "figure.png") as picture:
+            assert picture.size[0] > 300
+        assert table.markdown().startswith("Seconds, and Fréchet distance")
+        assert table.json()["rows"][0]["1"] == table.rows[0][1][0]
+
+    def test_the_command(self, tmp_path: Path) -> None:
+        write_digits(tmp_path / "real", 30)
+        shared = ["mnist", "--reference", "real", "--features", "mnist", "-n", "6", "--table-steps", "1,2"]
+        done = TestCommand.run(tmp_path, *shared, "--table", "1", "--out", "t.md", "--out", "t.json", "--out", "t.png")
+        assert done.returncode == 0, done.stderr
+        assert "| sigma-hat |" in done.stdout
+        assert (tmp_path / "t.md").read_text() == done.stdout
+        assert len(json.loads((tmp_path / "t.json").read_text())["rows"]) == 5
+        assert (tmp_path / "t.png").stat().st_size > 1000
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["mnist", "--table", "3"], "--table 1, --table 2 and --figure 4"),
+            (["mnist", "--table", "1", "--figure", "4"], "--table 1, --table 2 and --figure 4"),
+            (["mnist", "--table", "1"], "--reference"),
+            (["real", "--table", "1", "--reference", "real"], "real is no model"),
+            (["mnist", "--table", "1", "--reference", "real", "--out", "x.csv"], "x.csv"),
+            (["mnist", "--reference", "real", "--table-steps", "1,2"], "goes with --table"),
+        ],
+    )
+    def test_bad_tables(self, tmp_path: Path, arguments: list[str], message: str) -> None:
+        write_digits(tmp_path / "real", 5)
+        done = TestCommand.run(tmp_path, *arguments)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert message in done.stderr

@@ -34,6 +34,14 @@ def evaluate(
     ] = None,
     reference_count: Annotated[int | None, typer.Option(help="How many of the reference; all unless given.")] = None,
     split: Annotated[str, typer.Option(help="Of data sets on the hub.")] = "train",
+    table: Annotated[
+        int | None,
+        typer.Option(help="Of the paper: 1 (Fréchet distance by steps and eta) or 2 (error of encoding and decoding)."),
+    ] = None,
+    figure: Annotated[int | None, typer.Option(help="Of the paper: 4 (time and quality by steps).")] = None,
+    table_steps: Annotated[
+        str | None, typer.Option(help="Numbers of steps of a table, such as 10,20,50; the paper's unless given.")
+    ] = None,
     steps: options.Steps = 50,
     eta: options.Eta = 0.0,
     seed: options.Seed = 0,
@@ -44,7 +52,12 @@ def evaluate(
     ] = False,
     out: Annotated[
         list[str] | None,
-        typer.Option("--out", "-o", help="Write the result to a .json, .csv or .md file besides; can be given again."),
+        typer.Option(
+            "--out",
+            "-o",
+            help="Write the result to a .json, .csv or .md file besides, a table to .json, .md or as a plot to .png or "
+            ".svg; can be given again.",
+        ),
     ] = None,
     device: options.Device = "auto",
 ) -> None:
@@ -60,12 +73,21 @@ def evaluate(
       ddim evaluate pictures/ --reference owner/dataset --metrics fid,kid
 
       ddim evaluate samples.npz --metrics is --out score.json --out score.md
+
+      ddim evaluate mnist --reference mnist/test.parquet --features mnist -n 500 --table 1 --out t.md --out t.png
     """
-    from ddim.evaluation.report import check_outputs, describe, table, write
+    from ddim.evaluation import report
     from ddim.evaluation.sets import ImageSet, is_model, open_files, paint_set
 
+    if table is not None or figure is not None:
+        chosen = parse_timesteps(table_steps, "--table-steps")
+        where = (samples, device, spacing)
+        _paper(where, reference, reference_count, split, features, count, seed, table, figure, chosen, out or [])
+        return
+    if table_steps is not None:
+        raise ValueError("--table-steps goes with --table or --figure")
     wanted = [name.strip() for name in metrics.split(",")]
-    outputs = check_outputs(out or [])
+    outputs = report.check_outputs(out or [])
     settings: dict[str, Any] = {
         "num_inference_steps": steps,
         "eta": eta,
@@ -81,11 +103,63 @@ def evaluate(
 
     first = open_set(samples, count, None)
     second = None if reference is None else open_set(reference, reference_count, first.shape)
-    result = describe(first, second, features, wanted)
+    result = report.describe(first, second, features, wanted)
     if is_model(samples):
         result["settings"] |= settings | {"seed": seed, "spacing": spacing}
     for path in outputs:
-        write(result, Path(path))
-    print(table(result))
+        report.write(result, Path(path))
+    print(report.table(result))
     for path in outputs:
         print(f"also in {path}", file=sys.stderr)
+
+
+def _paper(
+    where: tuple[str, str, str | None],
+    reference: str | None,
+    reference_count: int | None,
+    split: str,
+    features: str,
+    count: int | None,
+    seed: int,
+    table: int | None,
+    figure: int | None,
+    steps: list[int] | None,
+    out: list[str],
+) -> None:
+    """The paper's tables and its figure."""
+    from ddim.evaluation import tables
+    from ddim.evaluation.features import load_features
+    from ddim.evaluation.sets import is_model, open_files
+    from ddim.files import to_json, write_whole
+    from ddim.images import check_output_path
+
+    if (table, figure) not in ((1, None), (2, None), (None, 4)):
+        raise ValueError("give one of --table 1, --table 2 and --figure 4")
+    model, device, spacing = where
+    if not is_model(model):
+        raise ValueError(f"{model} is no model; the paper's tables are of one")
+    if reference is None:
+        raise ValueError("give the data as --reference: pictures, not a model")
+    for path in out:
+        check_output_path(path, {".json": "", ".md": "Markdown", ".png": "a plot", ".svg": "a plot"}, False)
+    pipe = load_pipeline(model, device, spacing=spacing)
+    if spacing is None and pipe.sample_shape == tables.CIFAR_SHAPE:
+        pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, timestep_spacing="quad")
+    if table == 2:
+        pipe.set_progress_bar_config(disable=True)
+        images = open_files(reference, 256 if count is None else count, pipe.sample_shape, split)
+        result = tables.table_2(pipe, images, steps or tables.STEPS_2)
+    else:
+        data = open_files(reference, reference_count, pipe.sample_shape, split)
+        extractor = load_features(features, pipe.sample_shape)
+        number = 50_000 if count is None else count
+        make = tables.table_1 if table == 1 else tables.figure_4
+        result = make(pipe, data, extractor, number, seed, steps or tables.STEPS)
+    for path in out:
+        if path.endswith((".png", ".svg")):
+            tables.plot(result, Path(path))
+            continue
+        with write_whole(Path(path)) as temporary:
+            text = result.markdown() if path.endswith(".md") else to_json(result.json())
+            temporary.write_text(text, encoding="utf-8")
+    print(result.markdown(), end="")

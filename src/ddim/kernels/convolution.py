@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+from ddim.kernels.code import Code
 from ddim.kernels.team import array, kernel, pointer, run, share
 
 LANES = 16
@@ -51,43 +51,24 @@ def _add_tile(taps: int) -> Any:
         out: Any,
     ) -> Any:
         """x, dy, out: pointers to the first numbers; the rest: counts, and distances in numbers."""
-        single, index, vector = ir.FloatType(), ir.IntType(64), ir.VectorType(ir.FloatType(), LANES)
-        splat = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
         tile = [(tap, channel) for tap in range(taps) for channel in range(CHANNELS)]
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             x, x_sample, x_row, x_place, dy, dy_sample, samples, rows, places, out = arguments
-
-            def at(start: Any, *distances: Any) -> Any:
-                for distance in distances:
-                    start = builder.gep(start, [distance], source_etype=single)
-                return start
-
-            def times(distance: Any, number: int) -> Any:
-                return builder.mul(distance, ir.Constant(index, number))
-
-            def load(place: Any) -> Any:
-                return builder.load(builder.bitcast(place, vector.as_pointer()), align=4, typ=vector)
-
-            sums = {entry: cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * LANES)) for entry in tile}
-            dy_row = times(places, LANES)
+            code = Code(builder, LANES)
+            sums = {entry: cgutils.alloca_once_value(builder, code.zero) for entry in tile}
+            dy_row = code.times(places, LANES)
             with cgutils.for_range(builder, samples) as sample, cgutils.for_range(builder, rows) as row:
-                xs = at(x, builder.mul(sample.index, x_sample), builder.mul(row.index, x_row))
-                dys = at(dy, builder.mul(sample.index, dy_sample), builder.mul(row.index, dy_row))
+                xs = code.at(x, code.times(sample.index, x_sample), code.times(row.index, x_row))
+                dys = code.at(dy, code.times(sample.index, dy_sample), code.times(row.index, dy_row))
                 with cgutils.for_range(builder, places) as place:
-                    here = at(xs, builder.mul(place.index, x_place))
-                    gradient = load(at(dys, times(place.index, LANES)))
+                    here = code.at(xs, code.times(place.index, x_place))
+                    gradient = code.load(code.at(dys, code.times(place.index, LANES)))
                     for tap, channel in tile:
-                        distance = ir.Constant(index, tap * LANES + channel)
-                        number = builder.load(at(here, distance), align=4, typ=single)
-                        lane = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.Constant(index, 0))
-                        product = builder.fmul(builder.shuffle_vector(lane, lane, splat), gradient, flags=("contract",))
-                        total = builder.load(sums[tap, channel], typ=vector)
-                        builder.store(builder.fadd(total, product, flags=("contract",)), sums[tap, channel])
+                        code.add_product(sums[tap, channel], code.splat(code.at(here, tap * LANES + channel)), gradient)
             for tap, channel in tile:
-                target = at(out, ir.Constant(index, (tap * LANES + channel) * LANES))
-                total = builder.fadd(load(target), builder.load(sums[tap, channel], typ=vector))
-                builder.store(total, builder.bitcast(target, vector.as_pointer()), align=4)
+                target = code.at(out, (tap * LANES + channel) * LANES)
+                code.store(code.add(code.load(target), builder.load(sums[tap, channel], typ=code.vector)), target)
             return context.get_dummy_value()
 
         return types.void(x, *[types.int64] * 3, dy, *[types.int64] * 4, out), generate
@@ -101,15 +82,11 @@ _add_tile_2, _add_tile_3 = _add_tile(2), _add_tile(3)
 @intrinsic
 def _copy(typing_context: Any, source: Any, first: Any, target: Any, place: Any) -> Any:
     """`LANES` numbers, from the one at `first` of a pointer to the one at `place` of another."""
-    vector = ir.VectorType(ir.FloatType(), LANES)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, first, target, place = arguments
-        there, here = (
-            builder.bitcast(builder.gep(start, [distance], source_etype=ir.FloatType()), vector.as_pointer())
-            for start, distance in ((source, first), (target, place))
-        )
-        builder.store(builder.load(there, align=4, typ=vector), here, align=4)
+        code = Code(builder, LANES)
+        code.store(code.load(code.at(source, first)), code.at(target, place))
         return context.get_dummy_value()
 
     return types.void(source, types.int64, target, types.int64), generate

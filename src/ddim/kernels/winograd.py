@@ -27,6 +27,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+from ddim.kernels.code import FUSED, INDEX, Code
 from ddim.kernels.norm import MAPS, affine, apply_rows
 from ddim.kernels.team import array, kernel, pointer, run, share
 
@@ -66,84 +67,40 @@ NORMALISED = np.dtype(
     + [("eps", np.float64)]
 )
 
-SINGLE, INDEX = ir.FloatType(), ir.IntType(64)
-FUSED = ("contract", "nsz")
 
+def _combine(code: Code, matrix: Any, values: list[Any]) -> list[Any]:
+    """The matrix times a column of vectors.
 
-class _Code:
-    """A builder of vector code: what the intrinsics below are written with."""
+    Rows that differ by the signs of their odd places share sums: e + o and e - o.
+    """
+    sums: dict[tuple[float, ...], Any] = {}
 
-    def __init__(self, builder: Any, lanes: int) -> None:
-        self.builder, self.vector = builder, ir.VectorType(SINGLE, lanes)
-        self.zero = ir.Constant(self.vector, [0.0] * lanes)
-        self.lanes = lanes
+    def total(row: tuple[float, ...]) -> Any:
+        if row not in sums:
+            result = None
+            for factor, value in zip(row, values, strict=True):
+                if factor:
+                    if result is None:
+                        result = value if factor == 1 else code.scale(value, factor)
+                    elif factor in (1, -1):
+                        result = (code.builder.fadd if factor == 1 else code.builder.fsub)(result, value, flags=FUSED)
+                    else:
+                        result = code.add(code.scale(value, factor), result)
+            sums[row] = result
+        return sums[row]
 
-    def at(self, start: Any, *distances: Any) -> Any:
-        """The pointer so many numbers further."""
-        for distance in distances:
-            distance = ir.Constant(INDEX, distance) if isinstance(distance, int) else distance
-            start = self.builder.gep(start, [distance], source_etype=SINGLE)
-        return start
-
-    def times(self, a: Any, b: Any) -> Any:
-        a, b = (ir.Constant(INDEX, number) if isinstance(number, int) else number for number in (a, b))
-        return self.builder.mul(a, b)
-
-    def load(self, place: Any) -> Any:
-        return self.builder.load(self.builder.bitcast(place, self.vector.as_pointer()), align=4, typ=self.vector)
-
-    def store(self, value: Any, place: Any) -> None:
-        self.builder.store(value, self.builder.bitcast(place, self.vector.as_pointer()), align=4)
-
-    def splat(self, place: Any) -> Any:
-        """The number there, in all lanes."""
-        number = self.builder.load(place, align=4, typ=SINGLE)
-        first = self.builder.insert_element(ir.Constant(self.vector, ir.Undefined), number, ir.Constant(INDEX, 0))
-        return self.builder.shuffle_vector(
-            first, first, ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
-        )
-
-    def add(self, a: Any, b: Any) -> Any:
-        return self.builder.fadd(a, b, flags=FUSED)
-
-    def scale(self, a: Any, factor: float) -> Any:
-        return self.builder.fmul(a, ir.Constant(self.vector, [float(factor)] * self.lanes), flags=FUSED)
-
-    def combine(self, matrix: Any, values: list[Any]) -> list[Any]:
-        """The matrix times a column of vectors.
-
-        Rows that differ by the signs of their odd places share sums: e + o and e - o.
-        """
-        sums: dict[tuple[float, ...], Any] = {}
-
-        def total(row: tuple[float, ...]) -> Any:
-            if row not in sums:
-                result = None
-                for factor, value in zip(row, values, strict=True):
-                    if factor:
-                        if result is None:
-                            result = value if factor == 1 else self.scale(value, factor)
-                        elif factor in (1, -1):
-                            result = (self.builder.fadd if factor == 1 else self.builder.fsub)(
-                                result, value, flags=FUSED
-                            )
-                        else:
-                            result = self.add(self.scale(value, factor), result)
-                sums[row] = result
-            return sums[row]
-
-        results = []
-        for row in matrix:
-            mirrored = tuple(-f if i % 2 else f for i, f in enumerate(row))
-            if mirrored in matrix and mirrored != row:
-                even = tuple(0 if i % 2 else f for i, f in enumerate(row))
-                first = max(row, mirrored)
-                odd = tuple(f if i % 2 else 0 for i, f in enumerate(first))
-                together = self.builder.fadd if row == first else self.builder.fsub
-                results.append(together(total(even), total(odd), flags=FUSED))
-            else:
-                results.append(total(row))
-        return results
+    results = []
+    for row in matrix:
+        mirrored = tuple(-f if i % 2 else f for i, f in enumerate(row))
+        if mirrored in matrix and mirrored != row:
+            even = tuple(0 if i % 2 else f for i, f in enumerate(row))
+            first = max(row, mirrored)
+            odd = tuple(f if i % 2 else 0 for i, f in enumerate(first))
+            together = code.builder.fadd if row == first else code.builder.fsub
+            results.append(together(total(even), total(odd), flags=FUSED))
+        else:
+            results.append(total(row))
+    return results
 
 
 @intrinsic
@@ -152,16 +109,16 @@ def _to_points(typing_context: Any, x: Any, x_row: Any, C: Any, v: Any, v_point:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, x_row, C, v, v_point = arguments
-        code = _Code(builder, HALF)
+        code = Code(builder, HALF)
         with cgutils.for_range(builder, builder.udiv(C, ir.Constant(INDEX, HALF))) as panel:
             channel = code.times(panel.index, HALF)
             here, there = code.at(x, channel), code.at(v, channel)
             columns = []
             for j in range(SIDE):
                 column = [code.load(code.at(here, code.times(x_row, i), code.times(C, j))) for i in range(SIDE)]
-                columns.append(code.combine(BT, column))
+                columns.append(_combine(code, BT, column))
             for i in range(SIDE):
-                for j, value in enumerate(code.combine(BT, [columns[q][i] for q in range(SIDE)])):
+                for j, value in enumerate(_combine(code, BT, [columns[q][i] for q in range(SIDE)])):
                     code.store(value, code.at(there, code.times(v_point, i * SIDE + j)))
         return context.get_dummy_value()
 
@@ -188,7 +145,7 @@ def _from_points(adds: bool) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             m, m_point, K, bias, residual, y, y_row, rows, columns = arguments
-            code = _Code(builder, HALF)
+            code = Code(builder, HALF)
             with cgutils.for_range(builder, builder.udiv(K, ir.Constant(INDEX, HALF))) as panel:
                 channel = code.times(panel.index, HALF)
                 here = code.at(m, channel)
@@ -196,9 +153,9 @@ def _from_points(adds: bool) -> Any:
                 halves = []
                 for j in range(SIDE):
                     column = [code.load(code.at(here, code.times(m_point, i * SIDE + j))) for i in range(SIDE)]
-                    halves.append(code.combine(AT, column))
+                    halves.append(_combine(code, AT, column))
                 for i in range(STEP):
-                    row = code.combine(AT, [halves[q][i] for q in range(SIDE)])
+                    row = _combine(code, AT, [halves[q][i] for q in range(SIDE)])
                     with builder.if_then(builder.icmp_signed("<", ir.Constant(INDEX, i), rows)):
                         for j, value in enumerate(row):
                             with builder.if_then(builder.icmp_signed("<", ir.Constant(INDEX, j), columns)):
@@ -224,14 +181,13 @@ def _multiply(rows: int) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             v, C, u, m, K = arguments
-            code = _Code(builder, LANES)
+            code = Code(builder, LANES)
             sums = [cgutils.alloca_once_value(builder, code.zero) for _ in range(rows)]
             tiles = [code.at(v, code.times(C, t)) for t in range(rows)]
             with cgutils.for_range(builder, C) as channel:
                 weights = code.load(code.at(u, code.times(channel.index, LANES)))
                 for tile, total in zip(tiles, sums, strict=True):
-                    product = builder.fmul(code.splat(code.at(tile, channel.index)), weights, flags=FUSED)
-                    builder.store(code.add(builder.load(total, typ=code.vector), product), total)
+                    code.add_product(total, code.splat(code.at(tile, channel.index)), weights)
             for t, total in enumerate(sums):
                 code.store(builder.load(total, typ=code.vector), code.at(m, code.times(K, t)))
             return context.get_dummy_value()

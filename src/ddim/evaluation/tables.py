@@ -1,0 +1,256 @@
+"""The paper's Tables 1 and 2 and its Figure 4 (arXiv 2010.02502, section 5) for any model, beside what it published.
+
+- Table 1: the Fréchet distance for S in 10, 20, 50, 100, 1000 steps and eta in 0, 0.2, 0.5, 1, and for the larger
+  sigma-hat of DDPM. Cell by cell the same seeds are painted.
+- Table 2: the mean squared error per pixel in [0, 1] of encoding and decoding, by Euler's steps as the paper has them
+  and exactly.
+- Figure 4: seconds of painting, and the Fréchet distance, against the number of steps, eta = 0.
+
+The paper's settings: `quad` timesteps for CIFAR-10, uniform (`leading`) ones elsewhere, x_0 clipped as the model's
+scheduler says, averaged weights, 50,000 samples. Each cell is kept in a file by a hash of everything that changes it,
+so that an interrupted table goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddim.engine import prepare
+from ddim.evaluation.features import identity
+from ddim.evaluation.metrics import compute_features, frechet
+from ddim.evaluation.sets import ImageSet, paint_set
+from ddim.files import cache_folder, to_json, write_whole
+from ddim.pipeline import DDIMPipeline
+from ddim.weights import digest
+
+STEPS = (10, 20, 50, 100, 1000)
+STEPS_2 = (10, 20, 50, 100, 200, 500, 1000)
+SIGMA_HAT = "sigma-hat"
+ROWS: tuple[float | str, ...] = (0.0, 0.2, 0.5, 1.0, SIGMA_HAT)
+PUBLISHED_1: dict[str, dict[float | str, tuple[float, ...]]] = {
+    "CIFAR-10": {
+        0.0: (13.36, 6.84, 4.67, 4.16, 4.04),
+        0.2: (14.04, 7.11, 4.77, 4.25, 4.09),
+        0.5: (16.66, 8.35, 5.25, 4.46, 4.29),
+        1.0: (41.07, 18.36, 8.01, 5.78, 4.73),
+        SIGMA_HAT: (367.43, 133.37, 32.72, 9.99, 3.17),
+    },
+    "CelebA": {
+        0.0: (17.33, 13.73, 9.17, 6.53, 3.51),
+        0.2: (17.66, 14.11, 9.51, 6.79, 3.64),
+        0.5: (19.86, 16.06, 11.01, 8.09, 4.28),
+        1.0: (33.12, 26.03, 18.48, 13.93, 5.98),
+        SIGMA_HAT: (299.71, 183.83, 71.71, 45.20, 3.26),
+    },
+}
+PUBLISHED_2 = dict(zip(STEPS_2, (0.014, 0.0065, 0.0023, 0.0009, 0.0004, 0.0001, 0.0001), strict=True))
+"""On CIFAR-10."""
+
+CIFAR_SHAPE = (3, 32, 32)
+PUBLISHED_ON = {CIFAR_SHAPE: "CIFAR-10", (3, 64, 64): "CelebA"}
+"""Pictures of these shapes are taken for those of the paper's data sets."""
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of numbers.
+
+    Attributes:
+        title: what it shows.
+        columns: their names, the first of the rows' names.
+        rows: a name and a number, or `None`, for each other column.
+        settings: what changes the numbers.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[tuple[str, list[float | None]]]
+    settings: dict[str, Any]
+
+    def markdown(self) -> str:
+        """As Markdown, settings below."""
+        lines = [f"| {' | '.join(self.columns)} |", "|---" * len(self.columns) + "|"]
+        for name, values in self.rows:
+            lines.append(f"| {' | '.join([name, *('' if v is None else f'{v:.3g}' for v in values)])} |")
+        told = ", ".join(f"{key}: {value}" for key, value in self.settings.items())
+        return f"{self.title}\n\n" + "\n".join(lines) + f"\n\n{told}\n"
+
+    def json(self) -> dict[str, Any]:
+        """As an object."""
+        rows = [
+            {self.columns[0]: name} | dict(zip(self.columns[1:], values, strict=True)) for name, values in self.rows
+        ]
+        return {"title": self.title, "rows": rows, "settings": self.settings}
+
+
+def table_1(
+    pipe: DDIMPipeline,
+    reference: ImageSet,
+    extractor: nn.Module,
+    count: int,
+    seed: int = 0,
+    steps: Sequence[int] = STEPS,
+) -> Table:
+    """Fréchet distances by steps and eta.
+
+    Args:
+        pipe: paints, with its scheduler's spacing.
+        reference: the data.
+        extractor: features.
+        count: pictures a cell.
+        seed: of the first picture of each cell.
+        steps: the columns.
+    """
+    cells = _Cells(pipe, {"count": count, "seed": seed, "features": identity(extractor)})
+    real = compute_features(reference, extractor)
+    rows: list[tuple[str, list[float | None]]] = []
+    for eta in ROWS:
+        values: list[float | None] = []
+        for number in steps:
+            settings = {"num_inference_steps": number, "eta": 1.0 if eta == SIGMA_HAT else float(eta)}
+            settings["use_sigma_hat"] = eta == SIGMA_HAT
+
+            def measure(settings: dict[str, Any] = settings, eta: float | str = eta) -> dict[str, float]:
+                name = f"{settings['num_inference_steps']} steps, {_row(eta)}"
+                painted = paint_set(pipe, count, seed, name, **settings)
+                return {"fid": frechet(compute_features(painted, extractor).values, real.values)}
+
+            values.append(cells.get({"table": 1, "reference": real.sha256} | settings, measure)["fid"])
+        rows.append((_row(eta), values))
+        if dataset := PUBLISHED_ON.get(pipe.sample_shape):
+            published = dict(zip(STEPS, PUBLISHED_1[dataset][eta], strict=True))
+            rows.append((f"{_row(eta)}, paper, {dataset}", [published.get(number) for number in steps]))
+    return Table(
+        "Fréchet distance by number of steps (Table 1 of the paper)",
+        ["", *map(str, steps)],
+        rows,
+        cells.settings | {"reference": reference.name, "reference_count": reference.count},
+    )
+
+
+def table_2(pipe: DDIMPipeline, images: ImageSet, steps: Sequence[int] = STEPS_2) -> Table:
+    """Errors of encoding and decoding, by steps; the paper's row is Euler's on CIFAR-10."""
+    fast = DDIMPipeline(prepare(pipe.unet), pipe.scheduler)
+    fast.set_progress_bar_config(**pipe._progress_bar_config)
+    samples = torch.cat(list(images.batches())).float() / 127.5 - 1
+    sha256 = hashlib.sha256(samples.numpy().tobytes()).hexdigest()
+    cells = _Cells(pipe, {"count": images.count})
+    results = []
+    for number in steps:
+
+        def measure(number: int = number) -> dict[str, float]:
+            errors = {}
+            for name, exact in (("euler", False), ("exact", True)):
+                parts = [
+                    fast.reconstruct(part, number, exact=exact, output_type="pt")
+                    for part in torch.split(samples, BATCH)
+                ]
+                errors[name] = float(torch.cat([part.mse for part in parts]).double().mean())
+            return errors
+
+        results.append(cells.get({"table": 2, "images": sha256, "num_inference_steps": number}, measure))
+    return Table(
+        "Mean squared error per pixel of encoding and decoding (Table 2 of the paper)",
+        ["steps", *map(str, steps)],
+        [
+            ("paper, CIFAR-10", [PUBLISHED_2.get(number) for number in steps]),
+            ("Euler, equation (13)", [result["euler"] for result in results]),
+            ("exact", [result["exact"] for result in results]),
+        ],
+        cells.settings | {"images": images.name},
+    )
+
+
+def figure_4(
+    pipe: DDIMPipeline,
+    reference: ImageSet,
+    extractor: nn.Module,
+    count: int,
+    seed: int = 0,
+    steps: Sequence[int] = STEPS,
+) -> Table:
+    """Seconds and Fréchet distance of `count` pictures, eta = 0; the times are of this machine."""
+    cells = _Cells(pipe, {"count": count, "seed": seed, "features": identity(extractor)})
+    real = compute_features(reference, extractor)
+    results = []
+    for number in steps:
+
+        def measure(number: int = number) -> dict[str, float]:
+            painted = paint_set(pipe, count, seed, f"{number} steps", num_inference_steps=number)
+            started = time.perf_counter()
+            found = compute_features(painted, extractor)
+            seconds = time.perf_counter() - started
+            return {"seconds": seconds, "fid": frechet(found.values, real.values)}
+
+        key = {"figure": 4, "reference": real.sha256, "num_inference_steps": number}
+        results.append(cells.get(key, measure))
+    return Table(
+        "Seconds, and Fréchet distance, by number of steps (Figure 4 of the paper)",
+        ["steps", *map(str, steps)],
+        [
+            (f"seconds for {count} pictures", [result["seconds"] for result in results]),
+            ("Fréchet distance", [result["fid"] for result in results]),
+        ],
+        cells.settings | {"reference": reference.name, "reference_count": reference.count},
+    )
+
+
+def plot(table: Table, path: Path) -> None:
+    """Lines over the number of steps, both axes logarithmic: a PNG or SVG, by the suffix."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    steps = [int(column) for column in table.columns[1:]]
+    for name, values in table.rows:
+        points = [(s, v) for s, v in zip(steps, values, strict=True) if v is not None]
+        style = "--" if "paper" in name else "-"
+        axes.plot([s for s, _ in points], [v for _, v in points], style, marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="steps", title=table.title)
+    axes.legend(fontsize="small")
+    with write_whole(path) as temporary:
+        figure.savefig(temporary)
+
+
+class _Cells:
+    """Results kept by a hash of what changes them."""
+
+    def __init__(self, pipe: DDIMPipeline, settings: dict[str, Any]) -> None:
+        config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+        self._key = settings | {
+            "model_sha256": digest({name: tensor.cpu() for name, tensor in pipe.unet.state_dict().items()}),
+            "scheduler": config,
+        }
+        self.settings = settings | {"spacing": config["timestep_spacing"], "clip_sample": config["clip_sample"]}
+
+    def get(self, key: dict[str, Any], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        text = to_json(self._key | key)
+        path = cache_folder() / "tables" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+        if path.exists():
+            try:
+                kept: dict[str, float] = json.loads(path.read_text())["result"]
+            except (ValueError, KeyError):
+                path.unlink()
+            else:
+                return kept
+        result = measure()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_whole(path) as temporary:
+            temporary.write_text(to_json({"key": self._key | key, "result": result}))
+        return result
+
+
+def _row(eta: float | str) -> str:
+    return eta if isinstance(eta, str) else f"eta = {eta:g}"
