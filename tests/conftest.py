@@ -38,6 +38,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"ddim-tests-{getpass.getuser()}"))
 
 
+SLOW = ("processes", "interruption", "bulk", "learning", "run", "checkpoint", "evaluation", "convert", "cli_latents")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes first: nobody then waits at the end for one that was begun last."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in SLOW)
+
+
 @pytest.fixture(scope="session")
 def make_unet() -> Callable[..., UNet2DModel]:
     """`make_unet(**changes)`: a U-Net of about 30 000 parameters, with weights that depend on its configuration only.
