@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import getpass
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ TINY: dict[str, Any] = {
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 # Loops are compiled once, not by each process with a cache folder of its own.
-os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"ddim-tests-{getpass.getuser()}"))
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "numba"))
 
 
 SLOW = ("processes", "interruption", "bulk", "learning", "run", "checkpoint", "evaluation", "convert", "cli_latents")
