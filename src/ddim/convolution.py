@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddim.kernels import loops, stand_in
+from ddim.kernels import differentiable_gradients, loops, stand_in
 
 
 def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -45,11 +45,8 @@ class _Conv2d(torch.autograd.Function):
         wants = ctx.needs_input_grad[:3]
         nothing = (None,) * 3
         if torch.is_grad_enabled():
-            # Gradients of gradients were asked for.
             y = F.conv2d(x, weight, bias, ctx.stride, ctx.padding)
-            wanted = [t for t, needed in zip((x, weight, bias), wants, strict=True) if needed]
-            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-            return *(next(found) if needed else None for needed in wants), *nothing
+            return *differentiable_gradients(y, (x, weight, bias), wants, dy), *nothing
         dy = dy.contiguous(memory_format=torch.channels_last)
         stride, padding = [ctx.stride] * 2, [ctx.padding] * 2
         dx, dw, db = torch.ops.aten.convolution_backward(

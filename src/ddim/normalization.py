@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddim.kernels import loops, stand_in
+from ddim.kernels import differentiable_gradients, loops, stand_in
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, silu: bool = True) -> Tensor:
@@ -77,10 +77,7 @@ class _NormSiLU(torch.autograd.Function):
         x, shift, weight, bias, mean, rstd = ctx.saved_tensors
         nothing = (None,) * 4
         if torch.is_grad_enabled():
-            # Gradients of gradients were asked for: those of the plain form.
             y = _plain(lambda u: F.group_norm(u, ctx.groups, weight, bias, ctx.eps), x, shift, ctx.silu)
-            wanted = [t for t in (x, shift, weight, bias) if t.requires_grad]
-            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-            return *(next(found) if t.requires_grad else None for t in (x, shift, weight, bias)), *nothing
+            return *differentiable_gradients(y, (x, shift, weight, bias), ctx.needs_input_grad[:4], dy), *nothing
         dy = dy.contiguous(memory_format=torch.channels_last)
         return *ctx.module.backward(dy, x, shift, weight, bias, mean, rstd, ctx.silu), *nothing

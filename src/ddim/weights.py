@@ -116,17 +116,22 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if expected is not None and expected != digest(tensors):
             raise ValueError(f"{path} is damaged: its tensors are not those it was written with (SHA-256 differs)")
         return tensors
+    content = read_pickle(path)
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise ValueError(f"{path} does not hold a dictionary of tensors")
+    return {name: tensor.clone() for name, tensor in content.items()}
+
+
+def read_pickle(path: Path) -> Any:
+    """What a file of `torch.save` holds, on the CPU; ValueError if it is damaged or could run code."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} is refused: it is damaged or no plain file of tensors, and loading it could run code"
         ) from None
-    except Exception as error:  # a damaged pickle fails in whatever it is taken for
+    except Exception as error:  # a damaged file fails in whatever it is taken for
         raise ValueError(f"{path} is truncated or damaged: {type(error).__name__}") from None
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise ValueError(f"{path} does not hold a dictionary of tensors")
-    return {name: tensor.clone() for name, tensor in content.items()}
 
 
 def _modern_name(name: str) -> str:

@@ -15,11 +15,11 @@ from tqdm import tqdm
 from ddim.bulk.manifest import check_manifest, write_manifest
 from ddim.bulk.targets import Target, make_target
 from ddim.checks import non_negative_int, positive_int
+from ddim.codes import model_sha256
 from ddim.engine import prepare
 from ddim.files import to_json
 from ddim.images import to_bytes
 from ddim.pipeline import DDIMPipeline
-from ddim.weights import digest
 
 COUNT_EVERY = 1.0
 """Seconds between looks at what the other processes have done."""
@@ -86,7 +86,7 @@ def sample_many(
         settings.get("use_sigma_hat", False),
     )
     identity: dict[str, Any] = {
-        "model_sha256": digest({name: tensor.cpu() for name, tensor in pipe.unet.state_dict().items()}),
+        "model_sha256": model_sha256(pipe),
         "scheduler": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
         "timesteps": [step.timestep for step in steps],
         "eta": float(settings.get("eta", 0.0)),

@@ -8,12 +8,12 @@ any other name     what `torch.save` wrote: a dictionary of tensors, or the list
 from __future__ import annotations
 
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from ddim.weights import read_pickle
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def read_checkpoint(path: Path, ema: bool = True) -> dict[str, Tensor]:
     if not path.is_file():
         kind = "a folder; give a file, or --layout diffusers" if path.is_dir() else "not there"
         raise FileNotFoundError(f"the checkpoint {path} is {kind}")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     if isinstance(content, list | tuple):
         content = _choose(content, path, ema)
     if not _is_state_dict(content):
@@ -74,14 +74,3 @@ def _read_safetensors(path: Path) -> Any:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from None
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} is refused: it is damaged or no plain file of tensors, and loading it could run code"
-        ) from None
-    except Exception as error:  # a damaged file fails in whatever it is taken for
-        raise ValueError(f"{path} is truncated or damaged: {type(error).__name__}") from None

@@ -56,8 +56,8 @@ def compute_features(images: ImageSet, extractor: nn.Module) -> Features:
     taken from the cache.
     """
     cached = None
+    sha256 = hashlib.sha256(str(images.shape).encode())
     if images.files:
-        sha256 = hashlib.sha256(str(images.shape).encode())
         for batch in images.batches():
             sha256.update(batch.numpy().tobytes())
         cached = cache_folder() / "features" / f"{identity(extractor)}-{sha256.hexdigest()}.npy"
@@ -66,11 +66,11 @@ def compute_features(images: ImageSet, extractor: nn.Module) -> Features:
                 return Features(torch.from_numpy(np.load(cached, allow_pickle=False)), sha256.hexdigest())
             except ValueError:
                 cached.unlink()
-    sha256 = hashlib.sha256(str(images.shape).encode())
     values = []
     with tqdm(total=images.count, desc=f"features of {images.name}", unit="image", dynamic_ncols=True) as bar:
         for batch in images.batches():
-            sha256.update(batch.numpy().tobytes())
+            if cached is None:
+                sha256.update(batch.numpy().tobytes())
             values.append(extractor(batch).float())
             bar.update(len(batch))
     features = Features(torch.cat(values), sha256.hexdigest())

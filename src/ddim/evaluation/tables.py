@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddim.codes import model_sha256
 from ddim.engine import prepare
 from ddim.evaluation.features import identity
 from ddim.evaluation.metrics import compute_features, frechet
 from ddim.evaluation.sets import ImageSet, paint_set
 from ddim.files import cache_folder, to_json, write_whole
 from ddim.pipeline import DDIMPipeline
-from ddim.weights import digest
 
 STEPS = (10, 20, 50, 100, 1000)
 STEPS_2 = (10, 20, 50, 100, 200, 500, 1000)
@@ -230,7 +230,7 @@ class _Cells:
     def __init__(self, pipe: DDIMPipeline, settings: dict[str, Any]) -> None:
         config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
         self._key = settings | {
-            "model_sha256": digest({name: tensor.cpu() for name, tensor in pipe.unet.state_dict().items()}),
+            "model_sha256": model_sha256(pipe),
             "scheduler": config,
         }
         self.settings = settings | {"spacing": config["timestep_spacing"], "clip_sample": config["clip_sample"]}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -38,6 +39,15 @@ def stand_in(module: nn.Module, x: Tensor, *others: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
     )
+
+
+def differentiable_gradients(
+    y: Tensor, inputs: Sequence[Tensor | None], wants: Sequence[bool], dy: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a plain form of y, where gradients of gradients are asked for; `None` for what nobody wants."""
+    wanted = [tensor for tensor, needed in zip(inputs, wants, strict=True) if needed and tensor is not None]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return tuple(next(found) if needed else None for needed in wants)
 
 
 @functools.cache
