@@ -22,7 +22,7 @@ from ddim.evaluation import metrics, tables
 from ddim.evaluation.features import DigitClassifier, Pixels, load_features
 from ddim.evaluation.metrics import compute_features, frechet, measure, shortage, within
 from ddim.evaluation.report import describe
-from ddim.evaluation.sets import ImageSet, is_model, open_files, paint_set
+from ddim.evaluation.sets import BATCH, ImageSet, is_model, open_files, paint_set
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from digits import write_digits
@@ -54,7 +54,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 def of(pixels: Tensor, name: str = "given") -> ImageSet:
-    return ImageSet(name, tuple(pixels.shape[1:]), len(pixels), lambda: iter(pixels.split(7)), files=True)  # type: ignore[arg-type]
+    return ImageSet(name, tuple(pixels.shape[1:]), len(pixels), pixels.split(BATCH).__getitem__, files=True)  # type: ignore[arg-type]
 
 
 class TestFrechet:
@@ -264,6 +264,26 @@ class TestCommand:
         assert float(row["fid"]) == result["metrics"]["fid"]
         assert "| Fréchet distance |" in (tmp_path / "score.md").read_text()
 
+    def test_two_processes_measure_what_one_does(self, tmp_path: Path) -> None:
+        """Samples and reference of several batches each, the last ones short; the first process alone speaks."""
+        write_digits(tmp_path / "real", 150)
+        shared = ["mnist", "--reference", "real", "--features", "mnist", "-n", "150", "--steps", "1"]
+        shared += ["--metrics", "fid,kid,is,precision,recall"]
+        results = []
+        for number, launcher in enumerate(
+            ([], ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"])
+        ):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder)}
+            command = [sys.executable, "-m", *launcher, "ddim", "evaluate", *shared, "--out", f"{number}.json"]
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.count("Fréchet distance") == 1
+            assert len(list((folder / "ddim" / "features").iterdir())) == 1
+            results.append(json.loads((tmp_path / f"{number}.json").read_text()))
+        assert results[0] == results[1]
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -351,13 +371,22 @@ class TestTables:
 
     def test_the_command(self, tmp_path: Path) -> None:
         write_digits(tmp_path / "real", 30)
-        shared = ["mnist", "--reference", "real", "--features", "mnist", "-n", "6", "--table-steps", "1,2"]
+        shared = ["mnist", "--reference", "real", "--features", "mnist", "-n", "6", "--table-steps", "2,3"]
         done = TestCommand.run(tmp_path, *shared, "--table", "1", "--out", "t.md", "--out", "t.json", "--out", "t.png")
         assert done.returncode == 0, done.stderr
         assert "| sigma-hat |" in done.stdout
         assert (tmp_path / "t.md").read_text() == done.stdout
         assert len(json.loads((tmp_path / "t.json").read_text())["rows"]) == 5
         assert (tmp_path / "t.png").stat().st_size > 1000
+        (tmp_path / "cache").rename(tmp_path / "kept")
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddim", "evaluate"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        for number in ("1", "2"):
+            command = [sys.executable, "-m", *launcher, *shared, "--table", number]
+            pair = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+            assert pair.returncode == 0, pair.stderr
+            alone = done if number == "1" else TestCommand.run(tmp_path, *shared, "--table", number)
+            assert pair.stdout == alone.stdout
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

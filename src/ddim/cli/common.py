@@ -27,7 +27,11 @@ def load_pipeline(model: str, device: str, dtype: str = "float32", spacing: str 
 
 
 def own_device(device: str) -> str:
-    """The device of this process, of several on a machine: the GPU of its number, or the CPU where there is none."""
+    """The device of this process: of several on a machine with GPUs, each takes the one of its number, unless another
+    is asked for.
+    """
+    if device not in ("auto", "cuda") or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
     import torch
 
     gpus = torch.cuda.device_count()

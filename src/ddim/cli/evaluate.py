@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import load_pipeline, parse_timesteps
+from ddim.cli.common import load_pipeline, own_device, parse_timesteps
 
 
 def evaluate(
@@ -75,13 +75,16 @@ def evaluate(
       ddim evaluate samples.npz --metrics is --out score.json --out score.md
 
       ddim evaluate mnist --reference mnist/test.parquet --features mnist -n 500 --table 1 --out t.md --out t.png
+
+      torchrun --nproc-per-node 8 -m ddim evaluate my-model --reference owner/dataset -n 50000
     """
     from ddim.evaluation import report
     from ddim.evaluation.sets import ImageSet, is_model, open_files, paint_set
+    from ddim.evaluation.team import join
 
     if table is not None or figure is not None:
         chosen = parse_timesteps(table_steps, "--table-steps")
-        where = (samples, device, spacing)
+        where = (samples, own_device(device), spacing)
         _paper(where, reference, reference_count, split, features, count, seed, table, figure, chosen, out or [])
         return
     if table_steps is not None:
@@ -97,13 +100,16 @@ def evaluate(
 
     def open_set(source: str, number: int | None, shape: tuple[int, int, int] | None) -> ImageSet:
         if is_model(source):
-            pipe = load_pipeline(source, device, spacing=spacing)
+            pipe = load_pipeline(source, own_device(device), spacing=spacing)
             return paint_set(pipe, 10_000 if number is None else number, seed, source, **settings)
         return open_files(source, number, shape, split)
 
     first = open_set(samples, count, None)
     second = None if reference is None else open_set(reference, reference_count, first.shape)
-    result = report.describe(first, second, features, wanted)
+    with join() as team:
+        result = report.describe(first, second, features, wanted, team)
+    if not team.first:
+        return
     if is_model(samples):
         result["settings"] |= settings | {"seed": seed, "spacing": spacing}
     for path in outputs:
@@ -130,6 +136,7 @@ def _paper(
     from ddim.evaluation import tables
     from ddim.evaluation.features import load_features
     from ddim.evaluation.sets import is_model, open_files
+    from ddim.evaluation.team import join
     from ddim.files import to_json, write_whole
     from ddim.images import check_output_path
 
@@ -145,16 +152,19 @@ def _paper(
     pipe = load_pipeline(model, device, spacing=spacing)
     if spacing is None and pipe.sample_shape == tables.CIFAR_SHAPE:
         pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, timestep_spacing="quad")
-    if table == 2:
-        pipe.set_progress_bar_config(disable=True)
-        images = open_files(reference, 256 if count is None else count, pipe.sample_shape, split)
-        result = tables.table_2(pipe, images, steps or tables.STEPS_2)
-    else:
-        data = open_files(reference, reference_count, pipe.sample_shape, split)
-        extractor = load_features(features, pipe.sample_shape)
-        number = 50_000 if count is None else count
-        make = tables.table_1 if table == 1 else tables.figure_4
-        result = make(pipe, data, extractor, number, seed, steps or tables.STEPS)
+    with join() as team:
+        if table == 2:
+            pipe.set_progress_bar_config(disable=True)
+            images = open_files(reference, 256 if count is None else count, pipe.sample_shape, split)
+            result = tables.table_2(pipe, images, steps or tables.STEPS_2, team)
+        else:
+            data = open_files(reference, reference_count, pipe.sample_shape, split)
+            extractor = load_features(features, pipe.sample_shape)
+            number = 50_000 if count is None else count
+            make = tables.table_1 if table == 1 else tables.figure_4
+            result = make(pipe, data, extractor, number, seed, steps or tables.STEPS, team)
+    if not team.first:
+        return
     for path in out:
         if path.endswith((".png", ".svg")):
             tables.plot(result, Path(path))

@@ -64,9 +64,7 @@ def sample(
     target = check_output_path(out, PICTURES | {".tar": "WebDataset shards"})
     own_timesteps = parse_timesteps(timesteps)
     rank, world = processes()
-    if device in ("auto", "cuda") and world > 1:
-        device = own_device(device)
-    pipe = load_pipeline(model, device, dtype, spacing)
+    pipe = load_pipeline(model, own_device(device), dtype, spacing)
     settings: dict[str, Any] = {
         "eta": eta,
         "num_inference_steps": steps,

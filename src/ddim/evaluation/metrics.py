@@ -17,6 +17,7 @@ import hashlib
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from ddim.evaluation.features import identity
 from ddim.evaluation.sets import ImageSet
+from ddim.evaluation.team import ALONE, Team
 from ddim.files import cache_folder, write_whole
 
 METRICS = ("fid", "kid", "is", "precision", "recall")
@@ -33,6 +35,8 @@ NEIGHBOURS = 3
 SUBSETS, SUBSET = 100, 1000
 """Of the kernel distance: how many, and the most images in one."""
 ROWS = 1024
+COMPLETE: dict[str, Any] = {"sync_on_compute": False}
+"""For torchmetrics: what it is given are the features of all processes, not of this one."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Features:
 
     Attributes:
         values: (N, D) float32.
-        sha256: of the pixels, in order.
+        sha256: of the pixels, batch by batch.
     """
 
     values: Tensor
@@ -49,36 +53,55 @@ class Features:
 
 
 @torch.no_grad()
-def compute_features(images: ImageSet, extractor: nn.Module) -> Features:
-    """The features of all images of a set.
+def compute_features(images: ImageSet, extractor: nn.Module, team: Team = ALONE) -> Features:
+    """The features of all images of a set, each process of a team computing its share of the batches.
 
-    The pixels are read and hashed first, for sets of files; features that were computed of the same pixels before are
-    taken from the cache.
+    The pixels of files are read and hashed first; features that were computed of the same pixels before are taken from
+    the cache of the first process.
     """
     cached = None
-    sha256 = hashlib.sha256(str(images.shape).encode())
+    hashes = []
     if images.files:
-        for batch in images.batches():
-            sha256.update(batch.numpy().tobytes())
-        cached = cache_folder() / "features" / f"{identity(extractor)}-{sha256.hexdigest()}.npy"
-        if cached.exists():
-            try:
-                return Features(torch.from_numpy(np.load(cached, allow_pickle=False)), sha256.hexdigest())
-            except ValueError:
-                cached.unlink()
-    values = []
-    with tqdm(total=images.count, desc=f"features of {images.name}", unit="image", dynamic_ncols=True) as bar:
-        for batch in images.batches():
-            if cached is None:
-                sha256.update(batch.numpy().tobytes())
+        hashes = team.gather([_sha256(images.batch(number)) for number in team.share(len(images))])
+        cached = cache_folder() / "features" / f"{identity(extractor)}-{_whole(images, hashes)}.npy"
+        if (kept := team.told(_read(cached) if team.first else None)) is not None:
+            return Features(kept, _whole(images, hashes))
+    values, own = [], []
+    bar = tqdm(
+        total=images.count, desc=f"features of {images.name}", unit="image", dynamic_ncols=True, disable=not team.first
+    )
+    with bar:
+        for number in team.share(len(images)):
+            batch = images.batch(number)
+            own.append(_sha256(batch))
             values.append(extractor(batch).float())
-            bar.update(len(batch))
-    features = Features(torch.cat(values), sha256.hexdigest())
-    if cached is not None:
+            bar.update(min(len(batch) * team.size, images.count - bar.n))
+    features = Features(torch.cat(team.gather(values)), _whole(images, hashes or team.gather(own)))
+    if cached is not None and team.first:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with write_whole(cached) as temporary:
             np.save(temporary, features.values.numpy(), allow_pickle=False)
     return features
+
+
+def _sha256(batch: Tensor) -> str:
+    return hashlib.sha256(batch.numpy().tobytes()).hexdigest()
+
+
+def _whole(images: ImageSet, hashes: list[str]) -> str:
+    """The hash of a set whose batches have these."""
+    return hashlib.sha256(str((images.count, images.shape, hashes)).encode()).hexdigest()
+
+
+def _read(cached: Path) -> Tensor | None:
+    """Features that are kept; damaged ones are removed."""
+    try:
+        return torch.from_numpy(np.load(cached, allow_pickle=False))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        cached.unlink()
+        return None
 
 
 class _Given(nn.Module):
@@ -141,7 +164,7 @@ def frechet(samples: Any, reference: Any) -> float:
     """The Fréchet distance of features."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_Given(samples.shape[1])).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=_Given(samples.shape[1]), **COMPLETE).set_dtype(torch.float64)
     metric.update(reference.double(), real=True)
     metric.update(samples.double(), real=False)
     return float(metric.compute())
@@ -151,7 +174,7 @@ def _kernel_distance(samples: Any, reference: Any) -> tuple[Tensor, Tensor]:
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(SUBSET, len(samples), len(reference))
-    metric = KernelInceptionDistance(feature=_Given(samples.shape[1]), subsets=SUBSETS, subset_size=size)
+    metric = KernelInceptionDistance(feature=_Given(samples.shape[1]), subsets=SUBSETS, subset_size=size, **COMPLETE)
     metric.update(reference, real=True)
     metric.update(samples, real=False)
     with torch.random.fork_rng(devices=[]):
@@ -163,7 +186,7 @@ def _kernel_distance(samples: Any, reference: Any) -> tuple[Tensor, Tensor]:
 def _inception_score(logits: Tensor) -> tuple[Tensor, Tensor]:
     from torchmetrics.image.inception import InceptionScore
 
-    metric = InceptionScore(feature=_Given(logits.shape[1]), splits=min(10, len(logits)))
+    metric = InceptionScore(feature=_Given(logits.shape[1]), splits=min(10, len(logits)), **COMPLETE)
     metric.update(logits)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

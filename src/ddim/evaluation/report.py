@@ -16,6 +16,7 @@ import torch
 from ddim.evaluation.features import identity, load_features
 from ddim.evaluation.metrics import METRICS, Features, compute_features, measure, shortage
 from ddim.evaluation.sets import ImageSet
+from ddim.evaluation.team import ALONE, Team
 from ddim.files import to_json, write_whole
 from ddim.images import check_output_path
 from ddim.version import __version__
@@ -39,7 +40,9 @@ def check_outputs(paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
-def describe(samples: ImageSet, reference: ImageSet | None, features: str, metrics: Sequence[str]) -> dict[str, Any]:
+def describe(
+    samples: ImageSet, reference: ImageSet | None, features: str, metrics: Sequence[str], team: Team = ALONE
+) -> dict[str, Any]:
     """Compare two sets.
 
     Args:
@@ -47,6 +50,7 @@ def describe(samples: ImageSet, reference: ImageSet | None, features: str, metri
         reference: what it is compared with.
         features: as for `load_features`.
         metrics: of `METRICS`.
+        team: the processes that share the work.
 
     Returns:
         `{"metrics": {...}, "settings": {...}}`.
@@ -62,10 +66,10 @@ def describe(samples: ImageSet, reference: ImageSet | None, features: str, metri
         raise ValueError("the inception score needs features that tell classes: mnist or inception")
     extractor: Any = load_features(features, samples.shape)
     counts = [s.count for s in (samples, reference) if s is not None]
-    if "fid" in metrics and (reason := shortage(extractor, *counts)):
+    if team.first and "fid" in metrics and (reason := shortage(extractor, *counts)):
         logger.warning(reason)
-    found = compute_features(samples, extractor)
-    other: Features | None = None if reference is None else compute_features(reference, extractor)
+    found = compute_features(samples, extractor, team)
+    other: Features | None = None if reference is None else compute_features(reference, extractor, team)
     with torch.no_grad():
         logits = extractor.logits(found.values) if "is" in metrics else None
     settings: dict[str, Any] = {

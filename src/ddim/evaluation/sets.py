@@ -38,15 +38,24 @@ class ImageSet:
         name: how tables call it.
         shape: (C, H, W).
         count: how many there are.
-        batches: each call reads them anew: uint8 (n, C, H, W).
+        batch: reads or paints the images of a batch anew, given its number: uint8 (n, C, H, W). All have `BATCH` but
+            the last.
         files: whether they come from files, so that what is computed of them is worth keeping.
     """
 
     name: str
     shape: Shape
     count: int
-    batches: Callable[[], Iterator[Tensor]]
+    batch: Callable[[int], Tensor]
     files: bool
+
+    def __len__(self) -> int:
+        """How many batches there are."""
+        return -(-self.count // BATCH)
+
+    def batches(self) -> Iterator[Tensor]:
+        """All batches in order."""
+        return map(self.batch, range(len(self)))
 
 
 def open_files(source: str, count: int | None = None, shape: Shape | None = None, split: str = "train") -> ImageSet:
@@ -72,14 +81,13 @@ def open_files(source: str, count: int | None = None, shape: Shape | None = None
         shape = (1 if first.mode in ("L", "1") else 3, first.height, first.width)
     channels, height, width = shape
 
-    def batches() -> Iterator[Tensor]:
-        for start in range(0, total, BATCH):
-            decoders = found.fetch(range(start, min(start + BATCH, total)))
-            images = [fit_image(decode(), height, width, channels) for decode in decoders]
-            pixels = torch.from_numpy(np.stack([np.atleast_3d(np.asarray(image)) for image in images]))
-            yield pixels.permute(0, 3, 1, 2).contiguous()
+    def batch(number: int) -> Tensor:
+        decoders = found.fetch(range(number * BATCH, min((number + 1) * BATCH, total)))
+        images = [fit_image(decode(), height, width, channels) for decode in decoders]
+        pixels = torch.from_numpy(np.stack([np.atleast_3d(np.asarray(image)) for image in images]))
+        return pixels.permute(0, 3, 1, 2).contiguous()
 
-    return ImageSet(source, shape, total, batches, files=True)
+    return ImageSet(source, shape, total, batch, files=True)
 
 
 def paint_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = "samples", **settings: Any) -> ImageSet:
@@ -96,14 +104,14 @@ def paint_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = "sample
     fast.set_progress_bar_config(disable=True)
     size = min(BATCH, count)
 
-    def batches() -> Iterator[Tensor]:
-        for start in range(0, count, size):
-            seeds = range(seed + start, seed + start + size)
-            images = fast(size, seeds=seeds, output_type="np", return_dict=False, **settings)[0]
-            pixels = torch.from_numpy(to_bytes(np.asarray(images)))[: count - start]
-            yield pixels.permute(0, 3, 1, 2).contiguous()
+    def batch(number: int) -> Tensor:
+        start = number * size
+        seeds = range(seed + start, seed + start + size)
+        images = fast(size, seeds=seeds, output_type="np", return_dict=False, **settings)[0]
+        pixels = torch.from_numpy(to_bytes(np.asarray(images)))[: count - start]
+        return pixels.permute(0, 3, 1, 2).contiguous()
 
-    return ImageSet(name, pipe.sample_shape, count, batches, files=False)
+    return ImageSet(name, pipe.sample_shape, count, batch, files=False)
 
 
 def is_model(source: str) -> bool:

@@ -29,6 +29,7 @@ from ddim.engine import prepare
 from ddim.evaluation.features import identity
 from ddim.evaluation.metrics import compute_features, frechet
 from ddim.evaluation.sets import ImageSet, paint_set
+from ddim.evaluation.team import ALONE, Team
 from ddim.files import cache_folder, to_json, write_whole
 from ddim.pipeline import DDIMPipeline
 
@@ -100,6 +101,7 @@ def table_1(
     count: int,
     seed: int = 0,
     steps: Sequence[int] = STEPS,
+    team: Team = ALONE,
 ) -> Table:
     """Fréchet distances by steps and eta.
 
@@ -110,9 +112,10 @@ def table_1(
         count: pictures a cell.
         seed: of the first picture of each cell.
         steps: the columns.
+        team: the processes that share the work.
     """
-    cells = _Cells(pipe, {"count": count, "seed": seed, "features": identity(extractor)})
-    real = compute_features(reference, extractor)
+    cells = _Cells(pipe, {"count": count, "seed": seed, "features": identity(extractor)}, team)
+    real = compute_features(reference, extractor, team)
     rows: list[tuple[str, list[float | None]]] = []
     for eta in ROWS:
         values: list[float | None] = []
@@ -123,7 +126,7 @@ def table_1(
             def measure(settings: dict[str, Any] = settings, eta: float | str = eta) -> dict[str, float]:
                 name = f"{settings['num_inference_steps']} steps, {_row(eta)}"
                 painted = paint_set(pipe, count, seed, name, **settings)
-                return {"fid": frechet(compute_features(painted, extractor).values, real.values)}
+                return {"fid": frechet(compute_features(painted, extractor, team).values, real.values)}
 
             values.append(cells.get({"table": 1, "reference": real.sha256} | settings, measure)["fid"])
         rows.append((_row(eta), values))
@@ -138,24 +141,25 @@ def table_1(
     )
 
 
-def table_2(pipe: DDIMPipeline, images: ImageSet, steps: Sequence[int] = STEPS_2) -> Table:
+def table_2(pipe: DDIMPipeline, images: ImageSet, steps: Sequence[int] = STEPS_2, team: Team = ALONE) -> Table:
     """Errors of encoding and decoding, by steps; the paper's row is Euler's on CIFAR-10."""
     fast = DDIMPipeline(prepare(pipe.unet), pipe.scheduler)
     fast.set_progress_bar_config(**pipe._progress_bar_config)
     samples = torch.cat(list(images.batches())).float() / 127.5 - 1
     sha256 = hashlib.sha256(samples.numpy().tobytes()).hexdigest()
-    cells = _Cells(pipe, {"count": images.count})
+    cells = _Cells(pipe, {"count": images.count}, team)
+    parts = torch.split(samples, BATCH)
     results = []
     for number in steps:
 
         def measure(number: int = number) -> dict[str, float]:
             errors = {}
             for name, exact in (("euler", False), ("exact", True)):
-                parts = [
-                    fast.reconstruct(part, number, exact=exact, output_type="pt")
-                    for part in torch.split(samples, BATCH)
+                found = [
+                    fast.reconstruct(parts[part], number, exact=exact, output_type="pt").mse
+                    for part in team.share(len(parts))
                 ]
-                errors[name] = float(torch.cat([part.mse for part in parts]).double().mean())
+                errors[name] = float(torch.cat(team.gather(found)).double().mean())
             return errors
 
         results.append(cells.get({"table": 2, "images": sha256, "num_inference_steps": number}, measure))
@@ -178,21 +182,22 @@ def figure_4(
     count: int,
     seed: int = 0,
     steps: Sequence[int] = STEPS,
+    team: Team = ALONE,
 ) -> Table:
     """Seconds and Fréchet distance of `count` pictures, eta = 0; the times are of this machine."""
-    cells = _Cells(pipe, {"count": count, "seed": seed, "features": identity(extractor)})
-    real = compute_features(reference, extractor)
+    cells = _Cells(pipe, {"count": count, "seed": seed, "features": identity(extractor)}, team)
+    real = compute_features(reference, extractor, team)
     results = []
     for number in steps:
 
         def measure(number: int = number) -> dict[str, float]:
             painted = paint_set(pipe, count, seed, f"{number} steps", num_inference_steps=number)
             started = time.perf_counter()
-            found = compute_features(painted, extractor)
+            found = compute_features(painted, extractor, team)
             seconds = time.perf_counter() - started
             return {"seconds": seconds, "fid": frechet(found.values, real.values)}
 
-        key = {"figure": 4, "reference": real.sha256, "num_inference_steps": number}
+        key = {"figure": 4, "reference": real.sha256, "num_inference_steps": number, "processes": team.size}
         results.append(cells.get(key, measure))
     return Table(
         "Seconds, and Fréchet distance, by number of steps (Figure 4 of the paper)",
@@ -201,7 +206,7 @@ def figure_4(
             (f"seconds for {count} pictures", [result["seconds"] for result in results]),
             ("Fréchet distance", [result["fid"] for result in results]),
         ],
-        cells.settings | {"reference": reference.name, "reference_count": reference.count},
+        cells.settings | {"reference": reference.name, "reference_count": reference.count, "processes": team.size},
     )
 
 
@@ -227,7 +232,8 @@ def plot(table: Table, path: Path) -> None:
 class _Cells:
     """Results kept by a hash of what changes them."""
 
-    def __init__(self, pipe: DDIMPipeline, settings: dict[str, Any]) -> None:
+    def __init__(self, pipe: DDIMPipeline, settings: dict[str, Any], team: Team) -> None:
+        self._team = team
         config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
         self._key = settings | {
             "model_sha256": model_sha256(pipe),
@@ -238,17 +244,26 @@ class _Cells:
     def get(self, key: dict[str, Any], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         text = to_json(self._key | key)
         path = cache_folder() / "tables" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
-        if path.exists():
-            try:
-                kept: dict[str, float] = json.loads(path.read_text())["result"]
-            except (ValueError, KeyError):
-                path.unlink()
-            else:
-                return kept
+        kept = self._team.told(self._read(path) if self._team.first else None)
+        if kept is not None:
+            return kept
         result = measure()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with write_whole(path) as temporary:
-            temporary.write_text(to_json({"key": self._key | key, "result": result}))
+        if self._team.first:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with write_whole(path) as temporary:
+                temporary.write_text(to_json({"key": self._key | key, "result": result}))
+        return result
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, float] | None:
+        """A result that is kept; damaged ones are removed."""
+        try:
+            result: dict[str, float] = json.loads(path.read_text())["result"]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            path.unlink()
+            return None
         return result
 
 
