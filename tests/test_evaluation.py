@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -221,11 +222,29 @@ class TestFeatures:
             load_features(str(tmp_path / "x.pt"), (3, 8, 8))
 
     def test_inception_without_its_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import torchmetrics.image.fid as fid
-
-        monkeypatch.setattr(fid, "_TORCH_FIDELITY_AVAILABLE", False)
-        with pytest.raises(ImportError, match="torch-fidelity"):
+        monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+        with pytest.raises(ImportError, match="need torch-fidelity and torchvision"):
             load_features("inception", (3, 32, 32))
+
+    def test_inception_weights_cannot_be_had_or_run_code(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        url = "http://127.0.0.1:9/weights-6726825d.pth"
+        library, network = ModuleType("torch_fidelity"), ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+        network.URL_INCEPTION_V3 = url  # type: ignore[attr-defined]
+        for module in (library, network):
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+        with pytest.raises(RuntimeError, match="cannot be downloaded"):
+            load_features("inception", (3, 32, 32))
+
+        class Trap:
+            def __reduce__(self) -> Any:
+                return Path.touch, (tmp_path / "sprung",)
+
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        torch.save({"fc.weight": Trap()}, tmp_path / "checkpoints" / Path(url).name)
+        with pytest.raises(RuntimeError, match="are damaged"):
+            load_features("inception", (3, 32, 32))
+        assert not (tmp_path / "sprung").exists()
 
 
 def test_what_changes_the_numbers_is_said(caplog: pytest.LogCaptureFixture) -> None:

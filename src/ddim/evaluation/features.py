@@ -6,6 +6,7 @@ A feature extractor is a module that takes uint8 (N, C, H, W) and returns float 
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import torch
@@ -67,27 +68,34 @@ class Inception(nn.Module):
     downloaded once.
 
     Raises:
-        ImportError: without torch-fidelity, which has the network.
-        RuntimeError: if the weights are not on this machine and cannot be downloaded.
+        ImportError: without torch-fidelity and torchvision, which have the network.
+        RuntimeError: if the weights are not on this machine and cannot be downloaded, or are damaged.
     """
 
     num_features = 2048
 
     def __init__(self) -> None:
         super().__init__()
-        from torchmetrics.image.fid import NoTrainInceptionV3
-
         try:
-            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"])
-        except ModuleNotFoundError:
+            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+            from torchmetrics.image.fid import NoTrainInceptionV3
+        except ImportError as error:
             raise ImportError(
-                "InceptionV3 features need torch-fidelity; pip install torch-fidelity, or give other --features"
+                f"InceptionV3 features need torch-fidelity and torchvision ({error}); pip install torch-fidelity, or "
+                "give other --features"
             ) from None
+        try:
+            # The library would unpickle whatever is in its cache. This is read without running code first, and what is
+            # downloaded is held against the hash in its name.
+            torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, map_location="cpu", check_hash=True, weights_only=True)
         except OSError as error:
             raise RuntimeError(
                 f"the weights of InceptionV3 are not on this machine and cannot be downloaded ({error}); give other "
                 "--features, or run it once where there is a network"
             ) from None
+        except (RuntimeError, pickle.UnpicklingError) as error:
+            raise RuntimeError(f"the weights of InceptionV3 from {URL_INCEPTION_V3} are damaged: {error}") from None
+        self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"])
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 (N, C, H, W), any size, grey or colour, to float32 (N, 2048)."""
