@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from ddim import DDIMPipeline
-from ddim.engine.cpu import CPUEngine
 from ddim.files import to_json, write_whole
 from ddim.training.config import DataConfig
 from ddim.training.data import open_pictures
@@ -142,7 +141,6 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     pipe = DDIMPipeline.from_pretrained("mnist")
-    pipe.register_modules(unet=CPUEngine(pipe.unet))
     channels, height, _ = pipe.sample_shape
     pictures = open_pictures(DataConfig(source=str(options.data)), height, channels)
     samples = pictures.take(torch.arange(min(options.images, pictures.shape[0]))).float() / 127.5 - 1

@@ -2,8 +2,10 @@
 
     python -m benchmarks.startup [--repeats 5]
 
-Every row is a fresh process. Rows are interleaved, so that a machine whose speed drifts treats all alike; medians are
-printed. Before timing, the pictures of both libraries are compared.
+Pictures are painted in 10 steps by the built-in model and by a network of the size that is usual for CIFAR-10 (random
+weights), from the same folder for both libraries, by the same five lines; and by `ddim sample`. Every row is a fresh
+process. Rows are interleaved, so that a machine whose speed drifts treats all alike; medians are printed. The pictures
+of both libraries are compared.
 """
 
 from __future__ import annotations
@@ -15,13 +17,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ddim.hub import builtin_models
+from benchmarks.networks import save_pipeline
 
+NETWORKS = ("mnist", "cifar10")
+
+IMPORT = "import torch; from {} import DDIMPipeline"
 PEER = """
 import sys, torch
 from diffusers import DDIMPipeline
@@ -31,26 +37,36 @@ pipe(generator=torch.Generator().manual_seed(0), num_inference_steps=10).images[
 OURS = PEER.replace("from diffusers", "from ddim")
 
 
+def first_pictures(name: str, model: Path, folder: Path) -> dict[str, list[str]]:
+    """Commands by the names of their rows; the pictures of the two libraries are ours.png and peer.png."""
+    folder.mkdir()
+    ours, peer, sampled = (str(folder / f"{file}.png") for file in ("ours", "peer", "sampled"))
+    command = [sys.executable, "-m", "ddim", "sample", "--model", str(model), "--steps", "10", "--count", "1"]
+    return {
+        f"first picture, {name}: ddim": [sys.executable, "-c", OURS, str(model), ours],
+        f"first picture, {name}: ddim sample": [*command, "--out", sampled],
+        f"first picture, {name}: diffusers": [sys.executable, "-c", PEER, str(model), peer],
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description="Whole-process times.")
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
-    model = str(builtin_models()["mnist"])
-    with tempfile.TemporaryDirectory() as folder:
-        ours, peer = f"{folder}/ours.png", f"{folder}/peer.png"
-        rows = {
-            "import torch": [sys.executable, "-c", "import torch"],
-            "import ddim": [sys.executable, "-c", "import torch, ddim"],
-            "from ddim import DDIMPipeline": [sys.executable, "-c", "import torch; from ddim import DDIMPipeline"],
-            "from diffusers import DDIMPipeline": [
-                sys.executable,
-                "-c",
-                "import torch; from diffusers import DDIMPipeline",
-            ],
-            "ddim --help": [sys.executable, "-m", "ddim", "--help"],
-            "first picture, 10 steps: ddim": [sys.executable, "-c", OURS, model, ours],
-            "first picture, 10 steps: diffusers": [sys.executable, "-c", PEER, model, peer],
-        }
+    rows = {
+        "import torch": [sys.executable, "-c", "import torch"],
+        "import ddim": [sys.executable, "-c", "import torch, ddim"],
+        **{
+            f"from {library} import DDIMPipeline": [sys.executable, "-c", IMPORT.format(library)]
+            for library in ("ddim", "diffusers")
+        },
+        "ddim --help": [sys.executable, "-m", "ddim", "--help"],
+    }
+    differences = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name in NETWORKS:
+            rows |= first_pictures(name, save_pipeline(name, folder / "models"), folder / name)
         times: dict[str, list[float]] = {name: [] for name in rows}
         for repeat in range(repeats + 1):
             for name, command in rows.items():
@@ -58,12 +74,21 @@ def main() -> None:
                 subprocess.run(command, check=True, capture_output=True)
                 if repeat:  # The first round fills the disk cache.
                     times[name].append(time.perf_counter() - start)
-        pixels = [np.asarray(Image.open(path), int) for path in (ours, peer)]
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"largest difference of the two pictures: {np.abs(pixels[0] - pixels[1]).max()} of 255\n")
+        for name in NETWORKS:
+            ours, peer = (np.asarray(Image.open(folder / name / f"{file}.png"), int) for file in ("ours", "peer"))
+            differences[name] = np.abs(ours - peer).max()
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}\n")
     print("| process | median s | fastest | slowest |\n|---|---|---|---|")
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     for name, seconds in times.items():
-        print(f"| {name} | {statistics.median(seconds):.2f} | {min(seconds):.2f} | {max(seconds):.2f} |")
+        print(f"| {name} | {medians[name]:.2f} | {min(seconds):.2f} | {max(seconds):.2f} |")
+    print()
+    for name, difference in differences.items():
+        ours, sampled, peer = (medians[f"first picture, {name}: {way}"] for way in ("ddim", "ddim sample", "diffusers"))
+        print(
+            f"{name}: diffusers / ddim {peer / ours:.2f}, diffusers / ddim sample {peer / sampled:.2f}; "
+            f"largest difference of the two pictures: {difference} of 255"
+        )
 
 
 if __name__ == "__main__":

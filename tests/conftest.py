@@ -33,7 +33,7 @@ TINY: dict[str, Any] = {
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 # Loops are compiled once, not by each process with a cache folder of its own.
-os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "numba"))
+os.environ.setdefault("DDIM_KERNEL_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "kernels"))
 
 
 SLOW = ("processes", "interruption", "bulk", "learning", "run", "checkpoint", "evaluation", "convert", "cli_latents")

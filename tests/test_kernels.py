@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
@@ -11,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numba import carray
 from torch import Tensor, nn
 
 import ddim.convolution
@@ -21,6 +22,7 @@ import ddim.kernels
 import ddim.normalization
 from ddim.convolution import convolve
 from ddim.kernels import loops
+from ddim.kernels.source import compile_loop
 from ddim.normalization import norm_silu
 from ddim.unet import UNet2DModel
 
@@ -285,7 +287,8 @@ class TestNetwork:
 
 
 class TestWithout:
-    def test_without_numba(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_numba(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("DDIM_KERNEL_CACHE", str(tmp_path))
         for name in [name for name in sys.modules if name.startswith("ddim.kernels.")]:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, "numba", None)
@@ -299,13 +302,13 @@ class TestWithout:
         monkeypatch.undo()
         assert 0 < apart_together(trained(model), found) < 1e-5
 
-    def test_without_pytorchs_team(self, threads: Callable[[int], None]) -> None:
+    def test_without_pytorchs_team(self) -> None:
         """Where PyTorch's threads cannot be asked, the caller does all of the work."""
         code = (
             "import ctypes, torch; real = ctypes.CDLL\n"
             "ctypes.CDLL = lambda name, *a, **k: real(name or 'libc.so.6', *a, **k)\n"
-            "import ddim.kernels.team as team, numpy as np\n"
-            "assert team._library is None\n"
+            "from ddim.kernels import library\n"
+            "assert library._team() is None\n"
             "from ddim.kernels.norm import forward\n"
             "x = torch.randn(3, 8, 4, 4).to(memory_format=torch.channels_last)\n"
             "y, *_ = forward(x, torch.zeros(3, 8), torch.ones(8), torch.zeros(8), 2, 1e-5, False)\n"
@@ -313,27 +316,44 @@ class TestWithout:
         )
         subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
 
+    DOUBLE = (
+        "import sys, torch\n"
+        "from ddim.kernels.convolution import weight_gradient\n"
+        "x = torch.ones(1, 16, 4, 4).to(memory_format=torch.channels_last)\n"
+        "assert weight_gradient(x, x, 3, 1, 1)[0, 0, 1, 1] == 16\n"
+        "print('numba' in sys.modules)\n"
+    )
+
+    @classmethod
+    def compiles(cls, cache: Path) -> bool:
+        environment = os.environ | {"DDIM_KERNEL_CACHE": str(cache)}
+        done = subprocess.run([sys.executable, "-c", cls.DOUBLE], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout == "True\n"
+
+    def test_code_is_kept(self, tmp_path: Path) -> None:
+        """Compiled once, loaded without numba afterwards; damaged code is not run."""
+        assert self.compiles(tmp_path)
+        assert not self.compiles(tmp_path)
+        (kept,) = tmp_path.rglob("gradient.o")
+        content = bytearray(kept.read_bytes())
+        content[len(content) // 2] ^= 1
+        kept.write_bytes(content)
+        assert self.compiles(tmp_path)
+        assert not self.compiles(tmp_path)
+
     def test_without_a_place_to_keep_code(self, tmp_path: Path) -> None:
         """A cache folder that cannot be made costs the compilation and nothing else."""
-        source = Path(ddim.kernels.__file__).parent
-        copy = tmp_path / "ddim" / "kernels"
-        copy.mkdir(parents=True)
-        for file in source.glob("*.py"):
-            (copy / file.name).write_bytes(file.read_bytes())
-        (tmp_path / "ddim" / "__init__.py").touch()
-        (tmp_path / "ddim" / "files.py").write_bytes((source.parent / "files.py").read_bytes())
-        (copy / "__pycache__").touch()
         (tmp_path / "file").touch()
-        code = (
-            "import numba.core.caching as caching; caching.AppDirs = type('A', (), {'__init__': lambda *a, **k: None,"
-            f" 'user_cache_dir': {str(tmp_path / 'file' / 'x')!r}}})\n"
-            "import torch; from ddim.kernels.convolution import weight_gradient\n"
-            "x = torch.ones(1, 16, 4, 4).to(memory_format=torch.channels_last)\n"
-            "assert weight_gradient(x, x, 3, 1, 1)[0, 0, 1, 1] == 16\n"
-        )
-        environment = os.environ | {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "file" / "y")}
-        subprocess.run([sys.executable, "-P", "-c", code], check=True, env=environment, cwd=tmp_path)
+        assert self.compiles(tmp_path / "file" / "kernels")
 
-    def test_other_code_is_compiled_anew(self) -> None:
-        team = importlib.import_module("ddim.kernels.team")
-        assert len(team._sources()) == 16
+    def test_what_code_may_call(self) -> None:
+        """Nothing that is there only with numba: a loop that could raise an error is refused."""
+
+        def divide(data: Any) -> None:
+            job = carray(data, 1)[0]
+            if job.N == 0:
+                raise ZeroDivisionError(str(job.N))
+
+        with pytest.raises(RuntimeError, match="not there without numba"):
+            compile_loop(divide, np.dtype([("N", np.int64)]), "ddim_divide")

@@ -391,7 +391,7 @@ class LatentSpace(Runner):
             raise ValueError(f"tolerance is {tolerance}; it must lie above 0 and below 1")
         if positive_int("max_iterations", max_iterations) > 1000:
             raise ValueError(f"max_iterations is {max_iterations}; more than 1000 a step is not allowed")
-        denoiser = self._denoiser(positive_int("batch_size", batch_size))
+        denoiser = self._denoiser(steps, positive_int("batch_size", batch_size))
         samples = samples.to(torch.promote_types(samples.dtype, self._sample_dtype))
         back = moving(steps)[::-1]
         latents = samples.clone()
@@ -432,7 +432,7 @@ class LatentSpace(Runner):
         return self._generate(x, steps, positive_int("batch_size", batch_size))
 
     def _generate(self, x: Tensor, steps: Sequence[Step], batch_size: int) -> Tensor:
-        denoiser = self._denoiser(batch_size)
+        denoiser = self._denoiser(steps, batch_size)
         with self._running(len(moving(steps))) as bar:
             for state in sample(denoiser, x, moving(steps), self.scheduler.config.prediction_type):
                 bar.update()

@@ -81,11 +81,16 @@ def noise_from_generator(
 
     def draw() -> Tensor:
         parts = [
-            torch.randn(each, generator=g, device=device if g is None else g.device, dtype=dtype).to(
-                device, non_blocking=True
-            )
+            _moved(torch.randn(each, generator=g, device=device if g is None else g.device, dtype=dtype), device)
             for g in generators
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     return draw
+
+
+def _moved(noise: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it: from pageable memory a copy would."""
+    if device.type == "cuda" and noise.device.type == "cpu":
+        noise = noise.pin_memory()
+    return noise.to(device, non_blocking=True)

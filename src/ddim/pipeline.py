@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ddim import hub
 from ddim.checks import non_negative_int, positive_int
+from ddim.engine import check_engine
 from ddim.files import read_json, to_json, write_folder
 from ddim.images import check_output_type, to_output
 from ddim.latents import LatentSpace
@@ -54,10 +55,12 @@ class DDIMPipeline(LatentSpace):
         unet: a `UNet2DModel`, this library's or `diffusers`', or any object with `unet(sample, timestep).sample` and a
             `.config` that has `sample_size` and `in_channels`.
         scheduler: anything with a `.config` of a diffusion scheduler (a `DDPMScheduler`, say); its twin is used.
+        engine: how the network is run, as `ddim.engine` tells: `auto`, `eager` or `compile`.
 
     Attributes:
         unet: the network.
         scheduler: a `DDIMScheduler`.
+        engine: may be changed.
     """
 
     def __repr__(self) -> str:
@@ -239,6 +242,7 @@ class DDIMPipeline(LatentSpace):
         revision: str | None = None,
         token: str | bool | None = None,
         use_safetensors: bool | None = None,
+        engine: str = "auto",
         **components: Any,
     ) -> Self:
         """Load a pipeline: a built-in model, a folder, or a hub id.
@@ -252,6 +256,7 @@ class DDIMPipeline(LatentSpace):
             revision: a branch, tag or commit of the hub repository.
             token: for private repositories.
             use_safetensors: `True` refuses pickled weights, `False` reads no others; by default safetensors come first.
+            engine: `auto`, `eager` or `compile`: how the network is run.
             components: `unet=` or `scheduler=`, in place of what the folder holds.
 
         Raises:
@@ -264,6 +269,7 @@ class DDIMPipeline(LatentSpace):
                 raise TypeError(
                     f"from_pretrained has no argument {name!r}; a DDIMPipeline's components are unet and scheduler"
                 )
+        check_engine(engine)
         weights_in = ("unet", "") if components.get("unet") is None else ()
         folder = hub.find_model(
             model, variant, cache_dir, local_files_only, revision, token, weights_in, use_safetensors
@@ -279,7 +285,7 @@ class DDIMPipeline(LatentSpace):
             unet = UNet2DModel.from_pretrained(
                 unet_folder, torch_dtype=torch_dtype, variant=variant, use_safetensors=use_safetensors
             )
-        return cls(unet, scheduler)
+        return cls(unet, scheduler, engine)
 
 
 def check_model_index(folder: Path) -> None:

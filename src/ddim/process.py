@@ -12,8 +12,9 @@ and the generative process moves from x_t to x_prev with any variance sigma^2 of
 
 with x_0 and epsilon as the network predicts them. eta = 0 is DDIM, eta = 1 the posterior of DDPM.
 
-Tensors are samples (N, C, H, W) of any floating dtype. Coefficients are Python floats, so that no function waits for a
-device; those that training calls with a tensor of alphas, one an image, take any shape that broadcasts.
+Tensors are samples (N, C, H, W) of any floating dtype. Coefficients are Python floats, or tensors that are on the
+samples' device already, so that no function waits for a device; those that training calls with a tensor of alphas, one
+an image, take any shape that broadcasts.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -70,11 +72,16 @@ def predict_x0_epsilon(
     Raises:
         ValueError: for an unknown prediction type.
     """
-    signal, noise = math.sqrt(alpha), math.sqrt(1 - alpha)
+    return _predict(model_output, sample, math.sqrt(alpha), math.sqrt(1 - alpha), prediction_type)
+
+
+def _predict(
+    model_output: Tensor, sample: Tensor, signal: float | Tensor, noise: float | Tensor, prediction_type: str
+) -> tuple[Tensor, Tensor]:
     if prediction_type == "epsilon":
         return (sample - noise * model_output) / signal, model_output
     if prediction_type == "sample":
-        return model_output, x0_to_epsilon(model_output, sample, alpha)
+        return model_output, (sample - signal * model_output) / noise
     if prediction_type == "v_prediction":
         return signal * sample - noise * model_output, signal * model_output + noise * sample
     raise ValueError(f"prediction_type is {prediction_type!r}; it must be one of {', '.join(PREDICTION_TYPES)}")
@@ -82,7 +89,7 @@ def predict_x0_epsilon(
 
 def x0_to_epsilon(x0: Tensor, sample: Tensor, alpha: float) -> Tensor:
     """The epsilon that equation (4) wants for this x_0 and x_t; alpha in [0, 1)."""
-    return (sample - math.sqrt(alpha) * x0) / math.sqrt(1 - alpha)
+    return _predict(x0, sample, math.sqrt(alpha), math.sqrt(1 - alpha), "sample")[1]
 
 
 def dynamic_threshold(x0: Tensor, ratio: float = 0.995, max_value: float = 1.0) -> Tensor:
@@ -133,6 +140,33 @@ class Step:
     sigma: float = 0.0
     noise_std: float = 0.0
 
+    def coefficients(self) -> Coefficients:
+        """What it multiplies with."""
+        # For eta above 1 the radicand can turn negative; the largest variance that keeps the marginal leaves no
+        # direction at all.
+        direction = math.sqrt(max(0.0, 1 - self.alpha_prev - self.sigma**2))
+        signal, noise = math.sqrt(self.alpha), math.sqrt(1 - self.alpha)
+        return Coefficients(signal, noise, math.sqrt(self.alpha_prev), direction, self.noise_std)
+
+
+class Coefficients(NamedTuple):
+    """What a `Step` multiplies with: Python floats; or tensors () on the samples' device, in which a step that was
+    recorded finds other numbers each time it is run.
+
+    Attributes:
+        signal: sqrt(alpha).
+        noise: sqrt(1 - alpha).
+        signal_prev: sqrt(alpha_prev).
+        direction: sqrt(1 - alpha_prev - sigma^2).
+        noise_std: as of `Step`.
+    """
+
+    signal: float | Tensor
+    noise: float | Tensor
+    signal_prev: float | Tensor
+    direction: float | Tensor
+    noise_std: float | Tensor
+
 
 def make_steps(
     timesteps: Sequence[int],
@@ -174,11 +208,12 @@ def ddim_update(x0: Tensor, epsilon: Tensor, step: Step, noise: Tensor | None = 
         step: the coefficients.
         noise: standard Gaussian of the shape of `x0`; may be `None` where `step.noise_std` is 0.
     """
-    # For eta above 1 the radicand can turn negative; the largest variance that keeps the marginal leaves no direction
-    # at all.
-    direction = math.sqrt(max(0.0, 1 - step.alpha_prev - step.sigma**2))
-    prev = math.sqrt(step.alpha_prev) * x0 + direction * epsilon
-    return prev if noise is None else prev + step.noise_std * noise
+    return _update(x0, epsilon, step.coefficients(), noise)
+
+
+def _update(x0: Tensor, epsilon: Tensor, c: Coefficients, noise: Tensor | None) -> Tensor:
+    prev = c.signal_prev * x0 + c.direction * epsilon
+    return prev if noise is None else prev + c.noise_std * noise
 
 
 def ddim_inverse(
@@ -230,7 +265,7 @@ def ddim_inverse(
 def ddim_step(
     model_output: Tensor,
     sample: Tensor,
-    step: Step,
+    step: Step | Coefficients,
     prediction_type: str = "epsilon",
     clip: Callable[[Tensor], Tensor] | None = None,
     use_clipped_model_output: bool = False,
@@ -241,7 +276,7 @@ def ddim_step(
     Args:
         model_output: what the network predicts from `sample`.
         sample: x_t.
-        step: the coefficients.
+        step: the coefficients, or the step that has them.
         prediction_type: what the network predicts.
         clip: applied to the predicted x_0; `None` leaves it.
         use_clipped_model_output: recompute epsilon from the clipped x_0, so that the two agree with x_t again.
@@ -250,9 +285,10 @@ def ddim_step(
     Returns:
         (x_prev, the predicted x_0 after clipping).
     """
-    x0, epsilon = predict_x0_epsilon(model_output, sample, step.alpha, prediction_type)
+    c = step.coefficients() if isinstance(step, Step) else step
+    x0, epsilon = _predict(model_output, sample, c.signal, c.noise, prediction_type)
     if clip is not None:
         x0 = clip(x0)
     if use_clipped_model_output:
-        epsilon = x0_to_epsilon(x0, sample, step.alpha)
-    return ddim_update(x0, epsilon, step, noise), x0
+        epsilon = _predict(x0, sample, c.signal, c.noise, "sample")[1]
+    return _update(x0, epsilon, c, noise), x0

@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from ddim.checks import positive_int, real_number
 from ddim.devices import choose_device
+from ddim.engine import check_engine, prepare
 from ddim.noise import NoiseSource, check_seeds, noise_from_generator, noise_from_seeds
 from ddim.process import Step
-from ddim.sampling import Denoiser, State, in_batches, sample
+from ddim.sampling import Denoiser, State, in_batches, sample, walk
 from ddim.scheduler import DDIMScheduler
 
 logger = logging.getLogger(__name__)
@@ -31,12 +32,14 @@ class Runner:
     Args:
         unet: as for `ddim.pipeline.DDIMPipeline`.
         scheduler: as there.
+        engine: as there.
     """
 
     unet: Any
     scheduler: DDIMScheduler
 
-    def __init__(self, unet: Any, scheduler: Any) -> None:
+    def __init__(self, unet: Any, scheduler: Any, engine: str = "auto") -> None:
+        self.engine = check_engine(engine)
         for name, part in (("unet", unet), ("scheduler", scheduler)):
             if not hasattr(part, "config"):
                 raise TypeError(
@@ -172,12 +175,16 @@ class Runner:
             raise ValueError("latents must be finite floating-point numbers; it holds NaN, infinity or integers")
         return latents.to(self.device, torch.promote_types(latents.dtype, self._sample_dtype))
 
-    def _denoiser(self, batch_size: int | None = None) -> Denoiser:
-        """The network as the loop calls it; with a `batch_size`, asked about exactly so many samples at a time."""
-        dtype = self.dtype
+    def _denoiser(self, steps: Sequence[Step], batch_size: int | None = None) -> Denoiser:
+        """The network as the loop of those steps calls it, run by the engine; with a `batch_size`, asked about exactly
+        so many samples at a time.
+        """
+        dtype, network = self.dtype, prepare(self.unet, self.engine)
+        if hasattr(network, "expect"):
+            network.expect([step.timestep for step in steps])
 
         def denoiser(x: Tensor, t: Tensor) -> Tensor:
-            prediction: Tensor = self.unet(x.to(dtype), t).sample
+            prediction: Tensor = network(x.to(dtype), t).sample
             return prediction.to(x.dtype)
 
         return denoiser if batch_size is None else in_batches(denoiser, batch_size)
@@ -191,15 +198,11 @@ class Runner:
     ) -> Iterator[State]:
         """The loop with this network and the scheduler's settings."""
         scheduler = self.scheduler
-        return sample(
-            self._denoiser(),
-            latents,
-            steps,
-            scheduler.config.prediction_type,
-            scheduler.clip,
-            use_clipped_model_output,
-            noise,
-        )
+        settings = (scheduler.config.prediction_type, scheduler.clip, use_clipped_model_output, noise)
+        network = prepare(self.unet, self.engine)
+        if hasattr(network, "mover"):
+            return walk(latents, steps, network.mover(latents, steps, *settings))
+        return sample(self._denoiser(steps), latents, steps, *settings)
 
     @contextmanager
     def _running(self, total: int) -> Iterator[tqdm[Any]]:

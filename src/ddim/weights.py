@@ -24,6 +24,8 @@ from ddim.files import read_json, to_json
 
 WEIGHTS = "diffusion_pytorch_model"
 MAX_SHARD_SIZE = "10GB"
+AT_ONCE = 16 << 20
+"""Bytes of a file that are in memory beside the tensors that are made of it."""
 
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -105,12 +107,20 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
 
+        tensors: dict[str, Tensor] = {}
+        names: list[str] | None = None
         try:
-            with safe_open(path, framework="pt") as file:
-                # A copy: in the file tensors lie at any multiple of 8 bytes, and matrix kernels differ in the last bit
-                # with alignment.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
-                expected = (file.metadata() or {}).get("sha256")
+            # Opened anew now and then, so that what has been copied does not stay in memory.
+            while names is None or names:
+                with safe_open(path, framework="pt") as file:
+                    names = list(file.keys()) if names is None else names
+                    expected, size = (file.metadata() or {}).get("sha256"), 0
+                    while names and size < AT_ONCE:
+                        # A copy: in the file tensors lie at any multiple of 8 bytes, and matrix kernels differ in the
+                        # last bit with alignment.
+                        name = names.pop()
+                        tensors[name] = file.get_tensor(name).clone()
+                        size += tensors[name].nbytes
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is truncated or damaged: {error}") from None
         if expected is not None and expected != digest(tensors):

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import sys
+import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ddim import DDIMPipeline
+from ddim import DDIMPipeline, DDIMScheduler
+from ddim.engine import altered, prepare
 from ddim.engine.cpu import CPUEngine
-from ddim.kernels import norm, winograd
+from ddim.kernels import direct, norm, winograd
 from ddim.unet import UNet2DModel
 
 
@@ -92,6 +98,32 @@ class TestWinograd:
             torch.set_num_threads(threads)
 
 
+class TestDirect:
+    @pytest.mark.parametrize(
+        ("N", "C", "K", "H", "W", "stride"),
+        [(1, 3, 16, 5, 7, 1), (3, 32, 48, 8, 8, 2), (2, 128, 32, 4, 4, 1), (45, 16, 32, 9, 5, 1), (1, 1, 16, 1, 1, 2)],
+    )
+    @pytest.mark.parametrize("adds", [False, True])
+    def test_equals_float64(self, N: int, C: int, K: int, H: int, W: int, stride: int, adds: bool) -> None:
+        x, weight, bias = drawn(N, H, W, C), drawn(K, C, 3, 3, seed=1) / (9 * C) ** 0.5, drawn(K, seed=2)
+        expected = F.conv2d(x.permute(0, 3, 1, 2).double(), weight.double(), bias.double(), stride, 1)
+        expected = expected.permute(0, 2, 3, 1)
+        residual, results = drawn(*expected.shape, seed=3), []
+        threads = torch.get_num_threads()
+        try:
+            for number in (1, 2, 3):
+                torch.set_num_threads(number)
+                y = torch.full(expected.shape, torch.nan)
+                weights = direct.arrange_weights(weight)
+                padded = F.pad(x, (0, 0, 1, 1, 1, 1))
+                direct.convolve(padded, weights, bias, residual if adds else None, stride, y)
+                assert apart(y.double(), expected + (residual if adds else 0)) < 1e-5
+                results.append(y)
+                assert torch.equal(y, results[0])
+        finally:
+            torch.set_num_threads(threads)
+
+
 class TestNormalise:
     @pytest.mark.parametrize("silu", [True, False])
     @pytest.mark.parametrize("rim", [True, False])
@@ -157,7 +189,7 @@ class TestNetwork:
 
     def test_random_configurations(self) -> None:
         draw = random.Random(0)
-        for _ in range(30):
+        for _ in range(100):
             levels = draw.choice([1, 2, 3])
             groups = draw.choice([1, 2, 4])
             channels = tuple(groups * draw.choice([4, 8, 12, 16, 5]) for _ in range(levels))
@@ -178,20 +210,26 @@ class TestNetwork:
             multiple = 2 ** (levels - 1)
             size = (multiple * draw.choice([1, 2, 3, 5]), multiple * draw.choice([1, 2, 4]))
             unet = build(**changes)
-            assert compare(unet, draw.choice([1, 2, 5]), size, draw.randrange(1, 1000)) < 1e-3, (changes, size)
+            if replaced := draw.random() < 0.1:
+                unet.conv_in.register_forward_hook(lambda *_: None)
+            assert (altered(unet) is not None) == replaced
+            sample, timestep = drawn(draw.choice([1, 2, 5]), unet.config.in_channels, *size), draw.randrange(1, 1000)
+            with torch.no_grad():
+                difference = apart(prepare(unet)(sample, timestep).sample, unet(sample, timestep).sample)
+            assert difference < 1e-3, (changes, size)
 
     def test_the_built_in_model(self) -> None:
         """Over a whole run: to 1e-3 in every step's prediction, to a grey level in 99.9% of the pixels at its end."""
         pipe = DDIMPipeline.from_pretrained("mnist")
         pipe.set_progress_bar_config(disable=True)
-        fast = DDIMPipeline(CPUEngine(pipe.unet), pipe.scheduler)
+        fast, pipe.engine = DDIMPipeline(pipe.unet, pipe.scheduler), "eager"
         fast.set_progress_bar_config(disable=True)
         seen: list[float] = []
 
         def look(pipe: DDIMPipeline, index: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             x = tensors["latents"]
             with torch.no_grad():
-                seen.append(apart(fast.unet(x, t).sample, pipe.unet(x, t).sample))
+                seen.append(apart(prepare(pipe.unet)(x, t).sample, pipe.unet(x, t).sample))
             return {}
 
         images = pipe(seeds=range(8), num_inference_steps=50, output_type="np", callback_on_step_end=look).images
@@ -201,16 +239,108 @@ class TestNetwork:
         assert near.mean() > 0.999
 
     def test_refuses_what_the_network_refuses(self) -> None:
-        engine = CPUEngine(build(**SMALL))
+        unet = build(**SMALL)
+        engine = CPUEngine(unet)
         with pytest.raises(ValueError, match="the model takes"):
             engine(drawn(1, 4, 8, 8), 3)
         with pytest.raises(ValueError, match="2 timesteps"):
             engine(drawn(3, 3, 8, 8), torch.tensor([3, 4]))
 
     def test_callers_in_parallel(self) -> None:
-        engine = CPUEngine(build(**SMALL))
+        unet = build(**SMALL)
+        engine = CPUEngine(unet)
         samples = [drawn(2, 3, 8, 8, seed=seed) for seed in range(12)]
         expected = [engine(sample, 5).sample for sample in samples]
         with ThreadPoolExecutor(4) as pool:
             for found, alone in zip(pool.map(lambda sample: engine(sample, 5).sample, samples), expected, strict=True):
                 assert torch.equal(found, alone)
+
+
+class TestPrepare:
+    """What a pipeline runs its network by."""
+
+    @staticmethod
+    def answers(unet: UNet2DModel) -> None:
+        sample = drawn(2, 3, 8, 8)
+        with torch.no_grad():
+            assert apart(prepare(unet)(sample, 9).sample, unet(sample, 9).sample) < 1e-5
+
+    def test_made_once(self) -> None:
+        unet = build(**SMALL)
+        engine = prepare(unet)
+        assert isinstance(engine, CPUEngine)
+        assert prepare(unet) is engine
+        assert prepare(unet, "eager") is unet
+        with pytest.raises(ValueError, match="there is no engine 'fast'; there are auto, eager, compile"):
+            prepare(unet, "fast")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda unet: unet.load_state_dict({k: v * 1.1 for k, v in unet.state_dict().items()}),
+            lambda unet: unet.conv_out.weight.data.mul_(-1),
+            lambda unet: unet.mid_block.resnets[0].conv1.bias.data[3:4].add_(1e-3),
+            lambda unet: setattr(unet.conv_in, "weight", nn.Parameter(unet.conv_in.weight.flip(0))),
+            lambda unet: torch.optim.SGD(unet.parameters(), 0.1).step(),
+            lambda unet: unet.to(memory_format=torch.channels_last),
+        ],
+    )
+    def test_changed_weights_are_noticed(self, change: Callable[[UNet2DModel], Any]) -> None:
+        unet = build(**SMALL)
+        unet(drawn(1, 3, 8, 8), 3).sample.sum().backward()
+        self.answers(unet)
+        with torch.no_grad():
+            change(unet)
+        self.answers(unet)
+
+    def test_moved_and_back(self) -> None:
+        unet = build(**SMALL)
+        self.answers(unet)
+        unet.to(torch.float64)
+        assert prepare(unet) is unet
+        unet.to(torch.float32)
+        self.answers(unet)
+
+    def test_it_never_touches_training(self) -> None:
+        """Gradients and parameters are as they are without it, also after a picture in between."""
+        unet = build(**SMALL).train()
+        pipe = DDIMPipeline(unet, DDIMScheduler())
+        pipe.set_progress_bar_config(disable=True)
+        before = {name: parameter.clone() for name, parameter in unet.named_parameters()}
+        pipe(num_inference_steps=2)
+        assert unet.training
+        unet(drawn(1, 3, 8, 8), 3).sample.sum().backward()
+        assert all(parameter.grad is not None for parameter in unet.parameters())
+        assert all(torch.equal(parameter, before[name]) for name, parameter in unet.named_parameters())
+
+    def test_it_goes_with_the_network(self) -> None:
+        unet = build(**SMALL)
+        gone = weakref.ref(prepare(unet))
+        del unet
+        gc.collect()
+        assert gone() is None
+
+    def test_expected_timesteps_change_nothing(self) -> None:
+        unet, sample = build(**SMALL), drawn(2, 3, 8, 8)
+        engine = CPUEngine(unet)
+        alone = [engine(sample, t).sample for t in (9, 500)]
+        engine.expect([500, 250, 9])
+        for t, expected in zip((9, 500), alone, strict=True):
+            assert apart(engine(sample, torch.tensor(t)).sample, expected) < 1e-5
+        assert apart(engine(sample, torch.tensor([9, 500])).sample[:1], alone[0][:1]) < 1e-5
+        assert apart(engine(sample, 7).sample, unet(sample, 7).sample) < 1e-5
+
+    def test_without_the_loops(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    ) -> None:
+        """No compiler and nothing kept: the network runs as it is, with a line for those who look."""
+        monkeypatch.setitem(sys.modules, "numba", None)
+        monkeypatch.setenv("DDIM_KERNEL_CACHE", str(tmp_path))
+        for module in [name for name in sys.modules if name.startswith("ddim.kernels.source")]:
+            monkeypatch.delitem(sys.modules, module)
+        for loop in (norm.NORMALISE, winograd.CONVOLVE, winograd.NORMALISE_AND_CONVOLVE, direct.CONVOLVE):
+            loop.__dict__.pop("address", None)
+        unet = build(**SMALL)
+        with caplog.at_level("DEBUG", "ddim.engine"):
+            assert prepare(unet) is unet
+        assert "numba" in caplog.text

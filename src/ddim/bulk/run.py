@@ -94,6 +94,7 @@ def sample_many(
         "sigma_hat": bool(settings.get("use_sigma_hat", False)),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": pipe.device.type,
+        "engine": type(prepare(pipe.unet, pipe.engine)).__name__,
         "count": count,
         "seed": seed,
         "batch_size": batch_size,
@@ -107,7 +108,7 @@ def sample_many(
         )
     _open(target, identity, overwrite)
 
-    fast = DDIMPipeline(prepare(pipe.unet), pipe.scheduler)
+    fast = DDIMPipeline(pipe.unet, pipe.scheduler, pipe.engine)
     fast.set_progress_bar_config(disable=True)
     done = target.done()
     todo = [batch for batch in target.batches[rank::world] if batch not in done]

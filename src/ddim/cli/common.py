@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from ddim.pipeline import DDIMPipeline
 
 
-def load_pipeline(model: str, device: str, dtype: str = "float32", spacing: str | None = None) -> DDIMPipeline:
+def load_pipeline(
+    model: str, device: str, dtype: str = "float32", spacing: str | None = None, engine: str = "auto"
+) -> DDIMPipeline:
     """A pipeline where and as the options want it."""
     from ddim.devices import choose_device, choose_dtype
     from ddim.pipeline import DDIMPipeline
 
     where = choose_device(device), choose_dtype(dtype)
-    pipe = DDIMPipeline.from_pretrained(model).to(*where)
+    pipe = DDIMPipeline.from_pretrained(model, engine=engine).to(*where)
     if spacing is not None:
         pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing)
     return pipe

@@ -33,6 +33,7 @@ def edit(
     batch_size: options.InverseBatch = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
+    engine: options.Engine = "auto",
 ) -> None:
     """Take images part of the way to noise and sample from there (SDEdit).
 
@@ -57,7 +58,7 @@ def edit(
     target = check_output_path(out)
     own_timesteps = parse_timesteps(timesteps)
     pictures = read_images(images)
-    pipe = load_pipeline(model, device, dtype, spacing)
+    pipe = load_pipeline(model, device, dtype, spacing, engine)
     edited = pipe.edit(
         pictures,
         strength,

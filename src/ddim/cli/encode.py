@@ -25,6 +25,7 @@ def encode(
     batch_size: options.InverseBatch = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
+    engine: options.Engine = "auto",
 ) -> None:
     """Turn images into latent codes, from which ddim decode gives them back.
 
@@ -42,7 +43,7 @@ def encode(
     target = check_output_path(out, CODES, folder_allowed=False)
     own_timesteps = parse_timesteps(timesteps)
     pictures = read_images(images)
-    pipe = load_pipeline(model, device, dtype, spacing)
+    pipe = load_pipeline(model, device, dtype, spacing, engine)
     started = time.monotonic()
     codes = pipe.encode(
         pictures,
@@ -81,6 +82,7 @@ def decode(
     batch_size: options.InverseBatch = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
+    engine: options.Engine = "auto",
 ) -> None:
     """Turn latent codes into pictures: the inverse of ddim encode.
 
@@ -99,7 +101,7 @@ def decode(
     target = check_output_path(out)
     own_timesteps = parse_timesteps(timesteps)
     latents, settings = load_codes(codes)
-    pipe = load_pipeline(model, device, dtype, spacing)
+    pipe = load_pipeline(model, device, dtype, spacing, engine)
     walked = settings.timesteps
     if (steps, own_timesteps, spacing) != (None, None, None):
         walked = pipe.latent_timesteps(len(walked) if steps is None else steps, own_timesteps)

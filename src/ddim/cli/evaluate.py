@@ -60,6 +60,7 @@ def evaluate(
         ),
     ] = None,
     device: options.Device = "auto",
+    engine: options.Engine = "auto",
 ) -> None:
     """Judge pictures by numbers.
 
@@ -84,7 +85,7 @@ def evaluate(
 
     if table is not None or figure is not None:
         chosen = parse_timesteps(table_steps, "--table-steps")
-        where = (samples, own_device(device), spacing)
+        where = (samples, own_device(device), spacing, engine)
         _paper(where, reference, reference_count, split, features, count, seed, table, figure, chosen, out or [])
         return
     if table_steps is not None:
@@ -100,7 +101,7 @@ def evaluate(
 
     def open_set(source: str, number: int | None, shape: tuple[int, int, int] | None) -> ImageSet:
         if is_model(source):
-            pipe = load_pipeline(source, own_device(device), spacing=spacing)
+            pipe = load_pipeline(source, own_device(device), spacing=spacing, engine=engine)
             return paint_set(pipe, 10_000 if number is None else number, seed, source, **settings)
         return open_files(source, number, shape, split)
 
@@ -120,7 +121,7 @@ def evaluate(
 
 
 def _paper(
-    where: tuple[str, str, str | None],
+    where: tuple[str, str, str | None, str],
     reference: str | None,
     reference_count: int | None,
     split: str,
@@ -142,14 +143,14 @@ def _paper(
 
     if (table, figure) not in ((1, None), (2, None), (None, 4)):
         raise ValueError("give one of --table 1, --table 2 and --figure 4")
-    model, device, spacing = where
+    model, device, spacing, engine = where
     if not is_model(model):
         raise ValueError(f"{model} is no model; the paper's tables are of one")
     if reference is None:
         raise ValueError("give the data as --reference: pictures, not a model")
     for path in out:
         check_output_path(path, {".json": "", ".md": "Markdown", ".png": "a plot", ".svg": "a plot"}, False)
-    pipe = load_pipeline(model, device, spacing=spacing)
+    pipe = load_pipeline(model, device, spacing=spacing, engine=engine)
     if spacing is None and pipe.sample_shape == tables.CIFAR_SHAPE:
         pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, timestep_spacing="quad")
     with join() as team:

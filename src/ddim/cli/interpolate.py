@@ -42,6 +42,7 @@ def interpolate(
     batch_size: options.InverseBatch = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
+    engine: options.Engine = "auto",
 ) -> None:
     """Walk from point to point in latent space, by spherical interpolation, and paint what lies there.
 
@@ -73,7 +74,7 @@ def interpolate(
     shape = parse_grid(grid)
     if shape is not None and closed:
         raise ValueError("--closed is for paths; a --grid has no end to close")
-    pipe = load_pipeline(model, device, dtype, spacing)
+    pipe = load_pipeline(model, device, dtype, spacing, engine)
     codes, timesteps = collect_codes(pipe, points, shape is not None, steps, spacing, resize, force, batch_size)
     pictures = pipe.interpolate(
         codes,

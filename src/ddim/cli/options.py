@@ -22,6 +22,10 @@ Timesteps = Annotated[str | None, typer.Option(help="A list of one's own in plac
 Count = Annotated[int, typer.Option("--count", "-n", help="How many pictures.")]
 Seed = Annotated[int, typer.Option(help="Picture i is painted from seed + i, whatever the batch.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
+Engine = Annotated[
+    str,
+    typer.Option(help="auto runs the network as fast as it can, eager as it is, compile by torch.compile."),
+]
 Dtype = Annotated[str, typer.Option(help="Of the network: float32, bfloat16 or float16.")]
 
 Images = Annotated[list[str], typer.Argument(help="Images, or folders of them.", show_default=False)]

@@ -26,6 +26,7 @@ def reconstruct(
     batch_size: options.InverseBatch = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
+    engine: options.Engine = "auto",
 ) -> None:
     """Encode images, decode their codes, and tell the error.
 
@@ -43,7 +44,7 @@ def reconstruct(
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     own_timesteps = parse_timesteps(timesteps)
     pictures = read_images(images)
-    pipe = load_pipeline(model, device, dtype, spacing)
+    pipe = load_pipeline(model, device, dtype, spacing, engine)
     result = pipe.reconstruct(
         pictures,
         steps,

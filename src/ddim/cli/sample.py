@@ -39,6 +39,7 @@ def sample(
     shard_size: Annotated[int, typer.Option(help="Pictures a tar shard, in whole batches.")] = 1000,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
+    engine: options.Engine = "auto",
 ) -> None:
     """Paint pictures.
 
@@ -64,7 +65,7 @@ def sample(
     target = check_output_path(out, PICTURES | {".tar": "WebDataset shards"})
     own_timesteps = parse_timesteps(timesteps)
     rank, world = processes()
-    pipe = load_pipeline(model, own_device(device), dtype, spacing)
+    pipe = load_pipeline(model, own_device(device), dtype, spacing, engine)
     settings: dict[str, Any] = {
         "eta": eta,
         "num_inference_steps": steps,

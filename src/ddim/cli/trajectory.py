@@ -28,6 +28,7 @@ def trajectory(
     fps: options.Fps = 10.0,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
+    engine: options.Engine = "auto",
 ) -> None:
     """Watch pictures appear: x_t and the x_0 predicted from it, step by step, and the end.
 
@@ -52,7 +53,7 @@ def trajectory(
     check_fps(fps)
     own_timesteps, own_frames = parse_timesteps(timesteps), parse_timesteps(at, "--at")
     positive_int("--count", count)
-    pipe = load_pipeline(model, device, dtype, spacing)
+    pipe = load_pipeline(model, device, dtype, spacing, engine)
     seeds = range(seed, seed + count)
     shown = pipe.trajectory(count, steps, frames, seeds=seeds, eta=eta, timesteps=own_timesteps, at=own_frames)
     replaced = int(target.exists())
@@ -76,6 +77,7 @@ def consistency(
     spacing: options.Spacing = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
+    engine: options.Engine = "auto",
 ) -> None:
     """Paint the same codes with different numbers of steps: the code decides the picture.
 
@@ -93,7 +95,7 @@ def consistency(
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     positive_int("--count", count)
     numbers = parse_timesteps(steps, "--steps") or []
-    pipe = load_pipeline(model, device, dtype, spacing)
+    pipe = load_pipeline(model, device, dtype, spacing, engine)
     seeds = check_seeds(range(seed, seed + count), count)
     latents = noise_from_seeds((count, *pipe.sample_shape), seeds, pipe.device)()
     rows = pipe.consistency(latents, numbers)

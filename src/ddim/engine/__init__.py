@@ -1,15 +1,21 @@
 """How a U-Net is run fast: the same weights and, to rounding, the same numbers, in less time.
 
-`prepare` gives what a pipeline can ask in a network's place; `cpu` is the one engine there is.
+    auto      the engine of the network's device: `cpu`, or `cuda`; the network itself where none fits
+    eager     the network itself
+    compile   what `torch.compile` makes of it
+
+An engine is made of a network's weights once, and made again when they have changed.
 """
 
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddim.layers import (
     ACTIVATIONS,
@@ -32,33 +38,93 @@ KNOWN = {
 }
 
 
-def prepare(unet: Any) -> Any:
-    """What runs a network fastest: an engine made of its weights as they are now, or else the network itself.
+ENGINES = ("auto", "eager", "compile")
+
+_made: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+"""For each network the state it was in and what was made of it."""
+
+
+def check_engine(name: str) -> str:
+    """The name, if it is one of `ENGINES`; ValueError otherwise."""
+    if name not in ENGINES:
+        raise ValueError(f"there is no engine {name!r}; there are {', '.join(ENGINES)}")
+    return name
+
+
+def prepare(unet: Any, engine: str = "auto") -> Any:
+    """What runs a network: something that is called as it is, `network(sample, timestep).sample`, without gradients.
 
     Args:
         unet: anything that a pipeline takes.
+        engine: of `ENGINES`.
+
+    Raises:
+        ValueError: for another engine.
+        RuntimeError: if it is to be compiled and cannot be.
     """
-    reason = unfit(unet)
-    if reason is None:
-        try:
-            from ddim.engine.cpu import CPUEngine
-        except ImportError as error:
-            reason = str(error)
-        else:
-            return CPUEngine(unet)
+    if check_engine(engine) == "eager":
+        return unet
+    if engine == "compile":
+        from ddim.engine.cuda import compiled
+
+        return compiled(unet)
+    if (reason := altered(unet)) is None:
+        state = _state(unet)
+        before, made = _made.get(unet, (None, None))
+        if before == state:
+            return made
+        made, reason = _make(unet)
+        if made is not None:
+            _made[unet] = state, made
+            return made
     logger.debug("the network runs as it is: %s", reason)
     return unet
 
 
-def unfit(unet: Any) -> str | None:
-    """Why the engine cannot stand in for a network; `None` if it can."""
+def _make(unet: UNet2DModel) -> tuple[Any, str | None]:
+    """An engine, or why there is none."""
+    if unet.device.type == "cuda":
+        from ddim.engine import cuda
+
+        reason = cuda.unfit(unet)
+        return (None, reason) if reason else (cuda.CUDAEngine(unet), None)
+    if unet.device.type != "cpu" or any(p.dtype != torch.float32 or p.device != unet.device for p in unet.parameters()):
+        return None, "not all of it is float32 on the CPU"
+    try:
+        from ddim.engine.cpu import CPUEngine
+
+        return CPUEngine(unet), None
+    except ImportError as error:
+        return None, str(error)
+
+
+def altered(unet: Any) -> str | None:
+    """What a network has that no engine knows; `None` for a `UNet2DModel` as it was built."""
     if type(unet) is not UNet2DModel:
         return f"a {type(unet).__name__} is not known"
-    if unet.device.type != "cpu" or any(p.dtype != torch.float32 or p.device != unet.device for p in unet.parameters()):
-        return "not all of it is float32 on the CPU"
     for name, module in unet.named_modules():
         if type(module) not in KNOWN or "forward" in vars(module):
             return f"{name} has been replaced"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name} has hooks"
     return None
+
+
+def _state(unet: nn.Module) -> Any:
+    """Changes whenever a weight does, in whatever way."""
+    places = [(p.data_ptr(), p._version, p.dtype) for p in unet.parameters()]
+    sums = [_sum(p.detach()) for p in unet.parameters()]
+    # Of a GPU's, all at once: asking for a number waits for the device.
+    return places, torch.stack(sums).tolist() if isinstance(sums[0], Tensor) else sums
+
+
+def _sum(weights: Tensor) -> Any:
+    """Of the bits, taken for whole numbers: a number on a CPU, a tensor elsewhere."""
+    if weights.ndim == 4 and weights.is_contiguous(memory_format=torch.channels_last):
+        weights = weights.permute(0, 2, 3, 1)
+    if weights.device.type != "cpu":
+        return weights.flatten().view(torch.uint8).sum(dtype=torch.int64)
+    # Several times as fast as PyTorch's.
+    bits = weights.flatten().view(torch.uint8).numpy()
+    whole = bits.size // 8 * 8
+    return int(bits[:whole].view(np.int64).sum()) + int(bits[whole:].sum())

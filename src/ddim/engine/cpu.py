@@ -1,11 +1,15 @@
 """The U-Net on a CPU: the same weights and, to rounding, the same numbers, in less time.
 
-- 3x3 convolutions by Winograd's F(4x4, 3x3), with weights transformed beforehand (`ddim.kernels.winograd`).
+- 3x3 convolutions by Winograd's F(4x4, 3x3) where a quarter of the multiplications pays (`ddim.kernels.winograd`), by
+  all multiplications where reading four times as many weights would cost more (`ddim.kernels.direct`). The choice
+  follows from the sizes of layer and map alone, and so do the bits of the result; weights are arranged for it when a
+  layer first sees a map of such a size.
 - Group normalisation, the shift by the time embedding and SiLU in one loop, which writes straight into the map that the
   convolution after it reads, zero rim and all, and takes the two maps of a skip connection side by side, so that they
   are never concatenated (`ddim.kernels.norm`).
 - Residuals are added where a convolution finishes its tiles.
-- The projections of the time embedding of all blocks are one product, and so are a block's queries, keys and values.
+- The projections of the time embedding of all blocks are one product, taken for all timesteps before the first
+  (`expect`), and so are a block's queries, keys and values.
 
 Feature maps are (N, H, W, C) float32, contiguous. What fits no loop (a number of channels, an activation) is done by
 PyTorch in the same layout.
@@ -14,6 +18,7 @@ PyTorch in the same layout.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -21,32 +26,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddim.kernels import direct, winograd
 from ddim.kernels import norm as norms
-from ddim.kernels import winograd
-from ddim.layers import Attention, Downsample2D, ResnetBlock2D, Upsample2D
+from ddim.kernels.library import ready
+from ddim.layers import Attention, ResnetBlock2D, Upsample2D
 from ddim.outputs import UNet2DOutput
 from ddim.unet import UNet2DModel, check_embeddings
 
 Map = Tensor
 """(N, H, W, C)."""
 
+NEAR = 4 << 20
+"""Bytes of transformed weights that stay in a processor's caches from one step to the next."""
+SMALL = 64
+"""Pixels of a map for which more weights than that are not transformed."""
+
 
 class CPUEngine:
     """A network prepared for evaluation.
 
-    It stands in for the network in a pipeline, `DDIMPipeline(CPUEngine(pipe.unet), pipe.scheduler)`, and holds what it
-    made of the weights when it was built: after they have changed, build another.
+    It holds what it made of the weights when it was built: after they have changed, build another. It does not keep the
+    network alive.
 
     Args:
         unet: float32 on the CPU.
+
+    Raises:
+        ImportError: without llvmlite, or if the loops have to be compiled and there is no numba.
     """
 
     def __init__(self, unet: UNet2DModel) -> None:
-        self.unet = unet
-        self.config, self.device, self.dtype, self.state_dict = unet.config, unet.device, unet.dtype, unet.state_dict
+        ready(norms.NORMALISE, winograd.CONVOLVE, winograd.NORMALISE_AND_CONVOLVE, direct.CONVOLVE)
+        self._unet = weakref.ref(unet)
         rims = _Rims()
         projections: list[nn.Linear] = []
-        self._conv_in = _Direct(unet.conv_in)
+        self._conv_in = _Conv3x3(unet.conv_in, rims)
         self._down = [_Block(block, rims, projections) for block in unet.down_blocks]
         self._middle = None if unet.mid_block is None else _Block(unet.mid_block, rims, projections)
         self._up = [_Block(block, rims, projections) for block in unet.up_blocks]
@@ -55,20 +69,33 @@ class CPUEngine:
         self._times = _stacked(projections)
         self._time_sizes = [linear.out_features for linear in projections]
         self._act: Any = next(m for m in unet.modules() if isinstance(m, ResnetBlock2D)).nonlinearity
+        self._expected: dict[float, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def expect(self, timesteps: Sequence[int]) -> None:
+        """Project the embeddings of all timesteps of a run at once; it is not wrong to be asked about others."""
+        unet = self._network()
+        if unet.class_embedding is None and set(timesteps) - self._expected.keys():
+            rows = self._project(unet.embed(torch.tensor(timesteps), None))
+            self._expected = {timestep: [time[i : i + 1] for time in rows] for i, timestep in enumerate(timesteps)}
 
     @torch.no_grad()
     def __call__(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> UNet2DOutput:
         """Predict; arguments, result and errors are those of `UNet2DModel.forward`, without gradients."""
-        unet = self.unet
+        unet = self._network()
         unet.check_sample(sample)
         if unet.config.center_input_sample:
             sample = 2 * sample - 1
-        emb = unet.embed(timestep, class_labels)
-        check_embeddings(emb, sample)
-        times = torch.split(F.linear(self._act(emb), *self._times), self._time_sizes, dim=1)
-        remaining = iter([time.contiguous() for time in times])
+        times = None
+        if self._expected and class_labels is None and torch.as_tensor(timestep).ndim == 0:
+            times = self._expected.get(float(timestep))
+        if times is None:
+            emb = unet.embed(timestep, class_labels)
+            check_embeddings(emb, sample)
+            times = self._project(emb)
+        remaining = iter(times)
 
-        x = self._conv_in(sample.permute(0, 2, 3, 1))
+        x = self._conv_in.of(sample.permute(0, 2, 3, 1))
         skips = [x]
         for block in self._down:
             x = block.down(x, skips, remaining)
@@ -80,6 +107,17 @@ class CPUEngine:
         if unet.config.time_embedding_type == "fourier":
             output = output / torch.as_tensor(timestep).to(output.dtype).reshape(-1, 1, 1, 1)
         return UNet2DOutput(output)
+
+    def _network(self) -> UNet2DModel:
+        unet = self._unet()
+        if unet is None:
+            raise RuntimeError("the network that this engine was made of is gone")
+        return unet
+
+    def _project(self, emb: Tensor) -> list[Tensor]:
+        """Of embeddings (N, E), each block's projection (N, F)."""
+        times = torch.split(F.linear(self._act(emb), *self._times), self._time_sizes, dim=1)
+        return [time.contiguous() for time in times]
 
 
 def _stacked(linears: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -93,53 +131,80 @@ class _Rims(threading.local):
     def __init__(self) -> None:
         self._maps: dict[tuple[int, ...], Tensor] = {}
 
-    def get(self, N: int, H: int, W: int, C: int) -> Tensor:
-        shape = (N, H, W, C)
+    def get(self, *shape: int) -> Tensor:
+        """Zero but for what has been written before."""
         if shape not in self._maps:
             if len(self._maps) > 64:
                 self._maps.clear()
-            self._maps[shape] = winograd.rimmed(N, C, H, W)
+            # What is made in inference mode could not be written to outside.
+            with torch.inference_mode(False):
+                self._maps[shape] = torch.zeros(shape)
         return self._maps[shape]
 
 
-class _Direct:
-    """A convolution by PyTorch."""
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        self.weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
-        self.bias, self.stride, self.padding = conv.bias, conv.stride, conv.padding
-
-    def __call__(self, x: Map) -> Map:
-        y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, self.stride, self.padding)
-        return y.permute(0, 2, 3, 1).contiguous()
-
-
 class _Conv3x3:
-    """A 3x3 convolution, stride 1, padding 1."""
+    """A 3x3 convolution. Its input is written to what `input` gives, or is put there by `of`."""
 
     def __init__(self, conv: nn.Conv2d, rims: _Rims) -> None:
-        self.out_channels, self.rims = conv.out_channels, rims
-        self.direct = _Direct(conv)
-        self.fits = winograd.fits(conv.in_channels, conv.out_channels)
-        if self.fits:
-            self.weights = winograd.transform_weights(conv.weight.detach())
-            self.bias = cast(Tensor, conv.bias).detach()
+        self.conv, self.rims = conv, rims
+        self.C, self.K, self.stride = conv.in_channels, conv.out_channels, conv.stride[0]
+        # What is not padded has a row and a column below and on the right: `Downsample2D`.
+        self.before = int(conv.padding[0])
+        self.after = self.before or 1
+        # Output channels are filled up to whole lanes.
+        self.lanes = -(-self.K // direct.LANES) * direct.LANES
+        self._weights: dict[Any, tuple[Tensor, Tensor]] = {}
 
-    def input(self, N: int, H: int, W: int, C: int) -> tuple[Tensor, Tensor]:
+    def method(self, H: int, W: int) -> Any:
+        """The module of the loop for a map of that size."""
+        tiles, transformed = -(-H // winograd.STEP) * -(-W // winograd.STEP), 4 * winograd.POINTS * self.C * self.K
+        pays = winograd.POINTS * tiles < 7 * H * W and (transformed <= NEAR or H * W > SMALL)
+        if self.stride == 1 and self.before == 1 and winograd.fits(self.C, self.K) and pays:
+            return winograd
+        return direct
+
+    def weights(self, method: Any) -> tuple[Tensor, Tensor]:
+        """As the method takes them, and the bias."""
+        if method not in self._weights:
+            weight, bias = self.conv.weight.detach(), cast(Tensor, self.conv.bias).detach()
+            if self.lanes != self.K:
+                weight = F.pad(weight, (0, 0) * 3 + (0, self.lanes - self.K))
+                bias = F.pad(bias, (0, self.lanes - self.K))
+            arrange = winograd.transform_weights if method is winograd else direct.arrange_weights
+            self._weights[method] = arrange(weight), bias.contiguous()
+        return self._weights[method]
+
+    def input(self, N: int, H: int, W: int) -> tuple[Tensor, Tensor]:
         """Where its input is to be written: what `__call__` takes, and the part of it that is the map."""
-        if not self.fits:
-            x = torch.empty(N, H, W, C)
-            return x, x
-        x = self.rims.get(N, H, W, C)
-        return x, x[:, 1 : H + 1, 1 : W + 1]
+        if self.method(H, W) is winograd:
+            rows, columns = (-(-size // winograd.STEP) * winograd.STEP + 2 for size in (H, W))
+        else:
+            rows, columns = (size + self.before + self.after for size in (H, W))
+        x = self.rims.get(N, rows, columns, self.C)
+        return x, x[:, self.before : self.before + H, self.before : self.before + W]
+
+    def of(self, x: Map) -> Map:
+        """The convolution of a map."""
+        y, inside = self.input(*x.shape[:3])
+        inside.copy_(x)
+        return self(y, *x.shape[1:3])
 
     def __call__(self, x: Tensor, H: int, W: int, residual: Map | None = None) -> Map:
-        if not self.fits:
-            y = self.direct(x)
-            return y if residual is None else y.add_(residual)
-        y = torch.empty(x.shape[0], H, W, self.out_channels)
-        winograd.convolve(x, self.weights, self.bias, residual, y)
-        return y
+        """The convolution of H x W pixels in a map from `input`, plus residual."""
+        method = self.method(H, W)
+        weights, bias = self.weights(method)
+        if method is winograd:
+            y = torch.empty(x.shape[0], H, W, self.K)
+            winograd.convolve(x, weights, bias, residual, y)
+            return y
+        OH, OW = ((size + self.before + self.after - 3) // self.stride + 1 for size in (H, W))
+        y = torch.empty(x.shape[0], OH, OW, self.lanes)
+        if self.lanes == self.K:
+            direct.convolve(x, weights, bias, residual, self.stride, y)
+            return y
+        direct.convolve(x, weights, bias, None, self.stride, y)
+        y = y[..., : self.K].contiguous()
+        return y if residual is None else y.add_(residual)
 
 
 class _Norm:
@@ -186,14 +251,14 @@ class _Norm:
         residual: Map | None = None,
     ) -> Map:
         """The convolution of it, plus residual."""
-        N, H, W, A = a.shape
-        if conv.fits and self.act is None and torch.get_num_threads() <= N:
+        N, H, W, _ = a.shape
+        if conv.method(H, W) is winograd and self.act is None and torch.get_num_threads() <= N:
             weight, bias, before = self._terms(shift, scale)
-            y = torch.empty(N, H, W, conv.out_channels)
+            y = torch.empty(N, H, W, conv.K)
             terms = (before, weight, bias, self.groups, self.eps, self.silu)
-            winograd.normalise_and_convolve(a, b, *terms, conv.weights, conv.bias, residual, y)
+            winograd.normalise_and_convolve(a, b, *terms, *conv.weights(winograd), residual, y)
             return y
-        y, inside = conv.input(N, H, W, A + (0 if b is None else b.shape[-1]))
+        y, inside = conv.input(N, H, W)
         self.write(y, inside, a, b, shift, scale)
         return conv(y, H, W, residual)
 
@@ -220,9 +285,7 @@ class _Resnet:
             self.norm1.write(normed, normed, a)
             normed = self.resample(normed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             residual = self.resample(residual.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
-            y, inside = self.conv1.input(*normed.shape)
-            inside.copy_(normed)
-            x = self.conv1(y, *normed.shape[1:3])
+            x = self.conv1.of(normed)
         x = self.norm2.then(self.conv2, x, None, shift, scale, residual)
         return x if self.factor == 1 else x.div_(self.factor)
 
@@ -270,8 +333,7 @@ class _Block:
             self.sampler = self._resnet(samplers[0], rims, projections)
         elif samplers is not None:
             self.sampler = samplers[0]
-            conv = samplers[0].conv
-            self.conv: Any = _Conv3x3(conv, rims) if isinstance(samplers[0], Upsample2D) else _Direct(conv)
+            self.conv = _Conv3x3(samplers[0].conv, rims)
 
     @staticmethod
     def _resnet(resnet: Any, rims: _Rims, projections: list[nn.Linear]) -> _Resnet:
@@ -305,11 +367,10 @@ class _Block:
     def _resample(self, x: Map, times: Any) -> Map:
         if isinstance(self.sampler, _Resnet):
             return self.sampler(x, None, next(times))
-        if isinstance(self.sampler, Downsample2D):
-            padded = F.pad(x, (0, 0, 0, 1, 0, 1)) if self.sampler.padding == 0 else x
-            return self.conv(padded)
-        N, H, W, C = x.shape
-        y, inside = self.conv.input(N, 2 * H, 2 * W, C)
+        if not isinstance(self.sampler, Upsample2D):
+            return self.conv.of(x)
+        N, H, W, _ = x.shape
+        y, inside = self.conv.input(N, 2 * H, 2 * W)
         for i in (0, 1):
             for j in (0, 1):
                 inside[:, i::2, j::2] = x

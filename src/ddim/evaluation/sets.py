@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddim.engine import prepare
 from ddim.images import decode_image, fit_image, is_folder_path, to_bytes
 from ddim.pipeline import DDIMPipeline
 from ddim.training.sources import Source, open_source
@@ -100,7 +99,7 @@ def paint_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = "sample
         name: of the set.
         settings: `eta`, `num_inference_steps`, `timesteps`, `use_sigma_hat` of `DDIMPipeline.__call__`.
     """
-    fast = DDIMPipeline(prepare(pipe.unet), pipe.scheduler)
+    fast = DDIMPipeline(pipe.unet, pipe.scheduler, pipe.engine)
     fast.set_progress_bar_config(disable=True)
     size = min(BATCH, count)
 

@@ -2,9 +2,10 @@
 
 They exist where PyTorch passes over memory many times for what one pass can do, or where its libraries are far from the
 machine's speed. All of them take float32 maps on the CPU with channels innermost, and whoever calls them has a plain
-form in PyTorch for everything else. `team` runs loops; `norm` and `convolution` have them.
+form in PyTorch for everything else. `norm`, `convolution`, `winograd` and `direct` have them, `source` is what numba
+compiles, `library` keeps and runs what comes of it.
 
-Here is what decides between the two forms; numba is imported when it is first needed.
+Here is what decides between the two forms in training.
 """
 
 from __future__ import annotations
@@ -52,9 +53,11 @@ def differentiable_gradients(
 
 @functools.cache
 def loops(name: str) -> ModuleType | None:
-    """The module of that name here, or `None` without numba."""
+    """The module of that name here, its loops ready, or `None` where they cannot be compiled."""
     try:
-        return importlib.import_module(f"ddim.kernels.{name}")
+        module = importlib.import_module(f"ddim.kernels.{name}")
+        importlib.import_module("ddim.kernels.library").ready(*module.TRAINING)
+        return module
     except ImportError as error:
         logger.debug("%s is PyTorch's own: %s", name, error)
         return None

@@ -1,0 +1,150 @@
+"""Compiled loops: where they are kept, and how they run on PyTorch's own threads.
+
+PyTorch's operations run on a team of OpenMP threads, which spin for a while after each operation, waiting for the next.
+Threads of another pool would have to share the cores with them. A loop here is called by that very team: its address is
+handed to `GOMP_parallel`, as compilers do for `#pragma omp parallel`, and each thread does its share of the work. Where
+PyTorch has no such team, the calling thread does all of it.
+
+A loop takes a pointer to one record of sizes and of addresses of float32 arrays. numba compiles it from the functions
+in `ddim.kernels.source`, once for a machine: the object code is kept in the user's cache folder, or in
+`DDIM_KERNEL_CACHE`, by a hash of the sources, the compiler and the processor. Loading it takes llvmlite and some
+milliseconds, without numba. Where nothing can be kept, each process compiles anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib
+import logging
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddim.files import cache_folder, write_whole
+
+logger = logging.getLogger(__name__)
+
+THREAD, THREADS = "ddim_thread", "ddim_threads"
+"""The names under which loops find the number of the thread that runs them, and how many there are."""
+
+
+class Loop:
+    """A compiled loop.
+
+    Args:
+        source: the module of `ddim.kernels.source` that has it.
+        name: of the function there.
+        job: the record that it takes.
+    """
+
+    def __init__(self, source: str, name: str, job: np.dtype[Any]) -> None:
+        self.source, self.name, self.job = source, name, job
+
+    @functools.cached_property
+    def address(self) -> int:
+        """Of the code, compiled or loaded at the first look.
+
+        Raises:
+            ImportError: if it has to be compiled and there is no numba.
+        """
+        _team()
+        return _load(_object_code(self), f"ddim_{self.name}")
+
+    def __call__(self, **values: Tensor | float) -> None:
+        """Run it on every thread and wait for all.
+
+        Args:
+            values: the record's fields; of a tensor, which must be float32 and contiguous in the order that the loop
+                thinks, the address.
+        """
+        record = np.zeros(1, self.job)
+        for name, value in values.items():
+            record[name] = value.data_ptr() if isinstance(value, Tensor) else value
+        library = _team()
+        if library is None:
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)(record.ctypes.data)
+        else:
+            library.GOMP_parallel(self.address, record.ctypes.data, torch.get_num_threads(), 0)
+
+
+def ready(*loops: Loop) -> None:
+    """See to it that these can run; ImportError as `Loop.address`."""
+    for loop in loops:
+        loop.address  # noqa: B018 - compiles
+
+
+@functools.cache
+def _team() -> ctypes.CDLL | None:
+    """The OpenMP library that PyTorch runs on, if it is one that can be asked for a team; what loops call is bound."""
+    try:
+        library = ctypes.CDLL(None)
+        for symbol, name in ((THREAD, "omp_get_thread_num"), (THREADS, "omp_get_num_threads")):
+            llvm.add_symbol(symbol, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+        library.GOMP_parallel.restype = None
+        library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    except (AttributeError, OSError, TypeError):
+        for symbol, number in ((THREAD, _FIRST), (THREADS, _ONE)):
+            llvm.add_symbol(symbol, ctypes.cast(number, ctypes.c_void_p).value)
+        return None
+    return library
+
+
+_FIRST, _ONE = (ctypes.CFUNCTYPE(ctypes.c_int32)(number) for number in (lambda: 0, lambda: 1))
+"""What a loop without a team is told: it is the first thread, of one."""
+
+
+def _object_code(loop: Loop) -> bytes:
+    """Kept, or else compiled and kept."""
+    path = Path(os.environ.get("DDIM_KERNEL_CACHE") or cache_folder() / "kernels") / _machine() / f"{loop.name}.o"
+    with contextlib.suppress(OSError):
+        content = path.read_bytes()
+        if hashlib.sha256(content[32:]).digest() == content[:32]:
+            return content[32:]
+    logger.info("compiling %s, once for this machine", loop.name)
+    source = importlib.import_module(f"ddim.kernels.source.{loop.source}")
+    code: bytes = importlib.import_module("ddim.kernels.source").compile_loop(
+        getattr(source, loop.name), loop.job, f"ddim_{loop.name}"
+    )
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_whole(path) as temporary:
+            temporary.write_bytes(hashlib.sha256(code).digest() + code)
+    return code
+
+
+@functools.cache
+def _machine() -> str:
+    """A hash of all that the code depends on."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    try:
+        compiler = version("numba")
+    except PackageNotFoundError:
+        compiler = "none"
+    features = llvm.get_host_cpu_features().flatten()
+    known = f"{compiler} {llvm.llvm_version_info} {llvm.get_host_cpu_name()} {features}".encode()
+    return hashlib.sha256(known + b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
+
+
+_engines: list[Any] = []
+"""Own the code that has been loaded."""
+
+
+def _load(code: bytes, name: str) -> int:
+    """The address of a function in object code."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(codemodel="jitdefault", jit=True)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _engines.append(engine)
+    return int(engine.get_function_address(name))
