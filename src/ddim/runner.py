@@ -175,11 +175,11 @@ class Runner:
             raise ValueError("latents must be finite floating-point numbers; it holds NaN, infinity or integers")
         return latents.to(self.device, torch.promote_types(latents.dtype, self._sample_dtype))
 
-    def _denoiser(self, steps: Sequence[Step], batch_size: int | None = None) -> Denoiser:
+    def _denoiser(self, steps: Sequence[Step], batch_size: int | None = None, network: Any = None) -> Denoiser:
         """The network as the loop of those steps calls it, run by the engine; with a `batch_size`, asked about exactly
         so many samples at a time.
         """
-        dtype, network = self.dtype, prepare(self.unet, self.engine)
+        dtype, network = self.dtype, network or prepare(self.unet, self.engine)
         if hasattr(network, "expect"):
             network.expect([step.timestep for step in steps])
 
@@ -202,7 +202,7 @@ class Runner:
         network = prepare(self.unet, self.engine)
         if hasattr(network, "mover"):
             return walk(latents, steps, network.mover(latents, steps, *settings))
-        return sample(self._denoiser(steps), latents, steps, *settings)
+        return sample(self._denoiser(steps, network=network), latents, steps, *settings)
 
     @contextmanager
     def _running(self, total: int) -> Iterator[tqdm[Any]]:

@@ -56,7 +56,7 @@ class CPUEngine:
     """
 
     def __init__(self, unet: UNet2DModel) -> None:
-        ready(norms.NORMALISE, winograd.CONVOLVE, winograd.NORMALISE_AND_CONVOLVE, direct.CONVOLVE)
+        ready(norms.NORMALISE, winograd.NORMALISE_AND_CONVOLVE, winograd.CONVOLVE, direct.CONVOLVE)
         self._unet = weakref.ref(unet)
         rims = _Rims()
         projections: list[nn.Linear] = []

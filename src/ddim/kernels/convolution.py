@@ -21,7 +21,7 @@ LANES = 16
 
 NAMES = ("N", "H", "W", "C", "OH", "OW", "K", "size", "stride", "padding", "x", "dy", "dweight")
 GRADIENT = Loop("convolution", "gradient", np.dtype([(name, np.int64) for name in NAMES]))
-TRAINING = (GRADIENT,)
+TRAINING = LOOPS = (GRADIENT,)
 
 
 def fits(C: int, K: int, size: tuple[int, int]) -> bool:

@@ -22,6 +22,7 @@ TAPS, SIDE = 9, 3
 
 NAMES = ("N", "H", "W", "C", "K", "rows", "columns", "stride", "x", "weights", "bias", "adds", "residual", "y")
 CONVOLVE = Loop("direct", "convolve_directly", np.dtype([(name, np.int64) for name in NAMES]))
+LOOPS = (CONVOLVE,)
 
 
 def arrange_weights(weight: Tensor) -> Tensor:

@@ -20,6 +20,9 @@ import hashlib
 import importlib
 import logging
 import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -78,8 +81,38 @@ class Loop:
 
 def ready(*loops: Loop) -> None:
     """See to it that these can run; ImportError as `Loop.address`."""
+    missing = [loop for loop in loops if "address" not in vars(loop) and not _path(loop).exists()]
+    if len(missing) > 1 and _can_keep(missing[0]):
+        _compile_apart(missing)
     for loop in loops:
-        loop.address  # noqa: B018 - compiles
+        loop.address  # noqa: B018 - loads
+
+
+def _can_keep(loop: Loop) -> bool:
+    try:
+        _path(loop).parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(_path(loop).parent, os.W_OK)
+
+
+def _compile_apart(loops: Sequence[Loop]) -> None:
+    """Compile in other processes, side by side, and there with settings of numba's that are quick and not for others.
+
+    What fails there is compiled here when it is asked for, or fails with its reason.
+    """
+    if not Path(sys.executable or "").stem.startswith("python"):
+        return
+    logger.info("compiling %d loops, once for this machine", len(loops))
+    number = min(len(loops), os.cpu_count() or 1, 4)
+    command = [sys.executable, "-m", "ddim.kernels.source"]
+    names = [f"{loop.source}.{loop.name}" for loop in loops]
+    environment = os.environ | {"NUMBA_OPT": "0", "OMP_NUM_THREADS": "1"}
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        for turn in range(number):
+            arguments = [*command, *names[turn::number]]
+            nothing = subprocess.DEVNULL
+            stack.enter_context(subprocess.Popen(arguments, env=environment, stdout=nothing, stderr=nothing))
 
 
 @functools.cache
@@ -102,9 +135,15 @@ _FIRST, _ONE = (ctypes.CFUNCTYPE(ctypes.c_int32)(number) for number in (lambda: 
 """What a loop without a team is told: it is the first thread, of one."""
 
 
+def _path(loop: Loop) -> Path:
+    """Where its code is kept."""
+    folder = Path(os.environ.get("DDIM_KERNEL_CACHE") or cache_folder() / "kernels")
+    return folder / _machine() / f"{loop.name}.o"
+
+
 def _object_code(loop: Loop) -> bytes:
     """Kept, or else compiled and kept."""
-    path = Path(os.environ.get("DDIM_KERNEL_CACHE") or cache_folder() / "kernels") / _machine() / f"{loop.name}.o"
+    path = _path(loop)
     with contextlib.suppress(OSError):
         content = path.read_bytes()
         if hashlib.sha256(content[32:]).digest() == content[:32]:
@@ -134,16 +173,26 @@ def _machine() -> str:
     return hashlib.sha256(known + b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
 
 
+def target_machine() -> Any:
+    """For LLVM: this processor, with all that it can do."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(),
+        features=llvm.get_host_cpu_features().flatten(),
+        opt=3,
+        codemodel="jitdefault",
+        jit=True,
+    )
+
+
 _engines: list[Any] = []
 """Own the code that has been loaded."""
 
 
 def _load(code: bytes, name: str) -> int:
     """The address of a function in object code."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    machine = llvm.Target.from_default_triple().create_target_machine(codemodel="jitdefault", jit=True)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)

@@ -24,6 +24,7 @@ BACKWARD = Loop(
     np.dtype([(name, np.int64) for name in (*SHARED, "dy", "dx", "dshift", "dweight", "dbias")]),
 )
 TRAINING = (FORWARD, BACKWARD)
+LOOPS = (FORWARD, BACKWARD, NORMALISE)
 
 
 def forward(

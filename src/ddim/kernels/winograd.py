@@ -59,6 +59,7 @@ NORMALISE_AND_CONVOLVE = Loop(
         + [("eps", np.float64)]
     ),
 )
+LOOPS = (CONVOLVE, NORMALISE_AND_CONVOLVE)
 
 
 def fits(C: int, K: int) -> bool:
@@ -70,8 +71,8 @@ def transform_weights(weight: Tensor) -> Tensor:
     """(K, C, 3, 3) to what `convolve` takes, (36, K / 16, C, 16) float32."""
     K, C = weight.shape[:2]
     g = torch.tensor(G, dtype=torch.float64)
-    points = torch.einsum("ia,kcab,jb->ijck", g, weight.double(), g)
-    return points.reshape(POINTS, C, K // LANES, LANES).transpose(1, 2).float().contiguous()
+    taps = weight.float().reshape(K // LANES, LANES, C, 9).permute(3, 0, 2, 1).reshape(9, -1)
+    return (torch.kron(g, g).float() @ taps).view(POINTS, K // LANES, C, LANES)
 
 
 def rimmed(N: int, C: int, H: int, W: int) -> Tensor:

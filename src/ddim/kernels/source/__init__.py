@@ -25,7 +25,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from ddim.kernels.library import THREAD, THREADS
+from ddim.kernels.library import THREAD, THREADS, target_machine
 
 MATHS = {"contract", "nsz"}
 """What the compiler may do to sums and products: fuse them. Infinities and NaN keep their meaning."""
@@ -139,12 +139,13 @@ def compile_loop(function: Callable[..., None], job: np.dtype[Any], name: str) -
             """
         )
     )
-    machine = library._codegen._tm
+    machine = target_machine()
     for function_ in module.functions:
         if not function_.is_declaration and function_.name != name:
             function_.linkage = "internal"
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-    passes.getModulePassManager().run(module, passes)
+    for _ in range(2):
+        passes.getModulePassManager().run(module, passes)
     outside = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
     if unknown := outside - EXTERNAL:
         raise RuntimeError(f"{name} calls {', '.join(sorted(unknown))}, which is not there without numba")

@@ -10,11 +10,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ddim.kernels.direct import LANES, SIDE, TAPS
-from ddim.kernels.source import array, integers, part, pointer, release, reserve, share, singles
+from ddim.kernels.source import array, integers, pointer, release, reserve, share, singles
 from ddim.kernels.source.code import INDEX, Code
 
-PIXELS = 6
-"""Of a tile."""
 NEAR = 192
 """Pixels that are done for all output channels before the next."""
 
@@ -45,15 +43,16 @@ def _add_taps(pixels: int) -> Any:
             for p in range(pixels):
                 place = builder.gep(places, [ir.Constant(INDEX, p)], source_etype=INDEX)
                 starts.append(code.at(x, builder.load(place, typ=INDEX)))
-            for i in range(SIDE):
-                for j in range(SIDE):
-                    tap = code.at(weights, code.times(C, (i * SIDE + j) * LANES))
-                    step = builder.add(code.times(row, i), code.times(C, j))
-                    here = [code.at(start, step) for start in starts]
-                    with cgutils.for_range(builder, C) as channel:
-                        factors = code.load(code.at(tap, code.times(channel.index, LANES)))
-                        for pixel, total in zip(here, sums, strict=True):
-                            code.add_product(total, code.splat(code.at(pixel, channel.index)), factors)
+            side = ir.Constant(INDEX, SIDE)
+            with cgutils.for_range(builder, side) as i, cgutils.for_range(builder, side) as j:
+                number = builder.add(code.times(i.index, SIDE), j.index)
+                tap = code.at(weights, code.times(code.times(C, number), LANES))
+                step = builder.add(code.times(row, i.index), code.times(C, j.index))
+                here = [code.at(start, step) for start in starts]
+                with cgutils.for_range(builder, C) as channel:
+                    factors = code.load(code.at(tap, code.times(channel.index, LANES)))
+                    for pixel, total in zip(here, sums, strict=True):
+                        code.add_product(total, code.splat(code.at(pixel, channel.index)), factors)
             shift = code.load(bias)
             for total in sums:
                 builder.store(code.add(builder.load(total, typ=code.vector), shift), total)
@@ -70,25 +69,7 @@ def _add_taps(pixels: int) -> Any:
     return add_taps
 
 
-_add_taps_1, _add_taps_2, _add_taps_3, _add_taps_4, _add_taps_5, _add_taps_6 = map(_add_taps, range(1, PIXELS + 1))
-
-
-@part
-def _tile(
-    x: Any, places: Any, row: int, C: int, weights: Any, bias: Any, residual: Any, y: Any, K: int, pixels: int
-) -> None:
-    if pixels >= 6:
-        _add_taps_6(x, places, row, C, weights, bias, residual, y, K)
-    elif pixels == 5:
-        _add_taps_5(x, places, row, C, weights, bias, residual, y, K)
-    elif pixels == 4:
-        _add_taps_4(x, places, row, C, weights, bias, residual, y, K)
-    elif pixels == 3:
-        _add_taps_3(x, places, row, C, weights, bias, residual, y, K)
-    elif pixels == 2:
-        _add_taps_2(x, places, row, C, weights, bias, residual, y, K)
-    else:
-        _add_taps_1(x, places, row, C, weights, bias, residual, y, K)
+_add_taps_1, _add_taps_4, _add_taps_6 = map(_add_taps, (1, 4, 6))
 
 
 def convolve_directly(data: Any) -> None:
@@ -111,20 +92,20 @@ def convolve_directly(data: Any) -> None:
             n, rest = (start + p) // (H * W), (start + p) % (H * W)
             places[p] = (n * job.rows + rest // W * stride) * row + rest % W * stride * C
         for panel in range(left, right):
-            for p in range(0, count, PIXELS):
+            p = 0
+            while p < count:
                 before = 0
                 if job.adds:
                     before = job.residual + 4 * ((start + p) * K + panel * LANES)
-                _tile(
-                    pointer(x),
-                    pointer(places[p:]),
-                    row,
-                    C,
-                    pointer(weights[panel]),
-                    pointer(bias[panel * LANES :]),
-                    singles(before),
-                    pointer(y[start + p, panel * LANES :]),
-                    K,
-                    count - p,
-                )
+                w, shift = pointer(weights[panel]), pointer(bias[panel * LANES :])
+                here, there = pointer(places[p:]), pointer(y[start + p, panel * LANES :])
+                if count - p >= 6:
+                    _add_taps_6(pointer(x), here, row, C, w, shift, singles(before), there, K)
+                    p += 6
+                elif count - p >= 4:
+                    _add_taps_4(pointer(x), here, row, C, w, shift, singles(before), there, K)
+                    p += 4
+                else:
+                    _add_taps_1(pointer(x), here, row, C, w, shift, singles(before), there, K)
+                    p += 1
     release(room)

@@ -14,8 +14,6 @@ from ddim.kernels.source.code import FUSED, INDEX, Code
 from ddim.kernels.source.norm import affine, apply_rows
 from ddim.kernels.winograd import AT, BT, HALF, LANES, POINTS, SIDE, STEP
 
-ROWS = 6
-"""Tiles of a product's tile."""
 TILES = 18
 """From input to result at a time."""
 
@@ -150,26 +148,24 @@ def _multiply(rows: int) -> Any:
     return multiply
 
 
-_multiply_1, _multiply_2, _multiply_3, _multiply_4, _multiply_5, _multiply_6 = map(_multiply, range(1, ROWS + 1))
+_multiply_1, _multiply_4, _multiply_6 = map(_multiply, (1, 4, 6))
 
 
 @part
 def _multiply_tiles(v: Any, C: int, u: Any, m: Any, K: int, count: int) -> None:
     """`count` tiles times `LANES` output channels, at one point."""
-    for t in range(0, count, ROWS):
-        rows, a, b = count - t, pointer(v[t * C :]), pointer(m[t * K :])
-        if rows >= 6:
+    t = 0
+    while t < count:
+        a, b = pointer(v[t * C :]), pointer(m[t * K :])
+        if count - t >= 6:
             _multiply_6(a, C, u, b, K)
-        elif rows == 5:
-            _multiply_5(a, C, u, b, K)
-        elif rows == 4:
+            t += 6
+        elif count - t >= 4:
             _multiply_4(a, C, u, b, K)
-        elif rows == 3:
-            _multiply_3(a, C, u, b, K)
-        elif rows == 2:
-            _multiply_2(a, C, u, b, K)
+            t += 4
         else:
             _multiply_1(a, C, u, b, K)
+            t += 1
 
 
 @part
