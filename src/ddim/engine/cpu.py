@@ -8,8 +8,8 @@
   convolution after it reads, zero rim and all, and takes the two maps of a skip connection side by side, so that they
   are never concatenated (`ddim.kernels.norm`).
 - Residuals are added where a convolution finishes its tiles.
-- The projections of the time embedding of all blocks are one product, taken for all timesteps before the first
-  (`expect`), and so are a block's queries, keys and values.
+- The projections of the time embedding are taken for all timesteps of a run before the first (`expect`); a block's
+  queries, keys and values are one product.
 
 Feature maps are (N, H, W, C) float32, contiguous. What fits no loop (a number of channels, an activation) is done by
 PyTorch in the same layout.
@@ -17,6 +17,7 @@ PyTorch in the same layout.
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Sequence
@@ -38,8 +39,12 @@ Map = Tensor
 
 NEAR = 4 << 20
 """Bytes of transformed weights that stay in a processor's caches from one step to the next."""
-SMALL = 64
-"""Pixels of a map for which more weights than that are not transformed."""
+KEPT = 2 << 20
+"""Bytes of a map that is kept for the next step rather than made anew."""
+A_PIXEL = 100 << 10
+"""Bytes of transformed weights for each pixel of a map, at most, where they do not stay in the caches: what they gain
+grows with the pixels, and what they cost, in memory and in reading it, does not.
+"""
 
 
 class CPUEngine:
@@ -66,8 +71,7 @@ class CPUEngine:
         self._up = [_Block(block, rims, projections) for block in unet.up_blocks]
         self._norm_out = _Norm(unet.conv_norm_out, "silu")
         self._conv_out = _Conv3x3(unet.conv_out, rims)
-        self._times = _stacked(projections)
-        self._time_sizes = [linear.out_features for linear in projections]
+        self._projections = projections
         self._act: Any = next(m for m in unet.modules() if isinstance(m, ResnetBlock2D)).nonlinearity
         self._expected: dict[float, list[Tensor]] = {}
 
@@ -116,8 +120,8 @@ class CPUEngine:
 
     def _project(self, emb: Tensor) -> list[Tensor]:
         """Of embeddings (N, E), each block's projection (N, F)."""
-        times = torch.split(F.linear(self._act(emb), *self._times), self._time_sizes, dim=1)
-        return [time.contiguous() for time in times]
+        emb = self._act(emb)
+        return [F.linear(emb, linear.weight, linear.bias) for linear in self._projections]
 
 
 def _stacked(linears: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -126,13 +130,20 @@ def _stacked(linears: Sequence[Any]) -> tuple[Tensor, Tensor]:
 
 
 class _Rims(threading.local):
-    """Maps with a rim, kept by shape: what is written into them leaves the rim zero. Each thread has its own."""
+    """Maps with a rim of zeros. Small ones are kept by shape: what is written into them leaves the rim as it is. Each
+    thread has its own.
+    """
 
     def __init__(self) -> None:
         self._maps: dict[tuple[int, ...], Tensor] = {}
 
-    def get(self, *shape: int) -> Tensor:
-        """Zero but for what has been written before."""
+    def get(self, shape: tuple[int, int, int, int], before: int, H: int, W: int) -> Tensor:
+        """A map of this shape, zero around the H x W pixels that begin at (before, before)."""
+        if 4 * math.prod(shape) > KEPT:
+            x = torch.empty(shape)
+            for side in (x[:, :before], x[:, before + H :], x[:, :, :before], x[:, :, before + W :]):
+                side.zero_()
+            return x
         if shape not in self._maps:
             if len(self._maps) > 64:
                 self._maps.clear()
@@ -158,7 +169,7 @@ class _Conv3x3:
     def method(self, H: int, W: int) -> Any:
         """The module of the loop for a map of that size."""
         tiles, transformed = -(-H // winograd.STEP) * -(-W // winograd.STEP), 4 * winograd.POINTS * self.C * self.K
-        pays = winograd.POINTS * tiles < 7 * H * W and (transformed <= NEAR or H * W > SMALL)
+        pays = winograd.POINTS * tiles < 7 * H * W and transformed <= max(NEAR, A_PIXEL * H * W)
         if self.stride == 1 and self.before == 1 and winograd.fits(self.C, self.K) and pays:
             return winograd
         return direct
@@ -180,7 +191,7 @@ class _Conv3x3:
             rows, columns = (-(-size // winograd.STEP) * winograd.STEP + 2 for size in (H, W))
         else:
             rows, columns = (size + self.before + self.after for size in (H, W))
-        x = self.rims.get(N, rows, columns, self.C)
+        x = self.rims.get((N, rows, columns, self.C), self.before, H, W)
         return x, x[:, self.before : self.before + H, self.before : self.before + W]
 
     def of(self, x: Map) -> Map:

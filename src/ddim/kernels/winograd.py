@@ -71,8 +71,12 @@ def transform_weights(weight: Tensor) -> Tensor:
     """(K, C, 3, 3) to what `convolve` takes, (36, K / 16, C, 16) float32."""
     K, C = weight.shape[:2]
     g = torch.tensor(G, dtype=torch.float64)
-    taps = weight.float().reshape(K // LANES, LANES, C, 9).permute(3, 0, 2, 1).reshape(9, -1)
-    return (torch.kron(g, g).float() @ taps).view(POINTS, K // LANES, C, LANES)
+    matrix = torch.kron(g, g).float()
+    result = torch.empty(POINTS, K // LANES, C, LANES)
+    # One panel at a time, so that no second copy of all weights is made on the way.
+    for panel, part in enumerate(weight.float().reshape(K // LANES, LANES, C, 9)):
+        result[:, panel] = (matrix @ part.permute(2, 1, 0).reshape(9, -1)).view(POINTS, C, LANES)
+    return result
 
 
 def rimmed(N: int, C: int, H: int, W: int) -> Tensor:
