@@ -289,6 +289,7 @@ class TestNetwork:
 class TestWithout:
     def test_without_numba(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("DDIM_KERNEL_CACHE", str(tmp_path))
+        monkeypatch.setattr(sys, "executable", "")  # other processes could compile
         for name in [name for name in sys.modules if name.startswith("ddim.kernels.")]:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, "numba", None)
@@ -330,6 +331,16 @@ class TestWithout:
         done = subprocess.run([sys.executable, "-c", cls.DOUBLE], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout == "True\n"
+
+    def test_several_are_compiled_by_other_processes(self, tmp_path: Path) -> None:
+        code = (
+            "import sys; from ddim.kernels import loops; assert loops('norm') is not None\n"
+            "print('numba' in sys.modules)\n"
+        )
+        environment = os.environ | {"DDIM_KERNEL_CACHE": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+        assert {file.name for file in tmp_path.rglob("*.o")} == {"forward.o", "backward.o"}
 
     def test_code_is_kept(self, tmp_path: Path) -> None:
         """Compiled once, loaded without numba afterwards; damaged code is not run."""

@@ -336,6 +336,7 @@ class TestPrepare:
         """No compiler and nothing kept: the network runs as it is, with a line for those who look."""
         monkeypatch.setitem(sys.modules, "numba", None)
         monkeypatch.setenv("DDIM_KERNEL_CACHE", str(tmp_path))
+        monkeypatch.setattr(sys, "executable", "")  # other processes could compile
         for module in [name for name in sys.modules if name.startswith("ddim.kernels.source")]:
             monkeypatch.delitem(sys.modules, module)
         for loop in (norm.NORMALISE, winograd.CONVOLVE, winograd.NORMALISE_AND_CONVOLVE, direct.CONVOLVE):
