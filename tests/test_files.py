@@ -28,13 +28,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ddim import weights
 from ddim.config import ConfigMixin, register_to_config
 from ddim.files import write_folder, write_whole
 from ddim.hub import ModelFiles
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.unet import UNet2DModel
-from ddim.weights import choose_weights, read_weights
+from ddim.weights import ALIGNMENT, DTYPES, choose_weights, read_weights, write_weights
 
 NAME = "diffusion_pytorch_model"
 SAFETENSORS = f"{NAME}.safetensors"
@@ -471,15 +472,15 @@ def test_a_save_that_fails_changes_nothing(
     make_unet: Callable[..., UNet2DModel], folder: Path, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
     before = contents(folder)
-    save_file, written = safetensors.torch.save_file, []
+    write, written = weights._write_safetensors, []
 
     def fail(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        save_file(tensors, path, metadata)
+        write(tensors, path, metadata)
         written.append(path)
         if len(written) > calls:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    monkeypatch.setattr(weights, "_write_safetensors", fail)
     pipe = DDIMPipeline(make_unet(layers_per_block=2), DDIMScheduler(beta_end=0.01))
     with pytest.raises(OSError, match="No space left on device"):
         pipe.save_pretrained(folder, max_shard_size="50KB")
@@ -608,3 +609,33 @@ def test_use_safetensors_decides_between_the_formats(folder: Path) -> None:
     for load in (DDIMPipeline.from_pretrained, lambda where, **how: UNet2DModel.from_pretrained(where / "unet", **how)):
         with pytest.raises(FileNotFoundError, match=rf"looked for {NAME}\.safetensors.*found {NAME}\.bin"):
             load(folder, use_safetensors=True)
+
+
+def test_mapped_weights_are_ones_own(tmp_path: Path, make_unet: Callable[..., UNet2DModel]) -> None:
+    """They may be changed, and their file replaced, without one being seen in the other."""
+    unet = make_unet()
+    unet.save_pretrained(tmp_path)
+    loaded = UNet2DModel.from_pretrained(tmp_path)
+    assert same(dict(loaded.state_dict()), dict(unet.state_dict()))
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.mul_(2)
+    assert same(read_weights(tmp_path), dict(unet.state_dict()))
+    other = read_weights(tmp_path)
+    loaded.save_pretrained(tmp_path)
+    assert same(other, dict(unet.state_dict()))
+    assert same(read_weights(tmp_path), dict(loaded.state_dict()))
+    if sys.platform == "linux":
+        assert all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in other.values())
+
+
+def test_written_files_are_of_the_format(tmp_path: Path) -> None:
+    """The library of the format reads them: all dtypes, odd sizes, nothing at all."""
+    tensors = {f"{dtype}": torch.arange(7).to(dtype) for dtype in DTYPES}
+    tensors |= {"empty": torch.zeros(0, 3), "number": torch.tensor(3.0), "large": torch.randn(64, 64)}
+    write_weights(tensors, tmp_path)
+    found = safetensors.torch.load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)

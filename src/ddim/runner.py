@@ -179,7 +179,8 @@ class Runner:
         """The network as the loop of those steps calls it, run by the engine; with a `batch_size`, asked about exactly
         so many samples at a time.
         """
-        dtype, network = self.dtype, network or prepare(self.unet, self.engine)
+        dtype = self.dtype
+        network = prepare(self.unet, self.engine) if network is None else network
         if hasattr(network, "expect"):
             network.expect([step.timestep for step in steps])
 

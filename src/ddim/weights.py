@@ -10,12 +10,16 @@ The first models on the hub call their attention weights query, key, value and p
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import json
+import mmap
 import pickle
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +28,20 @@ from ddim.files import read_json, to_json
 
 WEIGHTS = "diffusion_pytorch_model"
 MAX_SHARD_SIZE = "10GB"
+ALIGNMENT = 64
+"""Of tensors in memory, in bytes, and of those in files that are written here."""
+MADV_PAGEOUT = 21
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""As safetensors writes them."""
 AT_ONCE = 16 << 20
 """Bytes of a file that are in memory beside the tensors that are made of it."""
 
@@ -67,7 +85,8 @@ def choose_weights(
 
 
 def read_weights(folder: Path, variant: str | None = None, use_safetensors: bool | None = None) -> dict[str, Tensor]:
-    """All tensors of the weights in a folder, on the CPU, in memory of their own, under today's names.
+    """All tensors of the weights in a folder, on the CPU, under today's names, as far as possible where they lie in a
+    mapped file, which may be replaced but not written to.
 
     Args:
         folder: holds a file that `choose_weights` finds.
@@ -116,15 +135,19 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
                     names = list(file.keys()) if names is None else names
                     expected, size = (file.metadata() or {}).get("sha256"), 0
                     while names and size < AT_ONCE:
-                        # A copy: in the file tensors lie at any multiple of 8 bytes, and matrix kernels differ in the
-                        # last bit with alignment.
                         name = names.pop()
-                        tensors[name] = file.get_tensor(name).clone()
-                        size += tensors[name].nbytes
+                        mapped = file.get_tensor(name)
+                        # Matrix kernels differ in the last bit with alignment: what lies as memory does is used where
+                        # it is, the rest is copied.
+                        in_place = sys.platform == "linux" and mapped.data_ptr() % ALIGNMENT == 0
+                        tensors[name] = mapped if in_place else mapped.clone()
+                        size += 0 if in_place else mapped.nbytes
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is truncated or damaged: {error}") from None
         if expected is not None and expected != digest(tensors):
             raise ValueError(f"{path} is damaged: its tensors are not those it was written with (SHA-256 differs)")
+        for tensor in tensors.values():
+            page_out(tensor)
         return tensors
     content = read_pickle(path)
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
@@ -156,7 +179,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        sha256.update(cast(Any, tensor.flatten().view(torch.uint8).numpy()))
+        sha256.update(_bytes(tensor))
     return sha256.hexdigest()
 
 
@@ -201,8 +224,6 @@ def write_weights(
         OSError: if it cannot be written.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     infix = f".{variant}" if variant else ""
@@ -211,13 +232,45 @@ def write_weights(
     )
     for name, keys in plan.filename_to_tensors.items():
         shard = {key: tensors[key] for key in keys}
-        try:
-            save_file(shard, folder / name, metadata={"format": "pt", "sha256": digest(shard)})
-        except SafetensorError as error:
-            raise OSError(f"cannot write {name}: {error}") from error
+        _write_safetensors(shard, folder / name, {"format": "pt", "sha256": digest(shard)})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / f"{WEIGHTS}.safetensors.index{infix}.json").write_text(to_json(index), encoding="utf-8")
+
+
+def _write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """The format of safetensors, its header filled up with spaces and tensors of whole cache lines first, so that these
+    can be used where they lie in a mapped file; the library packs them at any multiple of 8 bytes.
+    """
+    names = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        dtype, shape = DTYPES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(_bytes(tensors[name]))
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.flatten().view(torch.uint8).numpy()
+
+
+def page_out(tensor: Tensor) -> None:
+    """Tell the system that a tensor will not be looked at for a while: the memory of one in a mapped file is free until
+    it is. Nothing changes for any other, nor in what it holds.
+    """
+    if sys.platform != "linux" or tensor.device.type != "cpu":
+        return
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (tensor.data_ptr() + tensor.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), MADV_PAGEOUT)
 
 
 def remove_stale_weights(folder: Path, variant: str | None, written: Iterable[str]) -> None:

@@ -33,6 +33,7 @@ from ddim.kernels.library import ready
 from ddim.layers import Attention, ResnetBlock2D, Upsample2D
 from ddim.outputs import UNet2DOutput
 from ddim.unet import UNet2DModel, check_embeddings
+from ddim.weights import page_out
 
 Map = Tensor
 """(N, H, W, C)."""
@@ -183,6 +184,7 @@ class _Conv3x3:
                 bias = F.pad(bias, (0, self.lanes - self.K))
             arrange = winograd.transform_weights if method is winograd else direct.arrange_weights
             self._weights[method] = arrange(weight), bias.contiguous()
+            page_out(self.conv.weight.detach())
         return self._weights[method]
 
     def input(self, N: int, H: int, W: int) -> tuple[Tensor, Tensor]:
