@@ -42,7 +42,7 @@ NEAR = 4 << 20
 """Bytes of transformed weights that stay in a processor's caches from one step to the next."""
 KEPT = 2 << 20
 """Bytes of a map that is kept for the next step rather than made anew."""
-A_PIXEL = 100 << 10
+A_PIXEL = 150 << 10
 """Bytes of transformed weights for each pixel of a map, at most, where they do not stay in the caches: what they gain
 grows with the pixels, and what they cost, in memory and in reading it, does not.
 """
