@@ -44,6 +44,7 @@ from torch import Tensor
 
 import ddim
 from benchmarks.networks import NETWORKS, make_unet, save_pipeline
+from benchmarks.tables import table, write_files
 from ddim.engine import prepare
 from ddim.files import to_json, write_whole
 
@@ -239,16 +240,6 @@ COLUMNS = {
 }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"| batch | row | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for row in rows:
-        cells = ["" if row.get(key) is None else format(row[key], form) for key, form in COLUMNS.values()]
-        if row["why_not"]:
-            cells[0] = f"not measured: {row['why_not']}"
-        lines.append(f"| {row['batch']} | {row['name']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def machine() -> str:
     info = Path("/proc/cpuinfo")
     models = [line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
@@ -313,7 +304,7 @@ def measure_network(name: str, folder: Path, options: argparse.Namespace) -> tup
         f"## {name}: {parameters:.1f} million parameters, {channels}x{size}x{size}\n\n`prepare` in a new process whose "
         f"compiled loops are cached: {prepared:.2f} s, with the first evaluation {first:.2f} s."
     )
-    return f"{text}\n\n{table(found)}", found
+    return f"{text}\n\n{table(found, {'batch': 'batch', 'row': 'name'}, COLUMNS)}", found
 
 
 def main() -> None:
@@ -335,10 +326,7 @@ def main() -> None:
             report += f"\n{text}\n"
             rows += found
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        for file, content in {"speed.md": report, "speed.json": to_json({"machine": host, "rows": rows})}.items():
-            with write_whole(options.out / file) as temporary:
-                temporary.write_text(content)
+        write_files(options.out, {"speed.md": report, "speed.json": to_json({"machine": host, "rows": rows})})
         plot(rows, options.out / "speed.png")
 
 

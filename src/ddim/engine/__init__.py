@@ -68,7 +68,7 @@ def prepare(unet: Any, engine: str = "auto") -> Any:
         from ddim.engine.cuda import compiled
 
         return compiled(unet)
-    if (reason := altered(unet)) is None:
+    if (reason := altered(unet) or _unfit(unet)) is None:
         state = _state(unet)
         before, made = _made.get(unet, (None, None))
         if before == state:
@@ -81,15 +81,22 @@ def prepare(unet: Any, engine: str = "auto") -> Any:
     return unet
 
 
-def _make(unet: UNet2DModel) -> tuple[Any, str | None]:
-    """An engine, or why there is none."""
+def _unfit(unet: UNet2DModel) -> str | None:
+    """Why the engine of its device cannot stand in for a network that is not `altered`; `None` if it can."""
     if unet.device.type == "cuda":
         from ddim.engine import cuda
 
-        reason = cuda.unfit(unet)
-        return (None, reason) if reason else (cuda.CUDAEngine(unet), None)
-    if unet.device.type != "cpu" or any(p.dtype != torch.float32 or p.device != unet.device for p in unet.parameters()):
-        return None, "not all of it is float32 on the CPU"
+        return cuda.unfit(unet)
+    fits = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in unet.parameters())
+    return None if fits else "not all of it is float32 on the CPU, or on a CUDA device"
+
+
+def _make(unet: UNet2DModel) -> tuple[Any, str | None]:
+    """An engine, or why there is none."""
+    if unet.device.type == "cuda":
+        from ddim.engine.cuda import CUDAEngine
+
+        return CUDAEngine(unet), None
     try:
         from ddim.engine.cpu import CPUEngine
 
