@@ -153,6 +153,12 @@ def test_quad_is_the_papers_without_repeats(S: int) -> None:
     assert (len(ours) == S) == (S < 30)
 
 
+@pytest.mark.parametrize("S", [1, 2, 5, 10, 20])
+def test_quad_full_is_the_square_of_equal_steps(S: int) -> None:
+    expected = [round(float(root) ** 2) for root in np.linspace(np.sqrt(T - 1), 0, S)]
+    assert make_timesteps("quad-full", S, LINEAR) == expected
+
+
 @pytest.mark.parametrize("spacing", SPACINGS)
 @settings(deadline=None, max_examples=150)
 @given(st.data(), st.integers(1, 1200), st.sampled_from(BETA_SCHEDULES), st.booleans())
@@ -205,7 +211,9 @@ def test_any_kind_of_integer_is_a_number_of_steps(S: object) -> None:
 
 
 def test_an_unknown_spacing_is_refused() -> None:
-    with pytest.raises(ValueError, match="'karras'; it must be one of leading, trailing, linspace, quad, logsnr"):
+    with pytest.raises(
+        ValueError, match="'karras'; it must be one of leading, trailing, linspace, quad, quad-full, logsnr"
+    ):
         make_timesteps("karras", 10, LINEAR)
 
 

@@ -249,7 +249,7 @@ class LatentSpace(Runner):
             TypeError: for one of a wrong type.
         """
         check_output_type(output_type)
-        steps = self._plan(num_inference_steps, timesteps, eta, use_sigma_hat=False)
+        steps = self._plan(num_inference_steps, timesteps, eta, use_sigma_hat=False, order=None)
         shown = set(shown_timesteps([step.timestep for step in steps], frames, at))
         batch_size, noise = self._noise(batch_size, None, seeds, latents)
         x = self._check_latents(latents, batch_size) if latents is not None else noise().to(self._sample_dtype)
@@ -289,7 +289,7 @@ class LatentSpace(Runner):
         check_output_type(output_type)
         if not isinstance(num_inference_steps, Iterable):
             raise TypeError(f"num_inference_steps is {num_inference_steps!r}; give a list of numbers of steps")
-        plans = [self._plan(count, None, 0.0, use_sigma_hat=False) for count in num_inference_steps]
+        plans = [self._plan(count, None, 0.0, use_sigma_hat=False, order=None) for count in num_inference_steps]
         if not plans:
             raise ValueError("num_inference_steps is empty; give at least one number of steps")
         start = self._check_latents(latents, len(latents) if isinstance(latents, Tensor) and latents.ndim else 1)
@@ -345,7 +345,7 @@ class LatentSpace(Runner):
             raise ValueError(f"strength is {strength}; it must be a number from 0 to 1")
         batch_size = positive_int("batch_size", batch_size)
         x = to_samples(images, *self.sample_shape, resize=resize).to(self.device)
-        plan = self._plan(num_inference_steps, timesteps, eta, use_sigma_hat=False)
+        plan = self._plan(num_inference_steps, timesteps, eta, use_sigma_hat=False, order=None)
         if eta > 0 and seeds is None:
             raise ValueError(f"eta is {eta}, which draws noise; give seeds, one an image")
         checked = None if seeds is None else check_seeds(seeds, len(x))
@@ -370,6 +370,11 @@ class LatentSpace(Runner):
 
     def _invertible_steps(self, num_inference_steps: int, timesteps: Sequence[int] | None) -> list[Step]:
         """The steps of decoding, from the largest timestep to the schedule's first alpha; see the module's text."""
+        if self.scheduler.config.solver_order != 1:
+            raise ValueError(
+                "codes are of order 1: a step of order 2 depends on the one before it, and has no inverse of its own; "
+                "give the pipeline a scheduler with solver_order=1"
+            )
         twin = DDIMScheduler.from_config(self.scheduler.config, set_alpha_to_one=False)
         steps = twin.make_steps(twin.make_timesteps(num_inference_steps) if timesteps is None else timesteps)
         if not moving(steps):

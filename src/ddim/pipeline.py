@@ -80,7 +80,7 @@ class DDIMPipeline(LatentSpace):
         seeds: Iterable[int] | None = None,
         latents: Tensor | None = None,
         timesteps: Sequence[int] | None = None,
-        order: int = 1,
+        order: int | None = None,
         use_sigma_hat: bool = False,
         callback_on_step_end: Callable[[DDIMPipeline, int, int, dict[str, Tensor]], dict[str, Tensor] | None]
         | None = None,
@@ -100,7 +100,9 @@ class DDIMPipeline(LatentSpace):
                 nothing else, to within rounding.
             latents: x at the first timestep, (N, C, H, W), in place of noise that is drawn.
             timesteps: a subsequence of one's own in place of S: strictly decreasing whole numbers.
-            order: of the method; 1 is DDIM.
+            order: of the method: 1 for DDIM, 2 for the two-step method of `ddim.process.second_order`, which costs the
+                same and wants eta = 0; the scheduler's `solver_order` unless given. Its timesteps are `quad-full` ones
+                unless they are given, or the scheduler itself is of order 2.
             use_sigma_hat: add noise with DDPM's larger variance (the paper's sigma-hat); wants `eta=1`.
             callback_on_step_end: called as `callback(pipe, step_index, timestep, {"latents": x, "pred_original_sample":
                 x0})` after each step, all tensors (N, C, H, W) in about [-1, 1]; it may return a dictionary whose
@@ -114,9 +116,7 @@ class DDIMPipeline(LatentSpace):
             TypeError: for one of a wrong type.
         """
         check_output_type(output_type)
-        if order != 1:
-            raise ValueError(f"order is {order!r}; only order 1, DDIM itself, is available")
-        steps = self._plan(num_inference_steps, timesteps, eta, use_sigma_hat)
+        steps = self._plan(num_inference_steps, timesteps, eta, use_sigma_hat, order)
         batch_size, noise = self._noise(batch_size, generator, seeds, latents)
         start = self._check_latents(latents, batch_size) if latents is not None else noise().to(self._sample_dtype)
 

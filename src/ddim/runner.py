@@ -126,14 +126,23 @@ class Runner:
         return tqdm(iterable, **({"total": total} | self._progress_bar_config))
 
     def _plan(
-        self, num_inference_steps: int, timesteps: Sequence[int] | None, eta: float, use_sigma_hat: bool
+        self,
+        num_inference_steps: int,
+        timesteps: Sequence[int] | None,
+        eta: float,
+        use_sigma_hat: bool,
+        order: int | None = 1,
     ) -> list[Step]:
-        """All steps' coefficients; the scheduler's own timesteps are set to match."""
+        """All steps' coefficients; the scheduler's own timesteps are set to match. An order of `None` is the
+        scheduler's; where the caller asks for 2 and the scheduler has another, timesteps are `quad-full`.
+        """
         real_number("eta", eta)
         if use_sigma_hat and eta != 1:
             raise ValueError(f"use_sigma_hat is DDPM's larger variance and wants eta=1, not {eta}")
-        chosen = self.scheduler.make_timesteps(num_inference_steps) if timesteps is None else timesteps
-        steps = self.scheduler.make_steps(chosen, eta, use_sigma_hat)
+        own = self.scheduler.config.solver_order
+        spacing = "quad-full" if order == 2 and own != 2 else None
+        chosen = self.scheduler.make_timesteps(num_inference_steps, spacing) if timesteps is None else timesteps
+        steps = self.scheduler.make_steps(chosen, eta, use_sigma_hat, own if order is None else order)
         if eta > 1:
             logger.warning(
                 "eta is %s; above 1 the process adds more noise than DDPM and its marginals are no longer those of "
@@ -201,7 +210,7 @@ class Runner:
         scheduler = self.scheduler
         settings = (scheduler.config.prediction_type, scheduler.clip, use_clipped_model_output, noise)
         network = prepare(self.unet, self.engine)
-        if hasattr(network, "mover"):
+        if hasattr(network, "mover") and not any(step.correction for step in steps):
             return walk(latents, steps, network.mover(latents, steps, *settings))
         return sample(self._denoiser(steps, network=network), latents, steps, *settings)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ddim.noise import NoiseSource
-from ddim.process import Step, ddim_step
+from ddim.process import Step, ddim_step, x0_to_epsilon
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """Takes x_t (N, C, H, W) and t, an int64 tensor () on the same device; returns (N, C, H, W)."""
@@ -87,9 +87,20 @@ def sample(
         A `State` after each step.
     """
 
+    before: Tensor | None = None
+    second = any(step.correction for step in steps)
+
     def move(x: Tensor, timestep: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        nonlocal before
         drawn = None if noise is None else noise()
-        return ddim_step(denoiser(x, timestep), x, step, prediction_type, clip, use_clipped_model_output, drawn)
+        settings = (step, prediction_type, clip, use_clipped_model_output, drawn)
+        x_prev, x0 = ddim_step(denoiser(x, timestep), x, *settings)
+        if second:
+            epsilon = x0_to_epsilon(x0, x, step.alpha)
+            if before is not None:
+                x_prev = x_prev + step.correction * (epsilon - before)
+            before = epsilon
+        return x_prev, x0
 
     return walk(latents, steps, move)
 

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from ddim.checks import positive_int, whole_number
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "quad", "const", "jsd")
-SPACINGS = ("leading", "trailing", "linspace", "quad", "logsnr")
+SPACINGS = ("leading", "trailing", "linspace", "quad", "quad-full", "logsnr")
 
 MAX_BETA_COSINE = 0.999
 QUAD_REACH = 0.8
@@ -127,6 +127,8 @@ def make_timesteps(
     - `quad`: int(linspace(0, sqrt(0.8 T), S)**2), the paper's choice for CIFAR-10. Its smallest entries repeat from
       S = 30 on for T = 1000; a repeated timestep is an identity step in the paper's code, so that it is left
       out here and fewer than S steps give the same picture;
+    - `quad-full`: S points from T - 1 to 0 with equal steps in their square roots, rounded, all distinct: for the
+      second order;
     - `logsnr`: S timesteps nearest to equal steps in log(alphas_cumprod / (1 - alphas_cumprod)), all distinct.
 
     Args:
@@ -162,6 +164,9 @@ def make_timesteps(
         ascending = np.round(np.linspace(0, T - 1, S))
     elif spacing == "quad":
         ascending = np.unique((np.linspace(0, np.sqrt(T * QUAD_REACH), S) ** 2).astype(np.int64))
+    elif spacing == "quad-full":
+        # From the noisy end, which a single step must start from.
+        ascending = _distinct(np.round(np.linspace(np.sqrt(T - 1), 0, S)[::-1] ** 2).astype(np.int64), T - 1)
     elif spacing == "logsnr":
         ascending = _equal_log_snr(S, alphas_cumprod)
     else:
@@ -182,11 +187,16 @@ def _equal_log_snr(S: int, alphas_cumprod: NDArray[np.float64]) -> NDArray[np.in
     # From the noisy end, which a single step must start from.
     wanted = np.linspace(log_snr[finite[-1]], log_snr[finite[0]], S)[::-1]
     steps = finite[0] + np.round(np.interp(-wanted, -log_snr[finite], np.arange(len(finite)))).astype(np.int64)
-    # Near t = 0 log SNR falls by more than one equal step a timestep: push repeats up, then back under the last
-    # timestep.
-    room = np.arange(S)
+    return _distinct(steps, int(finite[-1]))
+
+
+def _distinct(steps: NDArray[np.int64], last: int) -> NDArray[np.int64]:
+    """Ascending timesteps without repeats, of which there may be some near t = 0: pushed up, then back under the last
+    timestep.
+    """
+    room = np.arange(len(steps))
     steps = np.maximum.accumulate(steps - room) + room
-    return np.minimum(steps, finite[-1] - room[::-1])
+    return np.minimum(steps, last - room[::-1])
 
 
 def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> list[int]:

@@ -33,9 +33,18 @@ from ddim.process import (
     ddim_step,
     dynamic_threshold,
     make_steps,
+    second_order,
     training_target,
     velocity,
+    x0_to_epsilon,
 )
+
+
+def check_order(order: int) -> int:
+    """The order of the method, 1 or 2; ValueError for others."""
+    if order not in (1, 2) or isinstance(order, bool):
+        raise ValueError(f"order is {order!r}; it must be 1 (DDIM) or 2 (the two-step method)")
+    return order
 
 
 class DDIMScheduler(ConfigMixin, SchedulerFiles):
@@ -57,6 +66,8 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         sample_max_value: its largest threshold.
         timestep_spacing: one of `ddim.schedule.SPACINGS`; the peer has the first three.
         rescale_betas_zero_snr: rescale the betas so that x_{T-1} is pure noise; needs a network that predicts x_0 or v.
+        solver_order: 1 for DDIM, 2 for `ddim.process.second_order`, whose steps remember the epsilon of the one before;
+            the peer ignores it.
 
     Attributes:
         timesteps: int64 tensor, decreasing: all T of them until `set_timesteps` is called.
@@ -91,6 +102,7 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         sample_max_value: float = 1.0,
         timestep_spacing: str = "leading",
         rescale_betas_zero_snr: bool = False,
+        solver_order: int = 1,
     ) -> None:
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type is {prediction_type!r}; it must be one of {', '.join(PREDICTION_TYPES)}")
@@ -105,6 +117,7 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         if not clip_sample_range > 0:
             raise ValueError(f"clip_sample_range is {clip_sample_range}; it must be positive")
         non_negative_int("steps_offset", steps_offset)
+        check_order(solver_order)
         betas = (
             schedule.make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
             if trained_betas is None
@@ -139,26 +152,32 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
             return partial(torch.clamp, min=-config.clip_sample_range, max=config.clip_sample_range)
         return None
 
-    def make_timesteps(self, num_inference_steps: int) -> list[int]:
-        """The subsequence for this number of steps, by the configured spacing; see `ddim.schedule.make_timesteps`."""
-        return schedule.make_timesteps(
-            self.config.timestep_spacing, num_inference_steps, self._alphas_cumprod, self.config.steps_offset
-        )
+    def make_timesteps(self, num_inference_steps: int, spacing: str | None = None) -> list[int]:
+        """The subsequence for this number of steps, by the configured spacing unless another is given; see
+        `ddim.schedule.make_timesteps`.
+        """
+        spacing = spacing or self.config.timestep_spacing
+        return schedule.make_timesteps(spacing, num_inference_steps, self._alphas_cumprod, self.config.steps_offset)
 
-    def make_steps(self, timesteps: Sequence[int], eta: float = 0.0, use_sigma_hat: bool = False) -> list[Step]:
+    def make_steps(
+        self, timesteps: Sequence[int], eta: float = 0.0, use_sigma_hat: bool = False, order: int = 1
+    ) -> list[Step]:
         """The coefficients of all steps along a subsequence, checked.
 
         Args:
             timesteps: as in `ddim.schedule.check_timesteps`.
             eta: of equation (16), not negative.
             use_sigma_hat: as in `ddim.process.make_steps`.
+            order: 1, or 2 for steps as `ddim.process.second_order` makes them, which want eta = 0.
 
         Raises:
-            ValueError: for a list or an eta that is not allowed, or a timestep without any signal where the network
-                predicts epsilon.
+            ValueError: for a list, an eta or an order that is not allowed, or a timestep without any signal where the
+                network predicts epsilon.
         """
         if not 0 <= eta < float("inf"):
             raise ValueError(f"eta is {eta}; it must be 0 (DDIM) or larger, 1 for DDPM")
+        if check_order(order) == 2 and eta:
+            raise ValueError(f"order 2 is of the process without noise and wants eta=0, not {eta}")
         checked = schedule.check_timesteps(timesteps, len(self))
         steps = make_steps(checked, self._alphas_cumprod, self._final_alpha, eta, use_sigma_hat)
         if self.config.prediction_type == "epsilon" and steps[0].alpha == 0:
@@ -167,7 +186,7 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
                 "epsilon; "
                 "use prediction_type 'v_prediction' or 'sample', or start from a smaller timestep"
             )
-        return steps
+        return second_order(steps) if order == 2 else steps
 
     def set_timesteps(
         self,
@@ -197,6 +216,7 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
 
     def _use(self, timesteps: list[int], device: str | torch.device | None) -> None:
         self._timesteps = timesteps
+        self._before: tuple[int, Tensor] | None = None
         self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
@@ -249,6 +269,11 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
             bool(use_clipped_model_output),
             noise,
         )
+        if self.config.solver_order == 2:
+            epsilon = x0_to_epsilon(x0, sample, transition.alpha)
+            if self._before is not None and self._before[0] > transition.timestep:
+                prev_sample = prev_sample + transition.correction * (epsilon - self._before[1])
+            self._before = transition.timestep, epsilon
         return DDIMSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
 
     def _transition(self, timestep: Tensor | int, eta: float) -> Step:
@@ -256,8 +281,13 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         if self.num_inference_steps is None:
             raise ValueError("no timesteps are set: call set_timesteps(num_inference_steps) before step")
         (t,) = schedule.check_timesteps([timestep], len(self))  # type: ignore[list-item]
-        later = next((entry for entry in self._timesteps if entry < t), None)
-        return self.make_steps([t] if later is None else [t, later], eta)[0]
+        if self.config.solver_order == 2 and self._before is not None and self._before[0] > t:
+            around = [self._before[0], t]
+        else:
+            around = [t]
+        index = len(around) - 1
+        around += [entry for entry in self._timesteps if entry < t][:1]
+        return self.make_steps(around, eta, order=self.config.solver_order)[index]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) noise, equation (4).

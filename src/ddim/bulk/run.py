@@ -84,13 +84,14 @@ def sample_many(
         settings.get("timesteps"),
         settings.get("eta", 0.0),
         settings.get("use_sigma_hat", False),
+        settings.get("order"),
     )
     identity: dict[str, Any] = {
         "model_sha256": model_sha256(pipe),
         "scheduler": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
         "timesteps": [step.timestep for step in steps],
         "eta": float(settings.get("eta", 0.0)),
-        "order": settings.get("order", 1),
+        "order": settings.get("order") or pipe.scheduler.config.solver_order,
         "sigma_hat": bool(settings.get("use_sigma_hat", False)),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": pipe.device.type,

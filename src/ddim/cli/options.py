@@ -16,7 +16,9 @@ Steps = Annotated[int, typer.Option(help="Network evaluations a picture: fewer a
 Eta = Annotated[float, typer.Option(help="0 is DDIM, 1 is DDPM; between them, some noise in each step.")]
 Spacing = Annotated[
     str | None,
-    typer.Option(help="Of the timesteps: leading, trailing, linspace, quad, logsnr; the model's own unless given."),
+    typer.Option(
+        help="Of the timesteps: leading, trailing, linspace, quad, quad-full, logsnr; the model's unless given."
+    ),
 ]
 Timesteps = Annotated[str | None, typer.Option(help="A list of one's own in place of --steps, such as 900,600,300,0.")]
 Count = Annotated[int, typer.Option("--count", "-n", help="How many pictures.")]

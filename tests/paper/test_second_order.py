@@ -1,0 +1,184 @@
+"""The two-step method against processes whose score is known, and by every way to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ddim import DDIMPipeline, DDIMScheduler
+from ddim.process import second_order
+from ddim.sampling import sample
+
+SCHEDULER = DDIMScheduler(clip_sample=False)
+MEAN, VARIANCE = 0.3, 0.25
+
+
+def gaussian(x: Tensor, t: Tensor) -> Tensor:
+    """The exact epsilon of data N(MEAN, VARIANCE)."""
+    alpha = SCHEDULER._alphas_cumprod[int(t)]
+    return math.sqrt(1 - alpha) * (x - math.sqrt(alpha) * MEAN) / (alpha * VARIANCE + 1 - alpha)
+
+
+def deviation(number: int, order: int) -> float:
+    """Of the pictures: the map from noise is affine, and two points tell its slope."""
+    timesteps = SCHEDULER.make_timesteps(number, "quad-full" if order == 2 else None)
+    x = torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1)
+    *_, last = sample(gaussian, x, SCHEDULER.make_steps(timesteps, order=order))
+    return float(last.sample[1] - last.sample[0])
+
+
+class TestGaussian:
+    @pytest.mark.parametrize(("number", "bound", "ddim"), [(10, 0.02, 0.126), (20, 0.01, 0.066), (50, 0.002, 0.028)])
+    def test_the_deviation_of_the_pictures(self, number: int, bound: float, ddim: float) -> None:
+        assert abs(deviation(number, 2) - 0.5) < bound
+        assert abs(deviation(number, 1) - 0.5) == pytest.approx(ddim, abs=5e-4)
+
+    def test_orders_of_convergence(self) -> None:
+        """Between fine subsequences of a fine schedule, to the last timestep, where log SNR is finite."""
+        scheduler = DDIMScheduler(10_000, 1e-5, 2e-3, clip_sample=False, set_alpha_to_one=False)
+
+        def denoiser(x: Tensor, t: Tensor) -> Tensor:
+            alpha = scheduler._alphas_cumprod[int(t)]
+            return math.sqrt(1 - alpha) * (x - math.sqrt(alpha) * MEAN) / (alpha * VARIANCE + 1 - alpha)
+
+        def slope(number: int, order: int) -> float:
+            x = torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1)
+            steps = scheduler.make_steps(scheduler.make_timesteps(number, "quad-full"), order=order)
+            *_, last = sample(denoiser, x, steps)
+            return float(last.sample[1] - last.sample[0])
+
+        first, last = (float(scheduler._alphas_cumprod[t]) for t in (-1, 0))
+        exact = math.sqrt((last * VARIANCE + 1 - last) / (first * VARIANCE + 1 - first))
+        numbers = np.array([20, 40, 80, 160])
+        for order, low, high in ((1, 0.9, 1.1), (2, 1.8, 2.4)):
+            errors = [abs(slope(int(number), order) - exact) for number in numbers]
+            found = -np.polyfit(np.log(numbers), np.log(errors), 1)[0]
+            assert low < found < high
+
+
+class TestMixture:
+    CENTRES = torch.tensor([[1.0, 0.0], [-0.5, 0.8], [-0.5, -0.8]], dtype=torch.float64)
+    WIDTH = 0.15
+
+    def denoiser(self, x: Tensor, t: Tensor) -> Tensor:
+        """The exact epsilon of three Gaussians in the plane, x (N, 2, 1, 1)."""
+        alpha = SCHEDULER._alphas_cumprod[int(t)]
+        points, variance = x.flatten(1), alpha * self.WIDTH**2 + 1 - alpha
+        away = points[:, None] - math.sqrt(alpha) * self.CENTRES
+        shares = (-away.square().sum(2) / (2 * variance)).softmax(1)
+        score = -(shares[:, :, None] * away).sum(1) / variance
+        return (-math.sqrt(1 - alpha) * score).view_as(x)
+
+    def distance(self, number: int, order: int) -> float:
+        """Sliced Wasserstein, to samples of the mixture itself."""
+        generator = torch.Generator().manual_seed(0)
+        N = 20_000
+        start = torch.randn(N, 2, 1, 1, generator=generator, dtype=torch.float64)
+        centres = self.CENTRES[torch.randint(3, (N,), generator=generator)]
+        data = centres + self.WIDTH * torch.randn(N, 2, generator=generator, dtype=torch.float64)
+        timesteps = SCHEDULER.make_timesteps(number, "quad-full" if order == 2 else None)
+        *_, last = sample(self.denoiser, start, SCHEDULER.make_steps(timesteps, order=order))
+        angles = torch.arange(32, dtype=torch.float64) * math.pi / 32
+        directions = torch.stack([angles.cos(), angles.sin()])
+        found, real = ((points @ directions).sort(0).values for points in (last.sample.flatten(1), data))
+        return float((found - real).square().mean().sqrt())
+
+    def test_ten_steps_are_as_good_as_forty(self) -> None:
+        assert self.distance(10, 2) <= self.distance(40, 1)
+
+
+class TestSteps:
+    def test_it_begins_and_ends_as_ddim(self) -> None:
+        steps = SCHEDULER.make_steps([900, 600, 300, 0], order=2)
+        assert [bool(step.correction) for step in steps] == [False, True, True, False]
+        assert [step.correction for step in second_order(SCHEDULER.make_steps([500]))] == [0]
+
+    def test_against_the_formula(self) -> None:
+        """The two-step form of arXiv 2206.00927 for predicted noise."""
+        a, b, c = (float(SCHEDULER._alphas_cumprod[t]) for t in (900, 600, 300))
+        lambdas = [0.5 * math.log(alpha / (1 - alpha)) for alpha in (a, b, c)]
+        h_before, h = lambdas[1] - lambdas[0], lambdas[2] - lambdas[1]
+        before, epsilon, x = 0.7, -0.2, 0.4
+        D = epsilon + h / (2 * h_before) * (epsilon - before)
+        expected = math.sqrt(c / b) * x - math.sqrt(1 - c) * math.expm1(h) * D
+        step = SCHEDULER.make_steps([900, 600, 300], order=2)[1]
+        x0 = (x - math.sqrt(1 - b) * epsilon) / math.sqrt(b)
+        found = math.sqrt(c) * x0 + math.sqrt(1 - c) * epsilon + step.correction * (epsilon - before)
+        assert found == pytest.approx(expected, abs=1e-12)
+
+    def test_from_pure_noise(self) -> None:
+        """At zero terminal SNR log SNR is infinite at the other end: the second step is one of DDIM."""
+        scheduler = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+        steps = scheduler.make_steps([999, 700, 400, 100], order=2)
+        assert [bool(step.correction) for step in steps] == [False, False, True, False]
+        assert all(math.isfinite(step.correction) for step in steps)
+
+    @pytest.mark.parametrize(
+        ("order", "eta", "message"), [(3, 0.0, "order is 3"), (2, 0.5, "order 2 is of the process")]
+    )
+    def test_bad_input(self, order: int, eta: float, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            SCHEDULER.make_steps([500, 0], eta, order=order)
+
+
+class TestEveryWay:
+    """The pipeline, the scheduler's interface and the command's function come to the same."""
+
+    @pytest.fixture
+    def pipe(self, make_unet: Callable[..., Any]) -> DDIMPipeline:
+        pipe = DDIMPipeline(make_unet(), DDIMScheduler())
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @pytest.mark.parametrize("clip", [True, False])
+    def test_the_schedulers_interface(self, pipe: DDIMPipeline, clip: bool) -> None:
+        scheduler = DDIMScheduler(solver_order=2, timestep_spacing="quad-full", clip_sample=clip)
+        pipe.scheduler = DDIMScheduler(clip_sample=clip)
+        expected = pipe(seeds=[1, 2], num_inference_steps=7, order=2, output_type="pt").images
+        latents = torch.cat([torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(s)) for s in (1, 2)])
+        for _ in range(2):  # What the first run left is forgotten.
+            scheduler.set_timesteps(7)
+            x = latents
+            with torch.no_grad():
+                for t in scheduler.timesteps:
+                    x = scheduler.step(pipe.unet(x, t).sample, t, x).prev_sample
+            torch.testing.assert_close((x / 2 + 0.5).clamp(0, 1), expected, rtol=0, atol=1e-4)
+
+    def test_another_spacing_by_the_scheduler(self, pipe: DDIMPipeline) -> None:
+        pipe.scheduler = DDIMScheduler(solver_order=2)
+        found = pipe(seeds=[1], num_inference_steps=5, output_type="pt").images
+        timesteps = pipe.scheduler.make_timesteps(5)
+        pipe.scheduler = DDIMScheduler()
+        assert torch.equal(found, pipe(seeds=[1], timesteps=timesteps, order=2, output_type="pt").images)
+        assert not torch.equal(found, pipe(seeds=[1], timesteps=timesteps, output_type="pt").images)
+
+    def test_one_evaluation_a_step(self, pipe: DDIMPipeline) -> None:
+        pipe.engine, asked = "eager", []
+        pipe.unet.register_forward_hook(lambda *_: asked.append(1))
+        pipe(seeds=[1], num_inference_steps=9, order=2)
+        assert len(asked) == 9
+
+    def test_saved_it_runs_in_diffusers(self, pipe: DDIMPipeline, tmp_path: Path) -> None:
+        pipe.scheduler = DDIMScheduler(solver_order=2)
+        pipe.save_pretrained(tmp_path)
+        assert DDIMPipeline.from_pretrained(tmp_path).scheduler.config.solver_order == 2
+        peer = diffusers.DDIMPipeline.from_pretrained(tmp_path)
+        peer.set_progress_bar_config(disable=True)
+        assert peer(num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+
+    def test_refused(self, pipe: DDIMPipeline) -> None:
+        with pytest.raises(ValueError, match="order is 3; it must be 1"):
+            pipe(order=3)
+        with pytest.raises(ValueError, match="wants eta=0"):
+            pipe(order=2, eta=0.5)
+        pipe.scheduler = DDIMScheduler(solver_order=2)
+        with pytest.raises(ValueError, match="codes are of order 1"):
+            pipe.encode(torch.zeros(1, 3, 16, 16))
