@@ -103,6 +103,7 @@ def test_every_argument_of_a_scheduler_is_kept(tmp_path: Path) -> None:
         "sample_max_value": 2.5,
         "timestep_spacing": "trailing",
         "rescale_betas_zero_snr": True,
+        "solver_order": 2,
     }
     defaults = inspect.signature(DDIMScheduler).parameters
     assert list(changed) == list(defaults)

@@ -221,7 +221,7 @@ class TestBadInput:
         assert not list(tmp_path.iterdir())
 
 
-COMMAND = ["-m", "ddim", "sample", "-n", "150", "--steps", "2", "--batch-size", "8", "--shard-size", "50", "--out"]
+COMMAND = ["-m", "ddim", "sample", "-n", "150", "--steps", "6", "--batch-size", "8", "--shard-size", "50", "--out"]
 
 
 def environment(folder: Path) -> dict[str, str]:
