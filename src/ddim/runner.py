@@ -184,12 +184,16 @@ class Runner:
             raise ValueError("latents must be finite floating-point numbers; it holds NaN, infinity or integers")
         return latents.to(self.device, torch.promote_types(latents.dtype, self._sample_dtype))
 
+    def _network(self) -> Any:
+        """What runs the network."""
+        return prepare(self.unet, self.engine)
+
     def _denoiser(self, steps: Sequence[Step], batch_size: int | None = None, network: Any = None) -> Denoiser:
         """The network as the loop of those steps calls it, run by the engine; with a `batch_size`, asked about exactly
         so many samples at a time.
         """
         dtype = self.dtype
-        network = prepare(self.unet, self.engine) if network is None else network
+        network = self._network() if network is None else network
         if hasattr(network, "expect"):
             network.expect([step.timestep for step in steps])
 
@@ -209,7 +213,7 @@ class Runner:
         """The loop with this network and the scheduler's settings."""
         scheduler = self.scheduler
         settings = (scheduler.config.prediction_type, scheduler.clip, use_clipped_model_output, noise)
-        network = prepare(self.unet, self.engine)
+        network = self._network()
         if hasattr(network, "mover") and not any(step.correction for step in steps):
             return walk(latents, steps, network.mover(latents, steps, *settings))
         return sample(self._denoiser(steps, network=network), latents, steps, *settings)

@@ -7,7 +7,7 @@ their tensors and nothing of the Python around them. What only a GPU can show is
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ddim import DDIMPipeline, DDIMScheduler
 from ddim.engine import cuda
 from ddim.engine.cuda import CUDAEngine, check_compiler, clip_identity, compiled, unfit
-from ddim.noise import NoiseSource, noise_from_seeds
-from ddim.process import Coefficients, Step, ddim_step, dynamic_threshold, make_steps
+from ddim.noise import noise_from_seeds
+from ddim.process import Coefficients, ddim_step, dynamic_threshold, make_steps
 from ddim.sampling import State, sample, walk
 from ddim.unet import UNet2DModel
 
@@ -83,16 +83,8 @@ class FastPipeline(DDIMPipeline):
 
     fast: CUDAEngine
 
-    def _sample(
-        self,
-        latents: Tensor,
-        steps: Sequence[Step],
-        use_clipped_model_output: bool = False,
-        noise: NoiseSource | None = None,
-    ) -> Iterator[State]:
-        config, clip = self.scheduler.config, self.scheduler.clip
-        settings = (config.prediction_type, clip, use_clipped_model_output, noise)
-        return walk(latents, steps, self.fast.mover(latents, steps, *settings))
+    def _network(self) -> CUDAEngine:
+        return self.fast
 
 
 def pair(unet: UNet2DModel, **settings: Any) -> tuple[DDIMPipeline, FastPipeline]:

@@ -32,7 +32,9 @@ def own_device(device: str) -> str:
     """The device of this process: of several on a machine with GPUs, each takes the one of its number, unless another
     is asked for.
     """
-    if device not in ("auto", "cuda") or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    from ddim.bulk.run import processes
+
+    if device not in ("auto", "cuda") or processes()[1] == 1:
         return device
     import torch
 

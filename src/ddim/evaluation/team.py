@@ -7,13 +7,14 @@ kept already, the first decides for all.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed
+
+from ddim.bulk.run import processes
 
 T = TypeVar("T")
 
@@ -63,12 +64,12 @@ ALONE = Team()
 @contextmanager
 def join() -> Iterator[Team]:
     """This process's team, as the launcher's environment tells it; `ALONE` without a launcher."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = processes()
     if size == 1:
         yield ALONE
         return
     torch.distributed.init_process_group("gloo")
     try:
-        yield Team(torch.distributed.get_rank(), size)
+        yield Team(rank, size)
     finally:
         torch.distributed.destroy_process_group()
