@@ -104,6 +104,7 @@ def test_every_argument_of_a_scheduler_is_kept(tmp_path: Path) -> None:
         "timestep_spacing": "trailing",
         "rescale_betas_zero_snr": True,
         "solver_order": 2,
+        "timesteps_by_steps": {"2": [30, 4]},
     }
     defaults = inspect.signature(DDIMScheduler).parameters
     assert list(changed) == list(defaults)

@@ -153,10 +153,16 @@ def test_quad_is_the_papers_without_repeats(S: int) -> None:
     assert (len(ours) == S) == (S < 30)
 
 
-@pytest.mark.parametrize("S", [1, 2, 5, 10, 20])
-def test_quad_full_is_the_square_of_equal_steps(S: int) -> None:
-    expected = [round(float(root) ** 2) for root in np.linspace(np.sqrt(T - 1), 0, S)]
-    assert make_timesteps("quad-full", S, LINEAR) == expected
+@pytest.mark.parametrize("S", [1, 2, 10, 50, 300])
+def test_blend_is_equal_steps_of_its_variable(S: int) -> None:
+    timesteps = np.array(make_timesteps("blend", S, LINEAR))
+    w = timesteps / T + np.sqrt(timesteps / T)
+    expected = (S - np.arange(S)) / S * w[0]
+    assert timesteps[0] == T - 1
+    # Rounding to whole timesteps, but for the small ones, which are kept apart.
+    apart = timesteps > 3 * S**0.5
+    off = np.abs(w - expected)[apart]
+    assert np.all(off <= 0.6 * (1 / T + np.sqrt((timesteps + 1) / T) - np.sqrt(timesteps / T))[apart])
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -212,7 +218,7 @@ def test_any_kind_of_integer_is_a_number_of_steps(S: object) -> None:
 
 def test_an_unknown_spacing_is_refused() -> None:
     with pytest.raises(
-        ValueError, match="'karras'; it must be one of leading, trailing, linspace, quad, quad-full, logsnr"
+        ValueError, match="'karras'; it must be one of leading, trailing, linspace, quad, logsnr, blend"
     ):
         make_timesteps("karras", 10, LINEAR)
 

@@ -13,6 +13,8 @@ Networks round a little differently for batches of different sizes, and near the
 little. Codes and their pictures are therefore computed in batches of exactly `batch_size`, filled up where they are
 short: an image's code depends, to the bit, neither on how many others there are nor on which. A larger `batch_size` is
 faster on a GPU.
+
+Codes are those of order 1, whatever the scheduler's `solver_order`; what samples follows the scheduler.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from ddim.outputs import EncodeOutput, ImagePipelineOutput, ReconstructOutput, T
 from ddim.process import Step
 from ddim.runner import Runner
 from ddim.sampling import sample, walk
-from ddim.scheduler import DDIMScheduler
+from ddim.scheduler import NO_INVERSE, DDIMScheduler, check_order
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class LatentSpace(Runner):
         *,
         max_iterations: int = MAX_ITERATIONS,
         timesteps: Sequence[int] | None = None,
+        order: int = 1,
         resize: bool = False,
         verify: bool = True,
         batch_size: int = BATCH_SIZE,
@@ -81,6 +84,7 @@ class LatentSpace(Runner):
                 value, on the scale of samples in [-1, 1]; above 0, below 1.
             max_iterations: network evaluations a step and image, at most; from 1 to 1000.
             timesteps: a subsequence of one's own in place of S: strictly decreasing whole numbers.
+            order: of the steps; 2 is refused, because none of its steps has an inverse of its own.
             resize: fit PIL images of other sizes and modes; otherwise they are refused.
             verify: decode the codes and tell each picture's error, for S more evaluations an image.
             batch_size: images the network sees at once; the codes depend on it in their last digits, and on no other
@@ -93,8 +97,10 @@ class LatentSpace(Runner):
             ValueError: for an argument out of range or an image that the model does not take, before the network runs.
             TypeError: for one of a wrong type.
         """
+        if check_order(order) != 1:
+            raise ValueError(f"order is {order}; {NO_INVERSE}")
         samples = to_samples(images, *self.sample_shape, resize=resize).to(self.device)
-        steps = self._invertible_steps(num_inference_steps, timesteps)
+        steps = self._deterministic_steps(num_inference_steps, timesteps)
         codes, _ = self._encode(samples, steps, exact, tolerance, max_iterations, batch_size, verify)
         return codes
 
@@ -105,6 +111,7 @@ class LatentSpace(Runner):
         output_type: str = "pil",
         *,
         timesteps: Sequence[int] | None = None,
+        order: int = 1,
         batch_size: int = BATCH_SIZE,
     ) -> ImagePipelineOutput:
         """The pictures of latent codes: the inverse of `encode` with the same timesteps.
@@ -114,6 +121,7 @@ class LatentSpace(Runner):
             num_inference_steps: S, as for `encode`.
             output_type: `pil`, `np` or `pt`, as for a call of the pipeline.
             timesteps: in place of S.
+            order: of the steps; 2 comes nearer to the limit of many steps, and is no inverse of `encode`.
             batch_size: as for `encode`.
 
         Returns:
@@ -121,12 +129,15 @@ class LatentSpace(Runner):
 
         Raises:
             ValueError: for an argument out of range, codes that hold NaN or have another shape, or codes from `encode`
-                that were made along other timesteps (pass their `.latents` if that is meant).
+                that were made along other timesteps or shall be decoded at order 2 (pass their `.latents` if that is
+                meant).
             TypeError: for one of a wrong type.
         """
         check_output_type(output_type)
-        steps = self._invertible_steps(num_inference_steps, timesteps)
+        steps = self._deterministic_steps(num_inference_steps, timesteps, order)
         if isinstance(latents, EncodeOutput):
+            if order != 1:
+                raise ValueError(f"the codes were made at order 1 and shall be decoded at order {order}; pass .latents")
             walked = [step.timestep for step in steps]
             if latents.timesteps != walked:
                 raise ValueError(
@@ -164,7 +175,7 @@ class LatentSpace(Runner):
         """
         check_output_type(output_type)
         samples = to_samples(images, *self.sample_shape, resize=resize).to(self.device)
-        steps = self._invertible_steps(num_inference_steps, timesteps)
+        steps = self._deterministic_steps(num_inference_steps, timesteps)
         codes, decoded = self._encode(samples, steps, exact, tolerance, max_iterations, batch_size, verify=True)
         return ReconstructOutput(to_output(decoded, output_type), codes)
 
@@ -178,6 +189,7 @@ class LatentSpace(Runner):
         *,
         closed: bool = False,
         timesteps: Sequence[int] | None = None,
+        order: int = 1,
         batch_size: int = BATCH_SIZE,
     ) -> ImagePipelineOutput:
         """Decode what lies between codes, by spherical interpolation (section 5.3, appendix D.5).
@@ -194,6 +206,7 @@ class LatentSpace(Runner):
             output_type: `pil`, `np` or `pt`.
             closed: come back to the first code; see `ddim.interpolation.slerp_path`.
             timesteps: in place of S.
+            order: as for `decode`.
             batch_size: as for `encode`.
 
         Returns:
@@ -204,7 +217,7 @@ class LatentSpace(Runner):
             TypeError: for an argument of a wrong type.
         """
         check_output_type(output_type)
-        steps = self._invertible_steps(num_inference_steps, timesteps)
+        steps = self._deterministic_steps(num_inference_steps, timesteps, order)
         codes = list_codes(z0, z1)
         if isinstance(frames, tuple):
             if len(frames) != 2 or closed:
@@ -225,6 +238,7 @@ class LatentSpace(Runner):
         latents: Tensor | None = None,
         eta: float = 0.0,
         timesteps: Sequence[int] | None = None,
+        order: int | None = None,
         at: Sequence[int] | None = None,
     ) -> TrajectoryOutput:
         """Watch pictures appear: x_t and the x_0 predicted from it along plain sampling (`--sequence` of the original
@@ -239,6 +253,7 @@ class LatentSpace(Runner):
             latents: x at the first timestep, (N, C, H, W).
             eta: 0 for DDIM, 1 for DDPM.
             timesteps: in place of S.
+            order: as for a call of the pipeline.
             at: the timesteps to show, in place of `frames`; each must be among those of the process.
 
         Returns:
@@ -249,7 +264,7 @@ class LatentSpace(Runner):
             TypeError: for one of a wrong type.
         """
         check_output_type(output_type)
-        steps = self._plan(num_inference_steps, timesteps, eta, use_sigma_hat=False, order=None)
+        steps = self._plan(num_inference_steps, timesteps, eta, use_sigma_hat=False, order=order)
         shown = set(shown_timesteps([step.timestep for step in steps], frames, at))
         batch_size, noise = self._noise(batch_size, None, seeds, latents)
         x = self._check_latents(latents, batch_size) if latents is not None else noise().to(self._sample_dtype)
@@ -270,6 +285,8 @@ class LatentSpace(Runner):
         latents: Tensor,
         num_inference_steps: Sequence[int] = (10, 20, 50, 100),
         output_type: str = "pil",
+        *,
+        order: int | None = None,
     ) -> list[Any]:
         """The same codes painted with different numbers of steps, by plain sampling (section 5.2, figure 5): the
         pictures agree in what matters, because the code decides it.
@@ -278,6 +295,7 @@ class LatentSpace(Runner):
             latents: (N, C, H, W).
             num_inference_steps: the numbers of steps.
             output_type: `pil`, `np` or `pt`.
+            order: as for a call of the pipeline.
 
         Returns:
             For each number of steps the N pictures.
@@ -289,7 +307,7 @@ class LatentSpace(Runner):
         check_output_type(output_type)
         if not isinstance(num_inference_steps, Iterable):
             raise TypeError(f"num_inference_steps is {num_inference_steps!r}; give a list of numbers of steps")
-        plans = [self._plan(count, None, 0.0, use_sigma_hat=False, order=None) for count in num_inference_steps]
+        plans = [self._plan(count, None, 0.0, use_sigma_hat=False, order=order) for count in num_inference_steps]
         if not plans:
             raise ValueError("num_inference_steps is empty; give at least one number of steps")
         start = self._check_latents(latents, len(latents) if isinstance(latents, Tensor) and latents.ndim else 1)
@@ -313,6 +331,7 @@ class LatentSpace(Runner):
         seeds: Iterable[int] | None = None,
         eta: float = 0.0,
         timesteps: Sequence[int] | None = None,
+        order: int | None = None,
         resize: bool = False,
         batch_size: int = BATCH_SIZE,
     ) -> ImagePipelineOutput:
@@ -330,6 +349,7 @@ class LatentSpace(Runner):
             seeds: one whole number an image, for the noise.
             eta: of the steps back; above 0 it wants `seeds`.
             timesteps: in place of S.
+            order: of the steps back, as for a call of the pipeline.
             resize: as for `encode`.
             batch_size: as for `encode`.
 
@@ -345,7 +365,7 @@ class LatentSpace(Runner):
             raise ValueError(f"strength is {strength}; it must be a number from 0 to 1")
         batch_size = positive_int("batch_size", batch_size)
         x = to_samples(images, *self.sample_shape, resize=resize).to(self.device)
-        plan = self._plan(num_inference_steps, timesteps, eta, use_sigma_hat=False, order=None)
+        plan = self._plan(num_inference_steps, timesteps, eta, use_sigma_hat=False, order=order)
         if eta > 0 and seeds is None:
             raise ValueError(f"eta is {eta}, which draws noise; give seeds, one an image")
         checked = None if seeds is None else check_seeds(seeds, len(x))
@@ -356,7 +376,7 @@ class LatentSpace(Runner):
             x = self.scheduler.add_noise(x, noise().to(x.dtype), torch.tensor(steps[0].timestep))
         elif steps and steps[0].timestep > 0:
             tail = [step.timestep for step in steps]
-            there = self._invertible_steps(len(tail), tail)
+            there = self._deterministic_steps(len(tail), tail)
             x = self._encode(x, there, True, TOLERANCE, MAX_ITERATIONS, batch_size, verify=False)[0].latents
         with self._running(len(steps)) as bar:
             for state in self._sample(x, steps, noise=noise if eta > 0 else None):
@@ -366,17 +386,15 @@ class LatentSpace(Runner):
 
     def latent_timesteps(self, num_inference_steps: int = 50, timesteps: Sequence[int] | None = None) -> list[int]:
         """The timesteps that encoding and decoding walk, decreasing; arguments and errors as for `encode`."""
-        return [step.timestep for step in self._invertible_steps(num_inference_steps, timesteps)]
+        return [step.timestep for step in self._deterministic_steps(num_inference_steps, timesteps)]
 
-    def _invertible_steps(self, num_inference_steps: int, timesteps: Sequence[int] | None) -> list[Step]:
+    def _deterministic_steps(
+        self, num_inference_steps: int, timesteps: Sequence[int] | None, order: int = 1
+    ) -> list[Step]:
         """The steps of decoding, from the largest timestep to the schedule's first alpha; see the module's text."""
-        if self.scheduler.config.solver_order != 1:
-            raise ValueError(
-                "codes are of order 1: a step of order 2 depends on the one before it, and has no inverse of its own; "
-                "give the pipeline a scheduler with solver_order=1"
-            )
         twin = DDIMScheduler.from_config(self.scheduler.config, set_alpha_to_one=False)
-        steps = twin.make_steps(twin.make_timesteps(num_inference_steps) if timesteps is None else timesteps)
+        chosen = twin.make_timesteps(num_inference_steps, order=order) if timesteps is None else timesteps
+        steps = twin.make_steps(chosen, order=order)
         if not moving(steps):
             raise ValueError("the only timestep is 0, where pictures are; a latent code needs a larger one")
         return steps

@@ -101,8 +101,8 @@ class DDIMPipeline(LatentSpace):
             latents: x at the first timestep, (N, C, H, W), in place of noise that is drawn.
             timesteps: a subsequence of one's own in place of S: strictly decreasing whole numbers.
             order: of the method: 1 for DDIM, 2 for the two-step method of `ddim.process.second_order`, which costs the
-                same and wants eta = 0; the scheduler's `solver_order` unless given. Its timesteps are `quad-full` ones
-                unless they are given, or the scheduler itself is of order 2.
+                same and wants eta = 0; the scheduler's `solver_order` unless given. The timesteps of each are those of
+                `DDIMScheduler.make_timesteps`.
             use_sigma_hat: add noise with DDPM's larger variance (the paper's sigma-hat); wants `eta=1`.
             callback_on_step_end: called as `callback(pipe, step_index, timestep, {"latents": x, "pred_original_sample":
                 x0})` after each step, all tensors (N, C, H, W) in about [-1, 1]; it may return a dictionary whose

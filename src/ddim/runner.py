@@ -131,25 +131,25 @@ class Runner:
         timesteps: Sequence[int] | None,
         eta: float,
         use_sigma_hat: bool,
-        order: int | None = 1,
+        order: int | None = None,
     ) -> list[Step]:
         """All steps' coefficients; the scheduler's own timesteps are set to match. An order of `None` is the
-        scheduler's; where the caller asks for 2 and the scheduler has another, timesteps are `quad-full`.
+        scheduler's.
         """
         real_number("eta", eta)
         if use_sigma_hat and eta != 1:
             raise ValueError(f"use_sigma_hat is DDPM's larger variance and wants eta=1, not {eta}")
-        own = self.scheduler.config.solver_order
-        spacing = "quad-full" if order == 2 and own != 2 else None
-        chosen = self.scheduler.make_timesteps(num_inference_steps, spacing) if timesteps is None else timesteps
-        steps = self.scheduler.make_steps(chosen, eta, use_sigma_hat, own if order is None else order)
+        scheduler = self.scheduler
+        order = scheduler.config.solver_order if order is None else order
+        chosen = scheduler.make_timesteps(num_inference_steps, order=order) if timesteps is None else timesteps
+        steps = scheduler.make_steps(chosen, eta, use_sigma_hat, order)
         if eta > 1:
             logger.warning(
                 "eta is %s; above 1 the process adds more noise than DDPM and its marginals are no longer those of "
                 "training",
                 eta,
             )
-        self.scheduler.set_timesteps(timesteps=[step.timestep for step in steps])
+        scheduler.set_timesteps(timesteps=[step.timestep for step in steps])
         return steps
 
     def _noise(

@@ -15,7 +15,8 @@ over T products.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from ddim.checks import positive_int, whole_number
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "quad", "const", "jsd")
-SPACINGS = ("leading", "trailing", "linspace", "quad", "quad-full", "logsnr")
+SPACINGS = ("leading", "trailing", "linspace", "quad", "logsnr", "blend")
 
 MAX_BETA_COSINE = 0.999
 QUAD_REACH = 0.8
@@ -127,9 +128,9 @@ def make_timesteps(
     - `quad`: int(linspace(0, sqrt(0.8 T), S)**2), the paper's choice for CIFAR-10. Its smallest entries repeat from
       S = 30 on for T = 1000; a repeated timestep is an identity step in the paper's code, so that it is left
       out here and fewer than S steps give the same picture;
-    - `quad-full`: S points from T - 1 to 0 with equal steps in their square roots, rounded, all distinct: for the
-      second order;
-    - `logsnr`: S timesteps nearest to equal steps in log(alphas_cumprod / (1 - alphas_cumprod)), all distinct.
+    - `logsnr`: S timesteps nearest to equal steps in log(alphas_cumprod / (1 - alphas_cumprod)), all distinct;
+    - `blend`: S timesteps nearest to equal steps in u + sqrt(u), u = t / T, down from T - 1 and ending one step above
+      0, all distinct: like `trailing` where there is much noise, with shorter steps where there is little. For order 2.
 
     Args:
         spacing: one of `SPACINGS`.
@@ -164,9 +165,10 @@ def make_timesteps(
         ascending = np.round(np.linspace(0, T - 1, S))
     elif spacing == "quad":
         ascending = np.unique((np.linspace(0, np.sqrt(T * QUAD_REACH), S) ** 2).astype(np.int64))
-    elif spacing == "quad-full":
-        # From the noisy end, which a single step must start from.
-        ascending = _distinct(np.round(np.linspace(np.sqrt(T - 1), 0, S)[::-1] ** 2).astype(np.int64), T - 1)
+    elif spacing == "blend":
+        largest = (T - 1) / T
+        w = (largest + math.sqrt(largest)) * np.arange(1, S + 1) / S
+        ascending = _distinct(np.round(T * ((np.sqrt(1 + 4 * w) - 1) / 2) ** 2).astype(np.int64), T - 1)
     elif spacing == "logsnr":
         ascending = _equal_log_snr(S, alphas_cumprod)
     else:
@@ -228,4 +230,31 @@ def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> list[
         if checked and t >= checked[-1]:
             raise ValueError(f"timesteps holds {t} after {checked[-1]}; they must be strictly decreasing")
         checked.append(t)
+    return checked
+
+
+def check_timesteps_by_steps(by_steps: Mapping[Any, Sequence[int]], num_train_timesteps: int) -> dict[int, list[int]]:
+    """Subsequences by their length, checked.
+
+    Args:
+        by_steps: a subsequence, as `check_timesteps` takes it, for each of some numbers of steps, which are integers or
+            their digits (as in JSON).
+        num_train_timesteps: T.
+
+    Raises:
+        ValueError: naming the number of steps whose entry is not allowed.
+        TypeError: if it is no mapping.
+    """
+    if not isinstance(by_steps, Mapping):
+        raise TypeError(f"timesteps_by_steps is {by_steps!r}; it must be a mapping of numbers of steps to timesteps")
+    checked = {}
+    for key, timesteps in by_steps.items():
+        S = whole_number(int(key) if isinstance(key, str) and key.isdecimal() else key)
+        try:
+            chosen = check_timesteps(timesteps, num_train_timesteps)
+        except ValueError as error:
+            raise ValueError(f"timesteps_by_steps[{key!r}]: {error}") from None
+        if len(chosen) != S:
+            raise ValueError(f"timesteps_by_steps[{key!r}] has {len(chosen)} timesteps; it wants as many as it says")
+        checked[S] = chosen
     return checked

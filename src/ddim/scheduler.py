@@ -11,7 +11,7 @@ scripts expect.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ddim import schedule
-from ddim.checks import non_negative_int
+from ddim.checks import non_negative_int, whole_number
 from ddim.config import ConfigMixin, register_to_config
 from ddim.hub import SchedulerFiles
 from ddim.noise import noise_from_generator
@@ -38,6 +38,8 @@ from ddim.process import (
     velocity,
     x0_to_epsilon,
 )
+
+NO_INVERSE = "a step of order 2 depends on the one before it and has no inverse of its own; give order 1"
 
 
 def check_order(order: int) -> int:
@@ -68,6 +70,8 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         rescale_betas_zero_snr: rescale the betas so that x_{T-1} is pure noise; needs a network that predicts x_0 or v.
         solver_order: 1 for DDIM, 2 for `ddim.process.second_order`, whose steps remember the epsilon of the one before;
             the peer ignores it.
+        timesteps_by_steps: learned subsequences, as `ddim.tuning` finds them for this `solver_order`, by their length:
+            `{"10": [999, ...]}`; the peer ignores them.
 
     Attributes:
         timesteps: int64 tensor, decreasing: all T of them until `set_timesteps` is called.
@@ -103,6 +107,7 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         timestep_spacing: str = "leading",
         rescale_betas_zero_snr: bool = False,
         solver_order: int = 1,
+        timesteps_by_steps: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type is {prediction_type!r}; it must be one of {', '.join(PREDICTION_TYPES)}")
@@ -125,6 +130,8 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         )
         if rescale_betas_zero_snr:
             betas = schedule.rescale_zero_terminal_snr(betas)
+        learned = {} if timesteps_by_steps is None else timesteps_by_steps
+        self._learned = schedule.check_timesteps_by_steps(learned, len(betas))
         self._alphas_cumprod = schedule.make_alphas_cumprod(betas)
         self._final_alpha = 1.0 if set_alpha_to_one else float(self._alphas_cumprod[0])
         self.betas = torch.tensor(betas, dtype=torch.float32)
@@ -152,12 +159,31 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
             return partial(torch.clamp, min=-config.clip_sample_range, max=config.clip_sample_range)
         return None
 
-    def make_timesteps(self, num_inference_steps: int, spacing: str | None = None) -> list[int]:
-        """The subsequence for this number of steps, by the configured spacing unless another is given; see
-        `ddim.schedule.make_timesteps`.
+    def make_timesteps(
+        self, num_inference_steps: int, spacing: str | None = None, order: int | None = None
+    ) -> list[int]:
+        """The subsequence for this number of steps.
+
+        Args:
+            num_inference_steps: S, from 1 to T.
+            spacing: one of `ddim.schedule.SPACINGS`. Unless it is given, learned timesteps are taken where there are
+                some for S and this order, else those of the configured spacing; at order 2, `leading`, the default of
+                all configurations, stands for `blend`.
+            order: of the method, 1 or 2; the configured `solver_order` unless given.
+
+        Raises:
+            ValueError: as `ddim.schedule.make_timesteps`, or for another order.
         """
-        spacing = spacing or self.config.timestep_spacing
-        return schedule.make_timesteps(spacing, num_inference_steps, self._alphas_cumprod, self.config.steps_offset)
+        config = self.config
+        order = config.solver_order if order is None else check_order(order)
+        if spacing is None:
+            learned = self._learned.get(whole_number(num_inference_steps) or 0)
+            if learned is not None and order == config.solver_order:
+                return list(learned)
+            spacing = config.timestep_spacing
+            if order == 2 and spacing == "leading":
+                spacing = "blend"
+        return schedule.make_timesteps(spacing, num_inference_steps, self._alphas_cumprod, config.steps_offset)
 
     def make_steps(
         self, timesteps: Sequence[int], eta: float = 0.0, use_sigma_hat: bool = False, order: int = 1
@@ -333,7 +359,7 @@ class DDIMInverseScheduler(DDIMScheduler):
     `DDIMScheduler`). Two things are wrong there and right here: it steps from t - T // S whatever the timestep before
     is, and with v-prediction its step is not the inverse of its twin's. Here, given the model output at the x_t that
     results, `step` inverts `DDIMScheduler.step` exactly, so that a fixed-point iteration over it does too;
-    `DDIMPipeline.encode` does this, and better.
+    `DDIMPipeline.encode` does this, and better. A `solver_order` of 2 is refused.
 
     Clipping, on by default as in `diffusers`, cannot be undone; switch it off for pictures to come back. So cannot, for
     a good denoiser, the step from alpha = 1: `set_alpha_to_one=False` starts from alphas_cumprod[0].
@@ -352,6 +378,8 @@ class DDIMInverseScheduler(DDIMScheduler):
         return self.final_alpha_cumprod
 
     def _use(self, timesteps: list[int], device: str | torch.device | None) -> None:
+        if self.config.solver_order != 1:
+            raise ValueError(f"solver_order is {self.config.solver_order}; {NO_INVERSE}")
         super()._use(timesteps, device)
         self.timesteps = self.timesteps.flip(0)
 

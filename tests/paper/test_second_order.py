@@ -11,10 +11,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import quad
 from torch import Tensor
 
 from ddim import DDIMPipeline, DDIMScheduler
-from ddim.process import second_order
+from ddim.process import BEND, second_order
 from ddim.sampling import sample
 
 SCHEDULER = DDIMScheduler(clip_sample=False)
@@ -29,7 +30,7 @@ def gaussian(x: Tensor, t: Tensor) -> Tensor:
 
 def deviation(number: int, order: int) -> float:
     """Of the pictures: the map from noise is affine, and two points tell its slope."""
-    timesteps = SCHEDULER.make_timesteps(number, "quad-full" if order == 2 else None)
+    timesteps = SCHEDULER.make_timesteps(number, order=order)
     x = torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1)
     *_, last = sample(gaussian, x, SCHEDULER.make_steps(timesteps, order=order))
     return float(last.sample[1] - last.sample[0])
@@ -42,8 +43,8 @@ class TestGaussian:
         assert abs(deviation(number, 1) - 0.5) == pytest.approx(ddim, abs=5e-4)
 
     def test_orders_of_convergence(self) -> None:
-        """Between fine subsequences of a fine schedule, to the last timestep, where log SNR is finite."""
-        scheduler = DDIMScheduler(10_000, 1e-5, 2e-3, clip_sample=False, set_alpha_to_one=False)
+        """On a fine schedule, by the default timesteps of order 2."""
+        scheduler = DDIMScheduler(100_000, 1e-6, 2e-4, clip_sample=False)
 
         def denoiser(x: Tensor, t: Tensor) -> Tensor:
             alpha = scheduler._alphas_cumprod[int(t)]
@@ -51,14 +52,14 @@ class TestGaussian:
 
         def slope(number: int, order: int) -> float:
             x = torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1)
-            steps = scheduler.make_steps(scheduler.make_timesteps(number, "quad-full"), order=order)
+            steps = scheduler.make_steps(scheduler.make_timesteps(number, order=2), order=order)
             *_, last = sample(denoiser, x, steps)
             return float(last.sample[1] - last.sample[0])
 
-        first, last = (float(scheduler._alphas_cumprod[t]) for t in (-1, 0))
-        exact = math.sqrt((last * VARIANCE + 1 - last) / (first * VARIANCE + 1 - first))
-        numbers = np.array([20, 40, 80, 160])
-        for order, low, high in ((1, 0.9, 1.1), (2, 1.8, 2.4)):
+        first = float(scheduler._alphas_cumprod[-1])
+        exact = math.sqrt(VARIANCE / (first * VARIANCE + 1 - first))
+        numbers = np.array([160, 320, 640])
+        for order, low, high in ((1, 0.95, 1.05), (2, 1.9, 2.2)):
             errors = [abs(slope(int(number), order) - exact) for number in numbers]
             found = -np.polyfit(np.log(numbers), np.log(errors), 1)[0]
             assert low < found < high
@@ -84,7 +85,7 @@ class TestMixture:
         start = torch.randn(N, 2, 1, 1, generator=generator, dtype=torch.float64)
         centres = self.CENTRES[torch.randint(3, (N,), generator=generator)]
         data = centres + self.WIDTH * torch.randn(N, 2, generator=generator, dtype=torch.float64)
-        timesteps = SCHEDULER.make_timesteps(number, "quad-full" if order == 2 else None)
+        timesteps = SCHEDULER.make_timesteps(number, order=order)
         *_, last = sample(self.denoiser, start, SCHEDULER.make_steps(timesteps, order=order))
         angles = torch.arange(32, dtype=torch.float64) * math.pi / 32
         directions = torch.stack([angles.cos(), angles.sin()])
@@ -96,29 +97,35 @@ class TestMixture:
 
 
 class TestSteps:
-    def test_it_begins_and_ends_as_ddim(self) -> None:
+    def test_it_begins_as_ddim(self) -> None:
         steps = SCHEDULER.make_steps([900, 600, 300, 0], order=2)
-        assert [bool(step.correction) for step in steps] == [False, True, True, False]
+        assert [bool(step.correction) for step in steps] == [False, True, True, True]
         assert [step.correction for step in second_order(SCHEDULER.make_steps([500]))] == [0]
 
-    def test_against_the_formula(self) -> None:
-        """The two-step form of arXiv 2206.00927 for predicted noise."""
-        a, b, c = (float(SCHEDULER._alphas_cumprod[t]) for t in (900, 600, 300))
-        lambdas = [0.5 * math.log(alpha / (1 - alpha)) for alpha in (a, b, c)]
-        h_before, h = lambdas[1] - lambdas[0], lambdas[2] - lambdas[1]
+    @pytest.mark.parametrize("timesteps", [[900, 600, 300], [999, 998, 997], [500, 2, 0], [999, 1], [40, 20, 3]])
+    def test_against_the_integral(self, timesteps: list[int]) -> None:
+        """Of the line through two predictions, over sigma, by SciPy."""
+        alphas = [*(float(SCHEDULER._alphas_cumprod[t]) for t in timesteps), 1.0]
         before, epsilon, x = 0.7, -0.2, 0.4
-        D = epsilon + h / (2 * h_before) * (epsilon - before)
-        expected = math.sqrt(c / b) * x - math.sqrt(1 - c) * math.expm1(h) * D
-        step = SCHEDULER.make_steps([900, 600, 300], order=2)[1]
-        x0 = (x - math.sqrt(1 - b) * epsilon) / math.sqrt(b)
-        found = math.sqrt(c) * x0 + math.sqrt(1 - c) * epsilon + step.correction * (epsilon - before)
-        assert found == pytest.approx(expected, abs=1e-12)
+        for step, a, b, c in zip(
+            SCHEDULER.make_steps(timesteps, order=2)[1:], alphas, alphas[1:], alphas[2:], strict=False
+        ):
+            s, s_before = (math.log(BEND + math.acos(math.sqrt(alpha))) for alpha in (b, a))
+
+            def line(sigma: float, s: float = s, s_before: float = s_before) -> float:
+                return epsilon + (epsilon - before) * (math.log(BEND + math.atan(sigma)) - s) / (s - s_before)
+
+            ends = [math.sqrt((1 - alpha) / alpha) for alpha in (b, c)]
+            expected = math.sqrt(c) * (x / math.sqrt(b) + quad(line, *ends, epsabs=1e-12, epsrel=1e-12)[0])
+            x0 = (x - math.sqrt(1 - b) * epsilon) / math.sqrt(b)
+            found = math.sqrt(c) * x0 + math.sqrt(1 - c) * epsilon + step.correction * (epsilon - before)
+            assert found == pytest.approx(expected, rel=1e-7)
 
     def test_from_pure_noise(self) -> None:
-        """At zero terminal SNR log SNR is infinite at the other end: the second step is one of DDIM."""
+        """At zero terminal SNR sigma is infinite where the process begins."""
         scheduler = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
         steps = scheduler.make_steps([999, 700, 400, 100], order=2)
-        assert [bool(step.correction) for step in steps] == [False, False, True, False]
+        assert [bool(step.correction) for step in steps] == [False, True, True, True]
         assert all(math.isfinite(step.correction) for step in steps)
 
     @pytest.mark.parametrize(
@@ -140,7 +147,7 @@ class TestEveryWay:
 
     @pytest.mark.parametrize("clip", [True, False])
     def test_the_schedulers_interface(self, pipe: DDIMPipeline, clip: bool) -> None:
-        scheduler = DDIMScheduler(solver_order=2, timestep_spacing="quad-full", clip_sample=clip)
+        scheduler = DDIMScheduler(solver_order=2, clip_sample=clip)
         pipe.scheduler = DDIMScheduler(clip_sample=clip)
         expected = pipe(seeds=[1, 2], num_inference_steps=7, order=2, output_type="pt").images
         latents = torch.cat([torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(s)) for s in (1, 2)])
@@ -153,7 +160,7 @@ class TestEveryWay:
             torch.testing.assert_close((x / 2 + 0.5).clamp(0, 1), expected, rtol=0, atol=1e-4)
 
     def test_another_spacing_by_the_scheduler(self, pipe: DDIMPipeline) -> None:
-        pipe.scheduler = DDIMScheduler(solver_order=2)
+        pipe.scheduler = DDIMScheduler(solver_order=2, timestep_spacing="linspace")
         found = pipe(seeds=[1], num_inference_steps=5, output_type="pt").images
         timesteps = pipe.scheduler.make_timesteps(5)
         pipe.scheduler = DDIMScheduler()
@@ -179,6 +186,5 @@ class TestEveryWay:
             pipe(order=3)
         with pytest.raises(ValueError, match="wants eta=0"):
             pipe(order=2, eta=0.5)
-        pipe.scheduler = DDIMScheduler(solver_order=2)
-        with pytest.raises(ValueError, match="codes are of order 1"):
-            pipe.encode(torch.zeros(1, 3, 16, 16))
+        with pytest.raises(ValueError, match="order is 2; a step of order 2 depends on the one before it"):
+            pipe.encode(torch.zeros(1, 3, 16, 16), order=2)

@@ -318,7 +318,8 @@ def test_arguments_have_the_names_order_and_defaults_of_the_peer(method: str) ->
         # Ours takes a list in place of the number, which is therefore optional.
         ours, theirs = ([name for name, _ in arguments] for arguments in (ours[:3], theirs))
     if method == "__init__":
-        assert ours.pop() == ("solver_order", 1)  # ours, after the peer's
+        # Ours alone, after the peer's.
+        assert [ours.pop() for _ in OURS] == [("timesteps_by_steps", None), ("solver_order", 1)]
     assert ours == theirs
 
 
@@ -335,9 +336,12 @@ def test_results_are_tuples_on_request() -> None:
         assert len(result.to_tuple()) == len(pair) == 2
 
 
+OURS = ("solver_order", "timesteps_by_steps")
+
+
 def public(config: dict) -> dict:
     """But for what is ours alone."""
-    return {name: value for name, value in config.items() if not name.startswith("_") and name != "solver_order"}
+    return {name: value for name, value in config.items() if not name.startswith("_") and name not in OURS}
 
 
 @pytest.mark.parametrize("arguments", [{}, {"beta_schedule": "scaled_linear", "steps_offset": 1, "clip_sample": False}])

@@ -22,11 +22,12 @@ from ddim.cli.reconstruct import reconstruct
 from ddim.cli.sample import sample
 from ddim.cli.train import train
 from ddim.cli.trajectory import consistency, trajectory
+from ddim.cli.tune import tune
 from ddim.version import __version__
 
 app = typer.Typer(
     name="ddim",
-    help="Denoising Diffusion Implicit Models: sample, invert, interpolate, edit, train, evaluate.",
+    help="Denoising Diffusion Implicit Models: sample, invert, interpolate, edit, train, tune, evaluate.",
     epilog="Example: ddim sample --model mnist --steps 20 --count 16 --out digits.png",
     no_args_is_help=True,
     add_completion=False,
@@ -35,7 +36,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(sample, encode, decode, reconstruct, interpolate, trajectory, consistency, edit),
-    *(train, evaluate, convert, info),
+    *(train, tune, evaluate, convert, info),
 )
 for command in COMMANDS:
     app.command()(command)

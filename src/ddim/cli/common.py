@@ -14,18 +14,28 @@ if TYPE_CHECKING:
     from ddim.pipeline import DDIMPipeline
 
 
-def load_pipeline(
-    model: str, device: str, dtype: str = "float32", spacing: str | None = None, engine: str = "auto"
-) -> DDIMPipeline:
+def load_pipeline(model: str, device: str, dtype: str = "float32", engine: str = "auto") -> DDIMPipeline:
     """A pipeline where and as the options want it."""
     from ddim.devices import choose_device, choose_dtype
     from ddim.pipeline import DDIMPipeline
 
     where = choose_device(device), choose_dtype(dtype)
-    pipe = DDIMPipeline.from_pretrained(model, engine=engine).to(*where)
+    return DDIMPipeline.from_pretrained(model, engine=engine).to(*where)
+
+
+def with_spacing(pipe: DDIMPipeline, spacing: str | None) -> DDIMPipeline:
+    """The pipeline with this spacing for all numbers of steps, in place of the model's and of what was learned."""
     if spacing is not None:
-        pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing)
+        config = pipe.scheduler.config
+        pipe.scheduler = pipe.scheduler.from_config(config, timestep_spacing=spacing, timesteps_by_steps=None)
     return pipe
+
+
+def choose_timesteps(
+    pipe: DDIMPipeline, steps: int, spacing: str | None, timesteps: Sequence[int] | None
+) -> Sequence[int] | None:
+    """The timesteps that the options name: those listed, or of this spacing; `None` for the model's own."""
+    return timesteps if timesteps is not None or spacing is None else pipe.scheduler.make_timesteps(steps, spacing)
 
 
 def own_device(device: str) -> str:

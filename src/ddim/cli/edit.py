@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import finish, load_pipeline, number, parse_timesteps, read_images
+from ddim.cli.common import choose_timesteps, finish, load_pipeline, number, parse_timesteps, read_images
 
 
 def edit(
@@ -29,6 +29,7 @@ def edit(
     eta: options.Eta = 0.0,
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
+    order: options.Order = None,
     resize: options.Resize = False,
     batch_size: options.InverseBatch = 8,
     device: options.Device = "auto",
@@ -58,14 +59,15 @@ def edit(
     target = check_output_path(out)
     own_timesteps = parse_timesteps(timesteps)
     pictures = read_images(images)
-    pipe = load_pipeline(model, device, dtype, spacing, engine)
+    pipe = load_pipeline(model, device, dtype, engine)
     edited = pipe.edit(
         pictures,
         strength,
         steps,
         seeds=None if seed is None else range(seed, seed + len(pictures)),
         eta=eta,
-        timesteps=own_timesteps,
+        timesteps=choose_timesteps(pipe, steps, spacing, own_timesteps),
+        order=order,
         resize=resize,
         batch_size=batch_size,
     ).images

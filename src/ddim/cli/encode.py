@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import finish, load_pipeline, number, parse_timesteps, read_images
+from ddim.cli.common import choose_timesteps, finish, load_pipeline, number, parse_timesteps, read_images
 
 
 def encode(
@@ -43,7 +43,7 @@ def encode(
     target = check_output_path(out, CODES, folder_allowed=False)
     own_timesteps = parse_timesteps(timesteps)
     pictures = read_images(images)
-    pipe = load_pipeline(model, device, dtype, spacing, engine)
+    pipe = load_pipeline(model, device, dtype, engine)
     started = time.monotonic()
     codes = pipe.encode(
         pictures,
@@ -51,7 +51,7 @@ def encode(
         exact,
         tolerance,
         max_iterations=max_iterations,
-        timesteps=own_timesteps,
+        timesteps=choose_timesteps(pipe, steps, spacing, own_timesteps),
         resize=resize,
         batch_size=batch_size,
     )
@@ -101,10 +101,11 @@ def decode(
     target = check_output_path(out)
     own_timesteps = parse_timesteps(timesteps)
     latents, settings = load_codes(codes)
-    pipe = load_pipeline(model, device, dtype, spacing, engine)
+    pipe = load_pipeline(model, device, dtype, engine)
     walked = settings.timesteps
     if (steps, own_timesteps, spacing) != (None, None, None):
-        walked = pipe.latent_timesteps(len(walked) if steps is None else steps, own_timesteps)
+        steps = len(walked) if steps is None else steps
+        walked = pipe.latent_timesteps(steps, choose_timesteps(pipe, steps, spacing, own_timesteps))
     if not force:
         check_settings(codes, settings, pipe, walked)
     started = time.monotonic()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import load_pipeline, own_device, parse_timesteps
+from ddim.cli.common import choose_timesteps, load_pipeline, own_device, parse_timesteps, with_spacing
 
 
 def evaluate(
@@ -47,6 +47,7 @@ def evaluate(
     seed: options.Seed = 0,
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
+    order: options.Order = None,
     sigma_hat: Annotated[
         bool, typer.Option("--sigma-hat", help="Noise with DDPM's larger variance; goes with --eta 1.")
     ] = False,
@@ -92,17 +93,20 @@ def evaluate(
         raise ValueError("--table-steps goes with --table or --figure")
     wanted = [name.strip() for name in metrics.split(",")]
     outputs = report.check_outputs(out or [])
+    own_timesteps = parse_timesteps(timesteps)
     settings: dict[str, Any] = {
         "num_inference_steps": steps,
         "eta": eta,
-        "timesteps": parse_timesteps(timesteps),
+        "order": order,
         "use_sigma_hat": sigma_hat,
     }
 
     def open_set(source: str, number: int | None, shape: tuple[int, int, int] | None) -> ImageSet:
         if is_model(source):
-            pipe = load_pipeline(source, own_device(device), spacing=spacing, engine=engine)
-            return paint_set(pipe, 10_000 if number is None else number, seed, source, **settings)
+            pipe = load_pipeline(source, own_device(device), engine=engine)
+            walked = choose_timesteps(pipe, steps, spacing, own_timesteps)
+            number = 10_000 if number is None else number
+            return paint_set(pipe, number, seed, source, timesteps=walked, **settings)
         return open_files(source, number, shape, split)
 
     first = open_set(samples, count, None)
@@ -112,7 +116,7 @@ def evaluate(
     if not team.first:
         return
     if is_model(samples):
-        result["settings"] |= settings | {"seed": seed, "spacing": spacing}
+        result["settings"] |= settings | {"timesteps": own_timesteps, "seed": seed, "spacing": spacing}
     for path in outputs:
         report.write(result, Path(path))
     print(report.table(result))
@@ -150,9 +154,10 @@ def _paper(
         raise ValueError("give the data as --reference: pictures, not a model")
     for path in out:
         check_output_path(path, {".json": "", ".md": "Markdown", ".png": "a plot", ".svg": "a plot"}, False)
-    pipe = load_pipeline(model, device, spacing=spacing, engine=engine)
+    pipe = load_pipeline(model, device, engine=engine)
     if spacing is None and pipe.sample_shape == tables.CIFAR_SHAPE:
-        pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, timestep_spacing="quad")
+        spacing = "quad"
+    pipe = with_spacing(pipe, spacing)
     with join() as team:
         if table == 2:
             pipe.set_progress_bar_config(disable=True)

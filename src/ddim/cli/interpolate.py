@@ -9,7 +9,7 @@ import typer
 
 from ddim.checks import bounded_int
 from ddim.cli import options
-from ddim.cli.common import check_fps, finish, load_pipeline, number, read_images
+from ddim.cli.common import check_fps, choose_timesteps, finish, load_pipeline, number, read_images
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +74,7 @@ def interpolate(
     shape = parse_grid(grid)
     if shape is not None and closed:
         raise ValueError("--closed is for paths; a --grid has no end to close")
-    pipe = load_pipeline(model, device, dtype, spacing, engine)
+    pipe = load_pipeline(model, device, dtype, engine)
     codes, timesteps = collect_codes(pipe, points, shape is not None, steps, spacing, resize, force, batch_size)
     pictures = pipe.interpolate(
         codes,
@@ -129,7 +129,8 @@ def collect_codes(
     if steps is None and spacing is None and files:
         timesteps = next(iter(files.values()))[1].timesteps
     else:
-        timesteps = pipe.latent_timesteps(50 if steps is None else steps)
+        steps = 50 if steps is None else steps
+        timesteps = pipe.latent_timesteps(steps, choose_timesteps(pipe, steps, spacing, None))
     if not force:
         for name, (_, settings) in files.items():
             check_settings(name, settings, pipe, timesteps)

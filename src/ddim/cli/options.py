@@ -17,10 +17,18 @@ Eta = Annotated[float, typer.Option(help="0 is DDIM, 1 is DDPM; between them, so
 Spacing = Annotated[
     str | None,
     typer.Option(
-        help="Of the timesteps: leading, trailing, linspace, quad, quad-full, logsnr; the model's unless given."
+        help="Of the timesteps: leading, trailing, linspace, quad, logsnr, blend; the model's, learned ones before "
+        "others, unless given."
     ),
 ]
 Timesteps = Annotated[str | None, typer.Option(help="A list of one's own in place of --steps, such as 900,600,300,0.")]
+Order = Annotated[
+    int | None,
+    typer.Option(
+        help="Of the method: 1 is DDIM, 2 uses the last two predictions at the same cost (on blend timesteps where the "
+        "model's are leading); the model's own unless given."
+    ),
+]
 Count = Annotated[int, typer.Option("--count", "-n", help="How many pictures.")]
 Seed = Annotated[int, typer.Option(help="Picture i is painted from seed + i, whatever the batch.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]

@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import finish, fit_images, load_pipeline, number, parse_timesteps, read_images
+from ddim.cli.common import (
+    choose_timesteps,
+    finish,
+    fit_images,
+    load_pipeline,
+    number,
+    parse_timesteps,
+    read_images,
+)
 
 
 def reconstruct(
@@ -44,14 +52,14 @@ def reconstruct(
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     own_timesteps = parse_timesteps(timesteps)
     pictures = read_images(images)
-    pipe = load_pipeline(model, device, dtype, spacing, engine)
+    pipe = load_pipeline(model, device, dtype, engine)
     result = pipe.reconstruct(
         pictures,
         steps,
         exact,
         tolerance,
         max_iterations=max_iterations,
-        timesteps=own_timesteps,
+        timesteps=choose_timesteps(pipe, steps, spacing, own_timesteps),
         resize=resize,
         batch_size=batch_size,
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Annotated, Any
 
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import finish, load_pipeline, number, own_device, parse_timesteps
+from ddim.cli.common import choose_timesteps, finish, load_pipeline, number, own_device, parse_timesteps
 
 
 def sample(
@@ -23,19 +24,25 @@ def sample(
         ),
     ] = "samples.png",
     count: options.Count = 16,
-    steps: options.Steps = 50,
+    steps: Annotated[
+        str,
+        typer.Option(
+            help="Network evaluations a picture: fewer are faster, more are finer; auto for the fewest that keep to "
+            "--tolerance."
+        ),
+    ] = "50",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Of --steps auto: mean squared error, in [0, 1], to pictures of very many steps; 0.001 unless given."
+        ),
+    ] = None,
     eta: options.Eta = 0.0,
     seed: options.Seed = 0,
     batch_size: Annotated[int, typer.Option(help="Pictures painted at once.")] = 64,
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
-    order: Annotated[
-        int | None,
-        typer.Option(
-            help="Of the method: 1 is DDIM, 2 uses the last two predictions at the same cost, on quad-full timesteps "
-            "unless --timesteps or --spacing are given; the model's own unless given."
-        ),
-    ] = None,
+    order: options.Order = None,
     sigma_hat: Annotated[
         bool, typer.Option("--sigma-hat", help="Noise with DDPM's larger variance; goes with --eta 1.")
     ] = False,
@@ -58,6 +65,8 @@ def sample(
 
       ddim sample --steps 20 --count 64 --out digits.png
 
+      ddim sample --steps auto --order 2                  # as few steps as keep to the tolerance
+
       ddim sample --eta 1 --steps 1000 --sigma-hat        # DDPM
 
       ddim sample -m google/ddpm-cifar10-32 -n 8 --out pictures/
@@ -70,14 +79,25 @@ def sample(
 
     target = check_output_path(out, PICTURES | {".tar": "WebDataset shards"})
     own_timesteps = parse_timesteps(timesteps)
+    number_of_steps = None if steps == "auto" else parse_steps(steps)
+    if number_of_steps is None and (own_timesteps is not None or spacing is not None or eta):
+        raise ValueError(
+            "--steps auto is for the model's own timesteps and eta 0; leave out --timesteps, --spacing, --eta"
+        )
+    if number_of_steps is not None and tolerance is not None:
+        raise ValueError("--tolerance goes with --steps auto")
     rank, world = processes()
-    pipe = load_pipeline(model, own_device(device), dtype, spacing, engine)
-    if order == 2 and spacing is not None:
-        pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, solver_order=2)
+    pipe = load_pipeline(model, own_device(device), dtype, engine)
+    if number_of_steps is None:
+        from ddim.tuning import enough_steps
+
+        number_of_steps, error = enough_steps(pipe, 0.001 if tolerance is None else tolerance, order)
+        if rank == 0:
+            print(f"{number(number_of_steps, 'step')}, mean squared error {error:.1e}", file=sys.stderr)
     settings: dict[str, Any] = {
         "eta": eta,
-        "num_inference_steps": steps,
-        "timesteps": own_timesteps,
+        "num_inference_steps": number_of_steps,
+        "timesteps": choose_timesteps(pipe, number_of_steps, spacing, own_timesteps),
         "order": order,
         "use_sigma_hat": sigma_hat,
     }
@@ -97,3 +117,10 @@ def sample(
     replaced = int(target.exists())
     save_images(images, out)
     finish(target, replaced, f"{number(len(images), 'picture')} in {seconds:.1f} s")
+
+
+def parse_steps(text: str) -> int:
+    """The number in `--steps`."""
+    if not text.removeprefix("-").isdecimal():
+        raise ValueError(f"--steps {text!r} is neither a whole number nor auto")
+    return int(text)

@@ -8,7 +8,7 @@ import typer
 
 from ddim.checks import positive_int
 from ddim.cli import options
-from ddim.cli.common import check_fps, finish, load_pipeline, number, parse_timesteps
+from ddim.cli.common import check_fps, choose_timesteps, finish, load_pipeline, number, parse_timesteps, with_spacing
 
 
 def trajectory(
@@ -25,6 +25,7 @@ def trajectory(
     at: Annotated[str | None, typer.Option(help="The timesteps to show, in place of --frames.")] = None,
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
+    order: options.Order = None,
     fps: options.Fps = 10.0,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
@@ -53,9 +54,10 @@ def trajectory(
     check_fps(fps)
     own_timesteps, own_frames = parse_timesteps(timesteps), parse_timesteps(at, "--at")
     positive_int("--count", count)
-    pipe = load_pipeline(model, device, dtype, spacing, engine)
+    pipe = load_pipeline(model, device, dtype, engine)
     seeds = range(seed, seed + count)
-    shown = pipe.trajectory(count, steps, frames, seeds=seeds, eta=eta, timesteps=own_timesteps, at=own_frames)
+    walked = choose_timesteps(pipe, steps, spacing, own_timesteps)
+    shown = pipe.trajectory(count, steps, frames, seeds=seeds, eta=eta, timesteps=walked, order=order, at=own_frames)
     replaced = int(target.exists())
     samples, predicted = [*shown.samples, shown.images], [*shown.pred_original_samples, shown.images]
     if is_animation_path(out):
@@ -95,7 +97,7 @@ def consistency(
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     positive_int("--count", count)
     numbers = parse_timesteps(steps, "--steps") or []
-    pipe = load_pipeline(model, device, dtype, spacing, engine)
+    pipe = with_spacing(load_pipeline(model, device, dtype, engine), spacing)
     seeds = check_seeds(range(seed, seed + count), count)
     latents = noise_from_seeds((count, *pipe.sample_shape), seeds, pipe.device)()
     rows = pipe.consistency(latents, numbers)

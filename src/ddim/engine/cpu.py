@@ -46,6 +46,10 @@ A_PIXEL = 150 << 10
 """Bytes of transformed weights for each pixel of a map, at most, where they do not stay in the caches: what they gain
 grows with the pixels, and what they cost, in memory and in reading it, does not.
 """
+LARGE = 32 << 20
+"""Bytes of transformed weights of a layer beyond which it takes more pixels for each of them: networks with such layers
+are near the end of a machine's memory.
+"""
 
 
 class CPUEngine:
@@ -170,7 +174,8 @@ class _Conv3x3:
     def method(self, H: int, W: int) -> Any:
         """The module of the loop for a map of that size."""
         tiles, transformed = -(-H // winograd.STEP) * -(-W // winograd.STEP), 4 * winograd.POINTS * self.C * self.K
-        pays = winograd.POINTS * tiles < 7 * H * W and transformed <= max(NEAR, A_PIXEL * H * W)
+        allowed = max(NEAR, A_PIXEL * H * W * min(1.0, LARGE / transformed))
+        pays = winograd.POINTS * tiles < 7 * H * W and transformed <= allowed
         if self.stride == 1 and self.before == 1 and winograd.fits(self.C, self.K) and pays:
             return winograd
         return direct

@@ -1,0 +1,168 @@
+"""Quality against the number of steps: DDIM, order 2, and order 2 with learned timesteps, on the built-in model.
+
+    python -m benchmarks.steps --data mnist/test.parquet --out benchmarks/results
+
+1. Mean squared error per value in [0, 1] of the pictures of 512 codes to those of 1,000 steps of DDIM from the same
+codes.
+2. Fréchet distance of 5,000 pictures to the images of `--data`, on the features of the classifier of digits.
+
+With `--clipping` instead: mean squared differences between the pictures of S steps of DDIM and of the next larger S,
+for three ways to clip.
+
+Timesteps are learned with `ddim.tuning.tune` from other codes. What is known already is read from `steps.json` in
+`--out`, so that a run that was stopped goes on; delete it for a new one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.tables import write_files
+from ddim import DDIMPipeline, DDIMScheduler
+from ddim.evaluation.features import load_features
+from ddim.evaluation.metrics import compute_features, frechet
+from ddim.evaluation.sets import open_files, paint_set
+from ddim.files import to_json
+from ddim.noise import noise_from_seeds
+from ddim.tuning import tune
+
+STEPS = (5, 7, 10, 15, 20)
+METHODS = ("DDIM", "order 2", "order 2, learned timesteps")
+SEED = 100_000
+"""Of the codes: far from those that timesteps are learned with."""
+BATCH = 64
+
+
+class Results:
+    """Numbers by name, kept in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, name: str, measure: Callable[[], Any]) -> Any:
+        """What is known, or measured now."""
+        if name not in self.values:
+            self.values[name] = measure()
+            write_files(self.path.parent, {self.path.name: to_json(self.values)})
+            print(f"{name}: {self.values[name]}", flush=True)
+        return self.values[name]
+
+
+def settings(method: str, number: int, results: Results, pipe: DDIMPipeline) -> dict[str, Any]:
+    """Arguments of a call of the pipeline."""
+    arguments: dict[str, Any] = {"num_inference_steps": number, "order": 1 if method == "DDIM" else 2}
+    if "learned" in method:
+        arguments["timesteps"] = results.get(f"timesteps, {number}", lambda: tune(pipe, number).timesteps)
+    return arguments
+
+
+def paint(pipe: DDIMPipeline, count: int, **arguments: Any) -> Tensor:
+    """Pictures of the first codes, (count, C, H, W) in [0, 1]."""
+    batches = []
+    for first in range(0, count, BATCH):
+        seeds = range(SEED + first, SEED + first + BATCH)
+        latents = noise_from_seeds((BATCH, *pipe.sample_shape), seeds, pipe.device)()
+        batches.append(pipe(latents=latents, output_type="pt", **arguments).images)
+    return torch.cat(batches)[:count]
+
+
+def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Both numbers over the number of steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, values) in zip(figure.subplots(1, 2), rows.items(), strict=True):
+        for method, numbers in values.items():
+            axes.plot(STEPS, numbers, marker="o", label=method)
+        axes.set(title=title, xlabel="steps", xticks=STEPS, yscale="log")
+    figure.axes[0].legend(fontsize="small")
+    figure.savefig(path)
+
+
+def clipping(pipe: DDIMPipeline, codes: int) -> str:
+    """Whether more steps tend to a limit, as a table."""
+    numbers = (10, 20, 50, 100, 200, 500)
+    ways = {
+        "not at all": (False, False),
+        "the predicted x_0 (`clip_sample`)": (True, False),
+        "and epsilon with it (`use_clipped_model_output`)": (True, True),
+    }
+    pairs = list(itertools.pairwise(numbers))
+    lines = [f"| clipped | {' | '.join(f'{a} to {b}' for a, b in pairs)} |", "|---" * (1 + len(pairs)) + "|"]
+    for name, (clip, whole) in ways.items():
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=clip)
+        found = {S: paint(pipe, codes, num_inference_steps=S, use_clipped_model_output=whole) for S in numbers}
+        values = [float((found[a] - found[b]).double().square().mean()) for a, b in pairs]
+        lines.append(f"| {name} | {' | '.join(f'{value:.1e}' for value in values)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", help="images: a parquet file, a folder, ...")
+    parser.add_argument("--clipping", action="store_true", help="look at that alone")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--codes", type=int, default=512)
+    parser.add_argument("--pictures", type=int, default=5000)
+    arguments = parser.parse_args()
+
+    pipe = DDIMPipeline.from_pretrained("mnist")
+    pipe.set_progress_bar_config(disable=True)
+    if arguments.clipping:
+        print(clipping(pipe, BATCH))
+        return
+    if arguments.data is None:
+        parser.error("--data is missing")
+    results = Results(arguments.out / "steps.json")
+    limit: list[Tensor] = []
+
+    def error(method: str, number: int) -> float:
+        if not limit:
+            limit.append(paint(pipe, arguments.codes, num_inference_steps=1000))
+        found = paint(pipe, arguments.codes, **settings(method, number, results, pipe))
+        return float((found - limit[0]).double().square().mean())
+
+    extractor = load_features("mnist", pipe.sample_shape)
+    real = compute_features(open_files(arguments.data, shape=pipe.sample_shape), extractor)
+
+    def distance(method: str, number: int) -> float:
+        painted = paint_set(
+            pipe, arguments.pictures, name=f"{method}, {number}", **settings(method, number, results, pipe)
+        )
+        return frechet(compute_features(painted, extractor).values, real.values)
+
+    titles = {
+        f"mean squared error to 1,000 steps, {arguments.codes} codes": error,
+        f"Fréchet distance, {arguments.pictures:,} pictures": distance,
+    }
+    rows = {
+        title: {
+            method: [results.get(f"{title}: {method}, {n}", lambda m=measure, a=(method, n): m(*a)) for n in STEPS]
+            for method in METHODS
+        }
+        for title, measure in titles.items()
+    }
+    lines = [f"| {' | '.join(['', 'steps', *map(str, STEPS)])} |", "|---" * (2 + len(STEPS)) + "|"]
+    for title, values in rows.items():
+        for method, numbers in values.items():
+            lines.append(f"| {' | '.join([title, method, *(f'{n:.3g}' for n in numbers)])} |")
+    lines += ["", f"{platform.processor() or platform.machine()}, torch {torch.__version__}", ""]
+    write_files(arguments.out, {"steps.md": "\n".join(lines)})
+    plot(rows, arguments.out / "steps.png")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,411 @@
+"""Learned timesteps, against a process whose limit is known in closed form."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ddim import DDIMInverseScheduler, DDIMPipeline, DDIMScheduler
+from ddim.noise import noise_from_seeds
+from ddim.process import sigma_ddim
+from ddim.schedule import SPACINGS, check_timesteps_by_steps, make_alphas_cumprod, make_betas
+from ddim.tuning import Tuned, _Judge, draw_timesteps, enough_steps, plot_timesteps, search, tune
+
+ALPHAS = make_alphas_cumprod(make_betas("linear", 1000))
+MEAN, STD = 0.2, 0.25
+
+
+class Gaussian(nn.Module):
+    """The exact epsilon of pixels N(MEAN, STD^2), and how often it was asked about how many pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.config = SimpleNamespace(sample_size=4, in_channels=1)
+        self.config.items = lambda: {"sample_size": 4, "in_channels": 1}.items()
+        self.asked = 0
+        self.patience = math.inf
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def forward(self, x: Tensor, t: Tensor) -> Any:
+        if self.asked >= self.patience:
+            raise KeyboardInterrupt
+        self.asked += len(x)
+        alpha = ALPHAS[int(t)]
+        epsilon = math.sqrt(1 - alpha) * (x - math.sqrt(alpha) * MEAN) / (alpha * STD**2 + 1 - alpha)
+        return SimpleNamespace(sample=epsilon)
+
+
+def limit(x: Tensor) -> Tensor:
+    """Where the paper's ODE (14) takes x at timestep 999: an affine map, which keeps quantiles."""
+    alpha = ALPHAS[-1]
+    return MEAN + STD * (x - math.sqrt(alpha) * MEAN) / math.sqrt(alpha * STD**2 + 1 - alpha)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def pipe() -> DDIMPipeline:
+    pipe = DDIMPipeline(Gaussian(), DDIMScheduler(), engine="eager")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def error(pipe: DDIMPipeline, timesteps: Sequence[int], order: int, seeds: Sequence[int] = range(100, 300)) -> float:
+    """To the closed form, by the pipeline itself."""
+    x = noise_from_seeds((len(seeds), 1, 4, 4), seeds, torch.device("cpu"))()
+    images = pipe(latents=x, timesteps=timesteps, order=order, output_type="pt").images
+    return float((images - (limit(x) / 2 + 0.5).clamp(0, 1)).square().mean())
+
+
+class TestTune:
+    @pytest.mark.parametrize(("order", "number"), [(1, 5), (2, 5), (2, 8)])
+    def test_it_is_better_than_every_formula(self, pipe: DDIMPipeline, order: int, number: int) -> None:
+        found = tune(pipe, number, order, codes=64, progress=False)
+        assert len(found.timesteps) == number
+        by_formula = {name: pipe.scheduler.make_timesteps(number, name) for name in SPACINGS}
+        errors = {name: error(pipe, steps, order) for name, steps in by_formula.items()}
+        assert error(pipe, found.timesteps, order) < 0.9 * min(errors.values())
+        # What it says of itself holds for other codes.
+        assert found.error == pytest.approx(error(pipe, found.timesteps, order), rel=0.25, abs=1e-6)
+        for name, told in found.classic.items():
+            assert told == pytest.approx(errors[name], rel=0.25, abs=1e-6)
+
+    def test_the_reference_is_the_limit(self, pipe: DDIMPipeline) -> None:
+        judge = _Judge(pipe, 2, 0.0, range(50), 64)
+        x = noise_from_seeds((50, 1, 4, 4), range(50), torch.device("cpu"))()
+        torch.testing.assert_close(judge._limit(0), limit(x).clamp(-1, 1), rtol=0, atol=2e-3)
+
+    def test_the_same_again(self, pipe: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = tune(pipe, 4, codes=8, progress=False)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+        assert tune(pipe, 4, codes=8, progress=False) == first
+        assert tune(pipe, 4, codes=8, seed=1000, progress=False) != first
+
+    def test_stopped_it_goes_on(self, pipe: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole = tune(pipe, 6, codes=8, progress=False)
+        cost = pipe.unet.asked
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+        pipe.unet.asked, pipe.unet.patience = 0, cost // 2
+        with pytest.raises(KeyboardInterrupt):
+            tune(pipe, 6, codes=8, progress=False)
+        pipe.unet.asked, pipe.unet.patience = 0, math.inf
+        assert tune(pipe, 6, codes=8, progress=False) == whole
+        # The reference is made anew, and little else.
+        assert pipe.unet.asked < 0.75 * cost
+        pipe.unet.asked = 0
+        assert tune(pipe, 6, codes=8, progress=False) == whole
+        assert pipe.unet.asked == 0
+
+    def test_kept_answers_change_nothing(self, pipe: DDIMPipeline) -> None:
+        """A run that takes over the network's answers comes to the error of one that asks for all."""
+        lists = [[900, 500, 200, 10], [900, 500, 100, 10], [900, 400, 100, 10], [950, 400, 100, 10]]
+        judge = _Judge(pipe, 2, 0.0, range(4), 64)
+        for timesteps in lists:
+            found = judge.error(timesteps)
+            judge.keep(timesteps)
+            (judge._path).unlink()
+            assert found == _Judge(pipe, 2, 0.0, range(4), 64).error(timesteps)
+
+    def test_another_model_is_another_search(self, pipe: DDIMPipeline) -> None:
+        judge = _Judge(pipe, 2, 0.0, range(4), 64)
+        judge.error([900, 0])
+        with torch.no_grad():
+            pipe.unet.weight.add_(1)
+        assert _Judge(pipe, 2, 0.0, range(4), 64)._errors == {}
+
+    def test_a_damaged_cache(self, pipe: DDIMPipeline) -> None:
+        judge = _Judge(pipe, 1, 0.0, range(4), 64)
+        expected = judge.error([900, 0])
+        judge._path.write_text("{")
+        assert _Judge(pipe, 1, 0.0, range(4), 64).error([900, 0]) == expected
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+            ({"order": 3}, "order is 3"),
+            ({"order": 2, "eta": 0.5}, "wants eta=0"),
+            ({"order": 1, "eta": -1}, "eta is -1"),
+            ({"codes": 0}, "codes is 0"),
+            ({"batch_size": 0}, "batch_size is 0"),
+        ],
+    )
+    def test_bad_input(self, pipe: DDIMPipeline, arguments: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            tune(pipe, **{"codes": 4, "progress": False} | arguments)
+
+
+class TestNoise:
+    def test_with_noise_too(self, pipe: DDIMPipeline) -> None:
+        found = tune(pipe, 5, 1, 1.0, codes=16, progress=False)
+        assert found.eta == 1
+        assert found.error <= min(found.classic.values())
+
+    def test_one_path(self, pipe: DDIMPipeline) -> None:
+        """What two steps add to x / sqrt(alpha) is what one over both adds."""
+        judge = _Judge(pipe, 1, 0.7, range(3), 64)
+
+        def added(timesteps: list[int]) -> Tensor:
+            steps = pipe.scheduler.make_steps([*timesteps, 0])[:-1]
+            draw = judge._noise(steps, (3, 1, 4, 4), 0)
+            total = torch.zeros(3, 1, 4, 4)
+            for step in steps:
+                fine = itertools.pairwise(range(step.timestep, step.prev_timestep - 1, -1))
+                weights = [sigma_ddim(ALPHAS[a], ALPHAS[b], 0.7) / math.sqrt(ALPHAS[b]) for a, b in fine]
+                total += math.sqrt(sum(weight**2 for weight in weights)) * draw()
+            return total
+
+        torch.testing.assert_close(added([900, 300]), added([900]), rtol=1e-4, atol=1e-4)
+
+    def test_it_is_standard(self, pipe: DDIMPipeline) -> None:
+        judge = _Judge(pipe, 1, 1.0, range(2000), 2000)
+        steps = pipe.scheduler.make_steps([500, 480], 1.0)
+        noise = judge._noise(steps, (2000, 1, 4, 4), 0)()
+        assert abs(float(noise.mean())) < 0.02
+        assert abs(float(noise.std()) - 1) < 0.02
+
+
+class TestSearch:
+    def test_it_finds_a_minimum(self) -> None:
+        target = [930, 610, 333, 90, 4]
+        found = search(
+            lambda steps: sum((a - b) ** 2 for a, b in zip(steps, target, strict=True)), [999, 700, 500, 300, 0], 1000
+        )
+        assert max(abs(a - b) for a, b in zip(found, target, strict=True)) <= 25
+
+    @pytest.mark.parametrize("start", [[9], [9, 8, 7], [2, 1, 0], list(range(9, -1, -1)), [5, 1]])
+    def test_lists_stay_valid(self, start: list[int]) -> None:
+        """By an error that likes nothing better than another list."""
+        seen: list[tuple[int, ...]] = []
+
+        def novelty(steps: Sequence[int]) -> float:
+            assert all(a > b for a, b in itertools.pairwise(steps))
+            assert max(steps) <= 9
+            assert min(steps) >= 0
+            assert len(steps) == len(start)
+            seen.append(tuple(steps))
+            return float(hash(tuple(steps)) % 1000)
+
+        search(novelty, start, 10)
+
+
+class TestEnough:
+    @pytest.mark.parametrize(("order", "tolerance"), [(1, 1e-3), (2, 1e-3), (1, 2e-4)])
+    def test_the_smallest_number(self, pipe: DDIMPipeline, order: int, tolerance: float) -> None:
+        number, told = enough_steps(pipe, tolerance, order)
+        assert told <= tolerance
+        seeds = range(32)
+        assert told == pytest.approx(
+            error(pipe, pipe.scheduler.make_timesteps(number, order=order), order, seeds), abs=2e-5
+        )
+        assert error(pipe, pipe.scheduler.make_timesteps(number - 1, order=order), order, seeds) > tolerance - 2e-5
+
+    def test_bad_input(self, pipe: DDIMPipeline) -> None:
+        with pytest.raises(ValueError, match="tolerance is 0"):
+            enough_steps(pipe, 0)
+        with pytest.raises(ValueError, match="200 steps come to an error of"):
+            enough_steps(pipe, 1e-12, codes=2)
+
+
+class TestScheduler:
+    LISTS: ClassVar[dict[str, list[int]]] = {"3": [900, 300, 20], "5": [999, 700, 300, 100, 3]}
+
+    def test_where_they_are_taken(self) -> None:
+        scheduler = DDIMScheduler(solver_order=2, timesteps_by_steps=self.LISTS)
+        assert scheduler.make_timesteps(3) == self.LISTS["3"]
+        assert scheduler.make_timesteps(np.int64(5)) == self.LISTS["5"]
+        plain = DDIMScheduler(solver_order=2)
+        assert scheduler.make_timesteps(4) == plain.make_timesteps(4)
+        assert scheduler.make_timesteps(3, "leading") == [666, 333, 0]
+        assert scheduler.make_timesteps(3, order=1) == [666, 333, 0]
+        scheduler.set_timesteps(3)
+        assert scheduler.timesteps.tolist() == self.LISTS["3"]
+        # What is given out is the caller's.
+        scheduler.make_timesteps(3).append(0)
+        assert scheduler.make_timesteps(3) == self.LISTS["3"]
+
+    def test_leading_at_order_2(self) -> None:
+        blend = DDIMScheduler(timestep_spacing="blend").make_timesteps(7)
+        assert DDIMScheduler(solver_order=2).make_timesteps(7) == blend
+        assert DDIMScheduler().make_timesteps(7, order=2) == blend
+        assert DDIMScheduler(timestep_spacing="linspace").make_timesteps(7, order=2) != blend
+
+    def test_the_pipeline_takes_them(self, pipe: DDIMPipeline) -> None:
+        pipe.scheduler = DDIMScheduler(timesteps_by_steps=self.LISTS)
+        found = pipe(seeds=[1], num_inference_steps=5, output_type="pt").images
+        assert torch.equal(found, pipe(seeds=[1], timesteps=self.LISTS["5"], output_type="pt").images)
+        assert pipe.latent_timesteps(5) == self.LISTS["5"]
+
+    def test_the_inverse(self) -> None:
+        inverse = DDIMInverseScheduler(timesteps_by_steps=self.LISTS)
+        inverse.set_timesteps(3)
+        assert inverse.timesteps.tolist() == self.LISTS["3"][::-1]
+        with pytest.raises(ValueError, match="solver_order is 2; a step of order 2 depends on"):
+            DDIMInverseScheduler.from_config(DDIMScheduler(solver_order=2).config)
+
+    def test_added(self) -> None:
+        found = Tuned([900, 300, 20], 0.1, {}, 2, 0.0)
+        scheduler = found.added_to(DDIMScheduler(timesteps_by_steps={"1": [500]}))
+        assert scheduler.config.timesteps_by_steps == {"3": [900, 300, 20]}
+        assert scheduler.config.solver_order == 2
+        more = Tuned([800, 0], 0.1, {}, 2, 0.0).added_to(scheduler)
+        assert more.config.timesteps_by_steps == {"3": [900, 300, 20], "2": [800, 0]}
+
+    @pytest.mark.parametrize(
+        ("lists", "message"),
+        [
+            ({"3": [900, 300]}, r"timesteps_by_steps\['3'\] has 2 timesteps"),
+            ({"x": [900]}, r"timesteps_by_steps\['x'\] has 1"),
+            ({"2": [300, 900]}, "strictly decreasing"),
+            ({"1": [1000]}, "between 0 and 999"),
+            ({"1": "9"}, "must be a list of whole numbers"),
+            ({"0": []}, "is empty"),
+        ],
+    )
+    def test_bad_lists(self, lists: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            DDIMScheduler(timesteps_by_steps=lists)
+
+    def test_no_mapping(self) -> None:
+        with pytest.raises(TypeError, match="must be a mapping"):
+            DDIMScheduler(timesteps_by_steps=[1, 2])  # type: ignore[arg-type]
+        assert check_timesteps_by_steps({2: (9, 0)}, 10) == {2: [9, 0]}
+
+
+class TestDrawing:
+    def test_text(self) -> None:
+        text = draw_timesteps({"a": [999, 0], "longer": [250]}, 1000, width=33)
+        assert text.splitlines() == [
+            "a       |" + "·" * 31 + "|",
+            "longer  " + "·" * 16 + "|" + "·" * 16,
+            "t       0" + " " * 29 + "999",
+        ]
+
+    def test_picture(self, tmp_path: Path) -> None:
+        plot_timesteps({"leading": [900, 500, 0], "learned": [999, 100, 3]}, tmp_path / "x.png")
+        with Image.open(tmp_path / "x.png") as image:
+            assert image.width > 300
+
+
+def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ddim", *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, make_unet: Callable[..., Any]) -> Iterator[tuple[Path, str]]:
+    """A folder with a tuned pipeline, and what the command printed."""
+    folder = tmp_path_factory.mktemp("tuned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        DDIMPipeline(make_unet(), DDIMScheduler()).save_pretrained(folder / "model")
+        arguments = ("tune", "model", "--steps", "2,3", "--codes", "2", "--out", "tuned", "--plot", "grid.png")
+        result = run(*arguments, folder=folder)
+        assert result.returncode == 0, result.stderr
+        yield folder, result.stdout
+
+
+class TestCommand:
+    def test_what_it_writes(self, tuned: tuple[Path, str]) -> None:
+        folder, printed = tuned
+        config = json.loads((folder / "tuned/scheduler/scheduler_config.json").read_text())
+        assert config["solver_order"] == 2
+        assert {key: len(value) for key, value in config["timesteps_by_steps"].items()} == {"2": 2, "3": 3}
+        for timesteps in config["timesteps_by_steps"].values():
+            assert f"timesteps {','.join(map(str, timesteps))}\n" in printed
+        assert "leading" in printed
+        assert printed.splitlines()[-1] == "tuned"
+        assert (folder / "grid.png").is_file()
+
+    def test_it_runs_here_and_in_diffusers(self, tuned: tuple[Path, str]) -> None:
+        folder, _ = tuned
+        pipe = DDIMPipeline.from_pretrained(folder / "tuned")
+        pipe.set_progress_bar_config(disable=True)
+        pipe(seeds=[0], num_inference_steps=3)
+        assert pipe.scheduler.timesteps.tolist() == pipe.scheduler.config.timesteps_by_steps["3"]
+        peer = diffusers.DDIMPipeline.from_pretrained(folder / "tuned")
+        peer.set_progress_bar_config(disable=True)
+        images = peer(num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0)).images
+        # As plain DDIM: what it does not know it ignores.
+        plain = pipe(
+            num_inference_steps=3, order=1, output_type="np", generator=torch.Generator().manual_seed(0)
+        ).images
+        np.testing.assert_allclose(images, plain, atol=1 / 255)
+
+    def test_codes_are_of_order_1(self, tuned: tuple[Path, str]) -> None:
+        pipe = DDIMPipeline.from_pretrained(tuned[0] / "tuned")
+        pipe.set_progress_bar_config(disable=True)
+        latents = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        images = pipe.decode(latents, 50, "pt").images
+        codes = pipe.encode(images * 2 - 1, 50, verify=False)
+        again = pipe.decode(codes, 50, "pt").images
+        assert float((again - images).square().mean()) < 1e-4
+        assert not torch.equal(pipe.decode(codes.latents, 50, "pt", order=2).images, again)
+        with pytest.raises(ValueError, match="order is 2; a step of order 2 depends on the one"):
+            pipe.encode(images, 50, order=2)
+        with pytest.raises(ValueError, match=r"pass \.latents"):
+            pipe.decode(codes, 50, order=2)
+
+    def test_nothing_is_overwritten(self, tuned: tuple[Path, str]) -> None:
+        folder, _ = tuned
+        result = run("tune", "model", "--steps", "2", "--codes", "2", "--out", "tuned", folder=folder)
+        assert result.returncode == 1
+        assert (
+            result.stderr == "ddim: tuned holds a pipeline; give another --out, or give it as the MODEL to add to it\n"
+        )
+
+    def test_as_many_steps_as_are_needed(self, tuned: tuple[Path, str]) -> None:
+        folder, _ = tuned
+        arguments = ("sample", "-m", "model", "-n", "1", "--steps", "auto")
+        result = run(*arguments, "--tolerance", "0.01", "-o", "x.png", folder=folder)
+        assert result.returncode == 0, result.stderr
+        number, _, told = result.stderr.splitlines()[0].partition(", mean squared error ")
+        assert float(told) <= 0.01
+        steps = number.split()[0]
+        assert run(*arguments[:-1], steps, "-o", "y.png", folder=folder).returncode == 0
+        assert (folder / "x.png").read_bytes() == (folder / "y.png").read_bytes()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["sample", "--steps", "some"], "--steps 'some' is neither a whole number nor auto"),
+            (["sample", "--steps", "auto", "--eta", "1"], "--steps auto is for the model's own timesteps and eta 0"),
+            (["sample", "--steps", "10", "--tolerance", "0.1"], "--tolerance goes with --steps auto"),
+            (["sample", "--steps", "auto", "--tolerance", "7"], "tolerance is 7.0; it must lie above 0"),
+            (["tune", "mnist", "--steps", "ten", "-o", "new"], "--steps 'ten' is no list of whole numbers"),
+            (["tune", "mnist", "--plot", "x.jpg", "-o", "new"], "x.jpg"),
+            (["tune", "nowhere", "-o", "new"], "nowhere"),
+        ],
+    )
+    def test_bad_input(self, tmp_path: Path, arguments: list[str], message: str) -> None:
+        result = run(*arguments, folder=tmp_path)
+        assert result.returncode == 1
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+        assert not (tmp_path / "new").exists()
