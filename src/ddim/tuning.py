@@ -284,7 +284,7 @@ class _Judge:
         self._errors = self._read()
 
     def error(self, timesteps: Sequence[int]) -> float:
-        """Mean squared error in [0, 1] along these timesteps, infinite for hopeless ones; what is known costs nothing."""
+        """Mean squared error in [0, 1] along these timesteps, infinite for hopeless ones; known ones cost nothing."""
         name = _name(timesteps)
         if name not in self._errors:
             self._errors[name] = self._measure(list(timesteps))
