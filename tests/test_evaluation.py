@@ -336,8 +336,11 @@ class TestTables:
         assert table.columns == ["", "2", "3"]
         assert [name for name, _ in table.rows] == ["eta = 0", "eta = 0.2", "eta = 0.5", "eta = 1", "sigma-hat"]
         real = torch.cat([features(batch) for batch in digits.batches()])
-        for row, settings in ((2, {"eta": 0.5}), (4, {"eta": 1.0, "use_sigma_hat": True})):
-            painted = paint_set(small, 12, 3, num_inference_steps=3, **settings)
+        # As the authors' code clips: x_0 and epsilon with sigma-hat, else nothing.
+        sigma_hat = {"eta": 1.0, "use_sigma_hat": True, "use_clipped_model_output": True}
+        for row, settings in ((2, {"eta": 0.5}), (4, sigma_hat)):
+            painter = DDIMPipeline(small.unet, DDIMScheduler(clip_sample=row == 4))
+            painted = paint_set(painter, 12, 3, num_inference_steps=3, **settings)
             expected = frechet(torch.cat([features(batch) for batch in painted.batches()]), real)
             assert table.rows[row][1][1] == pytest.approx(expected, rel=1e-4)
         # Interrupted, it goes on: what is there is not painted again.

@@ -97,7 +97,8 @@ def paint_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = "sample
         count: how many.
         seed: of the first.
         name: of the set.
-        settings: `eta`, `num_inference_steps`, `timesteps`, `use_sigma_hat` of `DDIMPipeline.__call__`.
+        settings: `eta`, `num_inference_steps`, `timesteps`, `order`, `use_sigma_hat` and `use_clipped_model_output` of
+            `DDIMPipeline.__call__`.
     """
     fast = DDIMPipeline(pipe.unet, pipe.scheduler, pipe.engine)
     fast.set_progress_bar_config(disable=True)

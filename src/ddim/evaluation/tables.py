@@ -6,9 +6,13 @@
   and exactly.
 - Figure 4: seconds of painting, and the Fréchet distance, against the number of steps, eta = 0.
 
-The paper's settings: `quad` timesteps for CIFAR-10, uniform (`leading`) ones elsewhere, x_0 clipped as the model's
-scheduler says, averaged weights, 50,000 samples. Each cell is kept in a file by a hash of everything that changes it,
-so that an interrupted table goes on.
+The paper's settings: `quad` timesteps for CIFAR-10, uniform (`leading`) ones elsewhere, averaged weights, 50,000
+samples, and clipping as in the authors' code (`functions/denoising.py` of ermongroup/ddim): the predicted x_0 is left
+as it is for every eta, and clipped with sigma-hat, where epsilon follows it. Clipping without that, which is what a
+scheduler with `clip_sample` does, adds something of its own at every step, however small, so that eta = 0 tends to no
+limit as steps become many.
+
+Each cell is kept in a file by a hash of everything that changes it, so that an interrupted table goes on.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from ddim.pipeline import DDIMPipeline
 STEPS = (10, 20, 50, 100, 1000)
 STEPS_2 = (10, 20, 50, 100, 200, 500, 1000)
 SIGMA_HAT = "sigma-hat"
+SIGMA_HAT_SETTINGS = {"eta": 1.0, "use_sigma_hat": True, "use_clipped_model_output": True}
 ROWS: tuple[float | str, ...] = (0.0, 0.2, 0.5, 1.0, SIGMA_HAT)
 PUBLISHED_1: dict[str, dict[float | str, tuple[float, ...]]] = {
     "CIFAR-10": {
@@ -55,6 +60,7 @@ PUBLISHED_1: dict[str, dict[float | str, tuple[float, ...]]] = {
 PUBLISHED_2 = dict(zip(STEPS_2, (0.014, 0.0065, 0.0023, 0.0009, 0.0004, 0.0001, 0.0001), strict=True))
 """On CIFAR-10."""
 
+CLIPPING = "with sigma-hat only"
 CIFAR_SHAPE = (3, 32, 32)
 PUBLISHED_ON = {CIFAR_SHAPE: "CIFAR-10", (3, 64, 64): "CelebA"}
 """Pictures of these shapes are taken for those of the paper's data sets."""
@@ -113,18 +119,18 @@ def table_1(
         steps: the columns.
         team: the processes that share the work.
     """
-    cells = _Cells(pipe, {"count": count, "seed": seed, "features": identity(extractor)}, team)
+    cells = _Cells(pipe, _settings(count, seed, extractor), team)
     real = compute_features(reference, extractor, team)
     rows: list[tuple[str, list[float | None]]] = []
     for eta in ROWS:
         values: list[float | None] = []
         for number in steps:
-            settings = {"num_inference_steps": number, "eta": 1.0 if eta == SIGMA_HAT else float(eta)}
-            settings["use_sigma_hat"] = eta == SIGMA_HAT
+            settings: dict[str, Any] = {"num_inference_steps": number}
+            settings |= SIGMA_HAT_SETTINGS if eta == SIGMA_HAT else {"eta": float(eta)}
 
             def measure(settings: dict[str, Any] = settings, eta: float | str = eta) -> dict[str, float]:
                 name = f"{settings['num_inference_steps']} steps, {_row(eta)}"
-                painted = paint_set(pipe, count, seed, name, **settings)
+                painted = paint_set(_clipping(pipe, eta == SIGMA_HAT), count, seed, name, **settings)
                 return {"fid": frechet(compute_features(painted, extractor, team).values, real.values)}
 
             values.append(cells.get({"table": 1, "reference": real.sha256} | settings, measure)["fid"])
@@ -182,13 +188,13 @@ def figure_4(
     team: Team = ALONE,
 ) -> Table:
     """Seconds and Fréchet distance of `count` pictures, eta = 0; the times are of this machine."""
-    cells = _Cells(pipe, {"count": count, "seed": seed, "features": identity(extractor)}, team)
+    cells = _Cells(pipe, _settings(count, seed, extractor), team)
     real = compute_features(reference, extractor, team)
     results = []
     for number in steps:
 
         def measure(number: int = number) -> dict[str, float]:
-            painted = paint_set(pipe, count, seed, f"{number} steps", num_inference_steps=number)
+            painted = paint_set(_clipping(pipe, False), count, seed, f"{number} steps", num_inference_steps=number)
             started = time.perf_counter()
             found = compute_features(painted, extractor, team)
             seconds = time.perf_counter() - started
@@ -226,17 +232,29 @@ def plot(table: Table, path: Path) -> None:
         figure.savefig(temporary)
 
 
+def _settings(count: int, seed: int, extractor: nn.Module) -> dict[str, Any]:
+    return {"count": count, "seed": seed, "features": identity(extractor), "clipping": CLIPPING}
+
+
+def _clipping(pipe: DDIMPipeline, clip_sample: bool) -> DDIMPipeline:
+    """The pipeline, clipping or not."""
+    scheduler = pipe.scheduler.from_config(pipe.scheduler.config, clip_sample=clip_sample, thresholding=False)
+    return DDIMPipeline(pipe.unet, scheduler, pipe.engine)
+
+
 class _Cells:
     """Results kept by a hash of what changes them."""
 
     def __init__(self, pipe: DDIMPipeline, settings: dict[str, Any], team: Team) -> None:
         self._team = team
-        config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
-        self._key = settings | {
-            "model_sha256": model_sha256(pipe),
-            "scheduler": config,
+        # Whether it clips is the table's affair.
+        config = {
+            key: value
+            for key, value in pipe.scheduler.config.items()
+            if not key.startswith("_") and key not in ("clip_sample", "thresholding")
         }
-        self.settings = settings | {"spacing": config["timestep_spacing"], "clip_sample": config["clip_sample"]}
+        self._key = settings | {"model_sha256": model_sha256(pipe), "scheduler": config}
+        self.settings = settings | {"spacing": config["timestep_spacing"]}
 
     def get(self, key: dict[str, Any], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         text = to_json(self._key | key)
