@@ -130,7 +130,7 @@ def table_1(
 
             def measure(settings: dict[str, Any] = settings, eta: float | str = eta) -> dict[str, float]:
                 name = f"{settings['num_inference_steps']} steps, {_row(eta)}"
-                painted = paint_set(_clipping(pipe, eta == SIGMA_HAT), count, seed, name, **settings)
+                painted = paint_set(_papers(pipe, eta == SIGMA_HAT), count, seed, name, **settings)
                 return {"fid": frechet(compute_features(painted, extractor, team).values, real.values)}
 
             values.append(cells.get({"table": 1, "reference": real.sha256} | settings, measure)["fid"])
@@ -194,7 +194,7 @@ def figure_4(
     for number in steps:
 
         def measure(number: int = number) -> dict[str, float]:
-            painted = paint_set(_clipping(pipe, False), count, seed, f"{number} steps", num_inference_steps=number)
+            painted = paint_set(_papers(pipe, False), count, seed, f"{number} steps", num_inference_steps=number)
             started = time.perf_counter()
             found = compute_features(painted, extractor, team)
             seconds = time.perf_counter() - started
@@ -236,9 +236,10 @@ def _settings(count: int, seed: int, extractor: nn.Module) -> dict[str, Any]:
     return {"count": count, "seed": seed, "features": identity(extractor), "clipping": CLIPPING}
 
 
-def _clipping(pipe: DDIMPipeline, clip_sample: bool) -> DDIMPipeline:
-    """The pipeline, clipping or not."""
-    scheduler = pipe.scheduler.from_config(pipe.scheduler.config, clip_sample=clip_sample, thresholding=False)
+def _papers(pipe: DDIMPipeline, clip_sample: bool) -> DDIMPipeline:
+    """The pipeline as in the paper: order 1, formulas for timesteps; clipping or not."""
+    settings = {"clip_sample": clip_sample, "thresholding": False, "solver_order": 1, "timesteps_by_steps": None}
+    scheduler = pipe.scheduler.from_config(pipe.scheduler.config, **settings)
     return DDIMPipeline(pipe.unet, scheduler, pipe.engine)
 
 
@@ -247,12 +248,9 @@ class _Cells:
 
     def __init__(self, pipe: DDIMPipeline, settings: dict[str, Any], team: Team) -> None:
         self._team = team
-        # Whether it clips is the table's affair.
-        config = {
-            key: value
-            for key, value in pipe.scheduler.config.items()
-            if not key.startswith("_") and key not in ("clip_sample", "thresholding")
-        }
+        # The rest is the tables' own affair.
+        own = ("clip_sample", "thresholding", "solver_order", "timesteps_by_steps")
+        config = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_" and key not in own}
         self._key = settings | {"model_sha256": model_sha256(pipe), "scheduler": config}
         self.settings = settings | {"spacing": config["timestep_spacing"]}
 
