@@ -7,7 +7,8 @@ Pictures painted from the same codes in S steps and in very many differ by the e
 in [0, 1], as the mean squared errors of Table 2 in arXiv 2010.02502. The paper picks its subsequences tau by formula
 (appendix D.2). `tune` searches for the one of length S with the least error for a given model:
 
-1. it starts from the best of the formulas of `ddim.schedule.SPACINGS`;
+1. it starts from the best of the formulas of `ddim.schedule.SPACINGS`; best by the mean of the codes' roots of their
+   errors, here and below, because a few codes that end in another picture altogether would decide the plain mean;
 2. it moves one timestep between its neighbours, or stretches all timesteps from one on towards 0 or away from it, and
    keeps what lowers the error, with shorter and shorter moves.
 
@@ -127,7 +128,7 @@ def tune(
 
         def error(timesteps: Sequence[int]) -> float:
             bar.update()
-            return judge.error(timesteps)
+            return judge.typical(timesteps)
 
         errors = {name: error(steps) for name, steps in formulas.items()}
         start = min(errors, key=lambda name: errors[name])
@@ -285,33 +286,44 @@ class _Judge:
 
     def error(self, timesteps: Sequence[int]) -> float:
         """Mean squared error in [0, 1] along these timesteps, infinite for hopeless ones; known ones cost nothing."""
+        return self._mean([squared for squared, _ in self._known(timesteps)])
+
+    def typical(self, timesteps: Sequence[int]) -> float:
+        """The same for the mean of the codes' roots of their mean squared errors."""
+        return self._mean([root for _, root in self._known(timesteps)])
+
+    def _known(self, timesteps: Sequence[int]) -> list[tuple[float, float]]:
         name = _name(timesteps)
         if name not in self._errors:
             self._errors[name] = self._measure(list(timesteps))
             self._write()
-        errors = self._errors[name]
-        if len(errors) < len(self._parts):
+        return self._errors[name]
+
+    def _mean(self, values: list[float]) -> float:
+        """Over all codes, from the means of parts."""
+        if len(values) < len(self._parts):
             return math.inf
-        return sum(e * len(part) for e, part in zip(errors, self._parts, strict=True)) / sum(map(len, self._parts))
+        return sum(e * len(part) for e, part in zip(values, self._parts, strict=True)) / sum(map(len, self._parts))
 
     def keep(self, timesteps: Sequence[int]) -> None:
         """Compare what follows with these timesteps, the best so far."""
-        self._best = self._errors[_name(timesteps)]
+        self._best = [root for _, root in self._errors[_name(timesteps)]]
         if self._latest[0] == list(timesteps):
             self._kept = self._latest
 
-    def _measure(self, timesteps: list[int]) -> list[float]:
-        """Errors of the parts; of the first of them, if those are hopeless."""
+    def _measure(self, timesteps: list[int]) -> list[tuple[float, float]]:
+        """Both errors of the parts; of the first of them, if those are hopeless."""
         steps = self.pipe.scheduler.make_steps(timesteps, self.eta, order=self.order)
         kept, outputs = self._kept
         same = next((i for i, (a, b) in enumerate(zip(kept, timesteps, strict=False)) if a != b), len(kept))
-        errors: list[float] = []
+        errors: list[tuple[float, float]] = []
         self._latest = timesteps, []
         for part in range(len(self._parts)):
             pictures, said = self._walk(steps, part, outputs[part][:same] if outputs else [], clip=True)
             self._latest[1].append(said)
-            errors.append(float(((pictures - self._limit(part)) / 2).double().square().mean()))
-            if self._best and sum(errors) > HOPELESS * sum(self._best[: len(errors)]):
+            squared = ((pictures - self._limit(part)) / 2).double().square().flatten(1).mean(1)
+            errors.append((float(squared.mean()), float(squared.sqrt().mean())))
+            if self._best and sum(root for _, root in errors) > HOPELESS * sum(self._best[: len(errors)]):
                 break
         return errors
 
@@ -364,11 +376,11 @@ class _Judge:
 
         return draw().__next__
 
-    def _read(self) -> dict[str, list[float]]:
+    def _read(self) -> dict[str, list[tuple[float, float]]]:
         """What is known; a damaged file is as good as none."""
         try:
             known = json.loads(self._path.read_text())
-            return {str(name): [float(value) for value in values] for name, values in known.items()}
+            return {str(name): [(float(squared), float(root)) for squared, root in e] for name, e in known.items()}
         except (OSError, ValueError, AttributeError, TypeError):
             return {}
 
