@@ -156,13 +156,16 @@ def test_quad_is_the_papers_without_repeats(S: int) -> None:
 @pytest.mark.parametrize("S", [1, 2, 10, 50, 300])
 def test_blend_is_equal_steps_of_its_variable(S: int) -> None:
     timesteps = np.array(make_timesteps("blend", S, LINEAR))
-    w = timesteps / T + np.sqrt(timesteps / T)
-    expected = (S - np.arange(S)) / S * w[0]
+
+    def w(u: np.ndarray) -> np.ndarray:
+        return u + np.log(1 + 200 * u) / 20
+
+    expected = (S - np.arange(S)) / S * w(timesteps / T)[0]
     assert timesteps[0] == T - 1
     # Rounding to whole timesteps, but for the small ones, which are kept apart.
     apart = timesteps > 3 * S**0.5
-    off = np.abs(w - expected)[apart]
-    assert np.all(off <= 0.6 * (1 / T + np.sqrt((timesteps + 1) / T) - np.sqrt(timesteps / T))[apart])
+    off = np.abs(w(timesteps / T) - expected)[apart]
+    assert np.all(off <= 0.6 * (w((timesteps + 1) / T) - w(timesteps / T))[apart])
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)

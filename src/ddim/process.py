@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-BEND = 0.12
+BEND = 0.06
 """The angle, and nearly the ratio of noise to signal, at which the variable of `second_order` turns from an angle into
 a logarithm; docs/fewer-steps.md has what was measured.
 """

@@ -29,6 +29,8 @@ SPACINGS = ("leading", "trailing", "linspace", "quad", "logsnr", "blend")
 MAX_BETA_COSINE = 0.999
 QUAD_REACH = 0.8
 SIGMOID_REACH = 6.0
+BLEND_BEND, BLEND_SHARE, BLEND_FINENESS = 1 / 200, 1 / 20, 100
+"""Of `blend`, below; it is looked up between so many places a timestep."""
 
 
 def make_betas(
@@ -129,8 +131,9 @@ def make_timesteps(
       S = 30 on for T = 1000; a repeated timestep is an identity step in the paper's code, so that it is left
       out here and fewer than S steps give the same picture;
     - `logsnr`: S timesteps nearest to equal steps in log(alphas_cumprod / (1 - alphas_cumprod)), all distinct;
-    - `blend`: S timesteps nearest to equal steps in u + sqrt(u), u = t / T, down from T - 1 and ending one step above
-      0, all distinct: like `trailing` where there is much noise, with shorter steps where there is little. For order 2.
+    - `blend`: S timesteps nearest to equal steps in u + log(1 + 200 u) / 20, u = t / T, down from T - 1 and ending one
+      step above 0, all distinct: like `trailing` where there is much noise, with shorter steps where there is little.
+      For order 2.
 
     Args:
         spacing: one of `SPACINGS`.
@@ -166,9 +169,11 @@ def make_timesteps(
     elif spacing == "quad":
         ascending = np.unique((np.linspace(0, np.sqrt(T * QUAD_REACH), S) ** 2).astype(np.int64))
     elif spacing == "blend":
-        largest = (T - 1) / T
-        w = (largest + math.sqrt(largest)) * np.arange(1, S + 1) / S
-        ascending = _distinct(np.round(T * ((np.sqrt(1 + 4 * w) - 1) / 2) ** 2).astype(np.int64), T - 1)
+        u = np.arange(T * BLEND_FINENESS) / (T * BLEND_FINENESS)
+        w = u + np.log1p(u / BLEND_BEND) * BLEND_SHARE
+        end = float(np.interp((T - 1) / T, u, w))
+        steps = np.interp(np.arange(1, S + 1) / S * end, w, u)
+        ascending = _distinct(np.round(T * steps).astype(np.int64), T - 1)
     elif spacing == "logsnr":
         ascending = _equal_log_snr(S, alphas_cumprod)
     else:
