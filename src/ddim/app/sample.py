@@ -80,7 +80,7 @@ class Settings:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # as `Endpoint`
 class Painted:
     """Pictures, and the settings they were painted with."""
 

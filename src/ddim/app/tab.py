@@ -41,7 +41,7 @@ AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visib
 """How an event that asks no network is answered."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # Gradio hashes what a session keeps, and pictures have no hash.
 class Endpoint:
     """A point that an interpolation goes through: the code of a seed, or a picture, which will be encoded.
 
