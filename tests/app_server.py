@@ -1,9 +1,9 @@
 """`ddim app` in a process of its own, for the tests of the page and its endpoints.
 
-    with AppServer(folder) as server:
-        server.url                     # http://127.0.0.1:...
-        server.client()                # a gradio_client
-        server.memory()                # resident bytes
+with AppServer(folder) as server:
+    server.url                     # http://127.0.0.1:...
+    server.client()                # a gradio_client
+    server.memory()                # resident bytes
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def walk_through(page: Page, look: str) -> None:
     page.mouse.down()
     page.mouse.move(box["x"] + 0.45 * box["width"], box["y"] + 0.8 * box["height"], steps=5)
     page.mouse.up()
-    button(page, "Take").click()
+    button(page, "Take the drawing").click()
     expect(page.locator("#seen")).to_contain_text("28 x 28")
     set_number(page, "number input for Steps", 10)
     button(page, "Invert").click()

@@ -13,7 +13,20 @@ from PIL import Image
 from ddim.app import inputs, page
 from ddim.app.pictures import Cell, data_url, grid
 from ddim.app.runs import Result, Run
-from ddim.app.tab import AT_ONCE, RUN, Endpoint, Plan, Shared, Updates, fit, following, fresh_folder, number
+from ddim.app.tab import (
+    AT_ONCE,
+    RUN,
+    Endpoint,
+    Plan,
+    Shared,
+    Updates,
+    answering,
+    fit,
+    following,
+    fresh_folder,
+    listed,
+    number,
+)
 from ddim.images import save_animation
 from ddim.noise import noise_from_seeds
 from ddim.pipeline import DDIMPipeline
@@ -143,17 +156,6 @@ def show(result: Walk) -> str:
 <div class="strip">{grid(cells, (height, width), "All frames")}</div>"""
 
 
-def listed(endpoints: Sequence[Endpoint]) -> str:
-    """The endpoints as HTML; a click takes one away."""
-    if not endpoints:
-        return "<p>No endpoints yet: pin pictures in the tab Sample, or add seeds and files below.</p>"
-    cells = [
-        Cell(endpoint.picture, endpoint.label, endpoint.label, act="Remove", value=index)
-        for index, endpoint in enumerate(endpoints)
-    ]
-    return grid(cells, (1, 1), "Endpoints")
-
-
 def save(result: Walk, folder: str | Path) -> str:
     """The path of an animation."""
     return str(save_animation(result.frames, fresh_folder(folder) / "walk.webp"))
@@ -166,10 +168,10 @@ def tab(shared: Shared) -> None:
         "which Gaussian noise lies, becomes one picture turning into another.",
         "A picture has a code as well: it is found by walking DDIM backwards, and the path then goes through it.",
     )
-    endpoints = gr.HTML(listed([]), js_on_load=page.CLICKS, elem_id="endpoints", min_height=130)
+    shared.listing.render()
     with gr.Row(equal_height=False):
         with gr.Column(min_width=260):
-            with gr.Row(equal_height=True):
+            with gr.Row(equal_height=False, elem_classes="ends"):
                 seeds = gr.Textbox("3, 14", label="Seeds", max_lines=1, scale=3, min_width=120)
                 add_seeds = gr.Button("Add seeds", scale=1, min_width=110)
             files = gr.File(label="Pictures", file_count="multiple", type="filepath", height=120)
@@ -192,7 +194,8 @@ def tab(shared: Shared) -> None:
 
         def done(result: Result[list[Endpoint]]) -> Updates:
             words = page.status(f"{number(len(result.value), 'endpoint')} added.")
-            return {status: words, shared.endpoints: [*there, *result.value]}
+            endpoints = [*there, *result.value]
+            return {status: words, shared.endpoints: endpoints, shared.listing: listed(endpoints)}
 
         return Plan("Adding", lambda run: find(run, shared.models.open(model), numbers, pictures), lambda _: {}, done)
 
@@ -202,9 +205,10 @@ def tab(shared: Shared) -> None:
     def more_files(model: str, there: list[Endpoint], paths: Any) -> Plan[list[Endpoint]]:
         return more(model, there, (), paths or ())
 
-    def remove(there: list[Endpoint], event: gr.EventData) -> list[Endpoint]:
+    def remove(there: list[Endpoint], event: gr.EventData) -> Updates:
         index = inputs.whole("endpoint", event.value, 0, len(there) - 1)
-        return [endpoint for i, endpoint in enumerate(there) if i != index]
+        endpoints = [endpoint for i, endpoint in enumerate(there) if i != index]
+        return {shared.endpoints: endpoints, shared.listing: listed(endpoints)}
 
     def prepare(model: str, ends: list[Endpoint], frames: Any, steps: Any, closed: Any) -> Plan[Walk]:
         settings = Settings.checked(frames, steps, closed)
@@ -222,11 +226,14 @@ def tab(shared: Shared) -> None:
             [add_seeds.click, seeds.submit],
             following(more_seeds, status),
             [shared.model, shared.endpoints, seeds],
-            [status, shared.endpoints],
+            [status, shared.endpoints, shared.listing],
             **RUN,
         ),
         files.upload(
-            following(more_files, status), [shared.model, shared.endpoints, files], [status, shared.endpoints], **RUN
+            following(more_files, status),
+            [shared.model, shared.endpoints, files],
+            [status, shared.endpoints, shared.listing],
+            **RUN,
         ),
         go.click(
             following(prepare, status),
@@ -236,5 +243,6 @@ def tab(shared: Shared) -> None:
         ),
     ]
     stop.click(lambda: page.status("Stopped."), None, status, cancels=found, **AT_ONCE)
-    endpoints.select(remove, shared.endpoints, shared.endpoints, **AT_ONCE)
-    shared.endpoints.change(listed, shared.endpoints, endpoints, **AT_ONCE)
+    shared.listing.select(
+        answering(remove, status), shared.endpoints, [status, shared.endpoints, shared.listing], **AT_ONCE
+    )

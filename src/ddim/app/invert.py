@@ -146,7 +146,7 @@ element.addEventListener('click', (event) => {
 """White strokes on black; the drawing is sent when it is taken."""
 
 CANVAS = """<div class="draw"><canvas width="280" height="280" role="img" aria-label="Draw here"></canvas>
-<button type="button" data-take>Take</button> <button type="button" data-clear>Clear</button></div>"""
+<button type="button" data-take>Take the drawing</button> <button type="button" data-clear>Clear</button></div>"""
 
 
 def drawing(address: Any) -> Image.Image:

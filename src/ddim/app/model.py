@@ -9,7 +9,7 @@ import gradio as gr
 
 from ddim.app import page
 from ddim.app.runs import Result, Run
-from ddim.app.tab import AT_ONCE, RUN, Plan, Shared, Updates, following
+from ddim.app.tab import AT_ONCE, RUN, Plan, Shared, Updates, following, listed
 
 
 def about(facts: dict[str, Any]) -> str:
@@ -39,7 +39,7 @@ def tab(shared: Shared) -> None:
     first = shared.models.names[0]
     facts = shared.models.facts(first)
     page.lead("What the other tabs run. Others are opened by their names, or by ids of the Hugging Face hub.")
-    with gr.Row(equal_height=True):
+    with gr.Row(equal_height=False, elem_classes="ends"):
         name = gr.Dropdown(shared.models.names, value=first, allow_custom_value=True, label="Model", scale=3,
                            min_width=200)  # fmt: skip
         go = gr.Button("Open", variant="primary", scale=1, min_width=96)
@@ -70,4 +70,4 @@ def tab(shared: Shared) -> None:
 
     go.click(following(prepare, status), name, [status, shared.model, size, settings, text], **RUN)
     # What was pinned are pictures and codes of another model.
-    shared.model.change(list, None, shared.endpoints, **AT_ONCE)
+    shared.model.change(lambda: ([], listed([])), None, [shared.endpoints, shared.listing], **AT_ONCE)

@@ -49,8 +49,13 @@ CSS = """
 .draw canvas { width: min(100%, 280px); aspect-ratio: 1; border-radius: 8px; background: #000; touch-action: none;
   cursor: crosshair; display: block; margin-bottom: 8px; }
 table.facts { border-collapse: collapse; width: 100%; max-width: 46em; font-variant-numeric: tabular-nums; }
-table.facts th, table.facts td { text-align: start; padding: 4px 12px 4px 0; vertical-align: top;
-  border-bottom: 1px solid var(--border-color-primary); overflow-wrap: anywhere; font-weight: inherit; }
+table.facts, table.facts tr, table.facts th, table.facts td { border: 0 !important; }
+table.facts th, table.facts td { text-align: start; padding: 5px 12px 5px 0 !important; vertical-align: top;
+  border-bottom: 1px solid var(--border-color-primary) !important; overflow-wrap: anywhere; font-weight: inherit; }
+.ways { display: grid; gap: 24px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); }
+.ways h3 { margin: 0 0 8px; } .ways .pictures.fixed { --size: 132px; margin-bottom: 8px; }
+#seen .pictures.fixed { --size: 160px; }
+.ends { align-items: flex-end; } .ends button { min-height: 44px; }
 table.facts th { width: 40%; color: var(--body-text-color-subdued); }
 :focus-visible { outline: 3px solid var(--color-accent); outline-offset: 2px; }
 @media (max-width: 640px) {

@@ -94,10 +94,14 @@ class Run:
         """
         return _Pipeline(base, scheduler, self)
 
-    def step(self, done: int, total: int) -> None:
-        """Tell that a step is done; `Cancelled` if the run shall stop."""
+    def check(self) -> None:
+        """`Cancelled` if the run shall stop."""
         if self._cancelled.is_set():
             raise Cancelled
+
+    def step(self, done: int, total: int) -> None:
+        """Tell that a step is done; `Cancelled` if the run shall stop."""
+        self.check()
         now = time.monotonic()
         if now - self._told >= SECONDS_BETWEEN or done == total:
             self._told = now
@@ -158,7 +162,7 @@ async def start(work: Callable[[Run], T]) -> AsyncIterator[Step | Preview | Resu
     def do() -> T:
         try:
             run.started = time.monotonic()
-            run.step(0, 0)
+            run.check()
             return work(run)
         finally:
             tell(None)

@@ -14,7 +14,19 @@ from PIL import Image
 from ddim.app import inputs, page
 from ddim.app.pictures import Cell, grid
 from ddim.app.runs import Result, Run
-from ddim.app.tab import AT_ONCE, RUN, Endpoint, Plan, Shared, Updates, following, fresh_folder, number
+from ddim.app.tab import (
+    AT_ONCE,
+    RUN,
+    Endpoint,
+    Plan,
+    Shared,
+    Updates,
+    answering,
+    following,
+    fresh_folder,
+    listed,
+    number,
+)
 from ddim.images import save_images
 from ddim.pipeline import DDIMPipeline
 from ddim.schedule import SPACINGS
@@ -142,7 +154,7 @@ def tab(shared: Shared) -> None:
             steps = gr.Slider(1, inputs.MAX_STEPS, start.num_inference_steps, step=1, label="Steps",
                               info="Network evaluations a picture: fewer are faster, more are finer.")  # fmt: skip
             count = gr.Slider(1, inputs.MAX_COUNT, start.count, step=1, label="Pictures")
-            with gr.Row(equal_height=True):
+            with gr.Row(equal_height=False, elem_classes="ends"):
                 seed = gr.Number(start.seed, label="Seed", precision=0, minimum=0, maximum=inputs.MAX_SEED, scale=3,
                                  min_width=120, info="Picture i is that of seed + i.")  # fmt: skip
                 die = gr.Button("New seed", scale=1, min_width=96)
@@ -161,8 +173,8 @@ def tab(shared: Shared) -> None:
             pictures = gr.HTML(grid([Cell(None, " ")] * start.count, (1, 1), "Pictures"), js_on_load=page.CLICKS,
                                elem_id="sample-pictures")  # fmt: skip
             with gr.Row():
-                as_grid = gr.DownloadButton("Grid as PNG", interactive=False, min_width=120)
-                as_array = gr.DownloadButton("Array as NPZ", interactive=False, min_width=120)
+                as_grid = gr.DownloadButton("Grid as PNG", interactive=False, size="md", min_width=120)
+                as_array = gr.DownloadButton("Array as NPZ", interactive=False, size="md", min_width=120)
             with gr.Accordion("The same in Python and on the command line", open=False):
                 python = gr.Code(start.as_python(shared.models.names[0]), language="python", label="Python")
                 command = gr.Code(start.as_command(shared.models.names[0]), language="shell", label="Command line")
@@ -192,16 +204,19 @@ def tab(shared: Shared) -> None:
 
         return Plan("Painting", lambda run: paint(run, shared.models.open(model), settings), preview, done)
 
-    def pin(last: Painted | None, endpoints: list[Endpoint], event: gr.EventData) -> tuple[Any, Any]:
+    def pin(last: Painted | None, endpoints: list[Endpoint], event: gr.EventData) -> Updates:
         if last is None:
-            return gr.skip(), gr.skip()
+            return {}
         index = inputs.whole("picture", event.value, 0, len(last.images) - 1)
         others = [endpoint for endpoint in endpoints if endpoint.picture is not last.images[index]]
         if len(others) == len(endpoints) == inputs.MAX_CODES:
-            gr.Warning(f"{inputs.MAX_CODES} pictures are pinned; click one of them to make room.")
-            return gr.skip(), gr.skip()
+            raise ValueError(f"{inputs.MAX_CODES} pictures are pinned; click one of them to make room")
         endpoints = others if len(others) < len(endpoints) else [*endpoints, last.endpoint(index)]
-        return endpoints, show(last.images, last.settings, endpoints, final=True)
+        return {
+            shared.endpoints: endpoints,
+            shared.listing: listed(endpoints),
+            pictures: show(last.images, last.settings, endpoints, final=True),
+        }
 
     run = gr.on(
         [go.click, seed.submit],
@@ -212,4 +227,9 @@ def tab(shared: Shared) -> None:
     )
     stop.click(lambda: page.status("Stopped."), None, status, cancels=run, **AT_ONCE)
     die.click(None, None, seed, js=RANDOM_SEED, **AT_ONCE)
-    pictures.select(pin, [painted, shared.endpoints], [shared.endpoints, pictures], **AT_ONCE)
+    pictures.select(
+        answering(pin, status),
+        [painted, shared.endpoints],
+        [status, shared.endpoints, shared.listing, pictures],
+        **AT_ONCE,
+    )

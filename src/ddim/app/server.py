@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ddim.app import api, interpolate, invert, model, page, runs, sample, steps
 from ddim.app.inputs import MAX_MEGABYTES
 from ddim.app.models import Models
-from ddim.app.tab import Shared
+from ddim.app.tab import Shared, listed
 
 MAX_WAITING = 16
 """Runs that wait; one more is told that the queue is full."""
@@ -75,7 +75,8 @@ def build(models: Models, files: str) -> gr.Blocks:
         files: a folder for what it offers for download.
     """
     with gr.Blocks(title="ddim", analytics_enabled=False, delete_cache=(KEPT_FOR, KEPT_FOR)) as blocks:
-        shared = Shared(models, gr.State(models.names[0]), gr.State([]), get_upload_folder(), files)
+        listing = gr.HTML(listed([]), js_on_load=page.CLICKS, elem_id="endpoints", min_height=130, render=False)
+        shared = Shared(models, gr.State(models.names[0]), gr.State([]), listing, get_upload_folder(), files)
         page.header()
         for name, tab in (
             ("Sample", sample.tab),
@@ -133,7 +134,7 @@ def serve(
             quiet=True,
             prevent_thread_lock=True,
             max_file_size=MAX_MEGABYTES * 1_000_000,
-            footer_links=["api"],
+            footer_links=["api", "settings"],
             ssr_mode=False,
             theme=page.THEME,
             css=page.CSS,

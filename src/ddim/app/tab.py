@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import wraps
@@ -17,6 +17,7 @@ from PIL import Image
 
 from ddim.app import page
 from ddim.app.models import Models
+from ddim.app.pictures import Cell, grid
 from ddim.app.runs import Preview, Result, Run, Step, start
 from ddim.images import fit_image
 from ddim.pipeline import DDIMPipeline
@@ -71,6 +72,7 @@ class Shared:
         models: those that may be opened.
         model: the name of the session's own.
         endpoints: a list of `Endpoint`s: what was pinned.
+        listing: the endpoints as HTML, of the tab Interpolate; whoever changes the one changes the other.
         uploads: the folder in which uploaded files are.
         files: the folder for files that are offered for download.
     """
@@ -78,6 +80,7 @@ class Shared:
     models: Models
     model: gr.State
     endpoints: gr.State
+    listing: gr.HTML
     uploads: str
     files: str
 
@@ -138,6 +141,17 @@ def answering(answer: Callable[..., Updates], status: gr.HTML) -> Callable[..., 
             return {status: page.failed(error)}
 
     return handle
+
+
+def listed(endpoints: Sequence[Endpoint]) -> str:
+    """The endpoints as HTML; a click takes one away."""
+    if not endpoints:
+        return "<p>No endpoints yet: pin pictures in the tab Sample, or add seeds and files below.</p>"
+    cells = [
+        Cell(endpoint.picture, endpoint.label, endpoint.label, act="Remove", value=index)
+        for index, endpoint in enumerate(endpoints)
+    ]
+    return grid(cells, (1, 1), "Endpoints")
 
 
 def fit(base: DDIMPipeline, picture: Image.Image) -> Image.Image:
