@@ -13,6 +13,7 @@ from functools import wraps
 from typing import Any
 
 import gradio as gr
+from gradio.events import api
 from PIL import Image
 
 from ddim.app import inputs
@@ -135,7 +136,7 @@ def endpoints(shared: Shared) -> None:
         return lambda run: shared.models.facts(name)
 
     for prepare in (sample, consistency, interpolate, reconstruct, edit, info):
-        gr.api(told(prepare), api_name=prepare.__name__, api_description=prepare.__doc__, **DEVICE)
+        api(told(prepare), api_name=prepare.__name__, api_description=prepare.__doc__, **DEVICE)
 
 
 def told(prepare: Callable[..., Work]) -> Callable[..., AsyncIterator[Answer]]:

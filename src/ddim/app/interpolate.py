@@ -168,7 +168,7 @@ def tab(shared: Shared) -> None:
         "which Gaussian noise lies, becomes one picture turning into another.",
         "A picture has a code as well: it is found by walking DDIM backwards, and the path then goes through it.",
     )
-    shared.listing.render()
+    shared.listing.render()  # type: ignore[no-untyped-call]
     with gr.Row(equal_height=False):
         with gr.Column(min_width=260):
             with gr.Row(equal_height=False, elem_classes="ends"):

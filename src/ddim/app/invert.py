@@ -69,10 +69,11 @@ def invert(run: Run, base: DDIMPipeline, picture: Image.Image, steps: int) -> In
     for name, exact in (("exact", True), ("Euler", False)):
         result = pipe.reconstruct([fitted], steps, exact)
         code = result.codes.latents
+        seen_code: Any = to_output(code / CODE_RANGE, "pil")
         ways.append(
             Inversion(
                 name,
-                to_output(code / CODE_RANGE, "pil")[0],
+                seen_code[0],
                 float(code.mean()),
                 float(code.std()),
                 result.images[0],
@@ -238,7 +239,7 @@ def tab(shared: Shared) -> None:
     def pinned_last(model: str, endpoints: Sequence[Endpoint]) -> Updates:
         if not endpoints:
             raise ValueError("no picture is pinned; click one in the tab Sample first")
-        return take(model, endpoints[-1].picture)
+        return take(model, check_picture(endpoints[-1].picture))
 
     def prepare(model: str, given: Image.Image | None, steps: Any) -> Plan[Inverted]:
         image, S = check_picture(given), inputs.whole("steps", steps, 2, inputs.MAX_STEPS)
@@ -253,8 +254,10 @@ def tab(shared: Shared) -> None:
             done,
         )
 
-    def prepare_edit(model: str, given: Image.Image | None, *settings: Any) -> Plan[list[Image.Image]]:
-        image, edits = check_picture(given), Edits.checked(*settings, EDITS)
+    def prepare_edit(
+        model: str, given: Image.Image | None, strength: Any, steps: Any, seed: Any
+    ) -> Plan[list[Image.Image]]:
+        image, edits = check_picture(given), Edits.checked(strength, steps, seed, EDITS)
 
         def done(result: Result[list[Image.Image]]) -> Updates:
             cells = [
@@ -271,7 +274,7 @@ def tab(shared: Shared) -> None:
     file.upload(answering(uploaded, status), [shared.model, file], taken, **AT_ONCE)
     canvas.select(answering(drawn, status), shared.model, taken, **AT_ONCE)
     pinned.click(answering(pinned_last, status), [shared.model, shared.endpoints], taken, **AT_ONCE)
-    runs = [
+    runs: list[Any] = [
         go.click(following(prepare, status), [shared.model, picture, steps], [status, inverted], **RUN),
         change.click(
             following(prepare_edit, status),

@@ -4,6 +4,7 @@ several tabs share. Everything is here: no font, style or script comes from else
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 
 import gradio as gr
@@ -59,6 +60,9 @@ table.facts th, table.facts td { text-align: start; padding: 5px 12px 5px 0 !imp
 table.facts th { width: 40%; color: var(--body-text-color-subdued); }
 :focus-visible { outline: 3px solid var(--color-accent); outline-offset: 2px; }
 @media (max-width: 640px) {
+  /* All tabs in sight; the hidden ones are those that Gradio measures. */
+  .tab-container button { padding: 0 7px !important; font-size: 14px !important; }
+  .gradio-container main { padding: 12px 8px !important; }
   .pictures { --size: 68px; gap: 8px; }
   .rows section { grid-template-columns: 1fr; gap: 4px; }
 }
@@ -109,7 +113,7 @@ def failed(error: BaseException | str) -> str:
     return f'<div class="status failed"><p role="alert">{escape(text[:1].upper() + text[1:])}.</p></div>'
 
 
-def table(facts: dict[str, object]) -> str:
+def table(facts: Mapping[str, object]) -> str:
     """A row a fact."""
     rows = "".join(
         f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(str(value))}</td></tr>'

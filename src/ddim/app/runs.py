@@ -15,7 +15,7 @@ import asyncio
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -142,7 +142,7 @@ class _Pipeline(DDIMPipeline):
         return _Bar(self._run, total or 0)
 
 
-async def start(work: Callable[[Run], T]) -> AsyncIterator[Step | Preview | Result[T]]:
+async def start(work: Callable[[Run], T]) -> AsyncGenerator[Step | Preview | Result[T], None]:
     """Do a piece of work in the thread of the device, after those that were started before.
 
     Yields:
