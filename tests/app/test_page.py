@@ -116,7 +116,7 @@ def walk_through(page: Page, look: str) -> None:
     assert not page.evaluate(UNNAMED)
 
     tab(page, "Steps")
-    set_number(page, "number input for Codes", 2)
+    set_number(page, "number input for Codes", 1)
     button(page, "Compare").click()
     expect(page.locator("#steps-pictures section")).to_have_count(6)
     expect(page.get_by_text("times as fast as DDPM")).to_be_visible()

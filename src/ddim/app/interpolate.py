@@ -173,7 +173,7 @@ def tab(shared: Shared) -> None:
         with gr.Column(min_width=260):
             with gr.Row(equal_height=False, elem_classes="ends"):
                 seeds = gr.Textbox("3, 14", label="Seeds", max_lines=1, scale=3, min_width=120)
-                add_seeds = gr.Button("Add seeds", scale=1, min_width=110)
+                add_seeds = gr.Button("Add seeds", size="md", scale=1, min_width=110)
             files = gr.File(label="Pictures", file_count="multiple", type="filepath", height=120)
         with gr.Column(min_width=260):
             frames = gr.Slider(2, inputs.MAX_FRAMES, 11, step=1, label="Frames a leg", info="Both ends included.")

@@ -48,7 +48,7 @@ def tab(shared: Shared) -> None:
     with gr.Accordion("Configuration", open=False):
         settings = gr.HTML(configuration(facts))
     with gr.Accordion("Model card", open=False):
-        text = gr.Markdown(card(facts))
+        text = gr.Markdown(card(facts), elem_id="card")
 
     def prepare(wanted: Any) -> Plan[dict[str, Any]]:
         checked = shared.models.check(wanted)

@@ -30,7 +30,7 @@ CSS = """
 .pictures button[aria-pressed=true] { box-shadow: 0 0 0 3px var(--color-accent); }
 .pictures .label { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 6px; min-height: 1.5em;
   font-size: var(--text-sm); color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
-.pictures .label a { color: var(--link-text-color); text-decoration: underline; }
+.pictures .label a { color: var(--link-text-color); text-decoration: underline; margin: 0; padding: 0; }
 .status { display: grid; gap: 6px; min-height: 3.4em; align-content: start; font-variant-numeric: tabular-nums; }
 .status .bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
 .status .bar span { display: block; height: 100%; background: var(--color-accent); }
@@ -56,7 +56,8 @@ table.facts th, table.facts td { text-align: start; padding: 5px 12px 5px 0 !imp
 .ways { display: grid; gap: 24px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); }
 .ways h3 { margin: 0 0 8px; } .ways .pictures.fixed { --size: 132px; margin-bottom: 8px; }
 #seen .pictures.fixed { --size: 160px; }
-.ends { align-items: flex-end; } .ends button { min-height: 44px; }
+.ends { align-items: flex-end; } .ends button { min-height: 44px; padding-inline: 10px; white-space: nowrap; }
+#card table { display: block; overflow-x: auto; } #card th, #card td { overflow-wrap: normal; word-break: normal; }
 table.facts th { width: 40%; color: var(--body-text-color-subdued); }
 :focus-visible { outline: 3px solid var(--color-accent); outline-offset: 2px; }
 @media (max-width: 640px) {

@@ -157,7 +157,7 @@ def tab(shared: Shared) -> None:
             with gr.Row(equal_height=False, elem_classes="ends"):
                 seed = gr.Number(start.seed, label="Seed", precision=0, minimum=0, maximum=inputs.MAX_SEED, scale=3,
                                  min_width=120, info="Picture i is that of seed + i.")  # fmt: skip
-                die = gr.Button("New seed", scale=1, min_width=96)
+                die = gr.Button("New seed", size="md", scale=1, min_width=96)
             with gr.Accordion("More settings", open=False):
                 eta = gr.Slider(0, 1, start.eta, step=0.05, label="Eta",
                                 info="0 is DDIM, 1 is DDPM; between them, some noise in each step.")  # fmt: skip
