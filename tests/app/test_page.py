@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,18 @@ def test_stop_frees_the_device(visit: Callable[..., Page]) -> None:
     set_number(page, "number input for Pictures", 1)
     paint(page)
     expect(page.locator("#sample-pictures img")).to_have_count(1)
+
+
+def test_the_position_in_the_queue_is_said(visit: Callable[..., Page], server: AppServer) -> None:
+    before = server.client().submit(count=64, steps=1000, api_name="/sample")
+    while not before.outputs():
+        time.sleep(0.1)
+    page = visit()
+    button(page, "Paint").click()
+    expect(page.locator("#sample-status")).to_contain_text("queue: 1/1")
+    shot(page, "light-queue")
+    before.cancel()
+    expect(page.locator("#sample-status")).to_contain_text("in all.")
 
 
 def test_a_closed_tab_frees_the_device(visit: Callable[..., Page], server: AppServer) -> None:

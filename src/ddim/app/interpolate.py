@@ -15,7 +15,6 @@ from ddim.app.pictures import Cell, data_url, grid
 from ddim.app.runs import Result, Run
 from ddim.app.tab import (
     AT_ONCE,
-    RUN,
     Endpoint,
     Plan,
     Shared,
@@ -26,6 +25,7 @@ from ddim.app.tab import (
     fresh_folder,
     listed,
     number,
+    run_by,
 )
 from ddim.images import save_animation
 from ddim.noise import noise_from_seeds
@@ -227,19 +227,19 @@ def tab(shared: Shared) -> None:
             following(more_seeds, status),
             [shared.model, shared.endpoints, seeds],
             [status, shared.endpoints, shared.listing],
-            **RUN,
+            **run_by(status),
         ),
         files.upload(
             following(more_files, status),
             [shared.model, shared.endpoints, files],
             [status, shared.endpoints, shared.listing],
-            **RUN,
+            **run_by(status),
         ),
         go.click(
             following(prepare, status),
             [shared.model, shared.endpoints, frames, steps, closed],
             [status, strip, animation],
-            **RUN,
+            **run_by(status),
         ),
     ]
     stop.click(lambda: page.status("Stopped."), None, status, cancels=found, **AT_ONCE)

@@ -15,7 +15,7 @@ from PIL import Image
 from ddim.app import inputs, page
 from ddim.app.pictures import Cell, grid
 from ddim.app.runs import Result, Run
-from ddim.app.tab import AT_ONCE, RUN, Endpoint, Plan, Shared, Updates, answering, fit, following, number
+from ddim.app.tab import AT_ONCE, Endpoint, Plan, Shared, Updates, answering, fit, following, number, run_by
 from ddim.images import to_output
 from ddim.pipeline import DDIMPipeline
 
@@ -275,12 +275,12 @@ def tab(shared: Shared) -> None:
     canvas.select(answering(drawn, status), shared.model, taken, **AT_ONCE)
     pinned.click(answering(pinned_last, status), [shared.model, shared.endpoints], taken, **AT_ONCE)
     runs: list[Any] = [
-        go.click(following(prepare, status), [shared.model, picture, steps], [status, inverted], **RUN),
+        go.click(following(prepare, status), [shared.model, picture, steps], [status, inverted], **run_by(status)),
         change.click(
             following(prepare_edit, status),
             [shared.model, picture, strength, steps, seed],
             [status, edited],
-            **RUN,
+            **run_by(status),
         ),
     ]
     stop.click(lambda: page.status("Stopped."), None, status, cancels=runs, **AT_ONCE)

@@ -9,7 +9,7 @@ import gradio as gr
 
 from ddim.app import page
 from ddim.app.runs import Result, Run
-from ddim.app.tab import AT_ONCE, RUN, Plan, Shared, Updates, following, listed
+from ddim.app.tab import AT_ONCE, Plan, Shared, Updates, following, listed, run_by
 
 
 def about(facts: dict[str, Any]) -> str:
@@ -68,6 +68,6 @@ def tab(shared: Shared) -> None:
 
         return Plan("Opening", work, lambda _: {}, done)
 
-    go.click(following(prepare, status), name, [status, shared.model, size, settings, text], **RUN)
+    go.click(following(prepare, status), name, [status, shared.model, size, settings, text], **run_by(status))
     # What was pinned are pictures and codes of another model.
     shared.model.change(lambda: ([], listed([])), None, [shared.endpoints, shared.listing], **AT_ONCE)

@@ -16,7 +16,6 @@ from ddim.app.pictures import Cell, grid
 from ddim.app.runs import Result, Run
 from ddim.app.tab import (
     AT_ONCE,
-    RUN,
     Endpoint,
     Plan,
     Shared,
@@ -26,6 +25,7 @@ from ddim.app.tab import (
     fresh_folder,
     listed,
     number,
+    run_by,
 )
 from ddim.images import save_images
 from ddim.pipeline import DDIMPipeline
@@ -223,7 +223,7 @@ def tab(shared: Shared) -> None:
         following(prepare, status),
         [shared.model, steps, eta, order, spacing, count, seed],
         [status, pictures, painted, as_grid, as_array, python, command],
-        **RUN,
+        **run_by(status),
     )
     stop.click(lambda: page.status("Stopped."), None, status, cancels=run, **AT_ONCE)
     die.click(None, None, seed, js=RANDOM_SEED, **AT_ONCE)

@@ -158,7 +158,7 @@ def check_port(host: str, port: int) -> int:
     Raises:
         OSError: if it is taken, or the host is none of this machine.
     """
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

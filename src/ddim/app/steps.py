@@ -14,7 +14,7 @@ from PIL import Image
 from ddim.app import inputs, page
 from ddim.app.pictures import Cell, grid
 from ddim.app.runs import Result, Run
-from ddim.app.tab import AT_ONCE, RUN, Plan, Shared, Updates, following
+from ddim.app.tab import AT_ONCE, Plan, Shared, Updates, following, run_by
 from ddim.pipeline import DDIMPipeline
 
 NUMBERS = (5, 10, 20, 50, 100)
@@ -98,6 +98,10 @@ def tab(shared: Shared) -> None:
         )
 
     run = gr.on(
-        [go.click, seed.submit], following(prepare, status), [shared.model, seed, count], [status, pictures], **RUN
+        [go.click, seed.submit],
+        following(prepare, status),
+        [shared.model, seed, count],
+        [status, pictures],
+        **run_by(status),
     )
     stop.click(lambda: page.status("Stopped."), None, status, cancels=run, **AT_ONCE)

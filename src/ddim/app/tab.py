@@ -33,9 +33,6 @@ ANSWERED = (ValueError, TypeError, OSError, RuntimeError, MemoryError)
 DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
 """All runs wait in one queue."""
 
-RUN: dict[str, Any] = DEVICE | {"show_progress": "hidden", "api_visibility": "private"}
-"""How an event of the page becomes a run."""
-
 COPIED_AFTER = 60
 
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -127,6 +124,11 @@ def following(prepare: Callable[..., Plan[Any]], status: gr.HTML) -> Callable[..
             yield {status: page.failed(error)}
 
     return handle
+
+
+def run_by(status: gr.HTML) -> dict[str, Any]:
+    """How an event of the page becomes a run: it waits in the one queue, and its position is told in `status`."""
+    return DEVICE | {"show_progress": "minimal", "show_progress_on": status, "api_visibility": "private"}
 
 
 def answering(answer: Callable[..., Updates], status: gr.HTML) -> Callable[..., Updates]:
