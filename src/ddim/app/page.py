@@ -35,6 +35,7 @@ CSS = """
 .status .bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
 .status .bar span { display: block; height: 100%; background: var(--color-accent); }
 .status p { margin: 0; }
+.block:has(.status) > .wrap.minimal { overflow: visible !important; } /* the position in the queue */
 .status.failed p { color: var(--error-text-color, #b91c1c); font-weight: 600; }
 .lead { max-width: 46em; } .lead p { margin: 0 0 .5em; }
 .rows { display: grid; gap: 14px; }
