@@ -136,6 +136,10 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "sigma-hat": (["sample", "--sigma-hat"], 1, "sigma.hat .* eta=1"),
     "unknown option": (["sample", "--stepz", "3"], 2, "No such option: --stepz"),
     "unknown command": (["paint"], 2, "No such command 'paint'"),
+    "app model": (["app", "monalisa"], 1, "there is no model 'monalisa'"),
+    "app port": (["app", "--port", "70000"], 1, "--port is 70000; it must be a number from 0 to 65535"),
+    "app host": (["app", "--host", "192.0.2.1"], 1, r"cannot listen at 192\.0\.2\.1, port 7860: .*try another"),
+    "app device": (["app", "--device", "abacus"], 1, "there is no device 'abacus' here"),
     "info": (["info", "monalisa"], 1, "there is no model 'monalisa'"),
     "info empty": (["info", "empty"], 1, "empty"),
     "no data": ([*TRAIN, "--data", "missing", "--out", "run"], 1, "there is no missing; give a folder of images"),
@@ -215,7 +219,7 @@ def test_help_of_the_whole(results: dict[str, Result]) -> None:
     assert "Usage: ddim [OPTIONS] COMMAND" in stdout
     assert "Example: ddim sample --model mnist --steps 20 --count 16 --out digits.png" in stdout
     latent_space = {"encode", "decode", "reconstruct", "interpolate", "trajectory", "consistency", "edit"}
-    assert COMMANDS.keys() == {"sample", "train", "evaluate", "convert", "info"} | latent_space
+    assert COMMANDS.keys() == {"sample", "train", "evaluate", "convert", "info", "app"} | latent_space
     for name in (*COMMANDS, "--version", "--help"):
         assert re.search(rf"│ {name} ", stdout)
 

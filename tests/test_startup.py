@@ -14,9 +14,20 @@ def modules_after(code: str) -> set[str]:
 
 def test_import_brings_in_no_heavy_module() -> None:
     loaded = modules_after("import ddim; ddim.DDIMPipeline, ddim.DDIMScheduler, ddim.UNet2DModel")
-    heavy = {"huggingface_hub", "datasets", "pydantic", "yaml", "typer", "rich", "matplotlib", "diffusers", "pandas"}
+    heavy = {
+        "gradio",
+        "huggingface_hub",
+        "datasets",
+        "pydantic",
+        "yaml",
+        "typer",
+        "rich",
+        "matplotlib",
+        "diffusers",
+        "pandas",
+    }
     assert "torch" in loaded
-    assert not heavy & loaded
+    assert not (heavy | {"gradio"}) & loaded
 
 
 def test_the_command_line_prints_help_without_pytorch() -> None:
@@ -24,3 +35,13 @@ def test_the_command_line_prints_help_without_pytorch() -> None:
         "import sys; sys.argv = ['ddim', '--help']\nfrom ddim.cli import main\ntry: main()\nexcept SystemExit: pass"
     )
     assert not {"torch", "numpy", "PIL"} & modules_after(script)
+
+
+def test_the_page_without_gradio_says_what_to_install() -> None:
+    script = (
+        "import sys; sys.modules['gradio'] = None; sys.argv = ['ddim', 'app', '--no-open']\n"
+        "from ddim.cli import main\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "ddim: the page needs gradio; install it with: pip install 'ddim[app]'\n"

@@ -18,6 +18,7 @@ from ddim.cli.encode import decode, encode
 from ddim.cli.evaluate import evaluate
 from ddim.cli.info import info
 from ddim.cli.interpolate import interpolate
+from ddim.cli.page import app as page
 from ddim.cli.reconstruct import reconstruct
 from ddim.cli.sample import sample
 from ddim.cli.train import train
@@ -36,7 +37,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(sample, encode, decode, reconstruct, interpolate, trajectory, consistency, edit),
-    *(train, tune, evaluate, convert, info),
+    *(train, tune, evaluate, convert, info, page),
 )
 for command in COMMANDS:
     app.command()(command)

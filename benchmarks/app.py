@@ -1,0 +1,120 @@
+"""What a user of `ddim app` waits for, in a real browser: 16 digits, 20 steps, the built-in model.
+
+    python -m benchmarks.app [--repeats 5]
+
+Medians and the slowest of: from pressing Paint to the first preview on the page, and to the finished pictures; from
+pressing Stop, or closing the tab, during a run of minutes, to the answer of another client's smallest run; and what a
+step of the run that was stopped takes. Needs Debian's chromium.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from gradio_client import Client
+from playwright.sync_api import Browser, Page, sync_playwright
+
+
+def open_page(browser: Browser, url: str) -> Page:
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(120_000)
+    page.goto(url)
+    page.get_by_role("button", name="Paint", exact=True).wait_for()
+    return page
+
+
+def paint(page: Page, steps: int, count: int) -> None:
+    for label, value in (("Steps", steps), ("Pictures", count)):
+        field = page.get_by_label(f"number input for {label}").first
+        field.fill(str(value))
+        field.press("Tab")
+    page.get_by_role("button", name="Paint", exact=True).click()
+
+
+def first_pictures(browser: Browser, url: str) -> tuple[float, float]:
+    """Seconds to the first preview and to the end."""
+    page = open_page(browser, url)
+    paint(page, 20, 16)
+    started = time.perf_counter()
+    page.locator("#sample-pictures img").first.wait_for()
+    preview = time.perf_counter() - started
+    page.get_by_text("in all.").wait_for()
+    seconds = time.perf_counter() - started
+    page.close()
+    return preview, seconds
+
+
+def freed(browser: Browser, url: str, client: Client, leave: Callable[[Page], None]) -> float:
+    """Seconds until another client's run of one step is answered."""
+    page = open_page(browser, url)
+    paint(page, 1000, 64)
+    page.locator("#sample-pictures img").first.wait_for()
+    started = time.perf_counter()
+    leave(page)
+    client.predict(count=1, steps=1, api_name="/sample")
+    seconds = time.perf_counter() - started
+    if not page.is_closed():
+        page.close()
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What a user of the page waits for.")
+    parser.add_argument("--repeats", type=int, default=5)
+    repeats = parser.parse_args().repeats
+    rows: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "ddim", "app", "mnist", "--port", "0", "--no-open"],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+            env=os.environ | {"TMPDIR": folder},
+        )
+        try:
+            assert server.stdout is not None
+            started = time.perf_counter()
+            url = server.stdout.readline().strip()
+            rows["from the shell to the address"] = [time.perf_counter() - started]
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            client = Client(url, verbose=False, download_files=str(Path(folder, "downloads")))
+            for _ in range(repeats):
+                preview, seconds = first_pictures(browser, url)
+                step = client.predict(count=64, steps=10, api_name="/sample")["seconds"] / 10
+                idle = time.perf_counter()
+                client.predict(count=1, steps=1, api_name="/sample")
+                for name, value in (
+                    ("from Paint to the first preview", preview),
+                    ("from Paint to the finished pictures", seconds),
+                    ("a step of 64 pictures", step),
+                    ("another client's run of one step, with nothing before it", time.perf_counter() - idle),
+                    ("the same, after Stop in a run of 64 pictures", freed(browser, url, client, stop)),
+                    ("the same, after such a run's tab was closed", freed(browser, url, client, Page.close)),
+                ):
+                    rows.setdefault(name, []).append(value)
+            browser.close()
+        finally:
+            server.terminate()
+            server.wait()
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {repeats} repeats\n")
+    print("| seconds | median | slowest |\n|---|---|---|")
+    for name, values in rows.items():
+        print(f"| {name} | {statistics.median(values):.2f} | {max(values):.2f} |")
+
+
+def stop(page: Page) -> None:
+    page.get_by_role("button", name="Stop", exact=True).first.click()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""The endpoints of `ddim app`: the command line's pictures, a sentence for each mistake, many clients, cancelling."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import struct
+import time
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from gradio_client import handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+from app_server import AppServer
+from ddim.images import make_grid
+from ddim.pipeline import DDIMPipeline
+
+LONG: dict[str, Any] = {"count": 64, "steps": 1000}
+"""Minutes of work, were it not cancelled."""
+
+
+def pixels(path: str | Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def grid_of(paths: list[str]) -> np.ndarray:
+    return np.asarray(make_grid([Image.open(path) for path in paths]))
+
+
+# --- what comes back
+
+
+SAME: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "16 digits": ({"count": 16, "steps": 20}, ["-n", "16", "--steps", "20"]),
+    "order": (
+        {"count": 4, "steps": 6, "seed": 7, "order": 2},
+        ["-n", "4", "--steps", "6", "--seed", "7", "--order", "2"],
+    ),
+    "spacing": (
+        {"count": 3, "steps": 5, "spacing": "trailing", "order": 2},
+        ["-n", "3", "--steps", "5", "--spacing", "trailing", "--order", "2"],
+    ),
+    "eta": ({"count": 5, "steps": 7, "eta": 0.5}, ["-n", "5", "--steps", "7", "--eta", "0.5"]),
+}
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory, run_commands: Callable[..., None]) -> Path:
+    """What `ddim sample` writes with the settings above."""
+    folder = tmp_path_factory.mktemp("sampled")
+    run_commands(folder, *(["sample", *command, "--out", f"{name}.png"] for name, (_, command) in SAME.items()))
+    return folder
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_pictures_are_those_of_ddim_sample(server: AppServer, sampled: Path, name: str) -> None:
+    result = server.call("/sample", **SAME[name][0])
+    assert np.array_equal(grid_of(result["images"]), pixels(sampled / f"{name}.png"))
+    count, steps = SAME[name][0]["count"], SAME[name][0]["steps"]
+    first = SAME[name][0].get("seed", 0)
+    assert result["seeds"] == list(range(first, first + count))
+    assert result["evaluations"] == count * steps
+
+
+def test_progress_is_told_step_by_step(server: AppServer) -> None:
+    job = server.client().submit(count=8, steps=100, api_name="/sample")
+    told = [update for update in job if "done" in update]
+    done = [update["done"] for update in told]
+    assert done == sorted(done)
+    assert done[-1] == 100
+    assert len(done) >= 2
+    assert {update["total"] for update in told} == {100}
+
+
+def test_consistency(server: AppServer) -> None:
+    rows = server.call("/consistency", count=1, seed=5)["rows"]
+    assert [(row["method"], row["steps"]) for row in rows] == [
+        *(("DDIM", steps) for steps in (5, 10, 20, 50, 100)),
+        ("DDPM", 1000),
+    ]
+    hundred, ddpm = (pixels(row["images"][0]).astype(float) for row in rows[-2:])
+    fifty = pixels(rows[-3]["images"][0]).astype(float)
+    assert np.abs(hundred - fifty).mean() < np.abs(hundred - ddpm).mean()
+
+
+def test_interpolation_goes_through_seeds_and_pictures(server: AppServer, tmp_path: Path) -> None:
+    pipe = DDIMPipeline.from_pretrained("mnist")
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe(seeds=[3], num_inference_steps=20).images[0]
+    picture.save(tmp_path / "three.png")
+    result = server.call("/interpolate", seeds=[1], pictures=[handle_file(tmp_path / "three.png")], frames=4, steps=20)
+    frames = [pixels(path).astype(int) for path in result["images"]]
+    assert len(frames) == 4
+    # Exact inversion: the walk ends at the picture.
+    assert np.abs(frames[-1] - np.asarray(picture)).mean() < 1
+    assert np.abs(frames[0] - frames[-1]).mean() > 5
+
+
+def test_reconstruction_and_edits(server: AppServer, tmp_path: Path) -> None:
+    pipe = DDIMPipeline.from_pretrained("mnist")
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe(seeds=[3], num_inference_steps=20).images[0]
+    picture.save(tmp_path / "three.png")
+    result = server.call("/reconstruct", picture=handle_file(tmp_path / "three.png"), steps=20)
+    expected = pipe.reconstruct(picture, 20)
+    assert result["exact"]["mse"] == pytest.approx(float(expected.mse[0]), rel=0.1, abs=1e-8)
+    assert result["exact"]["mse"] < result["euler"]["mse"]
+    assert result["euler"]["evaluations"] < result["exact"]["evaluations"]
+    assert np.array_equal(pixels(result["exact"]["image"]), np.asarray(expected.images[0]))
+
+    edits = server.call("/edit", picture=handle_file(tmp_path / "three.png"), strength=0.4, count=2, steps=20, seed=9)
+    assert edits["seeds"] == [9, 10]
+    wanted = pipe.edit([picture] * 2, 0.4, 20, seeds=[9, 10]).images
+    for path, image in zip(edits["images"], wanted, strict=True):
+        assert np.array_equal(pixels(path), np.asarray(image))
+
+
+def test_info(server: AppServer) -> None:
+    facts = server.call("/info")
+    assert facts["parameters"] == 1_805_121
+    assert facts["scheduler"]["prediction_type"] == "epsilon"
+    assert "MNIST" in facts["card"]
+    assert "found" not in facts
+
+
+def test_the_example_of_the_documentation_runs(server: AppServer, tmp_path: Path, monkeypatch: Any) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "app.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    digit = Image.new("L", (28, 28))
+    digit.paste(255, (12, 4, 16, 24))
+    digit.save(tmp_path / "digit.png")
+    monkeypatch.chdir(tmp_path)
+    assert "http://127.0.0.1:7860" in example
+    scope: dict[str, Any] = {}
+    exec(example.replace("http://127.0.0.1:7860", server.url), scope)
+    assert len(scope["result"]["images"]) == 4
+
+
+# --- what is refused
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "negative steps": ("/sample", {"steps": -5}, "steps is -5; it must be a whole number from 1 to 1000"),
+    "huge steps": ("/sample", {"steps": 10**30}, "steps is 1000.*; it must be a whole number"),
+    "words as steps": ("/sample", {"steps": "many"}, "steps is 'many'; it must be a whole number"),
+    "half a step": ("/sample", {"steps": 2.5}, "steps is 2.5; it must be a whole number"),
+    "no steps": ("/sample", {"steps": None}, "steps is None; it must be a whole number"),
+    "true steps": ("/sample", {"steps": True}, "steps is True; it must be a whole number"),
+    "many pictures": ("/sample", {"count": 65}, "count is 65; it must be a whole number from 1 to 64"),
+    "lists": ("/sample", {"count": [1, 2]}, r"count is \[1, 2\]; it must be a whole number"),
+    "eta": ("/sample", {"eta": -0.1}, "eta is -0.1; it must be a number from 0 to 2"),
+    "words as eta": ("/sample", {"eta": "1"}, "eta is '1'; it must be a number from 0 to 2"),
+    "seed": ("/sample", {"seed": -1}, "seed is -1; it must be a whole number from 0"),
+    "huge seed": ("/sample", {"seed": 2**63}, "seed is 9223.*; it must be a whole number from 0"),
+    "order": ("/sample", {"order": 3}, "order is 3"),
+    "order and eta": ("/sample", {"order": 2, "eta": 1}, "order 2 is of the process without noise"),
+    "spacing": ("/sample", {"spacing": "even"}, "spacing is 'even'; it must be the model's own, leading"),
+    "long word": ("/sample", {"spacing": "x" * 1000}, r"spacing is 'x{30,40}\.\.\.; it must be"),
+    "model": ("/sample", {"model": "monalisa"}, "model is 'monalisa'; there are mnist, and hub ids"),
+    "folder": ("/sample", {"model": "/etc"}, "model is '/etc'; .*--allow-paths"),
+    "folder above": ("/info", {"model": "../../etc"}, "model is '../../etc'; .*--allow-paths"),
+    "hub": ("/info", {"model": "nobody/nothing"}, "the model nobody/nothing is neither a folder nor in the cache"),
+    "number as model": ("/info", {"model": 7}, "model is 7"),
+    "codes": ("/consistency", {"count": 9}, "count is 9; it must be a whole number from 1 to 8"),
+    "no ends": ("/interpolate", {}, "0 endpoints given; a path has 2 to 8"),
+    "one end": ("/interpolate", {"seeds": [1]}, "1 endpoint given; a path has 2 to 8"),
+    "many ends": ("/interpolate", {"seeds": list(range(9))}, "seeds has length 9; it must be a list of 0 to 8"),
+    "words as seeds": ("/interpolate", {"seeds": ["a", "b"]}, "seed is 'a'; it must be a whole number"),
+    "frames": ("/interpolate", {"seeds": [1, 2], "frames": 1}, "frames is 1; it must be a whole number from 2 to 33"),
+    "closed": ("/interpolate", {"seeds": [1, 2], "closed": "yes"}, "closed is 'yes'; it must be true or false"),
+    "no picture": ("/reconstruct", {"picture": None}, "the picture is None; upload a file"),
+    "path": ("/reconstruct", {"picture": {"path": "/etc/passwd"}}, "the picture is no file that was uploaded here"),
+    "no path": ("/reconstruct", {"picture": {"path": "\0"}}, "the picture is no file that was uploaded here"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_wrong_is_told_in_a_sentence(server: AppServer, name: str) -> None:
+    endpoint, arguments, sentence = REFUSED[name]
+    with pytest.raises(AppError, match=sentence) as caught:
+        server.call(endpoint, **arguments)
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "1" * 5000])
+def test_numbers_that_json_should_not_have(server: AppServer, number: str) -> None:
+    body = f'{{"data": ["mnist", 1, {number}, 0, 0, 1, "the model\'s own"]}}'
+    posted = httpx.post(
+        f"{server.url}/gradio_api/call/sample", content=body, headers={"content-type": "application/json"}
+    )
+    assert "Traceback" not in posted.text
+    if posted.is_success:
+        answer = httpx.get(f"{server.url}/gradio_api/call/sample/{posted.json()['event_id']}", timeout=60).text
+        assert re.search("steps is .*; it must be a whole number from 1 to 1000", answer)
+    else:
+        assert posted.status_code in (400, 422)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says it is so large, with hardly a row in it."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(bytes(1000))), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def truncated_jpeg() -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((200, 200), 50).save(file, "JPEG")
+    return file.getvalue()[:2000]
+
+
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
+UPLOADS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "text.png": (lambda: b"I am a text.\n" * 100, "text.png is no picture of a known format; give PNG, JPEG, "),
+    "empty.png": (lambda: b"", "empty.png is no picture of a known format"),
+    "huge.png": (lambda: png_header(30_000, 30_000), "huge.png has far too many pixels; at most 25 million"),
+    "large.png": (lambda: png_header(6_000, 6_000), "large.png has 6000 x 6000 pixels; at most 25 million"),
+    "drawing.svg": (lambda: SVG, "drawing.svg is no picture of a known format"),
+    "svg.png": (lambda: SVG, "svg.png is no picture of a known format"),
+    "half.jpg": (truncated_jpeg, "half.jpg cannot be read: .*truncated"),
+    "50 MB.png": (lambda: bytes(50_000_000), "exceeds the maximum file size of 10000000 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", UPLOADS)
+def test_hostile_uploads_get_a_sentence(server: AppServer, tmp_path: Path, name: str) -> None:
+    make, sentence = UPLOADS[name]
+    (tmp_path / name).write_bytes(make())
+    with pytest.raises(Exception, match=sentence) as caught:
+        server.call("/reconstruct", picture=handle_file(tmp_path / name), steps=2)
+    assert "Traceback" not in str(caught.value)
+    assert len(server.call("/sample", count=1, steps=1)["images"]) == 1
+
+
+def test_a_large_upload_is_refused_by_the_server_too(server: AppServer) -> None:
+    """The client above has looked at the file itself."""
+    answer = httpx.post(f"{server.url}/gradio_api/upload", files={"files": ("x.png", bytes(50_000_000))}, timeout=60)
+    assert answer.status_code == 413
+    assert "Traceback" not in answer.text
+    assert not [path for path in server.folder.rglob("*") if path.is_file() and path.stat().st_size > 10_000_000]
+
+
+def test_large_bodies_are_refused(server: AppServer) -> None:
+    answer = httpx.post(f"{server.url}/gradio_api/call/sample", content=b"x" * 3_000_000)
+    assert (answer.status_code, answer.text) == (413, "a request has at most 2,000,000 bytes")
+
+
+def test_no_file_of_the_machine_is_served(server: AppServer) -> None:
+    (server.folder / "mine.txt").write_text("secret")
+    for path in ("/etc/passwd", server.folder / "mine.txt", server.folder / "app.log", Path(__file__)):
+        answer = httpx.get(f"{server.url}/gradio_api/file={path}")
+        assert answer.status_code in (403, 404)
+        assert "secret" not in answer.text
+
+
+def test_the_page_tells_browsers_to_ask_nobody_else(server: AppServer) -> None:
+    answer = httpx.get(server.url)
+    assert answer.headers["content-security-policy"].startswith("default-src 'self'; ")
+    config = httpx.get(f"{server.url}/config").json()
+    assert config["analytics_enabled"] is False
+
+
+# --- many, and stopped
+
+
+def test_twenty_clients_at_once(server: AppServer) -> None:
+    pipe = DDIMPipeline.from_pretrained("mnist")
+    pipe.set_progress_bar_config(disable=True)
+
+    def ask(seed: int) -> str | np.ndarray:
+        try:
+            return pixels(server.call("/sample", count=1, steps=10, seed=seed)["images"][0])
+        except Exception as error:
+            return str(error)
+
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(ask, range(20)))
+        before = server.memory()
+        answers = list(pool.map(ask, range(100, 120)))
+    painted = 0
+    for seed, answer in zip(range(100, 120), answers, strict=True):
+        if isinstance(answer, str):
+            assert "queue is full" in answer.lower()
+        else:
+            painted += 1
+            (expected,) = pipe(seeds=[seed], num_inference_steps=10).images
+            assert np.array_equal(answer, np.asarray(expected))
+    assert painted >= 1
+    assert server.memory() < 1.1 * before
+
+
+def test_more_than_the_queue_holds_are_told_so(server: AppServer) -> None:
+    long = server.client().submit(api_name="/sample", **LONG)
+    wait_until_it_runs(long)
+    waiting = [server.client().submit(count=1, steps=1, seed=seed, api_name="/sample") for seed in range(18)]
+    time.sleep(2)
+    long.cancel()
+    refused = [job for job in waiting if job.exception(timeout=120) is not None]
+    assert len(refused) == 2
+    for seed, job in enumerate(waiting):
+        if job in refused:
+            assert "queue is full" in str(job.exception()).lower()
+        else:
+            assert job.result()["seeds"] == [seed]
+
+
+def wait_until_it_runs(job: Any) -> None:
+    end = time.monotonic() + 60
+    while not job.outputs():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_cancelling_frees_the_queue(server: AppServer) -> None:
+    job = server.client().submit(api_name="/sample", **LONG)
+    wait_until_it_runs(job)
+    job.cancel()
+    assert len(server.call("/sample", count=1, steps=1)["images"]) == 1
+    assert job.outputs()[-1]["done"] < LONG["steps"] / 2
+
+
+def test_a_client_that_leaves_frees_the_queue(server: AppServer) -> None:
+    body = json.dumps({"data": ["mnist", LONG["count"], LONG["steps"], 0, 0, 1, "the model's own"]})
+    started = httpx.post(
+        f"{server.url}/gradio_api/call/sample", content=body, headers={"content-type": "application/json"}
+    ).json()["event_id"]
+    with httpx.stream("GET", f"{server.url}/gradio_api/call/sample/{started}", timeout=60) as stream:
+        for line in stream.iter_lines():
+            if "done" in line:
+                break
+    assert len(server.call("/sample", count=1, steps=1)["images"]) == 1

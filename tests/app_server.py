@@ -1,0 +1,65 @@
+"""`ddim app` in a process of its own, for the tests of the page and its endpoints.
+
+with AppServer(folder) as server:
+    server.url                     # http://127.0.0.1:...
+    server.client()                # a gradio_client
+    server.memory()                # resident bytes
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+from gradio_client import Client
+
+
+class AppServer:
+    """Serves the built-in model at a free port.
+
+    Args:
+        folder: where it runs and writes app.log.
+        arguments: more of the command line.
+    """
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.folder = folder
+        self.log = folder / "app.log"
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            # Where uploads and downloads go.
+            "TMPDIR": str(folder),
+        }
+        command = [sys.executable, "-m", "ddim", "app", *(arguments or ("mnist",)), "--port", "0", "--no-open"]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+
+    def __enter__(self) -> Self:
+        assert self.process.stdout is not None
+        self.url = self.process.stdout.readline().strip().rstrip("/")
+        assert self.url.startswith("http://127.0.0.1:"), self.log.read_text()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+    def client(self) -> Client:
+        """A client of its own session, whose downloads go to the folder."""
+        return Client(self.url, verbose=False, download_files=str(self.folder / "downloads"))
+
+    def call(self, endpoint: str, **arguments: Any) -> Any:
+        """The result of an endpoint."""
+        return self.client().predict(api_name=endpoint, **arguments)
+
+    def memory(self) -> int:
+        """Resident bytes of the process."""
+        return int(psutil.Process(self.process.pid).memory_info().rss)
