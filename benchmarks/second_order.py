@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddim import DDIMPipeline
+from ddim import DDIMPipeline, DDIMScheduler
 from ddim.noise import noise_from_seeds
 from ddim.process import BEND
 from ddim.schedule import make_timesteps
@@ -29,7 +29,7 @@ from ddim.schedule import make_timesteps
 Denoiser = Callable[[Tensor, int], Tensor]
 Variable = Callable[[np.ndarray], np.ndarray]
 
-PIPE = DDIMPipeline.from_pretrained("mnist")
+PIPE = DDIMPipeline.from_pretrained("mnist", scheduler=DDIMScheduler(clip_sample=False))
 ALPHAS = PIPE.scheduler._alphas_cumprod
 CODES = 128
 SPACINGS = ("leading", "trailing", "logsnr", "blend")

@@ -3,7 +3,7 @@
     python -m benchmarks.steps --data mnist/test.parquet --out benchmarks/results
 
 1. Mean squared error per value in [0, 1] of the pictures of 512 codes to those of 1,000 steps of DDIM from the same
-codes.
+codes. Nothing is clipped: with clipping more steps tend to no limit (docs/fewer-steps.md).
 2. Fréchet distance of 5,000 pictures to the images of `--data`, on the features of the classifier of digits.
 
 With `--clipping` instead: mean squared differences between the pictures of S steps of DDIM and of the next larger S,
@@ -126,6 +126,7 @@ def main() -> None:
         return
     if arguments.data is None:
         parser.error("--data is missing")
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     results = Results(arguments.out / "steps.json")
     limit: list[Tensor] = []
 
