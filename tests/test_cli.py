@@ -92,7 +92,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "no steps": (["sample", "--steps", "0"], 1, "num_inference_steps is 0; .* at least 1"),
     "negative steps": (["sample", "--steps", "-5"], 1, "num_inference_steps is -5"),
     "too many steps": (["sample", "--steps", "2000"], 1, "num_inference_steps is 2000; .* 1000 timesteps"),
-    "half a step": (["sample", "--steps", "2.5"], 2, "Invalid value for '--steps'"),
+    "half a step": (["sample", "--steps", "2.5"], 1, "--steps '2.5' is neither a whole number nor auto"),
     "eta -1": (["sample", "--eta", "-1"], 1, r"eta is -1\.0"),
     "eta nan": (["sample", "--eta", "nan"], 1, "eta is nan"),
     "eta inf": (["sample", "--eta", "inf"], 1, "eta is inf"),
@@ -219,7 +219,7 @@ def test_help_of_the_whole(results: dict[str, Result]) -> None:
     assert "Usage: ddim [OPTIONS] COMMAND" in stdout
     assert "Example: ddim sample --model mnist --steps 20 --count 16 --out digits.png" in stdout
     latent_space = {"encode", "decode", "reconstruct", "interpolate", "trajectory", "consistency", "edit"}
-    assert COMMANDS.keys() == {"sample", "train", "evaluate", "convert", "info", "app"} | latent_space
+    assert COMMANDS.keys() == {"sample", "train", "tune", "evaluate", "convert", "info", "app"} | latent_space
     for name in (*COMMANDS, "--version", "--help"):
         assert re.search(rf"│ {name} ", stdout)
 
