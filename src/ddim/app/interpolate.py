@@ -65,8 +65,7 @@ class Settings:
 
 def walk(run: Run, base: DDIMPipeline, endpoints: Sequence[Endpoint], settings: Settings) -> Walk:
     """Pictures are encoded, seeds are codes; then what lies between them is decoded."""
-    # Codes are of order 1, whatever the model samples with.
-    pipe = run.pipeline(base, solver_order=1)
+    pipe = run.pipeline(base)
     pictures = [endpoint.picture for endpoint in endpoints if endpoint.seed is None]
     S = settings.num_inference_steps
     found = iter(pipe.encode(pictures, S, verify=False).latents if pictures else ())

@@ -63,7 +63,7 @@ class Inverted:
 
 def invert(run: Run, base: DDIMPipeline, picture: Image.Image, steps: int) -> Inverted:
     """The code of a picture, found exactly and by Euler's steps, and what it decodes to."""
-    pipe = run.pipeline(base, solver_order=1)
+    pipe = run.pipeline(base)
     fitted = fit(pipe, picture)
     ways = []
     for name, exact in (("exact", True), ("Euler", False)):

@@ -85,14 +85,13 @@ class Run:
         """Stop at the next step."""
         self._cancelled.set()
 
-    def pipeline(self, base: DDIMPipeline, **scheduler: Any) -> DDIMPipeline:
+    def pipeline(self, base: DDIMPipeline) -> DDIMPipeline:
         """A pipeline of this run alone, on the network of another.
 
         Args:
             base: lends its network, which stays where it is.
-            scheduler: settings in place of those of its scheduler, such as `timestep_spacing`.
         """
-        return _Pipeline(base, scheduler, self)
+        return _Pipeline(base, self)
 
     def check(self) -> None:
         """`Cancelled` if the run shall stop."""
@@ -133,9 +132,9 @@ class _Bar(tqdm):  # type: ignore[type-arg]
 
 
 class _Pipeline(DDIMPipeline):
-    def __init__(self, base: DDIMPipeline, scheduler: dict[str, Any], run: Run) -> None:
+    def __init__(self, base: DDIMPipeline, run: Run) -> None:
         # A scheduler of its own: a call sets its timesteps.
-        super().__init__(base.unet, DDIMScheduler.from_config(base.scheduler.config, **scheduler), base.engine)
+        super().__init__(base.unet, DDIMScheduler.from_config(base.scheduler.config), base.engine)
         self._run = run
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> tqdm[Any]:
