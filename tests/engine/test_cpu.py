@@ -55,12 +55,12 @@ class TestWinograd:
     @pytest.mark.parametrize(
         ("N", "C", "K", "H", "W"),
         [
-            (1, 8, 16, 4, 4),
+            (1, 8, 32, 4, 4),
             (3, 32, 32, 28, 28),
-            (2, 40, 48, 7, 5),
-            (1, 96, 16, 1, 9),
+            (2, 40, 96, 7, 5),
+            (1, 96, 32, 1, 9),
             (5, 16, 32, 2, 2),
-            (1, 8, 16, 3, 70),
+            (1, 8, 32, 3, 70),
         ],
     )
     @pytest.mark.parametrize("adds", [False, True])
@@ -103,13 +103,22 @@ class TestWinograd:
 
 class TestDirect:
     @pytest.mark.parametrize(
-        ("N", "C", "K", "H", "W", "stride"),
-        [(1, 3, 16, 5, 7, 1), (3, 32, 48, 8, 8, 2), (2, 128, 32, 4, 4, 1), (45, 16, 32, 9, 5, 1), (1, 1, 16, 1, 1, 2)],
+        ("N", "C", "K", "H", "W", "size", "stride"),
+        [
+            (1, 3, 32, 5, 7, 3, 1),
+            (3, 32, 96, 8, 8, 3, 2),
+            (2, 128, 32, 4, 4, 3, 1),
+            (45, 16, 32, 9, 5, 3, 1),
+            (1, 1, 32, 1, 1, 3, 2),
+            (1, 33, 64, 7, 3, 1, 1),
+            (3, 16, 32, 20, 20, 1, 1),
+        ],
     )
     @pytest.mark.parametrize("adds", [False, True])
-    def test_equals_float64(self, N: int, C: int, K: int, H: int, W: int, stride: int, adds: bool) -> None:
-        x, weight, bias = drawn(N, H, W, C), drawn(K, C, 3, 3, seed=1) / (9 * C) ** 0.5, drawn(K, seed=2)
-        expected = F.conv2d(x.permute(0, 3, 1, 2).double(), weight.double(), bias.double(), stride, 1)
+    def test_equals_float64(self, N: int, C: int, K: int, H: int, W: int, size: int, stride: int, adds: bool) -> None:
+        x, weight, bias = drawn(N, H, W, C), drawn(K, C, size, size, seed=1) / (9 * C) ** 0.5, drawn(K, seed=2)
+        rim = size // 2
+        expected = F.conv2d(x.permute(0, 3, 1, 2).double(), weight.double(), bias.double(), stride, rim)
         expected = expected.permute(0, 2, 3, 1)
         residual, results = drawn(*expected.shape, seed=3), []
         threads = torch.get_num_threads()
@@ -118,8 +127,8 @@ class TestDirect:
                 torch.set_num_threads(number)
                 y = torch.full(expected.shape, torch.nan)
                 weights = direct.arrange_weights(weight)
-                padded = F.pad(x, (0, 0, 1, 1, 1, 1))
-                direct.convolve(padded, weights, bias, residual if adds else None, stride, y)
+                padded = F.pad(x, (0, 0, rim, rim, rim, rim))
+                direct.convolve(padded, weights, bias, stride, residual if adds else None, y)
                 assert apart(y.double(), expected + (residual if adds else 0)) < 1e-5
                 results.append(y)
                 assert torch.equal(y, results[0])

@@ -20,7 +20,8 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from ddim.kernels import direct, winograd
 from ddim.kernels import norm as norms
-from ddim.kernels.library import ready
+from ddim.kernels.library import LANES, ready
 from ddim.layers import Attention, ResnetBlock2D, Upsample2D
 from ddim.outputs import UNet2DOutput
 from ddim.unet import UNet2DModel, check_embeddings
@@ -40,7 +41,7 @@ Map = Tensor
 
 NEAR = 4 << 20
 """Bytes of transformed weights that stay in a processor's caches from one step to the next."""
-KEPT = 2 << 20
+KEPT = 8 << 20
 """Bytes of a map that is kept for the next step rather than made anew."""
 A_PIXEL = 150 << 10
 """Bytes of transformed weights for each pixel of a map, at most, where they do not stay in the caches: what they gain
@@ -129,6 +130,27 @@ class CPUEngine:
         return [F.linear(emb, linear.weight, linear.bias) for linear in self._projections]
 
 
+def _filled(x: Tensor) -> Tensor:
+    """Weights or a bias, with zeros for more output channels where these are not whole lanes."""
+    x = x.detach()
+    missing = -x.shape[0] % LANES
+    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, missing)) if missing else x.contiguous()
+
+
+def _result(
+    shape: tuple[int, int, int], K: int, residual: Map | None, convolve: Callable[[Map | None, Map], None]
+) -> Map:
+    """What `convolve(residual, y)`, which writes whole lanes, makes of (*shape, K)."""
+    lanes = -(-K // LANES) * LANES
+    y = torch.empty(*shape, lanes)
+    if lanes == K:
+        convolve(residual, y)
+        return y
+    convolve(None, y)
+    y = y[..., :K].contiguous()
+    return y if residual is None else y.add_(residual)
+
+
 def _stacked(linears: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """Weight and bias of one linear layer that gives the results of several side by side."""
     return torch.cat([x.weight.detach() for x in linears]), torch.cat([x.bias.detach() for x in linears])
@@ -167,8 +189,6 @@ class _Conv3x3:
         # What is not padded has a row and a column below and on the right: `Downsample2D`.
         self.before = int(conv.padding[0])
         self.after = self.before or 1
-        # Output channels are filled up to whole lanes.
-        self.lanes = -(-self.K // direct.LANES) * direct.LANES
         self._weights: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def method(self, H: int, W: int) -> Any:
@@ -176,19 +196,16 @@ class _Conv3x3:
         tiles, transformed = -(-H // winograd.STEP) * -(-W // winograd.STEP), 4 * winograd.POINTS * self.C * self.K
         allowed = max(NEAR, A_PIXEL * H * W * min(1.0, LARGE / transformed))
         pays = winograd.POINTS * tiles < 7 * H * W and transformed <= allowed
-        if self.stride == 1 and self.before == 1 and winograd.fits(self.C, self.K) and pays:
+        if self.stride == 1 and self.before == 1 and winograd.fits(self.C) and pays:
             return winograd
         return direct
 
     def weights(self, method: Any) -> tuple[Tensor, Tensor]:
         """As the method takes them, and the bias."""
         if method not in self._weights:
-            weight, bias = self.conv.weight.detach(), cast(Tensor, self.conv.bias).detach()
-            if self.lanes != self.K:
-                weight = F.pad(weight, (0, 0) * 3 + (0, self.lanes - self.K))
-                bias = F.pad(bias, (0, self.lanes - self.K))
+            weight, bias = _filled(self.conv.weight), _filled(cast(Tensor, self.conv.bias))
             arrange = winograd.transform_weights if method is winograd else direct.arrange_weights
-            self._weights[method] = arrange(weight), bias.contiguous()
+            self._weights[method] = arrange(weight), bias
             page_out(self.conv.weight.detach())
         return self._weights[method]
 
@@ -212,17 +229,26 @@ class _Conv3x3:
         method = self.method(H, W)
         weights, bias = self.weights(method)
         if method is winograd:
-            y = torch.empty(x.shape[0], H, W, self.K)
-            winograd.convolve(x, weights, bias, residual, y)
-            return y
+            return _result((x.shape[0], H, W), self.K, residual, partial(winograd.convolve, x, weights, bias))
         OH, OW = ((size + self.before + self.after - 3) // self.stride + 1 for size in (H, W))
-        y = torch.empty(x.shape[0], OH, OW, self.lanes)
-        if self.lanes == self.K:
-            direct.convolve(x, weights, bias, residual, self.stride, y)
-            return y
-        direct.convolve(x, weights, bias, None, self.stride, y)
-        y = y[..., : self.K].contiguous()
-        return y if residual is None else y.add_(residual)
+        convolve = partial(direct.convolve, x, weights, bias, self.stride)
+        return _result((x.shape[0], OH, OW), self.K, residual, convolve)
+
+
+class _Linear:
+    """A linear layer, for each pixel."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.K = weight.shape[0]
+        self.weights, self.bias = direct.arrange_weights(_filled(weight)[:, :, None, None]), _filled(bias)
+
+    def __call__(self, x: Map, residual: Map | None = None) -> Map:
+        """Plus residual."""
+        N, H, W, C = x.shape
+        convolve = partial(direct.convolve, x.view(1, 1, -1, C), self.weights, self.bias, 1)
+        if residual is not None:
+            residual = residual.view(1, 1, -1, self.K)
+        return _result((1, 1, N * H * W), self.K, residual, convolve).view(N, H, W, self.K)
 
 
 class _Norm:
@@ -272,10 +298,9 @@ class _Norm:
         N, H, W, _ = a.shape
         if conv.method(H, W) is winograd and self.act is None and torch.get_num_threads() <= N:
             weight, bias, before = self._terms(shift, scale)
-            y = torch.empty(N, H, W, conv.K)
             terms = (before, weight, bias, self.groups, self.eps, self.silu)
-            winograd.normalise_and_convolve(a, b, *terms, *conv.weights(winograd), residual, y)
-            return y
+            convolve = partial(winograd.normalise_and_convolve, a, b, *terms, *conv.weights(winograd))
+            return _result((N, H, W), conv.K, residual, convolve)
         y, inside = conv.input(N, H, W)
         self.write(y, inside, a, b, shift, scale)
         return conv(y, H, W, residual)
@@ -286,10 +311,8 @@ class _Resnet:
         self.norm1, self.norm2 = _Norm(block.norm1, block.nonlinearity), _Norm(block.norm2, block.nonlinearity)
         self.conv1, self.conv2 = _Conv3x3(block.conv1, rims), _Conv3x3(block.conv2, rims)
         self.scale_shift, self.factor, self.resample = block.scale_shift, block.output_scale_factor, block.resample
-        self.shortcut = None
-        if block.conv_shortcut is not None:
-            self.shortcut = block.conv_shortcut.weight.detach().flatten(1).t()
-            self.shortcut_bias = cast(Tensor, block.conv_shortcut.bias).detach()
+        self.shortcut = block.conv_shortcut
+        self._parts: tuple[_Linear, ...] = ()
 
     def __call__(self, a: Map, b: Map | None, time: Tensor) -> Map:
         scale, shift = None, time
@@ -310,30 +333,34 @@ class _Resnet:
     def _residual(self, a: Map, b: Map | None) -> Map:
         if self.shortcut is None:
             return a if b is None else torch.cat([a, b], dim=-1)
-        N, H, W, A = a.shape
-        total = torch.addmm(self.shortcut_bias, a.view(-1, A), self.shortcut[:A])
-        if b is not None:
-            total.addmm_(b.view(-1, b.shape[-1]), self.shortcut[A:])
-        return total.view(N, H, W, -1)
+        if not self._parts:
+            # The sum over the channels of both maps, each with its part of the weights.
+            weight, bias = self.shortcut.weight.detach().flatten(1), cast(Tensor, self.shortcut.bias)
+            widths = [x.shape[-1] for x in (a, b) if x is not None]
+            first, *others = torch.split(weight, widths, dim=1)
+            self._parts = _Linear(first, bias), *(_Linear(other, torch.zeros_like(bias)) for other in others)
+            page_out(weight)
+        total = self._parts[0](a)
+        return total if b is None else self._parts[1](b, total)
 
 
 class _Attention:
     def __init__(self, attention: Attention) -> None:
         self.norm = None if attention.group_norm is None else _Norm(attention.group_norm, None)
         self.heads, self.factor = attention.heads, attention.output_scale_factor
-        self.qkv = _stacked([attention.to_q, attention.to_k, attention.to_v])
-        self.out: Any = attention.to_out[0]
+        self.qkv = _Linear(*_stacked([attention.to_q, attention.to_k, attention.to_v]))
+        out: Any = attention.to_out[0]
+        self.out = _Linear(out.weight, out.bias)
 
     def __call__(self, x: Map) -> Map:
-        N, H, W, C = x.shape
+        N, H, W, _ = x.shape
         normed = x
         if self.norm is not None:
             normed = torch.empty_like(x)
             self.norm.write(normed, normed, x)
-        mixed = F.linear(normed.view(N, H * W, C), *self.qkv)
-        q, k, v = mixed.view(N, H * W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N * H * W, -1)
-        y = torch.addmm(self.out.bias, attended, self.out.weight.t()).view(N, H, W, C).add_(x)
+        q, k, v = self.qkv(normed).view(N, H * W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, H, W, -1)
+        y = self.out(attended, x)
         return y if self.factor == 1 else y.div_(self.factor)
 
 

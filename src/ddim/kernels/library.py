@@ -20,6 +20,7 @@ import hashlib
 import importlib
 import logging
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,11 @@ from ddim.files import cache_folder, write_whole
 
 logger = logging.getLogger(__name__)
 
+WIDE = bool(llvm.get_host_cpu_features().get("avx512f"))
+"""Whether the processor has 32 registers of 16 numbers each, not 16 of 8."""
+LANES = 32 if WIDE else 16
+"""Output channels of a product's tile: as many as two registers hold."""
+
 THREAD, THREADS = "ddim_thread", "ddim_threads"
 """The names under which loops find the number of the thread that runs them, and how many there are."""
 
@@ -51,6 +57,8 @@ class Loop:
 
     def __init__(self, source: str, name: str, job: np.dtype[Any]) -> None:
         self.source, self.name, self.job = source, name, job
+        self._names = job.names or ()
+        self._record = struct.Struct("".join(job[name].char for name in self._names))
 
     @functools.cached_property
     def address(self) -> int:
@@ -69,14 +77,13 @@ class Loop:
             values: the record's fields; of a tensor, which must be float32 and contiguous in the order that the loop
                 thinks, the address.
         """
-        record = np.zeros(1, self.job)
-        for name, value in values.items():
-            record[name] = value.data_ptr() if isinstance(value, Tensor) else value
+        ordered = [values[name] for name in self._names]
+        record = self._record.pack(*[x.data_ptr() if isinstance(x, Tensor) else x for x in ordered])
         library = _team()
         if library is None:
-            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)(record.ctypes.data)
+            ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self.address)(record)
         else:
-            library.GOMP_parallel(self.address, record.ctypes.data, torch.get_num_threads(), 0)
+            library.GOMP_parallel(self.address, record, torch.get_num_threads(), 0)
 
 
 def ready(*loops: Loop) -> None:

@@ -21,13 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddim.kernels.library import Loop
+from ddim.kernels.library import LANES, Loop
 from ddim.kernels.norm import MAPS
 
-LANES = 16
-"""Output channels of a product's tile, in registers."""
-HALF = 8
-"""Channels transformed side by side."""
+UNIT = 8
+"""Input channels come in so many."""
 SIDE, STEP = 6, 4
 POINTS = SIDE * SIDE
 
@@ -62,13 +60,13 @@ NORMALISE_AND_CONVOLVE = Loop(
 LOOPS = (CONVOLVE, NORMALISE_AND_CONVOLVE)
 
 
-def fits(C: int, K: int) -> bool:
-    """Whether `convolve` takes C to K channels."""
-    return C % HALF == 0 and K % LANES == 0
+def fits(C: int) -> bool:
+    """Whether `convolve` takes so many input channels; of output channels it takes multiples of `LANES`."""
+    return C % UNIT == 0
 
 
 def transform_weights(weight: Tensor) -> Tensor:
-    """(K, C, 3, 3) to what `convolve` takes, (36, K / 16, C, 16) float32."""
+    """(K, C, 3, 3) to what `convolve` takes, (36, K / LANES, C, LANES) float32."""
     K, C = weight.shape[:2]
     g = torch.tensor(G, dtype=torch.float64)
     matrix = torch.kron(g, g).float()

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
+from numba.core import cgutils
+
+from ddim.kernels.library import WIDE
 
 SINGLE, INDEX = ir.FloatType(), ir.IntType(64)
 FUSED = ("contract", "nsz")
 """What the compiler may do to sums and products: fuse them."""
+
+ROWS = 9 if WIDE else 6
+"""Sums over a panel of channels that the registers hold beside what is multiplied."""
+LINE = 16
+"""Numbers of a cache line."""
+AHEAD = 4096
+"""Bytes that weights are asked for before they are used: what memory takes to answer."""
 
 
 class Code:
@@ -22,9 +33,8 @@ class Code:
     """
 
     def __init__(self, builder: Any, lanes: int) -> None:
-        self.builder, self.vector = builder, ir.VectorType(SINGLE, lanes)
-        self.zero = ir.Constant(self.vector, [0.0] * lanes)
-        self.lanes = lanes
+        self.builder, self.vector, self.lanes = builder, ir.VectorType(SINGLE, lanes), lanes
+        self.zero = self.number(0)
 
     def at(self, start: Any, *distances: Any) -> Any:
         """The pointer so many numbers further."""
@@ -32,6 +42,10 @@ class Code:
             distance = ir.Constant(INDEX, distance) if isinstance(distance, int) else distance
             start = self.builder.gep(start, [distance], source_etype=SINGLE)
         return start
+
+    def number(self, value: Any) -> Any:
+        """It in all lanes."""
+        return ir.Constant(self.vector, [float(value)] * self.lanes)
 
     def times(self, a: Any, b: Any) -> Any:
         a, b = (ir.Constant(INDEX, number) if isinstance(number, int) else number for number in (a, b))
@@ -55,9 +69,54 @@ class Code:
         return self.builder.fadd(a, b, flags=FUSED)
 
     def scale(self, a: Any, factor: float) -> Any:
-        return self.builder.fmul(a, ir.Constant(self.vector, [float(factor)] * self.lanes), flags=FUSED)
+        return self.builder.fmul(a, self.number(factor), flags=FUSED)
+
+    def floor(self, a: Any) -> Any:
+        return self._call(f"llvm.floor.v{self.lanes}f32", self.vector, a)
 
     def add_product(self, total: Any, a: Any, b: Any) -> None:
         """Add a b to the vector in the variable `total`."""
         product = self.builder.fmul(a, b, flags=FUSED)
         self.builder.store(self.add(self.builder.load(total, typ=self.vector), product), total)
+
+    def prefetch(self, place: Any) -> None:
+        """Have what is `AHEAD` of a vector fetched."""
+        for line in range(0, self.lanes, LINE):
+            arguments = (ir.Constant(ir.IntType(32), number) for number in (0, 3, 1))
+            self._call("llvm.prefetch.p0", ir.VoidType(), self.at(place, AHEAD // 4 + line), *arguments)
+
+    def _call(self, name: str, result: Any, *arguments: Any) -> Any:
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), arguments)
+
+    def in_rows(self, count: Any) -> Iterator[tuple[int, Any]]:
+        """Loops that together go once through `count` rows, in parts of nearly the same size, `ROWS` at most: for each,
+        its size and the first row.
+        """
+        count_up = self.builder.add(count, ir.Constant(INDEX, ROWS - 1))
+        parts = self.builder.udiv(count_up, ir.Constant(INDEX, ROWS))
+        least, more = self.builder.udiv(count, parts), self.builder.urem(count, parts)
+        first, none = ir.Constant(INDEX, 0), ir.Constant(INDEX, 0)
+        for rows in range(ROWS, 0, -1):
+            is_more = self.builder.icmp_signed("==", least, ir.Constant(INDEX, rows - 1))
+            is_least = self.builder.icmp_signed("==", least, ir.Constant(INDEX, rows))
+            fewer = self.builder.select(is_least, self.builder.sub(parts, more), none)
+            times = self.builder.select(is_more, more, fewer)
+            with cgutils.for_range(self.builder, times) as turn:
+                yield rows, self.builder.add(first, self.times(turn.index, rows))
+            first = self.builder.add(first, self.times(times, rows))
+
+
+def in_panels(builder: Any, C: Any, widths: tuple[int, ...]) -> Iterator[tuple[Code, Any]]:
+    """Loops that together go once through C channels, the widest first: for each, its code and the first channel.
+
+    Args:
+        widths: channels at a time; each divides the one before, and the last divides C.
+    """
+    first = ir.Constant(INDEX, 0)
+    for lanes in widths:
+        code = Code(builder, lanes)
+        times = builder.udiv(builder.sub(C, first), ir.Constant(INDEX, lanes))
+        with cgutils.for_range(builder, times) as turn:
+            yield code, builder.add(first, code.times(turn.index, lanes))
+        first = builder.add(first, code.times(times, lanes))

@@ -9,10 +9,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ddim.kernels.convolution import LANES
+from ddim.kernels.library import WIDE
 from ddim.kernels.source import array, part, pointer, release, reserve, share
 from ddim.kernels.source.code import Code
 
-CHANNELS = 2
+CHANNELS = 4 if WIDE else 2
+"""Input channels of a tile: with three taps, as many sums as the registers hold and the machine adds to at a time."""
 PLACES = 224
 """About how many places a tile is summed over before it is added to memory."""
 NEAR = 1 << 18

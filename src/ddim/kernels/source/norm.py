@@ -10,11 +10,18 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import carray
+from llvmlite import ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-from ddim.kernels.source import array, doubles, inlined, part, release, reserve, share
+from ddim.kernels.library import LANES
+from ddim.kernels.source import array, doubles, inlined, part, pointer, release, reserve, share
+from ddim.kernels.source.code import FUSED, INDEX, Code, in_panels
 
 RUN = 64
+WIDTHS = (LANES, 8, 1)
+"""Channels that are normalised side by side."""
 
 LOG2_E = np.float32(math.log2(math.e))
 LN_2_HIGH = np.float32(0.693359375)
@@ -43,21 +50,108 @@ def sigmoid(z: Any) -> Any:
     return s if v < LIMIT else ZERO
 
 
-@part
-def add_rows(x: Any, first: int, last: int, sums: Any) -> None:
-    """Add pixels first to last of x (P, C) to `sums` (C,) float32."""
-    for p in range(first, last):
-        for c in range(sums.size):
-            sums[c] += x[p, c]
+def _vector_sigmoid(code: Code, z: Any) -> Any:
+    """The same of vectors."""
+    builder = code.builder
+
+    def fused(a: Any, factor: Any, b: Any) -> Any:
+        return code.add(builder.fmul(a, factor, flags=FUSED), b)
+
+    v = builder.fneg(z)
+    v = builder.select(builder.fcmp_ordered(">", v, code.number(-LIMIT)), v, code.number(-LIMIT))
+    below = builder.fcmp_ordered("<", v, code.number(LIMIT))
+    w = builder.select(below, v, code.number(LIMIT))
+    k = code.floor(fused(w, code.number(LOG2_E), code.number(HALF)))
+    r = fused(k, code.number(-LN_2_LOW), fused(k, code.number(-LN_2_HIGH), w))
+    p = code.number(EXP[0])
+    for coefficient in EXP[1:]:
+        p = fused(p, r, code.number(coefficient))
+    mantissa = fused(builder.fmul(p, r, flags=FUSED), r, code.add(r, code.number(ONE)))
+    whole = ir.VectorType(ir.IntType(32), code.lanes)
+    bias, bits = (ir.Constant(whole, [int(number)] * code.lanes) for number in (EXPONENT_BIAS, MANTISSA_BITS))
+    power_of_2 = builder.bitcast(builder.shl(builder.add(builder.fptosi(k, whole), bias), bits), code.vector)
+    s = builder.fdiv(code.number(ONE), fused(mantissa, power_of_2, code.number(ONE)))
+    return builder.select(below, s, code.zero)
+
+
+def _totals(squares: bool) -> Any:
+    @intrinsic
+    def add_totals(typing_context: Any, x: Any, centre: Any, P: Any, C: Any, totals: Any) -> Any:
+        """Add to float64 `totals` (C,) the sums over all pixels of x (P, C), or those of the squared distances from
+        `centre` (C,); pointers to the first numbers.
+        """
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, centre, P, C, totals = arguments
+            run = ir.Constant(INDEX, RUN)
+            runs = builder.udiv(builder.add(P, ir.Constant(INDEX, RUN - 1)), run)
+            with cgutils.for_range(builder, runs) as turn:
+                start = builder.mul(turn.index, run)
+                left = builder.sub(P, start)
+                pixels = builder.select(builder.icmp_signed("<", left, run), left, run)
+                for code, channel in in_panels(builder, C, WIDTHS):
+                    total = cgutils.alloca_once(builder, code.vector)
+                    builder.store(code.zero, total)
+                    middle = code.load(code.at(centre, channel)) if squares else None
+                    first = code.at(x, code.times(start, C), channel)
+                    with cgutils.for_range(builder, pixels) as pixel:
+                        value = code.load(code.at(first, code.times(pixel.index, C)))
+                        if squares:
+                            distance = builder.fsub(value, middle, flags=FUSED)
+                            code.add_product(total, distance, distance)
+                        else:
+                            builder.store(code.add(builder.load(total, typ=code.vector), value), total)
+                    wide = ir.VectorType(ir.DoubleType(), code.lanes)
+                    place = builder.gep(totals, [channel], source_etype=ir.DoubleType())
+                    place = builder.bitcast(place, wide.as_pointer())
+                    more = builder.fpext(builder.load(total, typ=code.vector), wide)
+                    builder.store(builder.fadd(builder.load(place, align=8, typ=wide), more), place, align=8)
+            return context.get_dummy_value()
+
+        return types.void(x, centre, *[types.int64] * 2, totals), generate
+
+    return add_totals
+
+
+add_totals, add_total_squares = _totals(False), _totals(True)
+
+
+def _apply(silu: bool) -> Any:
+    @intrinsic
+    def apply(typing_context: Any, x: Any, P: Any, C: Any, scale: Any, offset: Any, y: Any, y_pixel: Any) -> Any:
+        """scale x + offset, or SiLU of it, of pixels x (P, C) to places of y that are `y_pixel` numbers apart."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, P, C, scale, offset, y, y_pixel = arguments
+            for code, channel in in_panels(builder, C, WIDTHS):
+                factor, shift = code.load(code.at(scale, channel)), code.load(code.at(offset, channel))
+                with cgutils.for_range(builder, P) as pixel:
+                    value = code.load(code.at(x, channel, code.times(pixel.index, C)))
+                    z = code.add(builder.fmul(value, factor, flags=FUSED), shift)
+                    if silu:
+                        z = builder.fmul(z, _vector_sigmoid(code, z), flags=FUSED)
+                    code.store(z, code.at(y, channel, code.times(pixel.index, y_pixel)))
+            return context.get_dummy_value()
+
+        return types.void(x, *[types.int64] * 2, scale, offset, y, types.int64), generate
+
+    return apply
+
+
+_apply_silu, _apply_affine = _apply(True), _apply(False)
 
 
 @part
-def add_squares(x: Any, first: int, last: int, centre: Any, sums: Any) -> None:
-    """Add the squared distances of pixels from `centre` (C,)."""
-    for p in range(first, last):
-        for c in range(sums.size):
-            d = x[p, c] - centre[c]
-            sums[c] += d * d
+def apply_row(x: Any, y: Any, first: int, scale: Any, offset: Any, silu: bool) -> None:
+    """silu(scale x + offset) of places x (W, C), to the channels of y (W, of more) from `first` on."""
+    if x.shape[0] * x.shape[1] == 0:
+        return
+    W, C = x.shape
+    there = pointer(y[0, first:])
+    if silu:
+        _apply_silu(pointer(x), W, C, pointer(scale), pointer(offset), there, y.shape[1])
+    else:
+        _apply_affine(pointer(x), W, C, pointer(scale), pointer(offset), there, y.shape[1])
 
 
 @part
@@ -77,16 +171,13 @@ def forward(data: Any) -> None:
     weight, bias = array(job.weight, (C,)), array(job.bias, (C,))
     mean, rstd = array(job.mean, (N, groups)), array(job.rstd, (N, groups))
     # z = scale x + offset, channel by channel.
-    room = reserve(5 * C)
-    scale, offset, sums = array(room + 8 * C, C), array(room + 12 * C, C), array(room + 16 * C, C)
+    room = reserve(4 * C)
     totals = doubles(room, C)
-    sums[:] = 0
+    scale, offset = array(room + 8 * C, C), array(room + 12 * C, C)
     first, last = share(N)
     for n in range(first, last):
         totals[:] = 0
-        for p in range(0, P, RUN):
-            add_rows(x[n], p, min(p + RUN, P), sums)
-            flush(sums, totals)
+        add_totals(pointer(x[n]), pointer(offset), P, C, pointer(totals))
         for g in range(groups):
             m = 0.0
             for c in range(g * D, (g + 1) * D):
@@ -95,9 +186,7 @@ def forward(data: Any) -> None:
             for c in range(g * D, (g + 1) * D):
                 offset[c] = mean[n, g] - shift[n, c]
         totals[:] = 0
-        for p in range(0, P, RUN):
-            add_squares(x[n], p, min(p + RUN, P), offset, sums)
-            flush(sums, totals)
+        add_total_squares(pointer(x[n]), pointer(offset), P, C, pointer(totals))
         for g in range(groups):
             squares = 0.0
             for c in range(g * D, (g + 1) * D):
@@ -106,15 +195,7 @@ def forward(data: Any) -> None:
             for c in range(g * D, (g + 1) * D):
                 scale[c] = rstd[n, g] * weight[c]
                 offset[c] = bias[c] - offset[c] * scale[c]
-        if job.silu:
-            for p in range(P):
-                for c in range(C):
-                    z = x[n, p, c] * scale[c] + offset[c]
-                    y[n, p, c] = z * sigmoid(z)
-        else:
-            for p in range(P):
-                for c in range(C):
-                    y[n, p, c] = x[n, p, c] * scale[c] + offset[c]
+        apply_row(x[n], y[n], 0, scale, offset, job.silu != 0)
     release(room)
 
 
@@ -190,36 +271,6 @@ def backward(data: Any) -> None:
 
 
 @part
-def apply_row(x: Any, y: Any, first: int, scale: Any, offset: Any, silu: bool) -> None:
-    """silu(scale x + offset) of places x (W, C), to the channels of y from `first` on."""
-    for w in range(x.shape[0]):
-        place, result = x[w], y[w][first:]
-        if silu:
-            for c in range(place.size):
-                z = place[c] * scale[c] + offset[c]
-                result[c] = z * sigmoid(z)
-        else:
-            for c in range(place.size):
-                result[c] = place[c] * scale[c] + offset[c]
-
-
-@part
-def add_totals(x: Any, totals: Any, sums: Any) -> None:
-    """Add the sums over all pixels of x (P, C) to float64 totals; `sums` is zero before and after."""
-    for p in range(0, x.shape[0], RUN):
-        add_rows(x, p, min(p + RUN, x.shape[0]), sums)
-        flush(sums, totals)
-
-
-@part
-def add_total_squares(x: Any, centre: Any, totals: Any, sums: Any) -> None:
-    """Add the sums of squared distances from `centre`."""
-    for p in range(0, x.shape[0], RUN):
-        add_squares(x, p, min(p + RUN, x.shape[0]), centre, sums)
-        flush(sums, totals)
-
-
-@part
 def affine(
     a: Any,
     b: Any,
@@ -230,18 +281,17 @@ def affine(
     eps: float,
     scale: Any,
     offset: Any,
-    sums: Any,
     totals: Any,
 ) -> None:
     """The scale and the offset of each channel that normalise a sample, the maps a (P, A) and b (P, B) side by side;
-    `sums` and `totals` (A + B,) are for its own use, the former zero before and after.
+    `totals` (A + B,) is for its own use.
     """
     P, A = a.shape
     B = b.shape[1]
     D = (A + B) // groups
     totals[:] = 0
-    add_totals(a, totals[:A], sums[:A])
-    add_totals(b, totals[A:], sums[A:])
+    add_totals(pointer(a), pointer(offset), P, A, pointer(totals))
+    add_totals(pointer(b), pointer(offset), P, B, pointer(totals[A:]))
     for g in range(groups):
         mean = 0.0
         for c in range(g * D, (g + 1) * D):
@@ -249,8 +299,8 @@ def affine(
         for c in range(g * D, (g + 1) * D):
             offset[c] = mean / D - shift[c]
     totals[:] = 0
-    add_total_squares(a, offset[:A], totals[:A], sums[:A])
-    add_total_squares(b, offset[A:], totals[A:], sums[A:])
+    add_total_squares(pointer(a), pointer(offset), P, A, pointer(totals))
+    add_total_squares(pointer(b), pointer(offset[A:]), P, B, pointer(totals[A:]))
     for g in range(groups):
         squares = 0.0
         for c in range(g * D, (g + 1) * D):
@@ -281,15 +331,14 @@ def normalise(data: Any) -> None:
     shift = array(job.shift, (job.shifts, C))
     weight, bias = array(job.weight, (job.weights, C)), array(job.bias, (job.weights, C))
     y = array(job.y, (N, job.rows, job.columns, C))
-    room = reserve(5 * C)
-    scale, offset, sums = array(room + 8 * C, C), array(room + 12 * C, C), array(room + 16 * C, C)
+    room = reserve(4 * C)
     totals = doubles(room, C)
-    sums[:] = 0
+    scale, offset = array(room + 8 * C, C), array(room + 12 * C, C)
     # Threads share rows of pixels; what a sample's rows have in common is computed by each that has some of them.
     first, last = share(N * H)
     for n in range(first // H, (last + H - 1) // H):
         s, w = min(n, job.shifts - 1), min(n, job.weights - 1)
-        affine(a[n], b[n], shift[s], weight[w], bias[w], job.groups, job.eps, scale, offset, sums, totals)
+        affine(a[n], b[n], shift[s], weight[w], bias[w], job.groups, job.eps, scale, offset, totals)
         top, bottom = max(first - n * H, 0), min(last - n * H, H)
         apply_rows(a[n], b[n], W, y[n], job.top, top, bottom, scale, offset, job.silu != 0)
     release(room)

@@ -9,11 +9,14 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from ddim.kernels.library import LANES
 from ddim.kernels.source import array, doubles, inlined, part, pointer, release, reserve, share
-from ddim.kernels.source.code import FUSED, INDEX, Code
+from ddim.kernels.source.code import FUSED, INDEX, Code, in_panels
 from ddim.kernels.source.norm import affine, apply_rows
-from ddim.kernels.winograd import AT, BT, HALF, LANES, POINTS, SIDE, STEP
+from ddim.kernels.winograd import AT, BT, POINTS, SIDE, STEP, UNIT
 
+HALF = LANES // 2
+"""Channels that are transformed side by side."""
 TILES = 18
 """From input to result at a time."""
 
@@ -59,9 +62,7 @@ def _to_points(typing_context: Any, x: Any, x_row: Any, C: Any, v: Any, v_point:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, x_row, C, v, v_point = arguments
-        code = Code(builder, HALF)
-        with cgutils.for_range(builder, builder.udiv(C, ir.Constant(INDEX, HALF))) as panel:
-            channel = code.times(panel.index, HALF)
+        for code, channel in in_panels(builder, C, (HALF, UNIT)):
             here, there = code.at(x, channel), code.at(v, channel)
             columns = []
             for j in range(SIDE):
@@ -96,9 +97,7 @@ def _from_points(adds: bool) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             m, m_point, K, bias, residual, y, y_row, y_place, rows, columns = arguments
-            code = Code(builder, HALF)
-            with cgutils.for_range(builder, builder.udiv(K, ir.Constant(INDEX, HALF))) as panel:
-                channel = code.times(panel.index, HALF)
+            for code, channel in in_panels(builder, K, (HALF,)):
                 here = code.at(m, channel)
                 shift = code.load(code.at(bias, channel))
                 halves = []
@@ -125,47 +124,30 @@ def _from_points(adds: bool) -> Any:
 _finish, _finish_and_add = _from_points(False), _from_points(True)
 
 
-def _multiply(rows: int) -> Any:
-    @intrinsic
-    def multiply(typing_context: Any, v: Any, C: Any, u: Any, m: Any, K: Any) -> Any:
-        """`rows` tiles times `LANES` output channels: v (rows, C) u (C, LANES) to m (rows, of K)."""
+@intrinsic
+def _multiply_tiles(typing_context: Any, v: Any, C: Any, u: Any, m: Any, K: Any, count: Any) -> Any:
+    """`count` tiles times `LANES` output channels, at one point: v (count, C) u (C, LANES) to m (count, of K)."""
 
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            v, C, u, m, K = arguments
-            code = Code(builder, LANES)
-            sums = [cgutils.alloca_once_value(builder, code.zero) for _ in range(rows)]
-            tiles = [code.at(v, code.times(C, t)) for t in range(rows)]
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        v, C, u, m, K, count = arguments
+        code = Code(builder, LANES)
+        for rows, first in code.in_rows(count):
+            sums = [cgutils.alloca_once(builder, code.vector) for _ in range(rows)]
+            for total in sums:
+                builder.store(code.zero, total)
+            tiles = [code.at(v, code.times(C, builder.add(first, ir.Constant(INDEX, t)))) for t in range(rows)]
             with cgutils.for_range(builder, C) as channel:
-                weights = code.load(code.at(u, code.times(channel.index, LANES)))
+                place = code.at(u, code.times(channel.index, LANES))
+                code.prefetch(place)
+                weights = code.load(place)
                 for tile, total in zip(tiles, sums, strict=True):
                     code.add_product(total, code.splat(code.at(tile, channel.index)), weights)
             for t, total in enumerate(sums):
-                code.store(builder.load(total, typ=code.vector), code.at(m, code.times(K, t)))
-            return context.get_dummy_value()
+                there = code.at(m, code.times(K, builder.add(first, ir.Constant(INDEX, t))))
+                code.store(builder.load(total, typ=code.vector), there)
+        return context.get_dummy_value()
 
-        return types.void(v, types.int64, u, m, types.int64), generate
-
-    return multiply
-
-
-_multiply_1, _multiply_4, _multiply_6 = map(_multiply, (1, 4, 6))
-
-
-@part
-def _multiply_tiles(v: Any, C: int, u: Any, m: Any, K: int, count: int) -> None:
-    """`count` tiles times `LANES` output channels, at one point."""
-    t = 0
-    while t < count:
-        a, b = pointer(v[t * C :]), pointer(m[t * K :])
-        if count - t >= 6:
-            _multiply_6(a, C, u, b, K)
-            t += 6
-        elif count - t >= 4:
-            _multiply_4(a, C, u, b, K)
-            t += 4
-        else:
-            _multiply_1(a, C, u, b, K)
-            t += 1
+    return types.void(v, types.int64, u, m, *[types.int64] * 2), generate
 
 
 @part
@@ -200,7 +182,8 @@ def convolve_tiles(
             _to_points(here, x.shape[2] * C, C, pointer(v[0, t * C :]), v.shape[1])
         for point in range(POINTS):
             for panel in range(left, right):
-                _multiply_tiles(v[point], C, pointer(u[point, panel]), m[point, panel * LANES :], K, count)
+                there = pointer(m[point, panel * LANES :])
+                _multiply_tiles(pointer(v[point]), C, pointer(u[point, panel]), there, K, count)
         for t in range(count):
             n, rest = (start + t) // (down * across), (start + t) % (down * across)
             h, w = rest // across * STEP, rest % across * STEP
@@ -251,18 +234,17 @@ def normalise_and_convolve(data: Any) -> None:
     together = max(1, TILES // (down * across))
     rows, columns = STEP * down + 2, STEP * across + 2
     size = needed(C, K)
-    room = reserve(size + 5 * C + together * rows * columns * C)
-    totals, floats = doubles(room + 4 * size, C), array(room + 4 * (size + 2 * C), (3, C))
-    x = array(room + 4 * (size + 5 * C), (together, rows, columns, C))
-    scale, offset, sums = floats[0], floats[1], floats[2]
-    sums[:] = 0
+    room = reserve(size + 4 * C + together * rows * columns * C)
+    totals, floats = doubles(room + 4 * size, C), array(room + 4 * (size + 2 * C), (2, C))
+    x = array(room + 4 * (size + 4 * C), (together, rows, columns, C))
+    scale, offset = floats[0], floats[1]
     x[:] = 0
     first, last = share(N)
     for start in range(first, last, together):
         end = min(start + together, last)
         for n in range(start, end):
             s, w = min(n, job.shifts - 1), min(n, job.weights - 1)
-            affine(a[n], b[n], shift[s], weight[w], beta[w], job.groups, job.eps, scale, offset, sums, totals)
+            affine(a[n], b[n], shift[s], weight[w], beta[w], job.groups, job.eps, scale, offset, totals)
             apply_rows(a[n], b[n], W, x[n - start], 1, 0, H, scale, offset, job.silu != 0)
         tiles = (end - start) * down * across
         convolve_tiles(x, y[start:end], u, bias, job.adds != 0, residual[start:end], 0, tiles, 0, K // LANES, room)
