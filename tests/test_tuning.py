@@ -255,6 +255,12 @@ class TestScheduler:
         assert DDIMScheduler().make_timesteps(7, order=2) == blend
         assert DDIMScheduler(timestep_spacing="linspace").make_timesteps(7, order=2) != blend
 
+    def test_another_order_drops_them(self) -> None:
+        config = DDIMScheduler(solver_order=2, timesteps_by_steps=self.LISTS).config
+        assert DDIMScheduler.from_config(config, solver_order=2).make_timesteps(3) == self.LISTS["3"]
+        assert DDIMScheduler.from_config(config, solver_order=1).make_timesteps(3) == [666, 333, 0]
+        assert DDIMScheduler.from_config(config, solver_order=1, timesteps_by_steps=None).make_timesteps(3)[0] == 666
+
     def test_the_pipeline_takes_them(self, pipe: DDIMPipeline) -> None:
         pipe.scheduler = DDIMScheduler(timesteps_by_steps=self.LISTS)
         found = pipe(seeds=[1], num_inference_steps=5, output_type="pt").images

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from numpy.typing import ArrayLike
@@ -140,6 +140,13 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         self.final_alpha_cumprod = torch.tensor(self._final_alpha, dtype=torch.float32)
         self.num_inference_steps: int | None = None
         self._use(list(range(len(betas)))[::-1], None)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
+        """As everywhere; another `solver_order` than the configured one drops the timesteps learned for that."""
+        if isinstance(config, Mapping) and overrides.get("solver_order") not in (None, config.get("solver_order", 1)):
+            overrides = {"timesteps_by_steps": None} | overrides
+        return super().from_config(config, **overrides)
 
     def __len__(self) -> int:
         return len(self._alphas_cumprod)
