@@ -50,7 +50,9 @@ class AppServer:
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
-        self.process.wait(30)
+        assert self.process.wait(30) == 0
+        # It leaves nothing behind.
+        assert not list(self.folder.glob("ddim-app-*"))
 
     def client(self) -> Client:
         """A client of its own session, whose downloads go to the folder."""

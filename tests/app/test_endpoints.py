@@ -246,6 +246,12 @@ def test_hostile_uploads_get_a_sentence(server: AppServer, tmp_path: Path, name:
     assert len(server.call("/sample", count=1, steps=1)["images"]) == 1
 
 
+def test_no_address_is_fetched(server: AppServer) -> None:
+    picture = {"path": "https://example.org/digit.png", "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(AppError, match="give the picture itself; this server fetches nothing from other addresses"):
+        server.call("/reconstruct", picture=picture, steps=2)
+
+
 def test_a_large_upload_is_refused_by_the_server_too(server: AppServer) -> None:
     """The client above has looked at the file itself."""
     answer = httpx.post(f"{server.url}/gradio_api/upload", files={"files": ("x.png", bytes(50_000_000))}, timeout=60)

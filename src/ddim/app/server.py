@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
+from gradio import processing_utils
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
@@ -67,6 +69,11 @@ class Guard:
         await self._app(scope, receive, send_guarded)
 
 
+async def _fetch_nothing(url: str, cache_dir: str) -> str:
+    """Stands where Gradio would download a file that a client names by its address."""
+    raise gr.Error("give the picture itself; this server fetches nothing from other addresses", print_exception=False)
+
+
 def build(models: Models, files: str) -> gr.Blocks:
     """The page and its endpoints, not yet served.
 
@@ -101,7 +108,7 @@ def serve(
     device: str = "auto",
     engine: str = "auto",
 ) -> None:
-    """Serve the page until the program is interrupted; its address is printed.
+    """Serve the page until the program is interrupted or told to end (SIGTERM); its address is printed.
 
     Args:
         names: of the models that are opened at once, as for `DDIMPipeline.from_pretrained`.
@@ -119,6 +126,7 @@ def serve(
         OSError: if the port is taken, or the host is none of this machine.
     """
     models = Models(names, allow_paths, device, engine)
+    processing_utils.async_ssrf_protected_download = _fetch_nothing
     number = check_port(host, port)
     with tempfile.TemporaryDirectory(prefix="ddim-app-") as temporary:
         # Of Gradio: uploads, and copies of what is offered for download.
@@ -143,8 +151,11 @@ def serve(
             app_kwargs={"middleware": [Middleware(Guard)]},
         )
         print(public or address, flush=True)
+        ended = threading.Event()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: ended.set())
         try:
-            threading.Event().wait()
+            ended.wait()
         except KeyboardInterrupt:
             pass
         finally:
