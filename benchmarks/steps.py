@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +86,8 @@ def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
         for method, numbers in values.items():
             axes.plot(STEPS, numbers, marker="o", label=method)
         axes.set(title=title, xlabel="steps", xticks=STEPS, yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in "25" else "")
     figure.axes[0].legend(fontsize="small")
     figure.savefig(path)
 
@@ -160,7 +161,7 @@ def main() -> None:
     for title, values in rows.items():
         for method, numbers in values.items():
             lines.append(f"| {' | '.join([title, method, *(f'{n:.3g}' for n in numbers)])} |")
-    lines += ["", f"{platform.processor() or platform.machine()}, torch {torch.__version__}", ""]
+    lines += ["", f"torch {torch.__version__}", ""]
     write_files(arguments.out, {"steps.md": "\n".join(lines)})
     plot(rows, arguments.out / "steps.png")
     print("\n".join(lines))
