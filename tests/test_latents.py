@@ -116,7 +116,7 @@ def test_digits_of_another_hand_come_back(mnist: DDIMPipeline) -> None:
 def test_a_code_is_the_same_alone_and_in_company(mnist: DDIMPipeline, exact: bool) -> None:
     pictures, timesteps = handwritten(3), [700, 400, 150]
     settings: dict[str, Any] = {"timesteps": timesteps, "batch_size": 2}
-    limits = {"exact": exact, "max_iterations": 12, "resize": True}
+    limits = {"exact": exact, "max_iterations": 25, "resize": True}
     together = mnist.encode(pictures, **settings, **limits)
     assert not exact or len(set(together.evaluations.sum(1).tolist())) > 1
     images = mnist.decode(together, output_type="pt", **settings).images
