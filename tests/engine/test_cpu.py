@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ddim.engine.cpu
 from ddim import DDIMPipeline, DDIMScheduler
 from ddim.engine import altered, prepare
 from ddim.engine.cpu import CPUEngine
@@ -198,6 +199,23 @@ class TestNetwork:
         assert (
             compare(build(**SMALL, num_class_embeds=5), 4, (8, 8), 20, class_labels=torch.tensor([0, 4, 2, 1])) < 1e-5
         )
+
+    def test_large_batches_are_taken_in_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With what belongs to each sample, and to the same bits."""
+        unet = build(**SMALL, num_class_embeds=5)
+        x, t, labels = drawn(7, unet.config.in_channels, 8, 8), torch.arange(7) * 100, torch.arange(7) % 5
+        engine, threads = CPUEngine(unet), torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            whole = [engine(x, t, labels).sample, engine(x, 20, labels).sample]
+            for together in (1, 3):
+                monkeypatch.setattr(ddim.engine.cpu, "TOGETHER", together * 4 * unet.conv_in.out_channels * 64)
+                assert torch.equal(engine(x, t, labels).sample, whole[0])
+                assert torch.equal(engine(x, 20, labels).sample, whole[1])
+        finally:
+            torch.set_num_threads(threads)
+        with torch.no_grad():
+            assert apart(whole[0], unet(x, t, labels).sample) < 1e-5
 
     def test_random_configurations(self) -> None:
         draw = random.Random(0)

@@ -43,6 +43,10 @@ NEAR = 4 << 20
 """Bytes of transformed weights that stay in a processor's caches from one step to the next."""
 KEPT = 8 << 20
 """Bytes of a map that is kept for the next step rather than made anew."""
+TOGETHER = 4 << 20
+"""Bytes of a map of the first convolution's: of a larger batch a few samples at a time are taken through the network,
+one for each thread at least.
+"""
 A_PIXEL = 150 << 10
 """Bytes of transformed weights for each pixel of a map, at most, where they do not stay in the caches: what they gain
 grows with the pixels, and what they cost, in memory and in reading it, does not.
@@ -103,8 +107,20 @@ class CPUEngine:
             emb = unet.embed(timestep, class_labels)
             check_embeddings(emb, sample)
             times = self._project(emb)
-        remaining = iter(times)
+        # Rows of several samples go with them; one for all goes with each.
+        together = max(torch.get_num_threads(), TOGETHER // (4 * self._conv_in.K * sample[0, 0].numel()), 1)
+        outputs = []
+        for first in range(0, max(len(sample), 1), together):
+            part = slice(first, first + together)
+            outputs.append(self._walk(sample[part], [row if len(row) == 1 else row[part] for row in times]))
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if unet.config.time_embedding_type == "fourier":
+            output = output / torch.as_tensor(timestep).to(output.dtype).reshape(-1, 1, 1, 1)
+        return UNet2DOutput(output)
 
+    def _walk(self, sample: Tensor, times: list[Tensor]) -> Tensor:
+        """The prediction for some samples and their projections."""
+        remaining = iter(times)
         x = self._conv_in.of(sample.permute(0, 2, 3, 1))
         skips = [x]
         for block in self._down:
@@ -113,10 +129,7 @@ class CPUEngine:
             x = self._middle.through(x, remaining)
         for block in self._up:
             x = block.up(x, skips, remaining)
-        output = self._norm_out.then(self._conv_out, x).permute(0, 3, 1, 2).contiguous()
-        if unet.config.time_embedding_type == "fourier":
-            output = output / torch.as_tensor(timestep).to(output.dtype).reshape(-1, 1, 1, 1)
-        return UNet2DOutput(output)
+        return self._norm_out.then(self._conv_out, x).permute(0, 3, 1, 2).contiguous()
 
     def _network(self) -> UNet2DModel:
         unet = self._unet()
