@@ -14,8 +14,9 @@ A round times every row once, forwards and backwards in turn, so that a machine 
 first one is dropped. Short evaluations are repeated, after one that is not timed: the threads of the row before may
 still be spinning. Set OMP_NUM_THREADS for another number of threads.
 
-Memory is the largest resident size of a process of its own that loads the saved pipeline and paints a batch in 2 steps.
-It is read from /proc, since `ru_maxrss` begins with the size of the process that started it.
+Memory is the largest resident size of a process that loads the saved pipeline and paints a batch in 2 steps, the median
+of three: allocators waste more at some times than at others. It is read from /proc, since `ru_maxrss` begins with the
+size of the process that started it.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ BATCHES = {"cifar10": (1, 8, 32), "mnist": (1, 16, 32), "lsun": (1,)}
 MOST_ROUNDS = {"lsun": 3}
 """Of networks that take seconds an evaluation."""
 
+PROCESSES = 3
+"""Whose memory is looked at."""
 LEAST = 0.25
 """Seconds that a row is timed for in a round."""
 
@@ -297,7 +300,8 @@ def measure_network(name: str, folder: Path, options: argparse.Namespace) -> tup
         measure(rows, x, min(options.rounds, MOST_ROUNDS.get(name, options.rounds)))
         for row in rows:
             if options.memory and row.name in PAINTERS:
-                row.peak_mib = child(PAINTERS[row.name], saved, batch)[0] / 1024
+                peaks = [child(PAINTERS[row.name], saved, batch)[0] for _ in range(PROCESSES)]
+                row.peak_mib = statistics.median(peaks) / 1024
         found += numbers(name, batch, rows)
     parameters = sum(p.numel() for p in unet.parameters()) / 1e6
     text = (
