@@ -167,6 +167,8 @@ class TestConvolution:
             (1, 16, 16, 17, 17, 3, 2, 0),
             (1, 16, 16, 3, 300, 3, 1, 1),
             (1, 256, 128, 4, 4, 3, 1, 1),
+            (2, 32, 64, 16, 16, 3, 1, 1),
+            (1, 96, 32, 31, 30, 3, 1, 1),
         ],
     )
     def test_equals_float64(self, N: int, C: int, K: int, H: int, W: int, size: int, stride: int, padding: int) -> None:
@@ -178,6 +180,14 @@ class TestConvolution:
         assert "_Conv2d" in str(convolve(conv, x).grad_fn)
         assert found[2].is_contiguous(memory_format=torch.channels_last)
         assert apart(found, expected) < 2e-6
+
+    def test_threads_change_nothing(self, threads: Callable[[int], None]) -> None:
+        conv, x = make_conv(32, 64, 3, 1, 1), innermost(drawn(3, 32, 16, 16)).requires_grad_()
+        found = []
+        for number in (1, 2, 5):
+            threads(number)
+            found.append(gradients(lambda: convolve(conv, x), x, conv.weight))
+        assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(found[0], others, strict=True))
 
     @pytest.mark.parametrize(("C", "K", "size"), [(1, 32, 3), (32, 1, 3), (24, 32, 3), (32, 40, 3), (32, 32, 1)])
     def test_other_shapes_are_pytorchs(self, C: int, K: int, size: int) -> None:

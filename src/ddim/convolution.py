@@ -1,13 +1,15 @@
-"""Convolutions with faster gradients on CPUs.
+"""Convolutions that train faster on CPUs.
 
-In training on a CPU three quarters of the time are convolutions, and most of that is the gradient of their weights: a
-small result with a long sum, at which the libraries are at half the speed of the machine. Here that one gradient is a
-compiled loop (`ddim.kernels.convolution`). Everything else, and everything elsewhere, is PyTorch's.
+In training on a CPU three quarters of the time are convolutions. The gradient of their weights, a small result with a
+long sum, is a compiled loop (`ddim.kernels.convolution`). So are 3x3 convolutions and the gradients of their inputs,
+which are convolutions again, where maps are large enough: with a quarter of the multiplications
+(`ddim.kernels.winograd`). Everything else, and everything elsewhere, is PyTorch's.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +39,7 @@ class _Conv2d(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, module: Any) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.stride, ctx.padding, ctx.module = stride, padding, module
-        return F.conv2d(x, weight, bias, stride, padding)
+        return _forward(x, weight, bias, stride, padding)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -48,12 +50,35 @@ class _Conv2d(torch.autograd.Function):
             y = F.conv2d(x, weight, bias, ctx.stride, ctx.padding)
             return *differentiable_gradients(y, (x, weight, bias), wants, dy), *nothing
         dy = dy.contiguous(memory_format=torch.channels_last)
-        stride, padding = [ctx.stride] * 2, [ctx.padding] * 2
-        dx, dw, db = torch.ops.aten.convolution_backward(
-            dy, x, weight, None, stride, padding, [1, 1], False, [0, 0], 1, [wants[0], False, False]
-        )
+        dx = dw = db = None
+        if wants[0]:
+            dx = _input_gradient(dy, x, weight, ctx.stride, ctx.padding)
         if wants[1]:
             dw = ctx.module.weight_gradient(x, dy, weight.shape[2], ctx.stride, ctx.padding)
         if wants[2]:
             db = dy.sum((0, 2, 3))
         return dx, dw, db, *nothing
+
+
+def _winograd(N: int, C: int, K: int, H: int, W: int, size: int, stride: int, padding: int) -> ModuleType | None:
+    """The module that takes such a convolution, if it pays."""
+    if (size, stride, padding) != (3, 1, 1):
+        return None
+    module = loops("winograd")
+    return module if module is not None and module.pays(N, C, K, H, W) else None
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    (N, C, H, W), (K, _, size, _) = x.shape, weight.shape
+    if module := _winograd(N, C, K, H, W, size, stride, padding):
+        return cast(Tensor, module.convolve_once(x, weight, bias))
+    return F.conv2d(x, weight, bias, stride, padding)
+
+
+def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    (N, C, H, W), (K, _, size, _) = x.shape, weight.shape
+    if module := _winograd(N, K, C, H, W, size, stride, padding):
+        return cast(Tensor, module.convolve_once(dy, weight.flip(2, 3).transpose(0, 1), None))
+    only_input = [True, False, False]
+    sizes = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1
+    return torch.ops.aten.convolution_backward(dy, x, weight, None, *sizes, only_input)[0]

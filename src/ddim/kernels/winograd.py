@@ -58,6 +58,11 @@ NORMALISE_AND_CONVOLVE = Loop(
     ),
 )
 LOOPS = (CONVOLVE, NORMALISE_AND_CONVOLVE)
+TRAINING = (NORMALISE_AND_CONVOLVE,)
+BLOCK = 1 << 14
+"""About how many kernels are transformed at a time."""
+LEAST = 512
+"""Pixels of a batch for which it pays to transform weights that are used once."""
 
 
 def fits(C: int) -> bool:
@@ -71,9 +76,11 @@ def transform_weights(weight: Tensor) -> Tensor:
     g = torch.tensor(G, dtype=torch.float64)
     matrix = torch.kron(g, g).float()
     result = torch.empty(POINTS, K // LANES, C, LANES)
-    # One panel at a time, so that no second copy of all weights is made on the way.
-    for panel, part in enumerate(weight.float().reshape(K // LANES, LANES, C, 9)):
-        result[:, panel] = (matrix @ part.permute(2, 1, 0).reshape(9, -1)).view(POINTS, C, LANES)
+    # Some panels at a time, so that no second copy of all weights is made on the way.
+    together = max(1, BLOCK // (LANES * C))
+    panels = weight.float().reshape(K // LANES, LANES, C, 9).split(together)
+    for part, target in zip(panels, result.split(together, dim=1), strict=True):
+        target.copy_((matrix @ part.permute(3, 0, 2, 1).reshape(9, -1)).view(target.shape))
     return result
 
 
@@ -113,7 +120,8 @@ def normalise_and_convolve(
     y: Tensor,
 ) -> None:
     """Write to `y` the convolution of what `ddim.kernels.norm.normalise` makes of `a` and `b`: each thread does both to
-    a few samples at a time, which stay in its cache. Arguments as there and in `convolve`.
+    a few samples at a time, which stay in its cache. Arguments as there and in `convolve`; with 0 `groups`, of `a` and
+    `b` as they are, or their SiLU.
     """
     N, H, W, K = y.shape
     maps = {"a": a, "b": a if b is None else b, "shift": shift, "weight": weight, "beta": beta}
@@ -121,3 +129,26 @@ def normalise_and_convolve(
     sizes = {"N": N, "H": H, "W": W, "A": a.shape[-1], "B": 0 if b is None else b.shape[-1], "K": K}
     counts = {"shifts": shift.shape[0], "weights": weight.shape[0], "adds": residual is not None}
     NORMALISE_AND_CONVOLVE(**sizes, **counts, **maps, groups=groups, eps=eps, silu=silu)
+
+
+def pays(N: int, C: int, K: int, H: int, W: int) -> bool:
+    """Whether `convolve_once` takes such maps and is faster than all multiplications."""
+    tiles = -(-H // STEP) * -(-W // STEP)
+    return fits(C) and K % LANES == 0 and LEAST <= N * H * W and POINTS * tiles < 7 * H * W
+
+
+def convolve_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution, padded with zeros, of maps (N, C, H, W) whose channels are innermost: (N, K, H, W) likewise.
+
+    Args:
+        x: of sizes for which it `pays`, float32 as all of them.
+        weight: (K, C, 3, 3), which is transformed anew.
+        bias: (K,), or `None` for zeros.
+    """
+    N, C, H, W = x.shape
+    K = weight.shape[0]
+    a, y, nothing = x.permute(0, 2, 3, 1), torch.empty(N, H, W, K), torch.zeros(1, max(C, K))
+    terms = (nothing, nothing, nothing, 0, 0.0, False)
+    bias = nothing if bias is None else bias
+    normalise_and_convolve(a, None, *terms, transform_weights(weight), bias, None, y)
+    return y.permute(0, 3, 1, 2)

@@ -239,12 +239,16 @@ def normalise_and_convolve(data: Any) -> None:
     x = array(room + 4 * (size + 4 * C), (together, rows, columns, C))
     scale, offset = floats[0], floats[1]
     x[:] = 0
+    # Without groups the map is taken as it is.
+    scale[:] = 1
+    offset[:] = 0
     first, last = share(N)
     for start in range(first, last, together):
         end = min(start + together, last)
         for n in range(start, end):
             s, w = min(n, job.shifts - 1), min(n, job.weights - 1)
-            affine(a[n], b[n], shift[s], weight[w], beta[w], job.groups, job.eps, scale, offset, totals)
+            if job.groups:
+                affine(a[n], b[n], shift[s], weight[w], beta[w], job.groups, job.eps, scale, offset, totals)
             apply_rows(a[n], b[n], W, x[n - start], 1, 0, H, scale, offset, job.silu != 0)
         tiles = (end - start) * down * across
         convolve_tiles(x, y[start:end], u, bias, job.adds != 0, residual[start:end], 0, tiles, 0, K // LANES, room)
