@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
+IN_TRAINING = ("norm", "convolution", "winograd")
+"""The modules whose loops stand in for PyTorch's operations in training."""
+
 
 def stand_in(module: nn.Module, x: Tensor, *others: Tensor) -> bool:
     """Whether compiled loops stand in for PyTorch's operations: in training, where the time goes, on a CPU.
@@ -53,11 +56,13 @@ def differentiable_gradients(
 
 @functools.cache
 def loops(name: str) -> ModuleType | None:
-    """The module of that name here, its loops ready, or `None` where they cannot be compiled."""
+    """One of `IN_TRAINING`, its loops ready, or `None` where they cannot be compiled."""
     try:
-        module = importlib.import_module(f"ddim.kernels.{name}")
-        importlib.import_module("ddim.kernels.library").ready(*module.TRAINING)
-        return module
+        modules = {each: importlib.import_module(f"ddim.kernels.{each}") for each in IN_TRAINING}
+        # All at once: what has to be compiled is compiled side by side.
+        wanted = [loop for module in modules.values() for loop in module.TRAINING]
+        importlib.import_module("ddim.kernels.library").ready(*wanted)
+        return modules[name]
     except ImportError as error:
         logger.debug("%s is PyTorch's own: %s", name, error)
         return None
