@@ -74,10 +74,17 @@ class Code:
     def floor(self, a: Any) -> Any:
         return self._call(f"llvm.floor.v{self.lanes}f32", self.vector, a)
 
+    def fused(self, a: Any, factor: Any, b: Any) -> Any:
+        """a factor + b."""
+        return self.add(self.builder.fmul(a, factor, flags=FUSED), b)
+
+    def add_to(self, total: Any, value: Any) -> None:
+        """Add to the vector in the variable `total`."""
+        self.builder.store(self.add(self.builder.load(total, typ=self.vector), value), total)
+
     def add_product(self, total: Any, a: Any, b: Any) -> None:
         """Add a b to the vector in the variable `total`."""
-        product = self.builder.fmul(a, b, flags=FUSED)
-        self.builder.store(self.add(self.builder.load(total, typ=self.vector), product), total)
+        self.add_to(total, self.builder.fmul(a, b, flags=FUSED))
 
     def prefetch(self, place: Any) -> None:
         """Have what is `AHEAD` of a vector fetched."""

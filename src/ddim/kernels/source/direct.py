@@ -59,11 +59,11 @@ def _add_taps(
                         code.add_product(total, code.splat(code.at(pixel, channel.index)), factors)
             shift = code.load(bias)
             for total in sums:
-                builder.store(code.add(builder.load(total, typ=code.vector), shift), total)
+                code.add_to(total, shift)
             with builder.if_then(cgutils.is_not_null(builder, residual)):
                 for p, total in enumerate(sums):
                     before = code.load(code.at(residual, code.times(K, builder.add(first, ir.Constant(INDEX, p)))))
-                    builder.store(code.add(builder.load(total, typ=code.vector), before), total)
+                    code.add_to(total, before)
             for p, total in enumerate(sums):
                 there = code.at(y, code.times(K, builder.add(first, ir.Constant(INDEX, p))))
                 code.store(builder.load(total, typ=code.vector), there)

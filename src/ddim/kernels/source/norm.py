@@ -1,12 +1,13 @@
 """The loops of `ddim.kernels.norm`.
 
-A sample is walked pixel by pixel, all channels of a pixel side by side, so that the inner loops are over channels and
-vectorised. Sums over pixels are taken in float32 for `RUN` pixels at a time and then in float64.
+Vector code walks `RUN` pixels at a time, panel by panel of their channels: what belongs to a channel, and the sums over
+those pixels, stay in registers. The sums are taken in float32 and then added up in float64.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,62 +17,70 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ddim.kernels.library import LANES
-from ddim.kernels.source import array, doubles, inlined, part, pointer, release, reserve, share
+from ddim.kernels.source import array, doubles, part, pointer, release, reserve, share
 from ddim.kernels.source.code import FUSED, INDEX, Code, in_panels
 
 RUN = 64
 WIDTHS = (LANES, 8, 1)
 """Channels that are normalised side by side."""
 
-LOG2_E = np.float32(math.log2(math.e))
-LN_2_HIGH = np.float32(0.693359375)
-LN_2_LOW = np.float32(math.log(2) - 0.693359375)
-ZERO, ONE = np.float32(0), np.float32(1)
-HALF = np.float32(0.5)
-LIMIT = np.float32(87)
-EXPONENT_BIAS, MANTISSA_BITS = np.int32(127), np.int32(23)
-# Of (exp(r) - 1 - r) / r^2 for |r| <= ln(2) / 2, the highest power first (Cephes, expf.c).
-EXP = tuple(
-    np.float32(c)
-    for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-)
+LOG2_E = math.log2(math.e)
+LN_2_HIGH = 0.693359375
+LN_2_LOW = math.log(2) - LN_2_HIGH
+LIMIT = 87
+EXPONENT_BIAS, MANTISSA_BITS = 127, 23
+EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+"""Of (exp(r) - 1 - r) / r^2 for |r| <= ln(2) / 2, the highest power first (Cephes, expf.c)."""
 
 
-@inlined
-def sigmoid(z: Any) -> Any:
-    """1 / (1 + exp(-z)) in float32, 0 below -87; without a call, so that loops over it are vectorised."""
-    v = -z if -z > -LIMIT else -LIMIT
-    w = v if v < LIMIT else LIMIT
-    k = np.floor(w * LOG2_E + HALF)
-    r = (w - k * LN_2_HIGH) - k * LN_2_LOW
-    p = ((((EXP[0] * r + EXP[1]) * r + EXP[2]) * r + EXP[3]) * r + EXP[4]) * r + EXP[5]
-    power_of_2 = np.int32((np.int32(k) + EXPONENT_BIAS) << MANTISSA_BITS).view(np.float32)
-    s = ONE / (ONE + (p * r * r + r + ONE) * power_of_2)
-    return s if v < LIMIT else ZERO
-
-
-def _vector_sigmoid(code: Code, z: Any) -> Any:
-    """The same of vectors."""
+def _sigmoid(code: Code, z: Any) -> Any:
+    """1 / (1 + exp(-z)) of a vector, 0 below -87."""
     builder = code.builder
-
-    def fused(a: Any, factor: Any, b: Any) -> Any:
-        return code.add(builder.fmul(a, factor, flags=FUSED), b)
-
     v = builder.fneg(z)
     v = builder.select(builder.fcmp_ordered(">", v, code.number(-LIMIT)), v, code.number(-LIMIT))
     below = builder.fcmp_ordered("<", v, code.number(LIMIT))
     w = builder.select(below, v, code.number(LIMIT))
-    k = code.floor(fused(w, code.number(LOG2_E), code.number(HALF)))
-    r = fused(k, code.number(-LN_2_LOW), fused(k, code.number(-LN_2_HIGH), w))
+    k = code.floor(code.fused(w, code.number(LOG2_E), code.number(0.5)))
+    r = code.fused(k, code.number(-LN_2_LOW), code.fused(k, code.number(-LN_2_HIGH), w))
     p = code.number(EXP[0])
     for coefficient in EXP[1:]:
-        p = fused(p, r, code.number(coefficient))
-    mantissa = fused(builder.fmul(p, r, flags=FUSED), r, code.add(r, code.number(ONE)))
+        p = code.fused(p, r, code.number(coefficient))
+    mantissa = code.fused(builder.fmul(p, r, flags=FUSED), r, code.add(r, code.number(1)))
     whole = ir.VectorType(ir.IntType(32), code.lanes)
-    bias, bits = (ir.Constant(whole, [int(number)] * code.lanes) for number in (EXPONENT_BIAS, MANTISSA_BITS))
+    bias, bits = (ir.Constant(whole, [number] * code.lanes) for number in (EXPONENT_BIAS, MANTISSA_BITS))
     power_of_2 = builder.bitcast(builder.shl(builder.add(builder.fptosi(k, whole), bias), bits), code.vector)
-    s = builder.fdiv(code.number(ONE), fused(mantissa, power_of_2, code.number(ONE)))
+    s = builder.fdiv(code.number(1), code.fused(mantissa, power_of_2, code.number(1)))
     return builder.select(below, s, code.zero)
+
+
+def _in_runs(builder: Any, P: Any, C: Any) -> Iterator[tuple[Code, Any, Any, Any]]:
+    """Loops that together go once through P pixels of C channels: for each, its code, the first channel, the first
+    pixel and how many they are.
+    """
+    run = ir.Constant(INDEX, RUN)
+    runs = builder.udiv(builder.add(P, ir.Constant(INDEX, RUN - 1)), run)
+    with cgutils.for_range(builder, runs) as turn:
+        first = builder.mul(turn.index, run)
+        left = builder.sub(P, first)
+        pixels = builder.select(builder.icmp_signed("<", left, run), left, run)
+        for code, channel in in_panels(builder, C, WIDTHS):
+            yield code, channel, first, pixels
+
+
+def _sum(code: Code) -> Any:
+    """A variable for the sums of a panel's channels."""
+    variable = cgutils.alloca_once(code.builder, code.vector)
+    code.builder.store(code.zero, variable)
+    return variable
+
+
+def _move(code: Code, variable: Any, totals: Any, channel: Any) -> None:
+    """Add a panel's sums to float64 `totals`."""
+    builder, doubles = code.builder, ir.VectorType(ir.DoubleType(), code.lanes)
+    place = builder.gep(totals, [channel], source_etype=ir.DoubleType())
+    place = builder.bitcast(place, doubles.as_pointer())
+    more = builder.fpext(builder.load(variable, typ=code.vector), doubles)
+    builder.store(builder.fadd(builder.load(place, align=8, typ=doubles), more), place, align=8)
 
 
 def _totals(squares: bool) -> Any:
@@ -83,29 +92,18 @@ def _totals(squares: bool) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             x, centre, P, C, totals = arguments
-            run = ir.Constant(INDEX, RUN)
-            runs = builder.udiv(builder.add(P, ir.Constant(INDEX, RUN - 1)), run)
-            with cgutils.for_range(builder, runs) as turn:
-                start = builder.mul(turn.index, run)
-                left = builder.sub(P, start)
-                pixels = builder.select(builder.icmp_signed("<", left, run), left, run)
-                for code, channel in in_panels(builder, C, WIDTHS):
-                    total = cgutils.alloca_once(builder, code.vector)
-                    builder.store(code.zero, total)
-                    middle = code.load(code.at(centre, channel)) if squares else None
-                    first = code.at(x, code.times(start, C), channel)
-                    with cgutils.for_range(builder, pixels) as pixel:
-                        value = code.load(code.at(first, code.times(pixel.index, C)))
-                        if squares:
-                            distance = builder.fsub(value, middle, flags=FUSED)
-                            code.add_product(total, distance, distance)
-                        else:
-                            builder.store(code.add(builder.load(total, typ=code.vector), value), total)
-                    wide = ir.VectorType(ir.DoubleType(), code.lanes)
-                    place = builder.gep(totals, [channel], source_etype=ir.DoubleType())
-                    place = builder.bitcast(place, wide.as_pointer())
-                    more = builder.fpext(builder.load(total, typ=code.vector), wide)
-                    builder.store(builder.fadd(builder.load(place, align=8, typ=wide), more), place, align=8)
+            for code, channel, first, pixels in _in_runs(builder, P, C):
+                total = _sum(code)
+                middle = code.load(code.at(centre, channel)) if squares else None
+                here = code.at(x, code.times(first, C), channel)
+                with cgutils.for_range(builder, pixels) as pixel:
+                    value = code.load(code.at(here, code.times(pixel.index, C)))
+                    if squares:
+                        distance = builder.fsub(value, middle, flags=FUSED)
+                        code.add_product(total, distance, distance)
+                    else:
+                        code.add_to(total, value)
+                _move(code, total, totals, channel)
             return context.get_dummy_value()
 
         return types.void(x, centre, *[types.int64] * 2, totals), generate
@@ -114,6 +112,80 @@ def _totals(squares: bool) -> Any:
 
 
 add_totals, add_total_squares = _totals(False), _totals(True)
+
+
+def _slopes(silu: bool) -> Any:
+    @intrinsic
+    def slopes(
+        typing_context: Any,
+        x: Any,
+        dy: Any,
+        dz: Any,
+        P: Any,
+        C: Any,
+        scale: Any,
+        offset: Any,
+        centre: Any,
+        totals: Any,
+        weighted: Any,
+    ) -> Any:
+        """dz of maps (P, C) from dy, z being scale x + offset; its sums are added to float64 `totals` (C,), those of
+        dz (x - centre) to `weighted`.
+        """
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, dy, dz, P, C, scale, offset, centre, totals, weighted = arguments
+            for code, channel, first, pixels in _in_runs(builder, P, C):
+                factor, shift, middle = (code.load(code.at(of, channel)) for of in (scale, offset, centre))
+                sums = _sum(code), _sum(code)
+                start = builder.add(code.times(first, C), channel)
+                with cgutils.for_range(builder, pixels) as pixel:
+                    place = builder.add(start, code.times(pixel.index, C))
+                    value, slope = (code.load(code.at(of, place)) for of in (x, dy))
+                    if silu:
+                        z = code.fused(value, factor, shift)
+                        s = _sigmoid(code, z)
+                        rest = builder.fsub(code.number(1), s, flags=FUSED)
+                        slope = builder.fmul(slope, s, flags=FUSED)
+                        slope = builder.fmul(slope, code.fused(z, rest, code.number(1)), flags=FUSED)
+                    code.store(slope, code.at(dz, place))
+                    code.add_to(sums[0], slope)
+                    code.add_product(sums[1], slope, builder.fsub(value, middle, flags=FUSED))
+                for total, target in zip(sums, (totals, weighted), strict=True):
+                    _move(code, total, target, channel)
+            return context.get_dummy_value()
+
+        return types.void(x, dy, dz, *[types.int64] * 2, scale, offset, centre, totals, weighted), generate
+
+    return slopes
+
+
+_slopes_silu, _slopes_affine = _slopes(True), _slopes(False)
+
+
+@intrinsic
+def _combine(
+    typing_context: Any, x: Any, dx: Any, P: Any, C: Any, scale: Any, slope: Any, offset: Any, totals: Any
+) -> Any:
+    """scale dx - slope x + offset in place of dx (P, C); its sums over all pixels are added to float64 `totals`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, dx, P, C, scale, slope, offset, totals = arguments
+        for code, channel, first, pixels in _in_runs(builder, P, C):
+            factor, against, shift = (code.load(code.at(of, channel)) for of in (scale, slope, offset))
+            total = _sum(code)
+            start = builder.add(code.times(first, C), channel)
+            with cgutils.for_range(builder, pixels) as pixel:
+                place = builder.add(start, code.times(pixel.index, C))
+                value, there = code.load(code.at(x, place)), code.at(dx, place)
+                rest = builder.fmul(value, against, flags=FUSED)
+                result = builder.fsub(code.fused(code.load(there), factor, shift), rest, flags=FUSED)
+                code.store(result, there)
+                code.add_to(total, result)
+            _move(code, total, totals, channel)
+        return context.get_dummy_value()
+
+    return types.void(x, dx, *[types.int64] * 2, scale, slope, offset, totals), generate
 
 
 def _apply(silu: bool) -> Any:
@@ -127,9 +199,9 @@ def _apply(silu: bool) -> Any:
                 factor, shift = code.load(code.at(scale, channel)), code.load(code.at(offset, channel))
                 with cgutils.for_range(builder, P) as pixel:
                     value = code.load(code.at(x, channel, code.times(pixel.index, C)))
-                    z = code.add(builder.fmul(value, factor, flags=FUSED), shift)
+                    z = code.fused(value, factor, shift)
                     if silu:
-                        z = builder.fmul(z, _vector_sigmoid(code, z), flags=FUSED)
+                        z = builder.fmul(z, _sigmoid(code, z), flags=FUSED)
                     code.store(z, code.at(y, channel, code.times(pixel.index, y_pixel)))
             return context.get_dummy_value()
 
@@ -152,14 +224,6 @@ def apply_row(x: Any, y: Any, first: int, scale: Any, offset: Any, silu: bool) -
         _apply_silu(pointer(x), W, C, pointer(scale), pointer(offset), there, y.shape[1])
     else:
         _apply_affine(pointer(x), W, C, pointer(scale), pointer(offset), there, y.shape[1])
-
-
-@part
-def flush(sums: Any, totals: Any) -> None:
-    """Move float32 sums to float64 totals."""
-    for c in range(sums.size):
-        totals[c] += sums[c]
-        sums[c] = 0
 
 
 def forward(data: Any) -> None:
@@ -199,25 +263,6 @@ def forward(data: Any) -> None:
     release(room)
 
 
-@part
-def dz_and_sums(
-    x: Any, dy: Any, dz: Any, scale: Any, offset: Any, centre: Any, first: int, last: int, silu: bool, s0: Any, s1: Any
-) -> None:
-    """dz of some pixels, and the sums of dz and of dz (x - centre)."""
-    for p in range(first, last):
-        if silu:
-            for c in range(s0.size):
-                z = x[p, c] * scale[c] + offset[c]
-                s = sigmoid(z)
-                dz[p, c] = dy[p, c] * s * (ONE + z * (ONE - s))
-        else:
-            for c in range(s0.size):
-                dz[p, c] = dy[p, c]
-        for c in range(s0.size):
-            s0[c] += dz[p, c]
-            s1[c] += dz[p, c] * (x[p, c] - centre[c])
-
-
 def backward(data: Any) -> None:
     job = carray(data, 1)[0]
     N, P, C, groups = job.N, job.P, job.C, job.groups
@@ -227,12 +272,10 @@ def backward(data: Any) -> None:
     weight, bias = array(job.weight, (C,)), array(job.bias, (C,))
     dweight, dbias = array(job.dweight, (N, C)), array(job.dbias, (N, C))
     mean, rstd = array(job.mean, (N, groups)), array(job.rstd, (N, groups))
-    room = reserve(10 * C)
+    room = reserve(8 * C)
     t0, t1 = doubles(room, C), doubles(room + 8 * C, C)
-    floats = array(room + 16 * C, (6, C))
-    scale, offset, centre, slope, s0, s1 = floats[0], floats[1], floats[2], floats[3], floats[4], floats[5]
-    s0[:] = 0
-    s1[:] = 0
+    floats = array(room + 16 * C, (4, C))
+    scale, offset, centre, slope = floats[0], floats[1], floats[2], floats[3]
     first, last = share(N)
     for n in range(first, last):
         for c in range(C):
@@ -242,10 +285,12 @@ def backward(data: Any) -> None:
             offset[c] = bias[c] - centre[c] * scale[c]
         t0[:] = 0
         t1[:] = 0
-        for p in range(0, P, RUN):
-            dz_and_sums(x[n], dy[n], dx[n], scale, offset, centre, p, min(p + RUN, P), job.silu != 0, s0, s1)
-            flush(s0, t0)
-            flush(s1, t1)
+        maps = pointer(x[n]), pointer(dy[n]), pointer(dx[n]), P, C
+        terms = pointer(scale), pointer(offset), pointer(centre), pointer(t0), pointer(t1)
+        if job.silu:
+            _slopes_silu(*maps, *terms)
+        else:
+            _slopes_affine(*maps, *terms)
         for g in range(groups):
             r = np.float64(rstd[n, g])
             m0 = m1 = 0.0
@@ -258,13 +303,8 @@ def backward(data: Any) -> None:
                 slope[c] = r * r * m1
                 offset[c] = r * r * m1 * centre[c] - r * m0
         t0[:] = 0
-        for p in range(0, P, RUN):
-            for q in range(p, min(p + RUN, P)):
-                for c in range(C):
-                    d = dx[n, q, c] * scale[c] + offset[c] - x[n, q, c] * slope[c]
-                    dx[n, q, c] = d
-                    s0[c] += d
-            flush(s0, t0)
+        lines = pointer(scale), pointer(slope), pointer(offset)
+        _combine(pointer(x[n]), pointer(dx[n]), P, C, *lines, pointer(t0))
         for c in range(C):
             dshift[n, c] = t0[c]
     release(room)
