@@ -221,7 +221,7 @@ class TestBadInput:
         assert not list(tmp_path.iterdir())
 
 
-COMMAND = ["-m", "ddim", "sample", "-n", "150", "--steps", "6", "--batch-size", "8", "--shard-size", "50", "--out"]
+COMMAND = ["-m", "ddim", "sample", "-n", "400", "--steps", "6", "--batch-size", "8", "--shard-size", "120", "--out"]
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -250,7 +250,7 @@ class TestProcesses:
             manifest = tmp_path / name / "manifest.json" if name == "pictures" else tmp_path / f"{name}.manifest.json"
             while not manifest.exists() and process.poll() is None:
                 time.sleep(0.01)
-            time.sleep(draw.uniform(0.2, 2.5))
+            time.sleep(draw.uniform(0.1, 1.5))
             if process.poll() is not None:
                 break
             process.send_signal(signal.SIGKILL)
