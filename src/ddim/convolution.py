@@ -39,7 +39,9 @@ class _Conv2d(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, module: Any) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.stride, ctx.padding, ctx.module = stride, padding, module
-        return _forward(x, weight, bias, stride, padding)
+        if winograd := _winograd(x, weight, stride, padding):
+            return cast(Tensor, winograd.convolve_once(x, weight, bias))
+        return F.conv2d(x, weight, bias, stride, padding)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -60,25 +62,19 @@ class _Conv2d(torch.autograd.Function):
         return dx, dw, db, *nothing
 
 
-def _winograd(N: int, C: int, K: int, H: int, W: int, size: int, stride: int, padding: int) -> ModuleType | None:
-    """The module that takes such a convolution, if it pays."""
+def _winograd(x: Tensor, weight: Tensor, stride: int, padding: int) -> ModuleType | None:
+    """The module that takes such a convolution, if that pays."""
+    (N, C, H, W), (K, _, size, _) = x.shape, weight.shape
     if (size, stride, padding) != (3, 1, 1):
         return None
     module = loops("winograd")
-    return module if module is not None and module.pays(N, C, K, H, W) else None
-
-
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-    (N, C, H, W), (K, _, size, _) = x.shape, weight.shape
-    if module := _winograd(N, C, K, H, W, size, stride, padding):
-        return cast(Tensor, module.convolve_once(x, weight, bias))
-    return F.conv2d(x, weight, bias, stride, padding)
+    return module if module is not None and module.pays_once(N, C, K, H, W) else None
 
 
 def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    (N, C, H, W), (K, _, size, _) = x.shape, weight.shape
-    if module := _winograd(N, K, C, H, W, size, stride, padding):
-        return cast(Tensor, module.convolve_once(dy, weight.flip(2, 3).transpose(0, 1), None))
+    turned = weight.transpose(0, 1)
+    if module := _winograd(dy, turned, stride, padding):
+        return cast(Tensor, module.convolve_once(dy, turned.flip(2, 3), None))
     only_input = [True, False, False]
     sizes = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1
     return torch.ops.aten.convolution_backward(dy, x, weight, None, *sizes, only_input)[0]

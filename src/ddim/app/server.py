@@ -151,11 +151,11 @@ def serve(
             app_kwargs={"middleware": [Middleware(Guard)]},
         )
         print(public or address, flush=True)
-        ended = threading.Event()
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda *_: ended.set())
+            # Ends as Ctrl+C does.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            ended.wait()
+            threading.Event().wait()
         except KeyboardInterrupt:
             pass
         finally:

@@ -8,10 +8,12 @@
   convolution after it reads, zero rim and all, and takes the two maps of a skip connection side by side, so that they
   are never concatenated (`ddim.kernels.norm`).
 - Residuals are added where a convolution finishes its tiles.
-- The projections of the time embedding are taken for all timesteps of a run before the first (`expect`); a block's
-  queries, keys and values are one product.
+- 1x1 convolutions and attention's linear layers by the loop of `ddim.kernels.direct` too; a block's queries, keys and
+  values are one product.
+- The projections of the time embedding are taken for all timesteps of a run before the first (`expect`).
+- Large batches go through the network a few samples at a time.
 
-Feature maps are (N, H, W, C) float32, contiguous. What fits no loop (a number of channels, an activation) is done by
+Feature maps are (N, H, W, C) float32, contiguous. What has no loop (an activation, attention itself) is done by
 PyTorch in the same layout.
 """
 
@@ -108,7 +110,7 @@ class CPUEngine:
             check_embeddings(emb, sample)
             times = self._project(emb)
         # Rows of several samples go with them; one for all goes with each.
-        together = max(torch.get_num_threads(), TOGETHER // (4 * self._conv_in.K * sample[0, 0].numel()), 1)
+        together = max(torch.get_num_threads(), TOGETHER // (4 * self._conv_in.K * sample[0, 0].numel()))
         outputs = []
         for first in range(0, max(len(sample), 1), together):
             part = slice(first, first + together)
@@ -206,10 +208,9 @@ class _Conv3x3:
 
     def method(self, H: int, W: int) -> Any:
         """The module of the loop for a map of that size."""
-        tiles, transformed = -(-H // winograd.STEP) * -(-W // winograd.STEP), 4 * winograd.POINTS * self.C * self.K
-        allowed = max(NEAR, A_PIXEL * H * W * min(1.0, LARGE / transformed))
-        pays = winograd.POINTS * tiles < 7 * H * W and transformed <= allowed
-        if self.stride == 1 and self.before == 1 and winograd.fits(self.C) and pays:
+        transformed = 4 * winograd.POINTS * self.C * self.K
+        pays = transformed <= max(NEAR, A_PIXEL * H * W * min(1.0, LARGE / transformed))
+        if self.stride == 1 and self.before == 1 and winograd.fits(self.C) and winograd.saves(H, W) and pays:
             return winograd
         return direct
 

@@ -70,6 +70,11 @@ def fits(C: int) -> bool:
     return C % UNIT == 0
 
 
+def saves(H: int, W: int) -> bool:
+    """Whether the tiles of such a map, whole ones, want clearly fewer than its nine multiplications a pixel."""
+    return POINTS * -(-H // STEP) * -(-W // STEP) < 7 * H * W
+
+
 def transform_weights(weight: Tensor) -> Tensor:
     """(K, C, 3, 3) to what `convolve` takes, (36, K / LANES, C, LANES) float32."""
     K, C = weight.shape[:2]
@@ -131,17 +136,16 @@ def normalise_and_convolve(
     NORMALISE_AND_CONVOLVE(**sizes, **counts, **maps, groups=groups, eps=eps, silu=silu)
 
 
-def pays(N: int, C: int, K: int, H: int, W: int) -> bool:
+def pays_once(N: int, C: int, K: int, H: int, W: int) -> bool:
     """Whether `convolve_once` takes such maps and is faster than all multiplications."""
-    tiles = -(-H // STEP) * -(-W // STEP)
-    return fits(C) and K % LANES == 0 and LEAST <= N * H * W and POINTS * tiles < 7 * H * W
+    return fits(C) and K % LANES == 0 and LEAST <= N * H * W and saves(H, W)
 
 
 def convolve_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution, padded with zeros, of maps (N, C, H, W) whose channels are innermost: (N, K, H, W) likewise.
 
     Args:
-        x: of sizes for which it `pays`, float32 as all of them.
+        x: of sizes for which it `pays_once`, float32 as all of them.
         weight: (K, C, 3, 3), which is transformed anew.
         bias: (K,), or `None` for zeros.
     """

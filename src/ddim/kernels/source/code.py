@@ -78,6 +78,12 @@ class Code:
         """a factor + b."""
         return self.add(self.builder.fmul(a, factor, flags=FUSED), b)
 
+    def variable(self) -> Any:
+        """A variable, a vector of zeros here."""
+        place = cgutils.alloca_once(self.builder, self.vector)
+        self.builder.store(self.zero, place)
+        return place
+
     def add_to(self, total: Any, value: Any) -> None:
         """Add to the vector in the variable `total`."""
         self.builder.store(self.add(self.builder.load(total, typ=self.vector), value), total)
@@ -97,8 +103,8 @@ class Code:
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), arguments)
 
     def in_rows(self, count: Any) -> Iterator[tuple[int, Any]]:
-        """Loops that together go once through `count` rows, in parts of nearly the same size, `ROWS` at most: for each,
-        its size and the first row.
+        """Loops that together go once through `count` rows, one at least, in parts of nearly the same size, `ROWS` at
+        most: for each, its size and the first row.
         """
         count_up = self.builder.add(count, ir.Constant(INDEX, ROWS - 1))
         parts = self.builder.udiv(count_up, ir.Constant(INDEX, ROWS))

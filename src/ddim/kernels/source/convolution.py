@@ -44,7 +44,7 @@ def _add_tile(taps: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             x, x_sample, x_row, x_place, dy, dy_sample, samples, rows, places, out = arguments
             code = Code(builder, LANES)
-            sums = {entry: cgutils.alloca_once_value(builder, code.zero) for entry in tile}
+            sums = {entry: code.variable() for entry in tile}
             dy_row = code.times(places, LANES)
             with cgutils.for_range(builder, samples) as sample, cgutils.for_range(builder, rows) as row:
                 xs = code.at(x, code.times(sample.index, x_sample), code.times(row.index, x_row))

@@ -40,10 +40,8 @@ def _add_taps(
         x, places, count, row, size, C, weights, bias, residual, y, K = arguments
         code = Code(builder, LANES)
         for pixels, first in code.in_rows(count):
-            sums = [cgutils.alloca_once(builder, code.vector) for _ in range(pixels)]
-            starts = []
-            for p, total in enumerate(sums):
-                builder.store(code.zero, total)
+            sums, starts = [code.variable() for _ in range(pixels)], []
+            for p in range(pixels):
                 place = builder.gep(places, [builder.add(first, ir.Constant(INDEX, p))], source_etype=INDEX)
                 starts.append(code.at(x, builder.load(place, typ=INDEX)))
             with cgutils.for_range(builder, size) as i, cgutils.for_range(builder, size) as j:

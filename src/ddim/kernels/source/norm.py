@@ -67,13 +67,6 @@ def _in_runs(builder: Any, P: Any, C: Any) -> Iterator[tuple[Code, Any, Any, Any
             yield code, channel, first, pixels
 
 
-def _sum(code: Code) -> Any:
-    """A variable for the sums of a panel's channels."""
-    variable = cgutils.alloca_once(code.builder, code.vector)
-    code.builder.store(code.zero, variable)
-    return variable
-
-
 def _move(code: Code, variable: Any, totals: Any, channel: Any) -> None:
     """Add a panel's sums to float64 `totals`."""
     builder, doubles = code.builder, ir.VectorType(ir.DoubleType(), code.lanes)
@@ -93,7 +86,7 @@ def _totals(squares: bool) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             x, centre, P, C, totals = arguments
             for code, channel, first, pixels in _in_runs(builder, P, C):
-                total = _sum(code)
+                total = code.variable()
                 middle = code.load(code.at(centre, channel)) if squares else None
                 here = code.at(x, code.times(first, C), channel)
                 with cgutils.for_range(builder, pixels) as pixel:
@@ -137,7 +130,7 @@ def _slopes(silu: bool) -> Any:
             x, dy, dz, P, C, scale, offset, centre, totals, weighted = arguments
             for code, channel, first, pixels in _in_runs(builder, P, C):
                 factor, shift, middle = (code.load(code.at(of, channel)) for of in (scale, offset, centre))
-                sums = _sum(code), _sum(code)
+                sums = code.variable(), code.variable()
                 start = builder.add(code.times(first, C), channel)
                 with cgutils.for_range(builder, pixels) as pixel:
                     place = builder.add(start, code.times(pixel.index, C))
@@ -164,7 +157,7 @@ _slopes_silu, _slopes_affine = _slopes(True), _slopes(False)
 
 
 @intrinsic
-def _combine(
+def _finish_slopes(
     typing_context: Any, x: Any, dx: Any, P: Any, C: Any, scale: Any, slope: Any, offset: Any, totals: Any
 ) -> Any:
     """scale dx - slope x + offset in place of dx (P, C); its sums over all pixels are added to float64 `totals`."""
@@ -173,7 +166,7 @@ def _combine(
         x, dx, P, C, scale, slope, offset, totals = arguments
         for code, channel, first, pixels in _in_runs(builder, P, C):
             factor, against, shift = (code.load(code.at(of, channel)) for of in (scale, slope, offset))
-            total = _sum(code)
+            total = code.variable()
             start = builder.add(code.times(first, C), channel)
             with cgutils.for_range(builder, pixels) as pixel:
                 place = builder.add(start, code.times(pixel.index, C))
@@ -304,7 +297,7 @@ def backward(data: Any) -> None:
                 offset[c] = r * r * m1 * centre[c] - r * m0
         t0[:] = 0
         lines = pointer(scale), pointer(slope), pointer(offset)
-        _combine(pointer(x[n]), pointer(dx[n]), P, C, *lines, pointer(t0))
+        _finish_slopes(pointer(x[n]), pointer(dx[n]), P, C, *lines, pointer(t0))
         for c in range(C):
             dshift[n, c] = t0[c]
     release(room)

@@ -132,9 +132,7 @@ def _multiply_tiles(typing_context: Any, v: Any, C: Any, u: Any, m: Any, K: Any,
         v, C, u, m, K, count = arguments
         code = Code(builder, LANES)
         for rows, first in code.in_rows(count):
-            sums = [cgutils.alloca_once(builder, code.vector) for _ in range(rows)]
-            for total in sums:
-                builder.store(code.zero, total)
+            sums = [code.variable() for _ in range(rows)]
             tiles = [code.at(v, code.times(C, builder.add(first, ir.Constant(INDEX, t)))) for t in range(rows)]
             with cgutils.for_range(builder, C) as channel:
                 place = code.at(u, code.times(channel.index, LANES))
