@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from ddim import DDIMPipeline
-from ddim.files import to_json, write_whole
+from ddim.data.dataset import open_pictures
+from ddim.io.atomic import atomic_write
+from ddim.io.config import to_json
+from ddim.io.weights import digest
 from ddim.training.config import DataConfig
-from ddim.training.data import open_pictures
-from ddim.weights import digest
 
 BLOCK = 32
 NOISY = 64
@@ -163,7 +164,7 @@ def main() -> None:
                 continue
             if not kept.exists() or json.loads(kept.read_text())["weights"] != weights:
                 result = {"weights": weights, "result": block(pipe, part, steps)}
-                with write_whole(kept) as temporary:
+                with atomic_write(kept) as temporary:
                     temporary.write_text(to_json(result))
             blocks.append(json.loads(kept.read_text())["result"])
         rows[steps] = merge(blocks)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
-from ddim.hub import builtin_models
+from ddim.io.hub import builtin_models
 from ddim.training.config import read_preset
 
 PRESETS = {"cifar10": "cifar10", "lsun": "lsun-bedroom"}

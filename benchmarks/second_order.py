@@ -4,7 +4,7 @@
 
 Each way takes a step of DDIM and adds what the change of a prediction since the step before says of its course within
 the step: of epsilon, as a line in lambda = log(1 / sigma), in sigma, in the angle phi = arctan(sigma), or in
-log(c + phi), which `ddim.process.second_order` has; or of x_0, as a line in lambda (arXiv 2211.01095).
+log(c + phi), which `ddim.diffusion.solvers.second_order` has; or of x_0, as a line in lambda (arXiv 2211.01095).
 
 - `Gaussian`: error of the standard deviation of samples, data N(0.3, 0.5^2), exact score, 10 and 50 steps.
 - `mixture`: sliced Wasserstein distance to three Gaussians of width 0.15 in the plane, exact score, 10 steps.
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ddim import DDIMPipeline, DDIMScheduler
-from ddim.noise import noise_from_seeds
-from ddim.process import BEND
-from ddim.schedule import make_timesteps
+from ddim.diffusion.noise import noise_from_seeds
+from ddim.diffusion.schedule import make_timesteps
+from ddim.diffusion.solvers import BEND
 
 Denoiser = Callable[[Tensor, int], Tensor]
 Variable = Callable[[np.ndarray], np.ndarray]

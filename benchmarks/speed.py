@@ -47,7 +47,8 @@ import ddim
 from benchmarks.networks import NETWORKS, make_unet, save_pipeline
 from benchmarks.tables import table, write_files
 from ddim.engine import prepare
-from ddim.files import to_json, write_whole
+from ddim.io.atomic import atomic_write
+from ddim.io.config import to_json
 
 BATCHES = {"cifar10": (1, 8, 32), "mnist": (1, 16, 32), "lsun": (1,)}
 MOST_ROUNDS = {"lsun": 3}
@@ -279,7 +280,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel("images/s relative to diffusers eager, the better of its rows", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, fontsize=7, frameon=False)
-    with write_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
 

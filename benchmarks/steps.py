@@ -27,11 +27,11 @@ from torch import Tensor
 
 from benchmarks.tables import write_files
 from ddim import DDIMPipeline, DDIMScheduler
+from ddim.diffusion.noise import noise_from_seeds
 from ddim.evaluation.features import load_features
+from ddim.evaluation.image_sets import open_files, sample_image_set
 from ddim.evaluation.metrics import compute_features, frechet
-from ddim.evaluation.sets import open_files, paint_set
-from ddim.files import to_json
-from ddim.noise import noise_from_seeds
+from ddim.io.config import to_json
 from ddim.tuning import tune
 
 STEPS = (5, 7, 10, 15, 20)
@@ -141,7 +141,7 @@ def main() -> None:
     real = compute_features(open_files(arguments.data, shape=pipe.sample_shape), extractor)
 
     def distance(method: str, number: int) -> float:
-        painted = paint_set(
+        painted = sample_image_set(
             pipe, arguments.pictures, name=f"{method}, {number}", **settings(method, number, results, pipe)
         )
         return frechet(compute_features(painted, extractor).values, real.values)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ddim.files import write_whole
+from ddim.io.atomic import atomic_write
 
 
 def table(rows: Sequence[Mapping[str, Any]], heads: Mapping[str, str], columns: Mapping[str, tuple[str, str]]) -> str:
@@ -30,5 +30,5 @@ def write_files(folder: Path, contents: Mapping[str, str]) -> None:
     """Files by their names, each written whole, in a folder that is made where it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
-        with write_whole(folder / name) as temporary:
+        with atomic_write(folder / name) as temporary:
             temporary.write_text(content)

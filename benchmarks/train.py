@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from ddim import UNet2DModel
+from ddim.data.dataset import CachedPictures
 from ddim.training.config import TrainConfig, load_config
-from ddim.training.data import CachedPictures
+from ddim.training.metrics_logger import MetricsLogger
 from ddim.training.optim import learning_rate
 from ddim.training.run import start_processes
 from ddim.training.trainer import PRECISIONS, Progress, Trainer
-from ddim.training.watch import Watch
 
 TRAINER = "ddim train"
 OURS, OURS_NCHW = "bare loop, ddim", "bare loop, ddim, NCHW"
@@ -137,7 +137,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in (TRAINER, *loops)}
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, CachedPictures(images), Path(folder), device, accelerator)
-        watch = Watch(Path(folder), 0, config.log_every, device)
+        watch = MetricsLogger(Path(folder), 0, config.log_every, device)
         started = time.perf_counter()
 
         def after_step(progress: Progress) -> None:

@@ -24,14 +24,14 @@ from typing import Any
 import torch
 
 from ddim import DDIMPipeline
+from ddim.data.dataset import open_pictures
 from ddim.devices import choose_device
 from ddim.evaluation.features import Pixels
+from ddim.evaluation.image_sets import sample_image_set
 from ddim.evaluation.metrics import frechet
-from ddim.evaluation.sets import paint_set
-from ddim.files import to_json
-from ddim.images import save_images
+from ddim.io.config import to_json
+from ddim.io.images import save_images
 from ddim.training.config import TrainConfig, load_config
-from ddim.training.data import open_pictures
 from ddim.training.run import train
 
 GRID = 64
@@ -46,7 +46,7 @@ def measure(pipe: DDIMPipeline, config: TrainConfig, count: int) -> dict[str, An
     features = Pixels((channels, size, size))
     found = {"count": count, "features": "pixels", "real against real": frechet(features(other), features(real))}
     for steps in (10, 20, 50):
-        painted = torch.cat(list(paint_set(pipe, count, num_inference_steps=steps).batches()))
+        painted = torch.cat(list(sample_image_set(pipe, count, num_inference_steps=steps).batches()))
         found[f"{steps} steps"] = frechet(features(painted), features(real))
     return found
 

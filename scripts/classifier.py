@@ -16,9 +16,9 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ddim.data.dataset import open_pictures
 from ddim.evaluation.features import CLASSIFIER, DigitClassifier
 from ddim.training.config import DataConfig
-from ddim.training.data import open_pictures
 
 EPOCHS, BATCH, RATE = 6, 128, 2e-3
 

@@ -28,8 +28,8 @@ from torch import Tensor
 
 import cli_batch
 from ddim.cli import app
-from ddim.codes import model_sha256
-from ddim.images import save_images
+from ddim.io.fingerprint import model_sha256
+from ddim.io.images import save_images
 from ddim.outputs import ReconstructOutput
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
@@ -134,7 +134,11 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "empty folder to reconstruct": (["reconstruct", "empty"], 1, "there is no image in empty; looked for"),
     "text": (["encode", "text.png"], 1, r"text\.png cannot be read: it is no image of a known format"),
     "cut": (["encode", "cut.png"], 1, r"cut\.png cannot be read: \w+"),
-    "animation": (["encode", "moving.gif", "--resize"], 1, r"moving\.gif is an animation of 2 frames; give a still"),
+    "animation": (
+        ["encode", "moving.gif", "--resize"],
+        1,
+        r"moving\.gif is an animation of 2 frames; give a still",
+    ),
     "transparent": (["encode", "any/clear.png"], 1, r"any/clear\.png is 28x28 RGBA" + STILL),
     "colour": (["reconstruct", "any/colour.png"], 1, r"any/colour\.png is 28x28 RGB" + STILL),
     "16 bits": (["edit", "any/deep.png"], 1, r"any/deep\.png is 28x28 I;16" + STILL),
@@ -422,9 +426,9 @@ def files(folder: Path) -> np.ndarray:
 def film(path: Path, milliseconds: int) -> list[Image.Image]:
     """The frames of an animation that repeats for ever, each shown so long."""
     frames = []
-    with Image.open(path) as moving:
-        assert moving.info["loop"] == 0
-        for frame in ImageSequence.Iterator(moving):
+    with Image.open(path) as animation:
+        assert animation.info["loop"] == 0
+        for frame in ImageSequence.Iterator(animation):
             frame.load()
             assert frame.info["duration"] == milliseconds
             frames.append(frame.convert("L"))
@@ -977,6 +981,16 @@ def test_mistakes_leave_nothing_behind(results: dict[str, Result], folder: Path)
     assert not list((folder / "empty").iterdir())
     names = {path.name for path in folder.iterdir()}
     wrote = {Path(name).parts[0] for name in OUT.values()}
-    given = {"digits", "any", "empty", "other", "text.png", "cut.png", "moving.gif", "pictures.npz", "words.npz"}
+    given = {
+        "digits",
+        "any",
+        "empty",
+        "other",
+        "text.png",
+        "cut.png",
+        "moving.gif",
+        "pictures.npz",
+        "words.npz",
+    }
     codes = {"nan.npz", "flat.npz", "small.npz", "late.npz", "cut.npz", "cut.safetensors"}
     assert names - {"home"} == wrote | given | codes

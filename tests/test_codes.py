@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ddim.codes import CodeSettings, check_settings, load_codes, model_sha256, save_codes
+from ddim.io.fingerprint import model_sha256
+from ddim.io.latent_files import CodeSettings, check_settings, load_codes, save_codes
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.unet import UNet2DModel

@@ -19,11 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from ddim.bulk import sample_many
-from ddim.evaluation import metrics, tables
+from ddim.evaluation import metrics
+from ddim.evaluation import paper_tables as tables
 from ddim.evaluation.features import DigitClassifier, Pixels, load_features
+from ddim.evaluation.image_sets import BATCH, ImageSet, is_model, open_files, sample_image_set
 from ddim.evaluation.metrics import compute_features, frechet, measure, shortage, within
 from ddim.evaluation.report import describe
-from ddim.evaluation.sets import BATCH, ImageSet, is_model, open_files, paint_set
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from digits import write_digits
@@ -141,7 +142,7 @@ class TestSets:
             images = open_files(str(tmp_path / name))
             assert (images.count, images.shape) == (9, (1, 28, 28))
             hashes.add(compute_features(images, Pixels(images.shape)).sha256)
-        hashes.add(compute_features(paint_set(pipe, 9, **settings), Pixels((1, 28, 28))).sha256)
+        hashes.add(compute_features(sample_image_set(pipe, 9, **settings), Pixels((1, 28, 28))).sha256)
         assert len(hashes) == 1
         assert open_files(str(tmp_path / "x-000000.tar")).count == 9
 
@@ -196,7 +197,7 @@ class TestFeatures:
         """Of what the built-in model paints it is sure, of noise it is not, and it finds all ten digits."""
         classifier: Any = load_features("mnist", (1, 28, 28))
         assert isinstance(classifier, DigitClassifier)
-        painted = torch.cat(list(paint_set(pipe, 64, num_inference_steps=20).batches()))
+        painted = torch.cat(list(sample_image_set(pipe, 64, num_inference_steps=20).batches()))
         with torch.no_grad():
             chances = classifier.logits(classifier(painted)).softmax(1)
         assert float(chances.amax(1).mean()) > 0.9
@@ -340,12 +341,14 @@ class TestTables:
         sigma_hat = {"eta": 1.0, "use_sigma_hat": True, "use_clipped_model_output": True}
         for row, settings in ((2, {"eta": 0.5}), (4, sigma_hat)):
             painter = DDIMPipeline(small.unet, DDIMScheduler(clip_sample=row == 4))
-            painted = paint_set(painter, 12, 3, num_inference_steps=3, **settings)
+            painted = sample_image_set(painter, 12, 3, num_inference_steps=3, **settings)
             expected = frechet(torch.cat([features(batch) for batch in painted.batches()]), real)
             assert table.rows[row][1][1] == pytest.approx(expected, rel=1e-4)
         # Interrupted, it goes on: what is there is not painted again.
         painted_again: list[Any] = []
-        monkeypatch.setattr(tables, "paint_set", lambda *a, **k: painted_again.append(k) or paint_set(*a, **k))
+        monkeypatch.setattr(
+            tables, "sample_image_set", lambda *a, **k: painted_again.append(k) or sample_image_set(*a, **k)
+        )
         assert tables.table_1(small, digits, features, 12, seed=3, steps=(2, 3)).rows == table.rows
         assert not painted_again
         tables.table_1(small, digits, features, 12, seed=3, steps=(2, 4))
@@ -371,7 +374,7 @@ class TestTables:
         assert rows["sigma-hat, paper, CIFAR-10"] == [367.43, None]
 
     def test_table_2(self, pipe: DDIMPipeline) -> None:
-        painted = torch.cat(list(paint_set(pipe, 2, num_inference_steps=10).batches()))
+        painted = torch.cat(list(sample_image_set(pipe, 2, num_inference_steps=10).batches()))
         table = tables.table_2(pipe, of(painted), (10, 20))
         rows = dict(table.rows)
         assert rows["paper, CIFAR-10"] == [0.014, 0.0065]

@@ -28,14 +28,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ddim import weights
-from ddim.config import ConfigMixin, register_to_config
-from ddim.files import write_folder, write_whole
-from ddim.hub import ModelFiles
+from ddim.io import weights
+from ddim.io.atomic import atomic_write, write_folder
+from ddim.io.config import ConfigMixin, register_to_config
+from ddim.io.hub import ModelFiles
+from ddim.io.weights import ALIGNMENT, DTYPES, choose_weights, read_weights, write_weights
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.unet import UNet2DModel
-from ddim.weights import ALIGNMENT, DTYPES, choose_weights, read_weights, write_weights
 
 NAME = "diffusion_pytorch_model"
 SAFETENSORS = f"{NAME}.safetensors"
@@ -529,7 +529,7 @@ def test_permissions_follow_the_umask(tiny_pipeline: DDIMPipeline, tmp_path: Pat
     old = os.umask(umask)
     try:
         tiny_pipeline.save_pretrained(tmp_path / "model")
-        with write_whole(tmp_path / "file.txt") as path:
+        with atomic_write(tmp_path / "file.txt") as path:
             path.write_text("new")
         with write_folder(tmp_path / "folder") as path:
             (path / "sub").mkdir()
@@ -546,7 +546,7 @@ def test_permissions_follow_the_umask(tiny_pipeline: DDIMPipeline, tmp_path: Pat
 def test_write_whole_replaces_a_file(tmp_path: Path) -> None:
     target = tmp_path / "file.txt"
     for content in ("one", "two"):
-        with write_whole(target) as path:
+        with atomic_write(target) as path:
             path.write_text(content)
             assert path.parent == tmp_path
             assert path.suffix == ".txt"
@@ -566,12 +566,12 @@ def test_write_whole_leaves_the_old_file(tmp_path: Path, error: type[BaseExcepti
     (tmp_path / "file.txt").write_text("old")
     for name in ("file.txt", "other.txt"):
         with pytest.raises(error):
-            write_and_fail(write_whole(tmp_path / name), error)
+            write_and_fail(atomic_write(tmp_path / name), error)
     assert contents(tmp_path) == {"file.txt": b"old"}
 
 
 def test_write_whole_wants_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), write_whole(tmp_path / "missing/file.txt"):
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "missing/file.txt"):
         pytest.fail("there is nothing to write to")
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from ddim.images import find_images, read_image, to_output, to_samples
+from ddim.io.images import find_images, read_image, to_output, to_samples
 from digits import digits, write_digits
 
 H, W = 4, 6

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from ddim.images import check_output_path, fit_image, make_grid, save_images, to_output
+from ddim.io.images import check_output_path, fit_image, make_grid, save_images, to_output
 
 # Every byte, every point halfway between two bytes, and values beyond the range.
 EDGES = torch.arange(-20, 2 * 255 + 21, dtype=torch.float64) / 510

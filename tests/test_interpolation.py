@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ddim
-from ddim.interpolation import slerp, slerp_grid, slerp_path
+from ddim.diffusion.interpolation import slerp, slerp_grid, slerp_path
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}

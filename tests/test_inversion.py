@@ -1,4 +1,4 @@
-"""`ddim.inversion` by itself: the solver on equations whose solutions are known, and one step's inverse."""
+"""`ddim.diffusion.inversion` by itself: the solver on equations whose solutions are known, and one step's inverse."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from ddim.inversion import Inversion, anderson, mixing
-from ddim.process import PREDICTION_TYPES, Step, ddim_step, make_steps
-from ddim.sampling import in_batches, walk
+from ddim.diffusion.equations import PREDICTION_TYPES, Step, ddim_step, make_steps
+from ddim.diffusion.inversion import Inversion, anderson, mixing
+from ddim.diffusion.loop import in_batches, walk
 
 ALPHAS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 STEPS = make_steps([900, 600, 300, 100, 5], ALPHAS, float(ALPHAS[0]))

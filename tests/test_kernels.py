@@ -17,13 +17,10 @@ import torch.nn.functional as F
 from numba import carray
 from torch import Tensor, nn
 
-import ddim.convolution
 import ddim.kernels
-import ddim.normalization
-from ddim.convolution import convolve
-from ddim.kernels import loops
+import ddim.nn.ops
 from ddim.kernels.source import compile_loop
-from ddim.normalization import norm_silu
+from ddim.nn.ops import convolve, loops, norm_silu
 from ddim.unet import UNet2DModel
 
 Gradients = tuple[Tensor, ...]
@@ -81,7 +78,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """`plain()` takes the compiled loops away."""
 
     def take_away() -> None:
-        for module in (ddim.convolution, ddim.normalization):
+        for module in (ddim.nn.ops, ddim.nn.ops):
             monkeypatch.setattr(module, "loops", lambda name: None)
 
     return take_away
@@ -245,7 +242,7 @@ class TestNetwork:
 
     def test_threads_change_nothing(self, threads: Callable[[int], None]) -> None:
         """The loops divide their results among threads, not their sums."""
-        norm, conv = loops("norm"), loops("convolution")
+        norm, conv = loops("norm"), loops("conv_grad")
         assert norm is not None
         assert conv is not None
         x, dy = innermost(drawn(7, 48, 9, 9)), innermost(drawn(7, 48, 9, 9, seed=1))
@@ -318,8 +315,8 @@ class TestWithout:
         code = (
             "import ctypes, torch; real = ctypes.CDLL\n"
             "ctypes.CDLL = lambda name, *a, **k: real(name or 'libc.so.6', *a, **k)\n"
-            "from ddim.kernels import library\n"
-            "assert library._team() is None\n"
+            "from ddim.kernels import runtime\n"
+            "assert runtime._team() is None\n"
             "from ddim.kernels.norm import forward\n"
             "x = torch.randn(3, 8, 4, 4).to(memory_format=torch.channels_last)\n"
             "y, *_ = forward(x, torch.zeros(3, 8), torch.ones(8), torch.zeros(8), 2, 1e-5, False)\n"
@@ -329,7 +326,7 @@ class TestWithout:
 
     DOUBLE = (
         "import sys, torch\n"
-        "from ddim.kernels.convolution import weight_gradient\n"
+        "from ddim.kernels.conv_grad import weight_gradient\n"
         "x = torch.ones(1, 16, 4, 4).to(memory_format=torch.channels_last)\n"
         "assert weight_gradient(x, x, 3, 1, 1)[0, 0, 1, 1] == 16\n"
         "print('numba' in sys.modules)\n"
@@ -344,7 +341,7 @@ class TestWithout:
 
     def test_several_are_compiled_by_other_processes(self, tmp_path: Path) -> None:
         code = (
-            "import sys; from ddim.kernels import loops; assert loops('norm') is not None\n"
+            "import sys; from ddim.nn.ops import loops; assert loops('norm') is not None\n"
             "print('numba' in sys.modules)\n"
         )
         environment = os.environ | {"DDIM_KERNEL_CACHE": str(tmp_path)}

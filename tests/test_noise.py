@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ddim.noise import MAX_SEED, check_seeds, noise_from_generator, noise_from_seeds
+from ddim.diffusion.noise import MAX_SEED, check_seeds, noise_from_generator, noise_from_seeds
 
 CPU = torch.device("cpu")
 SHAPE = (3, 2, 4, 4)

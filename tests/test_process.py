@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler as Peer
 from torch import Tensor
 
-from ddim.process import (
+from ddim.diffusion.equations import (
     PREDICTION_TYPES,
     Step,
     add_noise,
@@ -26,7 +26,7 @@ from ddim.process import (
     velocity,
     x0_to_epsilon,
 )
-from ddim.schedule import make_alphas_cumprod, make_betas
+from ddim.diffusion.schedule import make_alphas_cumprod, make_betas
 
 T = 1000
 BETAS = make_betas("linear", T)

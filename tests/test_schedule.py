@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler as Peer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddim.schedule import (
+from ddim.diffusion.schedule import (
     BETA_SCHEDULES,
     SPACINGS,
     check_betas,

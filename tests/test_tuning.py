@@ -20,10 +20,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddim import DDIMInverseScheduler, DDIMPipeline, DDIMScheduler
-from ddim.noise import noise_from_seeds
-from ddim.process import sigma_ddim
-from ddim.schedule import SPACINGS, check_timesteps_by_steps, make_alphas_cumprod, make_betas
-from ddim.tuning import Tuned, _Judge, draw_timesteps, enough_steps, plot_timesteps, search, tune
+from ddim.diffusion.equations import sigma_ddim
+from ddim.diffusion.noise import noise_from_seeds
+from ddim.diffusion.schedule import SPACINGS, check_timesteps_by_steps, make_alphas_cumprod, make_betas
+from ddim.tuning import ErrorEvaluator, Tuned, draw_timesteps, enough_steps, plot_timesteps, search, tune
 
 ALPHAS = make_alphas_cumprod(make_betas("linear", 1000))
 MEAN, STD = 0.2, 0.25
@@ -96,7 +96,7 @@ class TestTune:
             assert told == pytest.approx(errors[name], rel=0.25, abs=1e-6)
 
     def test_the_reference_is_the_limit(self, pipe: DDIMPipeline) -> None:
-        judge = _Judge(pipe, 2, 0.0, range(50), 64)
+        judge = ErrorEvaluator(pipe, 2, 0.0, range(50), 64)
         x = noise_from_seeds((50, 1, 4, 4), range(50), torch.device("cpu"))()
         torch.testing.assert_close(judge._limit(0), limit(x).clamp(-1, 1), rtol=0, atol=2e-3)
 
@@ -124,25 +124,25 @@ class TestTune:
     def test_kept_answers_change_nothing(self, pipe: DDIMPipeline) -> None:
         """A run that takes over the network's answers comes to the error of one that asks for all."""
         lists = [[900, 500, 200, 10], [900, 500, 100, 10], [900, 400, 100, 10], [950, 400, 100, 10]]
-        judge = _Judge(pipe, 2, 0.0, range(4), 64)
+        judge = ErrorEvaluator(pipe, 2, 0.0, range(4), 64)
         for timesteps in lists:
             found = judge.error(timesteps)
             judge.keep(timesteps)
             (judge._path).unlink()
-            assert found == _Judge(pipe, 2, 0.0, range(4), 64).error(timesteps)
+            assert found == ErrorEvaluator(pipe, 2, 0.0, range(4), 64).error(timesteps)
 
     def test_another_model_is_another_search(self, pipe: DDIMPipeline) -> None:
-        judge = _Judge(pipe, 2, 0.0, range(4), 64)
+        judge = ErrorEvaluator(pipe, 2, 0.0, range(4), 64)
         judge.error([900, 0])
         with torch.no_grad():
             pipe.unet.weight.add_(1)
-        assert _Judge(pipe, 2, 0.0, range(4), 64)._errors == {}
+        assert ErrorEvaluator(pipe, 2, 0.0, range(4), 64)._errors == {}
 
     def test_a_damaged_cache(self, pipe: DDIMPipeline) -> None:
-        judge = _Judge(pipe, 1, 0.0, range(4), 64)
+        judge = ErrorEvaluator(pipe, 1, 0.0, range(4), 64)
         expected = judge.error([900, 0])
         judge._path.write_text("{")
-        assert _Judge(pipe, 1, 0.0, range(4), 64).error([900, 0]) == expected
+        assert ErrorEvaluator(pipe, 1, 0.0, range(4), 64).error([900, 0]) == expected
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -168,7 +168,7 @@ class TestNoise:
 
     def test_one_path(self, pipe: DDIMPipeline) -> None:
         """What two steps add to x / sqrt(alpha) is what one over both adds."""
-        judge = _Judge(pipe, 1, 0.7, range(3), 64)
+        judge = ErrorEvaluator(pipe, 1, 0.7, range(3), 64)
 
         def added(timesteps: list[int]) -> Tensor:
             steps = pipe.scheduler.make_steps([*timesteps, 0])[:-1]
@@ -183,7 +183,7 @@ class TestNoise:
         torch.testing.assert_close(added([900, 300]), added([900]), rtol=1e-4, atol=1e-4)
 
     def test_it_is_standard(self, pipe: DDIMPipeline) -> None:
-        judge = _Judge(pipe, 1, 1.0, range(2000), 2000)
+        judge = ErrorEvaluator(pipe, 1, 1.0, range(2000), 2000)
         steps = pipe.scheduler.make_steps([500, 480], 1.0)
         noise = judge._noise(steps, (2000, 1, 4, 4), 0)()
         assert abs(float(noise.mean())) < 0.02

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddim.config import FrozenConfig
+from ddim.io.config import FrozenConfig
 from ddim.unet import UNet2DModel
 
 SMALL: dict[str, Any] = {
@@ -290,7 +290,7 @@ def test_from_config_takes_overrides() -> None:
 
 def test_from_config_drops_unknown_entries(caplog: pytest.LogCaptureFixture) -> None:
     config = {**build().config, "_diffusers_version": "0.1", "beta_start": 0.1}
-    with caplog.at_level(logging.INFO, logger="ddim.config"):
+    with caplog.at_level(logging.INFO, logger="ddim.io.config"):
         assert UNet2DModel.from_config(config).config == build().config
     assert "beta_start" in caplog.text
     assert "_diffusers_version" not in caplog.text

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ddim.version import __version__
 
 if TYPE_CHECKING:
-    from ddim.interpolation import slerp
+    from ddim.diffusion.interpolation import slerp
     from ddim.pipeline import DDIMPipeline
     from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler
     from ddim.unet import UNet2DModel
@@ -26,7 +26,7 @@ _HOMES = {
     "DDIMPipeline": "ddim.pipeline",
     "DDIMScheduler": "ddim.scheduler",
     "UNet2DModel": "ddim.unet",
-    "slerp": "ddim.interpolation",
+    "slerp": "ddim.diffusion.interpolation",
 }
 
 __all__ = ["DDIMInverseScheduler", "DDIMPipeline", "DDIMScheduler", "UNet2DModel", "__version__", "slerp"]

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddim import hub
+from ddim.io import hub
+from ddim.io.weights import choose_weights
 from ddim.pipeline import DDIMPipeline, component_folder
 from ddim.unet import UNet2DModel
-from ddim.weights import choose_weights
 
 
 def describe(model: str | Path) -> dict[str, Any]:

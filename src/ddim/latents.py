@@ -27,16 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddim.checks import positive_int, real_number, whole_number
-from ddim.images import check_output_type, to_output, to_samples
-from ddim.interpolation import slerp_grid, slerp_path
-from ddim.inversion import Inversion
-from ddim.noise import check_seeds, noise_from_seeds
+from ddim.diffusion.equations import Step
+from ddim.diffusion.interpolation import slerp_grid, slerp_path
+from ddim.diffusion.inversion import Inversion
+from ddim.diffusion.loop import sample, walk
+from ddim.diffusion.noise import check_seeds, noise_from_seeds
+from ddim.io.images import check_output_type, to_output, to_samples
 from ddim.outputs import EncodeOutput, ImagePipelineOutput, ReconstructOutput, TrajectoryOutput
-from ddim.process import Step
-from ddim.runner import Runner
-from ddim.sampling import sample, walk
+from ddim.sampler import Sampler
 from ddim.scheduler import NO_INVERSE, DDIMScheduler, check_order
+from ddim.validation import positive_int, real_number, whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ GROUP = 8
 """Batches whose images are inverted together: as images converge, the others are gathered into full batches."""
 
 
-class LatentSpace(Runner):
+class LatentSpace(Sampler):
     """What a pipeline does with latent codes."""
 
     def encode(
@@ -76,7 +76,7 @@ class LatentSpace(Runner):
         is more than a grey level.
 
         Args:
-            images: as for `ddim.images.to_samples`: PIL, a list of them, NumPy (N, H, W, C), torch (N, C, H, W).
+            images: as for `ddim.io.images.to_samples`: PIL, a list of them, NumPy (N, H, W, C), torch (N, C, H, W).
             num_inference_steps: S, from 1 to the number of timesteps the model was trained with.
             exact: solve each step's equation, so that decoding gives the picture back; `False` is the paper's Euler
                 encoding (equation 13), one network evaluation a step.
@@ -204,7 +204,7 @@ class LatentSpace(Runner):
                 codes: upper left, upper right, lower left, lower right.
             num_inference_steps: S, as for `decode`.
             output_type: `pil`, `np` or `pt`.
-            closed: come back to the first code; see `ddim.interpolation.slerp_path`.
+            closed: come back to the first code; see `ddim.diffusion.interpolation.slerp_path`.
             timesteps: in place of S.
             order: as for `decode`.
             batch_size: as for `encode`.
@@ -395,7 +395,7 @@ class LatentSpace(Runner):
         twin = DDIMScheduler.from_config(self.scheduler.config, set_alpha_to_one=False)
         chosen = twin.make_timesteps(num_inference_steps, order=order) if timesteps is None else timesteps
         steps = twin.make_steps(chosen, order=order)
-        if not moving(steps):
+        if not drop_identity_steps(steps):
             raise ValueError("the only timestep is 0, where pictures are; a latent code needs a larger one")
         return steps
 
@@ -416,7 +416,7 @@ class LatentSpace(Runner):
             raise ValueError(f"max_iterations is {max_iterations}; more than 1000 a step is not allowed")
         denoiser = self._denoiser(steps, positive_int("batch_size", batch_size))
         samples = samples.to(torch.promote_types(samples.dtype, self._sample_dtype))
-        back = moving(steps)[::-1]
+        back = drop_identity_steps(steps)[::-1]
         latents = samples.clone()
         residuals = samples.new_zeros(len(samples), len(steps))
         evaluations = torch.zeros(len(samples), len(steps), dtype=torch.int64, device=samples.device)
@@ -456,14 +456,14 @@ class LatentSpace(Runner):
 
     def _generate(self, x: Tensor, steps: Sequence[Step], batch_size: int) -> Tensor:
         denoiser = self._denoiser(steps, batch_size)
-        with self._running(len(moving(steps))) as bar:
-            for state in sample(denoiser, x, moving(steps), self.scheduler.config.prediction_type):
+        with self._running(len(drop_identity_steps(steps))) as bar:
+            for state in sample(denoiser, x, drop_identity_steps(steps), self.scheduler.config.prediction_type):
                 bar.update()
                 x = state.sample
         return x
 
 
-def moving(steps: Sequence[Step]) -> list[Step]:
+def drop_identity_steps(steps: Sequence[Step]) -> list[Step]:
     """Without the step from timestep 0 to the alpha of timestep 0, which leads nowhere."""
     return [step for step in steps if step.alpha != step.alpha_prev]
 

@@ -39,7 +39,7 @@ class DDIMSchedulerOutput(Output):
 
 @dataclass
 class ImagePipelineOutput(Output):
-    """Pictures: a list of N PIL images, a float32 array (N, H, W, C) in [0, 1], or a tensor (N, C, H, W) in [0, 1]."""
+    """Images: a list of N PIL images, a float32 array (N, H, W, C) in [0, 1], or a tensor (N, C, H, W) in [0, 1]."""
 
     images: Any
 

@@ -16,18 +16,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddim import hub
-from ddim.checks import non_negative_int, positive_int
+from ddim.diffusion.loop import State
 from ddim.engine import check_engine
-from ddim.files import read_json, to_json, write_folder
-from ddim.images import check_output_type, to_output
+from ddim.io import hub
+from ddim.io.atomic import write_folder
+from ddim.io.config import read_json, to_json
+from ddim.io.images import check_output_type, to_output
+from ddim.io.weights import MAX_SHARD_SIZE, remove_stale_weights
 from ddim.latents import LatentSpace
 from ddim.outputs import ImagePipelineOutput
-from ddim.sampling import State
 from ddim.scheduler import DDIMScheduler
 from ddim.unet import UNet2DModel
+from ddim.validation import non_negative_int, positive_int
 from ddim.version import __version__
-from ddim.weights import MAX_SHARD_SIZE, remove_stale_weights
 
 # What a model_index.json may name. Nothing is ever imported by a name from a file.
 PIPELINE_CLASSES = ("DDIMPipeline", "DDPMPipeline", "PNDMPipeline")
@@ -100,7 +101,7 @@ class DDIMPipeline(LatentSpace):
                 nothing else, to within rounding.
             latents: x at the first timestep, (N, C, H, W), in place of noise that is drawn.
             timesteps: a subsequence of one's own in place of S: strictly decreasing whole numbers.
-            order: of the method: 1 for DDIM, 2 for the two-step method of `ddim.process.second_order`, which costs the
+            order: of the method: 1 for DDIM, 2 for the two-step method of `ddim.diffusion.solvers.second_order`, which costs the
                 same and wants eta = 0; the scheduler's `solver_order` unless given. The timesteps of each are those of
                 `DDIMScheduler.make_timesteps`.
             use_sigma_hat: add noise with DDPM's larger variance (the paper's sigma-hat); wants `eta=1`.
@@ -248,7 +249,7 @@ class DDIMPipeline(LatentSpace):
         """Load a pipeline: a built-in model, a folder, or a hub id.
 
         Args:
-            model: `"mnist"`, a folder of any layout that `ddim.hub` describes, or `"google/ddpm-cifar10-32"`.
+            model: `"mnist"`, a folder of any layout that `ddim.io.hub` describes, or `"google/ddpm-cifar10-32"`.
             torch_dtype: of the network; float32 unless given.
             variant: of the weights, such as `fp16`.
             cache_dir: where downloads are kept.

@@ -19,13 +19,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ddim import schedule
-from ddim.checks import non_negative_int, whole_number
-from ddim.config import ConfigMixin, register_to_config
-from ddim.hub import SchedulerFiles
-from ddim.noise import noise_from_generator
-from ddim.outputs import DDIMSchedulerOutput
-from ddim.process import (
+from ddim.diffusion import schedule
+from ddim.diffusion.equations import (
     PREDICTION_TYPES,
     Step,
     add_noise,
@@ -33,11 +28,16 @@ from ddim.process import (
     ddim_step,
     dynamic_threshold,
     make_steps,
-    second_order,
     training_target,
     velocity,
     x0_to_epsilon,
 )
+from ddim.diffusion.noise import noise_from_generator
+from ddim.diffusion.solvers import second_order
+from ddim.io.config import ConfigMixin, register_to_config
+from ddim.io.hub import SchedulerFiles
+from ddim.outputs import DDIMSchedulerOutput
+from ddim.validation import non_negative_int, whole_number
 
 NO_INVERSE = "a step of order 2 depends on the one before it and has no inverse of its own; give order 1"
 
@@ -54,9 +54,9 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
 
     Args:
         num_train_timesteps: T.
-        beta_start: as in `ddim.schedule.make_betas`.
-        beta_end: as in `ddim.schedule.make_betas`.
-        beta_schedule: one of `ddim.schedule.BETA_SCHEDULES`; the peer has the first three.
+        beta_start: as in `ddim.diffusion.schedule.make_betas`.
+        beta_end: as in `ddim.diffusion.schedule.make_betas`.
+        beta_schedule: one of `ddim.diffusion.schedule.BETA_SCHEDULES`; the peer has the first three.
         trained_betas: T betas that replace the schedule.
         clip_sample: clip the predicted x_0 at `clip_sample_range`.
         set_alpha_to_one: the last step leads to alpha = 1, a clean picture; otherwise to alphas_cumprod[0].
@@ -66,9 +66,9 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         dynamic_thresholding_ratio: its quantile, in (0, 1].
         clip_sample_range: the bound for clipping, positive.
         sample_max_value: its largest threshold.
-        timestep_spacing: one of `ddim.schedule.SPACINGS`; the peer has the first three.
+        timestep_spacing: one of `ddim.diffusion.schedule.SPACINGS`; the peer has the first three.
         rescale_betas_zero_snr: rescale the betas so that x_{T-1} is pure noise; needs a network that predicts x_0 or v.
-        solver_order: 1 for DDIM, 2 for `ddim.process.second_order`, whose steps remember the epsilon of the one before;
+        solver_order: 1 for DDIM, 2 for `ddim.diffusion.solvers.second_order`, whose steps remember the epsilon of the one before;
             the peer ignores it.
         timesteps_by_steps: learned subsequences, as `ddim.tuning` finds them for this `solver_order`, by their length:
             `{"10": [999, ...]}`; the peer ignores them.
@@ -173,13 +173,13 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
 
         Args:
             num_inference_steps: S, from 1 to T.
-            spacing: one of `ddim.schedule.SPACINGS`. Unless it is given, learned timesteps are taken where there are
+            spacing: one of `ddim.diffusion.schedule.SPACINGS`. Unless it is given, learned timesteps are taken where there are
                 some for S and this order, else those of the configured spacing; at order 2, `leading`, the default of
                 all configurations, stands for `blend`.
             order: of the method, 1 or 2; the configured `solver_order` unless given.
 
         Raises:
-            ValueError: as `ddim.schedule.make_timesteps`, or for another order.
+            ValueError: as `ddim.diffusion.schedule.make_timesteps`, or for another order.
         """
         config = self.config
         order = config.solver_order if order is None else check_order(order)
@@ -198,10 +198,10 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         """The coefficients of all steps along a subsequence, checked.
 
         Args:
-            timesteps: as in `ddim.schedule.check_timesteps`.
+            timesteps: as in `ddim.diffusion.schedule.check_timesteps`.
             eta: of equation (16), not negative.
-            use_sigma_hat: as in `ddim.process.make_steps`.
-            order: 1, or 2 for steps as `ddim.process.second_order` makes them, which want eta = 0.
+            use_sigma_hat: as in `ddim.diffusion.equations.make_steps`.
+            order: 1, or 2 for steps as `ddim.diffusion.solvers.second_order` makes them, which want eta = 0.
 
         Raises:
             ValueError: for a list, an eta or an order that is not allowed, or a timestep without any signal where the
@@ -236,7 +236,7 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
             timesteps: a list of one's own in place of S.
 
         Raises:
-            ValueError: for both or neither, or as `ddim.schedule.make_timesteps` and `check_timesteps` do.
+            ValueError: for both or neither, or as `ddim.diffusion.schedule.make_timesteps` and `check_timesteps` do.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("give either num_inference_steps or timesteps")

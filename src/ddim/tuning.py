@@ -7,7 +7,7 @@ Pictures painted from the same codes in S steps and in very many differ by the e
 in [0, 1], as the mean squared errors of Table 2 in arXiv 2010.02502. The paper picks its subsequences tau by formula
 (appendix D.2). `tune` searches for the one of length S with the least error for a given model:
 
-1. it starts from the best of the formulas of `ddim.schedule.SPACINGS`; best by the mean of the codes' roots of their
+1. it starts from the best of the formulas of `ddim.diffusion.schedule.SPACINGS`; best by the mean of the codes' roots of their
    errors, here and below, because a few codes that end in another picture altogether would decide the plain mean;
 2. it moves one timestep between its neighbours, or stretches all timesteps from one on towards 0 or away from it, and
    keeps what lowers the error, with shorter and shorter moves.
@@ -41,16 +41,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddim.checks import positive_int, real_number
-from ddim.codes import model_sha256
-from ddim.files import cache_folder, to_json, write_whole
-from ddim.noise import MAX_SEED, NoiseSource, check_seeds, noise_from_generator, noise_from_seeds
+from ddim.diffusion.equations import Step, sigma_ddim
+from ddim.diffusion.loop import sample
+from ddim.diffusion.noise import MAX_SEED, NoiseSource, check_seeds, noise_from_generator, noise_from_seeds
+from ddim.diffusion.schedule import SPACINGS
+from ddim.io.atomic import atomic_write
+from ddim.io.cache import cache_folder
+from ddim.io.config import to_json
+from ddim.io.fingerprint import model_sha256
 from ddim.pipeline import DDIMPipeline
-from ddim.process import Step, sigma_ddim
-from ddim.runner import evaluating
-from ddim.sampling import sample
-from ddim.schedule import SPACINGS
+from ddim.sampler import evaluating
 from ddim.scheduler import DDIMScheduler
+from ddim.validation import positive_int, real_number
 
 CODES = 64
 """Codes that a search looks at; as many others judge what it found."""
@@ -58,9 +60,9 @@ BATCH = 32
 REFERENCE_STEPS = 100
 ROUNDS = (1 / 2, 1 / 4, 1 / 8)
 """Lengths of moves: parts of the way to the next timestep, or of the stretch to 0."""
-HOPELESS = 1.02
+PRUNE_RATIO = 1.02
 """Timesteps are given up when the first codes have so many times the error of the best so far."""
-MOST_STEPS = 200
+MAX_STEPS_TRIED = 200
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def tune(
         ValueError: for an argument out of range.
     """
     codes = positive_int("codes", codes)
-    judge, other = (_Judge(pipe, order, eta, range(s, s + codes), batch_size) for s in (seed, seed + codes))
+    judge, other = (ErrorEvaluator(pipe, order, eta, range(s, s + codes), batch_size) for s in (seed, seed + codes))
     formulas = {spacing: pipe.scheduler.make_timesteps(num_inference_steps, spacing) for spacing in SPACINGS}
     # Some give fewer timesteps than are asked for.
     formulas = {name: steps for name, steps in formulas.items() if len(steps) == num_inference_steps}
@@ -220,18 +222,18 @@ def enough_steps(
         The number of steps, and its error.
 
     Raises:
-        ValueError: for an argument out of range, or if `MOST_STEPS` steps are not enough.
+        ValueError: for an argument out of range, or if `MAX_STEPS_TRIED` steps are not enough.
     """
     if not 0 < real_number("tolerance", tolerance) < 1:
         raise ValueError(f"tolerance is {tolerance}; it must lie above 0 and below 1")
     scheduler = pipe.scheduler
     order = scheduler.config.solver_order if order is None else order
-    judge = _Judge(pipe, order, 0.0, range(seed, seed + positive_int("codes", codes)), batch_size)
+    judge = ErrorEvaluator(pipe, order, 0.0, range(seed, seed + positive_int("codes", codes)), batch_size)
 
     def error(number: int) -> float:
         return judge.error(scheduler.make_timesteps(number, order=order))
 
-    most = min(MOST_STEPS, len(scheduler))
+    most = min(MAX_STEPS_TRIED, len(scheduler))
     few, many = 0, 1
     while error(many) > tolerance:
         if many == most:
@@ -246,7 +248,7 @@ def enough_steps(
     return many, error(many)
 
 
-class _Judge:
+class ErrorEvaluator:
     """Errors of subsequences, for some codes of a model.
 
     Args:
@@ -278,7 +280,7 @@ class _Judge:
             "eta": eta,
             "seeds": [checked[0], len(checked)],
             "batch_size": size,
-            "settings": [REFERENCE_STEPS, HOPELESS],
+            "settings": [REFERENCE_STEPS, PRUNE_RATIO],
         }
         sha256 = hashlib.sha256(to_json(key).encode()).hexdigest()
         self._path = cache_folder() / "tuning" / f"{sha256}.json"
@@ -323,7 +325,7 @@ class _Judge:
             self._latest[1].append(said)
             squared = ((pictures - self._limit(part)) / 2).double().square().flatten(1).mean(1)
             errors.append((float(squared.mean()), float(squared.sqrt().mean())))
-            if self._best and sum(root for _, root in errors) > HOPELESS * sum(self._best[: len(errors)]):
+            if self._best and sum(root for _, root in errors) > PRUNE_RATIO * sum(self._best[: len(errors)]):
                 break
         return errors
 
@@ -339,7 +341,7 @@ class _Judge:
     def _walk(
         self, steps: Sequence[Step], part: int, known: Sequence[Tensor], clip: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """Pictures, and what the network said at each step; at the first steps it is `known`."""
+        """Images, and what the network said at each step; at the first steps it is `known`."""
         pipe, seeds = self.pipe, self._parts[part]
         shape = (len(seeds), *pipe.sample_shape)
         ask = pipe._denoiser(steps)
@@ -388,7 +390,7 @@ class _Judge:
         """Keep what is known, where that can be done."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with write_whole(self._path) as temporary:
+            with atomic_write(self._path) as temporary:
                 temporary.write_text(to_json(self._errors))
         except OSError:
             return
@@ -435,5 +437,5 @@ def plot_timesteps(lists: Mapping[str, Sequence[int]], path: Any) -> None:
         axes.plot(timesteps, [row] * len(timesteps), "|", markersize=14, markeredgewidth=2)
     axes.set(yticks=range(len(lists)), yticklabels=list(lists), xlabel="timestep", xscale="symlog")
     axes.invert_yaxis()
-    with write_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary)

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ddim.checks import positive_int
-from ddim.config import ConfigMixin, register_to_config
-from ddim.hub import ModelFiles
-from ddim.layers import (
+from ddim.io.config import ConfigMixin, register_to_config
+from ddim.io.hub import ModelFiles
+from ddim.nn.layers import (
     ACTIVATIONS,
     Attention,
     Downsample2D,
@@ -28,8 +27,9 @@ from ddim.layers import (
     Timesteps,
     Upsample2D,
 )
-from ddim.normalization import norm_silu
+from ddim.nn.ops import norm_silu
 from ddim.outputs import UNet2DOutput
+from ddim.validation import positive_int
 
 FOURIER_SCALE = 16.0
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 import ddim.engine.cpu
 from ddim import DDIMPipeline, DDIMScheduler
+from ddim.diffusion.loop import sample
+from ddim.diffusion.noise import noise_from_seeds
 from ddim.engine import altered, prepare
 from ddim.engine.cpu import CPUEngine
 from ddim.kernels import direct, norm, winograd
-from ddim.noise import noise_from_seeds
-from ddim.sampling import sample
 from ddim.training.config import read_preset
 from ddim.unet import UNet2DModel
 

@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ddim import DDIMPipeline, DDIMScheduler
+from ddim.diffusion.equations import Coefficients, ddim_step, dynamic_threshold, make_steps
+from ddim.diffusion.loop import State, sample, walk
+from ddim.diffusion.noise import noise_from_seeds
 from ddim.engine import cuda
 from ddim.engine.cuda import CUDAEngine, check_compiler, clip_identity, compiled, unfit
-from ddim.noise import noise_from_seeds
-from ddim.process import Coefficients, ddim_step, dynamic_threshold, make_steps
-from ddim.sampling import State, sample, walk
 from ddim.unet import UNet2DModel
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -76,6 +76,11 @@ def recording(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if request.param == "recorded":
         monkeypatch.setattr(CUDAEngine, "_record", lambda engine, run: Tape(run))
     return request.param == "recorded"
+
+
+HALF_PRECISION = 0.03
+"""Largest difference in [0, 1] after some steps in bfloat16: eight of its roundings at 1. Processors with AMX sum
+products in another order in each memory format."""
 
 
 class FastPipeline(DDIMPipeline):
@@ -215,8 +220,8 @@ class TestLoop:
 
     def test_half_precision(self, tiny_unet: UNet2DModel) -> None:
         pipes = pair(tiny_unet.to(torch.bfloat16))
-        same(pipes, 0.02, seeds=[5, 6], num_inference_steps=6)
-        same(pipes, 0.02, batch_size=2, generator=torch.Generator().manual_seed(1), num_inference_steps=1)
+        same(pipes, HALF_PRECISION, seeds=[5, 6], num_inference_steps=6)
+        same(pipes, HALF_PRECISION, batch_size=2, generator=torch.Generator().manual_seed(1), num_inference_steps=1)
 
     def test_float64_latents(self, tiny_unet: UNet2DModel) -> None:
         pipes = pair(tiny_unet)
@@ -434,7 +439,7 @@ class TestGPU:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision(self, on_gpu: UNet2DModel, dtype: torch.dtype) -> None:
-        same(pair(on_gpu.to(dtype)), 0.02, seeds=[1, 2], num_inference_steps=10)
+        same(pair(on_gpu.to(dtype)), HALF_PRECISION, seeds=[1, 2], num_inference_steps=10)
 
     def test_states_are_the_callers(self, on_gpu: UNet2DModel) -> None:
         steps = make_steps(TIMESTEPS, ALPHAS)

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddim.process import Step, add_noise, ddim_step, ddim_update, x0_to_epsilon
-from ddim.schedule import SPACINGS
+from ddim.diffusion.equations import Step, add_noise, ddim_step, ddim_update, x0_to_epsilon
+from ddim.diffusion.schedule import SPACINGS
 from ddim.scheduler import DDIMScheduler
 
 T = 1000

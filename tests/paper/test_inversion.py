@@ -22,8 +22,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddim.diffusion.schedule import SPACINGS
 from ddim.pipeline import DDIMPipeline
-from ddim.schedule import SPACINGS
 from ddim.scheduler import DDIMScheduler
 
 SHAPE = (1, 6, 6)

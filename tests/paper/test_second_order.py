@@ -15,8 +15,8 @@ from scipy.integrate import quad
 from torch import Tensor
 
 from ddim import DDIMPipeline, DDIMScheduler
-from ddim.process import BEND, second_order
-from ddim.sampling import sample
+from ddim.diffusion.loop import sample
+from ddim.diffusion.solvers import BEND, second_order
 
 SCHEDULER = DDIMScheduler(clip_sample=False)
 MEAN, VARIANCE = 0.3, 0.25

@@ -22,7 +22,7 @@ from diffusers import DDIMScheduler as ForwardPeer
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor
 
-from ddim.schedule import SPACINGS
+from ddim.diffusion.schedule import SPACINGS
 from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler
 
 T = 1000

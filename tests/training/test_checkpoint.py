@@ -25,7 +25,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddim.files import replace_folder
+from ddim.io.atomic import replace_folder
 from ddim.training.checkpoint import clean, load_checkpoint, load_newest, save_checkpoint
 from ddim.training.config import TrainConfig
 from ddim.training.run import train

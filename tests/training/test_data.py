@@ -22,15 +22,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddim.images import fit_image
-from ddim.training import data
-from ddim.training.config import DataConfig
-from ddim.training.data import (
-    Ahead,
+from ddim.data import dataset as data
+from ddim.data.dataset import (
     Batches,
     CachedPictures,
-    LazyPictures,
-    Pictures,
+    ImageDataset,
+    LazyImageDataset,
+    Prefetcher,
     choose_cache,
     crop,
     generator_for,
@@ -38,6 +36,8 @@ from ddim.training.data import (
     open_pictures,
     split_holdout,
 )
+from ddim.io.images import fit_image
+from ddim.training.config import DataConfig
 from digits import digits
 
 CACHES = ["memory", "disk", "none"]
@@ -70,7 +70,7 @@ def colours(folder: Path) -> list[Image.Image]:
     return images
 
 
-def take_all(pictures: Pictures) -> np.ndarray:
+def take_all(pictures: ImageDataset) -> np.ndarray:
     return pictures.take(torch.arange(pictures.shape[0])).numpy()
 
 
@@ -370,7 +370,9 @@ def test_several_processes_share_a_cache_on_disk(pictures: Path) -> None:
     assert alone.place == "memory"
     assert shared.place.startswith("a memory map in ")
     assert shared.fingerprint == alone.fingerprint
-    assert isinstance(open_pictures(DataConfig(source=str(pictures), cache="none"), 8, 1, shared=True), LazyPictures)
+    assert isinstance(
+        open_pictures(DataConfig(source=str(pictures), cache="none"), 8, 1, shared=True), LazyImageDataset
+    )
 
 
 # --- images that are held out
@@ -562,11 +564,11 @@ def test_generators_depend_on_seed_purpose_and_index_alone() -> None:
 
 @pytest.fixture
 def ahead() -> Any:
-    """`ahead(fetch, last)` is an `Ahead`, closed in the end."""
-    made: list[Ahead] = []
+    """`ahead(fetch, last)` is an `Prefetcher`, closed in the end."""
+    made: list[Prefetcher] = []
 
-    def make(fetch: Callable[[int], Any], last: int) -> Ahead:
-        made.append(Ahead(fetch, last))
+    def make(fetch: Callable[[int], Any], last: int) -> Prefetcher:
+        made.append(Prefetcher(fetch, last))
         return made[-1]
 
     yield make
@@ -574,7 +576,7 @@ def ahead() -> Any:
         one.close()
 
 
-def test_fetching_ahead_changes_no_value(ahead: Callable[..., Ahead]) -> None:
+def test_fetching_ahead_changes_no_value(ahead: Callable[..., Prefetcher]) -> None:
     batches = make_batches(20, 6, 3)
     fetched = ahead(make_batches(20, 6, 3).__getitem__, 9)
     # In order, as a run does; then from elsewhere, as one that is taken up; then backwards.
@@ -582,7 +584,7 @@ def test_fetching_ahead_changes_no_value(ahead: Callable[..., Ahead]) -> None:
         assert torch.equal(fetched[step], batches[step])
 
 
-def test_the_next_step_is_fetched_while_this_one_is_used(ahead: Callable[..., Ahead]) -> None:
+def test_the_next_step_is_fetched_while_this_one_is_used(ahead: Callable[..., Prefetcher]) -> None:
     asked: list[int] = []
     threads: set[str] = set()
     second = threading.Event()
@@ -604,7 +606,7 @@ def test_the_next_step_is_fetched_while_this_one_is_used(ahead: Callable[..., Ah
     assert threading.current_thread().name not in threads
 
 
-def test_nothing_is_fetched_beyond_the_last_step(ahead: Callable[..., Ahead]) -> None:
+def test_nothing_is_fetched_beyond_the_last_step(ahead: Callable[..., Prefetcher]) -> None:
     asked: list[int] = []
     fetched = ahead(asked.append, 4)
     for step in range(5):
@@ -615,7 +617,7 @@ def test_nothing_is_fetched_beyond_the_last_step(ahead: Callable[..., Ahead]) ->
     assert asked == [0, 1, 2, 3, 4]
 
 
-def test_errors_of_the_fetch_reach_the_caller_at_their_step(ahead: Callable[..., Ahead]) -> None:
+def test_errors_of_the_fetch_reach_the_caller_at_their_step(ahead: Callable[..., Prefetcher]) -> None:
     def fetch(step: int) -> int:
         if step == 2:
             raise ValueError("3 images cannot be read")
@@ -629,7 +631,7 @@ def test_errors_of_the_fetch_reach_the_caller_at_their_step(ahead: Callable[...,
     assert fetched[3] == 3
 
 
-def test_closing_ends_the_thread(ahead: Callable[..., Ahead]) -> None:
+def test_closing_ends_the_thread(ahead: Callable[..., Prefetcher]) -> None:
     before = set(threading.enumerate())
 
     def fetch(step: int) -> int:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from ddim.data.dataset import split_holdout
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.training.config import load_config
-from ddim.training.data import split_holdout
 from ddim.training.run import train
 from digits import TINY_MODEL, digits
 

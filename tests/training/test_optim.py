@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ddim.layers import Attention, ResnetBlock2D
+from ddim.nn.layers import Attention, ResnetBlock2D
 from ddim.training.config import EmaConfig, OptimConfig
 from ddim.training.optim import ema_update, learning_rate, make_optimizer, zero_last_layers
 from ddim.unet import UNet2DModel

@@ -25,10 +25,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 import cli_batch
+from ddim.data.dataset import CachedPictures, generator_for
 from ddim.pipeline import DDIMPipeline
 from ddim.training.checkpoint import load_checkpoint, load_newest
 from ddim.training.config import TrainConfig, validate
-from ddim.training.data import CachedPictures, generator_for
 from ddim.training.run import train
 from ddim.training.trainer import Trainer
 from ddim.unet import UNet2DModel

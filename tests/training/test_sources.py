@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ddim.training.sources import Source, open_source
+from ddim.data.sources import Source, open_source
 from digits import digits
 from hub_client import load_images
 from hub_server import Hub

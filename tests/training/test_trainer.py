@@ -22,12 +22,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ddim.data.dataset import CachedPictures
 from ddim.outputs import UNet2DOutput
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.training.checkpoint import load_checkpoint, load_newest
 from ddim.training.config import TrainConfig
-from ddim.training.data import CachedPictures
 from ddim.training.trainer import Progress, Record, Trainer, TrainingStopped
 from ddim.unet import UNet2DModel
 from digits import TINY_MODEL
@@ -638,7 +638,7 @@ import json, signal, sys
 from pathlib import Path
 import torch
 from ddim.training.config import validate
-from ddim.training.data import CachedPictures
+from ddim.data.dataset import CachedPictures
 from ddim.training.trainer import Trainer
 
 def interrupt(module, arguments):

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ddim.training.metrics_logger import MetricsLogger, memory_mib, plot_loss, summary
 from ddim.training.trainer import Progress, Record
-from ddim.training.watch import Watch, memory_mib, plot_loss, summary
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def make_records(count: int, seed: int = 0) -> list[Record]:
     ]
 
 
-def watch_steps(watch: Watch, records: list[Record], first: int = 1) -> None:
+def watch_steps(watch: MetricsLogger, records: list[Record], first: int = 1) -> None:
     """Let the steps from `first` on happen."""
     collected: list[Record] = []
     for step, record in enumerate(records[first - 1 :], first):
@@ -59,7 +59,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 def test_a_line_holds_the_means_of_its_steps(tmp_path: Path) -> None:
     records = make_records(10)
-    watch_steps(Watch(tmp_path, 0, 4, CPU), records)
+    watch_steps(MetricsLogger(tmp_path, 0, 4, CPU), records)
     written = lines(tmp_path)
     assert [line["step"] for line in written] == [4, 8]
     for line, part in zip(written, (records[:4], records[4:8]), strict=True):
@@ -72,7 +72,7 @@ def test_a_line_holds_the_means_of_its_steps(tmp_path: Path) -> None:
 
 
 def test_records_are_taken_out_once_they_are_counted(tmp_path: Path) -> None:
-    watch, records = Watch(tmp_path, 0, 3, CPU), make_records(2)
+    watch, records = MetricsLogger(tmp_path, 0, 3, CPU), make_records(2)
     watch.add(Progress(2, records, 1.0), 0.1)
     assert len(records) == 2
     records.append(records[0])
@@ -91,7 +91,7 @@ def test_a_quarter_without_samples_has_no_loss() -> None:
 
 def test_steps_that_loss_scaling_skipped_have_no_norm(tmp_path: Path) -> None:
     part = [Record(0.5, norm, (1.0,) * 4, (2.0,) * 4) for norm in (math.inf, 2.0, math.nan, 4.0, math.inf, math.nan)]
-    watch_steps(Watch(tmp_path, 0, 2, CPU), part)
+    watch_steps(MetricsLogger(tmp_path, 0, 2, CPU), part)
     assert [line["grad_norm"] for line in lines(tmp_path)] == [2.0, 4.0, None]
     assert scalars(tmp_path)["grad_norm"] == [(2, 2.0), (4, 4.0)]
 
@@ -105,12 +105,12 @@ def test_going_on_leaves_the_lines_of_a_straight_run(tmp_path: Path, cut: int) -
     straight, parts, records = tmp_path / "straight", tmp_path / "parts", make_records(20)
     for out in (straight, parts):
         out.mkdir()
-        watch_steps(Watch(out, 0, 2, CPU), records)
+        watch_steps(MetricsLogger(out, 0, 2, CPU), records)
     path = parts / "metrics.jsonl"
     content = path.read_bytes()
     path.write_bytes(content[:-cut])
     # The last checkpoint was of step 13, and held what no line had counted.
-    watch = Watch(parts, 13, 2, CPU)
+    watch = MetricsLogger(parts, 13, 2, CPU)
     assert path.read_bytes() == b"".join(content.splitlines(keepends=True)[:6])
     collected = records[12:13]
     for step in range(14, 21):
@@ -128,14 +128,14 @@ def test_lines_that_are_none_are_dropped(tmp_path: Path, garbage: bytes) -> None
     """A power cut can leave anything behind what was written."""
     good = b'{"step": 2, "loss": 0.25}\n'
     (tmp_path / "metrics.jsonl").write_bytes(good + garbage)
-    Watch(tmp_path, 5, 2, CPU).close()
+    MetricsLogger(tmp_path, 5, 2, CPU).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == good
 
 
 def test_what_is_right_is_not_written_again(tmp_path: Path) -> None:
-    watch_steps(Watch(tmp_path, 0, 2, CPU), make_records(6))
+    watch_steps(MetricsLogger(tmp_path, 0, 2, CPU), make_records(6))
     before = (tmp_path / "metrics.jsonl").stat().st_ino
-    Watch(tmp_path, 6, 2, CPU).close()
+    MetricsLogger(tmp_path, 6, 2, CPU).close()
     assert (tmp_path / "metrics.jsonl").stat().st_ino == before
 
 
@@ -143,7 +143,7 @@ def test_what_is_right_is_not_written_again(tmp_path: Path) -> None:
 
 
 def test_tensorboard_shows_what_the_lines_say_and_more(tmp_path: Path) -> None:
-    watch_steps(Watch(tmp_path, 0, 5, CPU), make_records(15))
+    watch_steps(MetricsLogger(tmp_path, 0, 5, CPU), make_records(15))
     shown, written = scalars(tmp_path), lines(tmp_path)
     assert shown.keys() == {
         "loss",
@@ -164,8 +164,8 @@ def test_tensorboard_shows_what_the_lines_say_and_more(tmp_path: Path) -> None:
 
 def test_tensorboard_forgets_steps_after_the_checkpoint(tmp_path: Path) -> None:
     records = make_records(12)
-    watch_steps(Watch(tmp_path, 0, 2, CPU), records[:10])
-    watch_steps(Watch(tmp_path, 6, 2, CPU), records, first=7)
+    watch_steps(MetricsLogger(tmp_path, 0, 2, CPU), records[:10])
+    watch_steps(MetricsLogger(tmp_path, 6, 2, CPU), records, first=7)
     assert [step for step, _ in scalars(tmp_path)["loss"]] == [2, 4, 6, 8, 10, 12]
     assert [step for step, _ in scalars(tmp_path)["images_per_second"]] == [2, 4, 6, 8, 10, 12]
 
@@ -173,7 +173,7 @@ def test_tensorboard_forgets_steps_after_the_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3)], ids=["grey", "colour"])
 def test_tensorboard_shows_pictures(tmp_path: Path, shape: tuple[int, ...]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    watch = Watch(tmp_path, 0, 2, CPU)
+    watch = MetricsLogger(tmp_path, 0, 2, CPU)
     watch.picture(4, Image.fromarray(pixels))
     watch.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))

@@ -23,7 +23,7 @@ from ddim.app import sample as sampling
 from ddim.app import steps as comparison
 from ddim.app.runs import Result, Run, Step, start
 from ddim.app.tab import ANSWERED, DEVICE, Endpoint, Shared, fit, fresh_folder
-from ddim.images import save_picture
+from ddim.io.images import save_picture
 
 Answer = dict[str, Any]
 Work = Callable[[Run], Answer]

@@ -15,8 +15,8 @@ from typing import IO, Any
 
 from PIL import Image, UnidentifiedImageError
 
-from ddim.checks import one_of
-from ddim.images import OPENING, decode_image
+from ddim.io.images import OPENING, decode_image
+from ddim.validation import one_of
 
 MAX_COUNT = 64
 """Pictures a run: one batch, so that they are those of `ddim sample`."""

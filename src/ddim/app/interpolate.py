@@ -11,10 +11,10 @@ import gradio as gr
 from PIL import Image
 
 from ddim.app import inputs, page
-from ddim.app.pictures import Cell, data_url, grid
+from ddim.app.rendering import Cell, data_url, grid
 from ddim.app.runs import Result, Run
 from ddim.app.tab import (
-    AT_ONCE,
+    COPY_CHUNK_BYTES,
     Endpoint,
     Plan,
     Shared,
@@ -27,8 +27,8 @@ from ddim.app.tab import (
     number,
     run_by,
 )
-from ddim.images import save_animation
-from ddim.noise import noise_from_seeds
+from ddim.diffusion.noise import noise_from_seeds
+from ddim.io.images import save_animation
 from ddim.pipeline import DDIMPipeline
 
 STEPS = 20
@@ -241,7 +241,7 @@ def tab(shared: Shared) -> None:
             **run_by(status),
         ),
     ]
-    stop.click(lambda: page.status("Stopped."), None, status, cancels=found, **AT_ONCE)
+    stop.click(lambda: page.status("Stopped."), None, status, cancels=found, **COPY_CHUNK_BYTES)
     shared.listing.select(
-        answering(remove, status), shared.endpoints, [status, shared.endpoints, shared.listing], **AT_ONCE
+        answering(remove, status), shared.endpoints, [status, shared.endpoints, shared.listing], **COPY_CHUNK_BYTES
     )

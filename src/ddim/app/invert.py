@@ -13,10 +13,10 @@ import gradio as gr
 from PIL import Image
 
 from ddim.app import inputs, page
-from ddim.app.pictures import Cell, grid
+from ddim.app.rendering import Cell, grid
 from ddim.app.runs import Result, Run
-from ddim.app.tab import AT_ONCE, Endpoint, Plan, Shared, Updates, answering, fit, following, number, run_by
-from ddim.images import to_output
+from ddim.app.tab import COPY_CHUNK_BYTES, Endpoint, Plan, Shared, Updates, answering, fit, following, number, run_by
+from ddim.io.images import to_output
 from ddim.pipeline import DDIMPipeline
 
 EDITS = 8
@@ -271,9 +271,9 @@ def tab(shared: Shared) -> None:
         return Plan("Editing", lambda run: edit(run, shared.models.open(model), image, edits), lambda _: {}, done)
 
     taken = [picture, seen_picture, status]
-    file.upload(answering(uploaded, status), [shared.model, file], taken, **AT_ONCE)
-    canvas.select(answering(drawn, status), shared.model, taken, **AT_ONCE)
-    pinned.click(answering(pinned_last, status), [shared.model, shared.endpoints], taken, **AT_ONCE)
+    file.upload(answering(uploaded, status), [shared.model, file], taken, **COPY_CHUNK_BYTES)
+    canvas.select(answering(drawn, status), shared.model, taken, **COPY_CHUNK_BYTES)
+    pinned.click(answering(pinned_last, status), [shared.model, shared.endpoints], taken, **COPY_CHUNK_BYTES)
     runs: list[Any] = [
         go.click(following(prepare, status), [shared.model, picture, steps], [status, inverted], **run_by(status)),
         change.click(
@@ -283,5 +283,5 @@ def tab(shared: Shared) -> None:
             **run_by(status),
         ),
     ]
-    stop.click(lambda: page.status("Stopped."), None, status, cancels=runs, **AT_ONCE)
-    shared.model.change(lambda: (None, seen(None)), None, [picture, seen_picture], **AT_ONCE)
+    stop.click(lambda: page.status("Stopped."), None, status, cancels=runs, **COPY_CHUNK_BYTES)
+    shared.model.change(lambda: (None, seen(None)), None, [picture, seen_picture], **COPY_CHUNK_BYTES)

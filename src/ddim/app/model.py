@@ -9,7 +9,7 @@ import gradio as gr
 
 from ddim.app import page
 from ddim.app.runs import Result, Run
-from ddim.app.tab import AT_ONCE, Plan, Shared, Updates, following, listed, run_by
+from ddim.app.tab import COPY_CHUNK_BYTES, Plan, Shared, Updates, following, listed, run_by
 
 
 def about(facts: dict[str, Any]) -> str:
@@ -70,4 +70,4 @@ def tab(shared: Shared) -> None:
 
     go.click(following(prepare, status), name, [status, shared.model, size, settings, text], **run_by(status))
     # What was pinned are pictures and codes of another model.
-    shared.model.change(lambda: ([], listed([])), None, [shared.endpoints, shared.listing], **AT_ONCE)
+    shared.model.change(lambda: ([], listed([])), None, [shared.endpoints, shared.listing], **COPY_CHUNK_BYTES)

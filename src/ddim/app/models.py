@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ddim.app.inputs import said
-from ddim.checks import one_of
 from ddim.devices import choose_device
-from ddim.hub import HUB_ID, builtin_models, find_model
 from ddim.info import describe
+from ddim.io.hub import HUB_ID, builtin_models, find_model
 from ddim.pipeline import DDIMPipeline
+from ddim.validation import one_of
 
 MAX_OTHERS = 2
 """Models beside those given at the start that are kept in memory."""

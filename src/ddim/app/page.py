@@ -77,7 +77,7 @@ element.addEventListener('click', (event) => {
   if (button) trigger('select', { value: Number(button.dataset.value) });
 });
 """
-"""Tells which of the pictures of `ddim.app.pictures` was clicked."""
+"""Tells which of the pictures of `ddim.app.rendering` was clicked."""
 
 
 def header() -> gr.HTML:

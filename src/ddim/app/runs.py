@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
-from ddim.images import to_output
+from ddim.io.images import to_output
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 

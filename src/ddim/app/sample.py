@@ -12,10 +12,10 @@ import gradio as gr
 from PIL import Image
 
 from ddim.app import inputs, page
-from ddim.app.pictures import Cell, grid
+from ddim.app.rendering import Cell, grid
 from ddim.app.runs import Result, Run
 from ddim.app.tab import (
-    AT_ONCE,
+    COPY_CHUNK_BYTES,
     Endpoint,
     Plan,
     Shared,
@@ -27,9 +27,9 @@ from ddim.app.tab import (
     number,
     run_by,
 )
-from ddim.images import save_images
+from ddim.diffusion.schedule import SPACINGS
+from ddim.io.images import save_images
 from ddim.pipeline import DDIMPipeline
-from ddim.schedule import SPACINGS
 
 MODELS_OWN = "the model's own"
 RANDOM_SEED = "() => Math.floor(Math.random() * 2 ** 32)"
@@ -91,7 +91,7 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)  # as `Endpoint`
 class Painted:
-    """Pictures, and the settings they were painted with."""
+    """Images, and the settings they were painted with."""
 
     settings: Settings
     images: list[Image.Image]
@@ -223,11 +223,11 @@ def tab(shared: Shared) -> None:
         [status, pictures, painted, as_grid, as_array, python, command],
         **run_by(status),
     )
-    stop.click(lambda: page.status("Stopped."), None, status, cancels=run, **AT_ONCE)
-    die.click(None, None, seed, js=RANDOM_SEED, **AT_ONCE)
+    stop.click(lambda: page.status("Stopped."), None, status, cancels=run, **COPY_CHUNK_BYTES)
+    die.click(None, None, seed, js=RANDOM_SEED, **COPY_CHUNK_BYTES)
     pictures.select(
         answering(pin, status),
         [painted, shared.endpoints],
         [status, shared.endpoints, shared.listing, pictures],
-        **AT_ONCE,
+        **COPY_CHUNK_BYTES,
     )

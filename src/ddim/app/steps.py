@@ -12,9 +12,9 @@ import gradio as gr
 from PIL import Image
 
 from ddim.app import inputs, page
-from ddim.app.pictures import Cell, grid
+from ddim.app.rendering import Cell, grid
 from ddim.app.runs import Result, Run
-from ddim.app.tab import AT_ONCE, Plan, Shared, Updates, following, run_by
+from ddim.app.tab import COPY_CHUNK_BYTES, Plan, Shared, Updates, following, run_by
 from ddim.pipeline import DDIMPipeline
 
 NUMBERS = (5, 10, 20, 50, 100)
@@ -104,4 +104,4 @@ def tab(shared: Shared) -> None:
         [status, pictures],
         **run_by(status),
     )
-    stop.click(lambda: page.status("Stopped."), None, status, cancels=run, **AT_ONCE)
+    stop.click(lambda: page.status("Stopped."), None, status, cancels=run, **COPY_CHUNK_BYTES)

@@ -17,9 +17,9 @@ from PIL import Image
 
 from ddim.app import page
 from ddim.app.models import Models
-from ddim.app.pictures import Cell, grid
+from ddim.app.rendering import Cell, grid
 from ddim.app.runs import Preview, Result, Run, Step, start
-from ddim.images import fit_image
+from ddim.io.images import fit_image
 from ddim.pipeline import DDIMPipeline
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
 
 COPIED_AFTER = 60
 
-AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+COPY_CHUNK_BYTES: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """How an event that asks no network is answered."""
 
 

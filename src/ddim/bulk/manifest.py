@@ -17,7 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ddim.files import read_json, to_json, write_whole
+from ddim.io.atomic import atomic_write
+from ddim.io.config import read_json, to_json
 from ddim.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ NAME = "manifest.json"
 def write_manifest(path: Path, settings: Mapping[str, Any], done: int) -> None:
     """Write the manifest, in place of the one that is there."""
     content = {"settings": dict(settings), "versions": versions(), "done": done, "complete": done == settings["count"]}
-    with write_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(to_json(content), encoding="utf-8")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,13 @@ from tqdm import tqdm
 
 from ddim.bulk.manifest import check_manifest, write_manifest
 from ddim.bulk.targets import Target, make_target
-from ddim.checks import non_negative_int, positive_int
-from ddim.codes import model_sha256
+from ddim.distributed import rank_and_world_size
 from ddim.engine import prepare
-from ddim.files import to_json
-from ddim.images import to_bytes
+from ddim.io.config import to_json
+from ddim.io.fingerprint import model_sha256
+from ddim.io.images import to_bytes
 from ddim.pipeline import DDIMPipeline
+from ddim.validation import non_negative_int, positive_int
 
 COUNT_EVERY = 1.0
 """Seconds between looks at what the other processes have done."""
@@ -38,11 +38,6 @@ class Result:
     painted: int
     done: int
     count: int
-
-
-def processes() -> tuple[int, int]:
-    """This process's number and how many there are, as `torchrun` and `accelerate launch` tell them; (0, 1) alone."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def sample_many(
@@ -77,7 +72,7 @@ def sample_many(
     """
     count, batch_size = positive_int("count", count), min(positive_int("batch_size", batch_size), count)
     seed, shard_size = non_negative_int("seed", seed), positive_int("shard_size", shard_size)
-    rank, world = processes() if share is None else share
+    rank, world = rank_and_world_size() if share is None else share
     target = make_target(out, count, batch_size, seed, shard_size)
     steps = pipe._plan(
         settings.get("num_inference_steps", 50),

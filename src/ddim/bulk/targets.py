@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 
 from ddim.bulk.manifest import NAME
-from ddim.files import write_whole
-from ddim.images import as_pil, is_folder_path
+from ddim.io.atomic import atomic_write
+from ddim.io.images import as_pil, is_folder_path
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """The time of files in archives: the same pictures are the same bytes."""
@@ -104,7 +104,7 @@ class FolderTarget(Target):
 
     def put(self, batch: int, pixels: np.ndarray) -> None:
         for index, picture in zip(self.pictures(batch), pixels, strict=True):
-            with write_whole(self.path / f"{index:05d}.png") as temporary:
+            with atomic_write(self.path / f"{index:05d}.png") as temporary:
                 as_pil(picture).save(temporary)
 
     def finish(self) -> None:
@@ -138,7 +138,7 @@ class _Parts(Target):
         self.parts.mkdir(exist_ok=True)
 
     def put(self, batch: int, pixels: np.ndarray) -> None:
-        with write_whole(self.part(batch)) as temporary:
+        with atomic_write(self.part(batch)) as temporary:
             np.save(temporary, pixels, allow_pickle=False)
 
     def load(self, batch: int) -> np.ndarray:
@@ -156,7 +156,7 @@ class NpzTarget(_Parts):
     def finish(self) -> None:
         if self.path.exists() or len(self.there()) < len(self.batches):
             return
-        with _unless_another_finished(self.path), write_whole(self.path) as temporary:
+        with _unless_another_finished(self.path), atomic_write(self.path) as temporary:
             shape = (self.count, *self.load(0).shape[1:])
             entry = zipfile.ZipInfo("arr_0.npy", EPOCH)
             entry.compress_type = zipfile.ZIP_DEFLATED
@@ -213,7 +213,7 @@ class TarTarget(_Parts):
         path = self.shard(number)
         with (
             _unless_another_finished(path),
-            write_whole(path) as temporary,
+            atomic_write(path) as temporary,
             tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive,
         ):
             for batch in self.shards[number]:
@@ -243,7 +243,7 @@ def _unless_another_finished(path: Path) -> Iterator[None]:
 
 
 def _remove_unfinished(folder: Path, stem: str, suffix: str) -> None:
-    """Delete what processes that were killed had begun to write under the names of `write_whole`, once all is there."""
+    """Delete what processes that were killed had begun to write under the names of `atomic_write`, once all is there."""
     pattern = re.compile(rf"\.{stem}-\w{{8}}{re.escape(suffix)}")
     for file in folder.glob(f".*{suffix}"):
         if pattern.fullmatch(file.name):

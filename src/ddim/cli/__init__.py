@@ -12,13 +12,13 @@ from typing import Annotated
 
 import typer
 
+from ddim.cli.app import app as page
 from ddim.cli.convert import convert
 from ddim.cli.edit import edit
 from ddim.cli.encode import decode, encode
 from ddim.cli.evaluate import evaluate
 from ddim.cli.info import info
 from ddim.cli.interpolate import interpolate
-from ddim.cli.page import app as page
 from ddim.cli.reconstruct import reconstruct
 from ddim.cli.sample import sample
 from ddim.cli.train import train

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,23 +37,9 @@ def choose_timesteps(
     return timesteps if timesteps is not None or spacing is None else pipe.scheduler.make_timesteps(steps, spacing)
 
 
-def own_device(device: str) -> str:
-    """The device of this process: of several on a machine with GPUs, each takes the one of its number, unless another
-    is asked for.
-    """
-    from ddim.bulk.run import processes
-
-    if device not in ("auto", "cuda") or processes()[1] == 1:
-        return device
-    import torch
-
-    gpus = torch.cuda.device_count()
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}" if gpus else device
-
-
 def read_images(paths: Sequence[str]) -> list[Image.Image]:
     """The images of files and folders, in order; errors name the file."""
-    from ddim.images import find_images, read_image
+    from ddim.io.images import find_images, read_image
 
     files = [file for path in paths for file in (find_images(path) if Path(path).is_dir() else [Path(path)])]
     return [read_image(file) for file in files]
@@ -62,7 +47,7 @@ def read_images(paths: Sequence[str]) -> list[Image.Image]:
 
 def fit_images(pipe: DDIMPipeline, images: Sequence[Image.Image]) -> list[Image.Image]:
     """Images as the model sees them, to be shown beside what it makes of them."""
-    from ddim.images import fit_image
+    from ddim.io.images import fit_image
 
     channels, height, width = pipe.sample_shape
     return [fit_image(image, height, width, channels) for image in images]

@@ -46,7 +46,7 @@ def edit(
 
       ddim edit digits/ --seed 7 --strength 0.4 --out edited/
     """
-    from ddim.images import (
+    from ddim.io.images import (
         check_output_path,
         fit_image,
         is_folder_path,

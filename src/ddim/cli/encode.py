@@ -37,8 +37,9 @@ def encode(
 
       ddim encode photos/ --resize --steps 20 --out codes.safetensors
     """
-    from ddim.codes import CODES, CodeSettings, model_sha256, save_codes
-    from ddim.images import check_output_path
+    from ddim.io.fingerprint import model_sha256
+    from ddim.io.images import check_output_path
+    from ddim.io.latent_files import CODES, CodeSettings, save_codes
 
     target = check_output_path(out, CODES, folder_allowed=False)
     own_timesteps = parse_timesteps(timesteps)
@@ -95,8 +96,8 @@ def decode(
 
       ddim decode codes.safetensors --steps 20 --force --out pictures/
     """
-    from ddim.codes import check_settings, load_codes
-    from ddim.images import check_output_path, output_files, save_images
+    from ddim.io.images import check_output_path, output_files, save_images
+    from ddim.io.latent_files import check_settings, load_codes
 
     target = check_output_path(out)
     own_timesteps = parse_timesteps(timesteps)

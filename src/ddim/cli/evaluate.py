@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import choose_timesteps, load_pipeline, own_device, parse_timesteps, with_spacing
+from ddim.cli.common import choose_timesteps, load_pipeline, parse_timesteps, with_spacing
 
 
 def evaluate(
@@ -80,13 +80,13 @@ def evaluate(
 
       torchrun --nproc-per-node 8 -m ddim evaluate my-model --reference owner/dataset -n 50000
     """
+    from ddim import distributed
     from ddim.evaluation import report
-    from ddim.evaluation.sets import ImageSet, is_model, open_files, paint_set
-    from ddim.evaluation.team import join
+    from ddim.evaluation.image_sets import ImageSet, is_model, open_files, sample_image_set
 
     if table is not None or figure is not None:
         chosen = parse_timesteps(table_steps, "--table-steps")
-        where = (samples, own_device(device), spacing, engine)
+        where = (samples, distributed.local_device(device), spacing, engine)
         _paper(where, reference, reference_count, split, features, count, seed, table, figure, chosen, out or [])
         return
     if table_steps is not None:
@@ -103,17 +103,17 @@ def evaluate(
 
     def open_set(source: str, number: int | None, shape: tuple[int, int, int] | None) -> ImageSet:
         if is_model(source):
-            pipe = load_pipeline(source, own_device(device), engine=engine)
+            pipe = load_pipeline(source, distributed.local_device(device), engine=engine)
             walked = choose_timesteps(pipe, steps, spacing, own_timesteps)
             number = 10_000 if number is None else number
-            return paint_set(pipe, number, seed, source, timesteps=walked, **settings)
+            return sample_image_set(pipe, number, seed, source, timesteps=walked, **settings)
         return open_files(source, number, shape, split)
 
     first = open_set(samples, count, None)
     second = None if reference is None else open_set(reference, reference_count, first.shape)
-    with join() as team:
-        result = report.describe(first, second, features, wanted, team)
-    if not team.first:
+    with distributed.init() as group:
+        result = report.describe(first, second, features, wanted, group)
+    if not group.is_main:
         return
     if is_model(samples):
         result["settings"] |= settings | {"timesteps": own_timesteps, "seed": seed, "spacing": spacing}
@@ -138,12 +138,13 @@ def _paper(
     out: list[str],
 ) -> None:
     """The paper's tables and its figure."""
-    from ddim.evaluation import tables
+    from ddim import distributed
+    from ddim.evaluation import paper_tables as tables
     from ddim.evaluation.features import load_features
-    from ddim.evaluation.sets import is_model, open_files
-    from ddim.evaluation.team import join
-    from ddim.files import to_json, write_whole
-    from ddim.images import check_output_path
+    from ddim.evaluation.image_sets import is_model, open_files
+    from ddim.io.atomic import atomic_write
+    from ddim.io.config import to_json
+    from ddim.io.images import check_output_path
 
     if (table, figure) not in ((1, None), (2, None), (None, 4)):
         raise ValueError("give one of --table 1, --table 2 and --figure 4")
@@ -158,24 +159,24 @@ def _paper(
     if spacing is None and pipe.sample_shape == tables.CIFAR_SHAPE:
         spacing = "quad"
     pipe = with_spacing(pipe, spacing)
-    with join() as team:
+    with distributed.init() as group:
         if table == 2:
             pipe.set_progress_bar_config(disable=True)
             images = open_files(reference, 256 if count is None else count, pipe.sample_shape, split)
-            result = tables.table_2(pipe, images, steps or tables.STEPS_2, team)
+            result = tables.table_2(pipe, images, steps or tables.STEPS_2, group)
         else:
             data = open_files(reference, reference_count, pipe.sample_shape, split)
             extractor = load_features(features, pipe.sample_shape)
             number = 50_000 if count is None else count
             make = tables.table_1 if table == 1 else tables.figure_4
-            result = make(pipe, data, extractor, number, seed, steps or tables.STEPS, team)
-    if not team.first:
+            result = make(pipe, data, extractor, number, seed, steps or tables.STEPS, group)
+    if not group.is_main:
         return
     for path in out:
         if path.endswith((".png", ".svg")):
             tables.plot(result, Path(path))
             continue
-        with write_whole(Path(path)) as temporary:
+        with atomic_write(Path(path)) as temporary:
             text = result.markdown() if path.endswith(".md") else to_json(result.json())
             temporary.write_text(text, encoding="utf-8")
     print(result.markdown(), end="")

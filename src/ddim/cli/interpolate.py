@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ddim.checks import bounded_int
 from ddim.cli import options
 from ddim.cli.common import check_fps, choose_timesteps, finish, load_pipeline, number, read_images
+from ddim.validation import bounded_int
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,7 @@ def interpolate(
 
       ddim interpolate 1 2 3 4 --grid 8x8 --out grid.png
     """
-    from ddim.images import (
+    from ddim.io.images import (
         ANIMATION_SUFFIXES,
         PICTURES,
         check_output_path,
@@ -117,9 +117,9 @@ def collect_codes(
     batch_size: int,
 ) -> tuple[list[Tensor], list[int]]:
     """The codes of all points, in order, and the timesteps that belong to them."""
-    from ddim.checks import non_negative_int
-    from ddim.codes import CODES, check_settings, load_codes
-    from ddim.noise import check_seeds, noise_from_seeds
+    from ddim.diffusion.noise import check_seeds, noise_from_seeds
+    from ddim.io.latent_files import CODES, check_settings, load_codes
+    from ddim.validation import non_negative_int
 
     files = {point: load_codes(point) for point in points if Path(point).suffix.lower() in CODES}
     seeds = {point: int(point) for point in points if point.removeprefix("-").isdecimal()}

@@ -47,7 +47,7 @@ def reconstruct(
 
       ddim reconstruct digits/ --euler --steps 20
     """
-    from ddim.images import check_output_path, save_picture, stack_rows
+    from ddim.io.images import check_output_path, save_picture, stack_rows
 
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     own_timesteps = parse_timesteps(timesteps)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import choose_timesteps, finish, load_pipeline, number, own_device, parse_timesteps
+from ddim.cli.common import choose_timesteps, finish, load_pipeline, number, parse_timesteps
 
 
 def sample(
@@ -74,8 +74,8 @@ def sample(
       torchrun --nproc-per-node 8 -m ddim sample -n 50000 --out digits.npz
     """
     from ddim.bulk import sample_many
-    from ddim.bulk.run import processes
-    from ddim.images import PICTURES, check_output_path, is_folder_path, save_images
+    from ddim.distributed import local_device, rank_and_world_size
+    from ddim.io.images import PICTURES, check_output_path, is_folder_path, save_images
 
     target = check_output_path(out, PICTURES | {".tar": "WebDataset shards"})
     own_timesteps = parse_timesteps(timesteps)
@@ -86,8 +86,8 @@ def sample(
         )
     if number_of_steps is not None and tolerance is not None:
         raise ValueError("--tolerance goes with --steps auto")
-    rank, world = processes()
-    pipe = load_pipeline(model, own_device(device), dtype, engine)
+    rank, world = rank_and_world_size()
+    pipe = load_pipeline(model, local_device(device), dtype, engine)
     if number_of_steps is None:
         from ddim.tuning import enough_steps
 

@@ -88,7 +88,7 @@ def train(
             raise RuntimeError(f"training needs {name}; install it with: pip install 'ddim[train]'")
     from accelerate import PartialState
 
-    from ddim.hub import check_hub_id, push_folder
+    from ddim.io.hub import check_hub_id, push_folder
     from ddim.training.config import load_config
     from ddim.training.plan import plan, preset_table
     from ddim.training.run import train as run

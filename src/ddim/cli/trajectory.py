@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from ddim.checks import positive_int
 from ddim.cli import options
 from ddim.cli.common import check_fps, choose_timesteps, finish, load_pipeline, number, parse_timesteps, with_spacing
+from ddim.validation import positive_int
 
 
 def trajectory(
@@ -41,7 +41,7 @@ def trajectory(
 
       ddim trajectory --count 16 --frames 50 --out appear.gif
     """
-    from ddim.images import (
+    from ddim.io.images import (
         ANIMATION_SUFFIXES,
         check_output_path,
         is_animation_path,
@@ -91,8 +91,8 @@ def consistency(
 
       ddim consistency --count 12 --steps 5,10,100
     """
-    from ddim.images import check_output_path, save_picture, stack_rows
-    from ddim.noise import check_seeds, noise_from_seeds
+    from ddim.diffusion.noise import check_seeds, noise_from_seeds
+    from ddim.io.images import check_output_path, save_picture, stack_rows
 
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     positive_int("--count", count)

@@ -41,8 +41,8 @@ def tune(
 
       ddim sample --model mnist-tuned --steps 10
     """
-    from ddim.hub import MODEL_INDEX
-    from ddim.images import check_output_path
+    from ddim.io.hub import MODEL_INDEX
+    from ddim.io.images import check_output_path
     from ddim.tuning import draw_timesteps, plot_timesteps
     from ddim.tuning import tune as search
 

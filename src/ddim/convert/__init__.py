@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddim.checks import positive_int
 from ddim.convert import ddpm, openai
 from ddim.convert.checkpoint import read_checkpoint
 from ddim.convert.openai import OpenAIFlags
@@ -26,6 +25,7 @@ from ddim.convert.placement import Plan, build
 from ddim.devices import choose_dtype
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
+from ddim.validation import positive_int
 
 LAYOUTS = ("auto", "ddpm", "openai", "diffusers")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ddim.weights import read_pickle
+from ddim.io.weights import read_pickle
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddim.checks import positive_int
 from ddim.convert.placement import Plan, count, renamed, shape
-from ddim.layers import Timesteps
+from ddim.nn.layers import Timesteps
+from ddim.validation import positive_int
 
 logger = logging.getLogger(__name__)
 

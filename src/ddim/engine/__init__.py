@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddim.layers import (
+from ddim.nn.layers import (
     ACTIVATIONS,
     Attention,
     Downsample2D,

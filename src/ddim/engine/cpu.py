@@ -30,13 +30,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddim.io.weights import drop_pages
 from ddim.kernels import direct, winograd
 from ddim.kernels import norm as norms
-from ddim.kernels.library import LANES, ready
-from ddim.layers import Attention, ResnetBlock2D, Upsample2D
+from ddim.kernels.runtime import LANES, ready
+from ddim.nn.layers import Attention, ResnetBlock2D, Upsample2D
 from ddim.outputs import UNet2DOutput
 from ddim.unet import UNet2DModel, check_embeddings
-from ddim.weights import page_out
 
 Map = Tensor
 """(N, H, W, C)."""
@@ -220,7 +220,7 @@ class _Conv3x3:
             weight, bias = _filled(self.conv.weight), _filled(cast(Tensor, self.conv.bias))
             arrange = winograd.transform_weights if method is winograd else direct.arrange_weights
             self._weights[method] = arrange(weight), bias
-            page_out(self.conv.weight.detach())
+            drop_pages(self.conv.weight.detach())
         return self._weights[method]
 
     def input(self, N: int, H: int, W: int) -> tuple[Tensor, Tensor]:
@@ -353,7 +353,7 @@ class _Resnet:
             widths = [x.shape[-1] for x in (a, b) if x is not None]
             first, *others = torch.split(weight, widths, dim=1)
             self._parts = _Linear(first, bias), *(_Linear(other, torch.zeros_like(bias)) for other in others)
-            page_out(weight)
+            drop_pages(weight)
         total = self._parts[0](a)
         return total if b is None else self._parts[1](b, total)
 

@@ -31,13 +31,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddim.diffusion.equations import Coefficients, Step, ddim_step, dynamic_threshold
+from ddim.diffusion.loop import StepFn
+from ddim.diffusion.noise import NoiseSource
 from ddim.engine import altered
-from ddim.layers import Attention
-from ddim.noise import NoiseSource
-from ddim.normalization import norm_silu
+from ddim.nn.layers import Attention
+from ddim.nn.ops import norm_silu
 from ddim.outputs import UNet2DOutput
-from ddim.process import Coefficients, Step, ddim_step, dynamic_threshold
-from ddim.sampling import Move
 from ddim.unet import UNet2DModel
 
 Clip = Callable[[Tensor], Tensor]
@@ -105,8 +105,8 @@ class CUDAEngine:
         clip: Clip | None = None,
         use_clipped_model_output: bool = False,
         noise: NoiseSource | None = None,
-    ) -> Move:
-        """How `ddim.sampling.walk` takes the steps that `ddim.sampling.sample` takes, with one launch each:
+    ) -> StepFn:
+        """How `ddim.diffusion.loop.walk` takes the steps that `ddim.diffusion.loop.sample` takes, with one launch each:
 
             walk(latents, steps, engine.mover(latents, steps, ...))
 
@@ -264,7 +264,7 @@ class StepRunner:
         Args:
             x: of the shape that the step was made for.
             timestep: ().
-            coefficients: those of `ddim.process.Coefficients`, (5,).
+            coefficients: those of `ddim.diffusion.equations.Coefficients`, (5,).
             noise: of the shape of `x`, for a step that adds noise.
 
         Returns:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddim.weights import digest, fill_model
+from ddim.io.weights import digest, fill_model
 
 CLASSIFIER = Path(__file__).with_name("mnist_classifier.safetensors")
 

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ddim.distributed import SINGLE_PROCESS, ProcessGroup
 from ddim.evaluation.features import identity
-from ddim.evaluation.sets import ImageSet
-from ddim.evaluation.team import ALONE, Team
-from ddim.files import cache_folder, write_whole
+from ddim.evaluation.image_sets import ImageSet
+from ddim.io.atomic import atomic_write
+from ddim.io.cache import cache_folder
 
 METRICS = ("fid", "kid", "is", "precision", "recall")
 NEIGHBOURS = 3
@@ -53,8 +54,8 @@ class Features:
 
 
 @torch.no_grad()
-def compute_features(images: ImageSet, extractor: nn.Module, team: Team = ALONE) -> Features:
-    """The features of all images of a set, each process of a team computing its share of the batches.
+def compute_features(images: ImageSet, extractor: nn.Module, group: ProcessGroup = SINGLE_PROCESS) -> Features:
+    """The features of all images of a set, each process of a group computing its share of the batches.
 
     The pixels of files are read and hashed first; features that were computed of the same pixels before are taken from
     the cache of the first process.
@@ -62,24 +63,28 @@ def compute_features(images: ImageSet, extractor: nn.Module, team: Team = ALONE)
     cached = None
     hashes = []
     if images.files:
-        hashes = team.gather([_sha256(images.batch(number)) for number in team.share(len(images))])
+        hashes = group.all_gather([_sha256(images.batch(number)) for number in group.shard(len(images))])
         cached = cache_folder() / "features" / f"{identity(extractor)}-{_whole(images, hashes)}.npy"
-        if (kept := team.told(_read(cached) if team.first else None)) is not None:
+        if (kept := group.broadcast(_read(cached) if group.is_main else None)) is not None:
             return Features(kept, _whole(images, hashes))
     values, own = [], []
     bar = tqdm(
-        total=images.count, desc=f"features of {images.name}", unit="image", dynamic_ncols=True, disable=not team.first
+        total=images.count,
+        desc=f"features of {images.name}",
+        unit="image",
+        dynamic_ncols=True,
+        disable=not group.is_main,
     )
     with bar:
-        for number in team.share(len(images)):
+        for number in group.shard(len(images)):
             batch = images.batch(number)
             own.append(_sha256(batch))
             values.append(extractor(batch).float())
-            bar.update(min(len(batch) * team.size, images.count - bar.n))
-    features = Features(torch.cat(team.gather(values)), _whole(images, hashes or team.gather(own)))
-    if cached is not None and team.first:
+            bar.update(min(len(batch) * group.size, images.count - bar.n))
+    features = Features(torch.cat(group.all_gather(values)), _whole(images, hashes or group.all_gather(own)))
+    if cached is not None and group.is_main:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with write_whole(cached) as temporary:
+        with atomic_write(cached) as temporary:
             np.save(temporary, features.values.numpy(), allow_pickle=False)
     return features
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from ddim.distributed import SINGLE_PROCESS, ProcessGroup
 from ddim.evaluation.features import identity, load_features
+from ddim.evaluation.image_sets import ImageSet
 from ddim.evaluation.metrics import METRICS, Features, compute_features, measure, shortage
-from ddim.evaluation.sets import ImageSet
-from ddim.evaluation.team import ALONE, Team
-from ddim.files import to_json, write_whole
-from ddim.images import check_output_path
+from ddim.io.atomic import atomic_write
+from ddim.io.config import to_json
+from ddim.io.images import check_output_path
 from ddim.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -34,14 +35,18 @@ SUFFIXES = {".json": "", ".csv": "", ".md": "Markdown"}
 
 
 def check_outputs(paths: Sequence[str]) -> list[str]:
-    """The paths, after seeing that all can be written; errors as `ddim.images.check_output_path`."""
+    """The paths, after seeing that all can be written; errors as `ddim.io.images.check_output_path`."""
     for path in paths:
         check_output_path(path, SUFFIXES, folder_allowed=False)
     return list(paths)
 
 
 def describe(
-    samples: ImageSet, reference: ImageSet | None, features: str, metrics: Sequence[str], team: Team = ALONE
+    samples: ImageSet,
+    reference: ImageSet | None,
+    features: str,
+    metrics: Sequence[str],
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Compare two sets.
 
@@ -50,7 +55,7 @@ def describe(
         reference: what it is compared with.
         features: as for `load_features`.
         metrics: of `METRICS`.
-        team: the processes that share the work.
+        group: the processes that share the work.
 
     Returns:
         `{"metrics": {...}, "settings": {...}}`.
@@ -66,10 +71,10 @@ def describe(
         raise ValueError("the inception score needs features that tell classes: mnist or inception")
     extractor: Any = load_features(features, samples.shape)
     counts = [s.count for s in (samples, reference) if s is not None]
-    if team.first and "fid" in metrics and (reason := shortage(extractor, *counts)):
+    if group.is_main and "fid" in metrics and (reason := shortage(extractor, *counts)):
         logger.warning(reason)
-    found = compute_features(samples, extractor, team)
-    other: Features | None = None if reference is None else compute_features(reference, extractor, team)
+    found = compute_features(samples, extractor, group)
+    other: Features | None = None if reference is None else compute_features(reference, extractor, group)
     with torch.no_grad():
         logits = extractor.logits(found.values) if "is" in metrics else None
     settings: dict[str, Any] = {
@@ -126,5 +131,5 @@ def write(result: dict[str, Any], path: Path) -> None:
     else:
         rows = "".join(f"| {name} | {value} |\n" for name, value in _rows(result))
         text = f"| | |\n|---|---|\n{rows}"
-    with write_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from ddim.kernels.library import LANES, Loop
+from ddim.kernels.runtime import LANES, Loop
 
 NAMES = ("N", "H", "W", "C", "K", "rows", "columns", "size", "stride", "x", "weights", "bias", "adds", "residual", "y")
 CONVOLVE = Loop("direct", "convolve_directly", np.dtype([(name, np.int64) for name in NAMES]))

@@ -1,5 +1,5 @@
 """Group normalisation of a feature map plus a shift, then SiLU, and the way back, as compiled loops: what stands behind
-`ddim.normalization`, whose notation they use, and the engine's form of it.
+`ddim.nn.ops`, whose notation they use, and the engine's form of it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddim.kernels.library import Loop
+from ddim.kernels.runtime import Loop
 
 SHARED = ("N", "P", "C", "groups", "silu", "x", "shift", "weight", "bias", "mean", "rstd")
 FORWARD = Loop("norm", "forward", np.dtype([(name, np.int64) for name in (*SHARED, "y")] + [("eps", np.float64)]))

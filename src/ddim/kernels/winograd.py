@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddim.kernels.library import LANES, Loop
 from ddim.kernels.norm import MAPS
+from ddim.kernels.runtime import LANES, Loop
 
 UNIT = 8
 """Input channels come in so many."""

@@ -27,7 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddim.files import read_json, replace_folder, to_json
+from ddim.io.atomic import replace_folder
+from ddim.io.config import read_json, to_json
 
 logger = logging.getLogger(__name__)
 

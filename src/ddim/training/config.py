@@ -27,7 +27,7 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """What is learned from, see `ddim.training.data`.
+    """What is learned from, see `ddim.data.dataset`.
 
     Attributes:
         source: a folder of images or of parquet files, a parquet or `.npz` file, the id of a data set on the hub, or
@@ -177,7 +177,7 @@ class TrainConfig(Section):
     log_every: PositiveInt = 50
 
 
-MAY_CHANGE = (
+RESUME_MAY_CHANGE = (
     "data.source",
     "data.split",
     "data.column",
@@ -306,7 +306,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """What keeps `new` from continuing a run of `old`: sentences such as `seed: 0 there, 1 here`."""
     before, after = dict(_leaves(old.model_dump())), dict(_leaves(new.model_dump()))
-    free = [key for key in MAY_CHANGE if key != "max_steps" or old.optim.decay == "constant"]
+    free = [key for key in RESUME_MAY_CHANGE if key != "max_steps" or old.optim.decay == "constant"]
     return [
         f"{key}: {before.get(key)} there, {after.get(key)} here"
         for key in sorted(before.keys() | after.keys())

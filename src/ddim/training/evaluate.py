@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddim.data.dataset import ImageDataset, generator_for
 from ddim.evaluation.features import Pixels
+from ddim.evaluation.image_sets import sample_image_set
 from ddim.evaluation.metrics import frechet
-from ddim.evaluation.sets import paint_set
 from ddim.pipeline import DDIMPipeline
 from ddim.training.config import EvaluateConfig
-from ddim.training.data import Pictures, generator_for
 from ddim.training.trainer import Trainer
 
 BATCH = 256
@@ -57,13 +57,13 @@ def sample_distance(trainer: Trainer, pipe: DDIMPipeline, settings: EvaluateConf
         chosen = torch.randperm(len(trained), generator=generator_for(trainer.config.seed, "reference", 0))
         indices = trained[chosen[: settings.count]]
     size = trainer.config.model["sample_size"]
-    painted = paint_set(pipe, settings.count, num_inference_steps=settings.num_inference_steps)
+    painted = sample_image_set(pipe, settings.count, num_inference_steps=settings.num_inference_steps)
     features = Pixels(painted.shape)
     real = [square(trainer.pictures, part, size) for part in torch.split(indices, BATCH)]
     return frechet(*(torch.cat([features(batch) for batch in batches]) for batches in (painted.batches(), real)))
 
 
-def square(pictures: Pictures, indices: Tensor, size: int) -> Tensor:
+def square(pictures: ImageDataset, indices: Tensor, size: int) -> Tensor:
     """Images as the model takes them, those stored larger cut in the middle: uint8 (n, C, size, size) on the CPU."""
     images = pictures.take(indices).cpu()
     margin = (images.shape[2] - size) // 2

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import torch
 
+from ddim.data.dataset import loader_rate
 from ddim.info import count_flop
 from ddim.training.config import TrainConfig, describe_preset, preset_names, read_preset
-from ddim.training.data import loader_rate
+from ddim.training.metrics_logger import memory_mib
 from ddim.training.run import complete, load, start_processes
 from ddim.training.trainer import Trainer
-from ddim.training.watch import memory_mib
 from ddim.unet import UNet2DModel
 
 STEPS = 5

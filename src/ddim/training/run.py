@@ -1,7 +1,7 @@
 """A whole training run, from data to a pipeline folder.
 
 RUN/config.yaml       the configuration, the data's fingerprint and the versions of everything
-RUN/metrics.jsonl     what it computed, see `ddim.training.watch`
+RUN/metrics.jsonl     what it computed, see `ddim.training.metrics_logger`
 RUN/tensorboard/      the same and more, for TensorBoard
 RUN/loss.png          the losses as a curve
 RUN/samples/          a grid every so many steps, always from the same seeds
@@ -23,24 +23,24 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
+from ddim.data.dataset import CachedPictures, ImageDataset, loader_rate, open_pictures
 from ddim.devices import choose_device
-from ddim.files import write_whole
-from ddim.images import make_grid, save_images
+from ddim.io.atomic import atomic_write
+from ddim.io.images import make_grid, save_images
 from ddim.pipeline import DDIMPipeline
 from ddim.training.card import model_card
 from ddim.training.checkpoint import Checkpoint, clean, load_checkpoint, load_newest
 from ddim.training.config import TrainConfig, check_model, differences, validate
-from ddim.training.data import CachedPictures, Pictures, loader_rate, open_pictures
 from ddim.training.evaluate import evaluate
+from ddim.training.metrics_logger import MetricsLogger, plot_loss
 from ddim.training.optim import learning_rate
 from ddim.training.trainer import Progress, Trainer
-from ddim.training.watch import Watch, plot_loss
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("ddim", "torch", "numpy", "pillow", "datasets", "accelerate", "safetensors", "pydantic")
 # The main process paints and measures while the others wait.
-PATIENCE = timedelta(hours=6)
+PROCESS_GROUP_TIMEOUT = timedelta(hours=6)
 
 
 def train(
@@ -94,7 +94,7 @@ def train(
         return out / "final"
     out.mkdir(parents=True, exist_ok=True)
     clean(out / "checkpoints")
-    with write_whole(out / "config.yaml") as temporary:
+    with atomic_write(out / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(record, sort_keys=False))
     _run(trainer, out, max_minutes)
     final = _finish(trainer, out, record)
@@ -118,14 +118,14 @@ def start_processes(device: str | torch.device) -> tuple[Accelerator, torch.devi
     accelerator = Accelerator(
         cpu=wanted.type == "cpu",
         mixed_precision="no",  # the trainer's own, by the configuration
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)],
     )
     if wanted.type == "cuda":
         torch.backends.cudnn.benchmark = True
     return accelerator, accelerator.device if accelerator.num_processes > 1 else wanted
 
 
-def load(config: TrainConfig, accelerator: Accelerator, device: torch.device) -> Pictures:
+def load(config: TrainConfig, accelerator: Accelerator, device: torch.device) -> ImageDataset:
     """The images; several processes of a machine share what the first of them decodes.
 
     Raises:
@@ -153,7 +153,7 @@ def _run(trainer: Trainer, out: Path, max_minutes: float | None) -> None:
         "%s: %d images, %d x %d x %d, in %s; the loader gives %.0f images/s",
         *(config.data.source, N, C, H, W, trainer.pictures.place, loader_rate(trainer.batches)),
     )
-    watch = Watch(out, trainer.step, config.log_every, trainer.device)
+    watch = MetricsLogger(out, trainer.step, config.log_every, trainer.device)
 
     def after_step(progress: Progress) -> None:
         watch.add(progress, learning_rate(config.optim, progress.step - 1, config.max_steps))
@@ -181,7 +181,7 @@ def _finish(trainer: Trainer, out: Path, record: dict[str, Any]) -> Path:
         ("loss.png", (out / "loss.png").read_bytes()),
         ("README.md", model_card(trainer, out, record).encode()),
     ):
-        with write_whole(final / name) as temporary:
+        with atomic_write(final / name) as temporary:
             temporary.write_bytes(content)
     return final
 
@@ -201,7 +201,7 @@ def _paint(trainer: Trainer, path: Path) -> Any:
     return make_grid(images)
 
 
-def _record(config: TrainConfig, pictures: Pictures, device: torch.device) -> dict[str, Any]:
+def _record(config: TrainConfig, pictures: ImageDataset, device: torch.device) -> dict[str, Any]:
     """What goes into `config.yaml`."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {

@@ -29,16 +29,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from ddim.data.dataset import Batches, ImageDataset, Prefetcher, generator_for, split_holdout
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.training.checkpoint import Checkpoint, newest_first, save_checkpoint
 from ddim.training.config import TrainConfig
-from ddim.training.data import Ahead, Batches, Pictures, generator_for, split_holdout
 from ddim.training.objective import QUARTILES, by_quartile, draw_timesteps, loss_weights
 from ddim.training.optim import ema_update, learning_rate, make_optimizer, zero_last_layers
 from ddim.unet import UNet2DModel
 
-READ_EVERY = 10
+SYNC_EVERY = 10
 """Steps between looks at losses and signals, on devices that would have to be waited for."""
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -100,7 +100,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        pictures: Pictures,
+        pictures: ImageDataset,
         out: Path,
         device: torch.device,
         accelerator: Accelerator | None = None,
@@ -213,7 +213,7 @@ class Trainer:
         config, main = self.config, self.accelerator.is_main_process
         started, first, before = time.monotonic(), self.step, self.seconds
         deadline = math.inf if max_minutes is None else started + 60 * max_minutes
-        ahead = Ahead(self._fetch, config.max_steps - 1)
+        ahead = Prefetcher(self._fetch, config.max_steps - 1)
         bar = tqdm(
             total=config.max_steps, initial=first, desc="training", unit="step", dynamic_ncols=True, disable=not main
         )
@@ -319,7 +319,7 @@ class Trainer:
 
     def _reads(self, step: int) -> bool:
         """Whether losses and signals are looked at in a step: always where that costs nothing."""
-        return self.device.type == "cpu" or step % READ_EVERY == 0 or step % self.config.log_every == 0
+        return self.device.type == "cpu" or step % SYNC_EVERY == 0 or step % self.config.log_every == 0
 
     def _read(self, stops: bool, late: bool) -> tuple[bool, bool]:
         """Bring the losses of all processes to the CPU, and tell whether any process wants to stop or is late.

@@ -25,7 +25,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from ddim.kernels.library import THREAD, THREADS, target_machine
+from ddim.kernels.runtime import THREAD, THREADS, target_machine
 
 MATHS = {"contract", "nsz"}
 """What the compiler may do to sums and products: fuse them. Infinities and NaN keep their meaning."""

@@ -9,9 +9,9 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ddim.kernels.library import LANES
+from ddim.kernels.codegen import INDEX, Code
+from ddim.kernels.runtime import LANES
 from ddim.kernels.source import array, integers, pointer, release, reserve, share, singles
-from ddim.kernels.source.code import INDEX, Code
 
 NEAR = 192
 """Pixels that are done for all output channels before the next."""

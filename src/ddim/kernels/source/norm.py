@@ -16,9 +16,9 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ddim.kernels.library import LANES
+from ddim.kernels.codegen import FUSED, INDEX, Code, in_panels
+from ddim.kernels.runtime import LANES
 from ddim.kernels.source import array, doubles, part, pointer, release, reserve, share
-from ddim.kernels.source.code import FUSED, INDEX, Code, in_panels
 
 RUN = 64
 WIDTHS = (LANES, 8, 1)

@@ -9,9 +9,9 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ddim.kernels.library import LANES
+from ddim.kernels.codegen import FUSED, INDEX, Code, in_panels
+from ddim.kernels.runtime import LANES
 from ddim.kernels.source import array, doubles, inlined, part, pointer, release, reserve, share
-from ddim.kernels.source.code import FUSED, INDEX, Code, in_panels
 from ddim.kernels.source.norm import affine, apply_rows
 from ddim.kernels.winograd import AT, BT, POINTS, SIDE, STEP, UNIT
 

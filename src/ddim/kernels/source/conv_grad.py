@@ -1,4 +1,4 @@
-"""The loop of `ddim.kernels.convolution`."""
+"""The loop of `ddim.kernels.conv_grad`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ddim.kernels.convolution import LANES
-from ddim.kernels.library import WIDE
+from ddim.kernels.codegen import Code
+from ddim.kernels.conv_grad import LANES
+from ddim.kernels.runtime import WIDE
 from ddim.kernels.source import array, part, pointer, release, reserve, share
-from ddim.kernels.source.code import Code
 
 CHANNELS = 4 if WIDE else 2
 """Input channels of a tile: with three taps, as many sums as the registers hold and the machine adds to at a time."""

@@ -9,7 +9,6 @@ of the model's weights, configuration and noise schedule.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -20,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddim.checks import real_number
-from ddim.files import to_json, write_whole
-from ddim.runner import Runner
-from ddim.schedule import check_timesteps
-from ddim.weights import digest
+from ddim.diffusion.schedule import check_timesteps
+from ddim.io.atomic import atomic_write
+from ddim.io.fingerprint import model_sha256
+from ddim.sampler import Sampler
+from ddim.validation import real_number
 
 CODES = {".npz": "", ".safetensors": ""}
 
@@ -50,20 +49,6 @@ class CodeSettings:
     residual: list[float]
 
 
-def model_sha256(pipe: Runner) -> str:
-    """SHA-256 of all that decides what a code means: weights with their dtype, the network's configuration, the
-    schedule and what the network predicts. Hexadecimal.
-    """
-    sha256 = hashlib.sha256()
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in pipe.unet.state_dict().items()}
-    sha256.update(digest(weights).encode())
-    config = {name: value for name, value in pipe.unet.config.items() if not name.startswith("_")}
-    sha256.update(to_json(config).encode())
-    sha256.update(pipe.scheduler.config.prediction_type.encode())
-    sha256.update(pipe.scheduler.alphas_cumprod.cpu().numpy().tobytes())
-    return sha256.hexdigest()
-
-
 def save_codes(path: str | Path, latents: Tensor, settings: CodeSettings) -> Path:
     """Write codes, whole or not at all.
 
@@ -82,7 +67,7 @@ def save_codes(path: str | Path, latents: Tensor, settings: CodeSettings) -> Pat
     target = _check_suffix(path)
     values = _check_latents(latents.detach(), "latents").cpu().contiguous()
     text = json.dumps(asdict(settings), sort_keys=True)
-    with write_whole(target) as temporary:
+    with atomic_write(target) as temporary:
         if target.suffix.lower() == ".npz":
             # Given a name, NumPy would add its suffix to one in capitals.
             with temporary.open("wb") as file:
@@ -118,7 +103,7 @@ def load_codes(path: str | Path) -> tuple[Tensor, CodeSettings]:
     return _check_latents(latents, str(source)), settings
 
 
-def check_settings(source: str | Path, settings: CodeSettings, pipe: Runner, timesteps: list[int]) -> None:
+def check_settings(source: str | Path, settings: CodeSettings, pipe: Sampler, timesteps: list[int]) -> None:
     """Refuse codes of another model or other timesteps.
 
     Args:

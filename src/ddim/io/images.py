@@ -19,8 +19,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ddim.checks import one_of
-from ddim.files import write_folder, write_whole
+from ddim.io.atomic import atomic_write, write_folder
+from ddim.validation import one_of
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -350,7 +350,7 @@ def save_animation(frames: Sequence[Image.Image], path: str | Path, frames_per_s
         raise ValueError("an animation needs at least one frame")
     target = Path(path)
     duration = round(1000 / frames_per_second)
-    with write_whole(target) as temporary:
+    with atomic_write(target) as temporary:
         frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=duration, loop=0, lossless=True)
     return target
 
@@ -378,7 +378,7 @@ def save_images(images: Sequence[Image.Image], path: str | Path, columns: int | 
     elif target.suffix.lower() == ".npz":
         arrays = np.stack([np.atleast_3d(np.asarray(image)) for image in images])
         # To an open file: NumPy would give a name in .NPZ another suffix.
-        with write_whole(target) as temporary, temporary.open("wb") as opened:
+        with atomic_write(target) as temporary, temporary.open("wb") as opened:
             np.savez_compressed(opened, arrays)
     else:
         save_picture(make_grid(images, columns), target)
@@ -387,5 +387,5 @@ def save_images(images: Sequence[Image.Image], path: str | Path, columns: int | 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:
     """Write one picture as it is, whole or not at all, in the format of its suffix; OSError if it cannot be."""
-    with write_whole(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         picture.save(temporary)

@@ -15,8 +15,8 @@ import datasets
 import huggingface_hub.constants
 from PIL import Image
 
-from ddim.images import decode_image
-from ddim.training.sources import Source, first_line
+from ddim.data.sources import Source, first_line
+from ddim.io.images import decode_image
 
 
 def read_parquet(files: list[str], name: str, column: str | None, identity: str) -> Source:

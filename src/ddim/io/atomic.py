@@ -1,21 +1,19 @@
-"""Writing files and folders whole: to a temporary name beside the target, flushed, then renamed. What was there stays
-until the new is complete. And JSON, as configurations are written in it.
+"""Atomic writes: files and folders are written under a temporary name beside the target, flushed, then renamed, so that
+what was there stays until its replacement is complete.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 
 @contextmanager
-def write_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to; on success it becomes `path`, on failure it is deleted and `path` stays as it
     was.
 
@@ -94,38 +92,6 @@ def replace_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     _flush(path.parent)
-
-
-def cache_folder() -> Path:
-    """Where this user's caches of `ddim` are: `$XDG_CACHE_HOME/ddim`, or `~/.cache/ddim`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddim"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        FileNotFoundError: if it is not there.
-        ValueError: if it is something else.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
-    return content
-
-
-def to_json(content: Mapping[str, Any]) -> str:
-    """JSON as in configuration files: indented, keys sorted; arrays (trained betas) as lists, paths as text."""
-    return json.dumps(content, indent=2, sort_keys=True, default=_plain) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _finish(temporary: Path, path: Path) -> None:

@@ -5,7 +5,7 @@ A pipeline is a folder,
     model_index.json                                  which classes
     scheduler/scheduler_config.json
     unet/config.json
-    unet/diffusion_pytorch_model.safetensors          or as `ddim.weights` tells
+    unet/diffusion_pytorch_model.safetensors          or as `ddim.io.weights` tells
 
 and this is what is written. The first models on the hub keep all of it at the root ("flat"); they are read too.
 
@@ -26,8 +26,9 @@ from typing import Any, Self, cast
 
 import torch
 
-from ddim.files import read_json, write_folder
-from ddim.weights import (
+from ddim.io.atomic import write_folder
+from ddim.io.config import read_json
+from ddim.io.weights import (
     MAX_SHARD_SIZE,
     WEIGHTS,
     choose_weights,
@@ -75,7 +76,7 @@ def find_model(
         token: for private repositories; `True` for the one that is stored on this machine.
         weights_in: folders of the repository; the weights in the first of them that has a `config.json` are downloaded.
             All configurations are.
-        use_safetensors: as for `ddim.weights.choose_weights`.
+        use_safetensors: as for `ddim.io.weights.choose_weights`.
 
     Raises:
         FileNotFoundError: if it is none of the three, lacks such weights, or cannot be reached and is not in the cache.

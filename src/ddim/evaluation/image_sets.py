@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddim.images import decode_image, fit_image, is_folder_path, to_bytes
+from ddim.data.sources import Source, open_source
+from ddim.io.images import decode_image, fit_image, is_folder_path, to_bytes
 from ddim.pipeline import DDIMPipeline
-from ddim.training.sources import Source, open_source
 
 BATCH = 64
 
@@ -89,7 +89,7 @@ def open_files(source: str, count: int | None = None, shape: Shape | None = None
     return ImageSet(source, shape, total, batch, files=True)
 
 
-def paint_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = "samples", **settings: Any) -> ImageSet:
+def sample_image_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = "samples", **settings: Any) -> ImageSet:
     """What a pipeline paints from seeds `seed` to `seed + count - 1`, in the batches in which it fills files.
 
     Args:
@@ -116,7 +116,7 @@ def paint_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = "sample
 
 def is_model(source: str) -> bool:
     """Whether a name means a model rather than images: a built-in one, or a folder with a pipeline."""
-    from ddim.hub import MODEL_INDEX, builtin_models
+    from ddim.io.hub import MODEL_INDEX, builtin_models
 
     return source in builtin_models() or (is_folder_path(source) and (Path(source) / MODEL_INDEX).is_file())
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ddim.checks import whole_number
+from ddim.validation import whole_number
 
 NoiseSource = Callable[[], Tensor]
 """Draws the next standard Gaussian tensor of a fixed shape."""

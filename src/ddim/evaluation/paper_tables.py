@@ -28,12 +28,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddim.codes import model_sha256
+from ddim.distributed import SINGLE_PROCESS, ProcessGroup
 from ddim.evaluation.features import identity
+from ddim.evaluation.image_sets import ImageSet, sample_image_set
 from ddim.evaluation.metrics import compute_features, frechet
-from ddim.evaluation.sets import ImageSet, paint_set
-from ddim.evaluation.team import ALONE, Team
-from ddim.files import cache_folder, to_json, write_whole
+from ddim.io.atomic import atomic_write
+from ddim.io.cache import cache_folder
+from ddim.io.config import to_json
+from ddim.io.fingerprint import model_sha256
 from ddim.pipeline import DDIMPipeline
 
 STEPS = (10, 20, 50, 100, 1000)
@@ -106,7 +108,7 @@ def table_1(
     count: int,
     seed: int = 0,
     steps: Sequence[int] = STEPS,
-    team: Team = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Table:
     """Fréchet distances by steps and eta.
 
@@ -117,10 +119,10 @@ def table_1(
         count: pictures a cell.
         seed: of the first picture of each cell.
         steps: the columns.
-        team: the processes that share the work.
+        group: the processes that share the work.
     """
-    cells = _Cells(pipe, _settings(count, seed, extractor), team)
-    real = compute_features(reference, extractor, team)
+    cells = _Cells(pipe, _settings(count, seed, extractor), group)
+    real = compute_features(reference, extractor, group)
     rows: list[tuple[str, list[float | None]]] = []
     for eta in ROWS:
         values: list[float | None] = []
@@ -130,8 +132,8 @@ def table_1(
 
             def measure(settings: dict[str, Any] = settings, eta: float | str = eta) -> dict[str, float]:
                 name = f"{settings['num_inference_steps']} steps, {_row(eta)}"
-                painted = paint_set(_papers(pipe, eta == SIGMA_HAT), count, seed, name, **settings)
-                return {"fid": frechet(compute_features(painted, extractor, team).values, real.values)}
+                painted = sample_image_set(_papers(pipe, eta == SIGMA_HAT), count, seed, name, **settings)
+                return {"fid": frechet(compute_features(painted, extractor, group).values, real.values)}
 
             values.append(cells.get({"table": 1, "reference": real.sha256} | settings, measure)["fid"])
         rows.append((_row(eta), values))
@@ -146,11 +148,13 @@ def table_1(
     )
 
 
-def table_2(pipe: DDIMPipeline, images: ImageSet, steps: Sequence[int] = STEPS_2, team: Team = ALONE) -> Table:
+def table_2(
+    pipe: DDIMPipeline, images: ImageSet, steps: Sequence[int] = STEPS_2, group: ProcessGroup = SINGLE_PROCESS
+) -> Table:
     """Errors of encoding and decoding, by steps; the paper's row is Euler's on CIFAR-10."""
     samples = torch.cat(list(images.batches())).float() / 127.5 - 1
     sha256 = hashlib.sha256(samples.numpy().tobytes()).hexdigest()
-    cells = _Cells(pipe, {"count": images.count}, team)
+    cells = _Cells(pipe, {"count": images.count}, group)
     parts = torch.split(samples, BATCH)
     results = []
     for number in steps:
@@ -160,9 +164,9 @@ def table_2(pipe: DDIMPipeline, images: ImageSet, steps: Sequence[int] = STEPS_2
             for name, exact in (("euler", False), ("exact", True)):
                 found = [
                     pipe.reconstruct(parts[part], number, exact=exact, output_type="pt").mse
-                    for part in team.share(len(parts))
+                    for part in group.shard(len(parts))
                 ]
-                errors[name] = float(torch.cat(team.gather(found)).double().mean())
+                errors[name] = float(torch.cat(group.all_gather(found)).double().mean())
             return errors
 
         results.append(cells.get({"table": 2, "images": sha256, "num_inference_steps": number}, measure))
@@ -185,22 +189,22 @@ def figure_4(
     count: int,
     seed: int = 0,
     steps: Sequence[int] = STEPS,
-    team: Team = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Table:
     """Seconds and Fréchet distance of `count` pictures, eta = 0; the times are of this machine."""
-    cells = _Cells(pipe, _settings(count, seed, extractor), team)
-    real = compute_features(reference, extractor, team)
+    cells = _Cells(pipe, _settings(count, seed, extractor), group)
+    real = compute_features(reference, extractor, group)
     results = []
     for number in steps:
 
         def measure(number: int = number) -> dict[str, float]:
-            painted = paint_set(_papers(pipe, False), count, seed, f"{number} steps", num_inference_steps=number)
+            painted = sample_image_set(_papers(pipe, False), count, seed, f"{number} steps", num_inference_steps=number)
             started = time.perf_counter()
-            found = compute_features(painted, extractor, team)
+            found = compute_features(painted, extractor, group)
             seconds = time.perf_counter() - started
             return {"seconds": seconds, "fid": frechet(found.values, real.values)}
 
-        key = {"figure": 4, "reference": real.sha256, "num_inference_steps": number, "processes": team.size}
+        key = {"figure": 4, "reference": real.sha256, "num_inference_steps": number, "processes": group.size}
         results.append(cells.get(key, measure))
     return Table(
         "Seconds, and Fréchet distance, by number of steps (Figure 4 of the paper)",
@@ -209,7 +213,7 @@ def figure_4(
             (f"seconds for {count} pictures", [result["seconds"] for result in results]),
             ("Fréchet distance", [result["fid"] for result in results]),
         ],
-        cells.settings | {"reference": reference.name, "reference_count": reference.count, "processes": team.size},
+        cells.settings | {"reference": reference.name, "reference_count": reference.count, "processes": group.size},
     )
 
 
@@ -228,7 +232,7 @@ def plot(table: Table, path: Path) -> None:
         axes.plot([s for s, _ in points], [v for _, v in points], style, marker="o", label=name)
     axes.set(xscale="log", yscale="log", xlabel="steps", title=table.title)
     axes.legend(fontsize="small")
-    with write_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary)
 
 
@@ -246,8 +250,8 @@ def _papers(pipe: DDIMPipeline, clip_sample: bool) -> DDIMPipeline:
 class _Cells:
     """Results kept by a hash of what changes them."""
 
-    def __init__(self, pipe: DDIMPipeline, settings: dict[str, Any], team: Team) -> None:
-        self._team = team
+    def __init__(self, pipe: DDIMPipeline, settings: dict[str, Any], group: ProcessGroup) -> None:
+        self._group = group
         # The rest is the tables' own affair.
         own = ("clip_sample", "thresholding", "solver_order", "timesteps_by_steps")
         config = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_" and key not in own}
@@ -257,13 +261,13 @@ class _Cells:
     def get(self, key: dict[str, Any], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         text = to_json(self._key | key)
         path = cache_folder() / "tables" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
-        kept = self._team.told(self._read(path) if self._team.first else None)
+        kept = self._group.broadcast(self._read(path) if self._group.is_main else None)
         if kept is not None:
             return kept
         result = measure()
-        if self._team.first:
+        if self._group.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with write_whole(path) as temporary:
+            with atomic_write(path) as temporary:
                 temporary.write_text(to_json({"key": self._key | key, "result": result}))
         return result
 

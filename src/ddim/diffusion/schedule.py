@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ddim.checks import positive_int, whole_number
+from ddim.validation import positive_int, whole_number
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "quad", "const", "jsd")
 SPACINGS = ("leading", "trailing", "linspace", "quad", "logsnr", "blend")

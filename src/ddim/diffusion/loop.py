@@ -1,7 +1,7 @@
 """The loop: one generator that walks a sequence of steps, in either direction, and yields a state a step.
 
     for state in sample(denoiser, noise, steps): ...              from noise to pictures
-    for state in walk(pictures, steps[::-1], Inversion(...)): ... and back, see `ddim.inversion`
+    for state in walk(pictures, steps[::-1], Inversion(...)): ... and back, see `ddim.diffusion.inversion`
 
 Progress bars, previews, callbacks and animations are consumers of this loop, so that it knows none of them. A denoiser
 is anything that is called as `denoiser(sample, timestep)` and returns its prediction.
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddim.noise import NoiseSource
-from ddim.process import Step, ddim_step, x0_to_epsilon
+from ddim.diffusion.equations import Step, ddim_step, x0_to_epsilon
+from ddim.diffusion.noise import NoiseSource
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """Takes x_t (N, C, H, W) and t, an int64 tensor () on the same device; returns (N, C, H, W)."""
 
-Move = Callable[[Tensor, Tensor, Step], tuple[Tensor, Tensor]]
+StepFn = Callable[[Tensor, Tensor, Step], tuple[Tensor, Tensor]]
 """Takes x, the step's timestep t as an int64 tensor () on the same device, and the step; returns where x is after it
 and the x_0 predicted on the way, both (N, C, H, W)."""
 
@@ -44,7 +44,7 @@ class State:
     pred_original_sample: Tensor
 
 
-def walk(x: Tensor, steps: Sequence[Step], move: Move) -> Iterator[State]:
+def walk(x: Tensor, steps: Sequence[Step], move: StepFn) -> Iterator[State]:
     """Take the steps one after the other.
 
     Args:

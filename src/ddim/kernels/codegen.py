@@ -8,7 +8,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-from ddim.kernels.library import WIDE
+from ddim.kernels.runtime import WIDE
 
 SINGLE, INDEX = ir.FloatType(), ir.IntType(64)
 FUSED = ("contract", "nsz")

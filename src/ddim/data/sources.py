@@ -1,7 +1,7 @@
 """Where training images come from: folders, parquet files, data sets on the hub, arrays. A source has a length and
-gives the image at an index; it is decoded, fitted and cached by `ddim.training.data`.
+gives the image at an index; it is decoded, fitted and cached by `ddim.data.dataset`.
 
-Nothing that is read can run code: arrays are read without pickles, data sets as tables (`ddim.training.tables`).
+Nothing that is read can run code: arrays are read without pickles, data sets as tables (`ddim.data.parquet`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ddim.hub import HUB_ID
-from ddim.images import as_pil, find_images, read_image
+from ddim.io.hub import HUB_ID
+from ddim.io.images import as_pil, find_images, read_image
 
 DIGITS = "digits"
 
@@ -74,7 +74,7 @@ def open_source(source: str, split: str = "train", column: str | None = None) ->
             return _from_array(_read_npz(path), source)
         raise ValueError(f"{source} is neither a folder of images nor a .parquet or .npz file")
     if path.suffix not in (".parquet", ".npz") and HUB_ID.fullmatch(source):
-        from ddim.training.tables import download
+        from ddim.data.parquet import download
 
         return download(source, split, column)
     raise FileNotFoundError(
@@ -92,7 +92,7 @@ def _from_files(files: list[Path], folder: Path) -> Source:
 
 def _from_tables(files: list[str], name: str, column: str | None) -> Source:
     # `datasets` takes a second to import.
-    from ddim.training.tables import read_parquet
+    from ddim.data.parquet import read_parquet
 
     return read_parquet(files, name, column, _stamp([Path(file) for file in files]))
 

@@ -17,11 +17,11 @@ import numpy as np
 import psutil
 import torch
 
-from ddim.files import write_whole
+from ddim.io.atomic import atomic_write
 from ddim.training.trainer import Progress, Record
 
 
-class Watch:
+class MetricsLogger:
     """Writes down what a run comes to.
 
     Args:
@@ -38,7 +38,7 @@ class Watch:
         text = self.path.read_text(errors="replace")
         kept = "".join(line for line in text.splitlines(keepends=True) if _step_of(line) <= step)
         if kept != text:
-            with write_whole(self.path) as temporary:
+            with atomic_write(self.path) as temporary:
                 temporary.write_text(kept)
         from torch.utils.tensorboard import SummaryWriter
 
@@ -117,7 +117,7 @@ def plot_loss(metrics: Path, path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="x-small", ncols=2)
-    with write_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=100)
 
 

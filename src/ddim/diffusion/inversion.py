@@ -33,8 +33,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ddim.process import Step, ddim_inverse, ddim_step, predict_x0_epsilon
-from ddim.sampling import Denoiser
+from ddim.diffusion.equations import Step, ddim_inverse, ddim_step, predict_x0_epsilon
+from ddim.diffusion.loop import Denoiser
 
 HISTORY = 5
 """Differences of iterates that Anderson acceleration combines."""
@@ -45,7 +45,7 @@ parallel."""
 
 
 class Inversion:
-    """The move of `ddim.sampling.walk` that takes x at `step.prev_timestep` to x at `step.timestep`.
+    """The move of `ddim.diffusion.loop.walk` that takes x at `step.prev_timestep` to x at `step.timestep`.
 
     It serves one walk, along steps in the order in which noise grows.
 
@@ -73,7 +73,7 @@ class Inversion:
         self._known: list[tuple[int, Tensor]] = []
 
     def __call__(self, x_prev: Tensor, timestep: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """x at `step.timestep`, and the x_0 predicted there; as `ddim.sampling.Move`."""
+        """x at `step.timestep`, and the x_0 predicted there; as `ddim.diffusion.loop.Move`."""
         asked = int(not self._known)
         if not self._known:
             source = timestep.new_tensor(max(step.prev_timestep, 0))

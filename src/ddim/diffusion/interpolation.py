@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ddim.checks import bounded_int
+from ddim.validation import bounded_int
 
 PARALLEL = 1e-6
 """sin(theta) below which equation (67) would divide by nearly nothing."""

@@ -1,7 +1,7 @@
-"""`Runner`: a network and a scheduler put together and ready to run, which all that a pipeline does rests on.
+"""`Sampler`: a network and a scheduler put together and ready to run, which all that a pipeline does rests on.
 
 It knows where the network is and in which dtype, which shape its samples have, where noise comes from, and hands the
-three to the loop of `ddim.sampling`.
+three to the loop of `ddim.diffusion.loop`.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddim.checks import positive_int, real_number
 from ddim.devices import choose_device
+from ddim.diffusion.equations import Step
+from ddim.diffusion.loop import Denoiser, State, in_batches, sample, walk
+from ddim.diffusion.noise import NoiseSource, check_seeds, noise_from_generator, noise_from_seeds
 from ddim.engine import check_engine, prepare
-from ddim.noise import NoiseSource, check_seeds, noise_from_generator, noise_from_seeds
-from ddim.process import Step
-from ddim.sampling import Denoiser, State, in_batches, sample, walk
 from ddim.scheduler import DDIMScheduler
+from ddim.validation import positive_int, real_number
 
 logger = logging.getLogger(__name__)
 
 
-class Runner:
+class Sampler:
     """A network and a scheduler.
 
     Args:

@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddim.convolution import conv2d, convolve
-from ddim.kernels import stand_in
-from ddim.normalization import norm_silu
+from ddim.nn.ops import conv2d, convolve, norm_silu, use_compiled_kernels
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
@@ -110,7 +108,7 @@ class Upsample2D(nn.Module):
         if hidden_states.device.type != "cpu":
             return self.conv(double(hidden_states))
         kernels = sub_pixel_kernels(self.conv.weight)
-        convolution = conv2d if stand_in(self.conv, hidden_states, self.conv.weight) else F.conv2d
+        convolution = conv2d if use_compiled_kernels(self.conv, hidden_states, self.conv.weight) else F.conv2d
         rows = []
         for i in (0, 1):
             # Above or below, left or right: the neighbours that this pixel's window reaches.

@@ -33,7 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddim.files import cache_folder, write_whole
+from ddim.io.atomic import atomic_write
+from ddim.io.cache import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ def _object_code(loop: Loop) -> bytes:
     )
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with write_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(hashlib.sha256(code).digest() + code)
     return code
 

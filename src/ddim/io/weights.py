@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddim.files import read_json, to_json
+from ddim.io.config import read_json, to_json
 
 WEIGHTS = "diffusion_pytorch_model"
 MAX_SHARD_SIZE = "10GB"
@@ -42,7 +42,7 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 """As safetensors writes them."""
-AT_ONCE = 16 << 20
+COPY_CHUNK_BYTES = 16 << 20
 """Bytes of a file that are in memory beside the tensors that are made of it."""
 
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -134,7 +134,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
                 with safe_open(path, framework="pt") as file:
                     names = list(file.keys()) if names is None else names
                     expected, size = (file.metadata() or {}).get("sha256"), 0
-                    while names and size < AT_ONCE:
+                    while names and size < COPY_CHUNK_BYTES:
                         name = names.pop()
                         mapped = file.get_tensor(name)
                         # Matrix kernels differ in the last bit with alignment: what lies as memory does is used where
@@ -147,7 +147,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if expected is not None and expected != digest(tensors):
             raise ValueError(f"{path} is damaged: its tensors are not those it was written with (SHA-256 differs)")
         for tensor in tensors.values():
-            page_out(tensor)
+            drop_pages(tensor)
         return tensors
     content = read_pickle(path)
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
@@ -261,7 +261,7 @@ def _bytes(tensor: Tensor) -> Any:
     return tensor.flatten().view(torch.uint8).numpy()
 
 
-def page_out(tensor: Tensor) -> None:
+def drop_pages(tensor: Tensor) -> None:
     """Tell the system that a tensor will not be looked at for a while: the memory of one in a mapped file is free until
     it is. Nothing changes for any other, nor in what it holds.
     """

@@ -29,10 +29,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ddim.files import cache_folder, replace_folder
-from ddim.images import fit_image
+from ddim.data.sources import Source, open_source
+from ddim.io.atomic import replace_folder
+from ddim.io.cache import cache_folder
+from ddim.io.images import fit_image
 from ddim.training.config import DataConfig
-from ddim.training.sources import Source, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ ON_DISK = 2**38
 """Up to so many bytes `cache: auto` keeps decoded images in memory, or on disk."""
 
 
-class Pictures(Protocol):
+class ImageDataset(Protocol):
     """Images of one size.
 
     Attributes:
@@ -78,7 +79,7 @@ class CachedPictures:
         return self.pixels[indices.to(self.pixels.device)]
 
 
-class LazyPictures:
+class LazyImageDataset:
     """Images that are decoded when they are asked for; in place of one that cannot be read comes the next that can.
 
     Args:
@@ -95,7 +96,7 @@ class LazyPictures:
         source: Source,
         fit: Callable[[Image.Image], np.ndarray],
         shape: tuple[int, int, int],
-        unreadable: Unreadable,
+        unreadable: DecodeErrors,
     ) -> None:
         self.source, self.fit, self.unreadable = source, fit, unreadable
         self.shape = (source.count, *shape)
@@ -116,7 +117,7 @@ class LazyPictures:
         return torch.from_numpy(np.stack([decoded[index] for index in wanted]))
 
 
-class Unreadable:
+class DecodeErrors:
     """Counts and names the images that cannot be read.
 
     Args:
@@ -147,7 +148,7 @@ def decode(
     indices: Sequence[int],
     fit: Callable[[Image.Image], np.ndarray],
     pool: ThreadPoolExecutor,
-    unreadable: Unreadable,
+    unreadable: DecodeErrors,
 ) -> list[np.ndarray | None]:
     """Decode and fit some images of a source, by the pool's threads; `None` for those that cannot be read."""
 
@@ -166,7 +167,7 @@ def decode(
     return [None if isinstance(result, ValueError) else result for result in results]
 
 
-def open_pictures(config: DataConfig, size: int, channels: int, shared: bool = False) -> Pictures:
+def open_pictures(config: DataConfig, size: int, channels: int, shared: bool = False) -> ImageDataset:
     """Find the images that a run learns from, and decode them where they are to be cached.
 
     Args:
@@ -192,10 +193,10 @@ def open_pictures(config: DataConfig, size: int, channels: int, shared: bool = F
         pixels = np.asarray(fit_image(image, stored, stored, channels, crop=config.crop != "none"))
         return np.ascontiguousarray(pixels.reshape(stored, stored, channels).transpose(2, 0, 1))
 
-    unreadable = Unreadable(source.name, config.max_unreadable)
+    unreadable = DecodeErrors(source.name, config.max_unreadable)
     cache = choose_cache(source.count * math.prod(shape), shared) if config.cache == "auto" else config.cache
     if cache == "none":
-        return LazyPictures(source, fit, shape, unreadable)
+        return LazyImageDataset(source, fit, shape, unreadable)
     if cache == "disk":
         key = json.dumps([source.identity, shape, config.crop])
         return _on_disk(cache_folder() / "images" / hashlib.sha256(key.encode()).hexdigest(), source, fit, unreadable)
@@ -214,7 +215,7 @@ def choose_cache(size: int, shared: bool) -> str:
 
 
 def _decode_all(
-    source: Source, fit: Callable[[Image.Image], np.ndarray], unreadable: Unreadable
+    source: Source, fit: Callable[[Image.Image], np.ndarray], unreadable: DecodeErrors
 ) -> Iterator[np.ndarray]:
     """Chunks of uint8 (n, C, H, W), without the images that cannot be read; ValueError if none is left."""
     decoded = 0
@@ -233,12 +234,12 @@ def _decode_all(
         raise _nothing_readable(source, unreadable)
 
 
-def _nothing_readable(source: Source, unreadable: Unreadable) -> ValueError:
+def _nothing_readable(source: Source, unreadable: DecodeErrors) -> ValueError:
     return ValueError(f"no image of {source.name} can be read; the first: {next(iter(unreadable.reasons.values()))}")
 
 
 def _on_disk(
-    folder: Path, source: Source, fit: Callable[[Image.Image], np.ndarray], unreadable: Unreadable
+    folder: Path, source: Source, fit: Callable[[Image.Image], np.ndarray], unreadable: DecodeErrors
 ) -> CachedPictures:
     """A memory map of decoded images in a folder, made now unless it is there."""
     if not (folder / "about.json").is_file():
@@ -287,7 +288,7 @@ class Batches:
 
     def __init__(
         self,
-        pictures: Pictures,
+        pictures: ImageDataset,
         indices: Tensor,
         batch_size: int,
         seed: int,
@@ -343,7 +344,7 @@ def crop(images: Tensor, corners: Tensor, size: int) -> Tensor:
     return images[batch, channels, rows, columns]
 
 
-class Ahead:
+class Prefetcher:
     """Calls a function of the step one step ahead, in a thread of its own.
 
     Args:

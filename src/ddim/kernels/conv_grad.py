@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddim.kernels.library import Loop
+from ddim.kernels.runtime import Loop
 
 LANES = 16
 """Of the input channels and of the output channels of a tile."""
 
 NAMES = ("N", "H", "W", "C", "OH", "OW", "K", "size", "stride", "padding", "x", "dy", "dweight")
-GRADIENT = Loop("convolution", "gradient", np.dtype([(name, np.int64) for name in NAMES]))
+GRADIENT = Loop("conv_grad", "gradient", np.dtype([(name, np.int64) for name in NAMES]))
 TRAINING = LOOPS = (GRADIENT,)
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, Self
 
-from ddim.files import to_json
 from ddim.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -87,3 +88,30 @@ class ConfigMixin:
         """The configuration as the text of a `config.json`: sorted keys, the class and version beside the arguments."""
         entries = {"_class_name": type(self).__name__, "_ddim_version": __version__, **self.config}
         return to_json(entries)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """JSON as in configuration files: indented, keys sorted; arrays (trained betas) as lists, paths as text."""
+    return json.dumps(content, indent=2, sort_keys=True, default=_plain) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)

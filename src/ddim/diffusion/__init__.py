@@ -1,0 +1,1 @@
+"""The mathematics of diffusion models: schedules, equations, the sampling loop, inversion."""

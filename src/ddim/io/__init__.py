@@ -1,0 +1,1 @@
+"""Files: configurations, weights, images, latent codes, the hub, caches."""

@@ -1,0 +1,1 @@
+"""The parts of the network, and the operators they run on."""
