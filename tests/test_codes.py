@@ -457,10 +457,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"exact": "yes"}, "its settings do not tell how the codes were made"),
     ({"exact": 1}, "its settings do not tell how the codes were made"),
     ({"residual": 1e-6}, "its settings do not tell how the codes were made"),
-    ({"residual": ["small"]}, "a tolerance or residual is 'small'; it must be a number"),
-    ({"residual": [None]}, "a tolerance or residual is None; it must be a number"),
-    ({"tolerance": "1e-5"}, "a tolerance or residual is '1e-5'; it must be a number"),
-    ({"tolerance": True}, "a tolerance or residual is True; it must be a number"),
+    ({"residual": ["small"]}, "a tolerance or residual must be a number, got 'small'"),
+    ({"residual": [None]}, "a tolerance or residual must be a number, got None"),
+    ({"tolerance": "1e-5"}, "a tolerance or residual must be a number, got '1e-5'"),
+    ({"tolerance": True}, "a tolerance or residual must be a number, got True"),
 ]
 
 

@@ -339,7 +339,7 @@ def test_networks_of_openai_that_cannot_be_expressed() -> None:
         (w, {}, "do not tell the heads of attention; give --heads or --head-channels"),
         (w, {"flags": OpenAIFlags(heads=1, head_channels=8)}, "one of them"),
         (w, {"flags": OpenAIFlags(heads=3)}, "heads is 3, which does not divide 64"),
-        (w, {"flags": OpenAIFlags(heads=0)}, "heads is 0; it must be a whole number of at least 1"),
+        (w, {"flags": OpenAIFlags(heads=0)}, "heads must be an integer of at least 1, got 0"),
         (guided_weights(mult=(1, 2, 3), attend=(1, 2), heads=4), {"flags": OpenAIFlags(heads=4)}, "4 heads are 16, 24"),
         (w, {"flags": OpenAIFlags(heads=1), "schedule": {"num_train_timesteps": 50}}, "give --rescale-timesteps"),
         (without(w, *CONV_RESAMPLE), {"flags": OpenAIFlags(heads=1)}, "conv_resample=False"),

@@ -326,7 +326,7 @@ LENGTHS = "block_out_channels, down_block_types and up_block_types must be of on
         ({"down_block_types": ("DownBlock2D",)}, f"{LENGTHS}, not 2, 1 and 2"),
         ({"up_block_types": ("UpBlock2D",) * 3}, f"{LENGTHS}, not 2, 2 and 3"),
         ({"block_out_channels": (), "down_block_types": (), "up_block_types": ()}, "block_out_channels"),
-        ({"layers_per_block": 0}, "layers_per_block is 0; it must be a whole number of at least 1"),
+        ({"layers_per_block": 0}, "layers_per_block must be an integer of at least 1, got 0"),
         ({"norm_num_groups": 3}, r"block_out_channels holds 8, which norm_num_groups \(3\) does not divide"),
         ({"norm_num_groups": 16}, r"block_out_channels holds 8, which norm_num_groups \(16\) does not divide"),
         ({"norm_num_groups": 0}, "norm_num_groups"),

@@ -36,7 +36,7 @@ from ddim.io.images import check_output_type, to_output, to_samples
 from ddim.outputs import EncodeOutput, ImagePipelineOutput, ReconstructOutput, TrajectoryOutput
 from ddim.sampler import Sampler
 from ddim.scheduler import NO_INVERSE, DDIMScheduler, check_order
-from ddim.validation import positive_int, real_number, whole_number
+from ddim.validation import as_integer, integer, real
 
 logger = logging.getLogger(__name__)
 
@@ -361,9 +361,9 @@ class LatentSpace(Sampler):
             TypeError: for one of a wrong type.
         """
         check_output_type(output_type)
-        if not 0 <= real_number("strength", strength) <= 1:
+        if not 0 <= real("strength", strength) <= 1:
             raise ValueError(f"strength is {strength}; it must be a number from 0 to 1")
-        batch_size = positive_int("batch_size", batch_size)
+        batch_size = integer("batch_size", batch_size, 1)
         x = to_samples(images, *self.sample_shape, resize=resize).to(self.device)
         plan = self._plan(num_inference_steps, timesteps, eta, use_sigma_hat=False, order=order)
         if eta > 0 and seeds is None:
@@ -410,11 +410,11 @@ class LatentSpace(Sampler):
         verify: bool,
     ) -> tuple[EncodeOutput, Tensor]:
         """The codes, and what they decode to (without `verify`, the samples themselves)."""
-        if not 0 < real_number("tolerance", tolerance) < 1:
+        if not 0 < real("tolerance", tolerance) < 1:
             raise ValueError(f"tolerance is {tolerance}; it must lie above 0 and below 1")
-        if positive_int("max_iterations", max_iterations) > 1000:
+        if integer("max_iterations", max_iterations, 1) > 1000:
             raise ValueError(f"max_iterations is {max_iterations}; more than 1000 a step is not allowed")
-        denoiser = self._denoiser(steps, positive_int("batch_size", batch_size))
+        denoiser = self._denoiser(steps, integer("batch_size", batch_size, 1))
         samples = samples.to(torch.promote_types(samples.dtype, self._sample_dtype))
         back = drop_identity_steps(steps)[::-1]
         latents = samples.clone()
@@ -452,7 +452,7 @@ class LatentSpace(Sampler):
     def _decode(self, latents: Tensor, steps: Sequence[Step], batch_size: int) -> Tensor:
         """Samples at the schedule's first alpha, (N, C, H, W), from latents that a caller gave."""
         x = self._check_latents(latents, len(latents) if isinstance(latents, Tensor) and latents.ndim else 1)
-        return self._generate(x, steps, positive_int("batch_size", batch_size))
+        return self._generate(x, steps, integer("batch_size", batch_size, 1))
 
     def _generate(self, x: Tensor, steps: Sequence[Step], batch_size: int) -> Tensor:
         denoiser = self._denoiser(steps, batch_size)
@@ -490,12 +490,12 @@ def shown_timesteps(timesteps: Sequence[int], frames: int | None, at: Sequence[i
             raise TypeError(f"at is {at!r}; it must be a list of timesteps")
         chosen = set()
         for entry in at:
-            t = whole_number(entry)
+            t = as_integer(entry)
             if t not in timesteps:
                 raise ValueError(f"at holds {entry}; the process visits {', '.join(map(str, timesteps))}")
             chosen.add(t)
         return [t for t in timesteps if t in chosen]
-    count = len(timesteps) if frames is None else min(positive_int("frames", frames), len(timesteps))
+    count = len(timesteps) if frames is None else min(integer("frames", frames, 1), len(timesteps))
     last = len(timesteps) - 1
     return [timesteps[round(i * last / max(1, count - 1))] for i in range(count)]
 

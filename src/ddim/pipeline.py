@@ -27,7 +27,7 @@ from ddim.latents import LatentSpace
 from ddim.outputs import ImagePipelineOutput
 from ddim.scheduler import DDIMScheduler
 from ddim.unet import UNet2DModel
-from ddim.validation import non_negative_int, positive_int
+from ddim.validation import integer
 from ddim.version import __version__
 
 # What a model_index.json may name. Nothing is ever imported by a name from a file.
@@ -150,8 +150,8 @@ class DDIMPipeline(LatentSpace):
         Raises:
             ValueError: as `__call__`.
         """
-        count, batch_size = positive_int("count", count), positive_int("batch_size", batch_size)
-        seed = non_negative_int("seed", seed)
+        count, batch_size = integer("count", count, 1), integer("batch_size", batch_size, 1)
+        seed = integer("seed", seed, 0)
         batch_size = min(count, batch_size)
         images: list[Image.Image] = []
         for first in range(seed, seed + count, batch_size):

@@ -21,7 +21,7 @@ from ddim.diffusion.loop import Denoiser, State, in_batches, sample, walk
 from ddim.diffusion.noise import NoiseSource, check_seeds, noise_from_generator, noise_from_seeds
 from ddim.engine import check_engine, prepare
 from ddim.scheduler import DDIMScheduler
-from ddim.validation import positive_int, real_number
+from ddim.validation import integer, real
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class Sampler:
         """All steps' coefficients; the scheduler's own timesteps are set to match. An order of `None` is the
         scheduler's.
         """
-        real_number("eta", eta)
+        real("eta", eta)
         if use_sigma_hat and eta != 1:
             raise ValueError(f"use_sigma_hat is DDPM's larger variance and wants eta=1, not {eta}")
         scheduler = self.scheduler
@@ -160,7 +160,7 @@ class Sampler:
         latents: Tensor | None,
     ) -> tuple[int, NoiseSource]:
         """The checked batch size, and where noise of its shape comes from."""
-        batch_size = positive_int("batch_size", batch_size)
+        batch_size = integer("batch_size", batch_size, 1)
         if generator is not None and seeds is not None:
             raise ValueError("give either seeds or generator, not both")
         seeds = None if seeds is None else list(seeds)

@@ -37,7 +37,7 @@ from ddim.diffusion.solvers import second_order
 from ddim.io.config import ConfigMixin, register_to_config
 from ddim.io.hub import SchedulerFiles
 from ddim.outputs import DDIMSchedulerOutput
-from ddim.validation import non_negative_int, whole_number
+from ddim.validation import as_integer, integer
 
 NO_INVERSE = "a step of order 2 depends on the one before it and has no inverse of its own; give order 1"
 
@@ -121,7 +121,7 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
             )
         if not clip_sample_range > 0:
             raise ValueError(f"clip_sample_range is {clip_sample_range}; it must be positive")
-        non_negative_int("steps_offset", steps_offset)
+        integer("steps_offset", steps_offset, 0)
         check_order(solver_order)
         betas = (
             schedule.make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
@@ -184,7 +184,7 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         config = self.config
         order = config.solver_order if order is None else check_order(order)
         if spacing is None:
-            learned = self._learned.get(whole_number(num_inference_steps) or 0)
+            learned = self._learned.get(as_integer(num_inference_steps) or 0)
             if learned is not None and order == config.solver_order:
                 return list(learned)
             spacing = config.timestep_spacing

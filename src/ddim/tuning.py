@@ -52,7 +52,7 @@ from ddim.io.fingerprint import model_sha256
 from ddim.pipeline import DDIMPipeline
 from ddim.sampler import evaluating
 from ddim.scheduler import DDIMScheduler
-from ddim.validation import positive_int, real_number
+from ddim.validation import integer, real
 
 CODES = 64
 """Codes that a search looks at; as many others judge what it found."""
@@ -120,7 +120,7 @@ def tune(
     Raises:
         ValueError: for an argument out of range.
     """
-    codes = positive_int("codes", codes)
+    codes = integer("codes", codes, 1)
     judge, other = (ErrorEvaluator(pipe, order, eta, range(s, s + codes), batch_size) for s in (seed, seed + codes))
     formulas = {spacing: pipe.scheduler.make_timesteps(num_inference_steps, spacing) for spacing in SPACINGS}
     # Some give fewer timesteps than are asked for.
@@ -224,11 +224,11 @@ def enough_steps(
     Raises:
         ValueError: for an argument out of range, or if `MAX_STEPS_TRIED` steps are not enough.
     """
-    if not 0 < real_number("tolerance", tolerance) < 1:
+    if not 0 < real("tolerance", tolerance) < 1:
         raise ValueError(f"tolerance is {tolerance}; it must lie above 0 and below 1")
     scheduler = pipe.scheduler
     order = scheduler.config.solver_order if order is None else order
-    judge = ErrorEvaluator(pipe, order, 0.0, range(seed, seed + positive_int("codes", codes)), batch_size)
+    judge = ErrorEvaluator(pipe, order, 0.0, range(seed, seed + integer("codes", codes, 1)), batch_size)
 
     def error(number: int) -> float:
         return judge.error(scheduler.make_timesteps(number, order=order))
@@ -261,7 +261,7 @@ class ErrorEvaluator:
 
     def __init__(self, pipe: DDIMPipeline, order: int, eta: float, seeds: Sequence[int], batch_size: int) -> None:
         self.pipe, self.order, self.eta = pipe, order, eta
-        size = positive_int("batch_size", batch_size)
+        size = integer("batch_size", batch_size, 1)
         checked = check_seeds(seeds, len(seeds))
         self._parts = [checked[first : first + size] for first in range(0, len(checked), size)]
         # The best timesteps so far, and what the network said along them, part by part.

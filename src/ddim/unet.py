@@ -29,7 +29,7 @@ from ddim.nn.layers import (
 )
 from ddim.nn.ops import norm_silu
 from ddim.outputs import UNet2DOutput
-from ddim.validation import positive_int
+from ddim.validation import integer
 
 FOURIER_SCALE = 16.0
 
@@ -463,8 +463,8 @@ def _check(config: Any) -> tuple[list[BlockType], list[BlockType]]:
     choice("class_embed_type", config.class_embed_type, (None, "timestep", "identity"))
     if config.time_embedding_type == "learned" and not config.num_train_timesteps:
         raise ValueError("time_embedding_type 'learned' needs num_train_timesteps, the number of rows of the embedding")
-    positive_int("layers_per_block", config.layers_per_block)
-    positive_int("norm_num_groups", config.norm_num_groups)
+    integer("layers_per_block", config.layers_per_block, 1)
+    integer("norm_num_groups", config.norm_num_groups, 1)
     if config.attn_norm_num_groups is not None and config.block_out_channels[-1] % config.attn_norm_num_groups:
         raise ValueError(
             f"attn_norm_num_groups is {config.attn_norm_num_groups}, which does not divide "

@@ -1,34 +1,131 @@
-"""Checks of arguments that several modules share. Each says in one sentence what was given and what is allowed."""
+"""Checks of arguments, one primitive each; the message is made from the check, so that every one reads alike:
+
+    num_inference_steps must be an integer from 1 to 1000, got 0
+
+Each returns the checked value in Python's own type. Names in messages are those of the arguments that a caller gave; the
+command line replaces them by its options (`ddim.cli.messages`).
+"""
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+MAX_SHOWN = 60
+"""Characters of a value that a message repeats."""
 
 
-def positive_int(name: str, value: Any) -> int:
-    """`value` as an `int` of at least 1.
+def integer(name: str, value: Any, minimum: int | None = None, maximum: int | None = None) -> int:
+    """Check that a value is an integer within bounds.
 
     Args:
-        name: how the caller calls it, for the message.
-        value: an integer of any kind (NumPy's and zero-dimensional tensors included); booleans and fractions are
-            refused.
+        name: the argument's name, for the message.
+        value: an integer of any kind, NumPy's and zero-dimensional tensors included; booleans and fractions are refused.
+        minimum: the smallest value allowed; `None` for no bound.
+        maximum: the largest value allowed; `None` for no bound.
+
+    Returns:
+        The value as an `int`.
 
     Raises:
         ValueError: if it is anything else.
+
+    Example:
+        >>> integer("count", 3, 1)
+        3
+        >>> integer("count", 0, 1)
+        Traceback (most recent call last):
+        ValueError: count must be an integer of at least 1, got 0
     """
-    return bounded_int(name, value, 1)
+    number = as_integer(value)
+    if number is None or (minimum is not None and number < minimum) or (maximum is not None and number > maximum):
+        raise ValueError(f"{name} must be an integer{_bounds(minimum, maximum)}, got {shown(value)}")
+    return number
 
 
-def non_negative_int(name: str, value: Any) -> int:
-    """`value` as an `int` of at least 0; otherwise as `positive_int`."""
-    return bounded_int(name, value, 0)
+def real(
+    name: str,
+    value: Any,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> float:
+    """Check that a value is a finite number within bounds.
+
+    Args:
+        name: the argument's name, for the message.
+        value: a real number of any kind; booleans are refused.
+        minimum: the smallest value allowed.
+        maximum: the largest value allowed.
+        above: an exclusive lower bound.
+        below: an exclusive upper bound.
+
+    Returns:
+        The value as a `float`.
+
+    Raises:
+        TypeError: if it is not a number.
+        ValueError: if it is NaN, infinite or out of bounds.
+
+    Example:
+        >>> real("eta", 0, minimum=0)
+        0.0
+        >>> real("tolerance", 1.0, above=0, below=1)
+        Traceback (most recent call last):
+        ValueError: tolerance must be a number above 0 and below 1, got 1.0
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
+    number = float(value)
+    if not (math.isfinite(number) and minimum <= number <= maximum and above < number < below):
+        low = f" above {above:g}" if above > -math.inf else f" of at least {minimum:g}" if minimum > -math.inf else ""
+        high = f" below {below:g}" if below < math.inf else f" of at most {maximum:g}" if maximum < math.inf else ""
+        both = f"{low} and{high}" if low and high else low or high
+        if math.isfinite(minimum) and math.isfinite(maximum):
+            both = f" from {minimum:g} to {maximum:g}"
+        raise ValueError(f"{name} must be a{'' if both else ' finite'} number{both}, got {shown(value)}")
+    return number
 
 
-def whole_number(value: Any) -> int | None:
-    """`value` as an `int` if it is an integer of any kind, `None` for booleans, fractions and everything else."""
+def choice(name: str, value: T, allowed: Iterable[Any]) -> T:
+    """Check that a value is one of those allowed.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the caller gave.
+        allowed: the values that are allowed, in the order in which the message lists them.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: if it is not among them.
+
+    Example:
+        >>> choice("output_type", "gif", ("pil", "np", "pt"))
+        Traceback (most recent call last):
+        ValueError: output_type must be one of pil, np, or pt, got 'gif'
+    """
+    options = list(allowed)
+    if not any(type(value) is type(option) and value == option for option in options):
+        raise ValueError(f"{name} must be one of {join_choices(map(str, options))}, got {shown(value)}")
+    return value
+
+
+def as_integer(value: Any) -> int | None:
+    """Return an integer of any kind as an `int`; `None` for booleans, fractions and everything else.
+
+    Example:
+        >>> as_integer(3), as_integer(True), as_integer(2.0)
+        (3, None, None)
+    """
     if isinstance(value, bool):
         return None
     try:
@@ -37,26 +134,33 @@ def whole_number(value: Any) -> int | None:
         return None
 
 
-def real_number(name: str, value: Any) -> float:
-    """`value` as a `float`.
+def join_choices(choices: Iterable[str]) -> str:
+    """Return alternatives as they are written in a sentence.
 
-    Raises:
-        TypeError: if it is a boolean or no real number.
+    Example:
+        >>> join_choices(["a", "b", "c"])
+        'a, b, or c'
+        >>> join_choices(["a", "b"])
+        'a or b'
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} is {value!r}; it must be a number")
-    return float(value)
-
-
-def one_of(choices: Sequence[str]) -> str:
-    """`a`, `a or b`, `a, b, or c`."""
     *others, last = choices
     return f"{', '.join(others)}{',' * (len(others) > 1)} or {last}" if others else last
 
 
-def bounded_int(name: str, value: Any, least: int) -> int:
-    """`value` as an `int` of at least `least`; otherwise as `positive_int`."""
-    number = whole_number(value)
-    if number is None or number < least:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
-    return number
+def shown(value: Any) -> str:
+    """Return a value as messages show it: its `repr`, cut where it is long.
+
+    Example:
+        >>> shown("x" * 1000)[-5:]
+        'xx...'
+    """
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def _bounds(minimum: int | None, maximum: int | None) -> str:
+    if minimum is not None and maximum is not None:
+        return f" from {minimum} to {maximum}"
+    if minimum is not None:
+        return f" of at least {minimum}"
+    return "" if maximum is None else f" of at most {maximum}"

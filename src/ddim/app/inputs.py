@@ -16,7 +16,7 @@ from typing import IO, Any
 from PIL import Image, UnidentifiedImageError
 
 from ddim.io.images import OPENING, decode_image
-from ddim.validation import one_of
+from ddim.validation import join_choices
 
 MAX_COUNT = 64
 """Pictures a run: one batch, so that they are those of `ddim sample`."""
@@ -63,7 +63,7 @@ def real(name: str, value: Any, least: float, most: float) -> float:
 def choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """One of the words in `choices`."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} is {said(value)}; it must be {one_of(choices)}")
+        raise ValueError(f"{name} is {said(value)}; it must be {join_choices(choices)}")
     return value
 
 
@@ -141,6 +141,6 @@ def _size(file: IO[bytes], name: str) -> tuple[int, int]:
     except Image.DecompressionBombError:
         raise ValueError(f"{name} has far too many pixels; at most {MAX_PIXELS / 1e6:g} million are taken") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{name} is no picture of a known format; give {one_of(FORMATS)}") from None
+        raise ValueError(f"{name} is no picture of a known format; give {join_choices(FORMATS)}") from None
     except Exception as error:  # every decoder fails in its own way
         raise ValueError(f"{name} cannot be read: {error}") from None

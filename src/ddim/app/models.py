@@ -15,7 +15,7 @@ from ddim.devices import choose_device
 from ddim.info import describe
 from ddim.io.hub import HUB_ID, builtin_models, find_model
 from ddim.pipeline import DDIMPipeline
-from ddim.validation import one_of
+from ddim.validation import join_choices
 
 MAX_OTHERS = 2
 """Models beside those given at the start that are kept in memory."""
@@ -56,7 +56,7 @@ class Models:
             ValueError: otherwise; nothing on the disk is looked at where only names are allowed.
         """
         if not isinstance(name, str) or not name or "\0" in name or len(name) > 4096:
-            raise ValueError(f"model is {said(name)}; it must be {one_of(self.names)}, or a hub id")
+            raise ValueError(f"model is {said(name)}; it must be {join_choices(self.names)}, or a hub id")
         if name in self.names or self.allow_paths:
             return name
         if HUB_ID.fullmatch(name) and not Path(name).exists():

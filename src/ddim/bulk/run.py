@@ -19,7 +19,7 @@ from ddim.io.config import to_json
 from ddim.io.fingerprint import model_sha256
 from ddim.io.images import to_bytes
 from ddim.pipeline import DDIMPipeline
-from ddim.validation import non_negative_int, positive_int
+from ddim.validation import integer
 
 COUNT_EVERY = 1.0
 """Seconds between looks at what the other processes have done."""
@@ -70,8 +70,8 @@ def sample_many(
         FileExistsError: if there are pictures that nothing is known of.
         OSError: if files cannot be written.
     """
-    count, batch_size = positive_int("count", count), min(positive_int("batch_size", batch_size), count)
-    seed, shard_size = non_negative_int("seed", seed), positive_int("shard_size", shard_size)
+    count, batch_size = integer("count", count, 1), min(integer("batch_size", batch_size, 1), count)
+    seed, shard_size = integer("seed", seed, 0), integer("shard_size", shard_size, 1)
     rank, world = rank_and_world_size() if share is None else share
     target = make_target(out, count, batch_size, seed, shard_size)
     steps = pipe._plan(

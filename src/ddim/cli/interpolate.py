@@ -9,7 +9,7 @@ import typer
 
 from ddim.cli import options
 from ddim.cli.common import check_fps, choose_timesteps, finish, load_pipeline, number, read_images
-from ddim.validation import bounded_int
+from ddim.validation import integer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +70,7 @@ def interpolate(
 
     target = check_output_path(out, PICTURES | ANIMATION_SUFFIXES)
     check_fps(fps)
-    bounded_int("--frames", frames, 2)
+    integer("--frames", frames, 2)
     shape = parse_grid(grid)
     if shape is not None and closed:
         raise ValueError("--closed is for paths; a --grid has no end to close")
@@ -119,11 +119,11 @@ def collect_codes(
     """The codes of all points, in order, and the timesteps that belong to them."""
     from ddim.diffusion.noise import check_seeds, noise_from_seeds
     from ddim.io.latent_files import CODES, check_settings, load_codes
-    from ddim.validation import non_negative_int
+    from ddim.validation import integer
 
     files = {point: load_codes(point) for point in points if Path(point).suffix.lower() in CODES}
     seeds = {point: int(point) for point in points if point.removeprefix("-").isdecimal()}
-    check_seeds([non_negative_int("a seed", seed) for seed in seeds.values()], len(seeds))
+    check_seeds([integer("a seed", seed, 0) for seed in seeds.values()], len(seeds))
     names = [point for point in points if point not in files and point not in seeds]
     images = {name: read_images([name]) for name in names}
     if steps is None and spacing is None and files:

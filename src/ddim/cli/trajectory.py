@@ -8,7 +8,7 @@ import typer
 
 from ddim.cli import options
 from ddim.cli.common import check_fps, choose_timesteps, finish, load_pipeline, number, parse_timesteps, with_spacing
-from ddim.validation import positive_int
+from ddim.validation import integer
 
 
 def trajectory(
@@ -53,7 +53,7 @@ def trajectory(
     target = check_output_path(out, {".png": ""} | ANIMATION_SUFFIXES, folder_allowed=False)
     check_fps(fps)
     own_timesteps, own_frames = parse_timesteps(timesteps), parse_timesteps(at, "--at")
-    positive_int("--count", count)
+    integer("--count", count, 1)
     pipe = load_pipeline(model, device, dtype, engine)
     seeds = range(seed, seed + count)
     walked = choose_timesteps(pipe, steps, spacing, own_timesteps)
@@ -95,7 +95,7 @@ def consistency(
     from ddim.io.images import check_output_path, save_picture, stack_rows
 
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
-    positive_int("--count", count)
+    integer("--count", count, 1)
     numbers = parse_timesteps(steps, "--steps") or []
     pipe = with_spacing(load_pipeline(model, device, dtype, engine), spacing)
     seeds = check_seeds(range(seed, seed + count), count)

@@ -25,7 +25,7 @@ from ddim.convert.placement import Plan, build
 from ddim.devices import choose_dtype
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
-from ddim.validation import positive_int
+from ddim.validation import integer
 
 LAYOUTS = ("auto", "ddpm", "openai", "diffusers")
 
@@ -153,7 +153,7 @@ def sample_size(config: Mapping[str, Any], given: int | None) -> int:
                 f"it does not tell the size of its pictures ({len(attended)} levels with attention); give --image-size"
             )
         given = ATTENTION_SIZE * 2 ** attended[0]
-    size, multiple = positive_int("image_size", given), 2 ** (len(types) - 1)
+    size, multiple = integer("image_size", given, 1), 2 ** (len(types) - 1)
     if size % multiple:
         raise ValueError(f"image_size is {size}; a network of {len(types)} levels takes multiples of {multiple}")
     return size

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ddim.convert.placement import Plan, count, renamed, shape
 from ddim.nn.layers import Timesteps
-from ddim.validation import positive_int
+from ddim.validation import integer
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ def _head_dim(attended: Sequence[int], flags: OpenAIFlags) -> int | None:
     if (flags.heads is None) == (flags.head_channels is None):
         raise ValueError("its shapes do not tell the heads of attention; give --heads or --head-channels, one of them")
     name, divisor = ("heads", flags.heads) if flags.heads is not None else ("head_channels", flags.head_channels)
-    divisor = positive_int(name, divisor)
+    divisor = integer(name, divisor, 1)
     for channels in attended:
         if channels % divisor:
             raise ValueError(f"{name} is {divisor}, which does not divide {channels}, the channels of an attention")

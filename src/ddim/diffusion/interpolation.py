@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ddim.validation import bounded_int
+from ddim.validation import integer
 
 PARALLEL = 1e-6
 """sin(theta) below which equation (67) would divide by nearly nothing."""
@@ -69,7 +69,7 @@ def slerp_path(codes: Sequence[Tensor], frames: int, closed: bool = False) -> Te
         ValueError: for fewer codes than two, fewer frames than two, or as `slerp`.
     """
     check_codes(codes)
-    bounded_int("frames", frames, 2)
+    integer("frames", frames, 2)
     t = torch.linspace(0, 1, frames, dtype=torch.float64)[:-1]
     ends = [*codes[1:], codes[0]] if closed else codes[1:]
     legs = [slerp(z0, z1, t) for z0, z1 in zip(codes[: len(ends)], ends, strict=True)]
@@ -96,7 +96,7 @@ def slerp_grid(corners: Sequence[Tensor], rows: int, columns: int) -> Tensor:
     if corners[0].ndim != 3:
         raise ValueError(f"code 0 has shape {tuple(corners[0].shape)}; a grid lies between codes (C, H, W)")
     for name, count in (("rows", rows), ("columns", columns)):
-        bounded_int(name, count, 2)
+        integer(name, count, 2)
     upper = slerp_path(corners[:2], columns)
     lower = slerp_path(corners[2:], columns)
     return slerp(upper, lower, torch.linspace(0, 1, rows, dtype=torch.float64)).flatten(0, 1)

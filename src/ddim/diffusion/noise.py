@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ddim.validation import whole_number
+from ddim.validation import as_integer
 
 NoiseSource = Callable[[], Tensor]
 """Draws the next standard Gaussian tensor of a fixed shape."""
@@ -32,7 +32,7 @@ def check_seeds(seeds: Iterable[int], batch_size: int) -> list[int]:
         raise ValueError(f"{len(entries)} seeds were given for a batch_size of {batch_size}; give one integer an image")
     checked = []
     for entry in entries:
-        seed = whole_number(entry)
+        seed = as_integer(entry)
         if seed is None or not 0 <= seed <= MAX_SEED:
             raise ValueError(f"seeds holds {entry!r}; a seed is a whole number from 0 to 2^63 - 1")
         checked.append(seed)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ddim.validation import positive_int, whole_number
+from ddim.validation import as_integer, integer
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "quad", "const", "jsd")
 SPACINGS = ("leading", "trailing", "linspace", "quad", "logsnr", "blend")
@@ -53,7 +53,7 @@ def make_betas(
     Raises:
         ValueError: for an unknown schedule, T below 1, or a beta outside (0, 1).
     """
-    T = positive_int("num_train_timesteps", num_train_timesteps)
+    T = integer("num_train_timesteps", num_train_timesteps, 1)
     for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
         if not 0 < beta < 1:
             raise ValueError(f"{name} is {beta}; it must lie between 0 and 1, both excluded")
@@ -149,7 +149,7 @@ def make_timesteps(
             [0, T - 1].
     """
     T = len(alphas_cumprod)
-    S = positive_int("num_inference_steps", num_inference_steps)
+    S = integer("num_inference_steps", num_inference_steps, 1)
     if S > T:
         raise ValueError(
             f"num_inference_steps is {S}; the model was trained with {T} timesteps and can take no more than that"
@@ -227,7 +227,7 @@ def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> list[
         raise ValueError("timesteps is empty; it must hold at least one timestep")
     checked: list[int] = []
     for entry in entries:
-        t = whole_number(entry)
+        t = as_integer(entry)
         if t is None:
             raise ValueError(f"timesteps holds {entry!r}; every entry must be a whole number")
         if not 0 <= t < num_train_timesteps:
@@ -254,7 +254,7 @@ def check_timesteps_by_steps(by_steps: Mapping[Any, Sequence[int]], num_train_ti
         raise TypeError(f"timesteps_by_steps is {by_steps!r}; it must be a mapping of numbers of steps to timesteps")
     checked = {}
     for key, timesteps in by_steps.items():
-        S = whole_number(int(key) if isinstance(key, str) and key.isdecimal() else key)
+        S = as_integer(int(key) if isinstance(key, str) and key.isdecimal() else key)
         try:
             chosen = check_timesteps(timesteps, num_train_timesteps)
         except ValueError as error:

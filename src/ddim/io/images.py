@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ddim.io.atomic import atomic_write, write_folder
-from ddim.validation import one_of
+from ddim.validation import join_choices
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -309,7 +309,7 @@ def check_output_path(path: str | Path, allowed: Mapping[str, str] = PICTURES, f
     target = Path(path)
     if target.suffix.lower() not in allowed if not is_folder_path(path) else not folder_allowed:
         names = [f"{suffix} ({meaning})" if meaning else suffix for suffix, meaning in allowed.items()]
-        choices = one_of([*names, "a folder"] if folder_allowed else names)
+        choices = join_choices([*names, "a folder"] if folder_allowed else names)
         ends = f"ends in {target.suffix}" if target.suffix and not target.is_dir() else "is a folder or has no suffix"
         raise ValueError(f"--out {path} {ends}; give a name in {choices}")
     folder = target if target.is_dir() else target.parent

@@ -23,7 +23,7 @@ from ddim.diffusion.schedule import check_timesteps
 from ddim.io.atomic import atomic_write
 from ddim.io.fingerprint import model_sha256
 from ddim.sampler import Sampler
-from ddim.validation import real_number
+from ddim.validation import real
 
 CODES = {".npz": "", ".safetensors": ""}
 
@@ -171,5 +171,5 @@ def _parse_settings(entries: Any) -> CodeSettings:
     if not isinstance(settings.exact, bool) or not isinstance(settings.residual, list):
         raise ValueError("its settings do not tell how the codes were made")
     for value in (settings.tolerance, *settings.residual):
-        real_number("a tolerance or residual", value)
+        real("a tolerance or residual", value)
     return settings
