@@ -47,7 +47,7 @@ from benchmarks.networks import make_unet
 from benchmarks.tables import table, write_files
 from ddim.engine import prepare
 from ddim.info import count_flop
-from ddim.io.config import to_json
+from ddim.io.json_files import to_json
 
 DTYPES = {"float32": (torch.float32, False), "TF32": (torch.float32, True), "bf16": (torch.bfloat16, False)}
 """The dtype of the weights, and whether convolutions and products of float32 may round to TF32."""

@@ -30,7 +30,7 @@ from torch import Tensor
 from ddim import DDIMPipeline
 from ddim.data.dataset import open_pictures
 from ddim.io.atomic import atomic_write
-from ddim.io.config import to_json
+from ddim.io.json_files import to_json
 from ddim.io.weights import digest
 from ddim.training.config import DataConfig
 

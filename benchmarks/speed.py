@@ -48,7 +48,7 @@ from benchmarks.networks import NETWORKS, make_unet, save_pipeline
 from benchmarks.tables import table, write_files
 from ddim.engine import prepare
 from ddim.io.atomic import atomic_write
-from ddim.io.config import to_json
+from ddim.io.json_files import to_json
 
 BATCHES = {"cifar10": (1, 8, 32), "mnist": (1, 16, 32), "lsun": (1,)}
 MOST_ROUNDS = {"lsun": 3}

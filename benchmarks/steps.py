@@ -31,7 +31,7 @@ from ddim.diffusion.noise import noise_from_seeds
 from ddim.evaluation.features import load_features
 from ddim.evaluation.image_sets import open_files, sample_image_set
 from ddim.evaluation.metrics import compute_features, frechet
-from ddim.io.config import to_json
+from ddim.io.json_files import to_json
 from ddim.tuning import tune
 
 STEPS = (5, 7, 10, 15, 20)

@@ -29,8 +29,8 @@ from ddim.devices import choose_device
 from ddim.evaluation.features import Pixels
 from ddim.evaluation.image_sets import sample_image_set
 from ddim.evaluation.metrics import frechet
-from ddim.io.config import to_json
-from ddim.io.images import save_images
+from ddim.io.image_files import save_images
+from ddim.io.json_files import to_json
 from ddim.training.config import TrainConfig, load_config
 from ddim.training.run import train
 

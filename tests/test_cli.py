@@ -127,7 +127,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "empty folder": (["sample", "-m", "empty"], 1, "empty holds no model: looked for .*config.json"),
     "file": (["sample", "-m", "mine.yaml"], 1, "there is no model 'mine.yaml'"),
     "missing folder": (["sample", "--out", "missing/x.png"], 1, "the folder missing does not exist"),
-    "suffix": (["sample", "--out", "x.jpg"], 1, r"--out x\.jpg ends in \.jpg; give a name in \.png"),
+    "suffix": (["sample", "--out", "x.jpg"], 1, r"out must be \.png .*, got x\.jpg"),
     "file as folder": (["sample", "--out", "mine.yaml/x.png"], 1, r"mine\.yaml is a file, not a folder"),
     "device": (["sample", "--device", "cuda"], 1, "there is no device 'cuda' here|no CUDA device"),
     "unknown device": (["sample", "--device", "abacus"], 1, "there is no device 'abacus' here"),

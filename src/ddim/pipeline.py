@@ -20,8 +20,8 @@ from ddim.diffusion.loop import State
 from ddim.engine import check_engine
 from ddim.io import hub
 from ddim.io.atomic import write_folder
-from ddim.io.config import read_json, to_json
 from ddim.io.images import check_output_type, to_output
+from ddim.io.json_files import read_json, to_json
 from ddim.io.weights import MAX_SHARD_SIZE, remove_stale_weights
 from ddim.latents import LatentSpace
 from ddim.outputs import ImagePipelineOutput
@@ -273,7 +273,11 @@ class DDIMPipeline(LatentSpace):
         check_engine(engine)
         weights_in = ("unet", "") if components.get("unet") is None else ()
         folder = hub.find_model(
-            model, variant, cache_dir, local_files_only, revision, token, weights_in, use_safetensors
+            model,
+            hub.HubOptions(cache_dir, local_files_only, revision, token),
+            variant=variant,
+            weights_in=weights_in,
+            use_safetensors=use_safetensors,
         )
         check_model_index(folder)
         unet, scheduler = components.get("unet"), components.get("scheduler")

@@ -47,8 +47,8 @@ from ddim.diffusion.noise import MAX_SEED, NoiseSource, check_seeds, noise_from_
 from ddim.diffusion.schedule import SPACINGS
 from ddim.io.atomic import atomic_write
 from ddim.io.cache import cache_folder
-from ddim.io.config import to_json
 from ddim.io.fingerprint import model_sha256
+from ddim.io.json_files import to_json
 from ddim.pipeline import DDIMPipeline
 from ddim.sampler import evaluating
 from ddim.scheduler import DDIMScheduler

@@ -1,9 +1,9 @@
-"""Checks of arguments, one primitive each; the message is made from the check, so that every one reads alike:
+"""Checks of arguments, one primitive each, whose messages follow from the check and therefore read alike.
 
     num_inference_steps must be an integer from 1 to 1000, got 0
 
-Each returns the checked value in Python's own type. Names in messages are those of the arguments that a caller gave; the
-command line replaces them by its options (`ddim.cli.messages`).
+Each returns the checked value in Python's own type. Messages name the argument that the caller gave; the command line
+replaces names of arguments by those of its options (`ddim.cli.messages`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def integer(name: str, value: Any, minimum: int | None = None, maximum: int | No
 
     Args:
         name: the argument's name, for the message.
-        value: an integer of any kind, NumPy's and zero-dimensional tensors included; booleans and fractions are refused.
+        value: an integer of any type, including NumPy's and zero-dimensional tensors; booleans and floats are refused.
         minimum: the smallest value allowed; `None` for no bound.
         maximum: the largest value allowed; `None` for no bound.
 
@@ -61,7 +61,7 @@ def real(
 
     Args:
         name: the argument's name, for the message.
-        value: a real number of any kind; booleans are refused.
+        value: a real number of any type; booleans are refused.
         minimum: the smallest value allowed.
         maximum: the largest value allowed.
         above: an exclusive lower bound.
@@ -120,7 +120,7 @@ def choice(name: str, value: T, allowed: Iterable[Any]) -> T:
 
 
 def as_integer(value: Any) -> int | None:
-    """Return an integer of any kind as an `int`; `None` for booleans, fractions and everything else.
+    """Return an integer of any type as an `int`; `None` for booleans, fractions and everything else.
 
     Example:
         >>> as_integer(3), as_integer(True), as_integer(2.0)

@@ -21,7 +21,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from app_server import AppServer
-from ddim.io.images import make_grid
+from ddim.io.image_files import make_grid
 from ddim.pipeline import DDIMPipeline
 
 LONG: dict[str, Any] = {"count": 64, "steps": 1000}

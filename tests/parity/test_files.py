@@ -1,4 +1,4 @@
-"""Files that `diffusers` writes are read here and the other way round, and mean the same model."""
+"""Models saved by `diffusers` load in `ddim` and the reverse, with equal predictions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHARDS = {"max_shard_size": "50KB"}
 PICKLE = {"safe_serialization": False}
 HALF = {"variant": "fp16"}
 
-# How a U-Net differs from the tiny one: everything that has parameters of its own.
+# Changes to the tiny U-Net, one per option that adds parameters.
 NETWORKS: dict[str, dict[str, Any]] = {
     "plain": {},
     "fourier": {"time_embedding_type": "fourier"},
@@ -56,8 +56,8 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.fixture
-def peer_unet(tiny_unet: UNet2DModel) -> diffusers.UNet2DModel:
-    """The peer's network with the weights of `tiny_unet`."""
+def diffusers_unet(tiny_unet: UNet2DModel) -> diffusers.UNet2DModel:
+    """The network of `diffusers` with the weights of `tiny_unet`."""
     unet = diffusers.UNet2DModel(**tiny_unet.config)
     unet.load_state_dict(tiny_unet.state_dict())
     return unet.eval()
@@ -72,20 +72,20 @@ def predict(unet: nn.Module) -> Tensor:
         return unet(x.to(unet.dtype), torch.tensor([7, 901])).sample.float()
 
 
-def assert_same_network(mine: Any, peer: Any, tolerance: float = 1e-6) -> None:
-    assert type(mine) is UNet2DModel
-    assert not mine.training
-    assert mine.dtype == peer.dtype
-    for name, value in mine.config.items():
-        assert json.dumps(peer.config[name]) == json.dumps(value), name
-    torch.testing.assert_close(predict(mine), predict(peer), rtol=0, atol=tolerance)
+def assert_same_network(ours: Any, theirs: Any, tolerance: float = 1e-6) -> None:
+    assert type(ours) is UNet2DModel
+    assert not ours.training
+    assert ours.dtype == theirs.dtype
+    for name, value in ours.config.items():
+        assert json.dumps(theirs.config[name]) == json.dumps(value), name
+    torch.testing.assert_close(predict(ours), predict(theirs), rtol=0, atol=tolerance)
 
 
-def assert_same_scheduler(mine: Any, peer: Any) -> None:
-    shared = {name: value for name, value in mine.config.items() if name not in ("solver_order", "timesteps_by_steps")}
+def assert_same_scheduler(ours: Any, theirs: Any) -> None:
+    shared = {name: value for name, value in ours.config.items() if name not in ("solver_order", "timesteps_by_steps")}
     for name, value in shared.items():
-        np.testing.assert_equal(np.asarray(peer.config[name]), np.asarray(value), err_msg=name)
-    torch.testing.assert_close(mine.alphas_cumprod, peer.alphas_cumprod, rtol=1e-5, atol=1e-7)
+        np.testing.assert_equal(np.asarray(theirs.config[name]), np.asarray(value), err_msg=name)
+    torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-5, atol=1e-7)
 
 
 def make_flat(folder: Path, pickle: bool) -> None:
@@ -109,17 +109,17 @@ def make_flat(folder: Path, pickle: bool) -> None:
     [{}, PICKLE, SHARDS, PICKLE | SHARDS, HALF, HALF | PICKLE, HALF | SHARDS, HALF | PICKLE | SHARDS],
     ids=lambda options: "-".join(map(str, options.values())) or "default",
 )
-def test_a_folder_of_the_peer(
-    peer_unet: diffusers.UNet2DModel, tmp_path: Path, kind: str, options: dict[str, Any]
+def test_loads_folders_of_diffusers(
+    diffusers_unet: diffusers.UNet2DModel, tmp_path: Path, kind: str, options: dict[str, Any]
 ) -> None:
     scheduler = getattr(diffusers, f"{kind}Scheduler")(beta_schedule="squaredcos_cap_v2", clip_sample_range=2.0)
-    pipeline = getattr(diffusers, f"{kind}Pipeline")(peer_unet, scheduler)
+    pipeline = getattr(diffusers, f"{kind}Pipeline")(diffusers_unet, scheduler)
     if "variant" in options:
         pipeline.to(torch.float16)
     pipeline.save_pretrained(tmp_path, **options)
 
     loaded = DDIMPipeline.from_pretrained(tmp_path, variant=options.get("variant"))
-    assert_same_network(loaded.unet, peer_unet.float())
+    assert_same_network(loaded.unet, diffusers_unet.float())
     assert_same_scheduler(loaded.scheduler, diffusers.DDIMScheduler.from_config(scheduler.config))
 
 
@@ -128,7 +128,7 @@ def test_a_folder_of_the_peer(
     [{}, SHARDS, HALF, HALF | SHARDS],
     ids=lambda options: "-".join(map(str, options.values())) or "default",
 )
-def test_a_folder_for_the_peer(tiny_pipeline: DDIMPipeline, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_diffusers_loads_folders(tiny_pipeline: DDIMPipeline, tmp_path: Path, options: dict[str, Any]) -> None:
     tiny_pipeline.save_pretrained(tmp_path, **options)
     for kind in (diffusers.DDIMPipeline, diffusers.DDPMPipeline):
         loaded = kind.from_pretrained(tmp_path, variant=options.get("variant"))
@@ -138,67 +138,67 @@ def test_a_folder_for_the_peer(tiny_pipeline: DDIMPipeline, tmp_path: Path, opti
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_networks_both_ways(make_unet: Callable[..., UNet2DModel], tmp_path: Path, network: str) -> None:
-    mine = make_unet(**NETWORKS[network])
-    peer = diffusers.UNet2DModel(**mine.config).eval()
-    peer.load_state_dict(mine.state_dict())
-    mine.save_pretrained(tmp_path / "mine")
-    peer.save_pretrained(tmp_path / "peer")
-    assert_same_network(mine, diffusers.UNet2DModel.from_pretrained(tmp_path / "mine"))
-    assert_same_network(UNet2DModel.from_pretrained(tmp_path / "peer"), peer)
+def test_networks_load_in_both_libraries(make_unet: Callable[..., UNet2DModel], tmp_path: Path, network: str) -> None:
+    ours = make_unet(**NETWORKS[network])
+    theirs = diffusers.UNet2DModel(**ours.config).eval()
+    theirs.load_state_dict(ours.state_dict())
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same_network(ours, diffusers.UNet2DModel.from_pretrained(tmp_path / "ours"))
+    assert_same_network(UNet2DModel.from_pretrained(tmp_path / "theirs"), theirs)
 
 
 @pytest.mark.parametrize("arguments", SCHEDULERS.values(), ids=SCHEDULERS)
-def test_schedulers_both_ways(tmp_path: Path, arguments: dict[str, Any]) -> None:
-    mine, peer = DDIMScheduler(**arguments), diffusers.DDIMScheduler(**arguments)
-    mine.save_pretrained(tmp_path / "mine")
-    peer.save_pretrained(tmp_path / "peer")
-    assert_same_scheduler(mine, diffusers.DDIMScheduler.from_pretrained(tmp_path / "mine"))
-    assert_same_scheduler(DDIMScheduler.from_pretrained(tmp_path / "peer"), peer)
+def test_schedulers_load_in_both_libraries(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    ours, theirs = DDIMScheduler(**arguments), diffusers.DDIMScheduler(**arguments)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same_scheduler(ours, diffusers.DDIMScheduler.from_pretrained(tmp_path / "ours"))
+    assert_same_scheduler(DDIMScheduler.from_pretrained(tmp_path / "theirs"), theirs)
 
 
 @pytest.mark.parametrize("pickle", [True, False], ids=["pickle", "safetensors"])
-def test_the_flat_layout(peer_unet: diffusers.UNet2DModel, tmp_path: Path, pickle: bool) -> None:
-    diffusers.DDPMPipeline(peer_unet, diffusers.DDPMScheduler(beta_end=0.01)).save_pretrained(tmp_path)
+def test_flat_layout(diffusers_unet: diffusers.UNet2DModel, tmp_path: Path, pickle: bool) -> None:
+    diffusers.DDPMPipeline(diffusers_unet, diffusers.DDPMScheduler(beta_end=0.01)).save_pretrained(tmp_path)
     make_flat(tmp_path, pickle)
     loaded = DDIMPipeline.from_pretrained(tmp_path)
-    peer = diffusers.DDPMPipeline.from_pretrained(tmp_path)
-    assert_same_network(loaded.unet, peer.unet)
-    assert_same_network(loaded.unet, peer_unet)
-    assert_same_scheduler(loaded.scheduler, diffusers.DDIMScheduler.from_config(peer.scheduler.config))
-    assert_same_network(UNet2DModel.from_pretrained(tmp_path), peer_unet)
+    theirs = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    assert_same_network(loaded.unet, theirs.unet)
+    assert_same_network(loaded.unet, diffusers_unet)
+    assert_same_scheduler(loaded.scheduler, diffusers.DDIMScheduler.from_config(theirs.scheduler.config))
+    assert_same_network(UNet2DModel.from_pretrained(tmp_path), diffusers_unet)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_dtypes(peer_unet: diffusers.UNet2DModel, tmp_path: Path, dtype: torch.dtype) -> None:
-    diffusers.DDIMPipeline(peer_unet, diffusers.DDIMScheduler()).save_pretrained(tmp_path)
+def test_dtypes(diffusers_unet: diffusers.UNet2DModel, tmp_path: Path, dtype: torch.dtype) -> None:
+    diffusers.DDIMPipeline(diffusers_unet, diffusers.DDIMScheduler()).save_pretrained(tmp_path)
     loaded = DDIMPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
-    peer = diffusers.DDIMPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
+    theirs = diffusers.DDIMPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
     assert loaded.dtype == dtype
-    for name, value in peer.unet.state_dict().items():
+    for name, value in theirs.unet.state_dict().items():
         torch.testing.assert_close(loaded.unet.state_dict()[name], value, rtol=0, atol=0)
 
 
-def test_components_in_place_of_the_files(peer_unet: diffusers.UNet2DModel, tmp_path: Path) -> None:
-    diffusers.DDIMPipeline(peer_unet, diffusers.DDIMScheduler()).save_pretrained(tmp_path)
-    unet = diffusers.UNet2DModel(**peer_unet.config)
+def test_components_replace_files(diffusers_unet: diffusers.UNet2DModel, tmp_path: Path) -> None:
+    diffusers.DDIMPipeline(diffusers_unet, diffusers.DDIMScheduler()).save_pretrained(tmp_path)
+    unet = diffusers.UNet2DModel(**diffusers_unet.config)
     scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear")
     for kind in (DDIMPipeline, diffusers.DDIMPipeline):
         assert kind.from_pretrained(tmp_path, unet=unet).unet is unet
         assert kind.from_pretrained(tmp_path, scheduler=scheduler).scheduler.config.beta_schedule == "scaled_linear"
     shutil.rmtree(tmp_path / "unet")
-    assert DDIMPipeline.from_pretrained(tmp_path, unet=peer_unet).unet is peer_unet
+    assert DDIMPipeline.from_pretrained(tmp_path, unet=diffusers_unet).unet is diffusers_unet
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_pictures_of_a_loaded_pipeline(peer_unet: diffusers.UNet2DModel, tmp_path: Path, eta: float) -> None:
-    diffusers.DDPMPipeline(peer_unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path)
-    pictures = []
+def test_images_of_a_loaded_pipeline_match(diffusers_unet: diffusers.UNet2DModel, tmp_path: Path, eta: float) -> None:
+    diffusers.DDPMPipeline(diffusers_unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path)
+    images = []
     for pipe in (DDIMPipeline.from_pretrained(tmp_path), diffusers.DDIMPipeline.from_pretrained(tmp_path)):
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(3)
         arguments = {"batch_size": 2, "generator": generator, "eta": eta, "num_inference_steps": 20}
-        pictures.append(np.asarray([np.asarray(image) for image in pipe(**arguments).images], dtype=np.int64))
-    mine, peer = pictures
-    assert mine.std() > 10
-    np.testing.assert_allclose(mine, peer, rtol=0, atol=1)
+        images.append(np.asarray([np.asarray(image) for image in pipe(**arguments).images], dtype=np.int64))
+    ours, theirs = images
+    assert ours.std() > 10
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1)

@@ -161,7 +161,7 @@ def test_unreadable_images_are_named_and_left_out(broken: Path, cache: str, capl
             found = open_pictures(config, 8, 1)
         assert np.array_equal(take_all(found)[:, 0], digits(40)[READABLE])
         assert [record.getMessage() for record in caplog.records] == [
-            f"{broken / name} cannot be read: it is no image of a known format; it is skipped"
+            f"{broken / name} cannot be read: not an image of a known format; it is skipped"
             for name in ("0003.png", "0004.png", "0039.png")
         ]
 
@@ -184,7 +184,7 @@ def test_unreadable_images_are_replaced_where_nothing_is_cached(broken: Path, ca
 def test_too_many_unreadable_images_stop_the_run(broken: Path, cache: str) -> None:
     said = (
         rf"^3 images of {broken} cannot be read, more than data\.max_unreadable allows \(2\); the first: "
-        rf"{broken}/0003\.png cannot be read: it is no image of a known format$"
+        rf"{broken}/0003\.png cannot be read: not an image of a known format$"
     )
     with pytest.raises(ValueError, match=said):
         take_all(open_pictures(DataConfig(source=str(broken), cache=cache, max_unreadable=2), 8, 1))
@@ -200,7 +200,7 @@ def test_the_limit_holds_for_a_cache_that_is_there(broken: Path) -> None:
 def test_nothing_that_can_be_read(folder: Path, cache_home: Path, cache: str) -> None:
     for name in "abc":
         (folder / f"{name}.png").write_text("words")
-    said = rf"^no image of {folder} can be read; the first: {folder}/a\.png cannot be read: it is no image"
+    said = rf"^no image of {folder} can be read; the first: {folder}/a\.png cannot be read: not an image of"
     with pytest.raises(ValueError, match=said):
         take_all(open_pictures(DataConfig(source=str(folder), cache=cache), 8, 1))
     assert not [path for path in cache_home.rglob("*") if path.is_file()]

@@ -185,9 +185,9 @@ def test_what_is_no_image_is_named(folder: Path) -> None:
     frames = [Image.fromarray(one) for one in digits(2)]
     frames[0].save(folder / "c.gif", save_all=True, append_images=frames[1:])
     source = open_source(str(folder))
-    assert reason(source, 0) == f"{folder / 'a.png'} cannot be read: it is no image of a known format"
+    assert reason(source, 0) == f"{folder / 'a.png'} cannot be read: not an image of a known format"
     assert "exceeds limit" in reason(source, 1)
-    with pytest.raises(ValueError, match=r"c\.gif is an animation of 2 frames"):
+    with pytest.raises(ValueError, match=r"c\.gif must be a still image, got an animation of 2 frames"):
         source.fetch([2])[0]()
 
 
@@ -261,11 +261,11 @@ def test_parquet_without_images(folder: Path, columns: dict[str, pa.Array], mess
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (pa.array([b"words"]), "it is no image of a known format"),
+        (pa.array([b"words"]), "not an image of a known format"),
         (pa.array([None], pa.binary()), "it is missing"),
         (pa.array([{"bytes": None, "path": None}]), "it is missing"),
         (pa.array([{"bytes": b"", "path": ""}]), "it is missing"),
-        (pa.array([{"bytes": b"words", "path": "x.png"}]), "it is no image of a known format"),
+        (pa.array([{"bytes": b"words", "path": "x.png"}]), "not an image of a known format"),
     ],
 )
 def test_rows_that_are_no_images_are_named(folder: Path, values: pa.Array, message: str) -> None:

@@ -23,7 +23,7 @@ from ddim.app import sample as sampling
 from ddim.app import steps as comparison
 from ddim.app.runs import Result, Run, Step, start
 from ddim.app.tab import ANSWERED, DEVICE, Endpoint, Shared, fit, fresh_folder
-from ddim.io.images import save_picture
+from ddim.io.image_files import save_image
 
 Answer = dict[str, Any]
 Work = Callable[[Run], Answer]
@@ -37,7 +37,7 @@ def endpoints(shared: Shared) -> None:
         folder = fresh_folder(shared.files)
         paths = [folder / f"{index:05d}.png" for index in range(len(images))]
         for image, path in zip(images, paths, strict=True):
-            save_picture(image, path)
+            save_image(image, path)
         return [gr.FileData(path=str(path), orig_name=path.name, mime_type="image/png").model_dump() for path in paths]
 
     def sample(

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from PIL import Image, UnidentifiedImageError
 
-from ddim.io.images import OPENING, decode_image
+from ddim.io.images import PIL_OPEN_LOCK, decode_image
 from ddim.validation import join_choices
 
 MAX_COUNT = 64
@@ -134,7 +134,7 @@ def _size(file: IO[bytes], name: str) -> tuple[int, int]:
     """(width, height) by a picture's header; nothing is decoded."""
     try:
         # Python's filters of warnings are one for all threads.
-        with OPENING, warnings.catch_warnings():
+        with PIL_OPEN_LOCK, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
                 return image.size

@@ -28,7 +28,7 @@ from ddim.app.tab import (
     run_by,
 )
 from ddim.diffusion.noise import noise_from_seeds
-from ddim.io.images import save_animation
+from ddim.io.image_files import save_animation
 from ddim.pipeline import DDIMPipeline
 
 STEPS = 20

@@ -28,7 +28,7 @@ from ddim.app.tab import (
     run_by,
 )
 from ddim.diffusion.schedule import SPACINGS
-from ddim.io.images import save_images
+from ddim.io.image_files import save_images
 from ddim.pipeline import DDIMPipeline
 
 MODELS_OWN = "the model's own"

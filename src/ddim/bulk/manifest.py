@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ddim.io.atomic import atomic_write
-from ddim.io.config import read_json, to_json
+from ddim.io.json_files import read_json, to_json
 from ddim.version import __version__
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from ddim.bulk.manifest import check_manifest, write_manifest
 from ddim.bulk.targets import Target, make_target
 from ddim.distributed import rank_and_world_size
 from ddim.engine import prepare
-from ddim.io.config import to_json
 from ddim.io.fingerprint import model_sha256
 from ddim.io.images import to_bytes
+from ddim.io.json_files import to_json
 from ddim.pipeline import DDIMPipeline
 from ddim.validation import integer
 

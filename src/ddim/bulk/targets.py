@@ -28,7 +28,8 @@ import numpy as np
 
 from ddim.bulk.manifest import NAME
 from ddim.io.atomic import atomic_write
-from ddim.io.images import as_pil, is_folder_path
+from ddim.io.image_files import is_folder_path
+from ddim.io.images import as_pil
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """The time of files in archives: the same pictures are the same bytes."""

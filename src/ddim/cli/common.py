@@ -39,7 +39,7 @@ def choose_timesteps(
 
 def read_images(paths: Sequence[str]) -> list[Image.Image]:
     """The images of files and folders, in order; errors name the file."""
-    from ddim.io.images import find_images, read_image
+    from ddim.io.image_files import find_images, read_image
 
     files = [file for path in paths for file in (find_images(path) if Path(path).is_dir() else [Path(path)])]
     return [read_image(file) for file in files]

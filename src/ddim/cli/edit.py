@@ -46,15 +46,8 @@ def edit(
 
       ddim edit digits/ --seed 7 --strength 0.4 --out edited/
     """
-    from ddim.io.images import (
-        check_output_path,
-        fit_image,
-        is_folder_path,
-        output_files,
-        save_images,
-        save_picture,
-        stack_rows,
-    )
+    from ddim.io.image_files import check_output_path, is_folder_path, output_files, save_image, save_images, stack_rows
+    from ddim.io.images import fit_image
 
     target = check_output_path(out)
     own_timesteps = parse_timesteps(timesteps)
@@ -75,7 +68,7 @@ def edit(
     if target.suffix.lower() == ".png" and not is_folder_path(out):
         channels, height, width = pipe.sample_shape
         originals = [fit_image(picture, height, width, channels) for picture in pictures]
-        save_picture(stack_rows([originals, edited]), target)
+        save_image(stack_rows([originals, edited]), target)
     else:
         save_images(edited, out)
     finish(target, replaced, number(len(edited), "picture"))

@@ -38,10 +38,10 @@ def encode(
       ddim encode photos/ --resize --steps 20 --out codes.safetensors
     """
     from ddim.io.fingerprint import model_sha256
-    from ddim.io.images import check_output_path
-    from ddim.io.latent_files import CODES, CodeSettings, save_codes
+    from ddim.io.image_files import check_output_path
+    from ddim.io.latent_files import LATENT_SUFFIXES, LatentSettings, save_latents
 
-    target = check_output_path(out, CODES, folder_allowed=False)
+    target = check_output_path(out, LATENT_SUFFIXES, folder_allowed=False)
     own_timesteps = parse_timesteps(timesteps)
     pictures = read_images(images)
     pipe = load_pipeline(model, device, dtype, engine)
@@ -57,11 +57,11 @@ def encode(
         batch_size=batch_size,
     )
     seconds = time.monotonic() - started
-    settings = CodeSettings(
+    settings = LatentSettings(
         model, model_sha256(pipe), codes.timesteps, exact, tolerance, [float(r) for r in codes.residual]
     )
     replaced = int(target.exists())
-    save_codes(target, codes.latents, settings)
+    save_latents(target, codes.latents, settings)
     cost = float(codes.evaluations.sum(1).float().mean())
     told = f"{cost:.0f} evaluations an image, mean squared error {float(codes.mse.mean()):.1e}"
     finish(target, replaced, f"{number(len(pictures), 'code')} in {seconds:.1f} s, {told}")
@@ -96,19 +96,18 @@ def decode(
 
       ddim decode codes.safetensors --steps 20 --force --out pictures/
     """
-    from ddim.io.images import check_output_path, output_files, save_images
-    from ddim.io.latent_files import check_settings, load_codes
+    from ddim.io.image_files import check_output_path, output_files, save_images
+    from ddim.io.latent_files import check_latent_settings, load_latents
 
     target = check_output_path(out)
     own_timesteps = parse_timesteps(timesteps)
-    latents, settings = load_codes(codes)
+    latents, settings = load_latents(codes)
     pipe = load_pipeline(model, device, dtype, engine)
     walked = settings.timesteps
     if (steps, own_timesteps, spacing) != (None, None, None):
         steps = len(walked) if steps is None else steps
         walked = pipe.latent_timesteps(steps, choose_timesteps(pipe, steps, spacing, own_timesteps))
-    if not force:
-        check_settings(codes, settings, pipe, walked)
+    check_latent_settings(codes, settings, pipe, walked, force)
     started = time.monotonic()
     pictures = pipe.decode(latents, timesteps=walked, batch_size=batch_size).images
     seconds = time.monotonic() - started

@@ -143,8 +143,8 @@ def _paper(
     from ddim.evaluation.features import load_features
     from ddim.evaluation.image_sets import is_model, open_files
     from ddim.io.atomic import atomic_write
-    from ddim.io.config import to_json
-    from ddim.io.images import check_output_path
+    from ddim.io.image_files import check_output_path
+    from ddim.io.json_files import to_json
 
     if (table, figure) not in ((1, None), (2, None), (None, 4)):
         raise ValueError("give one of --table 1, --table 2 and --figure 4")

@@ -56,19 +56,19 @@ def interpolate(
 
       ddim interpolate 1 2 3 4 --grid 8x8 --out grid.png
     """
-    from ddim.io.images import (
+    from ddim.io.image_files import (
         ANIMATION_SUFFIXES,
-        PICTURES,
+        OUTPUT_SUFFIXES,
         check_output_path,
         is_folder_path,
         output_files,
         save_animation,
+        save_image,
         save_images,
-        save_picture,
         stack_rows,
     )
 
-    target = check_output_path(out, PICTURES | ANIMATION_SUFFIXES)
+    target = check_output_path(out, OUTPUT_SUFFIXES | ANIMATION_SUFFIXES)
     check_fps(fps)
     integer("--frames", frames, 2)
     shape = parse_grid(grid)
@@ -90,7 +90,7 @@ def interpolate(
     elif suffix == ".png" and shape is None:
         ends = range(0, len(pictures) if closed else len(pictures) - 1, frames - 1)
         around = [*pictures, pictures[0]]
-        save_picture(stack_rows([around[end : end + frames] for end in ends], frames), target)
+        save_image(stack_rows([around[end : end + frames] for end in ends], frames), target)
     else:
         save_images(pictures, out, columns=shape and shape[1])
     finish(target, replaced, number(len(pictures), "frame"))
@@ -118,10 +118,10 @@ def collect_codes(
 ) -> tuple[list[Tensor], list[int]]:
     """The codes of all points, in order, and the timesteps that belong to them."""
     from ddim.diffusion.noise import check_seeds, noise_from_seeds
-    from ddim.io.latent_files import CODES, check_settings, load_codes
+    from ddim.io.latent_files import LATENT_SUFFIXES, check_latent_settings, load_latents
     from ddim.validation import integer
 
-    files = {point: load_codes(point) for point in points if Path(point).suffix.lower() in CODES}
+    files = {point: load_latents(point) for point in points if Path(point).suffix.lower() in LATENT_SUFFIXES}
     seeds = {point: int(point) for point in points if point.removeprefix("-").isdecimal()}
     check_seeds([integer("a seed", seed, 0) for seed in seeds.values()], len(seeds))
     names = [point for point in points if point not in files and point not in seeds]
@@ -131,9 +131,8 @@ def collect_codes(
     else:
         steps = 50 if steps is None else steps
         timesteps = pipe.latent_timesteps(steps, choose_timesteps(pipe, steps, spacing, None))
-    if not force:
-        for name, (_, settings) in files.items():
-            check_settings(name, settings, pipe, timesteps)
+    for name, (_, settings) in files.items():
+        check_latent_settings(name, settings, pipe, timesteps, force)
     for name, (latents, _) in files.items():
         if latents.shape[1:] != pipe.sample_shape:
             raise ValueError(

@@ -47,7 +47,7 @@ def reconstruct(
 
       ddim reconstruct digits/ --euler --steps 20
     """
-    from ddim.io.images import check_output_path, save_picture, stack_rows
+    from ddim.io.image_files import check_output_path, save_image, stack_rows
 
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     own_timesteps = parse_timesteps(timesteps)
@@ -72,5 +72,5 @@ def reconstruct(
     mean = result.mse.mean(), result.psnr.mean(), spent.double().mean(), residual.mean()
     print(" mean  {:.2e}  {:5.1f}  {:11.0f}  {:.2e}".format(*mean))
     replaced = int(target.exists())
-    save_picture(stack_rows([fit_images(pipe, pictures), result.images]), target)
+    save_image(stack_rows([fit_images(pipe, pictures), result.images]), target)
     finish(target, replaced, number(len(pictures), "image"))

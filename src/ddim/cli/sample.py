@@ -75,9 +75,9 @@ def sample(
     """
     from ddim.bulk import sample_many
     from ddim.distributed import local_device, rank_and_world_size
-    from ddim.io.images import PICTURES, check_output_path, is_folder_path, save_images
+    from ddim.io.image_files import OUTPUT_SUFFIXES, check_output_path, is_folder_path, save_images
 
-    target = check_output_path(out, PICTURES | {".tar": "WebDataset shards"})
+    target = check_output_path(out, OUTPUT_SUFFIXES | {".tar": "WebDataset shards"})
     own_timesteps = parse_timesteps(timesteps)
     number_of_steps = None if steps == "auto" else parse_steps(steps)
     if number_of_steps is None and (own_timesteps is not None or spacing is not None or eta):

@@ -41,12 +41,12 @@ def trajectory(
 
       ddim trajectory --count 16 --frames 50 --out appear.gif
     """
-    from ddim.io.images import (
+    from ddim.io.image_files import (
         ANIMATION_SUFFIXES,
         check_output_path,
         is_animation_path,
         save_animation,
-        save_picture,
+        save_image,
         stack_rows,
     )
 
@@ -64,7 +64,7 @@ def trajectory(
         save_animation([stack_rows(pair) for pair in zip(samples, predicted, strict=True)], out, fps)
     else:
         rows = [[frame[i] for frame in part] for i in range(count) for part in (samples, predicted)]
-        save_picture(stack_rows(rows, len(samples)), target)
+        save_image(stack_rows(rows, len(samples)), target)
     finish(target, replaced, f"timesteps {', '.join(map(str, shown.timesteps))}, then the end")
 
 
@@ -92,7 +92,7 @@ def consistency(
       ddim consistency --count 12 --steps 5,10,100
     """
     from ddim.diffusion.noise import check_seeds, noise_from_seeds
-    from ddim.io.images import check_output_path, save_picture, stack_rows
+    from ddim.io.image_files import check_output_path, save_image, stack_rows
 
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     integer("--count", count, 1)
@@ -102,5 +102,5 @@ def consistency(
     latents = noise_from_seeds((count, *pipe.sample_shape), seeds, pipe.device)()
     rows = pipe.consistency(latents, numbers)
     replaced = int(target.exists())
-    save_picture(stack_rows(rows), target)
+    save_image(stack_rows(rows), target)
     finish(target, replaced, f"{number(count, 'code')}, rows of {', '.join(map(str, numbers))} steps")

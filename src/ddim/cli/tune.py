@@ -42,7 +42,7 @@ def tune(
       ddim sample --model mnist-tuned --steps 10
     """
     from ddim.io.hub import MODEL_INDEX
-    from ddim.io.images import check_output_path
+    from ddim.io.image_files import check_output_path
     from ddim.tuning import draw_timesteps, plot_timesteps
     from ddim.tuning import tune as search
 

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from ddim.io.hub import HUB_ID
-from ddim.io.images import as_pil, find_images, read_image
+from ddim.io.image_files import find_images, read_image
+from ddim.io.images import as_pil
 
 DIGITS = "digits"
 

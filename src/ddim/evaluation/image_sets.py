@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from ddim.data.sources import Source, open_source
-from ddim.io.images import decode_image, fit_image, is_folder_path, to_bytes
+from ddim.io.image_files import is_folder_path
+from ddim.io.images import decode_image, fit_image, to_bytes
 from ddim.pipeline import DDIMPipeline
 
 BATCH = 64

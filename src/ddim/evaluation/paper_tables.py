@@ -34,8 +34,8 @@ from ddim.evaluation.image_sets import ImageSet, sample_image_set
 from ddim.evaluation.metrics import compute_features, frechet
 from ddim.io.atomic import atomic_write
 from ddim.io.cache import cache_folder
-from ddim.io.config import to_json
 from ddim.io.fingerprint import model_sha256
+from ddim.io.json_files import to_json
 from ddim.pipeline import DDIMPipeline
 
 STEPS = (10, 20, 50, 100, 1000)

@@ -18,8 +18,8 @@ from ddim.evaluation.features import identity, load_features
 from ddim.evaluation.image_sets import ImageSet
 from ddim.evaluation.metrics import METRICS, Features, compute_features, measure, shortage
 from ddim.io.atomic import atomic_write
-from ddim.io.config import to_json
-from ddim.io.images import check_output_path
+from ddim.io.image_files import check_output_path
+from ddim.io.json_files import to_json
 from ddim.version import __version__
 
 logger = logging.getLogger(__name__)

@@ -1,1 +1,1 @@
-"""Files: configurations, weights, images, latent codes, the hub, caches."""
+"""Files: configurations, weights, images, latents, the hub, caches."""

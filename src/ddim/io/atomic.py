@@ -1,5 +1,6 @@
-"""Atomic writes: files and folders are written under a temporary name beside the target, flushed, then renamed, so that
-what was there stays until its replacement is complete.
+"""Atomic writes: a temporary name beside the target, flushed to the disk, then renamed.
+
+What was at the target stays until its replacement is complete.
 """
 
 from __future__ import annotations
@@ -14,21 +15,33 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to; on success it becomes `path`, on failure it is deleted and `path` stays as it
-    was.
+    """Write a file atomically: yield a temporary path, which replaces `path` when the `with` block succeeds.
+
+    If the block raises, the temporary file is deleted and `path` is as it was.
 
     Args:
-        path: where the file shall be; its folder must exist.
+        path: the file to write; its folder must exist.
+
+    Yields:
+        A path with the same suffix in the same folder, to write to.
 
     Raises:
         OSError: if the folder does not exist, cannot be written, or the disk is full.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "notes.txt"
+        ...     with atomic_write(path) as temporary:
+        ...         _ = temporary.write_text("complete")
+        ...     path.read_text()
+        'complete'
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        _finish(temporary, path)
+        _publish(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -37,14 +50,26 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill; on success its files move into `path`, each replacing one of its name.
+    """Add files to a folder: yield a temporary folder, whose files move into `path` when the `with` block succeeds.
 
-    If filling it fails, nothing in `path` has changed.
+    Each file replaces the one of its name; other files in `path` stay. If the block raises, `path` is as it was.
 
-    Other files in `path` stay. `path` and its parents are made where they are missing.
+    Args:
+        path: the folder; it and its parents are created if missing.
+
+    Yields:
+        An empty folder to fill.
 
     Raises:
-        OSError: as above; `NotADirectoryError` if `path` is a file.
+        NotADirectoryError: if `path` is a file.
+        OSError: if the folder cannot be written, or the disk is full.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with write_folder(Path(folder) / "model") as temporary:
+        ...         _ = (temporary / "config.json").write_text("{}")
+        ...     [path.name for path in (Path(folder) / "model").iterdir()]
+        ['config.json']
     """
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file, not a folder")
@@ -55,7 +80,7 @@ def write_folder(path: Path) -> Iterator[Path]:
         for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
             target = path / file.relative_to(temporary)
             target.parent.mkdir(parents=True, exist_ok=True)
-            _finish(file, target)
+            _publish(file, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _flush(path)
@@ -63,13 +88,25 @@ def write_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill; on success it becomes `path`, in place of a folder that is there.
+    """Write a whole folder: yield a temporary folder, which replaces `path` when the `with` block succeeds.
 
     Args:
-        path: where the folder shall be; its parents are made where they are missing.
+        path: the folder to replace or create; its parents are created if missing.
+
+    Yields:
+        An empty folder to fill.
 
     Raises:
-        OSError: if it cannot be written; what is there stays.
+        OSError: if it cannot be written; `path` is as it was.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint = Path(folder) / "checkpoint"
+        ...     for name in ("old", "new"):
+        ...         with replace_folder(checkpoint) as temporary:
+        ...             (temporary / name).touch()
+        ...     [path.name for path in checkpoint.iterdir()]
+        ['new']
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
@@ -78,7 +115,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
         yield temporary
         umask = _umask()
         for file in (*sorted(temporary.rglob("*")), temporary):
-            # Some writers keep their files from everybody else.
+            # Some writers create files that only the user can read.
             file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
             _flush(file)
         if path.exists():
@@ -94,22 +131,22 @@ def replace_folder(path: Path) -> Iterator[Path]:
     _flush(path.parent)
 
 
-def _finish(temporary: Path, path: Path) -> None:
-    """Give a complete file the permissions that the user's umask gives every other, push it to the disk, rename it."""
+def _publish(temporary: Path, path: Path) -> None:
+    """Give a complete file the permissions of the umask, flush it to the disk and rename it."""
     temporary.chmod(0o666 & ~_umask())
     _flush(temporary)
     temporary.replace(path)
 
 
 def _umask() -> int:
-    """The permissions that the user takes from every new file."""
+    """Return the permissions that the umask withholds from new files."""
     umask = os.umask(0)
     os.umask(umask)
     return umask
 
 
 def _flush(path: Path) -> None:
-    """Push a file's content, or a folder's names, to the disk."""
+    """Flush a file's content, or a folder's entries, to the disk."""
     if os.name == "nt" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY)

@@ -7,5 +7,12 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where this user's caches of `ddim` are: `$XDG_CACHE_HOME/ddim`, or `~/.cache/ddim`."""
+    """Return the folder of this user's `ddim` caches: `$XDG_CACHE_HOME/ddim`, or `~/.cache/ddim`.
+
+    The folder may not exist yet.
+
+    Example:
+        >>> cache_folder().name
+        'ddim'
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddim"

@@ -1,17 +1,43 @@
-"""Fingerprints: SHA-256 of what decides a result, by which files and caches tell whether they belong to it."""
+"""Fingerprints: SHA-256 of what decides a result, by which files and caches recognize the model they belong to."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, Protocol
 
-from ddim.io.config import to_json
+from ddim.io.json_files import to_json
 from ddim.io.weights import digest
 
 
-def model_sha256(pipe: Any) -> str:
-    """SHA-256 of all that decides what a code means: weights with their dtype, the network's configuration, the
-    schedule and what the network predicts. Hexadecimal.
+class HasModel(Protocol):
+    """A pipeline or sampler: whatever holds a network and a noise schedule.
+
+    Attributes:
+        unet: a `UNet2DModel`.
+        scheduler: a `DDIMScheduler`.
+    """
+
+    unet: Any
+    scheduler: Any
+
+
+def model_sha256(pipe: HasModel) -> str:
+    """Return a SHA-256 of everything that decides which image a latent stands for.
+
+    That is the weights with their dtype, the network's configuration, the noise schedule, and what the network predicts
+    (`prediction_type`). The sampler's settings, which vary from call to call, are not part of it.
+
+    Args:
+        pipe: holds the model.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Example:
+        >>> from ddim import DDIMPipeline
+        >>> pipe = DDIMPipeline.from_pretrained("mnist")
+        >>> len(model_sha256(pipe))
+        64
     """
     sha256 = hashlib.sha256()
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in pipe.unet.state_dict().items()}

@@ -1,17 +1,17 @@
-"""Files of latent codes, with the settings they were made with.
+"""Latent files: the latents of images, with the settings of the encoding.
 
-    codes.npz            arrays `latents`, float32 (N, C, H, W), and `settings`, JSON in a string
-    codes.safetensors    a tensor `latents`, and `settings` in the file's metadata
+    latents.npz            arrays `latents`, float32 (N, C, H, W), and `settings`, JSON in a string
+    latents.safetensors    a tensor `latents`, and `settings` in the file's metadata
 
-A code means a picture only to the model and along the timesteps that made it. The settings therefore hold the SHA-256
-of the model's weights, configuration and noise schedule.
+A latent stands for an image only together with the model and the timesteps that encoded it. The settings therefore hold
+the SHA-256 of the model's weights, configuration and noise schedule.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddim.diffusion.schedule import check_timesteps
 from ddim.io.atomic import atomic_write
-from ddim.io.fingerprint import model_sha256
-from ddim.sampler import Sampler
-from ddim.validation import real
+from ddim.io.fingerprint import HasModel, model_sha256
+from ddim.validation import integer, real, shown
 
-CODES = {".npz": "", ".safetensors": ""}
+LATENT_SUFFIXES = {".npz": "", ".safetensors": ""}
 
 
 @dataclass(frozen=True)
-class CodeSettings:
-    """How codes were made.
+class LatentSettings:
+    """The settings of an encoding.
 
     Attributes:
-        model: as the user called it.
-        model_sha256: of its weights, configuration and noise schedule.
-        timesteps: that were walked, decreasing.
-        exact: solved, or Euler.
-        tolerance: that a step's residual was to reach.
+        model: the model's name, as the user gave it.
+        model_sha256: SHA-256 of its weights, configuration and noise schedule.
+        timesteps: the timesteps of the encoding, strictly decreasing.
+        exact: whether each step was solved to the tolerance; if false, by one Euler step.
+        tolerance: the residual required of each step.
         residual: the largest residual of each image.
+
+    Example:
+        >>> LatentSettings("mnist", "0" * 64, [900, 450, 0], True, 1e-5, [2e-6]).exact
+        True
     """
 
     model: str
@@ -49,17 +51,29 @@ class CodeSettings:
     residual: list[float]
 
 
-def save_codes(path: str | Path, latents: Tensor, settings: CodeSettings) -> Path:
-    """Write codes, whole or not at all.
+def save_latents(path: str | Path, latents: Tensor, settings: LatentSettings) -> Path:
+    """Write latents atomically.
 
     Args:
-        path: in `.npz` or `.safetensors`.
-        latents: (N, C, H, W), N at least 1; written as float32.
-        settings: how they were made.
+        path: a `.npz` or `.safetensors` file.
+        latents: finite floating (N, C, H, W), N at least 1; written as float32.
+        settings: the settings of the encoding.
+
+    Returns:
+        The path.
 
     Raises:
-        ValueError: for another suffix, or latents that `load_codes` would refuse.
-        OSError: if it cannot be written; what was there stays.
+        ValueError: for another suffix, or latents that `load_latents` would refuse.
+        OSError: if it cannot be written; an earlier file stays.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> settings = LatentSettings("mnist", "0" * 64, [900, 450, 0], True, 1e-5, [2e-6])
+        >>> with TemporaryDirectory() as folder:
+        ...     path = save_latents(f"{folder}/digit.npz", torch.zeros(1, 1, 28, 28), settings)
+        ...     latents, loaded = load_latents(path)
+        >>> latents.shape, loaded == settings
+        (torch.Size([1, 1, 28, 28]), True)
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -69,27 +83,35 @@ def save_codes(path: str | Path, latents: Tensor, settings: CodeSettings) -> Pat
     text = json.dumps(asdict(settings), sort_keys=True)
     with atomic_write(target) as temporary:
         if target.suffix.lower() == ".npz":
-            # Given a name, NumPy would add its suffix to one in capitals.
+            # To an open file, because NumPy would append its suffix to a name in .NPZ.
             with temporary.open("wb") as file:
                 np.savez(file, latents=values.numpy(), settings=np.array(text))
         else:
             try:
-                # One entry: several would come in another order each time.
+                # A single entry of metadata: safetensors writes several in random order.
                 save_file({"latents": values}, temporary, metadata={"settings": text})
             except SafetensorError as error:
                 raise OSError(f"cannot write {target}: {error}") from error
     return target
 
 
-def load_codes(path: str | Path) -> tuple[Tensor, CodeSettings]:
-    """Read codes. Nothing in the file can run code.
+def load_latents(path: str | Path) -> tuple[Tensor, LatentSettings]:
+    """Read latents without running code in the file.
+
+    Args:
+        path: a file that `save_latents` wrote.
 
     Returns:
-        float32 (N, C, H, W), N at least 1, and how they were made.
+        float32 (N, C, H, W), N at least 1, and the settings of the encoding.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged or no file of codes, or holds NaN.
+        ValueError: if it is damaged, not a latent file, or holds non-finite values.
+
+    Example:
+        >>> load_latents("photo.jpg")
+        Traceback (most recent call last):
+        FileNotFoundError: there is no file photo.jpg
     """
     source = Path(path)
     if not source.is_file():
@@ -98,55 +120,70 @@ def load_codes(path: str | Path) -> tuple[Tensor, CodeSettings]:
     try:
         latents, text = _read_npz(source) if source.suffix.lower() == ".npz" else _read_safetensors(source)
         settings = _parse_settings(json.loads(text))
-    except Exception as error:  # every reader fails in its own way
-        raise ValueError(f"{source} is damaged or no file of codes: {error}") from None
+    except Exception as error:  # readers raise errors of many kinds
+        raise ValueError(f"{source} is damaged or not a latent file: {error}") from None
     return _check_latents(latents, str(source)), settings
 
 
-def check_settings(source: str | Path, settings: CodeSettings, pipe: Sampler, timesteps: list[int]) -> None:
-    """Refuse codes of another model or other timesteps.
+def check_latent_settings(
+    source: str | Path, settings: LatentSettings, pipe: HasModel, timesteps: list[int], force: bool = False
+) -> None:
+    """Check that latents were encoded by a model along given timesteps.
 
     Args:
         source: the file, for the message.
-        settings: of the codes in it.
-        pipe: shall decode them,
-        timesteps: along these.
+        settings: the settings of its latents.
+        pipe: holds the model that is to decode them.
+        timesteps: the timesteps of the decoding.
+        force: accept the latents all the same.
 
     Raises:
-        ValueError: saying what differs, and that `--force` decodes all the same.
+        ValueError: if the model or the timesteps differ.
+
+    Example:
+        >>> from ddim import DDIMPipeline
+        >>> settings = LatentSettings("other", "0" * 64, [900, 450, 0], True, 1e-5, [2e-6])
+        >>> try:
+        ...     check_latent_settings("digit.npz", settings, DDIMPipeline.from_pretrained("mnist"), [900, 450, 0])
+        ... except ValueError as error:
+        ...     print(str(error)[:44])
+        digit.npz was encoded with the model 'other'
     """
+    if force:
+        return
     if settings.model_sha256 != model_sha256(pipe):
         raise ValueError(
-            f"{source} was made with the model {settings.model!r}, which is not the one given (its weights, dtype, "
-            "configuration or schedule differ); --force decodes all the same"
+            f"{source} was encoded with the model {settings.model!r}, which differs from this one in its weights, "
+            "dtype, configuration or schedule; force=True decodes it anyway"
         )
     if settings.timesteps != timesteps:
         raise ValueError(
-            f"{source} was made in {len(settings.timesteps)} steps from timestep {settings.timesteps[0]}, which are "
-            f"not the {len(timesteps)} from {timesteps[0]} asked for; --force decodes all the same"
+            f"{source} was encoded in {len(settings.timesteps)} steps from timestep {settings.timesteps[0]}, got "
+            f"{len(timesteps)} steps from {timesteps[0]}; force=True decodes it anyway"
         )
 
 
 def _check_suffix(path: str | Path) -> Path:
-    if Path(path).suffix.lower() not in CODES:
-        raise ValueError(f"{path} is no file of codes; those end in {' or '.join(CODES)}")
+    """Return the path if it has the suffix of a latent file."""
+    if Path(path).suffix.lower() not in LATENT_SUFFIXES:
+        raise ValueError(f"{path} is not a latent file; those end in {' or '.join(LATENT_SUFFIXES)}")
     return Path(path)
 
 
 def _check_latents(latents: Tensor, name: str) -> Tensor:
-    """In float32, where float64 can overflow."""
+    """Return latents in float32, in which they must be finite."""
     if latents.ndim != 4 or not latents.numel() or not latents.is_floating_point():
         kind = f"{latents.dtype} of shape {tuple(latents.shape)}".removeprefix("torch.")
-        raise ValueError(f"{name} holds {kind}; codes are floating (N, C, H, W), N at least 1")
+        raise ValueError(f"{name} must hold floating latents (N, C, H, W), N at least 1, got {kind}")
     values = latents.float()
     if not bool(torch.isfinite(values).all()):
-        raise ValueError(f"{name} holds NaN or infinity; codes are finite")
+        raise ValueError(f"{name} must hold finite latents, got NaN or infinity")
     return values
 
 
 def _read_npz(path: Path) -> tuple[Tensor, str]:
     with np.load(path, allow_pickle=False) as file:
-        # Reading stops where an array's shape says; only the end of a member tells whether its checksum is right.
+        # NumPy stops reading at the end of the array, before the checksum of its member is verified.
         if (damaged := file.zip.testzip()) is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.from_numpy(file["latents"]), str(file["settings"])
@@ -159,17 +196,27 @@ def _read_safetensors(path: Path) -> tuple[Tensor, str]:
         return file.get_tensor("latents"), (file.metadata() or {})["settings"]
 
 
-def _parse_settings(entries: Any) -> CodeSettings:
-    """The settings from JSON, which may hold anything."""
-    names = [field.name for field in fields(CodeSettings)]
+def _parse_settings(entries: Any) -> LatentSettings:
+    """Check and return settings from JSON, which may hold anything."""
+    names = [field.name for field in fields(LatentSettings)]
     if not isinstance(entries, dict) or not entries.keys() >= set(names):
-        raise ValueError(f"its settings are no JSON object with {', '.join(names)}")
-    settings = CodeSettings(**{name: entries[name] for name in names})
-    check_timesteps(settings.timesteps, sys.maxsize)
+        raise ValueError(f"its settings must be a JSON object with {', '.join(names)}")
+    settings = LatentSettings(**{name: entries[name] for name in names})
+    _check_timesteps(settings.timesteps)
     if not isinstance(settings.model, str) or not isinstance(settings.model_sha256, str):
         raise ValueError("its settings do not name a model")
     if not isinstance(settings.exact, bool) or not isinstance(settings.residual, list):
-        raise ValueError("its settings do not tell how the codes were made")
+        raise ValueError("its settings do not describe an encoding")
     for value in (settings.tolerance, *settings.residual):
         real("a tolerance or residual", value)
     return settings
+
+
+def _check_timesteps(timesteps: Any) -> None:
+    if not isinstance(timesteps, list) or not timesteps:
+        raise ValueError(f"timesteps must be a list of at least one integer, got {shown(timesteps)}")
+    for timestep in timesteps:
+        integer("every timestep", timestep, 0)
+    for timestep, following in pairwise(timesteps):
+        if following >= timestep:
+            raise ValueError(f"timesteps must be strictly decreasing, got {following} after {timestep}")

@@ -1,11 +1,12 @@
-"""Weights in files: which file, what is in it, and whether it fits. Nothing that is read here can run code.
+"""Weight files: which one to read, its tensors, and whether they fit a model. Nothing that is read can run code.
 
-    diffusion_pytorch_model.safetensors                    what is written, a SHA-256 of the tensors in its metadata
+    diffusion_pytorch_model.safetensors                    the format written, with a SHA-256 of the tensors in it
     diffusion_pytorch_model.fp16.safetensors               a variant
-    diffusion_pytorch_model-00001-of-00002.safetensors     shards, and diffusion_pytorch_model.safetensors.index.json
     diffusion_pytorch_model-00001-of-00002.safetensors     shards, with an index (.safetensors.index.json)
+    diffusion_pytorch_model.bin                            a pickle, read without running code
 
-The first models on the hub call their attention weights query, key, value and proj_attn; they are renamed.
+The first models on the hub call their attention weights query, key, value and proj_attn; they are renamed
+when read.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddim.io.config import read_json, to_json
+from ddim.io.json_files import read_json, to_json
 
 WEIGHTS = "diffusion_pytorch_model"
 MAX_SHARD_SIZE = "10GB"
+"""Weights larger than this are split into shards."""
 ALIGNMENT = 64
-"""Of tensors in memory, in bytes, and of those in files that are written here."""
+"""Bytes to which PyTorch aligns tensors in memory, and this module those in the files it writes."""
 MADV_PAGEOUT = 21
+"""Linux's advice to reclaim pages now."""
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -41,9 +44,9 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""As safetensors writes them."""
+"""PyTorch's dtypes under the names of the safetensors format."""
 COPY_CHUNK_BYTES = 16 << 20
-"""Bytes of a file that are in memory beside the tensors that are made of it."""
+"""Bytes of a mapped file that are copied before it is opened anew, which bounds the memory beside the copies."""
 
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -54,16 +57,23 @@ def choose_weights(
     source: str = "the folder",
     use_safetensors: bool | None = None,
 ) -> str:
-    """The weights file among the names of a folder's files: safetensors before pickles, one file before shards.
+    """Choose the weights file of a folder: safetensors before pickles, a single file before shards.
 
     Args:
-        names: of files, without folders.
-        variant: `fp16`, say, for `diffusion_pytorch_model.fp16.safetensors`.
-        source: where they come from, for messages.
-        use_safetensors: `True` for safetensors only, `False` for pickles only.
+        names: names of the files in the folder.
+        variant: part of the file's name, such as `fp16` for `diffusion_pytorch_model.fp16.safetensors`.
+        source: the folder's name in messages.
+        use_safetensors: `True` to consider safetensors only, `False` for pickles only, `None` for both.
+
+    Returns:
+        The name of the file, or of the index of its shards.
 
     Raises:
-        FileNotFoundError: saying what was looked for and what weights there are.
+        FileNotFoundError: if there is none; it lists the names looked for and the weights present.
+
+    Example:
+        >>> choose_weights(["config.json", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"])
+        'diffusion_pytorch_model.safetensors'
     """
     present = set(names)
     infix = f".{variant}" if variant else ""
@@ -85,18 +95,28 @@ def choose_weights(
 
 
 def read_weights(folder: Path, variant: str | None = None, use_safetensors: bool | None = None) -> dict[str, Tensor]:
-    """All tensors of the weights in a folder, on the CPU, under today's names, as far as possible where they lie in a
-    mapped file, which may be replaced but not written to.
+    """Read all tensors of the weights in a folder.
+
+    Aligned tensors of a safetensors file share memory with the mapped file where the system allows it: the file may be
+    replaced afterwards, but must not be written to in place.
 
     Args:
-        folder: holds a file that `choose_weights` finds.
-        variant: as there.
-        use_safetensors: as there.
+        folder: holds the weights, under a name that `choose_weights` looks for.
+        variant: part of the file's name, such as `fp16`.
+        use_safetensors: `True` to read safetensors only, `False` for pickles only, `None` for either.
+
+    Returns:
+        Tensors on the CPU by their names in `UNet2DModel`.
 
     Raises:
         FileNotFoundError: if there are no such weights, or a shard is missing.
-        ValueError: if a file is truncated or holds something else than tensors, or if it was saved here, with a SHA-256
-            of its tensors, and has been altered.
+        ValueError: if a file is truncated, holds anything but tensors, or does not match the SHA-256 in its metadata.
+
+    Example:
+        >>> from ddim.io.hub import builtin_models
+        >>> weights = read_weights(builtin_models()["mnist"] / "unet")
+        >>> weights["conv_in.weight"].shape
+        torch.Size([32, 1, 3, 3])
     """
     chosen = choose_weights((path.name for path in folder.iterdir()), variant, str(folder), use_safetensors)
     if ".index." in chosen:
@@ -109,7 +129,7 @@ def read_weights(folder: Path, variant: str | None = None, use_safetensors: bool
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names; plain names only, so that an index cannot reach outside its folder."""
+    """Return the files that an index names; plain names only, so that an index cannot reach outside its folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index} has no weight_map from tensors to files")
@@ -123,13 +143,15 @@ def _shards(index: Path) -> list[str]:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read one weight file."""
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
 
         tensors: dict[str, Tensor] = {}
         names: list[str] | None = None
         try:
-            # Opened anew now and then, so that what has been copied does not stay in memory.
+            # The file is reopened after every chunk, because the mapped pages of copied tensors stay resident until
+            # it is closed.
             while names is None or names:
                 with safe_open(path, framework="pt") as file:
                     names = list(file.keys()) if names is None else names
@@ -137,8 +159,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
                     while names and size < COPY_CHUNK_BYTES:
                         name = names.pop()
                         mapped = file.get_tensor(name)
-                        # Matrix kernels differ in the last bit with alignment: what lies as memory does is used where
-                        # it is, the rest is copied.
+                        # Matrix kernels round differently by alignment, so that tensors that are not aligned as in
+                        # memory are copied.
                         in_place = sys.platform == "linux" and mapped.data_ptr() % ALIGNMENT == 0
                         tensors[name] = mapped if in_place else mapped.clone()
                         size += 0 if in_place else mapped.nbytes
@@ -156,25 +178,53 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_pickle(path: Path) -> Any:
-    """What a file of `torch.save` holds, on the CPU; ValueError if it is damaged or could run code."""
+    """Read a file of `torch.save` onto the CPU, without running code.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its content: tensors and plain containers.
+
+    Raises:
+        ValueError: if it is damaged, or holds anything whose loading could run code.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     torch.save({"bias": torch.zeros(2)}, Path(folder) / "weights.bin")
+        ...     read_pickle(Path(folder) / "weights.bin")
+        {'bias': tensor([0., 0.])}
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{path} is refused: it is damaged or no plain file of tensors, and loading it could run code"
+            f"{path} is refused: it is damaged or holds more than tensors, and loading it could run code"
         ) from None
-    except Exception as error:  # a damaged file fails in whatever it is taken for
+    except Exception as error:  # damaged files raise errors of many kinds
         raise ValueError(f"{path} is truncated or damaged: {type(error).__name__}") from None
 
 
 def _modern_name(name: str) -> str:
-    """`attentions.0.query.weight` as `attentions.0.to_q.weight`; every other name as it is."""
+    """Return today's name of a tensor: `attentions.0.query.weight` becomes `attentions.0.to_q.weight`."""
     match = re.fullmatch(r"(.*attentions\.\d+\.)(query|key|value|proj_attn)(\.\w+)", name)
     return f"{match[1]}{OLD_ATTENTION_NAMES[match[2]]}{match[3]}" if match else name
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of tensors on the CPU, in hexadecimal."""
+    """Return a SHA-256 of the names, dtypes, shapes and bytes of tensors.
+
+    Args:
+        tensors: tensors on the CPU by name, in any order.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Example:
+        >>> digest({"bias": torch.zeros(2)})[:8]
+        '52eda023'
+    """
     sha256 = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -184,22 +234,29 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def fill_model(model: nn.Module, tensors: Mapping[str, Tensor], source: str, dtype: torch.dtype) -> None:
-    """Make the tensors the parameters of a model that was built on the meta device.
+    """Assign tensors to the parameters of a model that was built on the meta device.
 
     Args:
-        model: whose names and shapes decide.
-        tensors: as from `read_weights`; taken over where the dtype is right, not copied.
-        source: where they come from, for messages.
-        dtype: of the filled model.
+        model: the model; its parameters' names and shapes must be those of the tensors.
+        tensors: tensors by name, as `read_weights` returns them; assigned without a copy where the dtype fits.
+        source: the tensors' origin, for messages.
+        dtype: floating dtype that the parameters get.
 
     Raises:
-        ValueError: naming the first three that are missing, not known, or of another shape.
+        ValueError: if tensors are missing, unexpected or of another shape; it names the first three.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     layer = nn.Linear(2, 1, bias=False)
+        >>> fill_model(layer, {"weight": torch.ones(1, 2)}, "a test", torch.float32)
+        >>> layer.weight.tolist()
+        [[1.0, 1.0]]
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     problems = [f"{name} is missing" for name in shapes if name not in tensors]
-    problems += [f"{name} is not known" for name in tensors if name not in shapes]
+    problems += [f"{name} is unexpected" for name in tensors if name not in shapes]
     problems += [
-        f"{name} has shape {tuple(tensors[name].shape)} instead of {shape}"
+        f"{name}: expected shape {shape}, got {tuple(tensors[name].shape)}"
         for name, shape in shapes.items()
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
@@ -212,16 +269,23 @@ def fill_model(model: nn.Module, tensors: Mapping[str, Tensor], source: str, dty
 def write_weights(
     tensors: Mapping[str, Tensor], folder: Path, variant: str | None = None, max_shard_size: int | str = MAX_SHARD_SIZE
 ) -> None:
-    """Write safetensors, with an index where they take more than one file.
+    """Write tensors as safetensors: one file, or shards with an index.
 
     Args:
-        tensors: name -> tensor, on any device.
-        folder: must exist.
-        variant: put into the files' names.
-        max_shard_size: of a file: bytes, or `"500MB"`.
+        tensors: tensors by name, on any device.
+        folder: an existing folder.
+        variant: part of the files' names, such as `fp16`.
+        max_shard_size: the size above which weights are split, in bytes or as `"500MB"`.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if a file cannot be written.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     write_weights({"bias": torch.zeros(2)}, Path(folder))
+        ...     list(read_weights(Path(folder)))
+        ['bias']
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -239,8 +303,10 @@ def write_weights(
 
 
 def _write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """The format of safetensors, its header filled up with spaces and tensors of whole cache lines first, so that these
-    can be used where they lie in a mapped file; the library packs them at any multiple of 8 bytes.
+    """Write a safetensors file whose tensors can be used where they lie in the mapped file.
+
+    The header is padded with spaces, and tensors whose sizes are multiples of `ALIGNMENT` come first, so that they are
+    aligned. The safetensors library itself aligns to 8 bytes.
     """
     names = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -258,12 +324,23 @@ def _write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapp
 
 
 def _bytes(tensor: Tensor) -> Any:
+    """Return a contiguous tensor's bytes as a NumPy array."""
     return tensor.flatten().view(torch.uint8).numpy()
 
 
 def drop_pages(tensor: Tensor) -> None:
-    """Tell the system that a tensor will not be looked at for a while: the memory of one in a mapped file is free until
-    it is. Nothing changes for any other, nor in what it holds.
+    """Release the resident pages of a tensor in a mapped file; the next access reads them from the file again.
+
+    The tensor's values do not change. Tensors elsewhere are left alone, as is every tensor on systems other than Linux.
+
+    Args:
+        tensor: any tensor.
+
+    Example:
+        >>> weight = torch.ones(3)
+        >>> drop_pages(weight)
+        >>> weight.tolist()
+        [1.0, 1.0, 1.0]
     """
     if sys.platform != "linux" or tensor.device.type != "cpu":
         return
@@ -274,16 +351,25 @@ def drop_pages(tensor: Tensor) -> None:
 
 
 def remove_stale_weights(folder: Path, variant: str | None, written: Iterable[str]) -> None:
-    """Delete the weights of this variant from an earlier save in another number of files: a loader would take them.
+    """Delete the weights that an earlier save left in a folder, which a loader might prefer to the new ones.
 
     Args:
-        folder: where they are.
-        variant: of the weights.
-        written: names of the files that stay.
+        folder: holds the weights.
+        variant: the variant whose files are deleted; those of other variants stay.
+        written: names of the files of the latest save, which stay.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     for name in ("config.json", f"{WEIGHTS}.safetensors", f"{WEIGHTS}-00001-of-00001.safetensors"):
+        ...         (Path(folder) / name).touch()
+        ...     remove_stale_weights(Path(folder), None, [f"{WEIGHTS}.safetensors"])
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['config.json', 'diffusion_pytorch_model.safetensors']
     """
-    mark = re.escape(f".{variant}" if variant else "")
-    kept = set(written)
-    pattern = re.compile(rf"{WEIGHTS}({mark}(-\d+-of-\d+)?\.safetensors|\.safetensors\.index{mark}\.json)")
+    infix = re.escape(f".{variant}" if variant else "")
+    current = set(written)
+    pattern = re.compile(rf"{WEIGHTS}({infix}(-\d+-of-\d+)?\.safetensors|\.safetensors\.index{infix}\.json)")
     for path in folder.iterdir():
-        if pattern.fullmatch(path.name) and path.name not in kept:
+        if pattern.fullmatch(path.name) and path.name not in current:
             path.unlink()

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddim.io.atomic import replace_folder
-from ddim.io.config import read_json, to_json
+from ddim.io.json_files import read_json, to_json
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from ddim.data.dataset import CachedPictures, ImageDataset, loader_rate, open_pictures
 from ddim.devices import choose_device
 from ddim.io.atomic import atomic_write
-from ddim.io.images import make_grid, save_images
+from ddim.io.image_files import make_grid, save_images
 from ddim.pipeline import DDIMPipeline
 from ddim.training.card import model_card
 from ddim.training.checkpoint import Checkpoint, clean, load_checkpoint, load_newest

@@ -1,6 +1,4 @@
-"""Pictures on their way in: bytes against the numbers they must become, resizing against PIL done by hand, and real
-files, sound and damaged, as PIL or these tests write them.
-"""
+"""Input images: bytes against the expected values, resizing against PIL, and files, intact and damaged."""
 
 from __future__ import annotations
 
@@ -20,7 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from ddim.io.images import find_images, read_image, to_output, to_samples
+from ddim.io.image_files import find_images, read_image
+from ddim.io.images import to_output, to_samples
 from digits import digits, write_digits
 
 H, W = 4, 6
@@ -32,7 +31,7 @@ def noise(mode: str = "RGB", width: int = W, height: int = H, seed: int = 0) -> 
 
 
 def smooth(mode: str = "RGB", width: int = 40, height: int = 30) -> Image.Image:
-    """A picture that lossy formats hardly change."""
+    """An image that lossy formats hardly change."""
     y, x = np.mgrid[:height, :width]
     planes = [x * 6, y * 8, (x + y) * 3]
     array = np.stack(planes[: len(mode)], -1).clip(0, 255).astype(np.uint8)
@@ -40,7 +39,7 @@ def smooth(mode: str = "RGB", width: int = 40, height: int = 30) -> Image.Image:
 
 
 def numbers(image: Image.Image) -> np.ndarray:
-    """(C, H, W) in [-1, 1], float64: what a model shall see."""
+    """Return the values that the model must receive: (C, H, W) in [-1, 1], float64."""
     array = np.asarray(image).astype(np.float64).reshape(image.height, image.width, -1)
     return array.transpose(2, 0, 1) / 127.5 - 1
 
@@ -56,7 +55,7 @@ def assert_samples(got: Tensor, *images: Image.Image) -> None:
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("resize", [False, True])
-def test_images(mode: str, resize: bool) -> None:
+def test_pil_images(mode: str, resize: bool) -> None:
     channels = len(mode)
     images = [noise(mode, seed=seed) for seed in range(3)]
     assert_samples(to_samples(images[0], channels, H, W, resize), images[0])
@@ -64,15 +63,15 @@ def test_images(mode: str, resize: bool) -> None:
     assert_samples(to_samples(tuple(images), channels, H, W, resize), *images)
 
 
-def test_real_pictures(tmp_path: Path) -> None:
+def test_files_of_digits(tmp_path: Path) -> None:
     files = find_images(write_digits(tmp_path, 20))
     got = to_samples([read_image(file) for file in files], 1, 8, 8)
     np.testing.assert_allclose(got[:, 0].numpy(), digits(20) / 127.5 - 1, rtol=0, atol=1.2e-7)
 
 
 @pytest.mark.parametrize("as_array", [False, True])
-def test_every_byte(as_array: bool) -> None:
-    """0 is -1, 255 is 1, what lies between is evenly spaced, and all of them come back."""
+def test_round_trip_of_every_byte(as_array: bool) -> None:
+    """0 maps to -1, 255 to 1, bytes between them evenly, and all bytes survive a round trip."""
     every = np.arange(256, dtype=np.uint8).reshape(16, 16)
     samples = to_samples(every[..., None] if as_array else Image.fromarray(every), 1, 16, 16)
     flat = samples.double().flatten()
@@ -83,7 +82,7 @@ def test_every_byte(as_array: bool) -> None:
     assert np.array_equal(np.asarray(image), every)
 
 
-def test_channels_rows_and_columns_stay_in_order() -> None:
+def test_order_of_channels_rows_and_columns() -> None:
     image = Image.new("RGB", (W, H))
     image.putpixel((5, 1), (255, 0, 0))  # PIL counts x first
     image.putpixel((2, 3), (0, 255, 0))
@@ -99,7 +98,7 @@ def test_channels_rows_and_columns_stay_in_order() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_arrays_of_bytes(channels: int) -> None:
+def test_uint8_arrays(channels: int) -> None:
     images = [noise("L" if channels == 1 else "RGB", seed=seed) for seed in range(3)]
     array = np.stack([np.asarray(image).reshape(H, W, channels) for image in images])
     assert_samples(to_samples(array, channels, H, W), *images)
@@ -107,7 +106,7 @@ def test_arrays_of_bytes(channels: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4", np.longdouble])
-def test_arrays_of_floats(dtype: Any) -> None:
+def test_float_arrays(dtype: Any) -> None:
     values = np.array([0, 0.25, 0.5, 0.75, 1, 0.125]).repeat(4).reshape(1, H, W, 1).astype(dtype)
     samples = to_samples(values, 1, H, W)
     assert samples.dtype == torch.float32
@@ -115,24 +114,24 @@ def test_arrays_of_floats(dtype: Any) -> None:
     assert torch.equal(to_samples(values[0], 1, H, W), samples)
 
 
-def test_floats_that_output_made() -> None:
+def test_round_trip_of_float_arrays() -> None:
     samples = torch.rand(5, 3, H, W, generator=torch.Generator().manual_seed(0)) * 2 - 1
     back = to_samples(to_output(samples, "np"), 3, H, W)
     torch.testing.assert_close(back, samples, rtol=0, atol=1.2e-7)
 
 
 @pytest.fixture
-def every_warning() -> Iterator[None]:
-    """PyTorch gives most of its warnings once a process."""
-    before = torch.is_warn_always_enabled()
+def repeated_warnings() -> Iterator[None]:
+    """Repeat the warnings that PyTorch gives once per process."""
+    original = torch.is_warn_always_enabled()
     torch.set_warn_always(True)
     yield
-    torch.set_warn_always(before)
+    torch.set_warn_always(original)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_arrays_are_taken_however_they_lie_in_memory(dtype: Any, every_warning: None) -> None:
-    """Read-only as those PIL gives out, backwards, in steps, transposed; nor is anything written to them."""
+def test_read_only_and_strided_arrays(dtype: Any, repeated_warnings: None) -> None:
+    """Read-only arrays, as PIL returns them, with negative or large strides, transposed; none is written to."""
     array = (
         np.asarray(noise("RGB", 2 * W, 2 * H))
         if dtype == np.uint8
@@ -147,19 +146,19 @@ def test_arrays_are_taken_however_they_lie_in_memory(dtype: Any, every_warning: 
     ]
     for view in views:
         view.flags.writeable = False
-        kept = view.copy()
+        original = view.copy()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             samples = to_samples(view, 3, H, W)
-        expected = kept.astype(np.float64) / (255 if dtype == np.uint8 else 1) * 2 - 1
+        expected = original.astype(np.float64) / (255 if dtype == np.uint8 else 1) * 2 - 1
         np.testing.assert_allclose(samples[0].numpy(), expected.transpose(2, 0, 1), rtol=0, atol=1.2e-7)
         samples.zero_()
-        assert np.array_equal(view, kept)
+        assert np.array_equal(view, original)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(count=st.integers(1, 4), channels=st.sampled_from([1, 3]), height=st.integers(1, 9), width=st.integers(1, 9))
-def test_every_way_in_gives_the_same_samples(count: int, channels: int, height: int, width: int) -> None:
+def test_all_input_types_give_equal_samples(count: int, channels: int, height: int, width: int) -> None:
     mode = "L" if channels == 1 else "RGB"
     images = [noise(mode, width, height, seed) for seed in range(count)]
     array = np.stack([np.asarray(image).reshape(height, width, channels) for image in images])
@@ -175,7 +174,7 @@ def test_every_way_in_gives_the_same_samples(count: int, channels: int, height: 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_tensors_are_samples_already(channels: int, dtype: torch.dtype) -> None:
+def test_tensors_are_unchanged(channels: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     tensor = (torch.rand(2, channels, H, W, generator=generator, dtype=torch.float64) * 2 - 1).to(dtype)
     samples = to_samples(tensor, channels, H, W)
@@ -184,32 +183,32 @@ def test_tensors_are_samples_already(channels: int, dtype: torch.dtype) -> None:
     assert torch.equal(to_samples(tensor[1], channels, H, W), samples[1:])
 
 
-def test_rounding_beyond_the_range_is_let_through() -> None:
+def test_rounding_errors_beyond_the_range_pass() -> None:
     tensor = torch.full((1, 1, H, W), 1 + 5e-4)
     assert torch.equal(to_samples(tensor, 1, H, W), tensor)
     assert torch.equal(to_samples(-tensor, 1, H, W), -tensor)
 
 
-# --- what is refused
+# --- invalid input
 
-HINT = r"; resizing \(resize=True, --resize\) crops the middle, scales it and converts it, with white behind what is"
+HINT = r"; resize=True crops the center, scales it and converts it, with white behind transparent pixels$"
 
 
 @pytest.mark.parametrize(
     ("image", "channels", "message"),
     [
-        (noise("RGB", 7, 4), 3, "images[0] is 7x4 RGB; the model takes 6x4 RGB"),
-        (noise("RGB", 4, 6), 3, "images[0] is 4x6 RGB; the model takes 6x4 RGB"),
-        (noise("L"), 3, "images[0] is 6x4 L; the model takes 6x4 RGB"),
-        (noise("RGB"), 1, "images[0] is 6x4 RGB; the model takes 6x4 L"),
-        (noise("RGBA"), 3, "images[0] is 6x4 RGBA; the model takes 6x4 RGB"),
-        (noise("L").convert("LA"), 1, "images[0] is 6x4 LA; the model takes 6x4 L"),
-        (noise("RGB").convert("P"), 3, "images[0] is 6x4 P; the model takes 6x4 RGB"),
-        (noise("RGB").convert("CMYK"), 3, "images[0] is 6x4 CMYK; the model takes 6x4 RGB"),
-        (Image.fromarray(np.zeros((H, W), np.uint16)), 1, "images[0] is 6x4 I;16; the model takes 6x4 L"),
+        (noise("RGB", 7, 4), 3, "images[0] must be 6x4 RGB, got 7x4 RGB"),
+        (noise("RGB", 4, 6), 3, "images[0] must be 6x4 RGB, got 4x6 RGB"),
+        (noise("L"), 3, "images[0] must be 6x4 RGB, got 6x4 L"),
+        (noise("RGB"), 1, "images[0] must be 6x4 L, got 6x4 RGB"),
+        (noise("RGBA"), 3, "images[0] must be 6x4 RGB, got 6x4 RGBA"),
+        (noise("L").convert("LA"), 1, "images[0] must be 6x4 L, got 6x4 LA"),
+        (noise("RGB").convert("P"), 3, "images[0] must be 6x4 RGB, got 6x4 P"),
+        (noise("RGB").convert("CMYK"), 3, "images[0] must be 6x4 RGB, got 6x4 CMYK"),
+        (Image.fromarray(np.zeros((H, W), np.uint16)), 1, "images[0] must be 6x4 L, got 6x4 I;16"),
     ],
 )
-def test_other_sizes_and_modes(image: Image.Image, channels: int, message: str) -> None:
+def test_other_sizes_and_modes_raise(image: Image.Image, channels: int, message: str) -> None:
     with pytest.raises(ValueError, match=HINT) as caught:
         to_samples(image, channels, H, W)
     assert str(caught.value).startswith(message + ";")
@@ -224,11 +223,10 @@ def test_other_sizes_and_modes(image: Image.Image, channels: int, message: str) 
     [(), (6,), (4, 6), (6, 4, 1), (1, 4, 6), (4, 6, 3), (2, 6, 4, 1), (2, 1, 4, 6), (1, 2, 4, 6, 1), (0, 4, 6, 1)],
 )
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_arrays_of_another_shape(shape: tuple[int, ...], dtype: Any) -> None:
-    with pytest.raises(ValueError, match="the model takes") as caught:
+def test_arrays_of_another_shape_raise(shape: tuple[int, ...], dtype: Any) -> None:
+    with pytest.raises(ValueError, match="expected shape") as caught:
         to_samples(np.zeros(shape, dtype), 1, 4, 6)
-    rule = "; the model takes (N, H, W, C) of at least one image of (4, 6, 1)"
-    assert str(caught.value) == f"images has shape {shape}{rule}"
+    assert str(caught.value) == f"images: expected shape (N, 4, 6, 1) with N at least 1, got {shape}"
     with pytest.raises(ValueError, match=r"; arrays are not resized, PIL images are$"):
         to_samples(np.zeros(shape, dtype), 1, 4, 6, resize=True)
 
@@ -237,72 +235,73 @@ def test_arrays_of_another_shape(shape: tuple[int, ...], dtype: Any) -> None:
     "shape",
     [(), (6,), (4, 6), (6, 4, 1), (4, 6, 1), (3, 4, 6), (2, 1, 6, 4), (2, 4, 6, 1), (1, 2, 1, 4, 6), (0, 1, 4, 6)],
 )
-def test_tensors_of_another_shape(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="the model takes") as caught:
+def test_tensors_of_another_shape_raise(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="expected shape") as caught:
         to_samples(torch.zeros(shape), 1, 4, 6)
-    rule = "; the model takes (N, C, H, W) of at least one image of (1, 4, 6)"
-    assert str(caught.value) == f"images has shape {shape}{rule}"
+    assert str(caught.value) == f"images: expected shape (N, 1, 4, 6) with N at least 1, got {shape}"
 
 
 @pytest.mark.parametrize("empty", [[], ()])
 @pytest.mark.parametrize("resize", [False, True])
-def test_no_images(empty: Any, resize: bool) -> None:
-    with pytest.raises(ValueError, match=r"at least one image of \(4, 6, 3\)"):
+def test_no_images_raises(empty: Any, resize: bool) -> None:
+    with pytest.raises(ValueError, match=r"expected shape \(N, 4, 6, 3\) with N at least 1, got \(0, 4, 6, 3\)"):
         to_samples(empty, 3, H, W, resize)
 
 
 @pytest.mark.parametrize(
     "images",
-    [None, "picture.png", Path("picture.png"), b"", 3, [1, 2], [[0.5]], {}, [None], [noise(), np.asarray(noise())],
-     [np.asarray(noise())], [torch.zeros(3, H, W)], [noise(), "picture.png"], [[noise()]]],
+    [None, "image.png", Path("image.png"), b"", 3, [1, 2], [[0.5]], {}, [None], [noise(), np.asarray(noise())],
+     [np.asarray(noise())], [torch.zeros(3, H, W)], [noise(), "image.png"], [[noise()]]],
     ids=lambda images: repr(images)[:25],
 )  # fmt: skip
-def test_other_things_and_mixed_lists(images: Any) -> None:
+def test_other_types_and_mixed_lists_raise(images: Any) -> None:
     with pytest.raises(TypeError) as caught:
         to_samples(images, 3, H, W)
-    rule = "give PIL images, a NumPy array (N, H, W, C) or a tensor (N, C, H, W)"
-    assert str(caught.value) == f"images is a {type(images).__name__}; {rule}"
+    rule = "images must be PIL images, a NumPy array (N, H, W, C) or a tensor (N, C, H, W)"
+    assert str(caught.value) == f"{rule}, got {type(images).__name__}"
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint16, bool, np.complex64, object, "U1"])
-def test_arrays_of_other_numbers(dtype: Any) -> None:
+def test_arrays_of_other_dtypes_raise(dtype: Any) -> None:
     array = np.zeros((1, H, W, 1), dtype)
-    with pytest.raises(ValueError, match=f"images is an array of {array.dtype}; it must be uint8, or floating in "):
+    with pytest.raises(
+        ValueError, match=rf"images must be uint8, or floating in \[0, 1\], got an array of {array.dtype}"
+    ):
         to_samples(array, 1, H, W)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64], ids=str)
-def test_tensors_of_other_numbers(dtype: torch.dtype) -> None:
-    with pytest.raises(ValueError, match=rf"images is a tensor of {dtype}; it must be floating in \[-1, 1\]"):
+def test_tensors_of_other_dtypes_raise(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=rf"images must be floating in \[-1, 1\], got a tensor of {dtype}"):
         to_samples(torch.zeros(1, 1, H, W, dtype=dtype), 1, H, W)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("kind", ["array", "tensor"])
-def test_numbers_that_are_not_finite(value: float, kind: str) -> None:
+def test_nonfinite_values_raise(value: float, kind: str) -> None:
     array = np.full((2, H, W, 1), 0.5)
     array[1, 2, 3] = value
     images = array if kind == "array" else torch.from_numpy(array).movedim(-1, 1)
-    with pytest.raises(ValueError, match="images holds NaN or infinity; it must be finite"):
+    with pytest.raises(ValueError, match="images must be finite, got NaN or infinity"):
         to_samples(images, 1, H, W)
 
 
 @pytest.mark.parametrize(("value", "message"), [(1.01, r"[0.5, 1.01]"), (-0.01, r"[-0.01, 0.5]"), (255, r"[0.5, 255]")])
-def test_arrays_out_of_range(value: float, message: str) -> None:
+def test_arrays_out_of_range_raise(value: float, message: str) -> None:
     array = np.full((2, H, W, 1), 0.5)
     array[1, 2, 3] = value
-    with pytest.raises(ValueError, match="it must be in") as caught:
-        to_samples(array, 1, H, W, name="pictures")
-    assert str(caught.value) == f"pictures lies in {message}; it must be in [0, 1]"
+    with pytest.raises(ValueError, match="must be in") as caught:
+        to_samples(array, 1, H, W, name="references")
+    assert str(caught.value) == f"references must be in [0, 1], got values in {message}"
 
 
 @pytest.mark.parametrize(("value", "message"), [(1.01, "[0.5, 1.01]"), (-1.01, "[-1.01, 0.5]"), (255, "[0.5, 255]")])
-def test_tensors_out_of_range(value: float, message: str) -> None:
+def test_tensors_out_of_range_raise(value: float, message: str) -> None:
     tensor = torch.full((2, 1, H, W), 0.5)
     tensor[1, 0, 2, 3] = value
-    with pytest.raises(ValueError, match="it must be in") as caught:
+    with pytest.raises(ValueError, match="must be in") as caught:
         to_samples(tensor, 1, H, W)
-    assert str(caught.value) == f"images lies in {message}; it must be in [-1, 1]"
+    assert str(caught.value) == f"images must be in [-1, 1], got values in {message}"
 
 
 # --- resizing
@@ -311,15 +310,15 @@ def test_tensors_out_of_range(value: float, message: str) -> None:
 @pytest.mark.parametrize(
     ("size", "box"),
     [
-        ((12, 8), (0, 0, 12, 8)),  # of the model's shape
+        ((12, 8), (0, 0, 12, 8)),  # the model's aspect ratio
         ((20, 8), (4, 0, 16, 8)),  # too wide
         ((12, 30), (0, 11, 12, 19)),  # too high
         ((3, 2), (0, 0, 3, 2)),  # too small
-        ((9, 4), (1, 0, 7, 4)),  # an odd rest: the larger half on the right; then of the model's size
+        ((9, 4), (1, 0, 7, 4)),  # an odd remainder: the larger half on the right; then the model's size
     ],
 )
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_resizing_crops_the_middle_and_scales_it(
+def test_resizing_crops_the_center_and_scales_it(
     mode: str, size: tuple[int, int], box: tuple[int, int, int, int]
 ) -> None:
     image = noise(mode, *size)
@@ -328,7 +327,7 @@ def test_resizing_crops_the_middle_and_scales_it(
 
 
 def test_resizing_a_mixed_list() -> None:
-    """Each as if it were alone, whatever its size and mode."""
+    """Each image is resized as if it were alone, whatever its size and mode."""
     images = [noise("RGB", 12, 8), noise("L", 6, 4), noise("RGBA", 9, 4), noise("RGB").convert("P"), noise("RGB")]
     together = to_samples(images, 3, H, W, resize=True)
     assert together.shape == (5, 3, H, W)
@@ -337,39 +336,39 @@ def test_resizing_a_mixed_list() -> None:
     assert_samples(together[4:], images[4])
 
 
-def test_resizing_leaves_the_image_alone() -> None:
+def test_resizing_does_not_change_the_input() -> None:
     image = noise("RGBA", 9, 9)
-    kept = image.copy()
+    original = image.copy()
     to_samples(image, 1, H, W, resize=True)
     assert image.mode == "RGBA"
-    assert np.array_equal(np.asarray(image), np.asarray(kept))
+    assert np.array_equal(np.asarray(image), np.asarray(original))
 
 
-def test_transparent_images_are_laid_on_white() -> None:
+def test_transparency_is_blended_with_white() -> None:
     image = noise("RGBA")
-    colour, alpha = np.split(np.asarray(image).astype(np.float64), [3], axis=2)
-    on_white = (colour * alpha + 255 * (255 - alpha)) / 255
+    color, alpha = np.split(np.asarray(image).astype(np.float64), [3], axis=2)
+    on_white = (color * alpha + 255 * (255 - alpha)) / 255
     got = to_samples(image, 3, H, W, resize=True)[0].permute(1, 2, 0).numpy()
     np.testing.assert_allclose((got + 1) * 127.5, on_white, rtol=0, atol=1)
-    # Fully transparent is white, whatever colour lies below, also for grey models.
+    # Fully transparent pixels are white, whatever their color, for gray models too.
     clear = Image.new("RGBA", (W, H), (10, 200, 30, 0))
     for channels in (1, 3):
         assert bool((to_samples(clear, channels, H, W, resize=True) == 1).all())
 
 
-def test_transparency_is_laid_on_white_before_scaling() -> None:
-    """Otherwise the colour below what cannot be seen would bleed into its surroundings."""
+def test_transparency_is_blended_before_scaling() -> None:
+    """Otherwise the color of transparent pixels would bleed into their surroundings."""
     image = Image.new("RGBA", (2 * W, 2 * H), (0, 0, 0, 0))
     image.paste((255, 255, 255, 255), (0, 0, W, 2 * H))
     assert bool((to_samples(image, 3, H, W, resize=True) == 1).all())
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_sixteen_bits_are_scaled_not_cut(tmp_path: Path, channels: int) -> None:
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, channels: int) -> None:
     deep = np.linspace(0, 65535, H * W).round().astype(np.uint16).reshape(H, W)
     Image.fromarray(deep).save(tmp_path / "deep.png")
     image = read_image(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match="the model takes"):
+    with pytest.raises(ValueError, match=r"deep\.png must be 6x4 (L|RGB), got"):
         to_samples(image, channels, H, W)
     got = to_samples(image, channels, H, W, resize=True)
     assert got.shape == (1, channels, H, W)
@@ -391,7 +390,7 @@ def test_palettes(tmp_path: Path, name: str) -> None:
     assert got.tolist() == [[[1, -1, -1], [1, 1, 1]], [[-1, -1, 1], [1, 1, 1]]]
 
 
-# --- files that can be read
+# --- readable files
 
 FORMATS: dict[str, dict[str, Any]] = {
     "png": {},
@@ -405,7 +404,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 
 def write(folder: Path, suffix: str, image: Image.Image) -> Path:
-    path = folder / f"picture.{suffix}"
+    path = folder / f"image.{suffix}"
     image.save(path, **FORMATS[suffix])
     return path
 
@@ -419,21 +418,21 @@ def test_files_of_every_format(tmp_path: Path, suffix: str, mode: str) -> None:
         got = read_image(given_path)
         assert isinstance(got, Image.Image)
         assert got.size == (40, 30)
-    path.unlink()  # it is decoded: nothing more is read
+    path.unlink()  # the image is decoded: nothing more is read
     error = np.abs(np.asarray(got.convert(mode)).astype(int) - np.asarray(image))
     if suffix in ("png", "bmp", "tiff", "ppm"):
         assert got.mode == mode
         assert error.max() == 0
-    elif (suffix, mode) == ("gif", "L"):  # a palette of greys
+    elif (suffix, mode) == ("gif", "L"):  # a palette of grays
         assert error.max() == 0
     else:
         assert error.mean() < 4
 
 
-def test_the_content_says_what_a_file_is(tmp_path: Path) -> None:
-    noise().save(tmp_path / "picture", "png")
-    (tmp_path / "picture").rename(tmp_path / "picture.jpg")
-    assert np.array_equal(np.asarray(read_image(tmp_path / "picture.jpg")), np.asarray(noise()))
+def test_format_is_detected_from_content(tmp_path: Path) -> None:
+    noise().save(tmp_path / "image", "png")
+    (tmp_path / "image").rename(tmp_path / "image.jpg")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "image.jpg")), np.asarray(noise()))
 
 
 def test_transparency_survives_reading(tmp_path: Path) -> None:
@@ -444,20 +443,20 @@ def test_transparency_survives_reading(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
-def test_animations(tmp_path: Path, suffix: str) -> None:
+def test_animations_raise(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"moving.{suffix}"
     frames = [noise(seed=seed) for seed in range(3)]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=50)
     with pytest.raises(ValueError, match="an animation") as caught:
         read_image(path)
-    assert str(caught.value) == f"{path} is an animation of 3 frames; give a still image"
-    # Of one frame it stands still.
+    assert str(caught.value) == f"{path} must be a still image, got an animation of 3 frames"
+    # With one frame it is a still image.
     frames[0].save(path, save_all=True)
     assert read_image(path).size == (W, H)
 
 
-def test_a_camera_s_preview_is_no_animation(tmp_path: Path) -> None:
-    """Multi-picture JPEG is what many cameras and telephones write; the first is the photograph."""
+def test_camera_preview_is_not_an_animation(tmp_path: Path) -> None:
+    """Many cameras write MPO files, several JPEGs in one, of which the first is the photograph."""
     photograph, preview = smooth(), Image.new("RGB", (10, 8), "red")
     photograph.save(tmp_path / "x.jpg", "MPO", save_all=True, append_images=[preview], quality=95)
     with Image.open(tmp_path / "x.jpg") as image:
@@ -466,11 +465,11 @@ def test_a_camera_s_preview_is_no_animation(tmp_path: Path) -> None:
     assert np.abs(got - np.asarray(photograph)).mean() < 4
 
 
-# --- files that cannot
+# --- unreadable files
 
 
-def refusal(path: Path) -> str:
-    """What is said of the file after its name, in one line."""
+def read_error(path: Path) -> str:
+    """Return the reason that the message gives after the file's name, in one line."""
     with pytest.raises(ValueError, match="cannot be read") as caught:
         read_image(path)
     message = str(caught.value)
@@ -483,26 +482,26 @@ def refusal(path: Path) -> str:
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.filterwarnings("ignore")  # PIL's own, of TIFF files cut in their directory
-def test_truncated_files(tmp_path: Path, suffix: str, mode: str) -> None:
+@pytest.mark.filterwarnings("ignore")  # PIL warns of TIFF files truncated in their directory
+def test_truncated_files_raise(tmp_path: Path, suffix: str, mode: str) -> None:
     path = write(tmp_path, suffix, noise(mode, 40, 30))
     whole = path.read_bytes()
     for part in (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95):
         path.write_bytes(whole[: int(len(whole) * part)])
-        refusal(path)
+        read_error(path)
     path.write_bytes(whole)
     assert read_image(path).size == (40, 30)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.filterwarnings("ignore")
-def test_damaged_files_give_an_image_or_a_refusal(tmp_path: Path, suffix: str) -> None:
-    """Every byte of the header in turn; formats without checksums cannot notice all."""
+def test_damaged_files_load_or_raise(tmp_path: Path, suffix: str) -> None:
+    """Each byte of the header is changed in turn; formats without checksums cannot detect all changes."""
     path = write(tmp_path, suffix, noise("RGB", 16, 12))
     whole = path.read_bytes()
     refused = 0
-    for place in range(min(64, len(whole))):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+    for position in range(min(64, len(whole))):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
         try:
             read_image(path)
         except ValueError as error:
@@ -513,15 +512,15 @@ def test_damaged_files_give_an_image_or_a_refusal(tmp_path: Path, suffix: str) -
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"This is no picture.\n", b"\x00" * 1000, b"<svg></svg>", b"\x89PNG\r\n\x1a\n"]
+    "content", [b"", b"This is not an image.\n", b"\x00" * 1000, b"<svg></svg>", b"\x89PNG\r\n\x1a\n"]
 )
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "txt"])
-def test_files_that_are_no_images(tmp_path: Path, content: bytes, suffix: str) -> None:
-    path = tmp_path / f"picture.{suffix}"
+def test_files_that_are_not_images_raise(tmp_path: Path, content: bytes, suffix: str) -> None:
+    path = tmp_path / f"image.{suffix}"
     path.write_bytes(content)
-    reason = refusal(path)
+    reason = read_error(path)
     if not content.startswith(b"\x89"):
-        assert reason == "it is no image of a known format"
+        assert reason == "not an image of a known format"
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -529,7 +528,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png_of_zeros(width: int, height: int, rows: int) -> bytes:
-    """A PNG that claims a size, with so many rows of zeros."""
+    """Return a PNG whose header claims a size, with fewer rows of zeros."""
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     data = zlib.compress(bytes((width + 1) * rows))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
@@ -537,28 +536,28 @@ def png_of_zeros(width: int, height: int, rows: int) -> bytes:
 
 @pytest.mark.parametrize("side", [10_000, 20_000])
 @pytest.mark.parametrize("suffix", ["png", "pgm"])
-def test_decompression_bombs(tmp_path: Path, suffix: str, side: int) -> None:
-    """PIL only warns of the smaller one; here both are refused, by their headers."""
+def test_decompression_bombs_raise(tmp_path: Path, suffix: str, side: int) -> None:
+    """PIL only warns of the smaller one; both are refused, by their headers."""
     path = tmp_path / f"bomb.{suffix}"
     path.write_bytes(png_of_zeros(side, side, 1) if suffix == "png" else b"P5 %d %d 255\n" % (side, side))
-    assert f"Image size ({side * side} pixels) exceeds limit of" in refusal(path)
+    assert f"Image size ({side * side} pixels) exceeds limit of" in read_error(path)
 
 
-def test_the_limit_of_pixels_is_pil_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixel_limit_is_that_of_pil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.png"
     path.write_bytes(png_of_zeros(10, 10, 10))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert read_image(path).size == (10, 10)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
     filters = list(warnings.filters)
-    assert "Image size (100 pixels) exceeds limit of 99 pixels" in refusal(path)
+    assert "Image size (100 pixels) exceeds limit of 99 pixels" in read_error(path)
     assert warnings.filters == filters
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert read_image(path).size == (10, 10)
 
 
 @pytest.mark.parametrize("name", ["missing.png", "missing/x.png", "file.png/x.png", "folder", "folder.png", ""])
-def test_no_such_file(tmp_path: Path, name: str) -> None:
+def test_missing_file_raises(tmp_path: Path, name: str) -> None:
     for folder in ("folder", "folder.png"):
         (tmp_path / folder).mkdir()
     noise().save(tmp_path / "file.png")
@@ -571,7 +570,7 @@ def test_no_such_file(tmp_path: Path, name: str) -> None:
 # --- folders
 
 
-def test_images_are_found_through_and_through(tmp_path: Path) -> None:
+def test_find_images_searches_subfolders(tmp_path: Path) -> None:
     names = ["b.png", "a.JPG", "c/2.webp", "c/1.bmp", "c/d/e/deep.tif", ".hidden/x.jpeg", "z.Tiff", "0.gif", "p.ppm",
              "p.pgm", "with space.png"]  # fmt: skip
     others = ["notes.txt", "c/metadata.jsonl", "c/x.png.part", "png", "c/array.npz", "movie.mp4"]
@@ -585,13 +584,13 @@ def test_images_are_found_through_and_through(tmp_path: Path) -> None:
     assert find_images(tmp_path / "c") == [tmp_path / "c" / name for name in ("1.bmp", "2.webp", "d/e/deep.tif")]
 
 
-def test_images_of_a_saved_folder_come_in_order(tmp_path: Path) -> None:
+def test_find_images_sorts(tmp_path: Path) -> None:
     write_digits(tmp_path / "digits", 12)
     assert [file.name for file in find_images(tmp_path)] == [f"{index:04d}.png" for index in range(12)]
 
 
 @pytest.mark.parametrize("kind", ["empty", "others", "missing"])
-def test_folders_without_images(tmp_path: Path, kind: str) -> None:
+def test_folders_without_images_raise(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / kind
     if kind != "missing":
         (folder / "sub.png").mkdir(parents=True)

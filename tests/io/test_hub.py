@@ -1,6 +1,6 @@
-"""Download from and upload to a hub, with the real `huggingface_hub` client against the server in `hub_server`.
+"""Downloads from and uploads to a hub: the real `huggingface_hub` client against the server in `hub_server`.
 
-The client runs in processes of its own, see `hub_client`.
+The client runs in separate processes, see `hub_client`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def offline_client(hub: Hub, home: Path) -> Iterator[Client]:
-    """The same with HF_HUB_OFFLINE, and the same cache."""
+    """A client with HF_HUB_OFFLINE and the same cache."""
     with start_client(hub.url, home, HF_HUB_OFFLINE="1") as call:
         yield call
 
@@ -57,7 +57,7 @@ def weights(tiny_unet: UNet2DModel) -> Weights:
 
 
 def add_clutter(folder: Path) -> None:
-    """What else repositories hold: other formats and variants of the weights, a card, pictures."""
+    """Add what else repositories hold: other formats and variants of the weights, a card, images."""
     (folder / "images").mkdir()
     for name in ("README.md", ".gitattributes", "images/sample.png"):
         (folder / name).write_bytes(b"not to be downloaded")
@@ -91,14 +91,14 @@ def assert_equal(loaded: Weights, expected: Weights) -> None:
 
 
 def error_message(client: Client, *call: Any, **arguments: Any) -> str:
-    """What a call that finds no model says: always this exception, always one line."""
+    """Return the message of a call that finds no model: a `FileNotFoundError` of one line."""
     with pytest.raises(FileNotFoundError) as caught:
         client(*call, **arguments)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_a_pipeline_and_only_its_files_are_downloaded(hub: Hub, client: Client, folder: Path, weights: Weights) -> None:
+def test_only_required_files_are_downloaded(hub: Hub, client: Client, folder: Path, weights: Weights) -> None:
     (folder / f"unet/{WEIGHTS}.bin").write_bytes(b"not to be downloaded")
     add_clutter(folder)
     hub.add("org/today", folder)
@@ -108,7 +108,7 @@ def test_a_pipeline_and_only_its_files_are_downloaded(hub: Hub, client: Client, 
     assert len(hub.downloaded("org/today")) == 4
 
 
-def test_a_format_of_ones_choice(hub: Hub, client: Client, folder: Path, weights: Weights) -> None:
+def test_use_safetensors_selects_the_download(hub: Hub, client: Client, folder: Path, weights: Weights) -> None:
     tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
     torch.save(tensors, folder / f"unet/{WEIGHTS}.bin")
     hub.add("org/both", folder)
@@ -121,16 +121,16 @@ def test_a_format_of_ones_choice(hub: Hub, client: Client, folder: Path, weights
     assert f"found {WEIGHTS}.bin" in message
 
 
-def test_the_flat_layout(hub: Hub, client: Client, folder: Path, weights: Weights) -> None:
+def test_flat_layout(hub: Hub, client: Client, folder: Path, weights: Weights) -> None:
     make_flat(folder)
     add_clutter(folder)
     hub.add("org/flat", folder)
     assert_equal(client(load, "org/flat"), weights)
-    wanted = ["config.json", f"{WEIGHTS}.bin", "model_index.json", "scheduler_config.json"]
-    assert hub.downloaded("org/flat") == wanted
+    expected = ["config.json", f"{WEIGHTS}.bin", "model_index.json", "scheduler_config.json"]
+    assert hub.downloaded("org/flat") == expected
 
 
-def test_weights_at_the_root_beside_a_unet_folder_are_left(
+def test_weights_at_the_root_beside_a_unet_folder_are_not_downloaded(
     hub: Hub, client: Client, folder: Path, weights: Weights, make_unet: Callable[..., UNet2DModel]
 ) -> None:
     other = make_unet(layers_per_block=2)
@@ -141,7 +141,7 @@ def test_weights_at_the_root_beside_a_unet_folder_are_left(
     assert_equal(client(load_unet, "org/both"), numbers(other))
 
 
-def test_a_variant(hub: Hub, client: Client, tiny_pipeline: DDIMPipeline, folder: Path, weights: Weights) -> None:
+def test_variant(hub: Hub, client: Client, tiny_pipeline: DDIMPipeline, folder: Path, weights: Weights) -> None:
     tiny_pipeline.unet.half().save_pretrained(folder / "unet", variant="fp16")
     hub.add("org/variant", folder)
     halves = {name: value.astype(np.float16).astype(np.float32) for name, value in weights.items()}
@@ -183,7 +183,7 @@ def test_revisions(hub: Hub, client: Client, folder: Path, tiny_unet: UNet2DMode
     assert_equal(client(load, repo_id, revision=commit, local_files_only=True), expected)
 
 
-def test_a_private_repository_opens_with_a_token(hub: Hub, client: Client, folder: Path, weights: Weights) -> None:
+def test_private_repository_requires_a_token(hub: Hub, client: Client, folder: Path, weights: Weights) -> None:
     hub.add("org/private", folder, private=True)
     assert "private and the token does not open it" in error_message(client, load, "org/private")
     assert "status 401: Invalid credentials" in error_message(client, load, "org/private", token="hf_forged")
@@ -191,7 +191,7 @@ def test_a_private_repository_opens_with_a_token(hub: Hub, client: Client, folde
     assert_equal(client(load, "org/private", token=READER), weights)
 
 
-def test_a_stored_token_is_used_and_its_absence_told(
+def test_stored_token_is_used_and_its_absence_reported(
     hub: Hub, client: Client, home: Path, folder: Path, weights: Weights
 ) -> None:
     hub.add("org/stored", folder, private=True)
@@ -201,14 +201,14 @@ def test_a_stored_token_is_used_and_its_absence_told(
     (home / "token").unlink()
 
 
-def test_a_gated_repository(hub: Hub, client: Client, folder: Path) -> None:
+def test_gated_repository_raises_without_permission(hub: Hub, client: Client, folder: Path) -> None:
     hub.add("org/gated", folder, gated=True)
     for token in (None, READER):
         assert "asks for permission on the hub" in error_message(client, load, "org/gated", token=token)
     client(load, "org/gated", token=WRITER)
 
 
-def test_what_the_hub_does_not_have(hub: Hub, client: Client, folder: Path) -> None:
+def test_missing_models_and_revisions_raise(hub: Hub, client: Client, folder: Path) -> None:
     hub.add("org/plain", folder)
     assert "the hub has no model org/nothing" in error_message(client, load, "org/nothing")
     assert "the hub has no model org/nothing" in error_message(client, load, "org/nothing", token=READER)
@@ -219,16 +219,14 @@ def test_what_the_hub_does_not_have(hub: Hub, client: Client, folder: Path) -> N
     assert not hub.downloaded("org/plain")
 
 
-def test_a_repository_that_is_no_diffusion_model(hub: Hub, client: Client) -> None:
+def test_repository_without_a_pipeline_raises(hub: Hub, client: Client) -> None:
     hub.add("org/text", {"config.json": b"{}", "model.safetensors": b"x", f"{WEIGHTS}.safetensors": b"x"})
     assert "looked for scheduler/scheduler_config.json" in error_message(client, load, "org/text")
     hub.add("org/empty", {"README.md": b"x"})
     assert "looked for unet/config.json" in error_message(client, load, "org/empty")
 
 
-def test_the_cache_serves_without_the_hub(
-    hub: Hub, client: Client, offline_client: Client, folder: Path, weights: Weights
-) -> None:
+def test_cache_works_offline(hub: Hub, client: Client, offline_client: Client, folder: Path, weights: Weights) -> None:
     add_clutter(folder)
     hub.add("org/cached", folder)
     client(load, "org/cached")
@@ -241,7 +239,7 @@ def test_the_cache_serves_without_the_hub(
         assert_equal(client(load, "org/cached", local_files_only=True), weights)
 
 
-def test_the_cache_serves_while_the_hub_fails(
+def test_cache_works_while_the_hub_fails(
     hub: Hub, client: Client, folder: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add("org/failing", folder)
@@ -251,7 +249,7 @@ def test_the_cache_serves_while_the_hub_fails(
     assert "status 503" in error_message(client, load, "org/not-cached")
 
 
-def test_neither_in_the_cache_nor_reachable(hub: Hub, client: Client, offline_client: Client, folder: Path) -> None:
+def test_unreachable_and_not_cached_raises(hub: Hub, client: Client, offline_client: Client, folder: Path) -> None:
     hub.add("org/far", folder)
     with hub.stopped():
         message = error_message(client, load, "org/far")
@@ -260,7 +258,7 @@ def test_neither_in_the_cache_nor_reachable(hub: Hub, client: Client, offline_cl
     assert "downloads are turned off" in error_message(offline_client, load, "org/far")
 
 
-def test_what_is_missing_in_the_cache_is_told(hub: Hub, client: Client, folder: Path, tmp_path: Path) -> None:
+def test_files_missing_in_the_cache_are_reported(hub: Hub, client: Client, folder: Path, tmp_path: Path) -> None:
     hub.add("org/partly", folder)
     client(load, "org/partly", cache_dir=tmp_path / "cache")
     offline = {"cache_dir": tmp_path / "cache", "local_files_only": True}
@@ -272,7 +270,7 @@ def test_what_is_missing_in_the_cache_is_told(hub: Hub, client: Client, folder: 
     assert "the cache has no such weights" in error_message(client, load, "org/partly", **offline)
 
 
-def test_a_lost_file_is_downloaded_again(
+def test_lost_file_is_downloaded_again(
     hub: Hub, client: Client, folder: Path, tmp_path: Path, weights: Weights
 ) -> None:
     hub.add("org/lost", folder)
@@ -282,14 +280,14 @@ def test_a_lost_file_is_downloaded_again(
     assert_equal(client(load, "org/lost", cache_dir=tmp_path / "cache"), weights)
 
 
-def test_a_folder_for_the_cache(hub: Hub, client: Client, folder: Path, home: Path, tmp_path: Path) -> None:
+def test_cache_dir(hub: Hub, client: Client, folder: Path, home: Path, tmp_path: Path) -> None:
     hub.add("org/elsewhere", folder)
     client(load, "org/elsewhere", cache_dir=tmp_path / "cache")
     assert (tmp_path / "cache/models--org--elsewhere").is_dir()
     assert not list(home.rglob("*elsewhere*"))
 
 
-def test_a_full_disk_is_not_taken_for_a_missing_network(hub: Hub, client: Client, folder: Path, tmp_path: Path) -> None:
+def test_disk_errors_are_not_reported_as_network_errors(hub: Hub, client: Client, folder: Path, tmp_path: Path) -> None:
     hub.add("org/no-room", folder)
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"\[Errno") as caught:
@@ -297,7 +295,7 @@ def test_a_full_disk_is_not_taken_for_a_missing_network(hub: Hub, client: Client
     assert "cannot be reached" not in str(caught.value)
 
 
-def test_parts_of_a_pipeline(
+def test_subfolders(
     hub: Hub, client: Client, folder: Path, weights: Weights, make_unet: Callable[..., UNet2DModel]
 ) -> None:
     DDIMScheduler(beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
@@ -336,14 +334,14 @@ def test_push_and_load(hub: Hub, client: Client, folder: Path, weights: Weights)
         (True, "no token is stored"),
     ],
 )
-def test_a_push_that_is_refused(hub: Hub, client: Client, folder: Path, token: str | bool | None, message: str) -> None:
+def test_refused_push_raises(hub: Hub, client: Client, folder: Path, token: str | bool | None, message: str) -> None:
     with pytest.raises(RuntimeError, match=f"the upload to org/refused failed: .*{message}") as caught:
         client(push, folder, "org/refused", token=token)
     assert "\n" not in str(caught.value)
     assert "org/refused" not in hub.repositories
 
 
-def test_a_push_without_a_network(hub: Hub, client: Client, offline_client: Client, folder: Path) -> None:
+def test_push_without_a_network_raises(hub: Hub, client: Client, offline_client: Client, folder: Path) -> None:
     with hub.stopped(), pytest.raises(RuntimeError, match="the upload to org/far failed: the hub cannot be reached"):
         client(push, folder, "org/far", token=WRITER)
     with pytest.raises(RuntimeError, match="the upload to org/far failed: downloads are turned off"):
@@ -368,17 +366,17 @@ def test_a_push_without_a_network(hub: Hub, client: Client, offline_client: Clie
         "a/" + 97 * "b",
     ],
 )
-def test_names_that_no_hub_has(name: str) -> None:
+def test_invalid_hub_ids_raise(name: str) -> None:
     with pytest.raises(FileNotFoundError, match="not a folder, and not a hub id"):
         find_model(name)
 
 
-def test_a_path_is_never_asked_for_on_the_hub() -> None:
+def test_paths_are_not_requested_from_the_hub() -> None:
     with pytest.raises(FileNotFoundError, match="not a folder, and not a hub id"):
         find_model(Path("org/name"))
 
 
-def test_a_file_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_is_not_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/model.ckpt").touch()

@@ -1,6 +1,4 @@
-"""Pictures between tensors, PIL, NumPy and files: against `diffusers`' image processor, PIL's own resampling, and what
-is read back from the files.
-"""
+"""Saved images: output types against `diffusers`' image processor, grids, resampling against PIL, files read back."""
 
 from __future__ import annotations
 
@@ -18,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from ddim.io.images import check_output_path, fit_image, make_grid, save_images, to_output
+from ddim.io.image_files import check_output_path, make_grid, save_images
+from ddim.io.images import fit_image, to_output
 
 # Every byte, every point halfway between two bytes, and values beyond the range.
 EDGES = torch.arange(-20, 2 * 255 + 21, dtype=torch.float64) / 510
@@ -42,12 +41,12 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-# --- tensors to pictures
+# --- tensors to images
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_output_equals_diffusers(channels: int, dtype: torch.dtype) -> None:
+def test_output_matches_diffusers(channels: int, dtype: torch.dtype) -> None:
     samples = random_samples(channels, dtype)
     theirs = VaeImageProcessor(vae_scale_factor=1)
     for output_type in ("pt", "np"):
@@ -62,7 +61,7 @@ def test_output_equals_diffusers(channels: int, dtype: torch.dtype) -> None:
         assert np.array_equal(pixels(ours), pixels(expected))
 
 
-def test_shapes_types_and_range() -> None:
+def test_output_shapes_dtypes_and_range() -> None:
     samples = random_samples(3)
     tensor, array = to_output(samples, "pt"), to_output(samples, "np")
     assert isinstance(tensor, Tensor)
@@ -76,7 +75,7 @@ def test_shapes_types_and_range() -> None:
     assert len(to_output(samples, "pil")) == 6
 
 
-def test_bytes_are_rounded_to_the_nearest() -> None:
+def test_bytes_are_rounded_to_nearest() -> None:
     every_byte = torch.arange(256, dtype=torch.float64)
     for shift in (-0.49, 0, 0.49):
         samples = ((every_byte + shift) / 255 * 2 - 1).reshape(1, 1, 16, 16)
@@ -85,8 +84,8 @@ def test_bytes_are_rounded_to_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("output_type", ["numpy", "PIL", "", None, "latent"])
-def test_unknown_output_type(output_type: str | None) -> None:
-    with pytest.raises(ValueError, match=f"output_type is {output_type!r}; it must be one of pil, np, pt"):
+def test_unknown_output_type_raises(output_type: str | None) -> None:
+    with pytest.raises(ValueError, match=f"output_type must be one of pil, np, or pt, got {output_type!r}"):
         to_output(torch.zeros(1, 1, 2, 2), output_type)
 
 
@@ -105,15 +104,15 @@ def test_grid_positions(mode: str, count: int, columns: int | None, shape: tuple
     rows, columns = shape
     assert grid.mode == mode
     assert grid.size == (columns * 7 + 2, rows * 5 + 2)
-    rest = pixels(grid).copy()
+    remainder = pixels(grid).copy()
     for index, image in enumerate(images):
         left, top = index % columns * 7 + 2, index // columns * 5 + 2
-        assert np.array_equal(rest[top : top + 3, left : left + 5], pixels(image))
-        rest[top : top + 3, left : left + 5] = 0
-    assert not rest.any()
+        assert np.array_equal(remainder[top : top + 3, left : left + 5], pixels(image))
+        remainder[top : top + 3, left : left + 5] = 0
+    assert not remainder.any()
 
 
-def test_a_grid_of_nothing() -> None:
+def test_empty_grid_raises() -> None:
     with pytest.raises(ValueError, match="at least one image"):
         make_grid([])
 
@@ -122,7 +121,7 @@ def test_a_grid_of_nothing() -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_the_right_size_is_untouched(mode: str) -> None:
+def test_image_of_the_right_size_is_unchanged(mode: str) -> None:
     image = noise_image(mode, 12, 10)
     fitted = fit_image(image, 10, 12, 1 if mode == "L" else 3)
     assert fitted.mode == mode
@@ -132,7 +131,7 @@ def test_the_right_size_is_untouched(mode: str) -> None:
 @pytest.mark.parametrize(
     ("size", "box"), [((40, 16), (12, 0, 28, 16)), ((16, 40), (0, 12, 16, 28)), ((18, 16), (1, 0, 17, 16))]
 )
-def test_the_centre_is_cropped(size: tuple[int, int], box: tuple[int, int, int, int]) -> None:
+def test_center_is_cropped(size: tuple[int, int], box: tuple[int, int, int, int]) -> None:
     image = noise_image("RGB", *size)
     assert np.array_equal(pixels(fit_image(image, 16, 16, 3)), pixels(image.crop(box)))
 
@@ -151,27 +150,27 @@ def test_resizing_is_lanczos_of_the_crop(mode: str, size: tuple[int, int], box: 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @example(49, 49, 32, 32)  # 49 / (32 / 49) * 32 is above 49 in floating point
 @given(*[st.integers(1, 300)] * 2, *[st.integers(1, 64)] * 2)
-def test_any_size_fits_any_other(width: int, height: int, new_width: int, new_height: int) -> None:
+def test_any_size_fits_any_target(width: int, height: int, new_width: int, new_height: int) -> None:
     fitted = fit_image(Image.new("L", (width, height), 77), new_height, new_width, 1)
     assert fitted.size == (new_width, new_height)
     assert set(pixels(fitted).ravel()) == {77}
 
 
-def test_grey_and_colour() -> None:
-    colour, grey = noise_image("RGB", 6, 4), noise_image("L", 6, 4)
-    assert np.array_equal(pixels(fit_image(colour, 4, 6, 1)), pixels(colour.convert("L")))
-    assert np.array_equal(pixels(fit_image(grey, 4, 6, 3)), np.repeat(pixels(grey)[..., None], 3, 2))
+def test_conversion_between_gray_and_color() -> None:
+    color, gray = noise_image("RGB", 6, 4), noise_image("L", 6, 4)
+    assert np.array_equal(pixels(fit_image(color, 4, 6, 1)), pixels(color.convert("L")))
+    assert np.array_equal(pixels(fit_image(gray, 4, 6, 3)), np.repeat(pixels(gray)[..., None], 3, 2))
 
 
-def test_transparency_lies_on_white() -> None:
+def test_transparency_is_blended_with_white() -> None:
     rgba = Image.new("RGBA", (2, 1), (200, 0, 40, 0))
     rgba.putpixel((1, 0), (200, 0, 40, 51))
-    # 51 / 255 is a fifth of the colour over four fifths of white.
+    # 51 / 255 is a fifth of the color over four fifths of white.
     assert np.array_equal(pixels(fit_image(rgba, 1, 2, 3))[0], [[255, 255, 255], [244, 204, 212]])
 
-    grey = Image.new("LA", (2, 1), (0, 0))
-    grey.putpixel((1, 0), (0, 255))
-    assert np.array_equal(pixels(fit_image(grey, 1, 2, 1))[0], [255, 0])
+    gray = Image.new("LA", (2, 1), (0, 0))
+    gray.putpixel((1, 0), (0, 255))
+    assert np.array_equal(pixels(fit_image(gray, 1, 2, 1))[0], [255, 0])
 
 
 def test_palettes() -> None:
@@ -222,9 +221,9 @@ def test_png_is_a_grid(tmp_path: Path) -> None:
         assert np.array_equal(pixels(image), pixels(make_grid(images)))
 
 
-@pytest.mark.parametrize("name", ["new", "new/", "there", "with.dot"])
-def test_folder_gets_a_png_an_image(tmp_path: Path, name: str) -> None:
-    for folder in ("there", "with.dot"):
+@pytest.mark.parametrize("name", ["new", "new/", "existing", "with.dot"])
+def test_folder_gets_one_png_per_image(tmp_path: Path, name: str) -> None:
+    for folder in ("existing", "with.dot"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "other.txt").write_text("stays")
     images = [noise_image("L", 6, 4, seed) for seed in range(3)]
@@ -233,20 +232,20 @@ def test_folder_gets_a_png_an_image(tmp_path: Path, name: str) -> None:
     assert sorted(p.name for p in folder.glob("*.png")) == ["00000.png", "00001.png", "00002.png"]
     assert {p.name for p in folder.iterdir()} - {"other.txt"} == {"00000.png", "00001.png", "00002.png"}
     for index, image in enumerate(images):
-        with Image.open(folder / f"{index:05d}.png") as there:
-            assert np.array_equal(pixels(there), pixels(image))
-    if name in ("there", "with.dot"):
+        with Image.open(folder / f"{index:05d}.png") as saved:
+            assert np.array_equal(pixels(saved), pixels(image))
+    if name in ("existing", "with.dot"):
         assert (folder / "other.txt").read_text() == "stays"
 
 
-def test_paths_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_paths_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.write_text("a file")
     for path in (tmp_path / "missing" / "x.png", tmp_path / "missing" / "x.npz", tmp_path / "missing" / "folder"):
         with pytest.raises(FileNotFoundError, match=r"folder .*missing does not exist"):
             check_output_path(path)
     for name in ("x.jpg", "x.npy", "x.png.gz"):
-        with pytest.raises(ValueError, match=r"ends in \.\w+; give a name in \.png \(a grid\), \.npz, or a folder"):
+        with pytest.raises(ValueError, match=r"out must be \.png \(a grid\), \.npz, or a folder, got .*x\.\w+"):
             check_output_path(tmp_path / name)
     for path in (f"{file}/", file, file / "x.png", file / "folder"):
         with pytest.raises(NotADirectoryError, match="file is a file, not a folder"):
@@ -262,13 +261,13 @@ def test_paths_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="Linux only")
-def test_a_read_only_folder() -> None:
-    # The kernel refuses to make files here, even for root.
+def test_read_only_folder_raises() -> None:
+    # The kernel refuses to create files in /proc, even for root.
     with pytest.raises(PermissionError, match="the folder /proc/self cannot be written"):
         check_output_path("/proc/self/x.png")
 
 
-def test_paths_that_can_be_written_are_left_alone(tmp_path: Path) -> None:
+def test_checked_paths_are_not_created(tmp_path: Path) -> None:
     for name in ("x.png", "x.npz", "x.NPZ", "folder"):
         assert check_output_path(tmp_path / name) == tmp_path / name
     assert not list(tmp_path.iterdir())
@@ -285,24 +284,24 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.npz", "folder"])
-def test_a_full_disk_leaves_the_old_and_no_litter(small_disk: Path, name: str) -> None:
+def test_full_disk_keeps_old_files_and_leaves_no_temporary(small_disk: Path, name: str) -> None:
     old = [noise_image("RGB", 8, 8, seed) for seed in range(2)]
     save_images(old, small_disk / name)
-    before = {p: p.read_bytes() for p in small_disk.rglob("*") if p.is_file()}
+    original = {p: p.read_bytes() for p in small_disk.rglob("*") if p.is_file()}
     with pytest.raises(OSError, match="No space left") as caught:
         save_images([noise_image("RGB", 128, 128, seed) for seed in range(4)], small_disk / name)
     assert caught.value.errno == errno.ENOSPC
-    assert {p: p.read_bytes() for p in small_disk.rglob("*") if p.is_file()} == before
+    assert {p: p.read_bytes() for p in small_disk.rglob("*") if p.is_file()} == original
     assert {p.name for p in small_disk.iterdir()} == {name}
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.npz", "folder"])
-def test_a_failing_write_leaves_the_old_and_no_litter(
+def test_failed_write_keeps_old_files_and_leaves_no_temporary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     images = [noise_image("RGB", 8, 8, seed) for seed in range(3)]
     save_images(images, tmp_path / name)
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    original = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
     def fail(descriptor: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -310,5 +309,5 @@ def test_a_failing_write_leaves_the_old_and_no_litter(
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="Input/output error"):
         save_images(images[::-1], tmp_path / name)
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == original
     assert {p.name for p in tmp_path.iterdir()} == {name}

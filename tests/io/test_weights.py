@@ -1,7 +1,7 @@
-"""What becomes of files that are damaged, foreign or dangerous, and of a save that fails half-way.
+"""Saved models: round trips, damaged, foreign and malicious files, and saves that fail half-way.
 
-Every case must end in the documented exception with a message that names the file, never in code that runs, in other
-weights than were saved, or in a folder that has lost what was in it.
+Every bad file must end in the documented exception with a message that names the file, never in code that runs, in
+other weights than those saved, or in a folder that lost its content.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ import torch
 from torch import Tensor, nn
 
 from ddim.io import weights
-from ddim.io.atomic import atomic_write, write_folder
 from ddim.io.config import ConfigMixin, register_to_config
 from ddim.io.hub import ModelFiles
 from ddim.io.weights import ALIGNMENT, DTYPES, choose_weights, read_weights, write_weights
@@ -50,7 +48,7 @@ def folder(saved_pipeline: Path, tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """All files, with their bytes, and folders."""
+    """Return the bytes of all files by relative path, `None` for folders."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
@@ -58,8 +56,8 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def flip(path: Path, position: int, bit: int) -> None:
@@ -70,10 +68,10 @@ def flip(path: Path, position: int, bit: int) -> None:
         file.write(bytes([byte ^ 1 << bit]))
 
 
-# Round trips
+# --- round trips
 
 
-def test_a_saved_pipeline_is_what_it_was(tiny_pipeline: DDIMPipeline, folder: Path) -> None:
+def test_pipeline_round_trip(tiny_pipeline: DDIMPipeline, folder: Path) -> None:
     loaded = DDIMPipeline.from_pretrained(folder)
     assert same(loaded.unet.state_dict(), tiny_pipeline.unet.state_dict())
     assert json.dumps(loaded.unet.config) == json.dumps(tiny_pipeline.unet.config)
@@ -86,7 +84,7 @@ def test_a_saved_pipeline_is_what_it_was(tiny_pipeline: DDIMPipeline, folder: Pa
     ]
 
 
-def test_every_argument_of_a_scheduler_is_kept(tmp_path: Path) -> None:
+def test_scheduler_round_trip_of_every_argument(tmp_path: Path) -> None:
     changed: dict[str, Any] = {
         "num_train_timesteps": 40,
         "beta_start": 0.001,
@@ -119,13 +117,13 @@ def test_every_argument_of_a_scheduler_is_kept(tmp_path: Path) -> None:
     assert DDIMScheduler.from_pretrained(tmp_path, steps_offset=3).config.steps_offset == 3
 
 
-def test_a_loaded_network_is_in_evaluation_mode_and_can_be_trained(folder: Path) -> None:
+def test_loaded_network_is_in_evaluation_mode_and_trainable(folder: Path) -> None:
     unet = UNet2DModel.from_pretrained(folder, subfolder="unet")
     assert not any(module.training for module in unet.modules())
     assert all(parameter.requires_grad for parameter in unet.parameters())
 
 
-def test_loading_leaves_the_random_state(make_unet: Callable[..., UNet2DModel], tmp_path: Path) -> None:
+def test_loading_does_not_change_the_random_state(make_unet: Callable[..., UNet2DModel], tmp_path: Path) -> None:
     make_unet(time_embedding_type="fourier").save_pretrained(tmp_path)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     UNet2DModel.from_pretrained(tmp_path)
@@ -139,19 +137,19 @@ def test_dtypes(tiny_unet: UNet2DModel, folder: Path, dtype: torch.dtype) -> Non
     loaded = DDIMPipeline.from_pretrained(folder, torch_dtype=dtype)
     assert loaded.dtype == dtype
     assert same(loaded.unet.state_dict(), tiny_unet.to(dtype).state_dict())
-    # A file in half precision is read as float32 unless asked otherwise, and holds half the bytes.
+    # A file in half precision is read as float32 by default, and holds half the bytes.
     tiny_unet.save_pretrained(folder / "half")
     assert UNet2DModel.from_pretrained(folder / "half").dtype == torch.float32
     assert (folder / f"half/{SAFETENSORS}").stat().st_size < 0.7 * (folder / f"unet/{SAFETENSORS}").stat().st_size
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, "float16"])
-def test_a_dtype_that_is_none(folder: Path, dtype: Any) -> None:
-    with pytest.raises(ValueError, match=r"torch_dtype is .*floating"):
+def test_invalid_dtype_raises(folder: Path, dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"torch_dtype must be a floating dtype .*, got "):
         DDIMPipeline.from_pretrained(folder, torch_dtype=dtype)
 
 
-# Folders that hold something else
+# --- folders with other content
 
 
 @pytest.mark.parametrize(
@@ -163,7 +161,7 @@ def test_a_dtype_that_is_none(folder: Path, dtype: Any) -> None:
         (f"unet/{SAFETENSORS}", rf"unet has no such weights: looked for {SAFETENSORS}, .*; found none"),
     ],
 )
-def test_what_is_missing_is_told(folder: Path, lost: str, message: str) -> None:
+def test_missing_part_raises(folder: Path, lost: str, message: str) -> None:
     path = folder / lost
     path.unlink() if path.is_file() else shutil.rmtree(path)
     folder.mkdir(exist_ok=True)
@@ -171,24 +169,24 @@ def test_what_is_missing_is_told(folder: Path, lost: str, message: str) -> None:
         DDIMPipeline.from_pretrained(folder)
 
 
-def test_a_folder_without_an_index_is_read(folder: Path) -> None:
+def test_folder_without_index_loads(folder: Path) -> None:
     (folder / "model_index.json").unlink()
     DDIMPipeline.from_pretrained(folder)
 
 
-def test_parts_that_are_not_there(folder: Path) -> None:
+def test_missing_subfolder_raises(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no .*other/config\.json"):
         UNet2DModel.from_pretrained(folder, subfolder="other")
     with pytest.raises(FileNotFoundError, match=r"there is no .*other/scheduler_config\.json"):
         DDIMScheduler.from_pretrained(folder, subfolder="other")
 
 
-def test_a_variant_that_is_not_there(folder: Path) -> None:
+def test_missing_variant_raises(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match=rf"looked for {NAME}\.fp16\.safetensors.*found {SAFETENSORS}"):
         DDIMPipeline.from_pretrained(folder, variant="fp16")
 
 
-def test_the_order_of_preference() -> None:
+def test_choose_weights_prefers_safetensors_and_single_files() -> None:
     names = [SAFETENSORS, INDEX, PICKLE, f"{NAME}.bin.index.json"]
     for position in range(4):
         assert choose_weights(reversed(names[position:])) == names[position]
@@ -205,7 +203,7 @@ def test_the_order_of_preference() -> None:
         ({"unet": []}, r"the class \[\] for unet"),
     ],
 )
-def test_an_index_with_other_classes(folder: Path, changes: dict[str, Any], message: str) -> None:
+def test_model_index_with_other_classes_raises(folder: Path, changes: dict[str, Any], message: str) -> None:
     edit(folder / "model_index.json", **changes)
     with pytest.raises(ValueError, match=rf"model_index\.json names {message}"):
         DDIMPipeline.from_pretrained(folder)
@@ -215,22 +213,22 @@ def test_an_index_with_other_classes(folder: Path, changes: dict[str, Any], mess
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "is no valid JSON"),
-        (b'{"sample_size": 16', "is no valid JSON"),
-        (b"\xff\xfe", "is no valid JSON"),
-        (b"[" * 100_000, "is no valid JSON"),
-        (b"[1, 2]", "must hold a JSON object, not a list"),
-        (b"null", "must hold a JSON object, not a NoneType"),
+        (b"", "is not valid JSON"),
+        (b'{"sample_size": 16', "is not valid JSON"),
+        (b"\xff\xfe", "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b"[1, 2]", "must hold a JSON object, got list"),
+        (b"null", "must hold a JSON object, got NoneType"),
     ],
     ids=["empty", "cut", "binary", "deep", "list", "null"],
 )
-def test_json_that_is_none(folder: Path, name: str, text: bytes, message: str) -> None:
+def test_invalid_json_raises(folder: Path, name: str, text: bytes, message: str) -> None:
     (folder / name).write_bytes(text)
     with pytest.raises(ValueError, match=rf"{re.escape(name)} {message}"):
         DDIMPipeline.from_pretrained(folder)
 
 
-def test_a_configuration_of_another_class(folder: Path) -> None:
+def test_configuration_of_another_class_raises(folder: Path) -> None:
     edit(folder / "unet/config.json", _class_name="UNet2DConditionModel")
     with pytest.raises(
         ValueError, match=r"unet/config\.json describes a UNet2DConditionModel; allowed are UNet2DModel"
@@ -243,7 +241,7 @@ def test_a_configuration_of_another_class(folder: Path) -> None:
     "name",
     ["block_out_channels", "down_block_types", "in_channels", "norm_num_groups", "act_fn"],
 )
-def test_a_network_configuration_with_a_wrong_value(folder: Path, name: str, value: Any) -> None:
+def test_invalid_network_configuration_raises(folder: Path, name: str, value: Any) -> None:
     edit(folder / "unet/config.json", **{name: value})
     with pytest.raises(ValueError, match="unet"):
         DDIMPipeline.from_pretrained(folder)
@@ -251,24 +249,24 @@ def test_a_network_configuration_with_a_wrong_value(folder: Path, name: str, val
 
 @pytest.mark.parametrize("value", ["abc", [], {}, -1])
 @pytest.mark.parametrize("name", ["num_train_timesteps", "beta_end", "trained_betas", "clip_sample_range"])
-def test_a_scheduler_configuration_with_a_wrong_value(folder: Path, name: str, value: Any) -> None:
+def test_invalid_scheduler_configuration_raises(folder: Path, name: str, value: Any) -> None:
     edit(folder / "scheduler/scheduler_config.json", **{name: value})
-    with pytest.raises(ValueError, match=r"scheduler_config\.json describes no DDIMScheduler"):
+    with pytest.raises(ValueError, match=r"scheduler_config\.json does not describe a DDIMScheduler"):
         DDIMPipeline.from_pretrained(folder)
 
 
-def test_an_override_that_is_no_argument(folder: Path) -> None:
+def test_unknown_override_raises(folder: Path) -> None:
     with pytest.raises(TypeError, match="beta_stop"):
         DDIMScheduler.from_pretrained(folder, subfolder="scheduler", beta_stop=0.1)
     with pytest.raises(TypeError, match="no argument 'vae'"):
         DDIMPipeline.from_pretrained(folder, vae=None)
 
 
-# Weights that are damaged, foreign or dangerous
+# --- damaged, foreign and malicious weights
 
 
 class Small(ConfigMixin, ModelFiles, nn.Module):
-    """A network whose file is so small that every bit of it can be tried."""
+    """A network whose file is so small that every bit of it can be flipped."""
 
     config_name = "config.json"
 
@@ -279,7 +277,7 @@ class Small(ConfigMixin, ModelFiles, nn.Module):
         self.scale = nn.Parameter(torch.tensor(2.0))
 
 
-def test_truncated_safetensors(folder: Path) -> None:
+def test_truncated_safetensors_raises(folder: Path) -> None:
     path = folder / f"unet/{SAFETENSORS}"
     whole = path.read_bytes()
     for length in (0, 1, 7, 8, 9, 1000, len(whole) // 2, len(whole) - 1):
@@ -288,7 +286,7 @@ def test_truncated_safetensors(folder: Path) -> None:
             DDIMPipeline.from_pretrained(folder)
 
 
-def test_safetensors_with_a_flipped_bit_in_the_data(folder: Path) -> None:
+def test_flipped_bit_in_tensor_data_raises(folder: Path) -> None:
     path = folder / f"unet/{SAFETENSORS}"
     whole = path.read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little")
@@ -300,8 +298,8 @@ def test_safetensors_with_a_flipped_bit_in_the_data(folder: Path) -> None:
             DDIMPipeline.from_pretrained(folder)
 
 
-def test_safetensors_with_any_bit_flipped(tmp_path: Path) -> None:
-    """Refused, or the flip is in what has no meaning (the name of the checksum's entry, white space)."""
+def test_any_flipped_bit_raises_or_has_no_effect(tmp_path: Path) -> None:
+    """The file is refused, or the bit has no meaning (in the name of the checksum's entry, or white space)."""
     small = Small()
     small.save_pretrained(tmp_path)
     expected = dict(small.state_dict())
@@ -319,7 +317,7 @@ def test_safetensors_with_any_bit_flipped(tmp_path: Path) -> None:
 
 
 class Evil:
-    """Unpickling this runs a command."""
+    """An object whose unpickling runs a command."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -330,7 +328,7 @@ class Evil:
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("disguise", ["alone", "among tensors", "as a shard", "as safetensors", "in the flat layout"])
-def test_a_pickle_that_would_run_code(
+def test_malicious_pickle_is_refused(
     tiny_unet: UNet2DModel, folder: Path, tmp_path: Path, disguise: str, legacy: bool
 ) -> None:
     evil = Evil(tmp_path / "touched")
@@ -351,15 +349,15 @@ def test_a_pickle_that_would_run_code(
     with pytest.raises(ValueError, match=r"is truncated or damaged" if "safe" in disguise else r"\.bin is refused: "):
         DDIMPipeline.from_pretrained(folder)
     assert not evil.path.exists()
-    # The file is what it is said to be.
+    # Loaded without the restriction, the file does run its command.
     torch.load(io.BytesIO(raw), weights_only=False)
     assert evil.path.exists()
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_a_damaged_pickle(tmp_path: Path, legacy: bool) -> None:
-    """Never another exception, and never a part of the tensors; flips in their data cannot be told."""
+def test_damaged_pickle_raises(tmp_path: Path, legacy: bool) -> None:
+    """Neither another exception nor a part of the tensors; flips in their data go undetected."""
     small = Small()
     path = tmp_path / PICKLE
     torch.save(small.state_dict(), path, _use_new_zipfile_serialization=not legacy)
@@ -378,20 +376,20 @@ def test_a_damaged_pickle(tmp_path: Path, legacy: bool) -> None:
 
 
 @pytest.mark.parametrize("content", [torch.zeros(2), [torch.zeros(2)], {"state_dict": {"a": torch.zeros(2)}}, {"a": 1}])
-def test_a_pickle_of_something_else(folder: Path, content: Any) -> None:
+def test_pickle_without_tensors_raises(folder: Path, content: Any) -> None:
     (folder / f"unet/{SAFETENSORS}").unlink()
     torch.save(content, folder / f"unet/{PICKLE}")
     with pytest.raises(ValueError, match=rf"{NAME}\.bin does not hold a dictionary of tensors"):
         DDIMPipeline.from_pretrained(folder)
 
 
-def test_weights_that_do_not_fit(tiny_unet: UNet2DModel, folder: Path) -> None:
+def test_mismatched_weights_raise(tiny_unet: UNet2DModel, folder: Path) -> None:
     path = folder / f"unet/{SAFETENSORS}"
     tensors = dict(tiny_unet.state_dict())
     tensors["conv_in.kernel"] = tensors.pop("conv_in.weight")
     tensors["conv_in.bias"] = torch.zeros(9)
     safetensors.torch.save_file(tensors, path)
-    fragments = "conv_in.weight is missing; conv_in.kernel is not known; conv_in.bias has shape (9,) instead of (8,)"
+    fragments = "conv_in.weight is missing; conv_in.kernel is unexpected; conv_in.bias: expected shape (8,), got (9,)"
     with pytest.raises(ValueError, match=rf"unet do not fit its configuration: {re.escape(fragments)}$"):
         DDIMPipeline.from_pretrained(folder)
     safetensors.torch.save_file({"other": torch.zeros(1)}, path)
@@ -408,11 +406,11 @@ def sharded(tiny_unet: UNet2DModel, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["../evil.safetensors", "/evil.safetensors", "sub/evil.safetensors", "evil.txt", ".."])
-def test_an_index_that_leads_elsewhere(folder: Path, sharded: Path, name: str) -> None:
+def test_shard_outside_the_folder_raises(folder: Path, sharded: Path, name: str) -> None:
     index = json.loads((sharded / INDEX).read_text())
-    for place in (folder, sharded / "sub"):
-        place.mkdir(exist_ok=True)
-        shutil.copy(next(sharded.glob("*-00001-of-*")), place / "evil.safetensors")
+    for target in (folder, sharded / "sub"):
+        target.mkdir(exist_ok=True)
+        shutil.copy(next(sharded.glob("*-00001-of-*")), target / "evil.safetensors")
     index["weight_map"]["conv_in.weight"] = str(folder / "evil.safetensors") if name.startswith("/") else name
     (sharded / INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match=rf"{INDEX} names '.*'; shards are .* files beside it"):
@@ -420,13 +418,13 @@ def test_an_index_that_leads_elsewhere(folder: Path, sharded: Path, name: str) -
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {"conv_in.weight": 3}, {"conv_in.weight": None}])
-def test_an_index_that_is_none(folder: Path, sharded: Path, weight_map: Any) -> None:
+def test_invalid_shard_index_raises(folder: Path, sharded: Path, weight_map: Any) -> None:
     edit(sharded / INDEX, weight_map=weight_map)
     with pytest.raises(ValueError, match=f"{INDEX} has no weight_map"):
         DDIMPipeline.from_pretrained(folder)
 
 
-def test_a_shard_that_is_missing_or_damaged(folder: Path, sharded: Path) -> None:
+def test_missing_or_damaged_shard_raises(folder: Path, sharded: Path) -> None:
     shard = sorted(sharded.glob("*-of-*"))[1]
     flip(shard, -1, 0)
     with pytest.raises(ValueError, match=f"{shard.name} is damaged"):
@@ -436,17 +434,17 @@ def test_a_shard_that_is_missing_or_damaged(folder: Path, sharded: Path) -> None
         DDIMPipeline.from_pretrained(folder)
 
 
-# Saving over what is there, and saves that fail
+# --- saving over an earlier save, and failing saves
 
 
 @pytest.mark.parametrize("sizes", [("50KB", "10GB"), ("10GB", "50KB"), ("50KB", "30KB"), ("30KB", 50_000)])
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_no_weights_of_an_earlier_save_are_left(
+def test_saving_removes_stale_weights(
     make_unet: Callable[..., UNet2DModel], tmp_path: Path, sizes: tuple[int | str, int | str], variant: str | None
 ) -> None:
-    kept = {"README.md": b"mine", "sub/notes.txt": b"mine", f"{NAME}.ema.safetensors": b"mine", PICKLE: b"mine"}
+    unrelated = {"README.md": b"mine", "sub/notes.txt": b"mine", f"{NAME}.ema.safetensors": b"mine", PICKLE: b"mine"}
     (tmp_path / "sub").mkdir()
-    for name, content in kept.items():
+    for name, content in unrelated.items():
         (tmp_path / name).write_bytes(content)
     make_unet(layers_per_block=2).save_pretrained(tmp_path, variant, max_shard_size=sizes[0])
     new = make_unet()
@@ -457,12 +455,10 @@ def test_no_weights_of_an_earlier_save_are_left(
     assert {path.name for path in (tmp_path / "fresh").iterdir()} | {"README.md", "sub", "fresh"} == {
         path.name for path in tmp_path.iterdir()
     } - {f"{NAME}.ema.safetensors", PICKLE}
-    assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
+    assert {name: (tmp_path / name).read_bytes() for name in unrelated} == unrelated
 
 
-def test_variants_stand_side_by_side(
-    tiny_unet: UNet2DModel, make_unet: Callable[..., UNet2DModel], tmp_path: Path
-) -> None:
+def test_variants_coexist(tiny_unet: UNet2DModel, make_unet: Callable[..., UNet2DModel], tmp_path: Path) -> None:
     tiny_unet.save_pretrained(tmp_path, "fp16", max_shard_size="50KB")
     make_unet().save_pretrained(tmp_path)
     make_unet().save_pretrained(tmp_path, max_shard_size="50KB")
@@ -470,7 +466,7 @@ def test_variants_stand_side_by_side(
 
 
 @pytest.mark.parametrize("calls", [0, 1], ids=["the first shard", "the second shard"])
-def test_a_save_that_fails_changes_nothing(
+def test_failed_save_changes_nothing(
     make_unet: Callable[..., UNet2DModel], folder: Path, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
     before = contents(folder)
@@ -492,18 +488,18 @@ def test_a_save_that_fails_changes_nothing(
 
 @pytest.fixture
 def small_disk(folder: Path, tmp_path: Path) -> Iterator[Path]:
-    """A disk that holds the saved pipeline, and too little room for a second one."""
+    """A disk that holds the saved pipeline, with too little space for a second one."""
     size = sum(path.stat().st_size for path in folder.rglob("*.*"))
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", str(disk)]
     if sys.platform != "linux" or os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small disk")
+        pytest.skip("requires the permission to mount a small disk")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk_changes_nothing(make_unet: Callable[..., UNet2DModel], folder: Path, small_disk: Path) -> None:
+def test_full_disk_changes_nothing(make_unet: Callable[..., UNet2DModel], folder: Path, small_disk: Path) -> None:
     shutil.copytree(folder, small_disk / "model")
     before = contents(small_disk)
     for size in ("10GB", "50KB"):
@@ -514,7 +510,7 @@ def test_a_full_disk_changes_nothing(make_unet: Callable[..., UNet2DModel], fold
         assert contents(small_disk) == before
 
 
-def test_saving_into_a_file(tiny_pipeline: DDIMPipeline, tmp_path: Path) -> None:
+def test_saving_into_a_file_raises(tiny_pipeline: DDIMPipeline, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("mine")
     for part in (tiny_pipeline, tiny_pipeline.unet, tiny_pipeline.scheduler):
@@ -523,82 +519,10 @@ def test_saving_into_a_file(tiny_pipeline: DDIMPipeline, tmp_path: Path) -> None
     assert path.read_text() == "mine"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no umask there")
-@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
-def test_permissions_follow_the_umask(tiny_pipeline: DDIMPipeline, tmp_path: Path, umask: int) -> None:
-    old = os.umask(umask)
-    try:
-        tiny_pipeline.save_pretrained(tmp_path / "model")
-        with atomic_write(tmp_path / "file.txt") as path:
-            path.write_text("new")
-        with write_folder(tmp_path / "folder") as path:
-            (path / "sub").mkdir()
-            (path / "sub/file.txt").write_text("new")
-    finally:
-        os.umask(old)
-    for path in tmp_path.rglob("*"):
-        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
-
-
-# The two functions that all of this rests on
-
-
-def test_write_whole_replaces_a_file(tmp_path: Path) -> None:
-    target = tmp_path / "file.txt"
-    for content in ("one", "two"):
-        with atomic_write(target) as path:
-            path.write_text(content)
-            assert path.parent == tmp_path
-            assert path.suffix == ".txt"
-            assert not target.exists() or target.read_text() == "one"
-        assert contents(tmp_path) == {"file.txt": content.encode()}
-
-
-def write_and_fail(writer: AbstractContextManager[Path], error: type[BaseException]) -> None:
-    with writer as path:
-        for target in (path / "a.txt", path / "b.txt") if path.is_dir() else (path,):
-            target.write_text("new")
-        raise error
-
-
-@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt])
-def test_write_whole_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
-    (tmp_path / "file.txt").write_text("old")
-    for name in ("file.txt", "other.txt"):
-        with pytest.raises(error):
-            write_and_fail(atomic_write(tmp_path / name), error)
-    assert contents(tmp_path) == {"file.txt": b"old"}
-
-
-def test_write_whole_wants_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "missing/file.txt"):
-        pytest.fail("there is nothing to write to")
-
-
-def test_write_folder_adds_to_a_folder(tmp_path: Path) -> None:
-    target = tmp_path / "deep/folder"
-    with write_folder(target) as path:
-        (path / "a.txt").write_text("one")
-    with write_folder(target) as path:
-        (path / "sub").mkdir()
-        for name in ("a.txt", "sub/b.txt"):
-            (path / name).write_text("two")
-        assert (target / "a.txt").read_text() == "one"
-    assert contents(target) == {"a.txt": b"two", "sub": None, "sub/b.txt": b"two"}
-
-
-@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt])
-def test_write_folder_leaves_the_old_files(tmp_path: Path, error: type[BaseException]) -> None:
-    (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(error):
-        write_and_fail(write_folder(tmp_path), error)
-    assert contents(tmp_path) == {"a.txt": b"old"}
-
-
 # --- formats
 
 
-def test_use_safetensors_decides_between_the_formats(folder: Path) -> None:
+def test_use_safetensors_selects_the_format(folder: Path) -> None:
     unet = folder / "unet"
     doubled = {name: 2 * tensor for name, tensor in read_weights(unet).items()}
     torch.save(doubled, unet / PICKLE)
@@ -608,13 +532,16 @@ def test_use_safetensors_decides_between_the_formats(folder: Path) -> None:
     assert same(DDIMPipeline.from_pretrained(folder, use_safetensors=False).unet.state_dict(), doubled)
     (unet / SAFETENSORS).unlink()
     assert same(UNet2DModel.from_pretrained(folder, subfolder="unet").state_dict(), doubled)
-    for load in (DDIMPipeline.from_pretrained, lambda where, **how: UNet2DModel.from_pretrained(where / "unet", **how)):
+    for load in (
+        DDIMPipeline.from_pretrained,
+        lambda path, **options: UNet2DModel.from_pretrained(path / "unet", **options),
+    ):
         with pytest.raises(FileNotFoundError, match=rf"looked for {NAME}\.safetensors.*found {NAME}\.bin"):
             load(folder, use_safetensors=True)
 
 
-def test_mapped_weights_are_ones_own(tmp_path: Path, make_unet: Callable[..., UNet2DModel]) -> None:
-    """They may be changed, and their file replaced, without one being seen in the other."""
+def test_mapped_weights_are_independent_of_the_file(tmp_path: Path, make_unet: Callable[..., UNet2DModel]) -> None:
+    """Changing mapped weights leaves the file alone, and replacing the file leaves them alone."""
     unet = make_unet()
     unet.save_pretrained(tmp_path)
     loaded = UNet2DModel.from_pretrained(tmp_path)
@@ -631,13 +558,13 @@ def test_mapped_weights_are_ones_own(tmp_path: Path, make_unet: Callable[..., UN
         assert all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in other.values())
 
 
-def test_written_files_are_of_the_format(tmp_path: Path) -> None:
-    """The library of the format reads them: all dtypes, odd sizes, nothing at all."""
+def test_safetensors_library_reads_written_files(tmp_path: Path) -> None:
+    """The safetensors library reads all dtypes, odd sizes and empty tensors."""
     tensors = {f"{dtype}": torch.arange(7).to(dtype) for dtype in DTYPES}
     tensors |= {"empty": torch.zeros(0, 3), "number": torch.tensor(3.0), "large": torch.randn(64, 64)}
     write_weights(tensors, tmp_path)
-    found = safetensors.torch.load_file(tmp_path / "diffusion_pytorch_model.safetensors")
-    assert found.keys() == tensors.keys()
+    loaded = safetensors.torch.load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)

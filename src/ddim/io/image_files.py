@@ -1,0 +1,302 @@
+"""Image files: finding and reading them, output paths, grids, animations, saving."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ddim.io.atomic import atomic_write, write_folder
+from ddim.io.images import decode_image
+from ddim.validation import join_choices
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+"""Files with these suffixes are read as images."""
+OUTPUT_SUFFIXES = {".png": "a grid", ".npz": ""}
+"""Suffixes that `save_images` writes, and what they mean."""
+ANIMATION_SUFFIXES = {".gif": "an animation", ".webp": "an animation"}
+GRID_GAP = 2
+"""Pixels between and around the images of a grid."""
+
+
+def find_images(path: str | Path) -> list[Path]:
+    """Find the image files in a folder and its subfolders, by their suffixes.
+
+    Args:
+        path: the folder.
+
+    Returns:
+        The files, sorted.
+
+    Raises:
+        FileNotFoundError: if there are none.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("L", (4, 4)).save(f"{folder}/one.png")
+        ...     [file.name for file in find_images(folder)]
+        ['one.png']
+    """
+    files = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not files:
+        raise FileNotFoundError(f"there is no image in {path}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
+    return files
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read a still image from a file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The image, in its own mode and size.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be decoded, is animated or too large.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("L", (4, 4)).save(f"{folder}/one.png")
+        ...     read_image(f"{folder}/one.png").size
+        (4, 4)
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    return decode_image(path, str(path))
+
+
+def make_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """Arrange images in rows, with a gap of 2 pixels between and around them.
+
+    Args:
+        images: at least one, all of one size and mode.
+        columns: images per row; defaults to a grid as square as possible.
+
+    Returns:
+        The grid, in the mode of the images.
+
+    Raises:
+        ValueError: for no images.
+
+    Example:
+        >>> make_grid([Image.new("L", (4, 4))] * 6, columns=3).size
+        (20, 14)
+    """
+    if not images:
+        raise ValueError("images must hold at least one image, got none")
+    columns = columns or round(len(images) ** 0.5 + 0.49)
+    rows = -(-len(images) // columns)
+    width, height = images[0].size
+    grid = Image.new(images[0].mode, (columns * (width + GRID_GAP) + GRID_GAP, rows * (height + GRID_GAP) + GRID_GAP))
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        grid.paste(image, (column * (width + GRID_GAP) + GRID_GAP, row * (height + GRID_GAP) + GRID_GAP))
+    return grid
+
+
+def stack_rows(rows: Sequence[Sequence[Image.Image]], columns: int = 16) -> Image.Image:
+    """Arrange rows of images that correspond by column, such as originals above their reconstructions.
+
+    Args:
+        rows: at least one, all of one length, all images of one size and mode.
+        columns: the most images per row; longer rows are wrapped together.
+
+    Returns:
+        The grid.
+
+    Raises:
+        ValueError: for no images.
+
+    Example:
+        >>> row = [Image.new("L", (4, 4))] * 3
+        >>> stack_rows([row, row], columns=2).size
+        (14, 26)
+    """
+    length = max((len(row) for row in rows), default=0)
+    if not length:
+        raise ValueError("rows must hold at least one image, got none")
+    columns = min(columns, length)
+    blank = Image.new(rows[0][0].mode, rows[0][0].size)
+    cells = []
+    for first in range(0, length, columns):
+        for row in rows:
+            part = list(row[first : first + columns])
+            cells += part + [blank] * (columns - len(part))
+    return make_grid(cells, columns)
+
+
+def is_folder_path(path: str | Path) -> bool:
+    """Return whether an output path means a folder: it is one, ends in a separator, or has no suffix.
+
+    Example:
+        >>> is_folder_path("samples/"), is_folder_path("samples.png")
+        (True, False)
+    """
+    return str(path).endswith(("/", os.sep)) or Path(path).is_dir() or not Path(path).suffix
+
+
+def is_animation_path(path: str | Path) -> bool:
+    """Return whether an output path means an animation.
+
+    Example:
+        >>> is_animation_path("walk.gif")
+        True
+    """
+    return Path(path).suffix.lower() in ANIMATION_SUFFIXES
+
+
+def check_output_path(
+    path: str | Path,
+    allowed: Mapping[str, str] = OUTPUT_SUFFIXES,
+    folder_allowed: bool = True,
+    name: str = "out",
+) -> Path:
+    """Check, before any work, that a result can be written to a path.
+
+    Args:
+        path: the output path, as for `save_images`.
+        allowed: suffixes, and what they mean.
+        folder_allowed: whether the path may mean a folder.
+        name: the argument's name, for the message.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: for a suffix that is not allowed.
+        FileNotFoundError: if the folder that would hold the result does not exist.
+        NotADirectoryError: if a file stands where a folder is required.
+        PermissionError: if that folder cannot be written.
+
+    Example:
+        >>> check_output_path("samples.jpg")
+        Traceback (most recent call last):
+        ValueError: out must be .png (a grid), .npz, or a folder, got samples.jpg
+    """
+    target = Path(path)
+    if target.suffix.lower() not in allowed if not is_folder_path(path) else not folder_allowed:
+        kinds = [f"{suffix} ({meaning})" if meaning else suffix for suffix, meaning in allowed.items()]
+        choices = join_choices([*kinds, "a folder"] if folder_allowed else kinds)
+        kind = "" if target.suffix and not target.is_dir() else " (a folder, or without a suffix)"
+        raise ValueError(f"{name} must be {choices}, got {path}{kind}")
+    folder = target if target.is_dir() else target.parent
+    if not folder.exists():
+        raise FileNotFoundError(f"the folder {folder} does not exist; create it, or write {target.name} elsewhere")
+    if not folder.is_dir() or (is_folder_path(path) and target.exists() and not target.is_dir()):
+        raise NotADirectoryError(f"{target if folder.is_dir() else folder} is a file, not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PermissionError(f"the folder {folder} cannot be written: {error.strerror}") from None
+    return target
+
+
+def output_files(path: str | Path, count: int) -> list[Path]:
+    """Return the files that `save_images` writes.
+
+    Args:
+        path: the output path.
+        count: the number of images.
+
+    Returns:
+        One path per image for a folder, else the path alone.
+
+    Example:
+        >>> [file.name for file in output_files("samples", 2)]
+        ['00000.png', '00001.png']
+    """
+    target = Path(path)
+    return [target / f"{index:05d}.png" for index in range(count)] if is_folder_path(path) else [target]
+
+
+def save_animation(frames: Sequence[Image.Image], path: str | Path, frames_per_second: float = 10) -> Path:
+    """Write a looping animation atomically.
+
+    Args:
+        frames: at least one, all of one size.
+        path: a `.gif` (256 colors per frame) or `.webp` (lossless) file.
+        frames_per_second: positive; GIF rounds the duration of a frame to 1/100 s.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: for no frames.
+        OSError: if it cannot be written; an earlier file stays.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_animation([Image.new("L", (4, 4), 9 * i) for i in range(3)], f"{folder}/walk.gif").name
+        'walk.gif'
+    """
+    if not frames:
+        raise ValueError("frames must hold at least one image, got none")
+    target = Path(path)
+    duration = round(1000 / frames_per_second)
+    with atomic_write(target) as temporary:
+        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=duration, loop=0, lossless=True)
+    return target
+
+
+def save_images(images: Sequence[Image.Image], path: str | Path, columns: int | None = None) -> Path:
+    """Write images atomically: as a grid, an array, or one file per image.
+
+    Args:
+        images: at least one, all of one size and mode.
+        path: `x.png` for a grid; `x.npz` for `arr_0`, uint8 (N, H, W, C), the format of the ADM evaluator; a path
+            without a suffix, or an existing folder, for `00000.png`, `00001.png`, ...
+        columns: images per row of a grid; defaults to a grid as square as possible.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: for another suffix.
+        OSError: if it cannot be written; earlier files stay.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save_images([Image.new("L", (4, 4))] * 3, f"{folder}/samples.npz")
+        ...     np.load(f"{folder}/samples.npz")["arr_0"].shape
+        (3, 4, 4, 1)
+    """
+    target = check_output_path(path)
+    if is_folder_path(path):
+        with write_folder(target) as folder:
+            for image, file in zip(images, output_files(folder, len(images)), strict=True):
+                image.save(file)
+    elif target.suffix.lower() == ".npz":
+        arrays = np.stack([np.atleast_3d(np.asarray(image)) for image in images])
+        # To an open file, because NumPy would append its suffix to a name in .NPZ.
+        with atomic_write(target) as temporary, temporary.open("wb") as opened:
+            np.savez_compressed(opened, arrays)
+    else:
+        save_image(make_grid(images, columns), target)
+    return target
+
+
+def save_image(image: Image.Image, path: str | Path) -> None:
+    """Write one image atomically, in the format of its suffix.
+
+    Args:
+        image: any mode and size.
+        path: the file.
+
+    Raises:
+        OSError: if it cannot be written; an earlier file stays.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_image(Image.new("L", (4, 4)), f"{folder}/one.png")
+        ...     read_image(f"{folder}/one.png").size
+        (4, 4)
+    """
+    with atomic_write(Path(path)) as temporary:
+        image.save(temporary)

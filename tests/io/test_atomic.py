@@ -1,0 +1,86 @@
+"""Atomic writes: replacement, failures half-way, permissions."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from ddim.io.atomic import atomic_write, write_folder
+from ddim.pipeline import DDIMPipeline
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Return the bytes of all files by relative path, `None` for folders."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_atomic_write_replaces_a_file(tmp_path: Path) -> None:
+    target = tmp_path / "file.txt"
+    for content in ("one", "two"):
+        with atomic_write(target) as path:
+            path.write_text(content)
+            assert path.parent == tmp_path
+            assert path.suffix == ".txt"
+            assert not target.exists() or target.read_text() == "one"
+        assert contents(tmp_path) == {"file.txt": content.encode()}
+
+
+def write_and_fail(writer: AbstractContextManager[Path], error: type[BaseException]) -> None:
+    with writer as path:
+        for target in (path / "a.txt", path / "b.txt") if path.is_dir() else (path,):
+            target.write_text("new")
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt])
+def test_failed_atomic_write_keeps_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
+    (tmp_path / "file.txt").write_text("old")
+    for name in ("file.txt", "other.txt"):
+        with pytest.raises(error):
+            write_and_fail(atomic_write(tmp_path / name), error)
+    assert contents(tmp_path) == {"file.txt": b"old"}
+
+
+def test_atomic_write_requires_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "missing/file.txt"):
+        pytest.fail("there is nothing to write to")
+
+
+def test_write_folder_keeps_other_files(tmp_path: Path) -> None:
+    target = tmp_path / "deep/folder"
+    with write_folder(target) as path:
+        (path / "a.txt").write_text("one")
+    with write_folder(target) as path:
+        (path / "sub").mkdir()
+        for name in ("a.txt", "sub/b.txt"):
+            (path / name).write_text("two")
+        assert (target / "a.txt").read_text() == "one"
+    assert contents(target) == {"a.txt": b"two", "sub": None, "sub/b.txt": b"two"}
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt])
+def test_failed_write_folder_keeps_the_old_files(tmp_path: Path, error: type[BaseException]) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(error):
+        write_and_fail(write_folder(tmp_path), error)
+    assert contents(tmp_path) == {"a.txt": b"old"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no umask on Windows")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_permissions_follow_the_umask(tiny_pipeline: DDIMPipeline, tmp_path: Path, umask: int) -> None:
+    old = os.umask(umask)
+    try:
+        tiny_pipeline.save_pretrained(tmp_path / "model")
+        with atomic_write(tmp_path / "file.txt") as path:
+            path.write_text("new")
+        with write_folder(tmp_path / "folder") as path:
+            (path / "sub").mkdir()
+            (path / "sub/file.txt").write_text("new")
+    finally:
+        os.umask(old)
+    for path in tmp_path.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
