@@ -117,7 +117,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "unknown pictures": (
         ["sample", "-n", "2", "--steps", "1", "--out", "unknown"],
         1,
-        r"unknown/00000\.png is there, and no manifest\.json .*--overwrite",
+        r"unknown/00000\.png exists, and no manifest\.json .*overwrite",
     ),
     "other pictures": (
         ["sample", "-n", "6", "--steps", "2", "--out", "pictures again"],

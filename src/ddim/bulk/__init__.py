@@ -1,18 +1,17 @@
-"""Many pictures in files: exactly so many, each from its own seed, by any number of processes, and gone on with after
-any interruption.
+"""Bulk sampling into files: any number of processes, one seed per image, resumable after any interrupt.
 
-    picture i comes from seed + i
-    batch b is pictures b B to (b + 1) B - 1; the last one is filled up with further seeds, whose pictures are dropped
+    image i comes from seed + i
+    batch b holds images b B to (b + 1) B - 1; the last one is sampled in full size, its surplus images are dropped
 
-Networks round a little differently for batches of different sizes. Batches are the same for every number of processes
-and after every restart, and so are the bytes.
+Networks round differently for batches of different sizes. Batches are the same for every number of processes and after
+every restart, and therefore so are the bytes.
 
-What is done is seen from the files that are there, which are written whole: there is no list that could be wrong. The
-manifest beside them says what they are pictures of: other settings are refused, not mixed in.
+Progress is read from the files present, which are written atomically, so that no list of them can be wrong. The
+manifest beside them records the settings of the images: a run with other settings is refused.
 
-`manifest` is that file, `targets` are the kinds of output, `run` paints.
+`manifest` reads and writes that file, `targets` are the kinds of output, `run` samples.
 """
 
-from ddim.bulk.run import Result, sample_many
+from ddim.bulk.run import BulkResult, sample_many
 
-__all__ = ["Result", "sample_many"]
+__all__ = ["BulkResult", "sample_many"]

@@ -1,11 +1,11 @@
-"""The manifest of a collection of pictures: a JSON file that says what they are pictures of.
+"""The manifest of a collection of images: a JSON file with the settings that the images were sampled with.
 
     {"settings": {"model_sha256": ..., "seed": 0, "count": 50000, "batch_size": 64, "eta": 0.0, ...},
      "versions": {"ddim": ..., "torch": ..., ...},
      "done": 12800,
      "complete": false}
 
-`settings` decide the pictures; `done` counts them, as they were when the file was last written.
+`settings` decide the images; `done` is their number when the file was last written.
 """
 
 from __future__ import annotations
@@ -23,48 +23,83 @@ from ddim.version import __version__
 
 logger = logging.getLogger(__name__)
 
+MANIFEST_NAME = "manifest.json"
+"""The name of the manifest in a folder of images."""
+MAX_VALUE_LENGTH = 40
+"""Characters of a setting that a message repeats in full."""
+
 
 def versions() -> dict[str, str]:
-    """Of what the bytes may depend on."""
+    """Return the versions of the libraries on which the images' bytes may depend.
+
+    Example:
+        >>> sorted(versions())
+        ['ddim', 'numpy', 'pillow', 'python', 'torch']
+    """
     libraries = {name: version(name) for name in ("torch", "numpy", "pillow")}
     return {"ddim": __version__, "python": platform.python_version()} | libraries
 
 
 def check_manifest(path: Path, settings: Mapping[str, Any]) -> None:
-    """See that a manifest that is there is of these settings.
+    """Check that an existing manifest has the same settings; log a warning if versions of libraries have changed.
+
+    Args:
+        path: the manifest.
+        settings: the settings of this run, as JSON would return them.
 
     Raises:
-        ValueError: if it is of others, saying which differ, or is no manifest.
+        ValueError: if settings differ, which it lists, or the file is not a manifest.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "manifest.json"
+        ...     write_manifest(path, {"count": 8, "seed": 0}, 2)
+        ...     check_manifest(path, {"count": 8, "seed": 0})
     """
-    there = read_json(path)
-    old = there.get("settings")
-    if not isinstance(old, dict):
-        raise ValueError(f"{path} is no manifest of pictures")
-    differing = [key for key in sorted({*old, *settings}) if old.get(key) != settings.get(key)]
+    manifest = read_json(path)
+    recorded = manifest.get("settings")
+    if not isinstance(recorded, dict):
+        raise ValueError(f"{path} is not a manifest of images")
+    differing = [key for key in sorted({*recorded, *settings}) if recorded.get(key) != settings.get(key)]
     if differing:
-        changes = ", ".join(f"{key} is {_short(settings.get(key))}, was {_short(old.get(key))}" for key in differing)
+        changes = ", ".join(
+            f"{key} is {_shortened(settings.get(key))}, was {_shortened(recorded.get(key))}" for key in differing
+        )
         raise ValueError(
-            f"{path} is of pictures with other settings ({changes}); give --overwrite to start afresh, or another --out"
+            f"{path} belongs to images with other settings ({changes}); pass overwrite=True to start over, or "
+            "another out"
         )
-    now, before = versions(), there.get("versions")
-    if isinstance(before, dict) and before != now:
-        changed = ", ".join(f"{key} {before.get(key)} to {now[key]}" for key in now if before.get(key) != now[key])
+    current, earlier = versions(), manifest.get("versions")
+    if isinstance(earlier, dict) and earlier != current:
+        changed = [key for key in current if earlier.get(key) != current[key]]
         logger.warning(
-            "versions have changed since these pictures were begun (%s): the rest may round otherwise", changed
+            "versions have changed since the first of these images (%s): the remaining ones may round differently",
+            ", ".join(f"{key} {earlier.get(key)} to {current[key]}" for key in changed),
         )
-
-
-NAME = "manifest.json"
-"""Of a manifest in a folder of pictures."""
 
 
 def write_manifest(path: Path, settings: Mapping[str, Any], done: int) -> None:
-    """Write the manifest, in place of the one that is there."""
+    """Write a manifest atomically, replacing an earlier one.
+
+    Args:
+        path: the file.
+        settings: the settings that decide the images, with their `count`.
+        done: the number of images present.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "manifest.json"
+        ...     write_manifest(path, {"count": 8}, 8)
+        ...     read_json(path)["complete"]
+        True
+    """
     content = {"settings": dict(settings), "versions": versions(), "done": done, "complete": done == settings["count"]}
     with atomic_write(path) as temporary:
         temporary.write_text(to_json(content), encoding="utf-8")
 
 
-def _short(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 40 else f"{text[:12]}..."
+    return text if len(text) <= MAX_VALUE_LENGTH else f"{text[:12]}..."

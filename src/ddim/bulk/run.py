@@ -1,9 +1,10 @@
-"""Painting many pictures into files."""
+"""Sampling many images into files."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,25 @@ from ddim.io.json_files import to_json
 from ddim.pipeline import DDIMPipeline
 from ddim.validation import integer
 
-COUNT_EVERY = 1.0
-"""Seconds between looks at what the other processes have done."""
+COUNT_INTERVAL_SECONDS = 1.0
+"""Time between counts of the images of other processes."""
 
 
 @dataclass(frozen=True)
-class Result:
-    """What came of a run.
+class BulkResult:
+    """The outcome of a run of bulk sampling.
 
     Attributes:
-        painted: pictures painted by this process.
-        done: pictures that are there, of all processes.
-        count: pictures there shall be.
+        sampled: images sampled by this process in this run.
+        done: images present, of all processes and runs.
+        count: images requested.
+
+    Example:
+        >>> BulkResult(sampled=2, done=6, count=8).done
+        6
     """
 
-    painted: int
+    sampled: int
     done: int
     count: int
 
@@ -48,32 +53,78 @@ def sample_many(
     batch_size: int = 64,
     shard_size: int = 1000,
     overwrite: bool = False,
-    share: tuple[int, int] | None = None,
     **settings: Any,
-) -> Result:
-    """Paint pictures into a folder, an npz file or tar shards; go on where an earlier run of these settings stopped.
+) -> BulkResult:
+    """Sample images into a folder, an npz file or tar shards; resume an earlier run with the same settings.
+
+    Under a launcher (`RANK` and `WORLD_SIZE` in the environment) each of n processes samples every n-th batch. They do
+    not wait for each other: the one that finishes the last batch of a file assembles it.
 
     Args:
-        pipe: paints; on CPUs through the engine, whose numbers do not depend on how many threads there are.
-        out: a folder, `x.npz` or `x.tar`, as `ddim.bulk.targets` tells.
-        count: how many.
-        seed: of the first; picture i comes from `seed + i`.
-        batch_size: pictures painted at once; no more than `count` are.
-        shard_size: pictures a tar shard.
-        overwrite: delete what is there and start afresh.
-        share: (i, n) for the i-th of n processes, which paints every n-th batch; as the launcher tells unless given.
-            Processes do not wait for each other: the one that finishes the last batch of a file puts it together.
+        pipe: the pipeline; on CPUs its engine's results do not depend on the number of threads.
+        out: a folder, `x.npz` or `x.tar`, as described in `ddim.bulk.targets`.
+        count: number of images.
+        seed: seed of the first image; image i comes from `seed + i`.
+        batch_size: images per batch; at most `count`.
+        shard_size: images per tar shard, rounded down to whole batches.
+        overwrite: delete existing images and start over; requires a single process.
         settings: `eta`, `num_inference_steps`, `timesteps`, `order` and `use_sigma_hat` of `DDIMPipeline.__call__`.
 
+    Returns:
+        How many images were sampled, and how many are present.
+
     Raises:
-        ValueError: for arguments out of range, or if there are pictures of other settings already.
-        FileExistsError: if there are pictures that nothing is known of.
+        ValueError: for arguments out of range, or if `out` holds images with other settings.
+        FileExistsError: if `out` holds images without a manifest.
         OSError: if files cannot be written.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> pipe = DDIMPipeline.from_pretrained("mnist")
+        >>> with TemporaryDirectory() as folder:
+        ...     sample_many(pipe, f"{folder}/digits.npz", 2, num_inference_steps=1)
+        ...     np.load(f"{folder}/digits.npz")["arr_0"].shape
+        BulkResult(sampled=2, done=2, count=2)
+        (2, 28, 28, 1)
     """
     count, batch_size = integer("count", count, 1), min(integer("batch_size", batch_size, 1), count)
     seed, shard_size = integer("seed", seed, 0), integer("shard_size", shard_size, 1)
-    rank, world = rank_and_world_size() if share is None else share
+    rank, world_size = rank_and_world_size()
     target = make_target(out, count, batch_size, seed, shard_size)
+    identity = _identity(pipe, target, settings)
+    if overwrite and world_size > 1:
+        raise ValueError(
+            f"overwrite=True must run in a single process, got {world_size}: it deletes files that others write"
+        )
+    _open(target, identity, overwrite)
+
+    quiet_pipe = DDIMPipeline(pipe.unet, pipe.scheduler, pipe.engine)
+    quiet_pipe.set_progress_bar_config(disable=True)
+    done = target.done_batches()
+    remaining = [batch for batch in target.batches[rank::world_size] if batch not in done]
+    sampled = 0
+    bar = tqdm(total=count, unit="image", dynamic_ncols=True, disable=rank != 0)
+    bar.initial = bar.n = _count(target, done)
+    counted_at = time.monotonic()
+    with bar:
+        for batch in remaining:
+            indices = target.indices(batch)
+            seeds = range(seed + indices.start, seed + indices.start + batch_size)
+            images = quiet_pipe(batch_size, seeds=seeds, output_type="np", return_dict=False, **settings)[0]
+            target.write_batch(batch, to_bytes(np.asarray(images))[: len(indices)])
+            sampled += len(indices)
+            bar.update(len(indices))
+            if rank == 0 and world_size > 1 and time.monotonic() - counted_at > COUNT_INTERVAL_SECONDS:
+                bar.n, counted_at = _count(target, target.done_batches()), time.monotonic()
+                bar.refresh()
+    target.assemble()
+    total = _count(target, target.done_batches())
+    write_manifest(target.manifest, identity, total)
+    return BulkResult(sampled, total, count)
+
+
+def _identity(pipe: DDIMPipeline, target: Target, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything that decides the images' bytes, as JSON returns it."""
     steps = pipe._plan(
         settings.get("num_inference_steps", 50),
         settings.get("timesteps"),
@@ -91,60 +142,32 @@ def sample_many(
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": pipe.device.type,
         "engine": type(prepare(pipe.unet, pipe.engine)).__name__,
-        "count": count,
-        "seed": seed,
-        "batch_size": batch_size,
+        "count": target.count,
+        "seed": target.seed,
+        "batch_size": target.batch_size,
         "format": target.path.suffix.lower().removeprefix(".") or "png",
-        "shard_size": getattr(target, "batches_a_shard", 0) * batch_size,
+        "shard_size": target.batches_per_shard * target.batch_size,
     }
-    identity = json.loads(to_json(identity))
-    if overwrite and world > 1:
-        raise ValueError(
-            "--overwrite deletes what is there, which one process has to do alone; run it without the others"
-        )
-    _open(target, identity, overwrite)
-
-    fast = DDIMPipeline(pipe.unet, pipe.scheduler, pipe.engine)
-    fast.set_progress_bar_config(disable=True)
-    done = target.done()
-    todo = [batch for batch in target.batches[rank::world] if batch not in done]
-    painted = 0
-    bar = tqdm(total=count, unit="picture", dynamic_ncols=True, disable=rank != 0)
-    bar.initial = bar.n = _count(target, done)
-    looked = time.monotonic()
-    with bar:
-        for batch in todo:
-            indices = target.pictures(batch)
-            seeds = range(seed + indices.start, seed + indices.start + batch_size)
-            images = fast(batch_size, seeds=seeds, output_type="np", return_dict=False, **settings)[0]
-            target.put(batch, to_bytes(np.asarray(images))[: len(indices)])
-            painted += len(indices)
-            bar.update(len(indices))
-            if rank == 0 and world > 1 and time.monotonic() - looked > COUNT_EVERY:
-                bar.n, looked = _count(target, target.done()), time.monotonic()
-                bar.refresh()
-    target.finish()
-    total = _count(target, target.done())
-    write_manifest(target.manifest, identity, total)
-    return Result(painted, total, count)
+    result: dict[str, Any] = json.loads(to_json(identity))
+    return result
 
 
 def _count(target: Target, batches: set[int]) -> int:
-    """Pictures in so many batches."""
-    return sum(len(target.pictures(batch)) for batch in batches)
+    """Return the number of images in batches."""
+    return sum(len(target.indices(batch)) for batch in batches)
 
 
 def _open(target: Target, identity: dict[str, Any], overwrite: bool) -> None:
-    """See that what is there belongs to these settings, or delete it."""
+    """Check that existing images have these settings, or delete them; create folders and the manifest."""
     if overwrite:
         target.clear()
     if target.manifest.exists():
         check_manifest(target.manifest, identity)
-    elif existing := target.existing():
+    elif existing := target.existing_files():
         raise FileExistsError(
-            f"{existing[0]} is there, and no {target.manifest.name} that says what it is; give --overwrite to replace "
-            "it, or another --out"
+            f"{existing[0]} exists, and no {target.manifest.name} describes it; pass overwrite=True to replace it, or "
+            "another out"
         )
-    target.prepare()
+    target.create_folders()
     if not target.manifest.exists():
         write_manifest(target.manifest, identity, 0)

@@ -104,8 +104,8 @@ def sample(
     started = time.monotonic()
     if is_folder_path(out) or target.suffix.lower() in (".npz", ".tar"):
         result = sample_many(pipe, out, count, seed, batch_size, shard_size, overwrite, **settings)
-        summary = f"{number(result.painted, 'picture')} in {time.monotonic() - started:.1f} s"
-        if result.done < result.count or result.painted < result.count:
+        summary = f"{number(result.sampled, 'picture')} in {time.monotonic() - started:.1f} s"
+        if result.done < result.count or result.sampled < result.count:
             summary += f"; {result.done} of {result.count} are there"
         if rank == 0:
             finish(target, 0, summary)
