@@ -36,7 +36,18 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("DDIM_KERNEL_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "kernels"))
 
 
-SLOW = ("processes", "interruption", "bulk", "learning", "run", "checkpoint", "evaluation", "convert", "cli_latents")
+SLOW = (
+    "processes",
+    "interruption",
+    "bulk",
+    "learning",
+    "run",
+    "checkpoint",
+    "report",
+    "paper_tables",
+    "convert",
+    "cli_latents",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -117,7 +117,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "unknown pictures": (
         ["sample", "-n", "2", "--steps", "1", "--out", "unknown"],
         1,
-        r"unknown/00000\.png exists, and no manifest\.json .*overwrite",
+        r"unknown/00000\.png is there, and no manifest\.json .*--overwrite",
     ),
     "other pictures": (
         ["sample", "-n", "6", "--steps", "2", "--out", "pictures again"],
@@ -127,11 +127,11 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "empty folder": (["sample", "-m", "empty"], 1, "empty holds no model: looked for .*config.json"),
     "file": (["sample", "-m", "mine.yaml"], 1, "there is no model 'mine.yaml'"),
     "missing folder": (["sample", "--out", "missing/x.png"], 1, "the folder missing does not exist"),
-    "suffix": (["sample", "--out", "x.jpg"], 1, r"out must be \.png .*, got x\.jpg"),
+    "suffix": (["sample", "--out", "x.jpg"], 1, r"--out x\.jpg ends in \.jpg; give a name in \.png"),
     "file as folder": (["sample", "--out", "mine.yaml/x.png"], 1, r"mine\.yaml is a file, not a folder"),
     "device": (["sample", "--device", "cuda"], 1, "there is no device 'cuda' here|no CUDA device"),
     "unknown device": (["sample", "--device", "abacus"], 1, "there is no device 'abacus' here"),
-    "engine": (["sample", "--engine", "steam"], 1, "there is no engine 'steam'; there are auto, eager, compile"),
+    "engine": (["sample", "--engine", "steam"], 1, "engine must be one of auto, eager, or compile, got 'steam'"),
     "dtype": (["sample", "--dtype", "float99"], 1, "dtype is 'float99'; it must be one of float32, bfloat16, float16"),
     "sigma-hat": (["sample", "--sigma-hat"], 1, "sigma.hat .* eta=1"),
     "unknown option": (["sample", "--stepz", "3"], 2, "No such option: --stepz"),

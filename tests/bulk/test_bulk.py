@@ -222,7 +222,7 @@ class TestInvalidInput:
             ({"shard_size": 0}, "shard_size"),
             ({"eta": -1.0}, "eta"),
             ({"num_inference_steps": 0}, "num_inference_steps"),
-            ({"out": "x.jpg"}, r"out must be a folder, \.npz or \.tar, got .*x\.jpg"),
+            ({"out": "x.jpg"}, r"out must end in \.npz, \.tar, or be a folder, got .*x\.jpg"),
         ],
     )
     def test_raises_before_anything_is_written(

@@ -68,7 +68,7 @@ def check_manifest(path: Path, settings: Mapping[str, Any]) -> None:
         )
         raise ValueError(
             f"{path} belongs to images with other settings ({changes}); pass overwrite=True to start over, or "
-            "another out"
+            "write elsewhere"
         )
     current, earlier = versions(), manifest.get("versions")
     if isinstance(earlier, dict) and earlier != current:

@@ -166,7 +166,7 @@ def _open(target: Target, identity: dict[str, Any], overwrite: bool) -> None:
     elif existing := target.existing_files():
         raise FileExistsError(
             f"{existing[0]} exists, and no {target.manifest.name} describes it; pass overwrite=True to replace it, or "
-            "another out"
+            "write elsewhere"
         )
     target.create_folders()
     if not target.manifest.exists():

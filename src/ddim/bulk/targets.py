@@ -359,4 +359,4 @@ def make_target(out: str | Path, count: int, batch_size: int, seed: int, shard_s
         return NpzTarget(path, count, batch_size, seed)
     if path.suffix.lower() == ".tar":
         return TarTarget(path, count, batch_size, seed, shard_size)
-    raise ValueError(f"out must be a folder, .npz or .tar, got {out}")
+    raise ValueError(f"out must end in .npz, .tar, or be a folder, got {str(out)!r}")

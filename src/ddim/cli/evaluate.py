@@ -112,14 +112,14 @@ def evaluate(
     first = open_set(samples, count, None)
     second = None if reference is None else open_set(reference, reference_count, first.shape)
     with distributed.init() as group:
-        result = report.describe(first, second, features, wanted, group)
+        result = report.evaluate(first, second, features, wanted, group)
     if not group.is_main:
         return
     if is_model(samples):
         result["settings"] |= settings | {"timesteps": own_timesteps, "seed": seed, "spacing": spacing}
     for path in outputs:
-        report.write(result, Path(path))
-    print(report.table(result))
+        report.write_report(result, Path(path))
+    print(report.format_table(result))
     for path in outputs:
         print(f"also in {path}", file=sys.stderr)
 
@@ -163,13 +163,13 @@ def _paper(
         if table == 2:
             pipe.set_progress_bar_config(disable=True)
             images = open_files(reference, 256 if count is None else count, pipe.sample_shape, split)
-            result = tables.table_2(pipe, images, steps or tables.STEPS_2, group)
+            result = tables.table_2(pipe, images, steps or tables.TABLE_2_STEPS, group)
         else:
             data = open_files(reference, reference_count, pipe.sample_shape, split)
             extractor = load_features(features, pipe.sample_shape)
             number = 50_000 if count is None else count
             make = tables.table_1 if table == 1 else tables.figure_4
-            result = make(pipe, data, extractor, number, seed, steps or tables.STEPS, group)
+            result = make(pipe, data, extractor, number, seed, steps or tables.TABLE_1_STEPS, group)
     if not group.is_main:
         return
     for path in out:

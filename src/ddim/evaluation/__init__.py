@@ -1,1 +1,1 @@
-"""How good samples are: features of images, and distances between sets of them. Needs `pip install ddim[train]`."""
+"""Evaluation of samples: features of images, and distances between sets of them. Requires `pip install ddim[train]`."""

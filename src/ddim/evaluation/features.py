@@ -1,7 +1,7 @@
-"""Features: networks, or simpler functions, from images to vectors, on whose distribution sets of images are compared.
+"""Features: networks, or simpler functions, from images to vectors whose distributions are compared.
 
-A feature extractor is a module that takes uint8 (N, C, H, W) and returns float (N, D), with an attribute
-`num_features`, D. One that classifies has `logits` besides, (N, D) features to (N, classes).
+A feature extractor is a module that maps uint8 (N, C, H, W) to float (N, D) and has an attribute `num_features`, D. One
+that classifies also has a method `logits`, which maps (N, D) features to (N, classes).
 """
 
 from __future__ import annotations
@@ -16,14 +16,21 @@ from torch import Tensor, nn
 from ddim.io.weights import digest, fill_model
 
 CLASSIFIER = Path(__file__).with_name("mnist_classifier.safetensors")
+"""The weights of `DigitClassifier`."""
 
 
 class Pixels(nn.Module):
-    """The pixels themselves, in [0, 1]: no network, no download. Distances tell means and covariances of pixels apart,
-    and not what a picture shows.
+    """The pixels themselves, in [0, 1], as features.
+
+    They require neither a network nor a download. Distances compare means and covariances of pixels, not what images
+    show.
 
     Args:
         shape: (C, H, W) of the images.
+
+    Example:
+        >>> Pixels((1, 2, 2))(torch.full((3, 1, 2, 2), 255, dtype=torch.uint8)).shape
+        torch.Size([3, 4])
     """
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
@@ -32,14 +39,20 @@ class Pixels(nn.Module):
         self.num_features = channels * height * width
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) to float64 (N, C H W)."""
+        """Map uint8 (N, C, H, W) to float64 (N, C H W)."""
         return images.flatten(1).double() / 255
 
 
 class DigitClassifier(nn.Module):
-    """A small classifier of handwritten digits, 28x28 and grey, for judging the built-in model: 64 features.
+    """A small classifier of handwritten digits, 28x28 grayscale, with 64 features, for the built-in model.
 
-    `scripts/classifier.py` trains it. Distances on its features compare with nobody else's.
+    `scripts/classifier.py` trains it. Distances on its features are comparable only with each other.
+
+    Example:
+        >>> classifier = DigitClassifier()
+        >>> features = classifier(torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
+        >>> features.shape, classifier.logits(features).shape
+        (torch.Size([2, 64]), torch.Size([2, 10]))
     """
 
     num_features = 64
@@ -50,7 +63,7 @@ class DigitClassifier(nn.Module):
         self.hidden, self.classes = nn.Linear(32 * 7 * 7, self.num_features), nn.Linear(self.num_features, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 (N, 1, 28, 28) to float32 (N, 64)."""
+        """Map uint8 (N, 1, 28, 28) to float32 (N, 64)."""
         x = images.float() / 255
         for conv in (self.conv1, self.conv2):
             x = F.max_pool2d(conv(x).relu(), 2)
@@ -58,18 +71,23 @@ class DigitClassifier(nn.Module):
         return hidden.relu()
 
     def logits(self, features: Tensor) -> Tensor:
-        """(N, 64) to (N, 10)."""
+        """Map features (N, 64) to logits (N, 10)."""
         result: Tensor = self.classes(features.float())
         return result
 
 
 class Inception(nn.Module):
-    """InceptionV3 with the weights of the original FID, 2,048 features, as torchmetrics has it; the weights are
-    downloaded once.
+    """InceptionV3 with the weights of the original FID, 2,048 features, by way of torchmetrics.
+
+    The weights are downloaded once.
 
     Raises:
-        ImportError: without torch-fidelity and torchvision, which have the network.
+        ImportError: without torch-fidelity and torchvision, which provide the network.
         RuntimeError: if the weights are not on this machine and cannot be downloaded, or are damaged.
+
+    References:
+        Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium",
+        arXiv 1706.08500.
     """
 
     num_features = 2048
@@ -81,68 +99,89 @@ class Inception(nn.Module):
             from torchmetrics.image.fid import NoTrainInceptionV3
         except ImportError as error:
             raise ImportError(
-                f"InceptionV3 features need torch-fidelity and torchvision ({error}); pip install torch-fidelity, or "
-                "give other --features"
+                f"InceptionV3 features require torch-fidelity and torchvision ({error}); pip install torch-fidelity, "
+                "or choose other features"
             ) from None
         try:
-            # The library would unpickle whatever is in its cache. This is read without running code first, and what is
-            # downloaded is held against the hash in its name.
+            # torchmetrics would unpickle whatever is in its cache. Therefore the file is first read without running
+            # code, and a download is checked against the hash in its name.
             torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, map_location="cpu", check_hash=True, weights_only=True)
         except OSError as error:
             raise RuntimeError(
-                f"the weights of InceptionV3 are not on this machine and cannot be downloaded ({error}); give other "
-                "--features, or run it once where there is a network"
+                f"the weights of InceptionV3 are not on this machine and cannot be downloaded ({error}); choose other "
+                "features, or run it once with a network connection"
             ) from None
         except (RuntimeError, pickle.UnpicklingError) as error:
             raise RuntimeError(f"the weights of InceptionV3 from {URL_INCEPTION_V3} are damaged: {error}") from None
         self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"])
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 (N, C, H, W), any size, grey or colour, to float32 (N, 2048)."""
+        """Map uint8 (N, C, H, W), any size, grayscale or color, to float32 (N, 2048)."""
         features: Tensor = self.network(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images)
         return features
 
     def logits(self, features: Tensor) -> Tensor:
-        """(N, 2048) to (N, 1008), without bias, as the Inception score takes them."""
+        """Map features (N, 2048) to logits (N, 1008), without bias, as the Inception score is defined."""
         return F.linear(features.float(), self.network.fc.weight)
 
 
 class Scripted(nn.Module):
-    """A TorchScript file of one's own: uint8 (N, C, H, W) to (N, D).
+    """A user-supplied TorchScript file that maps uint8 (N, C, H, W) to (N, D).
+
+    Args:
+        path: the file.
+        shape: (C, H, W) of the images.
 
     Raises:
-        ValueError: if the file is none, or its result is no matrix.
+        ValueError: if the file is not TorchScript, or its result is not a matrix.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     torch.jit.script(nn.Flatten()).save(f"{folder}/flatten.pt")
+        ...     Scripted(Path(folder) / "flatten.pt", (1, 2, 2)).num_features
+        4
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
         super().__init__()
         try:
             self.network = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
-            found = self.network(torch.zeros(2, *shape, dtype=torch.uint8))
+            result = self.network(torch.zeros(2, *shape, dtype=torch.uint8))
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1]
-            raise ValueError(f"{path} is no TorchScript file that takes uint8 (N, {shape[0]}, ...): {reason}") from None
-        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != 2:
-            raise ValueError(f"{path} must turn uint8 (N, C, H, W) into (N, D)")
-        self.num_features = found.shape[1]
+            raise ValueError(
+                f"{path} is not a TorchScript file that takes uint8 (N, {', '.join(map(str, shape))}): {reason}"
+            ) from None
+        if not isinstance(result, Tensor) or result.ndim != 2 or len(result) != 2:
+            raise ValueError(f"{path} must map uint8 (N, C, H, W) to (N, D)")
+        self.num_features = result.shape[1]
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) to (N, D)."""
+        """Map uint8 (N, C, H, W) to (N, D)."""
         features: Tensor = self.network(images)
         return features
 
 
 def load_features(name: str, shape: tuple[int, int, int]) -> nn.Module:
-    """A feature extractor in evaluation mode.
+    """Load a feature extractor in evaluation mode.
 
     Args:
         name: `pixels`, `mnist` (the classifier of digits), `inception`, or a TorchScript file.
         shape: (C, H, W) of the images.
 
+    Returns:
+        The extractor.
+
     Raises:
-        ValueError: if it does not take such images, or is no such file.
-        FileNotFoundError: if it is none of them.
-        ImportError, RuntimeError: as `Inception`.
+        ValueError: if it does not accept such images, or the file is not TorchScript.
+        FileNotFoundError: for another name.
+        ImportError: if the libraries of `inception` are missing.
+        RuntimeError: if the weights of `inception` cannot be downloaded, or are damaged.
+
+    Example:
+        >>> load_features("pixels", (3, 8, 8)).num_features
+        192
     """
     if name == "pixels":
         return Pixels(shape).eval()
@@ -151,7 +190,8 @@ def load_features(name: str, shape: tuple[int, int, int]) -> nn.Module:
     if name == "mnist":
         if shape != (1, 28, 28):
             raise ValueError(
-                f"the features mnist are of grey images of 28x28, not of {shape}; give pixels or inception"
+                f"features='mnist' requires grayscale images of 28x28: expected shape (1, 28, 28), got {shape}; choose "
+                "pixels or inception"
             )
         from safetensors.torch import load_file
 
@@ -161,10 +201,21 @@ def load_features(name: str, shape: tuple[int, int, int]) -> nn.Module:
         return classifier.eval()
     if Path(name).is_file():
         return Scripted(Path(name), shape).eval()
-    raise FileNotFoundError(f"there are no features {name!r}; give pixels, mnist, inception or a TorchScript file")
+    raise FileNotFoundError(f"features must be pixels, mnist, inception or a TorchScript file, got {name!r}")
 
 
-def identity(features: nn.Module) -> str:
-    """What tells these features from others: the class and a hash of its weights."""
-    network = getattr(features, "network", features)
-    return f"{type(features).__name__}-{features.num_features}-{digest(dict(network.state_dict()))[:16]}"
+def extractor_id(extractor: nn.Module) -> str:
+    """Return an identifier of a feature extractor: its class, its number of features and a hash of its weights.
+
+    Args:
+        extractor: the extractor.
+
+    Returns:
+        The identifier, which names cached features.
+
+    Example:
+        >>> extractor_id(Pixels((1, 2, 2)))[:9]
+        'Pixels-4-'
+    """
+    network = getattr(extractor, "network", extractor)
+    return f"{type(extractor).__name__}-{extractor.num_features}-{digest(dict(network.state_dict()))[:16]}"

@@ -1,7 +1,7 @@
-"""Sets of images to be compared: files, data sets, or what a model paints.
+"""Sets of images to compare: files, data sets, or samples of a model.
 
-Images are read one batch at a time, decoded to one size and mode. A set of files is known by a hash of its pixels, a
-painted one by its model, settings and seeds.
+Images are read one batch at a time and decoded to one size and mode. A set of files is identified by a hash of its
+pixels, samples by their model, settings and seeds.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 from ddim.data.sources import Source, open_source
+from ddim.io.hub import MODEL_INDEX, builtin_models
 from ddim.io.image_files import is_folder_path
 from ddim.io.images import decode_image, fit_image, to_bytes
 from ddim.pipeline import DDIMPipeline
 
-BATCH = 64
+BATCH_SIZE = 64
 
 Shape = tuple[int, int, int]
 """(C, H, W)."""
@@ -35,95 +36,126 @@ class ImageSet:
     """Images of one shape.
 
     Attributes:
-        name: how tables call it.
+        name: the set's name in tables.
         shape: (C, H, W).
-        count: how many there are.
-        batch: reads or paints the images of a batch anew, given its number: uint8 (n, C, H, W). All have `BATCH` but
-            the last.
-        files: whether they come from files, so that what is computed of them is worth keeping.
+        count: number of images.
+        read_batch: reads or samples a batch anew, given its number: uint8 (n, C, H, W). All batches have `BATCH_SIZE`
+            images but the last.
+        from_files: whether the images come from files, so that their features are cached.
+
+    Example:
+        >>> pixels = torch.zeros(100, 1, 4, 4, dtype=torch.uint8)
+        >>> images = ImageSet("zeros", (1, 4, 4), 100, pixels.split(BATCH_SIZE).__getitem__, from_files=False)
+        >>> len(images), [len(batch) for batch in images.batches()]
+        (2, [64, 36])
     """
 
     name: str
     shape: Shape
     count: int
-    batch: Callable[[int], Tensor]
-    files: bool
+    read_batch: Callable[[int], Tensor]
+    from_files: bool
 
     def __len__(self) -> int:
-        """How many batches there are."""
-        return -(-self.count // BATCH)
+        """Return the number of batches."""
+        return -(-self.count // BATCH_SIZE)
 
     def batches(self) -> Iterator[Tensor]:
-        """All batches in order."""
-        return map(self.batch, range(len(self)))
+        """Iterate over all batches in order."""
+        return map(self.read_batch, range(len(self)))
 
 
 def open_files(source: str, count: int | None = None, shape: Shape | None = None, split: str = "train") -> ImageSet:
-    """Images of files or of a data set.
+    """Open images of files or of a data set.
 
     Args:
-        source: what `ddim train --data` takes (a folder, an `.npz` or parquet file, a data set on the hub, `digits`),
-            or tar shards: `x.tar`, which is a file or stands for `x-000000.tar`, ...
-        count: the first so many only.
-        shape: (C, H, W) to fit them to: centre crop, Lanczos; that of the first image unless given.
-        split: of a data set on the hub.
+        source: a folder, an `.npz` or parquet file, a data set on the hub, `digits`, or tar shards: `x.tar`, which is a
+            file or stands for `x-000000.tar`, ...
+        count: the number of images, from the first on; defaults to all.
+        shape: (C, H, W) that the images are fitted to by center crop and Lanczos resampling; defaults to that of the
+            first image.
+        split: the split of a data set on the hub.
+
+    Returns:
+        The set.
 
     Raises:
-        FileNotFoundError: if there is nothing.
-        ValueError: if it is of another kind, or has fewer images than `count`.
+        FileNotFoundError: if there are no such images.
+        ValueError: if `source` is of another kind, or has fewer images than `count`.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     Image.new("L", (9, 8)).save(f"{folder}/one.png")
+        ...     open_files(folder).shape
+        (1, 8, 9)
     """
-    found = _open_shards(Path(source)) if source.endswith(".tar") else open_source(source, split)
-    if count is not None and count > found.count:
-        raise ValueError(f"{source} has {found.count} images; {count} are asked for")
-    total = found.count if count is None else count
+    images = _open_shards(Path(source)) if source.endswith(".tar") else open_source(source, split)
+    if count is not None and count > images.count:
+        raise ValueError(f"count must be at most {images.count}, the number of images in {source}, got {count}")
+    total = images.count if count is None else count
     if shape is None:
-        first = found.fetch([0])[0]()
+        first = images.fetch([0])[0]()
         shape = (1 if first.mode in ("L", "1") else 3, first.height, first.width)
     channels, height, width = shape
 
-    def batch(number: int) -> Tensor:
-        decoders = found.fetch(range(number * BATCH, min((number + 1) * BATCH, total)))
-        images = [fit_image(decode(), height, width, channels) for decode in decoders]
-        pixels = torch.from_numpy(np.stack([np.atleast_3d(np.asarray(image)) for image in images]))
+    def read_batch(number: int) -> Tensor:
+        decoders = images.fetch(range(number * BATCH_SIZE, min((number + 1) * BATCH_SIZE, total)))
+        fitted = [fit_image(decode(), height, width, channels) for decode in decoders]
+        pixels = torch.from_numpy(np.stack([np.atleast_3d(np.asarray(image)) for image in fitted]))
         return pixels.permute(0, 3, 1, 2).contiguous()
 
-    return ImageSet(source, shape, total, batch, files=True)
+    return ImageSet(source, shape, total, read_batch, from_files=True)
 
 
 def sample_image_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = "samples", **settings: Any) -> ImageSet:
-    """What a pipeline paints from seeds `seed` to `seed + count - 1`, in the batches in which it fills files.
+    """Return samples of a pipeline from seeds `seed` to `seed + count - 1`, equal to those of bulk sampling.
+
+    Images are sampled when a batch is read.
 
     Args:
-        pipe: paints.
-        count: how many.
-        seed: of the first.
-        name: of the set.
+        pipe: the pipeline.
+        count: number of images.
+        seed: seed of the first image.
+        name: the set's name in tables.
         settings: `eta`, `num_inference_steps`, `timesteps`, `order`, `use_sigma_hat` and `use_clipped_model_output` of
             `DDIMPipeline.__call__`.
-    """
-    fast = DDIMPipeline(pipe.unet, pipe.scheduler, pipe.engine)
-    fast.set_progress_bar_config(disable=True)
-    size = min(BATCH, count)
 
-    def batch(number: int) -> Tensor:
+    Returns:
+        The set.
+
+    Example:
+        >>> digits = sample_image_set(DDIMPipeline.from_pretrained("mnist"), 100, num_inference_steps=20)
+        >>> digits.shape, len(digits)
+        ((1, 28, 28), 2)
+    """
+    quiet_pipe = DDIMPipeline(pipe.unet, pipe.scheduler, pipe.engine)
+    quiet_pipe.set_progress_bar_config(disable=True)
+    size = min(BATCH_SIZE, count)
+
+    def read_batch(number: int) -> Tensor:
         start = number * size
+        # A last batch in full size, because networks round differently for batches of different sizes.
         seeds = range(seed + start, seed + start + size)
-        images = fast(size, seeds=seeds, output_type="np", return_dict=False, **settings)[0]
+        images = quiet_pipe(size, seeds=seeds, output_type="np", return_dict=False, **settings)[0]
         pixels = torch.from_numpy(to_bytes(np.asarray(images)))[: count - start]
         return pixels.permute(0, 3, 1, 2).contiguous()
 
-    return ImageSet(name, pipe.sample_shape, count, batch, files=False)
+    return ImageSet(name, pipe.sample_shape, count, read_batch, from_files=False)
 
 
 def is_model(source: str) -> bool:
-    """Whether a name means a model rather than images: a built-in one, or a folder with a pipeline."""
-    from ddim.io.hub import MODEL_INDEX, builtin_models
+    """Return whether a name means a model rather than images: a built-in one, or a folder with a pipeline.
 
+    Example:
+        >>> is_model("mnist"), is_model("images/")
+        (True, False)
+    """
     return source in builtin_models() or (is_folder_path(source) and (Path(source) / MODEL_INDEX).is_file())
 
 
 def _open_shards(path: Path) -> Source:
-    """The images of tar files, in order; members are found once and read from where they lie."""
+    """Open the images of tar files; members are located once and read from their offsets."""
     shards = [path] if path.is_file() else sorted(path.parent.glob(f"{path.stem}-*.tar"))
     if not shards:
         raise FileNotFoundError(f"there is no {path}, nor {path.stem}-000000.tar")
@@ -137,7 +169,7 @@ def _open_shards(path: Path) -> Source:
         images = [entry for entry in entries if entry.name.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))]
         members += [(shard, entry.offset_data, entry.size, entry.name) for entry in images]
     if not members:
-        raise FileNotFoundError(f"{path} has no images")
+        raise FileNotFoundError(f"there is no image in {path}")
 
     def decode(shard: Path, offset: int, size: int, name: str) -> Image.Image:
         with shard.open("rb") as stream:

@@ -1,14 +1,15 @@
-"""How far a set of images is from another, by their features: through torchmetrics, but for precision and recall.
+"""Distances between sets of images by their features: torchmetrics, except for precision and recall.
 
-    Fréchet distance   || mu_1 - mu_2 ||^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))   FID if InceptionV3's (arXiv 1706.08500)
+    Fréchet distance   || mu_1 - mu_2 ||^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))   FID for InceptionV3 (arXiv 1706.08500)
     kernel distance    unbiased MMD^2 with the kernel (x.y / D + 1)^3            KID (arXiv 1801.01401)
     inception score    exp(E[KL(p(class | image) || p(class))])                  of one set (arXiv 1606.03498)
-    precision          the share of samples within the real images' manifold     (arXiv 1904.06991)
-    recall             the share of real images within the samples' manifold
+    precision          the fraction of samples within the real images' manifold  (arXiv 1904.06991)
+    recall             the fraction of real images within the samples' manifold
 
-A manifold is the union of balls around the images of a set, each as wide as the distance to the third nearest other.
+A manifold is the union of balls around the images of a set, each with the distance to the third nearest other image as
+its radius.
 
-Features are computed once for all of them, and kept in the cache folder for sets of files, by a hash of the pixels.
+Features are computed once for all metrics. Those of files are cached by a hash of their pixels.
 """
 
 from __future__ import annotations
@@ -26,27 +27,34 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddim.distributed import SINGLE_PROCESS, ProcessGroup
-from ddim.evaluation.features import identity
+from ddim.evaluation.features import extractor_id
 from ddim.evaluation.image_sets import ImageSet
 from ddim.io.atomic import atomic_write
 from ddim.io.cache import cache_folder
+from ddim.validation import choice
 
 METRICS = ("fid", "kid", "is", "precision", "recall")
-NEIGHBOURS = 3
-SUBSETS, SUBSET = 100, 1000
-"""Of the kernel distance: how many, and the most images in one."""
-ROWS = 1024
-COMPLETE: dict[str, Any] = {"sync_on_compute": False}
-"""For torchmetrics: what it is given are the features of all processes, not of this one."""
+NUM_NEIGHBORS = 3
+"""The neighbor whose distance is the radius of a ball of the manifold."""
+NUM_KID_SUBSETS, MAX_KID_SUBSET_SIZE = 100, 1000
+MAX_IS_SPLITS = 10
+ROWS_PER_BLOCK = 1024
+"""Images whose distances to all others are computed at once."""
+NO_SYNC: dict[str, Any] = {"sync_on_compute": False}
+"""For torchmetrics, which is given the features of all processes and must not gather them again."""
 
 
 @dataclass(frozen=True)
-class Features:
-    """The features of a set.
+class FeatureSet:
+    """The features of a set of images.
 
     Attributes:
         values: (N, D) float32.
-        sha256: of the pixels, batch by batch.
+        sha256: hash of the pixels, batch by batch.
+
+    Example:
+        >>> FeatureSet(torch.zeros(10, 4), "0" * 64).values.shape
+        torch.Size([10, 4])
     """
 
     values: Tensor
@@ -54,20 +62,34 @@ class Features:
 
 
 @torch.no_grad()
-def compute_features(images: ImageSet, extractor: nn.Module, group: ProcessGroup = SINGLE_PROCESS) -> Features:
-    """The features of all images of a set, each process of a group computing its share of the batches.
+def compute_features(images: ImageSet, extractor: nn.Module, group: ProcessGroup = SINGLE_PROCESS) -> FeatureSet:
+    """Compute the features of a set of images, each process of a group those of its shard of the batches.
 
-    The pixels of files are read and hashed first; features that were computed of the same pixels before are taken from
-    the cache of the first process.
+    The pixels of files are hashed first, and features of equal pixels are read from the cache of process 0.
+
+    Args:
+        images: the set.
+        extractor: a feature extractor that accepts its images.
+        group: the processes that share the work.
+
+    Returns:
+        The features of all images, in every process.
+
+    Example:
+        >>> from ddim.evaluation.features import Pixels
+        >>> pixels = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+        >>> images = ImageSet("zeros", (1, 4, 4), 2, lambda number: pixels, from_files=False)
+        >>> compute_features(images, Pixels((1, 4, 4))).values.shape
+        torch.Size([2, 16])
     """
-    cached = None
+    cache_path = None
     hashes = []
-    if images.files:
-        hashes = group.all_gather([_sha256(images.batch(number)) for number in group.shard(len(images))])
-        cached = cache_folder() / "features" / f"{identity(extractor)}-{_whole(images, hashes)}.npy"
-        if (kept := group.broadcast(_read(cached) if group.is_main else None)) is not None:
-            return Features(kept, _whole(images, hashes))
-    values, own = [], []
+    if images.from_files:
+        hashes = group.all_gather([_sha256(images.read_batch(number)) for number in group.shard(len(images))])
+        cache_path = cache_folder() / "features" / f"{extractor_id(extractor)}-{_set_sha256(images, hashes)}.npy"
+        if (cached := group.broadcast(_read_cached(cache_path) if group.is_main else None)) is not None:
+            return FeatureSet(cached, _set_sha256(images, hashes))
+    values, shard_hashes = [], []
     bar = tqdm(
         total=images.count,
         desc=f"features of {images.name}",
@@ -77,40 +99,165 @@ def compute_features(images: ImageSet, extractor: nn.Module, group: ProcessGroup
     )
     with bar:
         for number in group.shard(len(images)):
-            batch = images.batch(number)
-            own.append(_sha256(batch))
+            batch = images.read_batch(number)
+            shard_hashes.append(_sha256(batch))
             values.append(extractor(batch).float())
             bar.update(min(len(batch) * group.size, images.count - bar.n))
-    features = Features(torch.cat(group.all_gather(values)), _whole(images, hashes or group.all_gather(own)))
-    if cached is not None and group.is_main:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(cached) as temporary:
+    hashes = hashes or group.all_gather(shard_hashes)
+    features = FeatureSet(torch.cat(group.all_gather(values)), _set_sha256(images, hashes))
+    if cache_path is not None and group.is_main:
+        cache_path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(cache_path) as temporary:
             np.save(temporary, features.values.numpy(), allow_pickle=False)
     return features
 
 
-def _sha256(batch: Tensor) -> str:
-    return hashlib.sha256(batch.numpy().tobytes()).hexdigest()
+def measure(
+    samples: Tensor, reference: Tensor | None, metrics: Iterable[str], logits: Tensor | None = None
+) -> dict[str, Any]:
+    """Compute metrics of samples from features.
+
+    Args:
+        samples: features (N, D) of the samples.
+        reference: features (M, D) of the images to compare with; `None` if the inception score is the only metric.
+        metrics: names among `METRICS`.
+        logits: (N, classes) of the samples, for the inception score.
+
+    Returns:
+        A value per metric, in the order of `METRICS`; `kid` and `is` are followed by their standard deviations,
+        `kid_std` and `is_std`.
+
+    Raises:
+        ValueError: for an unknown metric, a missing reference or missing logits, or fewer than four images.
+
+    Example:
+        >>> points = torch.arange(8.0)[:, None]
+        >>> measure(points, points, ["recall", "precision"])
+        {'precision': 1.0, 'recall': 1.0}
+    """
+    requested = check_metrics(metrics, reference is not None)
+    sizes = [len(features) for features in (samples, reference) if features is not None]
+    if min(sizes) <= NUM_NEIGHBORS:
+        raise ValueError(f"a set of images must have at least {NUM_NEIGHBORS + 1} images, got {min(sizes)}")
+    values: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Metric .* will save all extracted features")
+        for name in METRICS:
+            if name not in requested:
+                continue
+            if name == "is":
+                if logits is None:
+                    raise ValueError("the inception score requires features with logits: mnist or inception")
+                values |= _with_deviation(name, _inception_score(logits))
+            elif name == "fid":
+                values[name] = frechet(samples, reference)
+            elif name == "kid":
+                values |= _with_deviation(name, _kernel_distance(samples, reference))
+            elif name == "precision":
+                values[name] = manifold_coverage(samples, reference)
+            else:
+                values[name] = manifold_coverage(reference, samples)
+    return values
 
 
-def _whole(images: ImageSet, hashes: list[str]) -> str:
-    """The hash of a set whose batches have these."""
-    return hashlib.sha256(str((images.count, images.shape, hashes)).encode()).hexdigest()
+def check_metrics(metrics: Iterable[str], has_reference: bool) -> list[str]:
+    """Check names of metrics, and that there is a reference if one requires it.
+
+    Args:
+        metrics: names.
+        has_reference: whether there is a set to compare with.
+
+    Returns:
+        The names.
+
+    Raises:
+        ValueError: for an unknown metric or a missing reference.
+
+    Example:
+        >>> check_metrics(["is"], has_reference=False)
+        ['is']
+    """
+    names = [choice("metrics", name, METRICS) for name in metrics]
+    if set(names) - {"is"} and not has_reference:
+        raise ValueError("reference must be given for every metric but the inception score, got None")
+    return names
 
 
-def _read(cached: Path) -> Tensor | None:
-    """Features that are kept; damaged ones are removed."""
-    try:
-        return torch.from_numpy(np.load(cached, allow_pickle=False))
-    except FileNotFoundError:
+def frechet(samples: Any, reference: Any) -> float:
+    """Compute the Fréchet distance between normal distributions fitted to features.
+
+    Args:
+        samples: features (N, D).
+        reference: features (M, D).
+
+    Returns:
+        The squared distance, as usual.
+
+    References:
+        Heusel et al., equation (6), arXiv 1706.08500.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=_Precomputed(samples.shape[1]), **NO_SYNC).set_dtype(torch.float64)
+    metric.update(reference.double(), real=True)
+    metric.update(samples.double(), real=False)
+    return float(metric.compute())
+
+
+def manifold_coverage(points: Any, manifold: Any) -> float:
+    """Compute the fraction of points that lie within the manifold of others.
+
+    Args:
+        points: features (N, D).
+        manifold: features (M, D) that span the manifold.
+
+    Returns:
+        A fraction in [0, 1].
+
+    References:
+        Kynkäänniemi et al., equations (1) and (2), arXiv 1904.06991.
+
+    Example:
+        >>> manifold_coverage(torch.tensor([[1.5], [9.0]]), torch.tensor([[0.0], [1.0], [2.0], [3.0]]))
+        0.5
+    """
+    # cdist computes large distances from matrix products, which are accurate near the origin only.
+    center = manifold.mean(0)
+    points, manifold = points - center, manifold - center
+    # The nearest image of each is itself.
+    radii = torch.cat(
+        [torch.cdist(rows, manifold).kthvalue(NUM_NEIGHBORS + 1).values for rows in manifold.split(ROWS_PER_BLOCK)]
+    )
+    inside = [(torch.cdist(rows, manifold) <= radii).any(dim=1) for rows in points.split(ROWS_PER_BLOCK)]
+    return float(torch.cat(inside).double().mean())
+
+
+def sample_size_warning(extractor: nn.Module, *counts: int) -> str | None:
+    """Return a warning if a set has too few images for a Fréchet distance.
+
+    Args:
+        extractor: the feature extractor.
+        counts: numbers of images.
+
+    Returns:
+        The warning, or `None` if every set has more images than there are features.
+
+    Example:
+        >>> from ddim.evaluation.features import Pixels
+        >>> sample_size_warning(Pixels((1, 2, 2)), 100, 5) is None
+        True
+    """
+    dimension, smallest = int(extractor.num_features), min(counts)  # type: ignore[arg-type]
+    if smallest > dimension:
         return None
-    except ValueError:
-        cached.unlink()
-        return None
+    return (
+        f"{smallest} images are too few for a Fréchet distance of {dimension} features: the rank of their covariance "
+        f"is at most {smallest - 1}, and the distance is overestimated"
+    )
 
 
-class _Given(nn.Module):
-    """For torchmetrics: features in place of images."""
+class _Precomputed(nn.Module):
+    """A feature extractor for torchmetrics that passes features through."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -120,68 +267,16 @@ class _Given(nn.Module):
         return features
 
 
-def measure(
-    samples: Tensor, reference: Tensor | None, metrics: Iterable[str], logits: Tensor | None = None
-) -> dict[str, Any]:
-    """The metrics of samples.
-
-    Args:
-        samples: features (N, D).
-        reference: features (M, D) of what they are compared with; not needed for the inception score alone.
-        metrics: of `METRICS`.
-        logits: (N, classes) of the samples, for the inception score.
-
-    Returns:
-        A value for each, in the order of `METRICS`; of `kid` and `is` the standard deviation besides, as `kid_std`.
-
-    Raises:
-        ValueError: for unknown metrics, sets that are too small, or features that cannot tell classes.
-    """
-    wanted = list(metrics)
-    if unknown := [name for name in wanted if name not in METRICS]:
-        raise ValueError(f"there is no metric {unknown[0]!r}; there are {', '.join(METRICS)}")
-    if set(wanted) - {"is"} and reference is None:
-        raise ValueError("give a reference to compare with")
-    if (smallest := min(len(t) for t in (samples, reference) if t is not None)) <= NEIGHBOURS:
-        raise ValueError(f"a set has {smallest} images; {NEIGHBOURS + 1} are needed at least")
-    values: dict[str, Any] = {}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Metric .* will save all extracted features")
-        for name in METRICS:
-            if name not in wanted:
-                continue
-            if name == "is":
-                if logits is None:
-                    raise ValueError("the inception score needs features that tell classes: mnist or inception")
-                values |= _with_deviation(name, _inception_score(logits))
-            elif name == "fid":
-                values[name] = frechet(samples, reference)
-            elif name == "kid":
-                values |= _with_deviation(name, _kernel_distance(samples, reference))
-            elif name == "precision":
-                values[name] = within(samples, reference)
-            else:
-                values[name] = within(reference, samples)
-    return values
-
-
-def frechet(samples: Any, reference: Any) -> float:
-    """The Fréchet distance of features."""
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    metric = FrechetInceptionDistance(feature=_Given(samples.shape[1]), **COMPLETE).set_dtype(torch.float64)
-    metric.update(reference.double(), real=True)
-    metric.update(samples.double(), real=False)
-    return float(metric.compute())
-
-
 def _kernel_distance(samples: Any, reference: Any) -> tuple[Tensor, Tensor]:
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    size = min(SUBSET, len(samples), len(reference))
-    metric = KernelInceptionDistance(feature=_Given(samples.shape[1]), subsets=SUBSETS, subset_size=size, **COMPLETE)
+    size = min(MAX_KID_SUBSET_SIZE, len(samples), len(reference))
+    metric = KernelInceptionDistance(
+        feature=_Precomputed(samples.shape[1]), subsets=NUM_KID_SUBSETS, subset_size=size, **NO_SYNC
+    )
     metric.update(reference, real=True)
     metric.update(samples, real=False)
+    # Subsets are drawn from PyTorch's generator.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         result: tuple[Tensor, Tensor] = metric.compute()
@@ -191,8 +286,9 @@ def _kernel_distance(samples: Any, reference: Any) -> tuple[Tensor, Tensor]:
 def _inception_score(logits: Tensor) -> tuple[Tensor, Tensor]:
     from torchmetrics.image.inception import InceptionScore
 
-    metric = InceptionScore(feature=_Given(logits.shape[1]), splits=min(10, len(logits)), **COMPLETE)
+    metric = InceptionScore(feature=_Precomputed(logits.shape[1]), splits=min(MAX_IS_SPLITS, len(logits)), **NO_SYNC)
     metric.update(logits)
+    # Images are shuffled by PyTorch's generator.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         result: tuple[Tensor, Tensor] = metric.compute()
@@ -204,22 +300,21 @@ def _with_deviation(name: str, result: tuple[Tensor, Tensor]) -> dict[str, float
     return {name: float(mean), f"{name}_std": float(deviation)}
 
 
-def within(points: Any, manifold: Any) -> float:
-    """The share of points (N, D) that lie within the manifold of others (M, D)."""
-    # Distances by way of products of matrices are exact enough around the origin only.
-    centre = manifold.mean(0)
-    points, manifold = points - centre, manifold - centre
-    radii = torch.cat([torch.cdist(rows, manifold).kthvalue(NEIGHBOURS + 1).values for rows in manifold.split(ROWS)])
-    inside = [(torch.cdist(rows, manifold) <= radii).any(dim=1) for rows in points.split(ROWS)]
-    return float(torch.cat(inside).double().mean())
+def _sha256(batch: Tensor) -> str:
+    return hashlib.sha256(batch.numpy().tobytes()).hexdigest()
 
 
-def shortage(features: nn.Module, *counts: int) -> str | None:
-    """Why so few images do not tell a Fréchet distance, if they do not."""
-    dimension, smallest = int(features.num_features), min(counts)  # type: ignore[arg-type]
-    if smallest > dimension:
+def _set_sha256(images: ImageSet, hashes: list[str]) -> str:
+    """Return the hash of a set from those of its batches."""
+    return hashlib.sha256(str((images.count, images.shape, hashes)).encode()).hexdigest()
+
+
+def _read_cached(path: Path) -> Tensor | None:
+    """Read cached features; a damaged file is deleted."""
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    except FileNotFoundError:
         return None
-    return (
-        f"{smallest} images are too few for a Fréchet distance of {dimension} features: their covariance has a rank of "
-        f"at most {smallest - 1}, and the distance comes out too large"
-    )
+    except ValueError:
+        path.unlink()
+        return None

@@ -1,18 +1,18 @@
-"""The paper's Tables 1 and 2 and its Figure 4 (arXiv 2010.02502, section 5) for any model, beside what it published.
+"""Tables 1 and 2 and Figure 4 of the paper (arXiv 2010.02502, section 5) for any model, beside the published values.
 
 - Table 1: the Fréchet distance for S in 10, 20, 50, 100, 1000 steps and eta in 0, 0.2, 0.5, 1, and for the larger
-  sigma-hat of DDPM. Cell by cell the same seeds are painted.
-- Table 2: the mean squared error per pixel in [0, 1] of encoding and decoding, by Euler's steps as the paper has them
-  and exactly.
-- Figure 4: seconds of painting, and the Fréchet distance, against the number of steps, eta = 0.
+  sigma-hat of DDPM. All cells use the same seeds.
+- Table 2: the mean squared error per pixel in [0, 1] of encoding and decoding, by Euler steps as in the paper, and
+  exactly.
+- Figure 4: seconds of sampling and the Fréchet distance against the number of steps, eta = 0.
 
 The paper's settings: `quad` timesteps for CIFAR-10, uniform (`leading`) ones elsewhere, averaged weights, 50,000
-samples, and clipping as in the authors' code (`functions/denoising.py` of ermongroup/ddim): the predicted x_0 is left
-as it is for every eta, and clipped with sigma-hat, where epsilon follows it. Clipping without that, which is what a
-scheduler with `clip_sample` does, adds something of its own at every step, however small, so that eta = 0 tends to no
-limit as steps become many.
+samples, and clipping as in the authors' code (`functions/denoising.py` of ermongroup/ddim): the predicted x_0 is not
+clipped for any eta; with sigma-hat it is clipped, and epsilon is recomputed from it. Clipping x_0 alone, as a scheduler
+with `clip_sample` does, adds an error at every step however small the step is, so that samples with eta = 0 do not
+converge as the number of steps grows.
 
-Each cell is kept in a file by a hash of everything that changes it, so that an interrupted table goes on.
+Each cell is cached by a hash of everything that changes it, so that an interrupted table resumes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from ddim.distributed import SINGLE_PROCESS, ProcessGroup
-from ddim.evaluation.features import identity
+from ddim.evaluation.features import extractor_id
 from ddim.evaluation.image_sets import ImageSet, sample_image_set
 from ddim.evaluation.metrics import compute_features, frechet
 from ddim.io.atomic import atomic_write
@@ -38,12 +38,14 @@ from ddim.io.fingerprint import model_sha256
 from ddim.io.json_files import to_json
 from ddim.pipeline import DDIMPipeline
 
-STEPS = (10, 20, 50, 100, 1000)
-STEPS_2 = (10, 20, 50, 100, 200, 500, 1000)
+TABLE_1_STEPS = (10, 20, 50, 100, 1000)
+"""Numbers of steps in Table 1 and Figure 4."""
+TABLE_2_STEPS = (10, 20, 50, 100, 200, 500, 1000)
 SIGMA_HAT = "sigma-hat"
 SIGMA_HAT_SETTINGS = {"eta": 1.0, "use_sigma_hat": True, "use_clipped_model_output": True}
-ROWS: tuple[float | str, ...] = (0.0, 0.2, 0.5, 1.0, SIGMA_HAT)
-PUBLISHED_1: dict[str, dict[float | str, tuple[float, ...]]] = {
+ETAS: tuple[float | str, ...] = (0.0, 0.2, 0.5, 1.0, SIGMA_HAT)
+"""The rows of Table 1."""
+PUBLISHED_FID: dict[str, dict[float | str, tuple[float, ...]]] = {
     "CIFAR-10": {
         0.0: (13.36, 6.84, 4.67, 4.16, 4.04),
         0.2: (14.04, 7.11, 4.77, 4.25, 4.09),
@@ -59,25 +61,36 @@ PUBLISHED_1: dict[str, dict[float | str, tuple[float, ...]]] = {
         SIGMA_HAT: (299.71, 183.83, 71.71, 45.20, 3.26),
     },
 }
-PUBLISHED_2 = dict(zip(STEPS_2, (0.014, 0.0065, 0.0023, 0.0009, 0.0004, 0.0001, 0.0001), strict=True))
-"""On CIFAR-10."""
-
+PUBLISHED_MSE = dict(zip(TABLE_2_STEPS, (0.014, 0.0065, 0.0023, 0.0009, 0.0004, 0.0001, 0.0001), strict=True))
+"""Table 2, on CIFAR-10."""
 CLIPPING = "with sigma-hat only"
 CIFAR_SHAPE = (3, 32, 32)
-PUBLISHED_ON = {CIFAR_SHAPE: "CIFAR-10", (3, 64, 64): "CelebA"}
-"""Pictures of these shapes are taken for those of the paper's data sets."""
-BATCH = 32
+DATASET_BY_SHAPE = {CIFAR_SHAPE: "CIFAR-10", (3, 64, 64): "CelebA"}
+"""The paper's data sets; images of these shapes are assumed to be theirs."""
+RECONSTRUCTION_BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
-class Table:
+class PaperTable:
     """A table of numbers.
 
     Attributes:
         title: what it shows.
-        columns: their names, the first of the rows' names.
-        rows: a name and a number, or `None`, for each other column.
-        settings: what changes the numbers.
+        columns: names of the columns; the first is that of the rows' names.
+        rows: the rows' names, each with a number or `None` per further column.
+        settings: everything that changes the numbers.
+
+    Example:
+        >>> table = PaperTable("Squares", ["n", "2", "3"], [("n^2", [4.0, 9.0])], {"exact": True})
+        >>> print(table.markdown())
+        Squares
+        <BLANKLINE>
+        | n | 2 | 3 |
+        |---|---|---|
+        | n^2 | 4 | 9 |
+        <BLANKLINE>
+        exact: True
+        <BLANKLINE>
     """
 
     title: str
@@ -86,15 +99,15 @@ class Table:
     settings: dict[str, Any]
 
     def markdown(self) -> str:
-        """As Markdown, settings below."""
+        """Return the table as Markdown, with its settings below."""
         lines = [f"| {' | '.join(self.columns)} |", "|---" * len(self.columns) + "|"]
         for name, values in self.rows:
             lines.append(f"| {' | '.join([name, *('' if v is None else f'{v:.3g}' for v in values)])} |")
-        told = ", ".join(f"{key}: {value}" for key, value in self.settings.items())
-        return f"{self.title}\n\n" + "\n".join(lines) + f"\n\n{told}\n"
+        settings = ", ".join(f"{key}: {value}" for key, value in self.settings.items())
+        return f"{self.title}\n\n" + "\n".join(lines) + f"\n\n{settings}\n"
 
     def json(self) -> dict[str, Any]:
-        """As an object."""
+        """Return the table as a JSON object."""
         rows = [
             {self.columns[0]: name} | dict(zip(self.columns[1:], values, strict=True)) for name, values in self.rows
         ]
@@ -107,78 +120,98 @@ def table_1(
     extractor: nn.Module,
     count: int,
     seed: int = 0,
-    steps: Sequence[int] = STEPS,
+    steps: Sequence[int] = TABLE_1_STEPS,
     group: ProcessGroup = SINGLE_PROCESS,
-) -> Table:
-    """Fréchet distances by steps and eta.
+) -> PaperTable:
+    """Compute Table 1: Fréchet distances by number of steps and eta.
 
     Args:
-        pipe: paints, with its scheduler's spacing.
+        pipe: the model, with its scheduler's spacing.
         reference: the data.
-        extractor: features.
-        count: pictures a cell.
-        seed: of the first picture of each cell.
-        steps: the columns.
+        extractor: the feature extractor.
+        count: images per cell.
+        seed: seed of the first image of each cell.
+        steps: numbers of steps, the columns.
         group: the processes that share the work.
+
+    Returns:
+        The table, with the paper's rows for images of the shapes of its data sets.
+
+    References:
+        Song et al., Table 1, arXiv 2010.02502.
     """
-    cells = _Cells(pipe, _settings(count, seed, extractor), group)
+    cache = _CellCache(pipe, _settings(count, seed, extractor), group)
     real = compute_features(reference, extractor, group)
     rows: list[tuple[str, list[float | None]]] = []
-    for eta in ROWS:
+    for eta in ETAS:
         values: list[float | None] = []
         for number in steps:
             settings: dict[str, Any] = {"num_inference_steps": number}
             settings |= SIGMA_HAT_SETTINGS if eta == SIGMA_HAT else {"eta": float(eta)}
 
             def measure(settings: dict[str, Any] = settings, eta: float | str = eta) -> dict[str, float]:
-                name = f"{settings['num_inference_steps']} steps, {_row(eta)}"
-                painted = sample_image_set(_papers(pipe, eta == SIGMA_HAT), count, seed, name, **settings)
-                return {"fid": frechet(compute_features(painted, extractor, group).values, real.values)}
+                name = f"{settings['num_inference_steps']} steps, {_row_name(eta)}"
+                paper_pipe = _with_paper_settings(pipe, clip_sample=eta == SIGMA_HAT)
+                samples = sample_image_set(paper_pipe, count, seed, name, **settings)
+                return {"fid": frechet(compute_features(samples, extractor, group).values, real.values)}
 
-            values.append(cells.get({"table": 1, "reference": real.sha256} | settings, measure)["fid"])
-        rows.append((_row(eta), values))
-        if dataset := PUBLISHED_ON.get(pipe.sample_shape):
-            published = dict(zip(STEPS, PUBLISHED_1[dataset][eta], strict=True))
-            rows.append((f"{_row(eta)}, paper, {dataset}", [published.get(number) for number in steps]))
-    return Table(
+            values.append(cache.get({"table": 1, "reference": real.sha256} | settings, measure)["fid"])
+        rows.append((_row_name(eta), values))
+        if dataset := DATASET_BY_SHAPE.get(pipe.sample_shape):
+            published = dict(zip(TABLE_1_STEPS, PUBLISHED_FID[dataset][eta], strict=True))
+            rows.append((f"{_row_name(eta)}, paper, {dataset}", [published.get(number) for number in steps]))
+    return PaperTable(
         "Fréchet distance by number of steps (Table 1 of the paper)",
         ["", *map(str, steps)],
         rows,
-        cells.settings | {"reference": reference.name, "reference_count": reference.count},
+        cache.settings | {"reference": reference.name, "reference_count": reference.count},
     )
 
 
 def table_2(
-    pipe: DDIMPipeline, images: ImageSet, steps: Sequence[int] = STEPS_2, group: ProcessGroup = SINGLE_PROCESS
-) -> Table:
-    """Errors of encoding and decoding, by steps; the paper's row is Euler's on CIFAR-10."""
+    pipe: DDIMPipeline, images: ImageSet, steps: Sequence[int] = TABLE_2_STEPS, group: ProcessGroup = SINGLE_PROCESS
+) -> PaperTable:
+    """Compute Table 2: errors of encoding and decoding by number of steps.
+
+    Args:
+        pipe: the model, with its scheduler's spacing.
+        images: the images to encode.
+        steps: numbers of steps, the columns.
+        group: the processes that share the work.
+
+    Returns:
+        The table, with the paper's row, which is that of Euler steps on CIFAR-10.
+
+    References:
+        Song et al., Table 2, arXiv 2010.02502.
+    """
     samples = torch.cat(list(images.batches())).float() / 127.5 - 1
     sha256 = hashlib.sha256(samples.numpy().tobytes()).hexdigest()
-    cells = _Cells(pipe, {"count": images.count}, group)
-    parts = torch.split(samples, BATCH)
+    cache = _CellCache(pipe, {"count": images.count}, group)
+    batches = torch.split(samples, RECONSTRUCTION_BATCH_SIZE)
     results = []
     for number in steps:
 
         def measure(number: int = number) -> dict[str, float]:
             errors = {}
             for name, exact in (("euler", False), ("exact", True)):
-                found = [
-                    pipe.reconstruct(parts[part], number, exact=exact, output_type="pt").mse
-                    for part in group.shard(len(parts))
+                shard = [
+                    pipe.reconstruct(batches[batch], number, exact=exact, output_type="pt").mse
+                    for batch in group.shard(len(batches))
                 ]
-                errors[name] = float(torch.cat(group.all_gather(found)).double().mean())
+                errors[name] = float(torch.cat(group.all_gather(shard)).double().mean())
             return errors
 
-        results.append(cells.get({"table": 2, "images": sha256, "num_inference_steps": number}, measure))
-    return Table(
+        results.append(cache.get({"table": 2, "images": sha256, "num_inference_steps": number}, measure))
+    return PaperTable(
         "Mean squared error per pixel of encoding and decoding (Table 2 of the paper)",
         ["steps", *map(str, steps)],
         [
-            ("paper, CIFAR-10", [PUBLISHED_2.get(number) for number in steps]),
+            ("paper, CIFAR-10", [PUBLISHED_MSE.get(number) for number in steps]),
             ("Euler, equation (13)", [result["euler"] for result in results]),
             ("exact", [result["exact"] for result in results]),
         ],
-        cells.settings | {"images": images.name},
+        cache.settings | {"images": images.name},
     )
 
 
@@ -188,37 +221,62 @@ def figure_4(
     extractor: nn.Module,
     count: int,
     seed: int = 0,
-    steps: Sequence[int] = STEPS,
+    steps: Sequence[int] = TABLE_1_STEPS,
     group: ProcessGroup = SINGLE_PROCESS,
-) -> Table:
-    """Seconds and Fréchet distance of `count` pictures, eta = 0; the times are of this machine."""
-    cells = _Cells(pipe, _settings(count, seed, extractor), group)
+) -> PaperTable:
+    """Compute Figure 4: seconds of sampling on this machine, and Fréchet distances, for eta = 0.
+
+    Args:
+        pipe: the model, with its scheduler's spacing.
+        reference: the data.
+        extractor: the feature extractor.
+        count: images per column.
+        seed: seed of the first image of each column.
+        steps: numbers of steps, the columns.
+        group: the processes that share the work.
+
+    Returns:
+        The table, which `plot` draws.
+
+    References:
+        Song et al., Figure 4, arXiv 2010.02502.
+    """
+    cache = _CellCache(pipe, _settings(count, seed, extractor), group)
     real = compute_features(reference, extractor, group)
     results = []
     for number in steps:
 
         def measure(number: int = number) -> dict[str, float]:
-            painted = sample_image_set(_papers(pipe, False), count, seed, f"{number} steps", num_inference_steps=number)
+            paper_pipe = _with_paper_settings(pipe, clip_sample=False)
+            samples = sample_image_set(paper_pipe, count, seed, f"{number} steps", num_inference_steps=number)
             started = time.perf_counter()
-            found = compute_features(painted, extractor, group)
+            features = compute_features(samples, extractor, group)
             seconds = time.perf_counter() - started
-            return {"seconds": seconds, "fid": frechet(found.values, real.values)}
+            return {"seconds": seconds, "fid": frechet(features.values, real.values)}
 
         key = {"figure": 4, "reference": real.sha256, "num_inference_steps": number, "processes": group.size}
-        results.append(cells.get(key, measure))
-    return Table(
+        results.append(cache.get(key, measure))
+    return PaperTable(
         "Seconds, and Fréchet distance, by number of steps (Figure 4 of the paper)",
         ["steps", *map(str, steps)],
         [
-            (f"seconds for {count} pictures", [result["seconds"] for result in results]),
+            (f"seconds for {count} images", [result["seconds"] for result in results]),
             ("Fréchet distance", [result["fid"] for result in results]),
         ],
-        cells.settings | {"reference": reference.name, "reference_count": reference.count, "processes": group.size},
+        cache.settings | {"reference": reference.name, "reference_count": reference.count, "processes": group.size},
     )
 
 
-def plot(table: Table, path: Path) -> None:
-    """Lines over the number of steps, both axes logarithmic: a PNG or SVG, by the suffix."""
+def plot(table: PaperTable, path: Path) -> None:
+    """Plot the rows of a table over the number of steps, both axes logarithmic.
+
+    Args:
+        table: a table whose columns are numbers of steps.
+        path: a PNG or SVG file.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -237,33 +295,39 @@ def plot(table: Table, path: Path) -> None:
 
 
 def _settings(count: int, seed: int, extractor: nn.Module) -> dict[str, Any]:
-    return {"count": count, "seed": seed, "features": identity(extractor), "clipping": CLIPPING}
+    return {"count": count, "seed": seed, "features": extractor_id(extractor), "clipping": CLIPPING}
 
 
-def _papers(pipe: DDIMPipeline, clip_sample: bool) -> DDIMPipeline:
-    """The pipeline as in the paper: order 1, formulas for timesteps; clipping or not."""
+def _with_paper_settings(pipe: DDIMPipeline, clip_sample: bool) -> DDIMPipeline:
+    """Return the pipeline with the paper's settings: order 1 and timesteps from formulas; with or without clipping."""
     settings = {"clip_sample": clip_sample, "thresholding": False, "solver_order": 1, "timesteps_by_steps": None}
     scheduler = pipe.scheduler.from_config(pipe.scheduler.config, **settings)
     return DDIMPipeline(pipe.unet, scheduler, pipe.engine)
 
 
-class _Cells:
-    """Results kept by a hash of what changes them."""
+class _CellCache:
+    """Results in the cache folder, by a hash of what changes them."""
 
     def __init__(self, pipe: DDIMPipeline, settings: dict[str, Any], group: ProcessGroup) -> None:
         self._group = group
-        # The rest is the tables' own affair.
-        own = ("clip_sample", "thresholding", "solver_order", "timesteps_by_steps")
-        config = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_" and key not in own}
+        # The tables set these themselves, whatever the pipeline's scheduler has.
+        overridden = ("clip_sample", "thresholding", "solver_order", "timesteps_by_steps")
+        config = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_" and key not in overridden}
         self._key = settings | {"model_sha256": model_sha256(pipe), "scheduler": config}
         self.settings = settings | {"spacing": config["timestep_spacing"]}
 
     def get(self, key: dict[str, Any], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Return a cached result; if there is none, measure it and cache it.
+
+        Args:
+            key: what distinguishes the cell from others of the same settings.
+            measure: computes the result, in all processes together.
+        """
         text = to_json(self._key | key)
         path = cache_folder() / "tables" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
-        kept = self._group.broadcast(self._read(path) if self._group.is_main else None)
-        if kept is not None:
-            return kept
+        cached = self._group.broadcast(self._read(path) if self._group.is_main else None)
+        if cached is not None:
+            return cached
         result = measure()
         if self._group.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -273,7 +337,7 @@ class _Cells:
 
     @staticmethod
     def _read(path: Path) -> dict[str, float] | None:
-        """A result that is kept; damaged ones are removed."""
+        """Read a cached result; a damaged file is deleted."""
         try:
             result: dict[str, float] = json.loads(path.read_text())["result"]
         except FileNotFoundError:
@@ -284,5 +348,5 @@ class _Cells:
         return result
 
 
-def _row(eta: float | str) -> str:
+def _row_name(eta: float | str) -> str:
     return eta if isinstance(eta, str) else f"eta = {eta:g}"

@@ -177,14 +177,13 @@ def check_output_path(
     Example:
         >>> check_output_path("samples.jpg")
         Traceback (most recent call last):
-        ValueError: out must be .png (a grid), .npz, or a folder, got samples.jpg
+        ValueError: out must end in .png (a grid), .npz, or be a folder, got 'samples.jpg'
     """
     target = Path(path)
     if target.suffix.lower() not in allowed if not is_folder_path(path) else not folder_allowed:
         kinds = [f"{suffix} ({meaning})" if meaning else suffix for suffix, meaning in allowed.items()]
-        choices = join_choices([*kinds, "a folder"] if folder_allowed else kinds)
-        kind = "" if target.suffix and not target.is_dir() else " (a folder, or without a suffix)"
-        raise ValueError(f"{name} must be {choices}, got {path}{kind}")
+        choices = join_choices([*kinds, "be a folder"] if folder_allowed else kinds)
+        raise ValueError(f"{name} must end in {choices}, got {str(path)!r}")
     folder = target if target.is_dir() else target.parent
     if not folder.exists():
         raise FileNotFoundError(f"the folder {folder} does not exist; create it, or write {target.name} elsewhere")

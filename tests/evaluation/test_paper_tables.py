@@ -1,0 +1,145 @@
+"""The paper's tables and figure: cells against their definition, resumption from the cache, the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ddim.evaluation import paper_tables
+from ddim.evaluation.features import Pixels
+from ddim.evaluation.image_sets import ImageSet, open_files, sample_image_set
+from ddim.evaluation.metrics import frechet
+from ddim.pipeline import DDIMPipeline
+from ddim.scheduler import DDIMScheduler
+from digits import write_digits
+
+
+def run_evaluate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+    command = [sys.executable, "-m", "ddim", "evaluate", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def small(make_unet: Any) -> DDIMPipeline:
+    pipe = DDIMPipeline(make_unet(sample_size=8, in_channels=1, out_channels=1), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_table_1_cell_by_cell(small: DDIMPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = open_files("digits", 60)
+    features = Pixels(digits.shape)
+    table = paper_tables.table_1(small, digits, features, 12, seed=3, steps=(2, 3))
+    assert table.columns == ["", "2", "3"]
+    assert [name for name, _ in table.rows] == ["eta = 0", "eta = 0.2", "eta = 0.5", "eta = 1", "sigma-hat"]
+    real = torch.cat([features(batch) for batch in digits.batches()])
+    # The authors' code clips x_0 and epsilon with sigma-hat, and nothing otherwise.
+    sigma_hat = {"eta": 1.0, "use_sigma_hat": True, "use_clipped_model_output": True}
+    for row, settings in ((2, {"eta": 0.5}), (4, sigma_hat)):
+        pipe = DDIMPipeline(small.unet, DDIMScheduler(clip_sample=row == 4))
+        samples = sample_image_set(pipe, 12, 3, num_inference_steps=3, **settings)
+        expected = frechet(torch.cat([features(batch) for batch in samples.batches()]), real)
+        assert table.rows[row][1][1] == pytest.approx(expected, rel=1e-4)
+    # An interrupted table resumes: cached cells are not sampled again.
+    sampled_again: list[Any] = []
+    monkeypatch.setattr(
+        paper_tables,
+        "sample_image_set",
+        lambda *args, **settings: sampled_again.append(settings) or sample_image_set(*args, **settings),
+    )
+    assert paper_tables.table_1(small, digits, features, 12, seed=3, steps=(2, 3)).rows == table.rows
+    assert not sampled_again
+    paper_tables.table_1(small, digits, features, 12, seed=3, steps=(2, 4))
+    assert {settings["num_inference_steps"] for settings in sampled_again} == {4}
+    paper_tables.table_1(small, digits, features, 12, seed=4, steps=(2,))
+    assert len(sampled_again) == 10
+
+
+def test_published_rows_are_included(make_unet: Any, as_files: Callable[..., ImageSet]) -> None:
+    pipe = DDIMPipeline(make_unet(sample_size=32), DDIMScheduler())
+    pixels = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
+    mean = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+    class Means(torch.nn.Module):
+        num_features = 3
+
+        def forward(self, images: Tensor) -> Tensor:
+            result: Tensor = mean(images.float())
+            return result
+
+    table = paper_tables.table_1(pipe, as_files(pixels), Means(), 4, steps=(10, 7))
+    rows = dict(table.rows)
+    assert rows["eta = 0, paper, CIFAR-10"] == [13.36, None]
+    assert rows["sigma-hat, paper, CIFAR-10"] == [367.43, None]
+
+
+def test_table_2(pipe: DDIMPipeline, as_files: Callable[..., ImageSet]) -> None:
+    samples = torch.cat(list(sample_image_set(pipe, 2, num_inference_steps=10).batches()))
+    table = paper_tables.table_2(pipe, as_files(samples), (10, 20))
+    rows = dict(table.rows)
+    assert rows["paper, CIFAR-10"] == [0.014, 0.0065]
+    expected = pipe.reconstruct(samples.float() / 127.5 - 1, 20, exact=False, output_type="pt").mse.mean()
+    assert rows["Euler, equation (13)"][1] == pytest.approx(float(expected), rel=1e-2)
+    exact, euler = rows["exact"], rows["Euler, equation (13)"]
+    assert all(a is not None and b is not None and a < b / 100 for a, b in zip(exact, euler, strict=True))
+
+
+def test_figure_4_and_plot(small: DDIMPipeline, tmp_path: Path) -> None:
+    digits = open_files("digits", 60)
+    table = paper_tables.figure_4(small, digits, Pixels(digits.shape), 8, steps=(1, 2))
+    assert [name for name, _ in table.rows] == ["seconds for 8 images", "Fréchet distance"]
+    assert all(value is not None and value > 0 for _, values in table.rows for value in values)
+    paper_tables.plot(table, tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as image:
+        assert image.size[0] > 300
+    assert table.markdown().startswith("Seconds, and Fréchet distance")
+    assert table.json()["rows"][0]["1"] == table.rows[0][1][0]
+
+
+def test_command(tmp_path: Path) -> None:
+    write_digits(tmp_path / "real", 30)
+    shared = ["mnist", "--reference", "real", "--features", "mnist", "-n", "6", "--table-steps", "2,3"]
+    completed = run_evaluate(tmp_path, *shared, "--table", "1", "--out", "t.md", "--out", "t.json", "--out", "t.png")
+    assert completed.returncode == 0, completed.stderr
+    assert "| sigma-hat |" in completed.stdout
+    assert (tmp_path / "t.md").read_text() == completed.stdout
+    assert len(json.loads((tmp_path / "t.json").read_text())["rows"]) == 5
+    assert (tmp_path / "t.png").stat().st_size > 1000
+    (tmp_path / "cache").rename(tmp_path / "cache of one process")
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddim", "evaluate"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    for number in ("1", "2"):
+        command = [sys.executable, "-m", *launcher, *shared, "--table", number]
+        pair = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert pair.returncode == 0, pair.stderr
+        alone = completed if number == "1" else run_evaluate(tmp_path, *shared, "--table", number)
+        assert pair.stdout == alone.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mnist", "--table", "3"], "--table 1, --table 2 and --figure 4"),
+        (["mnist", "--table", "1", "--figure", "4"], "--table 1, --table 2 and --figure 4"),
+        (["mnist", "--table", "1"], "--reference"),
+        (["real", "--table", "1", "--reference", "real"], "real is no model"),
+        (["mnist", "--table", "1", "--reference", "real", "--out", "x.csv"], "x.csv"),
+        (["mnist", "--reference", "real", "--table-steps", "1,2"], "goes with --table"),
+    ],
+)
+def test_invalid_options_raise(tmp_path: Path, arguments: list[str], message: str) -> None:
+    write_digits(tmp_path / "real", 5)
+    completed = run_evaluate(tmp_path, *arguments)
+    assert (completed.returncode, completed.stdout) == (1, "")
+    assert message in completed.stderr
