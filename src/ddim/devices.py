@@ -1,17 +1,29 @@
-"""Names of devices and dtypes, as the command line gives them, turned into PyTorch's."""
+"""Devices and dtypes by the names that the command line and configurations use."""
 
 from __future__ import annotations
 
 import torch
 
+from ddim.validation import choice
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_device(name: str | torch.device = "auto") -> torch.device:
-    """The device of that name, found to be there; `auto` is the first GPU there is, else the CPU.
+    """Return the device of a name, and check that it is available.
+
+    Args:
+        name: a PyTorch device such as `cpu`, `cuda` or `cuda:1`; `auto` is the first GPU, or the CPU without one.
+
+    Returns:
+        The device.
 
     Raises:
-        ValueError: if there is no such device here.
+        ValueError: if this machine has no such device.
+
+    Example:
+        >>> choose_device("cpu")
+        device(type='cpu')
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -21,12 +33,26 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"there is no device {str(name)!r} here; give cpu, cuda, cuda:1, ... or auto") from None
+        raise ValueError(
+            f"device must be auto or a device of this machine, such as cpu, cuda or cuda:1, got {str(name)!r}"
+        ) from None
     return device
 
 
 def choose_dtype(name: str) -> torch.dtype:
-    """ValueError unless it is one of `DTYPES`."""
-    if name not in DTYPES:
-        raise ValueError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    """Return the dtype of a name.
+
+    Args:
+        name: one of `DTYPES`.
+
+    Returns:
+        The dtype.
+
+    Raises:
+        ValueError: for another name.
+
+    Example:
+        >>> choose_dtype("bfloat16")
+        torch.bfloat16
+    """
+    return DTYPES[choice("dtype", name, DTYPES)]

@@ -1,8 +1,8 @@
-"""The processes of one job, as `torchrun` and `accelerate launch` start them: this module alone reads their environment.
+"""The processes of one job that `torchrun` or `accelerate launch` started; no other module reads their environment.
 
-Work is divided by number: of n processes, process r does pieces r, r + n, r + 2 n, ... (`shard`). Results are gathered
-by every process in the order of the pieces (`all_gather`), so that no number depends on n. What one process has to
-decide, such as whether a result is cached, process 0 decides for all (`broadcast`).
+Work is divided by number: of n processes, process r does pieces r, r + n, r + 2 n, ... (`shard`). Every process gathers
+the results in the order of the pieces (`all_gather`), so that no result depends on n. Process 0 decides for all, for
+example whether a result is cached (`broadcast`).
 """
 
 from __future__ import annotations
@@ -42,11 +42,27 @@ class ProcessGroup:
         return self.rank == 0
 
     def shard(self, pieces: int) -> range:
-        """Return the numbers of the pieces of work that belong to this process."""
+        """Return the numbers of the pieces of work that belong to this process.
+
+        Args:
+            pieces: the number of pieces.
+
+        Example:
+            >>> list(ProcessGroup(rank=0, size=2).shard(5))
+            [0, 2, 4]
+        """
         return range(self.rank, pieces, self.size)
 
     def all_gather(self, mine: list[T]) -> list[T]:
-        """Return the results of all pieces in order, given those of this process's shard."""
+        """Return the results of all pieces in order.
+
+        Args:
+            mine: the results of this process's shard, in order; any objects that can be pickled.
+
+        Example:
+            >>> SINGLE_PROCESS.all_gather(["a", "b"])
+            ['a', 'b']
+        """
         if self.size == 1:
             return mine
         gathered: list[Any] = [None] * self.size
@@ -54,7 +70,15 @@ class ProcessGroup:
         return [gathered[piece % self.size][piece // self.size] for piece in range(sum(map(len, gathered)))]
 
     def broadcast(self, value: T) -> T:
-        """Return the value that process 0 passes, in every process."""
+        """Return the value of process 0 in every process.
+
+        Args:
+            value: any object that can be pickled; those of other processes are ignored.
+
+        Example:
+            >>> SINGLE_PROCESS.broadcast("a")
+            'a'
+        """
         if self.size == 1:
             return value
         box: list[Any] = [value]
@@ -64,18 +88,32 @@ class ProcessGroup:
 
 
 SINGLE_PROCESS = ProcessGroup()
+"""The group of a process without a launcher."""
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Return (rank, world size) from the launcher's environment; (0, 1) without a launcher."""
+    """Return (rank, world size) from the launcher's environment; (0, 1) without a launcher.
+
+    Example:
+        >>> rank, world_size = rank_and_world_size()
+        >>> 0 <= rank < world_size
+        True
+    """
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_device(device: str) -> str:
-    """Return the device of this process: with `auto` or `cuda` under a launcher, GPU number `LOCAL_RANK`.
+    """Return the name of this process's device: with `auto` or `cuda` under a launcher, GPU number `LOCAL_RANK`.
 
     Args:
-        device: a device's name; names other than `auto` and `cuda`, and machines without a GPU, leave it as it is.
+        device: a device's name.
+
+    Returns:
+        `cuda:0`, `cuda:1`, ...; `device` itself for other names, without a GPU and without a launcher.
+
+    Example:
+        >>> local_device("cpu")
+        'cpu'
     """
     if device not in ("auto", "cuda") or rank_and_world_size()[1] == 1:
         return device
@@ -85,7 +123,16 @@ def local_device(device: str) -> str:
 
 @contextmanager
 def init() -> Iterator[ProcessGroup]:
-    """Join the launcher's processes for the duration of a `with` block; `SINGLE_PROCESS` without a launcher."""
+    """Join the launcher's processes for the duration of a `with` block.
+
+    Yields:
+        The group of all processes; `SINGLE_PROCESS` without a launcher.
+
+    Example:
+        >>> with init() as group:
+        ...     group.broadcast("a")
+        'a'
+    """
     rank, size = rank_and_world_size()
     if size == 1:
         yield SINGLE_PROCESS

@@ -1,4 +1,4 @@
-"""What can be said of a model without sampling from it."""
+"""Facts about a model that require no sampling."""
 
 from __future__ import annotations
 
@@ -13,21 +13,28 @@ from ddim.io.weights import choose_weights
 from ddim.pipeline import DDIMPipeline, component_folder
 from ddim.unet import UNet2DModel
 
+DEFAULT_SAMPLE_SIZE = 32
+"""Height and width at which a network without a `sample_size` is counted."""
+
 
 def describe(model: str | Path) -> dict[str, Any]:
-    """Facts about a model.
+    """Describe a model: its files, size, cost and configuration.
 
     Args:
-        model: as for `DDIMPipeline.from_pretrained`.
+        model: the name of a built-in model, a folder, or a hub id such as `google/ddpm-cifar10-32`.
 
     Returns:
         `model`, `found` (the folder), `layout` (`diffusers` or `flat`), `weights` (the file), `parameters`,
-        `gflop_per_image_and_step` (multiply and add count as two; one network evaluation on one image), `unet` and
-        `scheduler` (their configurations).
+        `gflop_per_image_and_step` (one function evaluation on one image; a multiplication and an addition count as
+        two), `unet` and `scheduler` (their configurations).
 
     Raises:
-        FileNotFoundError: as `DDIMPipeline.from_pretrained`.
-        ValueError: as there.
+        FileNotFoundError: if there is no such model, or files are missing in it.
+        ValueError: if a file is damaged or does not fit the others.
+
+    Example:
+        >>> describe("mnist")["parameters"]
+        1805121
     """
     folder = hub.find_model(model)
     pipe = DDIMPipeline.from_pretrained(folder)
@@ -45,10 +52,23 @@ def describe(model: str | Path) -> dict[str, Any]:
 
 
 def count_flop(unet: UNet2DModel) -> int:
-    """Floating-point operations of one network evaluation on one image: convolutions, matrix products and attention."""
-    size = unet.config.sample_size or 32
+    """Count the floating-point operations of one function evaluation on one image.
+
+    Args:
+        unet: the network, on any device.
+
+    Returns:
+        Operations of convolutions, matrix products and attention; a multiplication and an addition count as two.
+
+    Example:
+        >>> unet = UNet2DModel(8, 1, 1, block_out_channels=(32,), down_block_types=("DownBlock2D",),
+        ...                    up_block_types=("UpBlock2D",))
+        >>> count_flop(unet) > 0
+        True
+    """
+    size = unet.config.sample_size or DEFAULT_SAMPLE_SIZE
     height, width = (size, size) if isinstance(size, int) else size
-    # On the meta device shapes are computed and nothing else.
+    # On the meta device only shapes are computed.
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         network = UNet2DModel.from_config(unet.config).eval()
         network(torch.empty(1, network.config.in_channels, height, width), torch.zeros((), dtype=torch.int64))

@@ -10,9 +10,16 @@ if TYPE_CHECKING:
 
 
 class Output:
-    """Base of the results below: `out.name`, `out["name"]`, `out[0]` and `out.to_tuple()` (without the `None`s)."""
+    """Base of results, whose fields are reached as `out.name`, `out["name"]` and `out[0]`.
+
+    Example:
+        >>> out = ImagePipelineOutput(images=["an image"])
+        >>> out.images is out["images"] is out[0]
+        True
+    """
 
     def to_tuple(self) -> tuple[Any, ...]:
+        """Return the fields that are not `None`."""
         values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
         return tuple(value for value in values if value is not None)
 
@@ -22,15 +29,32 @@ class Output:
 
 @dataclass
 class UNet2DOutput(Output):
-    """What a U-Net predicts: `sample`, (N, out_channels, H, W), in the network's dtype."""
+    """The prediction of a U-Net.
+
+    Attributes:
+        sample: (N, out_channels, H, W), in the network's dtype.
+
+    Example:
+        >>> import torch
+        >>> UNet2DOutput(torch.zeros(2, 3, 8, 8)).sample.shape
+        torch.Size([2, 3, 8, 8])
+    """
 
     sample: torch.Tensor
 
 
 @dataclass
 class DDIMSchedulerOutput(Output):
-    """A step's result: `prev_sample` is x at the next timestep of the subsequence, `pred_original_sample` the predicted
-    x0 after clipping; both (N, C, H, W).
+    """The result of a sampling step.
+
+    Attributes:
+        prev_sample: x at the next timestep of the subsequence, (N, C, H, W).
+        pred_original_sample: the predicted x_0 after clipping, (N, C, H, W).
+
+    Example:
+        >>> import torch
+        >>> len(DDIMSchedulerOutput(torch.zeros(1, 1, 8, 8)).to_tuple())
+        1
     """
 
     prev_sample: torch.Tensor
@@ -39,26 +63,41 @@ class DDIMSchedulerOutput(Output):
 
 @dataclass
 class ImagePipelineOutput(Output):
-    """Images: a list of N PIL images, a float32 array (N, H, W, C) in [0, 1], or a tensor (N, C, H, W) in [0, 1]."""
+    """Sampled images.
+
+    Attributes:
+        images: a list of N PIL images, a float32 array (N, H, W, C) in [0, 1], or a tensor (N, C, H, W) in [0, 1].
+
+    Example:
+        >>> ImagePipelineOutput(images=[])[0]
+        []
+    """
 
     images: Any
 
 
 @dataclass
 class EncodeOutput(Output):
-    """Latent codes of N pictures, and how well they were found.
+    """The latents of N images, and the errors and the cost of their encoding.
 
     Attributes:
-        latents: the codes, float32 (N, C, H, W) on the model's device: x at `timesteps[0]`. Float64 images, or a
-            float64 model, give float64 codes.
-        timesteps: the S timesteps, from the largest to the smallest; `decode` wants the same.
-        residuals: (N, S): how far the step of decoding lands from where encoding came from, the largest difference
-            among the values of a picture, on the scale of [-1, 1]. Column j belongs to the step from `timesteps[j]`;
-            that from timestep 0 leads nowhere and has no residual and no cost.
-        evaluations: int64 (N, S): network evaluations spent.
-        tolerance: what each residual was to reach.
-        mse: float64 (N,): the mean squared error per value in [0, 1] of what decoding gives back, before it is clipped
-            or rounded; NaN where that was not looked at (`verify=False`).
+        latents: float32 (N, C, H, W) on the model's device: x at `timesteps[0]`. Float64 images, or a float64 model,
+            give float64 latents.
+        timesteps: the S timesteps, strictly decreasing; `decode` requires the same.
+        residuals: (N, S): the largest difference, among the values of an image in [-1, 1], between the result of a
+            decoding step and the sample that the encoding step started from. Column j belongs to the step from
+            `timesteps[j]`; the step from timestep 0 does not move, and has no residual and no cost.
+        evaluations: int64 (N, S): function evaluations (NFE) of each step.
+        tolerance: the residual required of each step.
+        mse: float64 (N,): the mean squared error per value in [0, 1] of the decoded images, before clipping and
+            rounding; NaN if it was not computed (`verify=False`).
+
+    Example:
+        >>> import torch
+        >>> residuals, nfe = torch.tensor([[0.0, 3e-6], [0.0, 1e-3]]), torch.tensor([[4, 5], [4, 50]])
+        >>> out = EncodeOutput(torch.zeros(2, 1, 8, 8), [500, 0], residuals, nfe, 1e-5, torch.zeros(2))
+        >>> out.converged.tolist()
+        [True, False]
     """
 
     latents: torch.Tensor
@@ -70,22 +109,29 @@ class EncodeOutput(Output):
 
     @property
     def residual(self) -> torch.Tensor:
-        """The largest residual of each picture, (N,)."""
+        """The largest residual of each image, (N,)."""
         return self.residuals.amax(1)
 
     @property
     def converged(self) -> torch.Tensor:
-        """Whether each picture's code reached the tolerance in every step, bool (N,)."""
+        """Whether every step of each image reached the tolerance, bool (N,)."""
         return self.residual <= self.tolerance
 
 
 @dataclass
 class ReconstructOutput(Output):
-    """Pictures that went through latent space and back.
+    """Images that were encoded and decoded again.
 
     Attributes:
-        images: what came back: a list of N PIL images, an array (N, H, W, C) or a tensor (N, C, H, W) in [0, 1].
-        codes: the latent codes on the way.
+        images: the decoded images: a list of N PIL images, an array (N, H, W, C) or a tensor (N, C, H, W) in [0, 1].
+        codes: the output of the encoding.
+
+    Example:
+        >>> import torch
+        >>> codes = EncodeOutput(torch.zeros(1, 1, 8, 8), [0], torch.zeros(1, 1), torch.zeros(1, 1), 1e-5,
+        ...                      torch.tensor([1e-4]))
+        >>> ReconstructOutput([], codes).psnr.tolist()
+        [40.0]
     """
 
     images: Any
@@ -93,25 +139,31 @@ class ReconstructOutput(Output):
 
     @property
     def mse(self) -> torch.Tensor:
-        """Each picture's mean squared error per value in [0, 1], float64 (N,); that of the codes."""
+        """The mean squared error per value in [0, 1] of each image, float64 (N,)."""
         return self.codes.mse
 
     @property
     def psnr(self) -> torch.Tensor:
-        """The peak signal-to-noise ratio in dB, (N,): -10 log10(mse)."""
+        """The peak signal-to-noise ratio of each image in dB, (N,): -10 log10(mse)."""
         return -10 * self.mse.log10()
 
 
 @dataclass
 class TrajectoryOutput(Output):
-    """How pictures appear. Lists have an entry for each timestep shown, the noisiest first; each entry holds N pictures
-    of the `output_type` asked for.
+    """Samples on their way from noise to images.
+
+    Each list has one entry per recorded timestep, the noisiest first; an entry holds N images of the requested
+    `output_type`.
 
     Attributes:
         timesteps: t of each entry.
-        samples: x_t.
+        samples: x_t of each entry.
         pred_original_samples: the x_0 that the network predicts from x_t.
-        images: where the process ends.
+        images: the final images.
+
+    Example:
+        >>> TrajectoryOutput([900, 0], ["x_900", "x_0"], ["x_0 from x_900", "x_0 from x_0"], "images").timesteps
+        [900, 0]
     """
 
     timesteps: list[int]

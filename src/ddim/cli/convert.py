@@ -79,8 +79,8 @@ def convert(
       ddim convert cifar10_uncond_50M_500K.pt --heads 4 --image-size 32 --steps-trained 4000 --rescale-timesteps
       --beta-schedule squaredcos_cap_v2 --out cifar10-cosine
     """
+    from ddim.convert import CheckpointSettings, OpenAIFlags
     from ddim.convert import convert as convert_checkpoint
-    from ddim.convert.openai import OpenAIFlags
 
     flags = OpenAIFlags(heads, head_channels, new_attention_order, rescale_timesteps)
     schedule = {
@@ -95,9 +95,11 @@ def convert(
         checkpoint,
         folder,
         layout,
-        image_size,
-        None if flags == OpenAIFlags() else flags,
-        {name: value for name, value in schedule.items() if value is not None},
+        CheckpointSettings(
+            image_size,
+            None if flags == OpenAIFlags() else flags,
+            {name: value for name, value in schedule.items() if value is not None},
+        ),
         ema,
         dtype,
         overwrite,

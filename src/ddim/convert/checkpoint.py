@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint file, by their original names. Nothing that is read here can run code.
+"""The tensors of a checkpoint file, by their original names. Nothing that is read can run code.
 
 *.safetensors      tensors
-any other name     what `torch.save` wrote: a dictionary of tensors, or the list of a training run of ermongroup/ddim,
+any other name     a file of `torch.save`: a dictionary of tensors, or the list of a training run of ermongroup/ddim,
                    [model, optimizer, epoch, step] or [model, optimizer, epoch, step, averaged model]
 """
 
@@ -17,44 +17,57 @@ from ddim.io.weights import read_pickle
 
 logger = logging.getLogger(__name__)
 
-# Of torch.nn.DataParallel, around the whole model.
-WRAPPER = "module."
-TRAINING_STATE = 4
+DATA_PARALLEL_PREFIX = "module."
+"""What `torch.nn.DataParallel` puts before every name."""
+EMA_POSITION = 4
+"""The position of the averaged model in the list of a training run."""
 
 
 def read_checkpoint(path: Path, ema: bool = True) -> dict[str, Tensor]:
-    """All tensors of a network, on the CPU.
+    """Read all tensors of a network.
 
     Args:
-        path: of the file.
-        ema: take the averaged model of a training run, where there is one.
+        path: the file.
+        ema: use the averaged model of a training run if there is one.
+
+    Returns:
+        Tensors on the CPU by their original names.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged or holds something else, or loading it could run code.
+        ValueError: if it is damaged, is not a checkpoint of a network, or loading it could run code.
+
+    Example:
+        >>> import torch
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     torch.save({"module.conv_in.bias": torch.zeros(2)}, f"{folder}/model.pt")
+        ...     read_checkpoint(Path(folder) / "model.pt")
+        {'conv_in.bias': tensor([0., 0.])}
     """
+    if path.is_dir():
+        raise FileNotFoundError(f"the checkpoint {path} is a folder, not a file; layout='diffusers' converts folders")
     if not path.is_file():
-        kind = "a folder; give a file, or --layout diffusers" if path.is_dir() else "not there"
-        raise FileNotFoundError(f"the checkpoint {path} is {kind}")
+        raise FileNotFoundError(f"there is no checkpoint {path}")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     if isinstance(content, list | tuple):
-        content = _choose(content, path, ema)
+        content = _choose_state(content, path, ema)
     if not _is_state_dict(content):
         raise ValueError(
-            f"{path} is no checkpoint of a network: it holds neither a dictionary of tensors nor a list [model, "
+            f"{path} is not a checkpoint of a network: it holds neither a dictionary of tensors nor a list [model, "
             "optimizer, epoch, step, averaged model]"
         )
-    if all(name.startswith(WRAPPER) for name in content):
-        return {name.removeprefix(WRAPPER): tensor for name, tensor in content.items()}
+    if all(name.startswith(DATA_PARALLEL_PREFIX) for name in content):
+        return {name.removeprefix(DATA_PARALLEL_PREFIX): tensor for name, tensor in content.items()}
     return dict(content)
 
 
-def _choose(states: list[Any] | tuple[Any, ...], path: Path, ema: bool) -> Any:
-    """Of a training run's list, the averaged model or the model itself."""
-    if ema and len(states) > TRAINING_STATE:
-        return states[TRAINING_STATE]
+def _choose_state(states: list[Any] | tuple[Any, ...], path: Path, ema: bool) -> Any:
+    """Choose the averaged model or the model itself from the list of a training run."""
+    if ema and len(states) > EMA_POSITION:
+        return states[EMA_POSITION]
     if ema and states:
-        logger.warning("%s holds no averaged weights; the raw ones are taken", path)
+        logger.warning("%s holds no averaged weights; the raw ones are used", path)
     return states[0] if states else None
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints of other code as pipelines: the converted U-Net computes what the original network does.
+"""Conversion of checkpoints: the converted U-Net computes what the original network does.
 
-The originals are written down here a second time, each as one function of its weights. A `Weights` is filled while the
-function runs for the first time: a layer that has no tensors yet draws them, under the name the original gives them.
+The originals are implemented a second time in this module, each as one function of its weights. A `Weights` is filled
+while the function runs for the first time: a layer without tensors draws them, under the original's names.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,9 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ddim.cli import main
-from ddim.convert import convert, ddpm, make_pipeline
-from ddim.convert.openai import OpenAIFlags
-from ddim.convert.placement import place
+from ddim.convert import CheckpointSettings, OpenAIFlags, convert, ddpm, make_pipeline
+from ddim.convert.placement import place_tensors
 from ddim.pipeline import DDIMPipeline
 from ddim.unet import UNet2DModel
 
@@ -33,7 +33,7 @@ TOLERANCE = 1e-5
 
 
 class Weights(dict[str, Tensor]):
-    """Layers by name. Random numbers everywhere: no error can hide in a zero or a one."""
+    """Layers by name. All values are random, so that no error is hidden by a zero or a one."""
 
     def __init__(self, eps: float) -> None:
         self.eps, self.generator = eps, torch.Generator().manual_seed(0)
@@ -66,7 +66,7 @@ def swish(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x)
 
 
-def upsampled(x: Tensor) -> Tensor:
+def upsample(x: Tensor) -> Tensor:
     return x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
 
 
@@ -74,7 +74,7 @@ def upsampled(x: Tensor) -> Tensor:
 
 
 def ermon(w: Weights, x: Tensor, t: Tensor, ch: int, mult: Sequence[int], blocks: int, attend: Sequence[int]) -> Tensor:
-    """The denoiser of models/diffusion.py; `attend` are the levels with attention."""
+    """Compute the denoiser of models/diffusion.py; `attend` are the levels with attention."""
 
     def resnet(name: str, x: Tensor, outputs: int) -> Tensor:
         h = w.conv(f"{name}.conv1", swish(w.norm(f"{name}.norm1", x)), outputs)
@@ -96,26 +96,26 @@ def ermon(w: Weights, x: Tensor, t: Tensor, ch: int, mult: Sequence[int], blocks
     temb = w.linear("temb.dense.1", swish(temb), 4 * ch)
 
     levels = len(mult)
-    maps = [w.conv("conv_in", x, ch)]
+    skips = [w.conv("conv_in", x, ch)]
     for level in range(levels):
         for i in range(blocks):
-            h = resnet(f"down.{level}.block.{i}", maps[-1], ch * mult[level])
-            maps.append(attention(f"down.{level}.attn.{i}", h) if level in attend else h)
+            h = resnet(f"down.{level}.block.{i}", skips[-1], ch * mult[level])
+            skips.append(attention(f"down.{level}.attn.{i}", h) if level in attend else h)
         if level < levels - 1:
-            shifted = F.pad(maps[-1], (0, 1, 0, 1))
-            maps.append(w.conv(f"down.{level}.downsample.conv", shifted, ch * mult[level], stride=2, padding=0))
-    h = resnet("mid.block_1", maps[-1], ch * mult[-1])
+            shifted = F.pad(skips[-1], (0, 1, 0, 1))
+            skips.append(w.conv(f"down.{level}.downsample.conv", shifted, ch * mult[level], stride=2, padding=0))
+    h = resnet("mid.block_1", skips[-1], ch * mult[-1])
     h = resnet("mid.block_2", attention("mid.attn_1", h), ch * mult[-1])
     for level in reversed(range(levels)):
         for i in range(blocks + 1):
-            h = resnet(f"up.{level}.block.{i}", torch.cat([h, maps.pop()], 1), ch * mult[level])
+            h = resnet(f"up.{level}.block.{i}", torch.cat([h, skips.pop()], 1), ch * mult[level])
             h = attention(f"up.{level}.attn.{i}", h) if level in attend else h
         if level > 0:
-            h = w.conv(f"up.{level}.upsample.conv", upsampled(h), ch * mult[level])
+            h = w.conv(f"up.{level}.upsample.conv", upsample(h), ch * mult[level])
     return w.conv("conv_out", swish(w.norm("norm_out", h)), x.shape[1])
 
 
-# Of the repository's configurations: multipliers, level with attention, size, parameters.
+# Configurations of the repository: multipliers, level with attention, size, parameters.
 ERMON = {
     "cifar10": ((1, 2, 2, 2), 1, 32, 35_746_307),
     "celeba": ((1, 2, 2, 2, 4), 2, 64, 78_700_803),
@@ -134,13 +134,13 @@ def ermon_weights(mult: Sequence[int] = (1, 2), attend: Sequence[int] = (1,), bl
 
 
 @torch.no_grad()
-def test_the_network_of_ermongroup_is_the_same() -> None:
+def test_ermongroup_network_matches() -> None:
     for mult, level, size, _ in ERMON.values():
         w = ermon_weights(mult, (level,), 2)
         pipe = make_pipeline(w, "x")
         assert pipe.unet.config.sample_size == size
         assert not pipe.unet.training
-        # Maps down to 2x2 pixels: padding and upsampling matter most where there are few.
+        # Feature maps down to 2x2 pixels, where padding and upsampling matter most.
         x = sample(2 ** len(mult))
         for t in TIMESTEPS:
             expected = ermon(w, x, torch.tensor([t]), 32, mult, 2, (level,))
@@ -148,25 +148,25 @@ def test_the_network_of_ermongroup_is_the_same() -> None:
 
 
 @torch.no_grad()
-def test_other_levels_other_blocks_and_grey_pictures() -> None:
+def test_other_levels_blocks_and_gray_images() -> None:
     for mult, attend, blocks in (((1, 3), (), 3), ((1, 2, 1), (0, 2), 1), ((1,), (0,), 2)):
         w, x = Weights(1e-6), sample(8, 1)
         expected = ermon(w, x, torch.tensor([300]), 32, mult, blocks, attend)
-        unet = make_pipeline(w, "x", image_size=8).unet
+        unet = make_pipeline(w, "x", settings=CheckpointSettings(image_size=8)).unet
         assert (unet(x, 300).sample - expected).abs().max() < TOLERANCE * expected.abs().max()
 
 
-def test_the_published_networks_of_ermongroup_by_their_shapes() -> None:
+def test_published_ermongroup_networks_by_shape() -> None:
     for mult, level, _, parameters in ERMON.values():
-        # Theirs have 128 channels where those here have 32, and so throughout.
+        # The published networks have four times the channels of those in this module.
         shapes = {
             name: [4 * n if n >= 32 else n for n in t.shape] for name, t in ermon_weights(mult, (level,), 2).items()
         }
         w = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        plan = ddpm.read(w)
+        plan = ddpm.plan_conversion(w)
         with torch.device("meta"):
             unet = UNet2DModel(**plan.config)
-        placed = place(plan, unet, w)
+        placed = place_tensors(plan, unet, w)
         assert unet.num_parameters() == sum(tensor.numel() for tensor in placed.values()) == parameters
 
 
@@ -187,7 +187,7 @@ OPENAI: dict[str, Any] = {
 
 
 def guided(w: Weights, x: Tensor, t: Tensor, labels: Tensor | None = None, ch: int = 32, **changes: Any) -> Tensor:
-    """The denoiser of unet.py; `t` is what the network is told, `attend` are the levels with attention."""
+    """Compute the denoiser of unet.py; `t` is the network's input, `attend` are the levels with attention."""
     o = OPENAI | changes
 
     def residual(name: str, x: Tensor, outputs: int, resample: Any = lambda x: x) -> Tensor:
@@ -223,32 +223,32 @@ def guided(w: Weights, x: Tensor, t: Tensor, labels: Tensor | None = None, ch: i
         emb = emb + w.draw("label_emb.weight", o["classes"], 4 * ch)[labels]
 
     levels = len(o["mult"])
-    maps = [w.conv("input_blocks.0.0", x, ch)]
+    skips = [w.conv("input_blocks.0.0", x, ch)]
     for level, mult in enumerate(o["mult"]):
         for _ in range(o["blocks"]):
-            name = f"input_blocks.{len(maps)}"
-            h = residual(f"{name}.0", maps[-1], ch * mult)
-            maps.append(attention(f"{name}.1", h) if level in o["attend"] else h)
+            name = f"input_blocks.{len(skips)}"
+            h = residual(f"{name}.0", skips[-1], ch * mult)
+            skips.append(attention(f"{name}.1", h) if level in o["attend"] else h)
         if level < levels - 1:
-            name = f"input_blocks.{len(maps)}.0"
+            name = f"input_blocks.{len(skips)}.0"
             if o["updown"]:
-                maps.append(residual(name, maps[-1], ch * mult, lambda x: F.avg_pool2d(x, 2)))
+                skips.append(residual(name, skips[-1], ch * mult, lambda x: F.avg_pool2d(x, 2)))
             else:
-                maps.append(w.conv(f"{name}.op", maps[-1], ch * mult, stride=2))
-    h = residual("middle_block.0", maps[-1], ch * o["mult"][-1])
+                skips.append(w.conv(f"{name}.op", skips[-1], ch * mult, stride=2))
+    h = residual("middle_block.0", skips[-1], ch * o["mult"][-1])
     h = residual("middle_block.2", attention("middle_block.1", h), ch * o["mult"][-1])
     index = 0
     for level, mult in reversed(list(enumerate(o["mult"]))):
         for i in range(o["blocks"] + 1):
-            h, place = residual(f"output_blocks.{index}.0", torch.cat([h, maps.pop()], 1), ch * mult), 1
+            h, position = residual(f"output_blocks.{index}.0", torch.cat([h, skips.pop()], 1), ch * mult), 1
             if level in o["attend"]:
-                h, place = attention(f"output_blocks.{index}.1", h), 2
+                h, position = attention(f"output_blocks.{index}.1", h), 2
             if level > 0 and i == o["blocks"]:
-                name = f"output_blocks.{index}.{place}"
+                name = f"output_blocks.{index}.{position}"
                 h = (
-                    residual(name, h, ch * mult, upsampled)
+                    residual(name, h, ch * mult, upsample)
                     if o["updown"]
-                    else w.conv(f"{name}.conv", upsampled(h), ch * mult)
+                    else w.conv(f"{name}.conv", upsample(h), ch * mult)
                 )
             index += 1
     return w.conv("out.2", F.silu(w.norm("out.0", h)), x.shape[1] * (1 + o["sigma"]))
@@ -284,10 +284,10 @@ def guided_weights(**changes: Any) -> Weights:
 
 @pytest.mark.parametrize("name", VARIANTS)
 @torch.no_grad()
-def test_the_networks_of_openai_are_the_same(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_openai_networks_match(name: str, caplog: pytest.LogCaptureFixture) -> None:
     changes, flags = VARIANTS[name]
     w = guided_weights(**changes)
-    unet = make_pipeline(w, "x", image_size=8, flags=flags).unet
+    unet = make_pipeline(w, "x", settings=CheckpointSettings(8, flags)).unet
     x = sample(8)
     for t in TIMESTEPS:
         expected = guided(w, x, torch.tensor([t]), **changes)[:, :3]
@@ -296,10 +296,10 @@ def test_the_networks_of_openai_are_the_same(name: str, caplog: pytest.LogCaptur
 
 
 @torch.no_grad()
-def test_classes(caplog: pytest.LogCaptureFixture) -> None:
+def test_class_conditional_network(caplog: pytest.LogCaptureFixture) -> None:
     w, x, labels = Weights(1e-5), sample(8), torch.tensor([3])
     expected = guided(w, x, torch.tensor([17]), labels, classes=5)
-    unet = make_pipeline(w, "x", flags=OpenAIFlags(heads=1)).unet
+    unet = make_pipeline(w, "x", settings=CheckpointSettings(flags=OpenAIFlags(heads=1))).unet
     assert unet.config.num_class_embeds == 5
     assert (unet(x, 17, class_labels=labels).sample - expected).abs().max() < TOLERANCE * expected.abs().max()
     assert "class-conditional" in caplog.text
@@ -308,20 +308,16 @@ def test_classes(caplog: pytest.LogCaptureFixture) -> None:
 @torch.no_grad()
 def test_rescaled_timesteps() -> None:
     w, x = guided_weights(), sample(8)
-    pipe = make_pipeline(
-        w,
-        "x",
-        flags=OpenAIFlags(heads=1, rescale_timesteps=True),
-        schedule={"num_train_timesteps": 4000},
-    )
+    schedule = {"num_train_timesteps": 4000}
+    rescaled = OpenAIFlags(heads=1, rescale_timesteps=True)
+    pipe = make_pipeline(w, "x", settings=CheckpointSettings(flags=rescaled, schedule=schedule))
     for t in (0, 3, 2001, 3999):
         expected = guided(w, x, torch.tensor([t * 0.25]))
         assert (pipe.unet(x, t).sample - expected).abs().max() < TOLERANCE * expected.abs().max()
-    # Linear betas grow slower where there are more of them, as in that code.
+    # Linear betas are scaled by 1000 / T, as in the original code.
     assert (pipe.scheduler.config.beta_start, pipe.scheduler.config.beta_end) == (0.0001 / 4, 0.02 / 4)
-    plain = make_pipeline(
-        w, "x", flags=OpenAIFlags(heads=1, rescale_timesteps=False), schedule={"num_train_timesteps": 4000}
-    )
+    plain_flags = OpenAIFlags(heads=1, rescale_timesteps=False)
+    plain = make_pipeline(w, "x", settings=CheckpointSettings(flags=plain_flags, schedule=schedule))
     expected = guided(w, x, torch.tensor([2001]))
     assert (plain.unet(x, 2001).sample - expected).abs().max() < TOLERANCE * expected.abs().max()
 
@@ -333,17 +329,21 @@ def without(w: Weights, *prefixes: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in w.items() if not name.startswith(prefixes)}
 
 
-def test_networks_of_openai_that_cannot_be_expressed() -> None:
+def test_inexpressible_openai_networks_raise() -> None:
     w = guided_weights()
     table: list[tuple[dict[str, Tensor], dict[str, Any], str]] = [
-        (w, {}, "do not tell the heads of attention; give --heads or --head-channels"),
+        (w, {}, "do not determine the heads of attention; pass heads or head_channels, one of them"),
         (w, {"flags": OpenAIFlags(heads=1, head_channels=8)}, "one of them"),
-        (w, {"flags": OpenAIFlags(heads=3)}, "heads is 3, which does not divide 64"),
+        (w, {"flags": OpenAIFlags(heads=3)}, r"heads must divide 64, .*, got 3"),
         (w, {"flags": OpenAIFlags(heads=0)}, "heads must be an integer of at least 1, got 0"),
-        (guided_weights(mult=(1, 2, 3), attend=(1, 2), heads=4), {"flags": OpenAIFlags(heads=4)}, "4 heads are 16, 24"),
-        (w, {"flags": OpenAIFlags(heads=1), "schedule": {"num_train_timesteps": 50}}, "give --rescale-timesteps"),
+        (
+            guided_weights(mult=(1, 2, 3), attend=(1, 2), heads=4),
+            {"flags": OpenAIFlags(heads=4)},
+            "4 heads have 16, 24",
+        ),
+        (w, {"flags": OpenAIFlags(heads=1), "schedule": {"num_train_timesteps": 50}}, "pass rescale_timesteps=True"),
         (without(w, *CONV_RESAMPLE), {"flags": OpenAIFlags(heads=1)}, "conv_resample=False"),
-        (without(w, "output_blocks"), {"flags": OpenAIFlags(heads=1)}, "half a network"),
+        (without(w, "output_blocks"), {"flags": OpenAIFlags(heads=1)}, "the upward path is required"),
         (without(w, "middle_block.1.qkv"), {"flags": OpenAIFlags(heads=1)}, r"middle_block\.1\.qkv\.weight is missing"),
         (without(w, "output_blocks.3"), {"flags": OpenAIFlags(heads=1)}, "do not make levels of equal depth"),
         (guided_weights(mult=(2, 2)), {"flags": OpenAIFlags(heads=1)}, "time embedding has 32 channels"),
@@ -356,13 +356,13 @@ def test_networks_of_openai_that_cannot_be_expressed() -> None:
     ]
     for tensors, settings, message in table:
         with pytest.raises(ValueError, match=message):
-            make_pipeline(tensors, "x", **settings)
+            make_pipeline(tensors, "x", settings=CheckpointSettings(**settings))
 
 
 # --- tensors
 
 
-def test_every_tensor_must_find_its_place() -> None:
+def test_unplaceable_tensors_raise() -> None:
     w = ermon_weights()
     mid = "mid.block_1.conv1.weight"
     table: list[tuple[dict[str, Tensor], str]] = [
@@ -370,34 +370,40 @@ def test_every_tensor_must_find_its_place() -> None:
         (without(w, "conv_in.weight"), r"conv_in\.weight is missing"),
         (without(w, "down.0.block.0.conv1"), r"down\.0\.block\.0\.conv1\.weight is missing"),
         (without(w, "down.0.downsample"), r"down\.0\.downsample\.conv\.weight is missing"),
-        (w | {"logvar": torch.zeros(1000)}, "logvar has no place in this network"),
-        (w | {mid: torch.zeros(64, 64, 1, 1)}, r"mid\.block_1\.conv1\.weight has shape \(64, 64, 1, 1\) instead of"),
-        (w | {"conv_in.weight": torch.zeros(32)}, r"conv_in\.weight has shape \(32,\); it must be a matrix"),
-        (w | {mid: w[mid].to(torch.int64)}, r"conv1\.weight holds torch\.int64 instead of floating numbers"),
-        (w | {mid: w[mid] * math.nan}, "not finite"),
+        (w | {"logvar": torch.zeros(1000)}, "logvar is unexpected"),
+        (
+            w | {mid: torch.zeros(64, 64, 1, 1)},
+            r"mid\.block_1\.conv1\.weight: expected shape \(64, 64, 3, 3\), got \(64, 64, 1, 1\)",
+        ),
+        (
+            w | {"conv_in.weight": torch.zeros(32)},
+            r"conv_in\.weight must be a matrix or a convolution kernel, got shape \(32,\)",
+        ),
+        (w | {mid: w[mid].to(torch.int64)}, r"conv1\.weight must be floating, got torch\.int64"),
+        (w | {mid: w[mid] * math.nan}, "must be finite in torch.float32"),
         (w | {"a": w[mid], "b": w[mid], "c": w[mid], "d": w[mid]}, r"\(and 1 more\)"),
         (w | {"conv_out.weight": torch.zeros(6, 32, 3, 3)}, "makes 6 channels of 3"),
         (w | {"conv_in.weight": torch.zeros(64, 3, 3, 3)}, "conv_in makes 64 channels and the first level has 32"),
-        (ermon_weights(mult=(1, 2), attend=()), r"0 levels with attention\); give --image-size"),
-        ({"fc.weight": torch.zeros(2, 2)}, "of no known layout: .* but fc.weight"),
+        (ermon_weights(mult=(1, 2), attend=()), r"0 levels with attention\); pass image_size"),
+        ({"fc.weight": torch.zeros(2, 2)}, r"unrecognized checkpoint layout: .*, got fc\.weight"),
     ]
     for tensors, message in table:
         with pytest.raises(ValueError, match=message):
             make_pipeline(tensors, "x")
-    with pytest.raises(ValueError, match="image_size is 33; a network of 2 levels takes multiples of 2"):
-        make_pipeline(w, "x", image_size=33)
-    with pytest.raises(ValueError, match="not finite, or too large for"):
+    with pytest.raises(ValueError, match="image_size must be a multiple of 2 for 2 levels, got 33"):
+        make_pipeline(w, "x", settings=CheckpointSettings(image_size=33))
+    with pytest.raises(ValueError, match=r"must be finite in torch\.float16, got NaN, infinity or values that are"):
         make_pipeline(w | {mid: w[mid] * 1e6}, "x", dtype=torch.float16)
-    with pytest.raises(ValueError, match="for the layout openai only"):
-        make_pipeline(w, "x", flags=OpenAIFlags(heads=1))
+    with pytest.raises(ValueError, match="require layout='openai', got 'ddpm'"):
+        make_pipeline(w, "x", settings=CheckpointSettings(flags=OpenAIFlags(heads=1)))
 
 
-def test_shortcuts_under_their_other_name() -> None:
+def test_shortcuts_under_their_second_name() -> None:
     w = ermon_weights()
     renamed = {name.replace("nin_shortcut", "conv_shortcut"): tensor for name, tensor in w.items()}
     assert_same(make_pipeline(renamed, "x"), make_pipeline(w, "x"))
     wide = {name: F.pad(t, (1, 1, 1, 1)) if name.endswith("conv_shortcut.weight") else t for name, t in renamed.items()}
-    with pytest.raises(ValueError, match=r"conv_shortcut\.weight has shape .*3, 3\) instead of"):
+    with pytest.raises(ValueError, match=r"conv_shortcut\.weight: expected shape .*, got .*3, 3\)"):
         make_pipeline(wide, "x")
 
 
@@ -407,17 +413,17 @@ def test_shortcuts_under_their_other_name() -> None:
 def assert_same(a: DDIMPipeline, b: DDIMPipeline) -> None:
     assert a.unet.config_json() == b.unet.config_json()
     assert a.scheduler.config_json() == b.scheduler.config_json()
-    ours, theirs = a.unet.state_dict(), b.unet.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name])
+    first, second = a.unet.state_dict(), b.unet.state_dict()
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name])
 
 
 def wrapped(w: Weights) -> dict[str, Tensor]:
     return {f"module.{name}": tensor for name, tensor in w.items()}
 
 
-def test_files_of_every_kind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_checkpoint_files_of_every_kind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     w, out = ermon_weights(), tmp_path / "out"
     expected = make_pipeline(w, "x")
     averaged = {name: tensor / 2 for name, tensor in w.items()}
@@ -449,7 +455,7 @@ def test_schedule_and_dtype(tmp_path: Path) -> None:
     w = ermon_weights()
     torch.save(dict(w), tmp_path / "x.pt")
     schedule = {"num_train_timesteps": 200, "beta_start": 0.001, "beta_schedule": "scaled_linear"}
-    convert(tmp_path / "x.pt", tmp_path / "out", schedule=schedule, dtype="float16", image_size=40)
+    convert(tmp_path / "x.pt", tmp_path / "out", settings=CheckpointSettings(40, schedule=schedule), dtype="float16")
     pipe = DDIMPipeline.from_pretrained(tmp_path / "out", torch_dtype=torch.float16)
     assert {name: pipe.scheduler.config[name] for name in schedule} == schedule
     assert pipe.scheduler.config.beta_end == 0.02
@@ -459,7 +465,9 @@ def test_schedule_and_dtype(tmp_path: Path) -> None:
     assert weights.stat().st_size < 2.2 * sum(tensor.numel() for tensor in w.values())
 
 
-class Code:
+class Payload:
+    """An object whose unpickling creates a file."""
+
     def __init__(self, mark: Path) -> None:
         self.mark = mark
 
@@ -467,7 +475,7 @@ class Code:
         return Path.touch, (self.mark,)
 
 
-def test_files_that_are_refused(tmp_path: Path) -> None:
+def test_invalid_checkpoint_files_raise(tmp_path: Path) -> None:
     w, mark, path = ermon_weights(), tmp_path / "ran", tmp_path / "x.pt"
     torch.save(dict(w), path)
     whole = path.read_bytes()
@@ -483,41 +491,41 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
             convert(tmp_path / name, tmp_path / "out")
         assert "\n" not in str(caught.value)
 
-    refused("is refused: .* could run code", dict(w) | {"x": Code(mark)})
-    refused("is refused: .* could run code", [Code(mark), {}, 0, 0])
+    refused("is refused: .* could run code", dict(w) | {"x": Payload(mark)})
+    refused("is refused: .* could run code", [Payload(mark), {}, 0, 0])
     assert not mark.exists()
     refused("truncated or damaged", whole[: len(whole) // 2])
     refused("truncated or damaged", safe[: len(safe) // 2], "x.safetensors")
     refused("truncated or damaged", b"")
     refused("is refused|damaged", b"this is a letter")
     for content in ({}, [], [1, 2], {"state": dict(w)}, torch.zeros(3), [dict(w), {}, 0, 0, 7], {1: torch.zeros(2)}):
-        refused("is no checkpoint of a network", content)
+        refused("is not a checkpoint of a network", content)
     refused(r"conv_in\.weight is missing", without(w, "conv_in"))
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_arguments(tmp_path: Path, saved_pipeline: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"missing\.pt is not there"):
+def test_invalid_arguments_raise(tmp_path: Path, saved_pipeline: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*missing\.pt"):
         convert(tmp_path / "missing.pt", tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="is a folder; give a file"):
+    with pytest.raises(FileNotFoundError, match="is a folder, not a file"):
         convert(saved_pipeline, tmp_path / "out", layout="ddpm")
-    with pytest.raises(ValueError, match="layout is 'ldm'; it must be one of auto, ddpm, openai, diffusers"):
+    with pytest.raises(ValueError, match="layout must be one of auto, ddpm, openai, or diffusers, got 'ldm'"):
         convert(saved_pipeline, tmp_path / "out", layout="ldm")
-    with pytest.raises(ValueError, match="dtype is 'int8'"):
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, or float16, got 'int8'"):
         convert(saved_pipeline, tmp_path / "out", dtype="int8")
-    with pytest.raises(ValueError, match="tells its own image size, heads and schedule"):
-        convert(saved_pipeline, tmp_path / "out", image_size=32)
+    with pytest.raises(ValueError, match="records its own image size, heads and schedule"):
+        convert(saved_pipeline, tmp_path / "out", settings=CheckpointSettings(image_size=32))
     with pytest.raises(FileNotFoundError, match="holds no model"):
         convert(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_is_not_empty(tmp_path: Path) -> None:
+def test_folder_that_is_not_empty_requires_overwrite(tmp_path: Path) -> None:
     torch.save(dict(ermon_weights()), tmp_path / "x.pt")
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="out is not empty; give another folder, or --overwrite"):
+    with pytest.raises(FileExistsError, match="out is not empty; pass overwrite=True"):
         convert(tmp_path / "x.pt", out)
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
     convert(tmp_path / "x.pt", out, overwrite=True)
@@ -527,7 +535,7 @@ def test_a_folder_that_is_not_empty(tmp_path: Path) -> None:
         convert(tmp_path / "x.pt", tmp_path / "x.pt", overwrite=True)
 
 
-def test_an_old_folder_of_diffusers(tmp_path: Path, saved_pipeline: Path) -> None:
+def test_old_diffusers_folder(tmp_path: Path, saved_pipeline: Path) -> None:
     pipe = DDIMPipeline.from_pretrained(saved_pipeline)
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -547,15 +555,15 @@ def test_an_old_folder_of_diffusers(tmp_path: Path, saved_pipeline: Path) -> Non
 # --- the command
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_command(tmp_path: Path) -> None:
     torch.save(dict(guided_weights(heads=2)), tmp_path / "x.pt")
     options = ["--out", "out", "--heads", "2", "--steps-trained", "500", "--plain-timesteps"]
     command = [sys.executable, "-m", "ddim", "convert", "x.pt", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    completed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     pipe = DDIMPipeline.from_pretrained(tmp_path / "out")
-    told = f"{pipe.unet.num_parameters():,} parameters, sample_size 32\n"
-    assert (done.returncode, done.stdout, done.stderr) == (0, "out\n", told)
+    summary = f"{pipe.unet.num_parameters():,} parameters, sample_size 32\n"
+    assert (completed.returncode, completed.stdout, completed.stderr) == (0, "out\n", summary)
     assert (len(pipe.scheduler), pipe.unet.config.attention_head_dim) == (500, 32)
 
 
@@ -571,9 +579,12 @@ def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         return stop.value.code
 
     assert run(*command) == 0
-    assert run(*command) == "ddim: out is not empty; give another folder, or --overwrite"
+    assert re.fullmatch(
+        "ddim: out is not empty; pass .*overwrite.* to replace a model in it, or .*", str(run(*command))
+    )
     capsys.readouterr()
     assert run(*command, "--overwrite") == 0
     assert capsys.readouterr().err.endswith(" parameters, sample_size 32; 4 earlier files replaced\n")
     assert run("convert", "x.pt") == 2
-    assert run(*command, "--dtype", "int8") == "ddim: dtype is 'int8'; it must be one of float32, bfloat16, float16"
+    message = str(run(*command, "--dtype", "int8"))
+    assert re.fullmatch("ddim: (--)?dtype must be one of float32, bfloat16, or float16, got 'int8'", message)
