@@ -515,7 +515,7 @@ def test_invalid_arguments_raise(tmp_path: Path, saved_pipeline: Path) -> None:
         convert(saved_pipeline, tmp_path / "out", dtype="int8")
     with pytest.raises(ValueError, match="records its own image size, heads and schedule"):
         convert(saved_pipeline, tmp_path / "out", settings=CheckpointSettings(image_size=32))
-    with pytest.raises(FileNotFoundError, match="holds no model"):
+    with pytest.raises(FileNotFoundError, match="is not a model"):
         convert(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
