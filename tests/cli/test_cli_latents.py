@@ -1,22 +1,23 @@
-"""The commands of latent space, on real digits and the built-in model: the files they write are opened, and what is on
-the pictures is compared with the images that went in, with the Python API, and with DDIM written down here once more.
+"""The commands of latent space, on real digits and the built-in model: the files they write are opened, and their
+pixels compared with the input images, with the Python API, and with a second implementation of DDIM below.
 
-All commands run in one process (`cli_batch`); one of each runs as a program of its own, and must write the same bytes.
+Commands run in one process (`cli_batch`), each when a test first needs it; one of each kind also runs as a separate
+program, and must write the same bytes.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from PIL import Image, ImageSequence
 from safetensors import safe_open
 from torch import Tensor
 
-import cli_batch
+from cli_batch import Commands, Result, environment, output_path
 from ddim.cli import app
 from ddim.io.fingerprint import model_sha256
 from ddim.io.images import save_images
@@ -44,21 +45,23 @@ TIMESTEPS = [int(root * root) for root in np.linspace(math.sqrt(800), 0, 10)]
 """Of ten quadratic steps: c i^2 up to 800 (appendix D.2 of the paper)."""
 ALPHAS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 PALETTE = 4
-"""Grey levels that a GIF may be off: PIL gives up some of a frame's 256 for pixels that stay as they were."""
+"""Gray levels that a GIF may be off: PIL gives up some of a frame's 256 for pixels that stay as they were."""
 TEN = ["--steps", "10", "--spacing", "quad"]
 ALONE, THREE = ["--batch-size", "1"], ["--batch-size", "3"]
 
 GOOD = {
     **{f"help {name}": [name, "--help"] for name in COMMANDS},
-    # images to codes
+    # images to latents
     "encode": ["encode", "digits", *TEN, *THREE, "--out", "three.npz"],
     "encode one": ["encode", "digits/2.png", *TEN, *ALONE, "-o", "two.safetensors"],
     "encode euler": ["encode", "digits/9.png", "digits/1.png", *TEN, *THREE, "--euler", "-o", "euler.safetensors"],
     "encode any": ["encode", "any", "--resize", "--timesteps", "500", "--euler", *THREE, "--out", "any.npz"],
-    "encode hastily": ["encode", "digits/9.png", *TEN, *ALONE, "--max-iterations", "2", "--out", "hasty.npz"],
-    "encode loosely": ["encode", "digits/9.png", *TEN, *ALONE, "--tolerance", "0.5", "--out", "loose.npz"],
+    "encode with few iterations": [
+        "encode", "digits/9.png", *TEN, *ALONE, "--max-iterations", "2", "--out", "hasty.npz",
+    ],
+    "encode with large tolerance": ["encode", "digits/9.png", *TEN, *ALONE, "--tolerance", "0.5", "--out", "loose.npz"],
     "encode again": ["encode", "digits/9.png", "--timesteps", "700,300,0", "--euler", *ALONE, "--out", "along.npz"],
-    # codes to images
+    # latents to images
     "decode": ["decode", "three.npz", "--out", "decoded.png"],
     "decode npz": ["decode", "three.npz", *THREE, "--out", "decoded.npz"],
     "decode folder": ["decode", "three.npz", "--batch-size", "2", "--out", "decoded digits/"],
@@ -68,10 +71,10 @@ GOOD = {
     "decode timesteps": ["decode", "three.npz", "--timesteps", "800,9", "--force", *THREE, "--out", "timesteps.npz"],
     "decode other": ["decode", "three.npz", "--model", "other", "--force", *THREE, "--out", "other.npz"],
     "decode half": ["decode", "three.npz", "--dtype", "bfloat16", "--force", *THREE, "--out", "half.npz"],
-    # there and back
+    # reconstruction
     "reconstruct": ["reconstruct", "digits", *TEN, *THREE, "--out", "sides.png"],
     "reconstruct euler": ["reconstruct", "digits", *TEN, *THREE, "--euler", "-o", "euler.png"],
-    # between codes
+    # interpolation
     "strip": ["interpolate", "3", "14", "--frames", "4", *TEN, "--batch-size", "4", "--out", "strip.png"],
     "path": ["interpolate", "3", "14", "7", "--frames", "3", *TEN, "--batch-size", "5", "--out", "path.png"],
     "closed": ["interpolate", "3", "14", "7", "--frames", "3", "--closed", *TEN, *THREE, "--out", "closed.png"],
@@ -90,7 +93,7 @@ GOOD = {
     "grid npz": ["interpolate", "three.npz", "4", "--grid", "3X2", *THREE, "--out", "grid.npz"],
     "existing folder": ["interpolate", "3", "14", "--frames", "2", *TEN, *THREE, "--out", "folder.png"],
     "new folder": ["interpolate", "3", "14", "--frames", "2", *TEN, *THREE, "--out", "new.gif/"],
-    # along the way
+    # trajectories
     "trajectory": ["trajectory", "--count", "2", "--seed", "5", "--frames", "4", *TEN, "--out", "way.png"],
     "trajectory at": ["trajectory", "-n", "1", "--at", "9,632", *TEN, "-o", "at.png"],
     "trajectory gif": ["trajectory", "-n", "3", "--frames", "50", "--fps", "5", *TEN, "--out", "appear.gif"],
@@ -112,15 +115,15 @@ GOOD = {
     "edit existing folder": ["edit", "digits", "--strength", "0", *TEN, "--out", "second folder.png"],
 }  # fmt: skip
 WORK = {name: arguments for name, arguments in GOOD.items() if "--help" not in arguments}
-OUT = {name: args[1 + next(args.index(o) for o in ("--out", "-o") if o in args)] for name, args in WORK.items()}
+OUT = {name: str(output_path(arguments)) for name, arguments in WORK.items()}
 PROGRAMS = ("encode again", "decode npz", "reconstruct euler", "strip", "trajectory at", "consistency", "edit")
-"""One of each command, to be run by itself as well."""
+"""One of each command, which also runs as a separate program."""
 REPLACED = {
     "along.npz": "encode again", "decoded.npz": "decode npz", "sides.png": "reconstruct", "strip.png": "strip",
     "walk.gif": "gif", "way.png": "trajectory", "rows.png": "consistency", "edited.png": "edit",
     "edited/00001.png": "edit folder", "folder.png/00000.png": "existing folder",
 }  # fmt: skip
-"""Files that are there before, and who writes them anew."""
+"""Files that exist before, and the commands that replace them."""
 
 STILL = r"; the model takes 28x28 L; resizing .*--resize"
 BETWEEN = ["interpolate", "digits/1.png", "3"]
@@ -133,44 +136,64 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "empty folder to edit": (["edit", "empty", "--seed", "1"], 1, "there is no image in empty; looked for"),
     "empty folder to reconstruct": (["reconstruct", "empty"], 1, "there is no image in empty; looked for"),
     "text": (["encode", "text.png"], 1, r"text\.png cannot be read: it is no image of a known format"),
-    "cut": (["encode", "cut.png"], 1, r"cut\.png cannot be read: \w+"),
+    "truncated": (["encode", "cut.png"], 1, r"cut\.png cannot be read: \w+"),
     "animation": (
         ["encode", "moving.gif", "--resize"],
         1,
         r"moving\.gif is an animation of 2 frames; give a still",
     ),
     "transparent": (["encode", "any/clear.png"], 1, r"any/clear\.png is 28x28 RGBA" + STILL),
-    "colour": (["reconstruct", "any/colour.png"], 1, r"any/colour\.png is 28x28 RGB" + STILL),
+    "color": (["reconstruct", "any/color.png"], 1, r"any/color\.png is 28x28 RGB" + STILL),
     "16 bits": (["edit", "any/deep.png"], 1, r"any/deep\.png is 28x28 I;16" + STILL),
     "size": (["encode", "digits", "any/large.png"], 1, r"any/large\.png is 40x30 L" + STILL),
     "size between": (["interpolate", "any/large.png", "3"], 1, r"any/large\.png is 40x30 L" + STILL),
     # how to encode
     "tolerance 0": (["encode", "digits", "--tolerance", "0"], 1, r"tolerance is 0\.0; it must lie above 0"),
-    "tolerance nan": (["encode", "digits", "--tolerance", "nan"], 1, "tolerance is nan"),
+    "tolerance nan": (["encode", "digits", "--tolerance", "nan"], 1, "--tolerance must be a .*number.*, got nan"),
     "tolerance 2": (["reconstruct", "digits", "--tolerance", "2"], 1, r"tolerance is 2\.0; .* below 1"),
     "tolerance of words": (["encode", "digits", "--tolerance", "low"], 2, "Invalid value for '--tolerance'"),
-    "no iterations": (["encode", "digits", "--max-iterations", "0"], 1, "max_iterations is 0; .* at least 1"),
-    "many iterations": (["reconstruct", "digits", "--max-iterations", "1001"], 1, "max_iterations is 1001; more than"),
-    "no steps": (["encode", "digits", "--steps", "0"], 1, "num_inference_steps is 0; .* at least 1"),
-    "many steps": (["encode", "digits", "--steps", "1001"], 1, "num_inference_steps is 1001; .* 1000 timesteps"),
+    "no iterations": (
+        ["encode", "digits", "--max-iterations", "0"],
+        1,
+        "--max-iterations must be an integer .*1.*, got 0",
+    ),
+    "many iterations": (["reconstruct", "digits", "--max-iterations", "1001"], 1, "--max-iterations .*1001"),
+    "no steps": (["encode", "digits", "--steps", "0"], 1, "^ddim: --steps must be an integer .*1.*, got 0"),
+    "many steps": (
+        ["encode", "digits", "--steps", "1001"],
+        1,
+        "^ddim: --steps .*1001.* 1000|^ddim: --steps .*1000.*1001",
+    ),
     "one step": (["reconstruct", "digits", "--steps", "1"], 1, "the only timestep is 0, where pictures are"),
     "rising timesteps": (["encode", "digits", "--timesteps", "5,9"], 1, "9 after 5; .* strictly decreasing"),
-    "words as timesteps": (["reconstruct", "digits", "--timesteps", "x"], 1, "--timesteps 'x' is no list of whole"),
-    "spacing": (["encode", "digits", "--spacing", "even"], 1, "timestep_spacing is 'even'; it must be one of"),
-    "no batch": (["encode", "digits", "--batch-size", "0"], 1, "batch_size is 0; .* at least 1"),
+    "words as timesteps": (
+        ["reconstruct", "digits", "--timesteps", "x"],
+        1,
+        "^ddim: --timesteps must be integers separated by commas, .*, got 'x'",
+    ),
+    "spacing": (["encode", "digits", "--spacing", "even"], 1, "^ddim: --spacing .*must be one of"),
+    "no batch": (
+        ["encode", "digits", "--batch-size", "0"],
+        1,
+        "^ddim: --batch-size must be an integer of at least 1, got 0",
+    ),
     "model": (["encode", "digits", "-m", "monalisa"], 1, "there is no model 'monalisa'"),
     "device": (["encode", "digits", "--device", "abacus"], 1, "there is no device 'abacus' here"),
     "dtype": (["encode", "digits", "--dtype", "float99"], 1, "dtype is 'float99'; it must be one of"),
-    # codes
-    "missing codes": (["decode", "nobody.npz"], 1, r"there is no file nobody\.npz"),
-    "image as codes": (["decode", "digits/1.png"], 1, r"digits/1\.png is no file of codes; those end in \.npz or"),
+    # latents
+    "missing latents": (["decode", "nobody.npz"], 1, r"there is no file nobody\.npz"),
+    "image as latents": (["decode", "digits/1.png"], 1, r"digits/1\.png is no file of codes; those end in \.npz or"),
     "two files": (["decode", "three.npz", "along.npz"], 2, "Got unexpected extra argument"),
-    "cut codes": (["decode", "cut.npz"], 1, r"cut\.npz is damaged or no file of codes: \w+"),
-    "cut safetensors": (["decode", "cut.safetensors"], 1, r"cut\.safetensors is damaged or no file of codes: \w+"),
-    "words as codes": (["decode", "words.npz"], 1, r"words\.npz is damaged or no file of codes: \w+"),
-    "pictures as codes": (["decode", "pictures.npz"], 1, r"pictures\.npz is damaged or no file of codes: .*latents"),
-    "nan codes": (["decode", "nan.npz"], 1, r"nan\.npz holds NaN or infinity; codes are finite"),
-    "flat codes": (["decode", "flat.npz"], 1, r"flat\.npz holds float32 of shape \(28, 28\)"),
+    "truncated latents": (["decode", "cut.npz"], 1, r"cut\.npz is damaged or no file of codes: \w+"),
+    "truncated safetensors": (
+        ["decode", "cut.safetensors"],
+        1,
+        r"cut\.safetensors is damaged or no file of codes: \w+",
+    ),
+    "words as latents": (["decode", "words.npz"], 1, r"words\.npz is damaged or no file of codes: \w+"),
+    "images as latents": (["decode", "images.npz"], 1, r"images\.npz is damaged or no file of codes: .*latents"),
+    "nan latents": (["decode", "nan.npz"], 1, r"nan\.npz holds NaN or infinity; codes are finite"),
+    "flat latents": (["decode", "flat.npz"], 1, r"flat\.npz holds float32 of shape \(28, 28\)"),
     "other shape": (["decode", "small.npz"], 1, r"\(1, 1, 14, 14\); the model .* want \(1, 1, 28, 28\)"),
     "forced shape": (["decode", "small.npz", "--force"], 1, r"\(1, 1, 14, 14\); the model .* want \(1, 1, 28, 28\)"),
     "late timesteps": (["decode", "late.npz", "--force"], 1, "timesteps holds 1000; .* between 0 and 999"),
@@ -188,108 +211,163 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "other dtype": (["decode", "three.npz", "--dtype", "bfloat16"], 1, "which is not the one given .*dtype"),
     # points
     "no point": (["interpolate"], 2, "Missing argument .*points"),
-    "one point": (["interpolate", "3"], 1, "one point was given; an interpolation has at least two"),
-    "one image": (["interpolate", "digits/1.png"], 1, "one point was given; an interpolation has at least two"),
+    "one point": (["interpolate", "3"], 1, "an interpolation requires at least two points, got 1"),
+    "one image": (["interpolate", "digits/1.png"], 1, "an interpolation requires at least two points, got 1"),
     "missing point": (["interpolate", "3", "nobody.png"], 1, r"there is no file nobody\.png"),
-    "missing codes between": (["interpolate", "3", "nobody.npz"], 1, r"there is no file nobody\.npz"),
+    "missing latents between": (["interpolate", "3", "nobody.npz"], 1, r"there is no file nobody\.npz"),
     "empty folder between": (["interpolate", "3", "empty"], 1, "there is no image in empty"),
-    "negative seed between": (["interpolate", "--", "digits/1.png", "-1"], 1, "a seed is -1; .* at least 0"),
+    "negative seed between": (
+        ["interpolate", "--", "digits/1.png", "-1"],
+        1,
+        "a seed must be an integer of at least 0, got -1",
+    ),
     "dashes": (["interpolate", "--", "3", "--5"], 1, "there is no file --5"),
     "large seed between": (["interpolate", "3", str(2**63)], 1, r"seeds holds 9223372036854775808; .* 2\^63 - 1"),
     "no frames": ([*BETWEEN, "--frames", "0"], 1, "--frames must be an integer of at least 2, got 0"),
     "one frame": ([*BETWEEN, "--frames", "1"], 1, "--frames must be an integer of at least 2, got 1"),
-    "fps 0": ([*BETWEEN, "--fps", "0", "--out", "x.gif"], 1, r"--fps 0\.0 is out of range; .* from 0\.1 to 50"),
-    "fps nan": ([*BETWEEN, "--fps", "nan", "--out", "x.gif"], 1, "--fps nan is out of range"),
-    "fps 51": ([*BETWEEN, "--fps", "51", "--out", "x.webp"], 1, r"--fps 51\.0 is out of range"),
-    "grid of words": ([*BETWEEN, "4", "5", "--grid", "wide"], 1, "--grid 'wide' is not ROWSxCOLUMNS, such as 8x8"),
-    "half a grid": ([*BETWEEN, "4", "5", "--grid", "8x"], 1, "--grid '8x' is not ROWSxCOLUMNS"),
-    "deep grid": ([*BETWEEN, "4", "5", "--grid", "2x2x2"], 1, "--grid '2x2x2' is not ROWSxCOLUMNS"),
-    "negative grid": ([*BETWEEN, "4", "5", "--grid", "-2x2"], 1, "--grid '-2x2' is not ROWSxCOLUMNS"),
-    "flat grid": ([*BETWEEN, "4", "5", "--grid", "1x5"], 1, "--grid '1x5' is not ROWSxCOLUMNS, .* at least 2"),
-    "three corners": ([*BETWEEN, "4", "--grid", "3x3"], 1, "a grid lies between four points.*; 3 were given"),
-    "five corners": ([*BETWEEN, "three.npz", "--grid", "3x3", *TEN], 1, "a grid lies between four .*; 5 were given"),
-    "closed grid": ([*BETWEEN, "4", "5", "--grid", "3x3", "--closed"], 1, "--closed is for paths; a --grid has no end"),
-    "nan codes between": ([*BETWEEN, "nan.npz"], 1, r"nan\.npz holds NaN or infinity"),
+    "fps 0": ([*BETWEEN, "--fps", "0", "--out", "x.gif"], 1, r"--fps must be a number from 0\.1 to 50, got 0\.0"),
+    "fps nan": ([*BETWEEN, "--fps", "nan", "--out", "x.gif"], 1, r"--fps must be a number from 0\.1 to 50, got nan"),
+    "fps 51": ([*BETWEEN, "--fps", "51", "--out", "x.webp"], 1, r"--fps must be a number from 0\.1 to 50, got 51\.0"),
+    "grid of words": (
+        [*BETWEEN, "4", "5", "--grid", "wide"],
+        1,
+        "--grid must be ROWSxCOLUMNS, such as 8x8, each at least 2, got 'wide'",
+    ),
+    "grid without columns": ([*BETWEEN, "4", "5", "--grid", "8x"], 1, "--grid must be ROWSxCOLUMNS, .*, got '8x'"),
+    "deep grid": ([*BETWEEN, "4", "5", "--grid", "2x2x2"], 1, "--grid must be ROWSxCOLUMNS, .*, got '2x2x2'"),
+    "negative grid": ([*BETWEEN, "4", "5", "--grid", "-2x2"], 1, "--grid must be ROWSxCOLUMNS, .*, got '-2x2'"),
+    "flat grid": ([*BETWEEN, "4", "5", "--grid", "1x5"], 1, "--grid must be ROWSxCOLUMNS, .* at least 2, got '1x5'"),
+    "three corners": ([*BETWEEN, "4", "--grid", "3x3"], 1, "a grid requires four points, its corners, got 3"),
+    "five corners": (
+        [*BETWEEN, "three.npz", "--grid", "3x3", *TEN],
+        1,
+        "a grid requires four points, its corners, got 5",
+    ),
+    "closed grid": ([*BETWEEN, "4", "5", "--grid", "3x3", "--closed"], 1, "--closed requires a path, got --grid"),
+    "nan latents between": ([*BETWEEN, "nan.npz"], 1, r"nan\.npz holds NaN or infinity"),
     "other shape between": (
         [*BETWEEN, "small.npz", "--force"],
         1,
-        r"small\.npz holds codes of shape \(1, 14, 14\); the model takes \(1, 28, 28\)",
+        r"small\.npz must hold latents of shape \(1, 28, 28\), got \(1, 14, 14\)",
     ),
     "other steps between": (
         ["interpolate", "three.npz", "3", "--steps", "10"],
         1,
         r"three\.npz .* not the 10 from 900",
     ),
-    "other codes between": (
+    "other latents between": (
         ["interpolate", "three.npz", "along.npz"],
         1,
         r"along\.npz was made in 3 steps from .* 700",
     ),
     "other model between": (["interpolate", "three.npz", "3", "-m", "other"], 1, r"three\.npz was made with the model"),
-    # ways
-    "not visited": (["trajectory", "--at", "5"], 1, "at holds 5; the process visits 980, 960, .*, 20, 0$"),
-    "no time": (["trajectory", "--at", "noon"], 1, "--at 'noon' is no list of whole numbers"),
-    "no frames of a way": (["trajectory", "--frames", "0"], 1, "frames must be an integer of at least 1, got 0"),
-    "slow way": (["trajectory", "--fps", "0", "--out", "x.gif"], 1, r"--fps 0\.0 is out of range"),
-    "way of no steps": (["trajectory", "--steps", "0"], 1, "num_inference_steps is 0"),
-    "way of nothing": (["trajectory", "--count", "0"], 1, "--count must be an integer of at least 1, got 0"),
-    "way of a negative seed": (["trajectory", "--seed", "-1"], 1, "seeds holds -1; a seed is a whole number from 0"),
-    "way of eta nan": (["trajectory", "--eta", "nan"], 1, "eta is nan"),
-    "rows of no steps": (["consistency", "--steps", "10,0"], 1, "num_inference_steps is 0; .* at least 1"),
-    "rows of many steps": (["consistency", "--steps", "10,1001"], 1, "num_inference_steps is 1001"),
-    "no rows": (["consistency", "--steps", ""], 1, "--steps '' is no list of whole numbers"),
-    "rows of words": (["consistency", "--steps", "10;20"], 1, "--steps '10;20' is no list of whole numbers"),
-    "rows of nothing": (["consistency", "--count", "0"], 1, "--count must be an integer of at least 1, got 0"),
-    "rows of a negative seed": (["consistency", "--seed", "-1"], 1, "seeds holds -1; a seed is a whole number from 0"),
+    # trajectories
+    "frame timestep that is not visited": (
+        ["trajectory", "--at", "5"],
+        1,
+        "at holds 5; the process visits 980, 960, .*, 20, 0$",
+    ),
+    "words as frame timesteps": (
+        ["trajectory", "--at", "noon"],
+        1,
+        "--at must be integers separated by commas, .*, got 'noon'",
+    ),
+    "trajectory without frames": (["trajectory", "--frames", "0"], 1, "frames must be an integer of at least 1, got 0"),
+    "trajectory of fps 0": (
+        ["trajectory", "--fps", "0", "--out", "x.gif"],
+        1,
+        r"--fps must be a number from 0\.1 to 50, got 0\.0",
+    ),
+    "trajectory without steps": (["trajectory", "--steps", "0"], 1, "^ddim: --steps must be an integer .*1.*, got 0"),
+    "trajectory without images": (["trajectory", "--count", "0"], 1, "--count must be an integer of at least 1, got 0"),
+    "trajectory of a negative seed": (
+        ["trajectory", "--seed", "-1"],
+        1,
+        "seeds holds -1; a seed is a whole number from 0",
+    ),
+    "trajectory of eta nan": (["trajectory", "--eta", "nan"], 1, "--eta must be a finite number, got nan"),
+    "consistency of 0 steps": (["consistency", "--steps", "10,0"], 1, "^ddim: --steps must be an integer .*1.*, got 0"),
+    "consistency of too many steps": (["consistency", "--steps", "10,1001"], 1, "^ddim: --steps .*1001"),
+    "consistency without steps": (
+        ["consistency", "--steps", ""],
+        1,
+        "--steps must be integers separated by commas, .*, got ''",
+    ),
+    "consistency of words as steps": (
+        ["consistency", "--steps", "10;20"],
+        1,
+        "--steps must be integers separated by commas, .*, got '10;20'",
+    ),
+    "consistency without images": (
+        ["consistency", "--count", "0"],
+        1,
+        "--count must be an integer of at least 1, got 0",
+    ),
+    "consistency of a negative seed": (
+        ["consistency", "--seed", "-1"],
+        1,
+        "seeds holds -1; a seed is a whole number from 0",
+    ),
     # edits
     "strength 2": (["edit", "digits", "--strength", "2"], 1, r"strength is 2\.0; it must be a number from 0 to 1"),
     "strength -0.1": (["edit", "digits", "--strength", "-0.1"], 1, r"strength is -0\.1; it must be a number from 0"),
-    "strength nan": (["edit", "digits", "--strength", "nan", "--seed", "1"], 1, "strength must be a finite number, got nan"),
-    "eta without noise": (["edit", "digits", "--eta", "1"], 1, r"eta is 1\.0, which draws noise; give seeds"),
+    "strength nan": (
+        ["edit", "digits", "--strength", "nan", "--seed", "1"],
+        1,
+        "strength must be a finite number, got nan",
+    ),
+    "eta without noise": (
+        ["edit", "digits", "--eta", "1"],
+        1,
+        r"--?eta .*1.* --seed|eta is 1\.0, which draws noise; give --seed",
+    ),
     "eta of edit": (["edit", "digits", "--eta", "-1", "--seed", "1"], 1, r"eta is -1\.0"),
     "negative seed of edit": (["edit", "digits", "--seed", "-1"], 1, "seeds holds -1; a seed is a whole number from 0"),
-    "steps of edit": (["edit", "digits", "--steps", "1001", "--seed", "1"], 1, "num_inference_steps is 1001"),
-    # where to
-    "codes as picture": (["encode", "digits", "-o", "x.png"], 1, r"--out x\.png ends in \.png; .* \.npz or \.safete"),
-    "codes without suffix": (
+    "steps of edit": (["edit", "digits", "--steps", "1001", "--seed", "1"], 1, "^ddim: --steps .*1001"),
+    # outputs
+    "latents as image": (
+        ["encode", "digits", "-o", "x.png"],
+        1,
+        r"--out must end in \.npz or \.safetensors, got 'x\.png'",
+    ),
+    "latents without suffix": (
         ["encode", "digits", "-o", "x"],
         1,
-        "--out x is a folder or has no suffix; give a name in",
+        r"--out must end in \.npz or \.safetensors, got 'x'",
     ),
-    "codes as folder": (["encode", "digits", "-o", "empty"], 1, "--out empty is a folder or has no suffix; give"),
-    "codes nowhere": (["encode", "digits", "-o", "no/x.npz"], 1, "the folder no does not exist; make it"),
-    "pictures as jpg": (["decode", "three.npz", "-o", "x.jpg"], 1, r"--out x\.jpg ends in \.jpg; give a name in \.png"),
-    "pictures nowhere": (["decode", "three.npz", "-o", "no/x.png"], 1, "the folder no does not exist"),
-    "sides as npz": (["reconstruct", "digits", "-o", "x.npz"], 1, r"--out x\.npz ends in \.npz; give a name in \.png"),
-    "sides as folder": (["reconstruct", "digits", "-o", "empty/"], 1, "--out empty/ is a folder or has no suffix"),
-    "sides nowhere": (["reconstruct", "digits", "-o", "no/x.png"], 1, "the folder no does not exist"),
-    "film": ([*BETWEEN, "-o", "x.mp4"], 1, r"--out x\.mp4 ends in \.mp4; .*\.gif \(an animation\).* or a folder"),
-    "strip nowhere": ([*BETWEEN, "-o", "no/x.gif"], 1, "the folder no does not exist"),
-    "strip in a file": ([*BETWEEN, "-o", "text.png/x.gif"], 1, r"text\.png is a file, not a folder"),
-    "way as npz": (["trajectory", "-o", "x.npz"], 1, r"--out x\.npz ends in \.npz; give a name in \.png, \.gif"),
-    "way as folder": (["trajectory", "-o", "empty"], 1, "--out empty is a folder or has no suffix; give a name in"),
-    "rows as gif": (["consistency", "-o", "x.gif"], 1, r"--out x\.gif ends in \.gif; give a name in \.png"),
-    "rows as folder": (["consistency", "-o", "empty"], 1, "--out empty is a folder or has no suffix"),
-    "edits as gif": (["edit", "digits", "-o", "x.gif"], 1, r"--out x\.gif ends in \.gif; give a name in \.png"),
-    "edits nowhere": (["edit", "digits", "-o", "no/x.png"], 1, "the folder no does not exist"),
+    "latents as folder": (
+        ["encode", "digits", "-o", "empty"],
+        1,
+        r"--out must end in \.npz or \.safetensors, got 'empty'",
+    ),
+    "latents in a missing folder": (["encode", "digits", "-o", "no/x.npz"], 1, "the folder no does not exist; make it"),
+    "images as jpg": (["decode", "three.npz", "-o", "x.jpg"], 1, r"--out must end in \.png .*, got 'x\.jpg'"),
+    "images in a missing folder": (["decode", "three.npz", "-o", "no/x.png"], 1, "the folder no does not exist"),
+    "reconstruction as npz": (["reconstruct", "digits", "-o", "x.npz"], 1, r"--out must end in \.png, got 'x\.npz'"),
+    "reconstruction as folder": (
+        ["reconstruct", "digits", "-o", "empty/"],
+        1,
+        r"--out must end in \.png, got 'empty/'",
+    ),
+    "reconstruction in a missing folder": (
+        ["reconstruct", "digits", "-o", "no/x.png"],
+        1,
+        "the folder no does not exist",
+    ),
+    "interpolation as mp4": (
+        [*BETWEEN, "-o", "x.mp4"],
+        1,
+        r"--out must end in .*\.gif \(an animation\).* or be a folder, got 'x\.mp4'",
+    ),
+    "interpolation in a missing folder": ([*BETWEEN, "-o", "no/x.gif"], 1, "the folder no does not exist"),
+    "interpolation in a file": ([*BETWEEN, "-o", "text.png/x.gif"], 1, r"text\.png is a file, not a folder"),
+    "trajectory as npz": (["trajectory", "-o", "x.npz"], 1, r"--out must end in \.png, \.gif .*, got 'x\.npz'"),
+    "trajectory as folder": (["trajectory", "-o", "empty"], 1, r"--out must end in \.png, .*, got 'empty'"),
+    "consistency as gif": (["consistency", "-o", "x.gif"], 1, r"--out must end in \.png.*, got 'x\.gif'"),
+    "consistency as folder": (["consistency", "-o", "empty"], 1, r"--out must end in \.png, got 'empty'"),
+    "edits as gif": (["edit", "digits", "-o", "x.gif"], 1, r"--out must end in \.png.*, got 'x\.gif'"),
+    "edits in a missing folder": (["edit", "digits", "-o", "no/x.png"], 1, "the folder no does not exist"),
 }
-
-
-class Result(NamedTuple):
-    code: int
-    stdout: str
-    stderr: str
-    evaluations: list[tuple[int, int, str]]
-
-
-def environment(home: Path) -> dict[str, str]:
-    return os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "COLUMNS": "200",
-    }
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +388,7 @@ def originals() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def folder(pipe: DDIMPipeline, originals: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where everything runs: digits, images that do not fit, damaged files, files that will be replaced."""
+    """Where the commands run: digits, images of other sizes and modes, damaged files, files to be replaced."""
     folder = tmp_path_factory.mktemp("latents")
     for name in ("digits", "any", "empty", "edited", "folder.png", "second folder.png"):
         (folder / name).mkdir()
@@ -327,9 +405,9 @@ def folder(pipe: DDIMPipeline, originals: np.ndarray, tmp_path_factory: pytest.T
 
 
 def write_unfit_images(folder: Path) -> None:
-    (folder / "text.png").write_text("no picture\n")
+    (folder / "text.png").write_text("not an image\n")
     rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (28, 28, 3), np.uint8)).save(folder / "any/colour.png")
+    Image.fromarray(rng.integers(0, 256, (28, 28, 3), np.uint8)).save(folder / "any/color.png")
     clear = rng.integers(0, 256, (28, 28, 4), np.uint8)
     clear[..., 1] = clear[..., 2] = clear[..., 0]
     Image.fromarray(clear).save(folder / "any/clear.png")
@@ -337,7 +415,7 @@ def write_unfit_images(folder: Path) -> None:
     Image.fromarray(rng.integers(0, 256, (30, 40), np.uint8)).save(folder / "any/large.png")
     whole = (folder / "any/large.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
-    frames = [Image.new("L", (28, 28), colour) for colour in (0, 255)]
+    frames = [Image.new("L", (28, 28), color) for color in (0, 255)]
     frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
 
 
@@ -351,7 +429,7 @@ def write_unfit_codes(folder: Path, sha256: str) -> None:
     for name, latents in {"nan": nan, "flat": good[0, 0], "small": good[:, :, ::2, ::2], "late": good}.items():
         text = json.dumps(settings | ({"timesteps": [1000, 500]} if name == "late" else {}))
         np.savez(folder / f"{name}.npz", latents=latents, settings=np.array(text))
-    np.savez(folder / "pictures.npz", good)
+    np.savez(folder / "images.npz", good)
     whole = (folder / "late.npz").read_bytes()
     (folder / "cut.npz").write_bytes(whole[: len(whole) // 2])
     (folder / "cut.safetensors").write_bytes(b"\x40" + bytes(7) + b'{"latents":')
@@ -359,19 +437,11 @@ def write_unfit_codes(folder: Path, sha256: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path) -> dict[str, Result]:
-    """Of all commands above, good ones first."""
-    table = GOOD | {f"bad {name}": arguments for name, (arguments, _, _) in BAD.items()}
-    done = subprocess.run(
-        [sys.executable, cli_batch.__file__],
-        input=json.dumps(list(table.values())),
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment(folder / "home"),
-        check=True,
-    )
-    return {name: Result(**result) for name, result in zip(table, json.loads(done.stdout), strict=True)}
+def results(folder: Path) -> Iterator[Commands]:
+    """Of all commands above; each runs when a test first needs it."""
+    mistakes = {f"bad {name}": arguments for name, (arguments, _, _) in BAD.items()}
+    with Commands(folder, GOOD | mistakes) as commands:
+        yield commands
 
 
 @pytest.fixture(scope="module")
@@ -380,11 +450,11 @@ def reference(pipe: DDIMPipeline, originals: np.ndarray) -> ReconstructOutput:
     return pipe.reconstruct([Image.fromarray(digit) for digit in originals], 10, batch_size=3)
 
 
-# --- pictures, taken apart
+# --- images, taken apart
 
 
-def apart(a: Any, b: Any) -> int:
-    """The largest difference, in grey levels."""
+def max_difference(a: Any, b: Any) -> int:
+    """The largest difference, in gray levels."""
     a, b = (np.asarray(pixels).astype(int) for pixels in (a, b))
     assert a.shape == b.shape
     return int(np.abs(a - b).max())
@@ -423,7 +493,7 @@ def files(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(folder / name)) for name in names])
 
 
-def film(path: Path, milliseconds: int) -> list[Image.Image]:
+def animation_frames(path: Path, milliseconds: int) -> list[Image.Image]:
     """The frames of an animation that repeats for ever, each shown so long."""
     frames = []
     with Image.open(path) as animation:
@@ -435,7 +505,7 @@ def film(path: Path, milliseconds: int) -> list[Image.Image]:
     return frames
 
 
-def grey(samples: Tensor) -> np.ndarray:
+def gray(samples: Tensor) -> np.ndarray:
     """(N, 28, 28) bytes of samples in [-1, 1]."""
     return np.rint((samples[:, 0].numpy().astype(np.float64) + 1).clip(0, 2) * 127.5).astype(np.uint8)
 
@@ -466,7 +536,7 @@ def ddim(
 
 def decoded(pipe: DDIMPipeline, codes: Tensor, timesteps: list[int] = TIMESTEPS) -> np.ndarray:
     """Without clipping, and only as far as the first alpha, where images lie; so that no step is left at timestep 0."""
-    return grey(ddim(pipe, codes, [t for t in timesteps if t], float(ALPHAS[0]), clip=False)[2])
+    return gray(ddim(pipe, codes, [t for t in timesteps if t], float(ALPHAS[0]), clip=False)[2])
 
 
 def slerp(z0: Tensor, z1: Tensor, t: float) -> Tensor:
@@ -482,7 +552,7 @@ def path_between(codes: Tensor, frames: int, closed: bool = False) -> Tensor:
     return torch.stack([torch.stack([slerp(a, b, i / (frames - 1)) for i in range(frames)]) for a, b in pairwise(ends)])
 
 
-def npz_codes(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+def npz_latents(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     with np.load(path) as file:
         return file["latents"], json.loads(str(file["settings"]))
 
@@ -491,7 +561,7 @@ def npz_codes(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help(results: dict[str, Result], name: str) -> None:
+def test_help_names_every_option(results: Commands, name: str) -> None:
     code, stdout, stderr, evaluations = results[f"help {name}"]
     assert (code, stderr, evaluations) == (0, "", [])
     assert f"Usage: ddim {name} [OPTIONS]" in stdout
@@ -511,66 +581,69 @@ def test_help(results: dict[str, Result], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WORK)
-def test_results_go_to_stdout_and_nothing_else_does(results: dict[str, Result], folder: Path, name: str) -> None:
-    code, stdout, stderr, _ = results[name]
-    assert code == 0, stderr
+def test_only_results_go_to_stdout(results: Commands, name: str) -> None:
+    _, stdout, stderr, _ = results[name]
+    assert results.output(name).exists()
     assert stdout.splitlines()[-1] == OUT[name].rstrip("/")
-    assert (folder / OUT[name]).exists()
     assert len(stdout.splitlines()) == (6 if WORK[name][0] == "reconstruct" else 1)
     assert "Traceback" not in stderr
     assert "Warning" not in stderr
 
 
-def test_earlier_files_are_replaced_and_told(results: dict[str, Result], folder: Path) -> None:
-    for name in WORK:
-        told = re.findall(r"^.*; (\d+ earlier files?) replaced$", results[name].stderr, re.MULTILINE)
-        assert told == (["1 earlier file"] if name in REPLACED.values() else [])
-    for path in REPLACED:
-        assert (folder / path).read_bytes() != b"old"
+@pytest.mark.parametrize("name", WORK)
+def test_replaced_files_are_reported(results: Commands, folder: Path, name: str) -> None:
+    reports = re.findall(r"^.*; (\d+ earlier files?) replaced$", results[name].stderr, re.MULTILINE)
+    assert reports == (["1 earlier file"] if name in REPLACED.values() else [])
+    for path, writer in REPLACED.items():
+        if writer == name:
+            assert (folder / path).read_bytes() != b"old"
 
 
 @pytest.mark.parametrize(
     ("name", "summary"),
     [
-        ("encode", r"3 codes in \d+\.\d s, \d+ evaluations an image, mean squared error \S+"),
-        ("encode one", r"1 code in \d+\.\d s, \d+ evaluations an image, mean squared error \S+"),
-        ("decode", r"3 pictures in \d+\.\d s"),
+        ("encode", r"3 latents in \d+\.\d s, \d+ function evaluations per image, mean squared error \S+"),
+        ("encode one", r"1 latent in \d+\.\d s, \d+ function evaluations per image, mean squared error \S+"),
+        ("decode", r"3 images in \d+\.\d s"),
         ("reconstruct", "3 images"),
         ("strip", "4 frames"),
         ("closed", "6 frames"),
-        ("trajectory", "timesteps 800, 355, 88, 0, then the end"),
-        ("trajectory at", "timesteps 632, 9, then the end"),
-        ("consistency", "3 codes, rows of 3, 10 steps"),
-        ("edit", "3 pictures"),
+        ("trajectory", "timesteps 800, 355, 88, 0, then the result"),
+        ("trajectory at", "timesteps 632, 9, then the result"),
+        ("consistency", "3 latents, rows of 3, 10 steps"),
+        ("edit", "3 images"),
     ],
 )
-def test_summaries(results: dict[str, Result], name: str, summary: str) -> None:
+def test_summaries(results: Commands, name: str, summary: str) -> None:
     assert re.search(rf"^{summary}(; 1 earlier file replaced)?$", results[name].stderr, re.MULTILINE)
 
 
-def test_programs_of_their_own(results: dict[str, Result], folder: Path, tmp_path: Path) -> None:
-    """The table's process is no special case."""
+def test_every_command_runs_as_a_separate_program() -> None:
     assert {WORK[name][0] for name in PROGRAMS} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_separate_programs_write_the_same_bytes(results: Commands, folder: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(folder / "digits", tmp_path / "digits")
-    shutil.copy(folder / "three.npz", tmp_path)
-    for name in PROGRAMS:
-        done = subprocess.run(
-            [DDIM, *WORK[name]], cwd=tmp_path, env=environment(tmp_path / "home"), capture_output=True, text=True
-        )
-        assert (done.returncode, done.stdout) == (0, results[name].stdout), done.stderr
-        assert (tmp_path / OUT[name]).read_bytes() == (folder / OUT[name]).read_bytes()
+    for other in results.prerequisites(name):
+        shutil.copy(results.output(other), tmp_path)
+    program = subprocess.run(
+        [DDIM, *WORK[name]], cwd=tmp_path, env=environment(tmp_path / "home"), capture_output=True, text=True
+    )
+    assert (program.returncode, program.stdout) == (0, results[name].stdout), program.stderr
+    assert (tmp_path / OUT[name]).read_bytes() == results.output(name).read_bytes()
 
 
-# --- images to codes and back
+# --- images to latents and back
 
 
-def test_codes_are_those_of_the_api(
-    results: dict[str, Result], folder: Path, pipe: DDIMPipeline, reference: ReconstructOutput
+def test_latents_match_the_api(
+    results: Commands, folder: Path, pipe: DDIMPipeline, reference: ReconstructOutput
 ) -> None:
-    latents, settings = npz_codes(folder / "three.npz")
+    latents, settings = npz_latents(results.output("encode"))
     assert latents.dtype == np.float32
     np.testing.assert_allclose(latents, reference.codes.latents.numpy(), rtol=0, atol=1e-3)
-    # Codes of real images are no unit Gaussians, but of that size.
+    # Latents of real images are not unit Gaussians, but of that scale.
     assert np.abs(latents.std((1, 2, 3)) - 1).max() < 0.3
     np.testing.assert_allclose(settings.pop("residual"), reference.codes.residual, rtol=0.1)
     assert settings == {
@@ -580,66 +653,64 @@ def test_codes_are_those_of_the_api(
         "exact": True,
         "tolerance": 1e-5,
     }
-    cost = float(reference.codes.evaluations.sum(1).double().mean())
-    assert f", {cost:.0f} evaluations an image" in results["encode"].stderr
+    nfe = float(reference.codes.evaluations.sum(1).double().mean())
+    assert f", {nfe:.0f} function evaluations per image" in results["encode"].stderr
 
 
-def test_codes_in_safetensors(results: dict[str, Result], folder: Path) -> None:
-    assert results
-    for name, exact, count in (("two", True, 1), ("euler", False, 2)):
-        with safe_open(folder / f"{name}.safetensors", "numpy") as file:
+def test_latents_in_safetensors(results: Commands, folder: Path) -> None:
+    for name, exact, count in (("encode one", True, 1), ("encode euler", False, 2)):
+        with safe_open(results.output(name), "numpy") as file:
             assert list(file.keys()) == ["latents"]
             latents, settings = file.get_tensor("latents"), json.loads(file.metadata()["settings"])
         assert (latents.dtype, latents.shape) == (np.float32, (count, 1, 28, 28))
         assert (settings["timesteps"], settings["exact"], len(settings["residual"])) == (TIMESTEPS, exact, count)
         if exact:
-            # To within what a batch of another size rounds differently, and inversion makes of it.
-            assert np.abs(latents[0] - npz_codes(folder / "three.npz")[0][1]).max() < 0.1
+            # Up to the rounding of another batch size, which inversion amplifies.
+            assert np.abs(latents[0] - npz_latents(results.output("encode"))[0][1]).max() < 0.1
 
 
-def test_euler_asks_once_a_step_and_once_more_to_look(
-    results: dict[str, Result], folder: Path, pipe: DDIMPipeline, originals: np.ndarray
+def test_euler_calls_the_network_once_per_step_and_once_to_verify(
+    results: Commands, folder: Path, pipe: DDIMPipeline, originals: np.ndarray
 ) -> None:
     assert results["encode euler"].evaluations == [[t, 3, "torch.float32"] for t in (*TIMESTEPS[::-1], *TIMESTEPS[:-1])]
-    assert "10 evaluations an image" in results["encode euler"].stderr
+    assert "10 function evaluations per image" in results["encode euler"].stderr
     # The images in the order in which they were named.
     expected = pipe.encode([Image.fromarray(originals[i]) for i in (2, 0)], 10, exact=False, batch_size=3).latents
-    with safe_open(folder / "euler.safetensors", "pt") as file:
+    with safe_open(results.output("encode euler"), "pt") as file:
         assert float((file.get_tensor("latents") - expected).abs().max()) < 1e-4
     assert [t for t, _, _ in results["encode again"].evaluations] == [0, 300, 700, 700, 300]
 
 
-def test_iterations_end(results: dict[str, Result], folder: Path) -> None:
-    """At the limit, which is told, or at the tolerance."""
-    assert len(results["encode hastily"].evaluations) == 1 + 9 * 2 + 9
-    _, settings = npz_codes(folder / "hasty.npz")
+def test_iterations_stop_at_the_limit_or_the_tolerance(results: Commands, folder: Path) -> None:
+    """A limit that is reached is reported."""
+    assert len(results["encode with few iterations"].evaluations) == 1 + 9 * 2 + 9
+    _, settings = npz_latents(results.output("encode with few iterations"))
     assert settings["residual"][0] > settings["tolerance"] == 1e-5
     told = (
         r"^ddim: 1 of 1 images did not reach the tolerance 1e-05 in the .* from timesteps? .*; the largest residual is "
     )
-    assert re.search(told + re.escape(f"{settings['residual'][0]:.1e}"), results["encode hastily"].stderr, re.MULTILINE)
-    assert len(results["encode loosely"].evaluations) < 1 + 9 * 2 + 9
-    _, settings = npz_codes(folder / "loose.npz")
+    assert re.search(
+        told + re.escape(f"{settings['residual'][0]:.1e}"), results["encode with few iterations"].stderr, re.MULTILINE
+    )
+    assert len(results["encode with large tolerance"].evaluations) < 1 + 9 * 2 + 9
+    _, settings = npz_latents(results.output("encode with large tolerance"))
     assert settings["residual"][0] <= settings["tolerance"] == 0.5
-    for name in ("encode", "encode one", "encode euler", "encode loosely"):
+    for name in ("encode", "encode one", "encode euler", "encode with large tolerance"):
         assert "did not reach" not in results[name].stderr
 
 
 def fitted(folder: Path) -> np.ndarray:
     """The images of `any` as the model takes them, in the order of their names."""
-    clear, colour, deep, large = (
-        Image.open(folder / f"any/{name}.png") for name in ("clear", "colour", "deep", "large")
-    )
+    clear, color, deep, large = (Image.open(folder / f"any/{name}.png") for name in ("clear", "color", "deep", "large"))
     values, alpha = (np.asarray(clear)[..., channel] / 255 for channel in (0, 3))
-    weighted = np.asarray(colour) @ [0.299, 0.587, 0.114]
+    weighted = np.asarray(color) @ [0.299, 0.587, 0.114]
     middle = large.crop((5, 0, 35, 30)).resize((28, 28), Image.Resampling.LANCZOS)
     return np.stack([255 * (values * alpha + 1 - alpha), weighted, np.asarray(deep) / 257, np.asarray(middle)])
 
 
-def test_images_that_do_not_fit_are_fitted(results: dict[str, Result], folder: Path, pipe: DDIMPipeline) -> None:
-    assert results
+def test_resize_fits_images_to_the_model(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
     expected = fitted(folder)
-    originals, edits = cells(folder / "any.png", 2, 4)
+    originals, edits = cells(results.output("edit any"), 2, 4)
     assert np.abs(originals - expected).max() <= 1
     assert np.array_equal(originals, edits)
     # Equation (13), in one step from timestep 0 to 500.
@@ -648,56 +719,56 @@ def test_images_that_do_not_fit_are_fitted(results: dict[str, Result], folder: P
         epsilon = pipe.unet(x, 0).sample
     a, a0 = ALPHAS[500], ALPHAS[0]
     codes = math.sqrt(a / a0) * (x - math.sqrt(1 - a0) * epsilon) + math.sqrt(1 - a) * epsilon
-    latents, settings = npz_codes(folder / "any.npz")
+    latents, settings = npz_latents(results.output("encode any"))
     np.testing.assert_allclose(latents, codes.numpy(), rtol=0, atol=1e-4)
     assert settings["timesteps"] == [500]
 
 
-def test_decoding_gives_the_images_back(
-    results: dict[str, Result], folder: Path, pipe: DDIMPipeline, originals: np.ndarray
+def test_decoding_restores_the_images(
+    results: Commands, folder: Path, pipe: DDIMPipeline, originals: np.ndarray
 ) -> None:
-    assert results
-    expected = arrays(folder / "decoded.npz")
-    assert apart(expected, originals) <= 2
-    tiles = cells(folder / "decoded.png", 2, 2).reshape(4, 28, 28)
+    expected = arrays(results.output("decode npz"))
+    assert max_difference(expected, originals) <= 2
+    tiles = cells(results.output("decode"), 2, 2).reshape(4, 28, 28)
     assert not tiles[3].any()
-    for got in (tiles[:3], files(folder / "decoded digits"), arrays(folder / "same.npz")):
-        assert apart(got, originals) <= 2
-        assert apart(got, expected) <= 1
-    assert apart(arrays(folder / "two.npz"), originals[1:2]) <= 2
-    codes = torch.from_numpy(npz_codes(folder / "three.npz")[0])
-    assert apart(expected, decoded(pipe, codes)) <= 1
+    for got in (tiles[:3], files(results.output("decode folder")), arrays(results.output("decode same"))):
+        assert max_difference(got, originals) <= 2
+        assert max_difference(got, expected) <= 1
+    assert max_difference(arrays(results.output("decode one")), originals[1:2]) <= 2
+    codes = torch.from_numpy(npz_latents(results.output("encode"))[0])
+    assert max_difference(expected, decoded(pipe, codes)) <= 1
 
 
-def test_batches_of_decoding(results: dict[str, Result]) -> None:
-    """Of exactly the size asked for, and nothing to do at timestep 0."""
+def test_decoding_uses_full_batches(results: Commands) -> None:
+    """Batches have exactly the requested size; timestep 0 costs nothing."""
     for name, size, calls in (("decode", 8, 1), ("decode npz", 3, 1), ("decode folder", 2, 2), ("decode one", 1, 1)):
         asked = [(t, n) for t, n, _ in results[name].evaluations]
         assert asked == [(t, size) for t in TIMESTEPS[:-1] for _ in range(calls)]
 
 
-def test_forced_decoding(results: dict[str, Result], folder: Path, pipe: DDIMPipeline, originals: np.ndarray) -> None:
-    """With other steps or another model: as asked, and no longer the digits."""
-    assert results
-    codes = torch.from_numpy(npz_codes(folder / "three.npz")[0])
-    for name, timesteps in {"steps": [750, 500, 250, 0], "timesteps": [800, 9]}.items():
-        got = arrays(folder / f"{name}.npz")
-        assert apart(got, decoded(pipe, codes, timesteps)) <= 1
-        assert apart(got, originals) > 20
+def test_force_decodes_with_other_settings(
+    results: Commands, folder: Path, pipe: DDIMPipeline, originals: np.ndarray
+) -> None:
+    """Other steps or another model give other images than the digits."""
+    codes = torch.from_numpy(npz_latents(results.output("encode"))[0])
+    for name, timesteps in {"decode steps": [750, 500, 250, 0], "decode timesteps": [800, 9]}.items():
+        got = arrays(results.output(name))
+        assert max_difference(got, decoded(pipe, codes, timesteps)) <= 1
+        assert max_difference(got, originals) > 20
     other = DDIMPipeline.from_pretrained(folder / "other")
-    assert apart(arrays(folder / "other.npz"), decoded(other, codes)) <= 1
+    assert max_difference(arrays(results.output("decode other")), decoded(other, codes)) <= 1
     assert {dtype for _, _, dtype in results["decode half"].evaluations} == {"torch.bfloat16"}
-    assert 0 < np.abs(arrays(folder / "half.npz").astype(int) - originals).mean() < 10
+    assert 0 < np.abs(arrays(results.output("decode half")).astype(int) - originals).mean() < 10
 
 
-def test_pictures_in_capitals(tmp_path: Path) -> None:
+def test_suffix_in_capitals_is_kept(tmp_path: Path) -> None:
     """`ddim decode codes.npz --out X.NPZ` writes that name, and no other file."""
     save_images([Image.new("L", (28, 28), 7)] * 2, tmp_path / "X.NPZ")
     assert [path.name for path in tmp_path.iterdir()] == ["X.NPZ"]
     assert (arrays(tmp_path / "X.NPZ") == 7).all()
 
 
-# --- there and back
+# --- reconstruction
 
 
 def table(result: Result) -> np.ndarray:
@@ -708,8 +779,8 @@ def table(result: Result) -> np.ndarray:
     return np.array([[float(entry) for entry in row[1:]] for row in rows])
 
 
-def test_the_table_is_that_of_the_api(
-    results: dict[str, Result], reference: ReconstructOutput, pipe: DDIMPipeline, originals: np.ndarray
+def test_table_matches_the_api(
+    results: Commands, reference: ReconstructOutput, pipe: DDIMPipeline, originals: np.ndarray
 ) -> None:
     euler = pipe.reconstruct([Image.fromarray(digit) for digit in originals], 10, exact=False, batch_size=3)
     for name, expected in {"reconstruct": reference, "reconstruct euler": euler}.items():
@@ -726,234 +797,219 @@ def test_the_table_is_that_of_the_api(
     assert table(results["reconstruct"])[:, 0].max() < 1e-5
 
 
-def test_originals_above_what_came_back(
-    results: dict[str, Result], folder: Path, originals: np.ndarray, reference: ReconstructOutput
+def test_originals_are_above_their_reconstructions(
+    results: Commands, folder: Path, originals: np.ndarray, reference: ReconstructOutput
 ) -> None:
-    above, below = cells(folder / "sides.png", 2, 3)
+    above, below = cells(results.output("reconstruct"), 2, 3)
     assert np.array_equal(above, originals)
-    assert apart(below, originals) <= 2
-    assert apart(below, stack(reference.images)) <= 1
-    above, below = cells(folder / "euler.png", 2, 3)
+    assert max_difference(below, originals) <= 2
+    assert max_difference(below, stack(reference.images)) <= 1
+    above, below = cells(results.output("reconstruct euler"), 2, 3)
     assert np.array_equal(above, originals)
-    # The picture and the table tell of the same error; the table's is that of values that are not clipped.
+    # The image and the table show the same error; the table's is of values that are not clipped.
     mse = ((below.astype(float) - originals) / 255).reshape(3, -1).__pow__(2).mean(1)
     assert (mse > 0.01).all()
     assert (mse < table(results["reconstruct euler"])[:3, 0] * 1.01).all()
 
 
-# --- between codes
+# --- interpolation
 
 
-def test_a_strip(results: dict[str, Result], folder: Path, pipe: DDIMPipeline) -> None:
-    assert results
-    (got,) = cells(folder / "strip.png", 1, 4)
+def test_strip_interpolates_between_two_seeds(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
+    (got,) = cells(results.output("strip"), 1, 4)
     codes = noise(3, 14)
-    assert apart(got[[0, 3]], stack(pipe.decode(codes, 10, batch_size=2).images)) <= 1
-    assert apart(got, decoded(pipe, path_between(codes, 4)[0])) <= 1
-    # They are all different pictures.
-    assert min(apart(a, b) for a, b in pairwise(got)) > 30
+    assert max_difference(got[[0, 3]], stack(pipe.decode(codes, 10, batch_size=2).images)) <= 1
+    assert max_difference(got, decoded(pipe, path_between(codes, 4)[0])) <= 1
+    # They are all different images.
+    assert min(max_difference(a, b) for a, b in pairwise(got)) > 30
 
 
-def test_paths(results: dict[str, Result], folder: Path, pipe: DDIMPipeline) -> None:
+def test_path_has_one_row_per_leg(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
     """A row a leg; each begins where the one above ends, and the last of a closed path ends where the first begins."""
-    assert results
     codes = noise(3, 14, 7)
     ends = decoded(pipe, codes)
-    rows = cells(folder / "path.png", 2, 3)
-    assert apart(rows[:, 0], ends[:2]) <= 1
-    assert apart(rows[:, 2], ends[1:]) <= 1
+    rows = cells(results.output("path"), 2, 3)
+    assert max_difference(rows[:, 0], ends[:2]) <= 1
+    assert max_difference(rows[:, 2], ends[1:]) <= 1
     assert np.array_equal(rows[1, 0], rows[0, 2])
-    closed = cells(folder / "closed.png", 3, 3)
-    assert apart(closed[:2], rows) <= 1
+    closed = cells(results.output("closed"), 3, 3)
+    assert max_difference(closed[:2], rows) <= 1
     assert np.array_equal(closed[2, 0], closed[1, 2])
     assert np.array_equal(closed[2, 2], closed[0, 0])
-    assert apart(closed[:, 1], decoded(pipe, path_between(codes, 3, closed=True)[:, 1])) <= 1
+    assert max_difference(closed[:, 1], decoded(pipe, path_between(codes, 3, closed=True)[:, 1])) <= 1
 
 
-def test_points_of_all_kinds(
-    results: dict[str, Result], folder: Path, pipe: DDIMPipeline, originals: np.ndarray
+def test_points_of_all_kinds_can_be_mixed(
+    results: Commands, folder: Path, pipe: DDIMPipeline, originals: np.ndarray
 ) -> None:
     """An image, a file of three codes, a seed, another file: all legs of two frames, that is, the points."""
-    got = files(folder / "mixed")
-    assert apart(got[[0, 1, 2, 3, 5]], originals[[0, 0, 1, 2, 1]]) <= 2
-    assert apart(got[4:5], decoded(pipe, noise(5))) <= 1
+    got = files(results.output("mixed"))
+    assert max_difference(got[[0, 1, 2, 3, 5]], originals[[0, 0, 1, 2, 1]]) <= 2
+    assert max_difference(got[4:5], decoded(pipe, noise(5))) <= 1
     assert re.search(r"^6 frames$", results["mixed"].stderr, re.MULTILINE)
 
 
-def test_points_that_do_not_fit(results: dict[str, Result], folder: Path, pipe: DDIMPipeline) -> None:
-    assert results
-    got = arrays(folder / "resized.npz")
+def test_resize_and_force_accept_other_points(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
+    got = arrays(results.output("resized"))
     assert len(got) == 2
-    assert apart(got[1:], decoded(pipe, noise(3), [500, 0])) <= 1
+    assert max_difference(got[1:], decoded(pipe, noise(3), [500, 0])) <= 1
     # Along the timesteps of the first file.
-    codes = torch.from_numpy(np.concatenate([npz_codes(folder / f"{name}.npz")[0] for name in ("three", "along")]))
-    assert apart(arrays(folder / "forced.npz"), decoded(pipe, codes)) <= 1
+    codes = torch.from_numpy(
+        np.concatenate([npz_latents(results.output(name))[0] for name in ("encode", "encode again")])
+    )
+    assert max_difference(arrays(results.output("forced")), decoded(pipe, codes)) <= 1
 
 
-def test_a_gif(results: dict[str, Result], folder: Path, pipe: DDIMPipeline) -> None:
-    assert results
-    frames = film(folder / "walk.gif", 50)
+def test_gif_holds_the_frames(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
+    frames = animation_frames(results.output("gif"), 50)
     assert {frame.size for frame in frames} == {(28, 28)}
     # There and back, without the first frame at the end.
     path = path_between(noise(3, 14), 4)[0]
     expected = decoded(pipe, path)[[0, 1, 2, 3, 2, 1]]
-    assert apart(stack(frames), expected) <= PALETTE
+    assert max_difference(stack(frames), expected) <= PALETTE
 
 
-def test_a_webp(results: dict[str, Result], folder: Path, pipe: DDIMPipeline, originals: np.ndarray) -> None:
-    assert results
-    frames = stack(film(folder / "walk.webp", 100))
-    with safe_open(folder / "two.safetensors", "pt") as file:
+def test_webp_holds_the_frames(results: Commands, folder: Path, pipe: DDIMPipeline, originals: np.ndarray) -> None:
+    frames = stack(animation_frames(results.output("webp"), 100))
+    with safe_open(results.output("encode one"), "pt") as file:
         code = file.get_tensor("latents")
-    assert apart(frames, decoded(pipe, path_between(torch.cat([code, noise(3)]), 3)[0])) <= 1
-    assert apart(frames[0], originals[1]) <= 2
+    assert max_difference(frames, decoded(pipe, path_between(torch.cat([code, noise(3)]), 3)[0])) <= 1
+    assert max_difference(frames[0], originals[1]) <= 2
 
 
-def test_grids(results: dict[str, Result], folder: Path, pipe: DDIMPipeline, originals: np.ndarray) -> None:
+def test_grid_lies_between_four_corners(
+    results: Commands, folder: Path, pipe: DDIMPipeline, originals: np.ndarray
+) -> None:
     """Corners, and between them first along the upper and lower edges."""
-    assert results
-    grid = cells(folder / "grid.png", 2, 3)
+    grid = cells(results.output("grid"), 2, 3)
     corners = noise(1, 2, 3, 4)
     expected = decoded(pipe, torch.cat([path_between(corners[:2], 3)[0], path_between(corners[2:], 3)[0]]))
-    assert apart(grid.reshape(6, 28, 28), expected) <= 1
-    got = arrays(folder / "grid.npz").reshape(3, 2, 28, 28)
-    assert apart(got[[0, 0, 2], [0, 1, 0]], originals) <= 2
-    assert apart(got[2, 1], decoded(pipe, noise(4))[0]) <= 1
-    three = torch.from_numpy(npz_codes(folder / "three.npz")[0])
+    assert max_difference(grid.reshape(6, 28, 28), expected) <= 1
+    got = arrays(results.output("grid npz")).reshape(3, 2, 28, 28)
+    assert max_difference(got[[0, 0, 2], [0, 1, 0]], originals) <= 2
+    assert max_difference(got[2, 1], decoded(pipe, noise(4))[0]) <= 1
+    three = torch.from_numpy(npz_latents(results.output("encode"))[0])
     middle = torch.stack([slerp(three[0], three[2], 0.5), slerp(three[1], noise(4)[0], 0.5)])
-    assert apart(got[1], decoded(pipe, middle)) <= 1
+    assert max_difference(got[1], decoded(pipe, middle)) <= 1
 
 
-def test_folders_with_suffixes(results: dict[str, Result], folder: Path, pipe: DDIMPipeline) -> None:
+def test_folder_names_may_have_suffixes(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
     """One that exists, and one named with a separator at its end, are filled with pictures."""
-    assert results
     expected = decoded(pipe, noise(3, 14))
-    for name in ("folder.png", "new.gif"):
-        assert (folder / name).is_dir()
-        assert apart(files(folder / name), expected) <= 1
+    for name in ("existing folder", "new folder"):
+        assert results.output(name).is_dir()
+        assert max_difference(files(results.output(name)), expected) <= 1
 
 
-# --- along the way
+# --- trajectories
 
 
-def test_a_trajectory(results: dict[str, Result], folder: Path, pipe: DDIMPipeline) -> None:
+def test_trajectory_shows_samples_and_predictions(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
     """Two rows a seed: x_t and the predicted x_0, each with the picture that sampling ends with."""
-    assert results
-    rows = cells(folder / "way.png", 4, 5)
+    rows = cells(results.output("trajectory"), 4, 5)
     end = stack(pipe(seeds=[5, 6], num_inference_steps=10).images)
     for index in range(2):
-        assert apart(rows[2 * index, -1], end[index]) <= 1
-        assert apart(rows[2 * index + 1, -1], end[index]) <= 1
-    assert apart(rows[[0, 2], 0], grey(noise(5, 6))) == 0
+        assert max_difference(rows[2 * index, -1], end[index]) <= 1
+        assert max_difference(rows[2 * index + 1, -1], end[index]) <= 1
+    assert max_difference(rows[[0, 2], 0], gray(noise(5, 6))) == 0
     samples, predicted, _ = ddim(pipe, noise(5, 6), TIMESTEPS)
     for column, step in enumerate((0, 3, 6, 9)):
-        assert apart(rows[[0, 2], column], grey(samples[step])) <= 1
-        assert apart(rows[[1, 3], column], grey(predicted[step])) <= 1
+        assert max_difference(rows[[0, 2], column], gray(samples[step])) <= 1
+        assert max_difference(rows[[1, 3], column], gray(predicted[step])) <= 1
 
 
-def test_a_trajectory_at_given_timesteps(results: dict[str, Result], folder: Path, pipe: DDIMPipeline) -> None:
-    assert results
-    rows = cells(folder / "at.png", 2, 3)
+def test_trajectory_at_custom_timesteps(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
+    rows = cells(results.output("trajectory at"), 2, 3)
     samples, predicted, end = ddim(pipe, noise(0), TIMESTEPS)
     for column, step in enumerate((1, 8)):
-        assert apart(rows[:, column], [grey(samples[step])[0], grey(predicted[step])[0]]) <= 1
-    assert apart(rows[:, 2], [grey(end)[0]] * 2) <= 1
+        assert max_difference(rows[:, column], [gray(samples[step])[0], gray(predicted[step])[0]]) <= 1
+    assert max_difference(rows[:, 2], [gray(end)[0]] * 2) <= 1
 
 
-def test_a_trajectory_that_moves(results: dict[str, Result], folder: Path, pipe: DDIMPipeline) -> None:
+def test_trajectory_as_animation(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
     """More frames than steps are all of them; and one for the end."""
-    assert results
-    frames = film(folder / "appear.gif", 200)
+    frames = animation_frames(results.output("trajectory gif"), 200)
     samples, predicted, _ = ddim(pipe, noise(0, 1, 2), TIMESTEPS)
     end = stack(pipe(seeds=range(3), num_inference_steps=10).images)
-    expected = [(grey(x), grey(x0)) for x, x0 in zip(samples, predicted, strict=True)]
+    expected = [(gray(x), gray(x0)) for x, x0 in zip(samples, predicted, strict=True)]
     for frame, pair in zip(frames, [*expected, (end, end)], strict=True):
-        assert apart(cells(frame, 2, 3), np.stack(pair)) <= PALETTE
+        assert max_difference(cells(frame, 2, 3), np.stack(pair)) <= PALETTE
 
 
-def test_a_trajectory_with_noise(results: dict[str, Result], folder: Path, pipe: DDIMPipeline) -> None:
-    assert results
-    first, end = (cells(frame, 2, 2) for frame in film(folder / "eta.webp", 100))
-    assert np.array_equal(first[0], grey(noise(0, 1)))
+def test_trajectory_with_eta(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
+    first, end = (cells(frame, 2, 2) for frame in animation_frames(results.output("trajectory eta"), 100))
+    assert np.array_equal(first[0], gray(noise(0, 1)))
     expected = stack(pipe(seeds=[0, 1], timesteps=[900, 500, 200, 50, 0], eta=1.0).images)
-    assert apart(end, np.stack([expected, expected])) <= 1
+    assert max_difference(end, np.stack([expected, expected])) <= 1
 
 
-def test_consistency(results: dict[str, Result], folder: Path, pipe: DDIMPipeline) -> None:
-    """A row a number of steps, a column a seed."""
-    assert results
-    rows = cells(folder / "rows.png", 2, 3)
+def test_consistency_has_one_row_per_number_of_steps(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
+    """One column per seed."""
+    rows = cells(results.output("consistency"), 2, 3)
     for row, steps in zip(rows, (3, 10), strict=True):
-        assert apart(row, stack(pipe(latents=noise(4, 5, 6), num_inference_steps=steps).images)) <= 1
-    assert apart(rows[1], grey(ddim(pipe, noise(4, 5, 6), TIMESTEPS)[2])) <= 1
+        assert max_difference(row, stack(pipe(latents=noise(4, 5, 6), num_inference_steps=steps).images)) <= 1
+    assert max_difference(rows[1], gray(ddim(pipe, noise(4, 5, 6), TIMESTEPS)[2])) <= 1
 
 
-def test_many_columns_are_broken(results: dict[str, Result], folder: Path, pipe: DDIMPipeline) -> None:
-    """After sixteen, and the rest follows below."""
-    assert results
-    rows = cells(folder / "many.png", 4, 16)
+def test_long_rows_wrap_after_sixteen_columns(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
+    rows = cells(results.output("consistency of many"), 4, 16)
     codes = noise(*range(18))
     for index, timesteps in enumerate(([500, 0], [666, 333, 0])):
-        expected = grey(ddim(pipe, codes, timesteps)[2])
-        assert apart(np.concatenate([rows[index], rows[2 + index, :2]]), expected) <= 1
+        expected = gray(ddim(pipe, codes, timesteps)[2])
+        assert max_difference(np.concatenate([rows[index], rows[2 + index, :2]]), expected) <= 1
     assert not rows[2:, 2:].any()
 
 
 # --- edits
 
 
-def test_edits(results: dict[str, Result], folder: Path, pipe: DDIMPipeline, originals: np.ndarray) -> None:
+def test_edit_adds_noise_and_denoises(
+    results: Commands, folder: Path, pipe: DDIMPipeline, originals: np.ndarray
+) -> None:
     """Four of ten steps: noise of the level of the fourth last timestep, and sampling from there."""
-    assert results
-    above, below = cells(folder / "edited.png", 2, 3)
+    above, below = cells(results.output("edit"), 2, 3)
     assert np.array_equal(above, originals)
     images = [Image.fromarray(digit) for digit in originals]
-    assert apart(below, stack(pipe.edit(images, 0.4, 10, seeds=[7, 8, 9]).images)) <= 1
+    assert max_difference(below, stack(pipe.edit(images, 0.4, 10, seeds=[7, 8, 9]).images)) <= 1
     a = ALPHAS[TIMESTEPS[6]]
     clean = torch.from_numpy(originals / 127.5 - 1).float()[:, None]
     noisy = math.sqrt(a) * clean + math.sqrt(1 - a) * noise(7, 8, 9)
-    assert apart(below, grey(ddim(pipe, noisy, TIMESTEPS[6:])[2])) <= 1
-    assert apart(files(folder / "edited"), below) <= 1
+    assert max_difference(below, gray(ddim(pipe, noisy, TIMESTEPS[6:])[2])) <= 1
+    assert max_difference(files(results.output("edit folder")), below) <= 1
     assert [t for t, _, _ in results["edit"].evaluations] == TIMESTEPS[6:]
-    # They are other pictures, yet of the same digits.
+    # They are other images, yet of the same digits.
     difference = np.abs(below.astype(int) - originals)
     assert difference.max() > 50
     assert difference.mean() < 20
 
 
-def test_edits_with_noise_all_the_way(
-    results: dict[str, Result], folder: Path, pipe: DDIMPipeline, originals: np.ndarray
-) -> None:
-    assert results
+def test_edit_with_eta(results: Commands, folder: Path, pipe: DDIMPipeline, originals: np.ndarray) -> None:
     images = [Image.fromarray(digit) for digit in originals]
-    got = arrays(folder / "edited eta.npz")
-    assert apart(got, stack(pipe.edit(images, 0.4, 10, seeds=[7, 8, 9], eta=1.0).images)) <= 1
-    assert apart(got, files(folder / "edited")) > 20
+    got = arrays(results.output("edit eta"))
+    assert max_difference(got, stack(pipe.edit(images, 0.4, 10, seeds=[7, 8, 9], eta=1.0).images)) <= 1
+    assert max_difference(got, files(results.output("edit folder"))) > 20
 
 
-def test_the_ends_of_strength(
-    results: dict[str, Result], folder: Path, pipe: DDIMPipeline, originals: np.ndarray
+def test_strength_0_keeps_the_image_and_1_nothing(
+    results: Commands, folder: Path, pipe: DDIMPipeline, originals: np.ndarray
 ) -> None:
-    """0 keeps the image; 1 is sampling, from noise with next to nothing of it."""
+    """1 is sampling, from noise with next to nothing of the image."""
     assert not results["edit nothing"].evaluations
-    assert np.array_equal(arrays(folder / "unedited.npz"), originals)
-    assert np.array_equal(files(folder / "second folder.png"), originals)
+    assert np.array_equal(arrays(results.output("edit nothing")), originals)
+    assert np.array_equal(files(results.output("edit existing folder")), originals)
     assert [t for t, _, _ in results["edit everything"].evaluations] == TIMESTEPS
     a = ALPHAS[800]
     clean = torch.from_numpy(originals / 127.5 - 1).float()[:, None]
     noisy = math.sqrt(a) * clean + math.sqrt(1 - a) * noise(7, 8, 9)
-    assert apart(arrays(folder / "repainted.npz"), grey(ddim(pipe, noisy, TIMESTEPS)[2])) <= 1
+    assert max_difference(arrays(results.output("edit everything")), gray(ddim(pipe, noisy, TIMESTEPS)[2])) <= 1
 
 
-def test_edits_without_noise(
-    results: dict[str, Result], folder: Path, pipe: DDIMPipeline, originals: np.ndarray
-) -> None:
+def test_edit_without_seed_encodes(results: Commands, folder: Path, pipe: DDIMPipeline, originals: np.ndarray) -> None:
     """Three of ten steps back, exactly, and down again by plain sampling."""
-    assert results
-    (above,), (below,) = cells(folder / "corrected.png", 2, 1)
+    (above,), (below,) = cells(results.output("edit encoded"), 2, 1)
     assert np.array_equal(above, originals[1])
     code = pipe.encode(Image.fromarray(originals[1]), timesteps=TIMESTEPS[7:], batch_size=1).latents
-    assert apart(below, grey(ddim(pipe, code, TIMESTEPS[7:])[2])[0]) <= 1
+    assert max_difference(below, gray(ddim(pipe, code, TIMESTEPS[7:])[2])[0]) <= 1
     assert np.abs(below.astype(int) - originals[1]).mean() < 3
 
 
@@ -961,13 +1017,13 @@ def test_edits_without_noise(
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_mistake_gets_a_line(results: dict[str, Result], name: str) -> None:
+def test_mistakes_are_reported_in_one_line(results: Commands, name: str) -> None:
     _, code, message = BAD[name]
     got = results[f"bad {name}"]
     assert (got.code, got.stdout) == (code, ""), got.stderr
     assert "Traceback" not in got.stderr
     assert re.search(message, got.stderr.replace("│", " "))
-    # Before any work.
+    # The network has not run.
     assert not got.evaluations
     if code == 1:
         assert len(got.stderr.splitlines()) == 1
@@ -976,12 +1032,13 @@ def test_a_mistake_gets_a_line(results: dict[str, Result], name: str) -> None:
         assert "Usage: ddim" in got.stderr
 
 
-def test_mistakes_leave_nothing_behind(results: dict[str, Result], folder: Path) -> None:
-    assert results
+def test_mistakes_leave_nothing_behind(results: Commands, folder: Path) -> None:
+    for name in results:
+        assert results[name].code == (BAD[name.removeprefix("bad ")][1] if name.startswith("bad ") else 0)
     assert not list((folder / "empty").iterdir())
     names = {path.name for path in folder.iterdir()}
-    wrote = {Path(name).parts[0] for name in OUT.values()}
-    given = {
+    written = {Path(name).parts[0] for name in OUT.values()}
+    inputs = {
         "digits",
         "any",
         "empty",
@@ -989,8 +1046,8 @@ def test_mistakes_leave_nothing_behind(results: dict[str, Result], folder: Path)
         "text.png",
         "cut.png",
         "moving.gif",
-        "pictures.npz",
+        "images.npz",
         "words.npz",
     }
-    codes = {"nan.npz", "flat.npz", "small.npz", "late.npz", "cut.npz", "cut.safetensors"}
-    assert names - {"home"} == wrote | given | codes
+    latents = {"nan.npz", "flat.npz", "small.npz", "late.npz", "cut.npz", "cut.safetensors"}
+    assert names - {"home"} == written | inputs | latents
