@@ -183,7 +183,7 @@ def record_evaluations() -> list[tuple[int, int, str]]:
         return record
 
     UNet2DModel.forward = recorded(UNet2DModel.forward)  # type: ignore[method-assign]
-    CPUEngine.__call__ = recorded(CPUEngine.__call__)  # type: ignore[method-assign]
+    CPUEngine.predict = recorded(CPUEngine.predict)  # type: ignore[method-assign]
     return evaluations
 
 

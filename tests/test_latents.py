@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddim import DDIMPipeline, DDIMScheduler
-from ddim.latents import GROUP
+from ddim.latents import BATCHES_PER_GROUP, generate, invertible_steps
 from ddim.outputs import EncodeOutput, UNet2DOutput
 from digits import digits
 
@@ -128,11 +128,11 @@ def test_a_code_is_the_same_alone_and_in_company(mnist: DDIMPipeline, exact: boo
 
 
 def test_a_code_is_the_same_in_company_of_more_than_a_group(tiny_pipeline: DDIMPipeline) -> None:
-    x = rand(2 * GROUP + 1, 3, 16, 16)
+    x = rand(2 * BATCHES_PER_GROUP + 1, 3, 16, 16)
     settings: dict[str, Any] = {"timesteps": [200, 100], "batch_size": 2}
     together = tiny_pipeline.encode(x, **settings)
     images = tiny_pipeline.decode(together, output_type="np", **settings).images
-    for index in (0, 5, 2 * GROUP):
+    for index in (0, 5, 2 * BATCHES_PER_GROUP):
         alone = tiny_pipeline.encode(x[index : index + 1], **settings)
         assert torch.equal(alone.latents, together.latents[index : index + 1])
         assert torch.equal(alone.evaluations, together.evaluations[index : index + 1])
@@ -183,7 +183,7 @@ def test_encoding_tells_what_decoding_gives_back(pipe: DDIMPipeline, caplog: pyt
     with caplog.at_level(logging.WARNING):
         codes = pipe.encode(x, 10)
         assert caplog.records == []
-        back = pipe._decode(codes.latents, pipe._deterministic_steps(10, None), 8)
+        back = generate(pipe.sampler, codes.latents, invertible_steps(pipe.scheduler, 10), 8)
         assert torch.equal(codes.mse, ((back - x) / 2).double().square().mean((1, 2, 3)))
         assert codes.mse.max() < 1e-9
         lost = pipe.encode(x, timesteps=[900, 0], max_iterations=1)

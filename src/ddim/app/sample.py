@@ -76,7 +76,7 @@ class Settings:
             lines.append(f"timesteps = pipe.scheduler.make_timesteps({self.num_inference_steps}, {self.spacing!r})")
             walked = "timesteps=timesteps"
         lines.append(
-            f"images = pipe.paint({self.count}, seed={self.seed}, {walked}, eta={self.eta}, order={self.order})"
+            f"images = pipe.sample_images({self.count}, seed={self.seed}, {walked}, eta={self.eta}, order={self.order})"
         )
         return "\n".join(lines)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.validation import real
 
 if TYPE_CHECKING:
@@ -27,6 +28,14 @@ class SamplingOptions:
         eta: 0 for DDIM, 1 for DDPM.
         order: of the method, 1 or 2; `None` for the model's own.
         sigma_hat: whether noise has DDPM's larger variance.
+
+    Raises:
+        ValueError: for an option out of range, whatever the model.
+
+    Example:
+        >>> SamplingOptions(10, eta=1.0, order=2)
+        Traceback (most recent call last):
+        ValueError: order=2 requires eta=0 (deterministic sampling), got eta=1
     """
 
     steps: int | None
@@ -35,6 +44,11 @@ class SamplingOptions:
     eta: float = 0.0
     order: int | None = None
     sigma_hat: bool = False
+
+    def __post_init__(self) -> None:
+        # Checked before a model is loaded.
+        num_steps = SamplingConfig.num_inference_steps if self.steps is None else self.steps
+        SamplingConfig(num_steps, self.eta, self.timesteps, self.order, self.sigma_hat)
 
     @classmethod
     def parse(cls, steps: int | None, spacing: str | None, timesteps: str | None = None, **settings: Any) -> Self:
@@ -50,7 +64,7 @@ class SamplingOptions:
             The options, with the timesteps as a list.
 
         Raises:
-            ValueError: if `timesteps` is not such a list.
+            ValueError: if `timesteps` is not such a list, or an option is out of range.
 
         Example:
             >>> SamplingOptions.parse(50, None, "900,600,300,0").timesteps
@@ -71,22 +85,20 @@ class SamplingOptions:
             return self.timesteps
         return pipe.scheduler.make_timesteps(self.steps, self.spacing)
 
-    def arguments(self, pipe: DDIMPipeline) -> dict[str, Any]:
-        """Return the options as keyword arguments of `DDIMPipeline.__call__`.
+    def config(self, pipe: DDIMPipeline) -> SamplingConfig:
+        """Return the options as settings of the library.
 
         Args:
             pipe: as for `choose_timesteps`.
 
         Returns:
-            `num_inference_steps`, `eta`, `order`, `use_sigma_hat` and `timesteps`.
+            The settings.
+
+        Raises:
+            ValueError: for an option out of range.
         """
-        return {
-            "num_inference_steps": self.steps,
-            "eta": self.eta,
-            "order": self.order,
-            "use_sigma_hat": self.sigma_hat,
-            "timesteps": self.choose_timesteps(pipe),
-        }
+        num_steps = SamplingConfig.num_inference_steps if self.steps is None else self.steps
+        return SamplingConfig(num_steps, self.eta, self.choose_timesteps(pipe), self.order, self.sigma_hat)
 
 
 def load_pipeline(model: str, device: str, dtype: str = "float32", engine: str = "auto") -> DDIMPipeline:

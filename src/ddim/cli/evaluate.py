@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -176,7 +176,7 @@ class Source:
             return open_files(name, count, shape, self.split)
         pipe = load_pipeline(name, self.device, engine=self.engine)
         count = 10_000 if count is None else count
-        return sample_image_set(pipe, count, self.seed, name, **sampling.arguments(pipe))
+        return sample_image_set(pipe, count, self.seed, name, **asdict(sampling.config(pipe)))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
@@ -94,7 +94,7 @@ def sample(
         sampling = replace(sampling, steps=num_steps)
         if rank == 0:
             print(f"{pluralize(num_steps, 'step')}, mean squared error {error:.1e}", file=sys.stderr)
-    settings = sampling.arguments(pipe)
+    settings = asdict(sampling.config(pipe))
     started = time.monotonic()
     if is_folder_path(out) or target.suffix.lower() in (".npz", ".tar"):
         result = sample_many(pipe, out, count, seed, batch_size, shard_size, overwrite, **settings)
@@ -106,7 +106,7 @@ def sample(
         return
     if world_size > 1:
         raise ValueError("a grid requires a single process; several processes require a folder, x.npz or x.tar")
-    images = pipe.paint(count, seed, batch_size, **settings)
+    images = pipe.sample_images(count, seed, batch_size, **settings)
     seconds = time.monotonic() - started
     num_replaced = int(target.exists())
     save_images(images, out)

@@ -61,7 +61,7 @@ def tune(
     pipe = load_pipeline(model, device, engine=engine)
     plotted: dict[str, list[int]] = {}
     for num_steps in numbers_of_steps:
-        result = search(pipe, num_steps, order, eta, codes=codes, seed=seed, batch_size=batch_size)
+        result = search(pipe, num_steps, order, eta, num_latents=codes, seed=seed, batch_size=batch_size)
         smallest = min(result.classic.values())
         print(f"{pluralize(num_steps, 'step')}, order {order}, eta {eta:g}")
         errors = {"learned": result.error, **result.classic}
