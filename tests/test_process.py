@@ -63,7 +63,7 @@ def test_predictions_that_need_no_division_take_the_ends_of_the_schedule() -> No
 
 
 def test_an_unknown_prediction_type_is_refused() -> None:
-    with pytest.raises(ValueError, match="'score'; it must be one of epsilon, sample, v_prediction"):
+    with pytest.raises(ValueError, match="must be one of epsilon, sample, or v_prediction, got 'score'"):
         predict_x0_epsilon(randn(0), randn(1), 0.5, "score")
 
 

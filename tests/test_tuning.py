@@ -147,12 +147,12 @@ class TestTune:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"num_inference_steps": 0}, "num_inference_steps is 0"),
-            ({"order": 3}, "order is 3"),
-            ({"order": 2, "eta": 0.5}, "wants eta=0"),
-            ({"order": 1, "eta": -1}, "eta is -1"),
-            ({"num_latents": 0}, "codes is 0"),
-            ({"batch_size": 0}, "batch_size is 0"),
+            ({"num_inference_steps": 0}, "num_inference_steps must be an integer of at least 1, got 0"),
+            ({"order": 3}, r"order must be 1 .* got 3"),
+            ({"order": 2, "eta": 0.5}, "requires eta=0"),
+            ({"order": 1, "eta": -1}, "eta must .* got -1"),
+            ({"num_latents": 0}, "num_latents must be an integer of at least 1, got 0"),
+            ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ],
     )
     def test_bad_input(self, pipe: DDIMPipeline, arguments: dict[str, Any], message: str) -> None:
@@ -226,9 +226,9 @@ class TestEnough:
         assert error(pipe, pipe.scheduler.make_timesteps(number - 1, order=order), order, seeds) > tolerance - 2e-5
 
     def test_bad_input(self, pipe: DDIMPipeline) -> None:
-        with pytest.raises(ValueError, match="tolerance is 0"):
+        with pytest.raises(ValueError, match="tolerance must be a number above 0 and below 1, got 0"):
             enough_steps(pipe, 0)
-        with pytest.raises(ValueError, match="200 steps come to an error of"):
+        with pytest.raises(ValueError, match="tolerance must be at least the error of 200 steps"):
             enough_steps(pipe, 1e-12, num_latents=2)
 
 
@@ -271,7 +271,7 @@ class TestScheduler:
         inverse = DDIMInverseScheduler(timesteps_by_steps=self.LISTS)
         inverse.set_timesteps(3)
         assert inverse.timesteps.tolist() == self.LISTS["3"][::-1]
-        with pytest.raises(ValueError, match="solver_order is 2; a step of order 2 depends on"):
+        with pytest.raises(ValueError, match="solver_order must be 1, got 2: a step of order 2 depends on"):
             DDIMInverseScheduler.from_config(DDIMScheduler(solver_order=2).config)
 
     def test_added(self) -> None:
@@ -285,12 +285,12 @@ class TestScheduler:
     @pytest.mark.parametrize(
         ("lists", "message"),
         [
-            ({"3": [900, 300]}, r"timesteps_by_steps\['3'\] has 2 timesteps"),
-            ({"x": [900]}, r"timesteps_by_steps\['x'\] has 1"),
+            ({"3": [900, 300]}, r"timesteps_by_steps\['3'\] must list 3 timesteps, got 2"),
+            ({"x": [900]}, r"timesteps_by_steps\['x'\] must list x timesteps, got 1"),
             ({"2": [300, 900]}, "strictly decreasing"),
-            ({"1": [1000]}, "between 0 and 999"),
-            ({"1": "9"}, "must be a list of whole numbers"),
-            ({"0": []}, "is empty"),
+            ({"1": [1000]}, "must be integers from 0 to 999, got 1000"),
+            ({"1": "9"}, "must be a list of integers"),
+            ({"0": []}, "must hold at least one timestep"),
         ],
     )
     def test_bad_lists(self, lists: dict[str, Any], message: str) -> None:
@@ -373,7 +373,7 @@ class TestCommand:
         again = pipe.decode(codes, 50, "pt").images
         assert float((again - images).square().mean()) < 1e-4
         assert not torch.equal(pipe.decode(codes.latents, 50, "pt", order=2).images, again)
-        with pytest.raises(ValueError, match="order is 2; a step of order 2 depends on the one"):
+        with pytest.raises(ValueError, match="order=2 cannot encode: a step of order 2 depends on the one"):
             pipe.encode(images, 50, order=2)
         with pytest.raises(ValueError, match=r"pass \.latents"):
             pipe.decode(codes, 50, order=2)
@@ -403,7 +403,10 @@ class TestCommand:
             (["sample", "--steps", "some"], "--steps 'some' is neither a whole number nor auto"),
             (["sample", "--steps", "auto", "--eta", "1"], "--steps auto is for the model's own timesteps and eta 0"),
             (["sample", "--steps", "10", "--tolerance", "0.1"], "--tolerance goes with --steps auto"),
-            (["sample", "--steps", "auto", "--tolerance", "7"], "tolerance is 7.0; it must lie above 0"),
+            (
+                ["sample", "--steps", "auto", "--tolerance", "7"],
+                "tolerance must be a number above 0 and below 1, got 7.0",
+            ),
             (["tune", "mnist", "--steps", "ten", "-o", "new"], "--steps 'ten' is no list of whole numbers"),
             (["tune", "mnist", "--plot", "x.jpg", "-o", "new"], "x.jpg"),
             (["tune", "nowhere", "-o", "new"], "nowhere"),
