@@ -96,23 +96,23 @@ def test_consistency(server: AppServer) -> None:
 def test_interpolation_passes_through_seeds_and_images(server: AppServer, tmp_path: Path) -> None:
     pipe = DDIMPipeline.from_pretrained("mnist")
     pipe.set_progress_bar_config(disable=True)
-    picture = pipe(seeds=[3], num_inference_steps=20).images[0]
-    picture.save(tmp_path / "three.png")
+    image = pipe(seeds=[3], num_inference_steps=20).images[0]
+    image.save(tmp_path / "three.png")
     result = server.call("/interpolate", seeds=[1], pictures=[handle_file(tmp_path / "three.png")], frames=4, steps=20)
     frames = [pixels(path).astype(int) for path in result["images"]]
     assert len(frames) == 4
     # Inversion is exact: the path ends at the image.
-    assert np.abs(frames[-1] - np.asarray(picture)).mean() < 1
+    assert np.abs(frames[-1] - np.asarray(image)).mean() < 1
     assert np.abs(frames[0] - frames[-1]).mean() > 5
 
 
 def test_reconstruction_and_edits(server: AppServer, tmp_path: Path) -> None:
     pipe = DDIMPipeline.from_pretrained("mnist")
     pipe.set_progress_bar_config(disable=True)
-    picture = pipe(seeds=[3], num_inference_steps=20).images[0]
-    picture.save(tmp_path / "three.png")
+    image = pipe(seeds=[3], num_inference_steps=20).images[0]
+    image.save(tmp_path / "three.png")
     result = server.call("/reconstruct", picture=handle_file(tmp_path / "three.png"), steps=20)
-    expected = pipe.reconstruct(picture, 20)
+    expected = pipe.reconstruct(image, 20)
     assert result["exact"]["mse"] == pytest.approx(float(expected.mse[0]), rel=0.1, abs=1e-8)
     assert result["exact"]["mse"] < result["euler"]["mse"]
     assert result["euler"]["evaluations"] < result["exact"]["evaluations"]
@@ -120,9 +120,9 @@ def test_reconstruction_and_edits(server: AppServer, tmp_path: Path) -> None:
 
     edits = server.call("/edit", picture=handle_file(tmp_path / "three.png"), strength=0.4, count=2, steps=20, seed=9)
     assert edits["seeds"] == [9, 10]
-    expected_edits = pipe.edit([picture] * 2, 0.4, 20, seeds=[9, 10]).images
-    for path, image in zip(edits["images"], expected_edits, strict=True):
-        assert np.array_equal(pixels(path), np.asarray(image))
+    expected_edits = pipe.edit([image] * 2, 0.4, 20, seeds=[9, 10]).images
+    for path, edit in zip(edits["images"], expected_edits, strict=True):
+        assert np.array_equal(pixels(path), np.asarray(edit))
 
 
 def test_info(server: AppServer) -> None:

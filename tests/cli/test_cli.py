@@ -143,7 +143,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "dtype": (["sample", "--dtype", "float99"], 1, "dtype is 'float99'; it must be one of float32, bfloat16, float16"),
     "sigma-hat": (["sample", "--sigma-hat"], 1, "--sigma-hat .*--eta 1"),
     "unknown option": (["sample", "--stepz", "3"], 2, "No such option: --stepz"),
-    "unknown command": (["paint"], 2, "No such command 'paint'"),
+    "unknown command": (["draw"], 2, "No such command 'draw'"),
     "app model": (["app", "monalisa"], 1, "there is no model 'monalisa'"),
     "app port": (["app", "--port", "70000"], 1, "^ddim: --port must be an integer from 0 to 65535, got 70000"),
     "app host": (["app", "--host", "192.0.2.1"], 1, r"cannot listen on 192\.0\.2\.1, port 7860: .*choose another port"),
@@ -158,7 +158,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "unknown key": ([*TRAIN, "--set", "optim.rate=1", "--out", "run"], 1, r"optim\.rate: Extra inputs"),
     "no key": ([*TRAIN, "--set", "optim.lr", "--out", "run"], 1, "--set 'optim.lr' is no key=value"),
     "wrong value": ([*TRAIN, "--set", "batch_size=none", "--out", "run"], 1, "batch_size: .*integer"),
-    "unknown model key": ([*TRAIN, "--set", "model.colour=1", "--out", "run"], 1, "colour"),
+    "unknown model key": ([*TRAIN, "--set", "model.color=1", "--out", "run"], 1, "color"),
     "no such config": (["train", "--config", "none.yaml", "--data", "images", "--out", "run"], 1, "none.yaml"),
     "max steps": ([*TRAIN, "--max-steps", "0", "--out", "run"], 1, "max_steps: .*greater than 0"),
     "resume": ([*TRAIN, "--resume", "maybe", "--out", "run"], 1, "there is no checkpoint maybe"),
@@ -325,7 +325,7 @@ def test_eta_and_sigma_hat_add_noise(results: Commands, folder: Path) -> None:
         assert np.abs(arrays[a] - arrays[b]).mean() > 5
     pipe = DDIMPipeline.from_pretrained("mnist")
     pipe.set_progress_bar_config(disable=True)
-    images = pipe.paint(2, num_inference_steps=10, eta=1.0, use_sigma_hat=True)
+    images = pipe.sample_images(2, num_inference_steps=10, eta=1.0, use_sigma_hat=True)
     assert np.abs(np.stack([np.asarray(image) for image in images])[..., None] - arrays[2]).max() <= 1
 
 

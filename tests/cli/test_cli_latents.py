@@ -492,13 +492,13 @@ def max_difference(a: Any, b: Any) -> int:
     return int(np.abs(a - b).max())
 
 
-def cells(picture: Image.Image | Path, rows: int, columns: int) -> np.ndarray:
+def cells(image: Image.Image | Path, rows: int, columns: int) -> np.ndarray:
     """(rows, columns, 28, 28) of a grid with black gaps of two pixels."""
-    if isinstance(picture, Path):
-        with Image.open(picture) as opened:
+    if isinstance(image, Path):
+        with Image.open(image) as opened:
             assert (opened.format, opened.mode) == ("PNG", "L")
-            picture = opened.copy()
-    pixels = np.asarray(picture)
+            image = opened.copy()
+    pixels = np.asarray(image)
     assert pixels.shape == (rows * 30 + 2, columns * 30 + 2)
     tiles = pixels[2:, 2:].reshape(rows, 30, columns, 30)
     assert not pixels[:2].any()
@@ -566,9 +566,9 @@ def ddim(
     return samples, predicted, x
 
 
-def decoded(pipe: DDIMPipeline, codes: Tensor, timesteps: list[int] = TIMESTEPS) -> np.ndarray:
+def decoded(pipe: DDIMPipeline, latents: Tensor, timesteps: list[int] = TIMESTEPS) -> np.ndarray:
     """Without clipping, and only as far as the first alpha, where images lie; so that no step is left at timestep 0."""
-    return gray(ddim(pipe, codes, [t for t in timesteps if t], float(ALPHAS[0]), clip=False)[2])
+    return gray(ddim(pipe, latents, [t for t in timesteps if t], float(ALPHAS[0]), clip=False)[2])
 
 
 def slerp(z0: Tensor, z1: Tensor, t: float) -> Tensor:
@@ -578,9 +578,9 @@ def slerp(z0: Tensor, z1: Tensor, t: float) -> Tensor:
     return torch.from_numpy((np.sin((1 - t) * theta) * a + np.sin(t * theta) * b) / np.sin(theta)).float()
 
 
-def path_between(codes: Tensor, frames: int, closed: bool = False) -> Tensor:
+def path_between(latents: Tensor, frames: int, closed: bool = False) -> Tensor:
     """(legs, frames, 1, 28, 28)."""
-    ends = [*codes, *codes[:1]] if closed else list(codes)
+    ends = [*latents, *latents[:1]] if closed else list(latents)
     return torch.stack([torch.stack([slerp(a, b, i / (frames - 1)) for i in range(frames)]) for a, b in pairwise(ends)])
 
 
@@ -718,11 +718,13 @@ def test_iterations_stop_at_the_limit_or_the_tolerance(results: Commands, folder
     assert len(results["encode with few iterations"].evaluations) == 1 + 9 * 2 + 9
     _, settings = npz_latents(results.output("encode with few iterations"))
     assert settings["residual"][0] > settings["tolerance"] == 1e-5
-    told = (
+    warning = (
         r"^ddim: 1 of 1 images did not reach the tolerance 1e-05 in the .* from timesteps? .*; the largest residual is "
     )
     assert re.search(
-        told + re.escape(f"{settings['residual'][0]:.1e}"), results["encode with few iterations"].stderr, re.MULTILINE
+        warning + re.escape(f"{settings['residual'][0]:.1e}"),
+        results["encode with few iterations"].stderr,
+        re.MULTILINE,
     )
     assert len(results["encode with large tolerance"].evaluations) < 1 + 9 * 2 + 9
     _, settings = npz_latents(results.output("encode with large tolerance"))
@@ -750,9 +752,9 @@ def test_resize_fits_images_to_the_model(results: Commands, folder: Path, pipe: 
     with torch.no_grad():
         epsilon = pipe.unet(x, 0).sample
     a, a0 = ALPHAS[500], ALPHAS[0]
-    codes = math.sqrt(a / a0) * (x - math.sqrt(1 - a0) * epsilon) + math.sqrt(1 - a) * epsilon
+    expected_latents = math.sqrt(a / a0) * (x - math.sqrt(1 - a0) * epsilon) + math.sqrt(1 - a) * epsilon
     latents, settings = npz_latents(results.output("encode any"))
-    np.testing.assert_allclose(latents, codes.numpy(), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(latents, expected_latents.numpy(), rtol=0, atol=1e-4)
     assert settings["timesteps"] == [500]
 
 
@@ -767,8 +769,8 @@ def test_decoding_restores_the_images(
         assert max_difference(got, originals) <= 2
         assert max_difference(got, expected) <= 1
     assert max_difference(arrays(results.output("decode one")), originals[1:2]) <= 2
-    codes = torch.from_numpy(npz_latents(results.output("encode"))[0])
-    assert max_difference(expected, decoded(pipe, codes)) <= 1
+    latents = torch.from_numpy(npz_latents(results.output("encode"))[0])
+    assert max_difference(expected, decoded(pipe, latents)) <= 1
 
 
 def test_decoding_uses_full_batches(results: Commands) -> None:
@@ -782,13 +784,13 @@ def test_force_decodes_with_other_settings(
     results: Commands, folder: Path, pipe: DDIMPipeline, originals: np.ndarray
 ) -> None:
     """Other steps or another model give other images than the digits."""
-    codes = torch.from_numpy(npz_latents(results.output("encode"))[0])
+    latents = torch.from_numpy(npz_latents(results.output("encode"))[0])
     for name, timesteps in {"decode steps": [750, 500, 250, 0], "decode timesteps": [800, 9]}.items():
         got = arrays(results.output(name))
-        assert max_difference(got, decoded(pipe, codes, timesteps)) <= 1
+        assert max_difference(got, decoded(pipe, latents, timesteps)) <= 1
         assert max_difference(got, originals) > 20
     other = DDIMPipeline.from_pretrained(folder / "other")
-    assert max_difference(arrays(results.output("decode other")), decoded(other, codes)) <= 1
+    assert max_difference(arrays(results.output("decode other")), decoded(other, latents)) <= 1
     assert {dtype for _, _, dtype in results["decode half"].evaluations} == {"torch.bfloat16"}
     assert 0 < np.abs(arrays(results.output("decode half")).astype(int) - originals).mean() < 10
 
@@ -849,17 +851,17 @@ def test_originals_are_above_their_reconstructions(
 
 def test_strip_interpolates_between_two_seeds(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
     (got,) = cells(results.output("strip"), 1, 4)
-    codes = noise(3, 14)
-    assert max_difference(got[[0, 3]], stack(pipe.decode(codes, 10, batch_size=2).images)) <= 1
-    assert max_difference(got, decoded(pipe, path_between(codes, 4)[0])) <= 1
+    latents = noise(3, 14)
+    assert max_difference(got[[0, 3]], stack(pipe.decode(latents, 10, batch_size=2).images)) <= 1
+    assert max_difference(got, decoded(pipe, path_between(latents, 4)[0])) <= 1
     # They are all different images.
     assert min(max_difference(a, b) for a, b in pairwise(got)) > 30
 
 
 def test_path_has_one_row_per_leg(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
-    """A row a leg; each begins where the one above ends, and the last of a closed path ends where the first begins."""
-    codes = noise(3, 14, 7)
-    ends = decoded(pipe, codes)
+    """Each row begins where the one above ends, and the last of a closed path ends where the first begins."""
+    latents = noise(3, 14, 7)
+    ends = decoded(pipe, latents)
     rows = cells(results.output("path"), 2, 3)
     assert max_difference(rows[:, 0], ends[:2]) <= 1
     assert max_difference(rows[:, 2], ends[1:]) <= 1
@@ -868,13 +870,13 @@ def test_path_has_one_row_per_leg(results: Commands, folder: Path, pipe: DDIMPip
     assert max_difference(closed[:2], rows) <= 1
     assert np.array_equal(closed[2, 0], closed[1, 2])
     assert np.array_equal(closed[2, 2], closed[0, 0])
-    assert max_difference(closed[:, 1], decoded(pipe, path_between(codes, 3, closed=True)[:, 1])) <= 1
+    assert max_difference(closed[:, 1], decoded(pipe, path_between(latents, 3, closed=True)[:, 1])) <= 1
 
 
 def test_points_of_all_kinds_can_be_mixed(
     results: Commands, folder: Path, pipe: DDIMPipeline, originals: np.ndarray
 ) -> None:
-    """An image, a file of three codes, a seed, another file: all legs of two frames, that is, the points."""
+    """An image, a file of three latents, a seed, another file: all legs of two frames, that is, the points."""
     got = files(results.output("mixed"))
     assert max_difference(got[[0, 1, 2, 3, 5]], originals[[0, 0, 1, 2, 1]]) <= 2
     assert max_difference(got[4:5], decoded(pipe, noise(5))) <= 1
@@ -886,10 +888,10 @@ def test_resize_and_force_accept_other_points(results: Commands, folder: Path, p
     assert len(got) == 2
     assert max_difference(got[1:], decoded(pipe, noise(3), [500, 0])) <= 1
     # Along the timesteps of the first file.
-    codes = torch.from_numpy(
+    latents = torch.from_numpy(
         np.concatenate([npz_latents(results.output(name))[0] for name in ("encode", "encode again")])
     )
-    assert max_difference(arrays(results.output("forced")), decoded(pipe, codes)) <= 1
+    assert max_difference(arrays(results.output("forced")), decoded(pipe, latents)) <= 1
 
 
 def test_gif_holds_the_frames(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
@@ -904,8 +906,8 @@ def test_gif_holds_the_frames(results: Commands, folder: Path, pipe: DDIMPipelin
 def test_webp_holds_the_frames(results: Commands, folder: Path, pipe: DDIMPipeline, originals: np.ndarray) -> None:
     frames = stack(animation_frames(results.output("webp"), 100))
     with safe_open(results.output("encode one"), "pt") as file:
-        code = file.get_tensor("latents")
-    assert max_difference(frames, decoded(pipe, path_between(torch.cat([code, noise(3)]), 3)[0])) <= 1
+        latent = file.get_tensor("latents")
+    assert max_difference(frames, decoded(pipe, path_between(torch.cat([latent, noise(3)]), 3)[0])) <= 1
     assert max_difference(frames[0], originals[1]) <= 2
 
 
@@ -926,7 +928,7 @@ def test_grid_lies_between_four_corners(
 
 
 def test_folder_names_may_have_suffixes(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
-    """One that exists, and one named with a separator at its end, are filled with pictures."""
+    """One that exists, and one named with a separator at its end, are filled with images."""
     expected = decoded(pipe, noise(3, 14))
     for name in ("existing folder", "new folder"):
         assert results.output(name).is_dir()
@@ -937,7 +939,7 @@ def test_folder_names_may_have_suffixes(results: Commands, folder: Path, pipe: D
 
 
 def test_trajectory_shows_samples_and_predictions(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
-    """Two rows a seed: x_t and the predicted x_0, each with the picture that sampling ends with."""
+    """Two rows per seed: x_t and the predicted x_0, each with the image that sampling ends with."""
     rows = cells(results.output("trajectory"), 4, 5)
     end = stack(pipe(seeds=[5, 6], num_inference_steps=10).images)
     for index in range(2):
@@ -985,9 +987,9 @@ def test_consistency_has_one_row_per_number_of_steps(results: Commands, folder: 
 
 def test_long_rows_wrap_after_sixteen_columns(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
     rows = cells(results.output("consistency of many"), 4, 16)
-    codes = noise(*range(18))
+    latents = noise(*range(18))
     for index, timesteps in enumerate(([500, 0], [666, 333, 0])):
-        expected = gray(ddim(pipe, codes, timesteps)[2])
+        expected = gray(ddim(pipe, latents, timesteps)[2])
         assert max_difference(np.concatenate([rows[index], rows[2 + index, :2]]), expected) <= 1
     assert not rows[2:, 2:].any()
 
@@ -1040,8 +1042,8 @@ def test_edit_without_seed_encodes(results: Commands, folder: Path, pipe: DDIMPi
     """Three of ten steps back, exactly, and down again by plain sampling."""
     (above,), (below,) = cells(results.output("edit encoded"), 2, 1)
     assert np.array_equal(above, originals[1])
-    code = pipe.encode(Image.fromarray(originals[1]), timesteps=TIMESTEPS[7:], batch_size=1).latents
-    assert max_difference(below, gray(ddim(pipe, code, TIMESTEPS[7:])[2])[0]) <= 1
+    latent = pipe.encode(Image.fromarray(originals[1]), timesteps=TIMESTEPS[7:], batch_size=1).latents
+    assert max_difference(below, gray(ddim(pipe, latent, TIMESTEPS[7:])[2])[0]) <= 1
     assert np.abs(below.astype(int) - originals[1]).mean() < 3
 
 
