@@ -24,6 +24,8 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
         ("plot must end in .png or .svg, got 'out.jpg'", "tune", "--plot must end in .png or .svg, got 'out.jpg'"),
         ("eta=1 requires seeds, one per image", "edit", "--eta 1 requires --seed, one per image"),
         ("num_heads must divide 64", "convert", "--heads must divide 64"),
+        ("settings must be of the form key=value, got 'lr'", "train", "--set must be of the form key=value, got 'lr'"),
+        ("run is not empty; use resume='auto' to resume", "train", "run is not empty; use --resume auto to resume"),
         ("exact=False requires order=1", "encode", "--euler requires --order 1"),
     ],
 )  # fmt: skip

@@ -71,7 +71,7 @@ BY_COMMAND: dict[str, dict[str, str]] = {
         "use_ema=False": "--raw",
         "ema=False": "--raw",
     },
-    "train": {"source": "--data"},
+    "train": {"source": "--data", "settings": "--set", "preset": "--preset", "config": "--config"},
     "info": {"model": "MODEL"},
     "app": {"model": "MODEL", "models": "MODELS"},
 }
