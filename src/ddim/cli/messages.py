@@ -26,7 +26,7 @@ IDENTIFIERS = {
     "torch_dtype": "--dtype",
     "allow_paths": "--allow-paths",
 }
-"""Arguments whose names are no words of English: replaced wherever they stand."""
+"""Arguments whose names are not English words: replaced wherever they occur."""
 
 WORDS = {
     name: f"--{name}"
@@ -36,8 +36,8 @@ WORDS = {
         *("device", "dtype", "engine", "host", "port"),
     )
 } | {"seeds": "--seed"}
-"""Arguments whose names are words of English: replaced only as the subject of a message, as the object of an
-instruction, and before `=VALUE`."""
+"""Arguments whose names are English words: replaced only as the subject of a message, as the object of an instruction,
+and before `=VALUE`."""
 
 FLAGS = {
     "overwrite=True": "--overwrite",
@@ -48,7 +48,7 @@ FLAGS = {
     "exact=False": "--euler",
     "use_sigma_hat=True": "--sigma-hat",
 }
-"""Arguments with their values that are options without a value."""
+"""Arguments with values that are flags on the command line."""
 
 BY_COMMAND: dict[str, dict[str, str]] = {
     "trajectory": {"batch_size": "--count"},
@@ -75,7 +75,7 @@ BY_COMMAND: dict[str, dict[str, str]] = {
     "info": {"model": "MODEL"},
     "app": {"model": "MODEL", "models": "MODELS"},
 }
-"""What is called otherwise in one command, by its name."""
+"""Arguments that one command alone has, or has under another option, by command."""
 
 _ABOUT_A_FILE = re.compile(r"\S+\.(json|ya?ml): ")
 """Such as `scheduler_config.json: beta_schedule must be ...`, which is about a key of that file."""
