@@ -133,9 +133,9 @@ def test_command(tmp_path: Path) -> None:
         (["mnist", "--table", "3"], "--table 1, --table 2 and --figure 4"),
         (["mnist", "--table", "1", "--figure", "4"], "--table 1, --table 2 and --figure 4"),
         (["mnist", "--table", "1"], "--reference"),
-        (["real", "--table", "1", "--reference", "real"], "real is no model"),
+        (["real", "--table", "1", "--reference", "real"], "the paper's tables require a model, got real"),
         (["mnist", "--table", "1", "--reference", "real", "--out", "x.csv"], "x.csv"),
-        (["mnist", "--reference", "real", "--table-steps", "1,2"], "goes with --table"),
+        (["mnist", "--reference", "real", "--table-steps", "1,2"], "--table-steps requires --table or --figure"),
     ],
 )
 def test_invalid_options_raise(tmp_path: Path, arguments: list[str], message: str) -> None:

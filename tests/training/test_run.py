@@ -639,7 +639,7 @@ def test_the_result_is_published(results: dict[str, Result], folder: Path, hub: 
     ("name", "code", "message"),
     [
         ("no folder", 2, "give a folder for the run, such as --out runs/mine"),
-        ("no time", 2, "0.0 minutes are no time; give more than 0"),
+        ("no time", 2, "must be positive, got 0"),
         ("no such checkpoint", 1, "ddim: there is no checkpoint nowhere"),
         ("not empty", 1, "ddim: run is not empty; give another folder, or --resume auto to go on with the run in it"),
         ("no hub id", 1, "ddim: repo_id must be a hub id such as owner/name, got 'digits'"),

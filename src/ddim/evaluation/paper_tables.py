@@ -71,7 +71,7 @@ RECONSTRUCTION_BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
-class PaperTable:
+class ResultTable:
     """A table of numbers.
 
     Attributes:
@@ -81,7 +81,7 @@ class PaperTable:
         settings: everything that changes the numbers.
 
     Example:
-        >>> table = PaperTable("Squares", ["n", "2", "3"], [("n^2", [4.0, 9.0])], {"exact": True})
+        >>> table = ResultTable("Squares", ["n", "2", "3"], [("n^2", [4.0, 9.0])], {"exact": True})
         >>> print(table.markdown())
         Squares
         <BLANKLINE>
@@ -122,7 +122,7 @@ def table_1(
     seed: int = 0,
     steps: Sequence[int] = TABLE_1_STEPS,
     group: ProcessGroup = SINGLE_PROCESS,
-) -> PaperTable:
+) -> ResultTable:
     """Compute Table 1: Fréchet distances by number of steps and eta.
 
     Args:
@@ -160,7 +160,7 @@ def table_1(
         if dataset := DATASET_BY_SHAPE.get(pipe.sample_shape):
             published = dict(zip(TABLE_1_STEPS, PUBLISHED_FID[dataset][eta], strict=True))
             rows.append((f"{_row_name(eta)}, paper, {dataset}", [published.get(number) for number in steps]))
-    return PaperTable(
+    return ResultTable(
         "Fréchet distance by number of steps (Table 1 of the paper)",
         ["", *map(str, steps)],
         rows,
@@ -170,7 +170,7 @@ def table_1(
 
 def table_2(
     pipe: DDIMPipeline, images: ImageSet, steps: Sequence[int] = TABLE_2_STEPS, group: ProcessGroup = SINGLE_PROCESS
-) -> PaperTable:
+) -> ResultTable:
     """Compute Table 2: errors of encoding and decoding by number of steps.
 
     Args:
@@ -203,7 +203,7 @@ def table_2(
             return errors
 
         results.append(cache.get({"table": 2, "images": sha256, "num_inference_steps": number}, measure))
-    return PaperTable(
+    return ResultTable(
         "Mean squared error per pixel of encoding and decoding (Table 2 of the paper)",
         ["steps", *map(str, steps)],
         [
@@ -223,7 +223,7 @@ def figure_4(
     seed: int = 0,
     steps: Sequence[int] = TABLE_1_STEPS,
     group: ProcessGroup = SINGLE_PROCESS,
-) -> PaperTable:
+) -> ResultTable:
     """Compute Figure 4: seconds of sampling on this machine, and Fréchet distances, for eta = 0.
 
     Args:
@@ -256,7 +256,7 @@ def figure_4(
 
         key = {"figure": 4, "reference": real.sha256, "num_inference_steps": number, "processes": group.size}
         results.append(cache.get(key, measure))
-    return PaperTable(
+    return ResultTable(
         "Seconds, and Fréchet distance, by number of steps (Figure 4 of the paper)",
         ["steps", *map(str, steps)],
         [
@@ -267,7 +267,7 @@ def figure_4(
     )
 
 
-def plot(table: PaperTable, path: Path) -> None:
+def plot(table: ResultTable, path: Path) -> None:
     """Plot the rows of a table over the number of steps, both axes logarithmic.
 
     Args:
