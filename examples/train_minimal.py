@@ -1,7 +1,7 @@
 """Train a tiny denoiser on scikit-learn's 8x8 digits and sample from it, with the equations and the scheduler alone.
 
-The whole of denoising diffusion: noise an image, learn to tell the two apart, step back. `ddim train` adds data loading,
-averaged weights, checkpoints, evaluation and several processes.
+The whole of denoising diffusion: noise an image, learn to tell the two apart, step back. `ddim train` adds data
+loading, averaged weights, checkpoints, evaluation and several processes.
 
     python examples/train_minimal.py
 """
@@ -21,6 +21,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, width: int = 256) -> None:
         super().__init__()
+        self.frequencies: Tensor
         self.register_buffer("frequencies", torch.exp(torch.linspace(0, 6, 16)))
         layers = [nn.Linear(64 + 32, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 64)]
         self.layers = nn.Sequential(*layers)
