@@ -101,3 +101,13 @@ def test_named_files_and_modules_exist(page: Path) -> None:
 def test_benchmarks_are_documented(path: Path) -> None:
     if "def main(" in path.read_text():
         assert f"python -m benchmarks.{path.stem}`" in (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def test_map_of_the_code_is_complete() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    tree = text[text.index("src/ddim/\n") : text.index("tests/ ")]
+    described = set(re.findall(r"^  (\w+(?:\.py|/))", tree, re.MULTILINE))
+    package = ROOT / "src" / "ddim"
+    present = {f"{path.name}/" for path in package.iterdir() if path.is_dir()} - {"__pycache__/"}
+    present |= {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py", "version.py"}
+    assert described == present
