@@ -30,7 +30,7 @@ from torch import Tensor
 from ddim.diffusion.equations import Step
 from ddim.diffusion.interpolation import slerp_grid, slerp_path
 from ddim.diffusion.inversion import Inversion
-from ddim.diffusion.loop import sample, walk
+from ddim.diffusion.loop import StepSettings, sample, walk
 from ddim.diffusion.noise import check_seeds, noise_from_seeds
 from ddim.io.images import check_output_type, to_output, to_samples
 from ddim.outputs import EncodeOutput, ImagePipelineOutput, ReconstructOutput, TrajectoryOutput
@@ -456,8 +456,9 @@ class LatentSpace(Sampler):
 
     def _generate(self, x: Tensor, steps: Sequence[Step], batch_size: int) -> Tensor:
         denoiser = self._denoiser(steps, batch_size)
+        settings = StepSettings(self.scheduler.config.prediction_type)
         with self._running(len(drop_identity_steps(steps))) as bar:
-            for state in sample(denoiser, x, drop_identity_steps(steps), self.scheduler.config.prediction_type):
+            for state in sample(denoiser, x, drop_identity_steps(steps), settings):
                 bar.update()
                 x = state.sample
         return x

@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from ddim.devices import choose_device
 from ddim.diffusion.equations import Step
-from ddim.diffusion.loop import Denoiser, State, in_batches, sample, walk
+from ddim.diffusion.loop import Denoiser, State, StepSettings, in_batches, sample, walk
 from ddim.diffusion.noise import NoiseSource, check_seeds, noise_from_generator, noise_from_seeds
-from ddim.engine import check_engine, prepare
+from ddim.engine import check_engine, get_engine
+from ddim.engine.base import Engine
 from ddim.scheduler import DDIMScheduler
 from ddim.validation import integer, real
 
@@ -184,22 +185,20 @@ class Sampler:
             raise ValueError("latents must be finite floating-point numbers; it holds NaN, infinity or integers")
         return latents.to(self.device, torch.promote_types(latents.dtype, self._sample_dtype))
 
-    def _network(self) -> Any:
+    def _network(self) -> Engine:
         """What runs the network."""
-        return prepare(self.unet, self.engine)
+        return get_engine(self.unet, self.engine)
 
-    def _denoiser(self, steps: Sequence[Step], batch_size: int | None = None, network: Any = None) -> Denoiser:
+    def _denoiser(self, steps: Sequence[Step], batch_size: int | None = None, engine: Engine | None = None) -> Denoiser:
         """The network as the loop of those steps calls it, run by the engine; with a `batch_size`, asked about exactly
         so many samples at a time.
         """
         dtype = self.dtype
-        network = self._network() if network is None else network
-        if hasattr(network, "expect"):
-            network.expect([step.timestep for step in steps])
+        engine = self._network() if engine is None else engine
+        engine.prepare([step.timestep for step in steps])
 
         def denoiser(x: Tensor, t: Tensor) -> Tensor:
-            prediction: Tensor = network(x.to(dtype), t).sample
-            return prediction.to(x.dtype)
+            return engine.predict(x.to(dtype), t).to(x.dtype)
 
         return denoiser if batch_size is None else in_batches(denoiser, batch_size)
 
@@ -211,12 +210,12 @@ class Sampler:
         noise: NoiseSource | None = None,
     ) -> Iterator[State]:
         """The loop with this network and the scheduler's settings."""
-        scheduler = self.scheduler
-        settings = (scheduler.config.prediction_type, scheduler.clip, use_clipped_model_output, noise)
-        network = self._network()
-        if hasattr(network, "mover") and not any(step.correction for step in steps):
-            return walk(latents, steps, network.mover(latents, steps, *settings))
-        return sample(self._denoiser(steps, network=network), latents, steps, *settings)
+        scheduler, engine = self.scheduler, self._network()
+        settings = StepSettings(scheduler.config.prediction_type, scheduler.clip, use_clipped_model_output, noise)
+        step_fn = engine.step_fn(latents, steps, settings)
+        if step_fn is not None:
+            return walk(latents, steps, step_fn)
+        return sample(self._denoiser(steps, engine=engine), latents, steps, settings)
 
     @contextmanager
     def _running(self, total: int) -> Iterator[tqdm[Any]]:

@@ -42,7 +42,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddim.diffusion.equations import Step, sigma_ddim
-from ddim.diffusion.loop import sample
+from ddim.diffusion.loop import StepSettings, sample
 from ddim.diffusion.noise import MAX_SEED, NoiseSource, check_seeds, noise_from_generator, noise_from_seeds
 from ddim.diffusion.schedule import SPACINGS
 from ddim.io.atomic import atomic_write
@@ -354,9 +354,9 @@ class ErrorEvaluator:
         scheduler = pipe.scheduler
         x = noise_from_seeds(shape, seeds, pipe.device)().to(pipe._sample_dtype)
         noise = self._noise(steps, shape, seeds[0]) if self.eta else None
-        settings = scheduler.config.prediction_type, scheduler.clip if clip else None
+        settings = StepSettings(scheduler.config.prediction_type, scheduler.clip if clip else None, noise=noise)
         with torch.no_grad(), evaluating(pipe.unet):
-            for state in sample(denoiser, x, steps, *settings, noise=noise):
+            for state in sample(denoiser, x, steps, settings):
                 x = state.sample
         return x.clamp(-1, 1), said
 

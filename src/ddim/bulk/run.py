@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ddim.bulk.manifest import check_manifest, write_manifest
 from ddim.bulk.targets import Target, make_target
 from ddim.distributed import rank_and_world_size
-from ddim.engine import prepare
+from ddim.engine import get_engine
 from ddim.io.config import to_json
 from ddim.io.fingerprint import model_sha256
 from ddim.io.images import to_bytes
@@ -90,7 +90,7 @@ def sample_many(
         "sigma_hat": bool(settings.get("use_sigma_hat", False)),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": pipe.device.type,
-        "engine": type(prepare(pipe.unet, pipe.engine)).__name__,
+        "engine": get_engine(pipe.unet, pipe.engine).name,
         "count": count,
         "seed": seed,
         "batch_size": batch_size,

@@ -148,7 +148,7 @@ class Step:
         # direction at all.
         direction = math.sqrt(max(0.0, 1 - self.alpha_prev - self.sigma**2))
         signal, noise = math.sqrt(self.alpha), math.sqrt(1 - self.alpha)
-        return Coefficients(signal, noise, math.sqrt(self.alpha_prev), direction, self.noise_std)
+        return Coefficients(signal, noise, math.sqrt(self.alpha_prev), direction, self.noise_std, self.correction)
 
 
 class Coefficients(NamedTuple):
@@ -161,6 +161,7 @@ class Coefficients(NamedTuple):
         signal_prev: sqrt(alpha_prev).
         direction: sqrt(1 - alpha_prev - sigma^2).
         noise_std: as of `Step`.
+        correction: as of `Step`; `ddim_step` leaves it to `ddim.diffusion.solvers.add_correction`.
     """
 
     signal: float | Tensor
@@ -168,6 +169,7 @@ class Coefficients(NamedTuple):
     signal_prev: float | Tensor
     direction: float | Tensor
     noise_std: float | Tensor
+    correction: float | Tensor = 0.0
 
 
 def make_steps(

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddim.diffusion.equations import Step, ddim_step, x0_to_epsilon
+from ddim.diffusion.equations import Step, ddim_step
 from ddim.diffusion.noise import NoiseSource
+from ddim.diffusion.solvers import add_correction
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """Takes x_t (N, C, H, W) and t, an int64 tensor () on the same device; returns (N, C, H, W)."""
@@ -24,6 +25,23 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 StepFn = Callable[[Tensor, Tensor, Step], tuple[Tensor, Tensor]]
 """Takes x, the step's timestep t as an int64 tensor () on the same device, and the step; returns where x is after it
 and the x_0 predicted on the way, both (N, C, H, W)."""
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What all steps of a run have in common.
+
+    Attributes:
+        prediction_type: what the network predicts: `epsilon`, `sample` or `v_prediction`.
+        clip: applied to each predicted x_0; `None` leaves it.
+        use_clipped_model_output: recompute epsilon from the clipped x_0.
+        noise: drawn from once per step; needed where a step adds noise.
+    """
+
+    prediction_type: str = "epsilon"
+    clip: Callable[[Tensor], Tensor] | None = None
+    use_clipped_model_output: bool = False
+    noise: NoiseSource | None = None
 
 
 @dataclass
@@ -64,45 +82,42 @@ def walk(x: Tensor, steps: Sequence[Step], move: StepFn) -> Iterator[State]:
 
 
 def sample(
-    denoiser: Denoiser,
-    latents: Tensor,
-    steps: Sequence[Step],
-    prediction_type: str = "epsilon",
-    clip: Callable[[Tensor], Tensor] | None = None,
-    use_clipped_model_output: bool = False,
-    noise: NoiseSource | None = None,
+    denoiser: Denoiser, latents: Tensor, steps: Sequence[Step], settings: StepSettings | None = None
 ) -> Iterator[State]:
-    """Walk the generative process, equation (12) of the paper, one network evaluation a step.
+    """Run the generative process, equation (12) of the paper, with one network evaluation per step.
 
     Args:
         denoiser: the network.
         latents: x at the first timestep, (N, C, H, W).
         steps: the coefficients of all transitions, in order.
-        prediction_type: what the network predicts: `epsilon`, `sample` or `v_prediction`.
-        clip: applied to each predicted x_0; `None` leaves it.
-        use_clipped_model_output: recompute epsilon from the clipped x_0.
-        noise: drawn from once a step; needed where a step adds noise.
+        settings: of the run; those of a network that predicts epsilon, without clipping and noise, if `None`.
 
     Yields:
         A `State` after each step.
     """
+    settings = settings or StepSettings()
+    noise = settings.noise
+    previous_epsilon: Tensor | None = None
+    is_second_order = any(step.correction for step in steps)
 
-    before: Tensor | None = None
-    second = any(step.correction for step in steps)
-
-    def move(x: Tensor, timestep: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        nonlocal before
+    def step_fn(x: Tensor, timestep: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        nonlocal previous_epsilon
         drawn = None if noise is None else noise()
-        settings = (step, prediction_type, clip, use_clipped_model_output, drawn)
-        x_prev, x0 = ddim_step(denoiser(x, timestep), x, *settings)
-        if second:
-            epsilon = x0_to_epsilon(x0, x, step.alpha)
-            if before is not None:
-                x_prev = x_prev + step.correction * (epsilon - before)
-            before = epsilon
+        coefficients = step.coefficients()
+        x_prev, x0 = ddim_step(
+            denoiser(x, timestep),
+            x,
+            coefficients,
+            settings.prediction_type,
+            settings.clip,
+            settings.use_clipped_model_output,
+            drawn,
+        )
+        if is_second_order:
+            x_prev, previous_epsilon = add_correction(x_prev, x0, x, coefficients, previous_epsilon)
         return x_prev, x0
 
-    return walk(latents, steps, move)
+    return walk(latents, steps, step_fn)
 
 
 def in_batches(denoiser: Denoiser, batch_size: int) -> Denoiser:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from torch import Tensor
 
-from ddim.diffusion.equations import Step
+from ddim.diffusion.equations import Coefficients, Step
 
 BEND = 0.06
 """The angle, and nearly the ratio of noise to signal, at which the variable of `second_order` turns from an angle into
@@ -52,3 +53,32 @@ def second_order(steps: Sequence[Step]) -> list[Step]:
         integral = half * float(WEIGHTS @ (rise * np.cosh(nodes)))
         corrected.append(replace(step, correction=math.sqrt(step.alpha_prev) * integral / (s - s_before)))
     return corrected
+
+
+def add_correction(
+    x_prev: Tensor, x0: Tensor, sample: Tensor, coefficients: Coefficients, previous_epsilon: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Add the second-order correction to a step of DDIM.
+
+    Args:
+        x_prev: the result of the step of DDIM, (N, C, H, W).
+        x0: the x_0 predicted in it, after clipping, (N, C, H, W).
+        sample: x_t, which the step started from, (N, C, H, W).
+        coefficients: those of the step.
+        previous_epsilon: the epsilon of the step before; `None` for the first step.
+
+    Returns:
+        The corrected x_prev, and the epsilon of this step, which the next one takes as `previous_epsilon`.
+
+    Example:
+        >>> import torch
+        >>> step = Step(timestep=5, prev_timestep=-1, alpha=0.75, alpha_prev=1.0, correction=0.5)
+        >>> x_prev, x0, x, previous = torch.zeros(4, 1, 1, 1, 1)
+        >>> add_correction(x_prev, x0, x + 1, step.coefficients(), previous)[0].item()
+        1.0
+    """
+    # Equation (4), solved for epsilon.
+    epsilon = (sample - coefficients.signal * x0) / coefficients.noise
+    if previous_epsilon is not None:
+        x_prev = x_prev + coefficients.correction * (epsilon - previous_epsilon)
+    return x_prev, epsilon
