@@ -33,6 +33,7 @@ from ddim.data.dataset import open_pictures
 from ddim.io.atomic import atomic_write
 from ddim.io.config import to_json
 from ddim.io.weights import digest
+from ddim.latents import InversionConfig, invert, invertible_steps
 from ddim.training.config import DataConfig
 
 IMAGES_PER_FILE = 32
@@ -130,12 +131,12 @@ def noisy_latent_moments(pipe: DDIMPipeline, samples: Tensor, steps: int) -> lis
 
     Clean images lack it, and differ in this from every image that the deterministic process can generate.
     """
-    drawn = torch.randn(samples.shape, generator=torch.Generator().manual_seed(0))
-    noisy = pipe.scheduler.add_noise(samples, drawn, torch.tensor(0))
+    noise = torch.randn(samples.shape, generator=torch.Generator().manual_seed(0))
+    noisy = pipe.scheduler.add_noise(samples, noise, torch.tensor(0))
     # Not by `encode`, which refuses values outside [-1, 1].
-    codes, _ = pipe._encode(noisy, pipe._deterministic_steps(steps, None), True, 1e-5, 50, 8, verify=False)
-    found = moments(codes.latents)
-    return [f"{name} {{:.3f}} ± {{:.3f}}".format(*mean_and_error(found[name])) for name in ("mean", "std")]
+    encoded, _ = invert(pipe.sampler, noisy, invertible_steps(pipe.scheduler, steps), InversionConfig(verify=False))
+    columns = moments(encoded.latents)
+    return [f"{name} {{:.3f}} ± {{:.3f}}".format(*mean_and_error(columns[name])) for name in ("mean", "std")]
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ Denoiser = Callable[[Tensor, int], Tensor]
 Variable = Callable[[np.ndarray], np.ndarray]
 
 PIPE = DDIMPipeline.from_pretrained("mnist", scheduler=DDIMScheduler(clip_sample=False))
-ALPHAS = PIPE.scheduler._alphas_cumprod
+ALPHAS = PIPE.scheduler.alphas_cumprod_float64
 NUM_LATENTS = 128
 SPACINGS = ("leading", "trailing", "logsnr", "blend")
 EPSILON: dict[str, Variable] = {
@@ -113,7 +113,7 @@ def main() -> None:
     PIPE.set_progress_bar_config(disable=True)
     latents = noise_from_seeds((NUM_LATENTS, *PIPE.sample_shape), range(NUM_LATENTS), PIPE.device)()
     limit = PIPE(latents=latents, num_inference_steps=500, output_type="pt").images
-    engine = PIPE._network()
+    engine = PIPE.sampler.get_engine()
 
     def denoiser(x: Tensor, t: int) -> Tensor:
         return engine.predict(x, torch.tensor(t))

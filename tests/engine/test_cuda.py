@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ddim import DDIMPipeline, DDIMScheduler
 from ddim.diffusion.equations import Coefficients, ddim_step, dynamic_threshold, make_steps
-from ddim.diffusion.loop import State, StepSettings, sample, walk
+from ddim.diffusion.loop import State, StepSettings, run_steps, sample
 from ddim.diffusion.noise import noise_from_seeds
 from ddim.engine import cuda
 from ddim.engine.base import unsupported_reason
@@ -236,7 +236,7 @@ class TestLoop:
 
         def run(seed: int) -> Iterator[State]:
             latents = drawn(1, 3, 16, 16, seed=seed)
-            return walk(latents, steps, engine.step_fn(latents, steps, StepSettings()))
+            return run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings()))
 
         expected = [list(run(seed))[-1].sample for seed in (0, 1)]
         *_, last = zip(run(0), run(1), strict=True)
@@ -277,8 +277,8 @@ class TestLoop:
         latents = drawn(2, 3, 16, 16)
         engine = CUDAEngine(tiny_unet)
         with torch.no_grad():
-            kept = list(walk(latents, steps, engine.step_fn(latents, steps, StepSettings())))
-            list(walk(latents, steps[1:], engine.step_fn(latents, steps[1:], StepSettings())))
+            kept = list(run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings())))
+            list(run_steps(latents, steps[1:], engine.step_fn(latents, steps[1:], StepSettings())))
             for found, expected in zip(kept, sample(lambda x, t: tiny_unet(x, t).sample, latents, steps), strict=True):
                 assert apart(found.sample, expected.sample) < 1e-4
                 assert apart(found.pred_original_sample, expected.pred_original_sample) < 1e-4
@@ -292,7 +292,7 @@ class TestLoop:
         def loop(seed: int) -> Iterator[State]:
             noise = noise_from_seeds((2, 3, 16, 16), [seed, seed + 1], CPU)
             latents = noise()
-            return walk(latents, steps, engine.step_fn(latents, steps, StepSettings(noise=noise)))
+            return run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings(noise=noise)))
 
         expected = [[state.sample for state in loop(seed)][-1] for seed in range(4)]
         alternating = [(a.sample, b.sample) for a, b in zip(loop(0), loop(1), strict=True)][-1]
@@ -328,16 +328,16 @@ class TestLoop:
     def test_wrong_arguments(self, tiny_unet: UNet2DModel) -> None:
         steps, latents = make_steps(TIMESTEPS, ALPHAS), drawn(2, 3, 16, 16)
         engine = CUDAEngine(tiny_unet)
-        states = walk(latents, steps, engine.step_fn(latents, steps, StepSettings()))
+        states = run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings()))
         next(states).sample = latents[:1]
         with pytest.raises(
             ValueError, match=r"x must keep the shape \(2, 3, 16, 16\) that the loop started with, got \(1, 3"
         ):
             next(states)
         with pytest.raises(ValueError, match="prediction_type is 'score'"):
-            next(walk(latents, steps, engine.step_fn(latents, steps, StepSettings("score"))))
+            next(run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings("score"))))
         with pytest.raises(ValueError, match="the model takes"):
-            next(walk(latents[:, :2], steps, engine.step_fn(latents[:, :2], steps, StepSettings())))
+            next(run_steps(latents[:, :2], steps, engine.step_fn(latents[:, :2], steps, StepSettings())))
 
 
 class TestRunners:
@@ -359,8 +359,8 @@ class TestRunners:
         monkeypatch.setattr(cuda, "MAX_RECORDED_STEPS", 2)
         steps, latents = make_steps(TIMESTEPS, ALPHAS), drawn(2, 3, 16, 16)
         engine = CUDAEngine(tiny_unet)
-        *_, expected = walk(latents, steps, engine.step_fn(latents, steps, StepSettings()))
-        states = walk(latents, steps, engine.step_fn(latents, steps, StepSettings()))
+        *_, expected = run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings()))
+        states = run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings()))
         next(states)
         for number in (3, 4, 5):
             engine.step_fn(drawn(number, 3, 16, 16), steps, StepSettings())
@@ -463,7 +463,7 @@ class TestGPU:
             steps = pipes[0].scheduler.make_steps([500, 20])
             clip = pipes[0].scheduler.clip
             with torch.no_grad():
-                *_, found = walk(latents, steps, pipes[1].fast.step_fn(latents, steps, StepSettings(clip=clip)))
+                *_, found = run_steps(latents, steps, pipes[1].fast.step_fn(latents, steps, StepSettings(clip=clip)))
                 *_, expected = sample(lambda x, t: on_gpu(x, t).sample, latents, steps, StepSettings(clip=clip))
             assert apart(found.sample, expected.sample) < 1e-4
 
@@ -475,9 +475,9 @@ class TestGPU:
         steps = make_steps(TIMESTEPS, ALPHAS)
         latents = drawn(2, 3, 16, 16).cuda()
         engine = CUDAEngine(on_gpu)
-        kept = list(walk(latents, steps, engine.step_fn(latents, steps, StepSettings())))
+        kept = list(run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings())))
         other = drawn(5, 3, 16, 16).cuda()
-        list(walk(other, steps, engine.step_fn(other, steps, StepSettings())))
+        list(run_steps(other, steps, engine.step_fn(other, steps, StepSettings())))
         with torch.no_grad():
             expected = sample(lambda x, t: on_gpu(x, t).sample, latents, steps)
             assert all(apart(a.sample, b.sample) < 1e-4 for a, b in zip(kept, expected, strict=True))
@@ -492,7 +492,7 @@ class TestGPU:
     def test_nothing_waits(self, on_gpu: UNet2DModel, noisy: bool) -> None:
         steps, latents = make_steps(TIMESTEPS, ALPHAS, eta=float(noisy)), drawn(2, 3, 16, 16).cuda()
         noise = noise_from_seeds(latents.shape, [1, 2], CPU) if noisy else None
-        states = walk(latents, steps, CUDAEngine(on_gpu).step_fn(latents, steps, StepSettings(noise=noise)))
+        states = run_steps(latents, steps, CUDAEngine(on_gpu).step_fn(latents, steps, StepSettings(noise=noise)))
         next(states)
         try:
             torch.cuda.set_sync_debug_mode("error")
@@ -502,7 +502,7 @@ class TestGPU:
 
     def test_one_launch_a_step(self, on_gpu: UNet2DModel) -> None:
         steps, latents = make_steps(TIMESTEPS, ALPHAS), drawn(2, 3, 16, 16).cuda()
-        states = walk(latents, steps, CUDAEngine(on_gpu).step_fn(latents, steps, StepSettings()))
+        states = run_steps(latents, steps, CUDAEngine(on_gpu).step_fn(latents, steps, StepSettings()))
         next(states)
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profiler:
