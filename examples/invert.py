@@ -23,7 +23,7 @@ def main() -> None:
 
     pipe = DDIMPipeline.from_pretrained("mnist")
     pipe.set_progress_bar_config(disable=True)
-    images = [Image.open(path) for path in options.images] or pipe(seeds=range(4), num_inference_steps=10).images
+    images = [Image.open(path) for path in options.images] or pipe.sample_images(4, num_inference_steps=10)
     print("method  mean squared error  function evaluations per step")
     for name, exact in (("Euler", False), ("exact", True)):
         result = pipe.reconstruct(images, options.steps, exact=exact)
