@@ -45,7 +45,8 @@ from torch.profiler import ProfilerActivity, profile
 import ddim
 from benchmarks.networks import make_unet
 from benchmarks.tables import table, write_files
-from ddim.engine import prepare
+from ddim.engine import get_engine
+from ddim.engine.base import EagerEngine
 from ddim.info import count_flop
 from ddim.io.config import to_json
 
@@ -142,8 +143,8 @@ class Bench:
         """SystemExit unless the engine and `diffusers` agree with the network as it is."""
         use_tf32(False)
         ours, eager, peer = (self.pipeline(name, torch.float32).unet for name in (OURS, EAGER, PEER))
-        engine = prepare(ours)
-        if engine is ours:
+        engine = get_engine(ours)
+        if isinstance(engine, EagerEngine):
             raise SystemExit("there is no engine for this network on this machine")
         config = self.unet.config
         torch.manual_seed(0)
@@ -151,11 +152,11 @@ class Bench:
         batch, steps = (16, 50) if self.cuda else (2, 2)
         right = self.painter(EAGER, batch, torch.float32, "np")(steps)
         said = []
-        for name, network in {OURS: engine, PEER: peer}.items():
+        for name, predict in {OURS: engine.predict, PEER: EagerEngine(peer).predict}.items():
             errors = []
             for timestep in torch.tensor(TIMESTEPS, device=self.device):
                 expected = eager(x, timestep).sample
-                errors.append((network(x, timestep).sample - expected).abs().max() / expected.abs().max())
+                errors.append((predict(x, timestep) - expected).abs().max() / expected.abs().max())
             worst = float(torch.stack(errors).max())  # max() of PyTorch keeps NaN.
             if not worst <= TOLERANCE:
                 raise SystemExit(f"{name}: predictions are off by {worst:.1e}; {TOLERANCE:g} is allowed")

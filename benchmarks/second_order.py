@@ -30,7 +30,7 @@ Denoiser = Callable[[Tensor, int], Tensor]
 Variable = Callable[[np.ndarray], np.ndarray]
 
 PIPE = DDIMPipeline.from_pretrained("mnist", scheduler=DDIMScheduler(clip_sample=False))
-ALPHAS = PIPE.scheduler._alphas_cumprod
+ALPHAS = PIPE.scheduler.alphas_cumprod_float64
 CODES = 128
 SPACINGS = ("leading", "trailing", "logsnr", "blend")
 EPSILON: dict[str, Variable] = {
@@ -104,10 +104,10 @@ def main() -> None:
     PIPE.set_progress_bar_config(disable=True)
     latents = noise_from_seeds((CODES, *PIPE.sample_shape), range(CODES), PIPE.device)()
     limit = PIPE(latents=latents, num_inference_steps=500, output_type="pt").images
-    network = PIPE._network()
+    engine = PIPE._network()
 
     def denoiser(x: Tensor, t: int) -> Tensor:
-        return network(x, torch.tensor(t)).sample
+        return engine.predict(x, torch.tensor(t))
 
     def model(timesteps: list[int], way: str) -> float:
         found = (walk(denoiser, latents, timesteps, way) / 2 + 0.5).clamp(0, 1)

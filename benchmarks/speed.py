@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed [--networks cifar10 mnist lsun] [--batches 1 8] [--compile] [--out benchmarks/results]
 
-- ddim: the engine, `ddim.engine.prepare(unet)`; ddim eager: `UNet2DModel` itself.
+- ddim: the engine, `ddim.engine.get_engine(unet)`; ddim eager: `UNet2DModel` itself.
 - diffusers eager: its `UNet2DModel` with the same weights, in either memory format.
 - diffusers compiled, with `--compile`: `torch.compile`, the weights frozen into it, anew for each batch size.
 - OpenVINO, where it can be imported: the network of `diffusers`, converted for each batch size, float32.
@@ -46,7 +46,8 @@ from torch import Tensor
 import ddim
 from benchmarks.networks import NETWORKS, make_unet, save_pipeline
 from benchmarks.tables import table, write_files
-from ddim.engine import prepare
+from ddim.engine import get_engine
+from ddim.engine.base import EagerEngine
 from ddim.io.atomic import atomic_write
 from ddim.io.config import to_json
 
@@ -86,13 +87,13 @@ PAINTERS = {
 PREPARE = """
 import sys, time, torch
 from ddim import UNet2DModel
-from ddim.engine import prepare
+from ddim.engine import get_engine
 unet = UNet2DModel.from_pretrained(sys.argv[1])
 size, channels = unet.config.sample_size, unet.config.in_channels
 started = time.perf_counter()
-engine = prepare(unet)
+engine = get_engine(unet)
 print(time.perf_counter() - started)
-engine(torch.zeros(1, channels, size, size), torch.tensor(999))
+engine.predict(torch.zeros(1, channels, size, size), torch.tensor(999))
 print(time.perf_counter() - started)
 """
 
@@ -160,9 +161,9 @@ def make_rows(unet: ddim.UNet2DModel, engine: Any, prepared: float, x: Tensor, c
     peer = diffusers.UNet2DModel(**unet.config).eval()
     peer.load_state_dict(unet.state_dict())
     peer_nhwc: Any = copy.deepcopy(peer).to(memory_format=torch.channels_last)
-    ours = Row(OURS, lambda x, t: engine(x, t).sample, prepared)
+    ours = Row(OURS, lambda x, t: engine.predict(x, t), prepared)
     rows = [
-        ours if engine is not unet else Row(OURS, why_not="there is no engine here"),
+        ours if not isinstance(engine, EagerEngine) else Row(OURS, why_not="there is no engine here"),
         Row(EAGER, lambda x, t: unet(x, t).sample),
         Row(PEER, lambda x, t: peer(x, t).sample),
         Row(PEER_NHWC, lambda x, t: peer_nhwc(x.to(memory_format=torch.channels_last), t).sample),
@@ -228,7 +229,7 @@ def numbers(name: str, batch: int, rows: list[Row]) -> list[dict[str, Any]]:
 
 LEGEND = (
     "Medians. `/ diffusers eager`: how many times as fast as the better of its two rows. `error`: largest difference "
-    "from `ddim eager`, relative to the largest number. `preparation`: `prepare` as told above the table; conversion; "
+    "from `ddim eager`, relative to the largest number. `preparation`: `get_engine` as above the table; conversion; "
     "compilation by the first call."
 )
 COLUMNS = {
@@ -290,7 +291,7 @@ def measure_network(name: str, folder: Path, options: argparse.Namespace) -> tup
     unet, saved = make_unet(name), save_pipeline(name, folder)
     # The first of the two processes may have to compile.
     prepared, first = [child(PREPARE, saved / "unet") for _ in range(2)][-1]
-    engine = prepare(unet)
+    engine = get_engine(unet)
     size, channels = unet.config.sample_size, unet.config.in_channels
     found: list[dict[str, Any]] = []
     for batch in options.batches or BATCHES[name]:
@@ -306,8 +307,8 @@ def measure_network(name: str, folder: Path, options: argparse.Namespace) -> tup
         found += numbers(name, batch, rows)
     parameters = sum(p.numel() for p in unet.parameters()) / 1e6
     text = (
-        f"## {name}: {parameters:.1f} million parameters, {channels}x{size}x{size}\n\n`prepare` in a new process whose "
-        f"compiled loops are cached: {prepared:.2f} s, with the first evaluation {first:.2f} s."
+        f"## {name}: {parameters:.1f} million parameters, {channels}x{size}x{size}\n\n`get_engine` in a new process "
+        f"whose compiled loops are cached: {prepared:.2f} s, with the first evaluation {first:.2f} s."
     )
     return f"{text}\n\n{table(found, {'batch': 'batch', 'row': 'name'}, COLUMNS)}", found
 

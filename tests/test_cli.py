@@ -131,7 +131,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "file as folder": (["sample", "--out", "mine.yaml/x.png"], 1, r"mine\.yaml is a file, not a folder"),
     "device": (["sample", "--device", "cuda"], 1, "there is no device 'cuda' here|no CUDA device"),
     "unknown device": (["sample", "--device", "abacus"], 1, "there is no device 'abacus' here"),
-    "engine": (["sample", "--engine", "steam"], 1, "there is no engine 'steam'; there are auto, eager, compile"),
+    "engine": (["sample", "--engine", "steam"], 1, "engine must be one of auto, eager, or compile, got 'steam'"),
     "dtype": (["sample", "--dtype", "float99"], 1, "dtype is 'float99'; it must be one of float32, bfloat16, float16"),
     "sigma-hat": (["sample", "--sigma-hat"], 1, "sigma.hat .* eta=1"),
     "unknown option": (["sample", "--stepz", "3"], 2, "No such option: --stepz"),

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 import ddim.engine.cpu
 from ddim import DDIMPipeline, DDIMScheduler
-from ddim.diffusion.loop import sample
+from ddim.diffusion.loop import StepSettings, sample
 from ddim.diffusion.noise import noise_from_seeds
-from ddim.engine import altered, prepare
+from ddim.engine import get_engine
+from ddim.engine.base import EagerEngine, unsupported_reason
 from ddim.engine.cpu import CPUEngine
 from ddim.kernels import direct, norm, winograd
 from ddim.training.config import read_preset
@@ -49,7 +50,7 @@ def apart(found: Tensor, expected: Tensor) -> float:
 @torch.no_grad()
 def compare(unet: UNet2DModel, number: int, size: tuple[int, int], timestep: Any, **labels: Any) -> float:
     sample = drawn(number, unet.config.in_channels, *size)
-    return apart(CPUEngine(unet)(sample, timestep, **labels).sample, unet(sample, timestep, **labels).sample)
+    return apart(CPUEngine(unet).predict(sample, timestep, **labels), unet(sample, timestep, **labels).sample)
 
 
 class TestWinograd:
@@ -207,11 +208,11 @@ class TestNetwork:
         engine, threads = CPUEngine(unet), torch.get_num_threads()
         try:
             torch.set_num_threads(1)
-            whole = [engine(x, t, labels).sample, engine(x, 20, labels).sample]
+            whole = [engine.predict(x, t, labels), engine.predict(x, 20, labels)]
             for together in (1, 3):
                 monkeypatch.setattr(ddim.engine.cpu, "TOGETHER", together * 4 * unet.conv_in.out_channels * 64)
-                assert torch.equal(engine(x, t, labels).sample, whole[0])
-                assert torch.equal(engine(x, 20, labels).sample, whole[1])
+                assert torch.equal(engine.predict(x, t, labels), whole[0])
+                assert torch.equal(engine.predict(x, 20, labels), whole[1])
         finally:
             torch.set_num_threads(threads)
         with torch.no_grad():
@@ -242,10 +243,10 @@ class TestNetwork:
             unet = build(**changes)
             if replaced := draw.random() < 0.1:
                 unet.conv_in.register_forward_hook(lambda *_: None)
-            assert (altered(unet) is not None) == replaced
+            assert (unsupported_reason(unet) is not None) == replaced
             sample, timestep = drawn(draw.choice([1, 2, 5]), unet.config.in_channels, *size), draw.randrange(1, 1000)
             with torch.no_grad():
-                difference = apart(prepare(unet)(sample, timestep).sample, unet(sample, timestep).sample)
+                difference = apart(get_engine(unet).predict(sample, timestep), unet(sample, timestep).sample)
             assert difference < 1e-3, (changes, size)
 
     @pytest.mark.parametrize("name", ["mnist", "cifar10"])
@@ -264,18 +265,18 @@ class TestNetwork:
         fast = DDIMPipeline(pipe.unet, pipe.scheduler)
         for one in (pipe, fast):
             one.set_progress_bar_config(disable=True)
-        engine = prepare(pipe.unet)
+        engine = get_engine(pipe.unet)
         steps, seen = pipe.scheduler.make_steps(pipe.scheduler.make_timesteps(50)), []
         number = 8 if name == "mnist" else 1
 
         def look(x: Tensor, t: Tensor) -> Tensor:
             expected = pipe.unet(x, t).sample
-            seen.append(apart(engine(x, t).sample, expected))
+            seen.append(apart(engine.predict(x, t), expected))
             return expected
 
         with torch.no_grad():
             start = noise_from_seeds((number, *pipe.sample_shape), range(number), torch.device("cpu"))()
-            *_, last = sample(look, start, steps, clip=pipe.scheduler.clip)
+            *_, last = sample(look, start, steps, StepSettings(clip=pipe.scheduler.clip))
         assert len(seen) == 50
         assert max(seen) < 1e-3
         images = (last.sample / 2 + 0.5).clamp(0, 1)
@@ -286,17 +287,17 @@ class TestNetwork:
         unet = build(**SMALL)
         engine = CPUEngine(unet)
         with pytest.raises(ValueError, match="the model takes"):
-            engine(drawn(1, 4, 8, 8), 3)
+            engine.predict(drawn(1, 4, 8, 8), 3)
         with pytest.raises(ValueError, match="2 timesteps"):
-            engine(drawn(3, 3, 8, 8), torch.tensor([3, 4]))
+            engine.predict(drawn(3, 3, 8, 8), torch.tensor([3, 4]))
 
     def test_callers_in_parallel(self) -> None:
         unet = build(**SMALL)
         engine = CPUEngine(unet)
         samples = [drawn(2, 3, 8, 8, seed=seed) for seed in range(12)]
-        expected = [engine(sample, 5).sample for sample in samples]
+        expected = [engine.predict(sample, 5) for sample in samples]
         with ThreadPoolExecutor(4) as pool:
-            for found, alone in zip(pool.map(lambda sample: engine(sample, 5).sample, samples), expected, strict=True):
+            for found, alone in zip(pool.map(lambda sample: engine.predict(sample, 5), samples), expected, strict=True):
                 assert torch.equal(found, alone)
 
 
@@ -307,16 +308,20 @@ class TestPrepare:
     def answers(unet: UNet2DModel) -> None:
         sample = drawn(2, 3, 8, 8)
         with torch.no_grad():
-            assert apart(prepare(unet)(sample, 9).sample, unet(sample, 9).sample) < 1e-5
+            assert apart(get_engine(unet).predict(sample, 9), unet(sample, 9).sample) < 1e-5
 
     def test_made_once(self) -> None:
         unet = build(**SMALL)
-        engine = prepare(unet)
+        engine = get_engine(unet)
         assert isinstance(engine, CPUEngine)
-        assert prepare(unet) is engine
-        assert prepare(unet, "eager") is unet
-        with pytest.raises(ValueError, match="there is no engine 'fast'; there are auto, eager, compile"):
-            prepare(unet, "fast")
+        assert engine.name == "CPUEngine"
+        assert get_engine(unet) is engine
+        eager = get_engine(unet, "eager")
+        assert isinstance(eager, EagerEngine)
+        assert eager.unet is unet
+        assert eager.name == "UNet2DModel"
+        with pytest.raises(ValueError, match="engine must be one of auto, eager, or compile, got 'fast'"):
+            get_engine(unet, "fast")
 
     @pytest.mark.parametrize(
         "change",
@@ -341,7 +346,7 @@ class TestPrepare:
         unet = build(**SMALL)
         self.answers(unet)
         unet.to(torch.float64)
-        assert prepare(unet) is unet
+        assert isinstance(get_engine(unet), EagerEngine)
         unet.to(torch.float32)
         self.answers(unet)
 
@@ -359,7 +364,7 @@ class TestPrepare:
 
     def test_it_goes_with_the_network(self) -> None:
         unet = build(**SMALL)
-        gone = weakref.ref(prepare(unet))
+        gone = weakref.ref(get_engine(unet))
         del unet
         gc.collect()
         assert gone() is None
@@ -367,12 +372,12 @@ class TestPrepare:
     def test_expected_timesteps_change_nothing(self) -> None:
         unet, sample = build(**SMALL), drawn(2, 3, 8, 8)
         engine = CPUEngine(unet)
-        alone = [engine(sample, t).sample for t in (9, 500)]
-        engine.expect([500, 250, 9])
+        alone = [engine.predict(sample, t) for t in (9, 500)]
+        engine.prepare([500, 250, 9])
         for t, expected in zip((9, 500), alone, strict=True):
-            assert apart(engine(sample, torch.tensor(t)).sample, expected) < 1e-5
-        assert apart(engine(sample, torch.tensor([9, 500])).sample[:1], alone[0][:1]) < 1e-5
-        assert apart(engine(sample, 7).sample, unet(sample, 7).sample) < 1e-5
+            assert apart(engine.predict(sample, torch.tensor(t)), expected) < 1e-5
+        assert apart(engine.predict(sample, torch.tensor([9, 500]))[:1], alone[0][:1]) < 1e-5
+        assert apart(engine.predict(sample, 7), unet(sample, 7).sample) < 1e-5
 
     def test_without_the_loops(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
@@ -387,5 +392,5 @@ class TestPrepare:
             loop.__dict__.pop("address", None)
         unet = build(**SMALL)
         with caplog.at_level("DEBUG", "ddim.engine"):
-            assert prepare(unet) is unet
+            assert isinstance(get_engine(unet), EagerEngine)
         assert "numba" in caplog.text

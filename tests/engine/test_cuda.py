@@ -21,10 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ddim import DDIMPipeline, DDIMScheduler
 from ddim.diffusion.equations import Coefficients, ddim_step, dynamic_threshold, make_steps
-from ddim.diffusion.loop import State, sample, walk
+from ddim.diffusion.loop import State, StepSettings, run_steps, sample
 from ddim.diffusion.noise import noise_from_seeds
 from ddim.engine import cuda
-from ddim.engine.cuda import CUDAEngine, check_compiler, clip_identity, compiled, unfit
+from ddim.engine.base import unsupported_reason
+from ddim.engine.cuda import CUDAEngine, StepOptions, check_compiler, clip_identity, compile_network
 from ddim.unet import UNet2DModel
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -74,7 +75,7 @@ class Tape(TorchDispatchMode):
 def recording(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both kinds of graph, one after the other; whether it records."""
     if request.param == "recorded":
-        monkeypatch.setattr(CUDAEngine, "_record", lambda engine, run: Tape(run))
+        monkeypatch.setattr(CUDAEngine, "record", lambda engine, run: Tape(run))
     return request.param == "recorded"
 
 
@@ -142,7 +143,7 @@ class TestCoefficients:
 
     def test_the_last_step_ends_in_a_clean_picture(self) -> None:
         step = make_steps(TIMESTEPS, ALPHAS, eta=1.0)[-1]
-        assert step.coefficients()[2:] == (1.0, 0.0, 0.0)
+        assert step.coefficients()[2:] == (1.0, 0.0, 0.0, 0.0)
 
 
 RESNET = {
@@ -169,7 +170,7 @@ class TestNetwork:
         engine = CUDAEngine(unet)
         with torch.no_grad():
             for x, t in [(drawn(3, 3, 16, 16), torch.tensor([7, 400, 999])), (drawn(1, 3, 8, 24), 20)]:
-                found = engine(x, t).sample
+                found = engine.predict(x, t)
                 assert apart(found, unet(x, t).sample) < 1e-5
                 assert found.is_contiguous()
 
@@ -177,25 +178,25 @@ class TestNetwork:
         unet = make_unet(num_class_embeds=5)
         x, labels = drawn(2, 3, 16, 16), torch.tensor([4, 1])
         with torch.no_grad():
-            assert apart(CUDAEngine(unet)(x, 3, labels).sample, unet(x, 3, labels).sample) < 1e-5
+            assert apart(CUDAEngine(unet).predict(x, 3, labels), unet(x, 3, labels).sample) < 1e-5
 
     def test_leaves_the_network_alone(self, tiny_unet: UNet2DModel) -> None:
         tiny_unet.train()
         before = {name: (p.data_ptr(), p.stride(), p.requires_grad) for name, p in tiny_unet.named_parameters()}
         engine = CUDAEngine(tiny_unet)
-        assert not engine(drawn(1, 3, 16, 16), 3).sample.requires_grad
+        assert not engine.predict(drawn(1, 3, 16, 16), 3).requires_grad
         after = {name: (p.data_ptr(), p.stride(), p.requires_grad) for name, p in tiny_unet.named_parameters()}
         assert after == before
         assert all(module.training for module in tiny_unet.modules())
-        weights = [p for p in engine._network.parameters() if p.ndim == 4]
+        weights = [p for p in engine.network.parameters() if p.ndim == 4]
         assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
 
     def test_refuses_what_the_network_refuses(self, tiny_unet: UNet2DModel) -> None:
         engine = CUDAEngine(tiny_unet)
         with pytest.raises(ValueError, match="the model takes"):
-            engine(drawn(1, 4, 16, 16), 3)
+            engine.predict(drawn(1, 4, 16, 16), 3)
         with pytest.raises(ValueError, match="2 timesteps"):
-            engine(drawn(3, 3, 16, 16), torch.tensor([3, 4]))
+            engine.predict(drawn(3, 3, 16, 16), torch.tensor([3, 4]))
 
 
 @pytest.mark.usefixtures("recording")
@@ -217,6 +218,29 @@ class TestLoop:
 
     def test_sigma_hat(self, tiny_unet: UNet2DModel) -> None:
         same(pair(tiny_unet), seeds=[5], num_inference_steps=10, eta=1.0, use_sigma_hat=True)
+
+    @pytest.mark.parametrize("clip", [{}, {"clip_sample": False}, {"thresholding": True}], ids=str)
+    def test_second_order(self, tiny_unet: UNet2DModel, recording: bool, clip: dict[str, Any]) -> None:
+        """The correction is part of the recorded step; its first step, which has none, shares the recording."""
+        pipes = pair(tiny_unet, **clip)
+        for seeds in ([5, 6], [7, 8]):
+            same(pipes, seeds=seeds, num_inference_steps=8, order=2)
+        (runner,) = pipes[1].fast.runners.values()
+        assert isinstance(runner.graph, Tape) == recording
+        assert runner.previous_epsilon is not None
+
+    def test_second_order_runs_alternate(self, tiny_unet: UNet2DModel) -> None:
+        """Runs that share a recorded step do not share the epsilon of the step before."""
+        steps = DDIMScheduler().make_steps(TIMESTEPS, order=2)
+        engine = CUDAEngine(tiny_unet)
+
+        def run(seed: int) -> Iterator[State]:
+            latents = drawn(1, 3, 16, 16, seed=seed)
+            return run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings()))
+
+        expected = [list(run(seed))[-1].sample for seed in (0, 1)]
+        *_, last = zip(run(0), run(1), strict=True)
+        assert all(torch.equal(state.sample, x) for state, x in zip(last, expected, strict=True))
 
     def test_half_precision(self, tiny_unet: UNet2DModel) -> None:
         pipes = pair(tiny_unet.to(torch.bfloat16))
@@ -246,15 +270,15 @@ class TestLoop:
         for seeds in ([1], [1, 2, 3], [4], [5, 6, 7]):
             for arguments in ({}, {"eta": 1.0}, {"use_clipped_model_output": True}, {"num_inference_steps": 3}):
                 same(pipes, seeds=seeds, **{"num_inference_steps": 5} | arguments)
-        assert len(engine._runners) == 2 * 3
+        assert len(engine.runners) == 2 * 3
 
     def test_states_are_the_callers(self, tiny_unet: UNet2DModel) -> None:
         steps = make_steps(TIMESTEPS, ALPHAS)
         latents = drawn(2, 3, 16, 16)
         engine = CUDAEngine(tiny_unet)
         with torch.no_grad():
-            kept = list(walk(latents, steps, engine.mover(latents, steps)))
-            list(walk(latents, steps[1:], engine.mover(latents, steps[1:])))
+            kept = list(run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings())))
+            list(run_steps(latents, steps[1:], engine.step_fn(latents, steps[1:], StepSettings())))
             for found, expected in zip(kept, sample(lambda x, t: tiny_unet(x, t).sample, latents, steps), strict=True):
                 assert apart(found.sample, expected.sample) < 1e-4
                 assert apart(found.pred_original_sample, expected.pred_original_sample) < 1e-4
@@ -268,7 +292,7 @@ class TestLoop:
         def loop(seed: int) -> Iterator[State]:
             noise = noise_from_seeds((2, 3, 16, 16), [seed, seed + 1], CPU)
             latents = noise()
-            return walk(latents, steps, engine.mover(latents, steps, noise=noise))
+            return run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings(noise=noise)))
 
         expected = [[state.sample for state in loop(seed)][-1] for seed in range(4)]
         alternating = [(a.sample, b.sample) for a, b in zip(loop(0), loop(1), strict=True)][-1]
@@ -294,57 +318,63 @@ class TestLoop:
             return x0.tanh()
 
         with torch.no_grad():
-            *_, found = walk(latents, steps, engine.mover(latents, steps, clip=clip))
-            *_, expected = sample(lambda x, t: tiny_unet(x, t).sample, latents, steps, clip=torch.tanh)
+            assert engine.step_fn(latents, steps, StepSettings(clip=clip)) is None
+            *_, found = sample(engine.predict, latents, steps, StepSettings(clip=clip))
+            *_, expected = sample(lambda x, t: tiny_unet(x, t).sample, latents, steps, StepSettings(clip=torch.tanh))
         assert apart(found.sample, expected.sample) < 1e-5
         assert len(seen) == len(steps)
-        assert not engine._runners
+        assert not engine.runners
 
     def test_wrong_arguments(self, tiny_unet: UNet2DModel) -> None:
         steps, latents = make_steps(TIMESTEPS, ALPHAS), drawn(2, 3, 16, 16)
         engine = CUDAEngine(tiny_unet)
-        states = walk(latents, steps, engine.mover(latents, steps))
+        states = run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings()))
         next(states).sample = latents[:1]
-        with pytest.raises(ValueError, match=r"x has shape \(1, 3, 16, 16\); the loop was begun with \(2, 3"):
+        with pytest.raises(
+            ValueError, match=r"x must keep the shape \(2, 3, 16, 16\) that the loop started with, got \(1, 3"
+        ):
             next(states)
         with pytest.raises(ValueError, match="prediction_type is 'score'"):
-            next(walk(latents, steps, engine.mover(latents, steps, "score")))
+            next(run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings("score"))))
         with pytest.raises(ValueError, match="the model takes"):
-            next(walk(latents[:, :2], steps, engine.mover(latents[:, :2], steps)))
+            next(run_steps(latents[:, :2], steps, engine.step_fn(latents[:, :2], steps, StepSettings())))
 
 
 class TestRunners:
     def test_only_the_last_used_are_kept(self, tiny_unet: UNet2DModel, monkeypatch: pytest.MonkeyPatch) -> None:
         made: list[Tape] = []
-        monkeypatch.setattr(CUDAEngine, "_record", lambda engine, run: made.append(Tape(run)) or made[-1])
-        monkeypatch.setattr(cuda, "MAX_STEPS", 2)
+        monkeypatch.setattr(CUDAEngine, "record", lambda engine, run: made.append(Tape(run)) or made[-1])
+        monkeypatch.setattr(cuda, "MAX_RECORDED_STEPS", 2)
         pipes = pair(tiny_unet)
         for number in (1, 2, 1, 3, 1):
             same(pipes, seeds=range(number), num_inference_steps=2)
         assert len(made) == 3
-        assert [key[0][0] for key in pipes[1].fast._runners] == [3, 1]
+        assert [key[0][0] for key in pipes[1].fast.runners] == [3, 1]
         same(pipes, seeds=range(2), num_inference_steps=2)
         assert len(made) == 4
 
     def test_a_forgotten_one_serves_its_loop_to_the_end(
         self, tiny_unet: UNet2DModel, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(cuda, "MAX_STEPS", 2)
+        monkeypatch.setattr(cuda, "MAX_RECORDED_STEPS", 2)
         steps, latents = make_steps(TIMESTEPS, ALPHAS), drawn(2, 3, 16, 16)
         engine = CUDAEngine(tiny_unet)
-        *_, expected = walk(latents, steps, engine.mover(latents, steps))
-        states = walk(latents, steps, engine.mover(latents, steps))
+        *_, expected = run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings()))
+        states = run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings()))
         next(states)
         for number in (3, 4, 5):
-            engine.mover(drawn(number, 3, 16, 16), steps)
+            engine.step_fn(drawn(number, 3, 16, 16), steps, StepSettings())
         *_, found = states
         assert torch.equal(found.sample, expected.sample)
 
-    @pytest.mark.parametrize("noisy", [False, True])
-    def test_nothing_waits_in_a_step(self, tiny_unet: UNet2DModel, noisy: bool) -> None:
+    @pytest.mark.parametrize(("noisy", "second_order"), [(False, False), (True, False), (False, True)])
+    def test_nothing_waits_in_a_step(self, tiny_unet: UNet2DModel, noisy: bool, second_order: bool) -> None:
         """No number is read back from a tensor, which no graph could record."""
         run = cuda.StepRunner(
-            CUDAEngine(tiny_unet)._network, drawn(1, 3, 16, 16), "epsilon", DDIMScheduler().clip, True, noisy, Tape
+            CUDAEngine(tiny_unet).network,
+            drawn(1, 3, 16, 16),
+            StepOptions("epsilon", DDIMScheduler().clip, True, noisy, second_order),
+            Tape,
         )
         assert run.graph.calls
         assert run.graph.waits == 0
@@ -359,28 +389,28 @@ class TestRunners:
         assert clip_identity(partial(torch.pow, exponent=2)) is None
 
 
-class TestUnfit:
-    def test_reasons(self, make_unet: Callable[..., UNet2DModel]) -> None:
-        assert unfit(nn.Identity()) == "a Identity is not known"
+class TestUnsupportedReason:
+    def test_names_what_is_unsupported(self, make_unet: Callable[..., UNet2DModel]) -> None:
+        assert unsupported_reason(nn.Identity()) == "Identity is not a UNet2DModel"
         hooked = make_unet()
         hooked.mid_block.resnets[0].register_forward_hook(lambda *_: None)
-        assert unfit(hooked) == "mid_block.resnets.0 has hooks"
+        assert unsupported_reason(hooked) == "mid_block.resnets.0 has hooks"
         replaced = make_unet()
         replaced.conv_in = nn.Sequential(replaced.conv_in)
-        assert unfit(replaced) == "conv_in has been replaced"
+        assert unsupported_reason(replaced) == "conv_in has been replaced"
         mixed = make_unet()
         mixed.conv_out.to(torch.bfloat16)
-        assert unfit(mixed) == "its parameters are of several dtypes"
-        assert unfit(make_unet().double()) == "it is in torch.float64"
-        assert unfit(make_unet()) == "not all of it is on one CUDA device"
+        assert unsupported_reason(mixed, "cuda") == "its parameters have several dtypes"
+        assert unsupported_reason(make_unet().double(), "cuda") == "its dtype is torch.float64"
+        assert unsupported_reason(make_unet(), "cuda") == "its parameters are not all on one CUDA device"
 
     @needs_cuda
     def test_on_a_gpu(self, make_unet: Callable[..., UNet2DModel]) -> None:
         unet = make_unet().cuda()
-        assert unfit(unet) is None
-        assert unfit(unet.to(torch.float16)) is None
+        assert unsupported_reason(unet) is None
+        assert unsupported_reason(unet.to(torch.float16)) is None
         unet.conv_in.cpu()
-        assert unfit(unet) is not None
+        assert unsupported_reason(unet, "cuda") is not None
 
 
 class TestCompiled:
@@ -398,7 +428,7 @@ class TestCompiled:
         check_compiler.cache_clear()
         monkeypatch.setattr(torch, "compile", fail)
         with pytest.raises(RuntimeError, match=r"torch.compile does not work on this machine for cpu: no g\+\+ here$"):
-            compiled(tiny_unet)
+            compile_network(tiny_unet)
 
 
 @pytest.fixture
@@ -414,7 +444,7 @@ class TestGPU:
     def test_network(self, on_gpu: UNet2DModel) -> None:
         x = drawn(4, 3, 16, 16).cuda()
         with torch.no_grad():
-            assert apart(CUDAEngine(on_gpu)(x, 500).sample, on_gpu(x, 500).sample) < 1e-4
+            assert apart(CUDAEngine(on_gpu).predict(x, 500), on_gpu(x, 500).sample) < 1e-4
 
     @pytest.mark.parametrize("arguments", [{}, {"eta": 1.0}, {"use_clipped_model_output": True}], ids=str)
     @pytest.mark.parametrize("clip", [{}, {"clip_sample": False}, {"thresholding": True}], ids=str)
@@ -433,8 +463,8 @@ class TestGPU:
             steps = pipes[0].scheduler.make_steps([500, 20])
             clip = pipes[0].scheduler.clip
             with torch.no_grad():
-                *_, found = walk(latents, steps, pipes[1].fast.mover(latents, steps, clip=clip))
-                *_, expected = sample(lambda x, t: on_gpu(x, t).sample, latents, steps, clip=clip)
+                *_, found = run_steps(latents, steps, pipes[1].fast.step_fn(latents, steps, StepSettings(clip=clip)))
+                *_, expected = sample(lambda x, t: on_gpu(x, t).sample, latents, steps, StepSettings(clip=clip))
             assert apart(found.sample, expected.sample) < 1e-4
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -445,9 +475,9 @@ class TestGPU:
         steps = make_steps(TIMESTEPS, ALPHAS)
         latents = drawn(2, 3, 16, 16).cuda()
         engine = CUDAEngine(on_gpu)
-        kept = list(walk(latents, steps, engine.mover(latents, steps)))
+        kept = list(run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings())))
         other = drawn(5, 3, 16, 16).cuda()
-        list(walk(other, steps, engine.mover(other, steps)))
+        list(run_steps(other, steps, engine.step_fn(other, steps, StepSettings())))
         with torch.no_grad():
             expected = sample(lambda x, t: on_gpu(x, t).sample, latents, steps)
             assert all(apart(a.sample, b.sample) < 1e-4 for a, b in zip(kept, expected, strict=True))
@@ -462,7 +492,7 @@ class TestGPU:
     def test_nothing_waits(self, on_gpu: UNet2DModel, noisy: bool) -> None:
         steps, latents = make_steps(TIMESTEPS, ALPHAS, eta=float(noisy)), drawn(2, 3, 16, 16).cuda()
         noise = noise_from_seeds(latents.shape, [1, 2], CPU) if noisy else None
-        states = walk(latents, steps, CUDAEngine(on_gpu).mover(latents, steps, noise=noise))
+        states = run_steps(latents, steps, CUDAEngine(on_gpu).step_fn(latents, steps, StepSettings(noise=noise)))
         next(states)
         try:
             torch.cuda.set_sync_debug_mode("error")
@@ -472,7 +502,7 @@ class TestGPU:
 
     def test_one_launch_a_step(self, on_gpu: UNet2DModel) -> None:
         steps, latents = make_steps(TIMESTEPS, ALPHAS), drawn(2, 3, 16, 16).cuda()
-        states = walk(latents, steps, CUDAEngine(on_gpu).mover(latents, steps))
+        states = run_steps(latents, steps, CUDAEngine(on_gpu).step_fn(latents, steps, StepSettings()))
         next(states)
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profiler:
@@ -502,5 +532,5 @@ class TestGPU:
     def test_a_failure_gives_the_stream_back(self, on_gpu: UNet2DModel) -> None:
         stream = torch.cuda.current_stream()
         with suppress(RuntimeError):
-            cuda.recorded(lambda: print(float(torch.ones(1, device="cuda"))), torch.cuda.Stream())
+            cuda.record_graph(lambda: print(float(torch.ones(1, device="cuda"))), torch.cuda.Stream())
         assert torch.cuda.current_stream() == stream

@@ -83,6 +83,8 @@ def test_samples_are_close_to_held_out_digits(learned: Path, measured: dict[str,
     # And of those, most is the sets' being small: digits against other digits.
     assert measured["frechet_distance"] < 5 * frechet(training[:HELD_OUT], held_out)
 
-    samples = DDIMPipeline.from_pretrained(learned / "final").paint(HELD_OUT, batch_size=256, num_inference_steps=20)
+    samples = DDIMPipeline.from_pretrained(learned / "final").sample_images(
+        HELD_OUT, batch_size=256, num_inference_steps=20
+    )
     pixels = np.stack([np.asarray(image) for image in samples]).reshape(-1, 64) / 255
     assert measured["frechet_distance"] == pytest.approx(frechet(pixels, held_out), rel=1e-3)

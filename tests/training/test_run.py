@@ -111,7 +111,7 @@ def test_grids_use_the_same_seeds(completed: Run) -> None:
     assert {grid.shape for grid in grids} == {(22, 32)}
     assert np.array_equal(grids[1], grids[2])
     assert not np.array_equal(grids[0], grids[1])
-    expected = DDIMPipeline.from_pretrained(completed.final).paint(5, num_inference_steps=3)
+    expected = DDIMPipeline.from_pretrained(completed.final).sample_images(5, num_inference_steps=3)
     for index, image in enumerate(expected):
         left, top = index % 3 * 10 + 2, index // 3 * 10 + 2
         cell = grids[2][top : top + 8, left : left + 8].astype(int)
@@ -275,7 +275,7 @@ def as_vectors(images: list[Image.Image]) -> np.ndarray:
 def test_distance_to_held_out_images(completed: Run, images: Tensor) -> None:
     trainer, pipe = trained_on(completed, images)
     real = images[trainer.held_out].double().flatten(1).numpy() / 255
-    expected = gaussian_distance(real, as_vectors(pipe.paint(10, num_inference_steps=2)))
+    expected = gaussian_distance(real, as_vectors(pipe.sample_images(10, num_inference_steps=2)))
     assert lines(completed.out)[-1]["frechet_distance"] == pytest.approx(expected, rel=1e-3)
 
 
@@ -288,7 +288,7 @@ def test_distance_to_trained_images_with_few_held_out(make_config: MakeConfig, i
     assert real.shape == (36, 64)
     pipe = DDIMPipeline.from_pretrained(final)
     pipe.set_progress_bar_config(disable=True)
-    expected = gaussian_distance(real, as_vectors(pipe.paint(36, num_inference_steps=2)))
+    expected = gaussian_distance(real, as_vectors(pipe.sample_images(36, num_inference_steps=2)))
     assert lines(tmp_path)[-1]["frechet_distance"] == pytest.approx(expected, rel=1e-3)
 
 
@@ -501,11 +501,11 @@ def test_folder_without_a_run_raises(make_config: MakeConfig, started: Path, tmp
         ({"init": "mnist"}, "init: the weights of mnist do not fit the model: "),
         (
             {"samples": {"num_inference_steps": 50}, "scheduler": {"num_train_timesteps": 20}},
-            "num_inference_steps is 50; the model was trained with 20 timesteps",
+            r"^training configuration, samples\.num_inference_steps: .* must be at most 20, .*, got 50$",
         ),
         (
             {"evaluate": {"every": 6, "count": 10}, "scheduler": {"num_train_timesteps": 20}},
-            "num_inference_steps is 50; the model was trained with 20 timesteps",
+            r"^training configuration, evaluate\.num_inference_steps: .* must be at most 20, .*, got 50$",
         ),
     ],
 )

@@ -482,12 +482,15 @@ def test_run_beyond_max_steps_is_complete(make_config: MakeConfig, images: Tenso
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"model": TINY_MODEL | {"sample_size": 9}}, r"shape \(1, 1, 9, 9\); the model takes .* multiples of 2"),
+        ({"model": TINY_MODEL | {"sample_size": 9}}, r"multiples of 2, got \(1, 1, 9, 9\)"),
         ({"model": TINY_MODEL | {"num_class_embeds": 4}}, "class-conditional"),
-        ({"model": TINY_MODEL | {"block_out_channels": [8, 18]}}, "block_out_channels holds 18"),
+        (
+            {"model": TINY_MODEL | {"block_out_channels": [8, 18]}},
+            r"block_out_channels must be multiples of .*, got 18",
+        ),
         ({"model": TINY_MODEL | {"hue": 3}}, "hue"),
-        ({"scheduler": {"beta_schedule": "steep"}}, "beta_schedule is 'steep'"),
-        ({"scheduler": {"prediction_type": "noise"}}, "prediction_type is 'noise'"),
+        ({"scheduler": {"beta_schedule": "steep"}}, "beta_schedule must be one of .*, got 'steep'"),
+        ({"scheduler": {"prediction_type": "noise"}}, "prediction_type must be one of .*, got 'noise'"),
         ({"scheduler": {"betas": 3}}, "betas"),
         (
             {"scheduler": {"rescale_betas_zero_snr": True}, "objective": {"weighting": "truncated_snr"}},

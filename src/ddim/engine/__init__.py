@@ -1,10 +1,10 @@
-"""How a U-Net is run fast: the same weights and, to rounding, the same numbers, in less time.
+"""Engines: what runs a U-Net fast, with the same weights and, to rounding, the same results.
 
-    auto      the engine of the network's device: `cpu`, or `cuda`; the network itself where none fits
+    auto      the engine of the network's device, `cpu` or `cuda`; the network itself where neither supports it
     eager     the network itself
-    compile   what `torch.compile` makes of it
+    compile   the network compiled by `torch.compile`
 
-An engine is made of a network's weights once, and made again when they have changed.
+An engine is made from a network's weights once, and again when they have changed.
 """
 
 from __future__ import annotations
@@ -17,82 +17,79 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddim.nn.layers import (
-    ACTIVATIONS,
-    Attention,
-    Downsample2D,
-    GaussianFourierProjection,
-    ResnetBlock2D,
-    TimestepEmbedding,
-    Timesteps,
-    Upsample2D,
-)
-from ddim.unet import DownBlock2D, MidBlock2D, UNet2DModel, UpBlock2D
+from ddim.engine.base import EagerEngine, Engine, unsupported_reason
+from ddim.unet import UNet2DModel
+from ddim.validation import choice
 
 logger = logging.getLogger(__name__)
 
-KNOWN = {
-    *(UNet2DModel, DownBlock2D, MidBlock2D, UpBlock2D, ResnetBlock2D, Attention, Downsample2D, Upsample2D),
-    *(Timesteps, GaussianFourierProjection, TimestepEmbedding, *ACTIVATIONS.values()),
-    *(nn.Conv2d, nn.Linear, nn.GroupNorm, nn.Embedding, nn.Identity, nn.Dropout, nn.ModuleList),
-}
-
-
 ENGINES = ("auto", "eager", "compile")
 
-_made: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKeyDictionary()
-"""For each network the state it was in and what was made of it."""
+_cache: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Engine]] = weakref.WeakKeyDictionary()
+"""The engine of each network, and the fingerprint of the weights that it was made from."""
 
 
 def check_engine(name: str) -> str:
-    """The name, if it is one of `ENGINES`; ValueError otherwise."""
-    if name not in ENGINES:
-        raise ValueError(f"there is no engine {name!r}; there are {', '.join(ENGINES)}")
-    return name
-
-
-def prepare(unet: Any, engine: str = "auto") -> Any:
-    """What runs a network: something that is called as it is, `network(sample, timestep).sample`, without gradients.
+    """Check that an engine's name is one of `ENGINES`.
 
     Args:
-        unet: anything that a pipeline takes.
-        engine: of `ENGINES`.
+        name: what the caller gave as `engine`.
+
+    Returns:
+        The name.
 
     Raises:
-        ValueError: for another engine.
-        RuntimeError: if it is to be compiled and cannot be.
+        ValueError: if it is another.
+
+    Example:
+        >>> check_engine("fast")
+        Traceback (most recent call last):
+        ValueError: engine must be one of auto, eager, or compile, got 'fast'
     """
-    if check_engine(engine) == "eager":
-        return unet
-    if engine == "compile":
-        from ddim.engine.cuda import compiled
+    return choice("engine", name, ENGINES)
 
-        return compiled(unet)
-    if (reason := altered(unet) or _unfit(unet)) is None:
-        state = _state(unet)
-        before, made = _made.get(unet, (None, None))
-        if before == state:
-            return made
-        made, reason = _make(unet)
-        if made is not None:
-            _made[unet] = state, made
-            return made
+
+def get_engine(unet: Any, name: str = "auto") -> Engine:
+    """Return the engine that runs a network; that of an unchanged network is the one made before.
+
+    Args:
+        unet: any object that is called as `unet(sample, timestep).sample`.
+        name: one of `ENGINES`.
+
+    Returns:
+        An engine. It does not keep the network alive, unless it is the network itself that runs.
+
+    Raises:
+        ValueError: for another name.
+        RuntimeError: if the network is to be compiled and `torch.compile` does not work here.
+
+    Example:
+        >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4)
+        >>> get_engine(unet, "eager").name
+        'UNet2DModel'
+    """
+    if check_engine(name) == "eager":
+        return EagerEngine(unet)
+    if name == "compile":
+        from ddim.engine.cuda import compile_network
+
+        return EagerEngine(compile_network(unet))
+    reason = unsupported_reason(unet)
+    if reason is None:
+        fingerprint = _fingerprint(unet)
+        previous, engine = _cache.get(unet, (None, None))
+        if engine is not None and previous == fingerprint:
+            return engine
+        engine, reason = _build(unet)
+        if engine is not None:
+            _cache[unet] = fingerprint, engine
+            return engine
     logger.debug("the network runs as it is: %s", reason)
-    return unet
+    return EagerEngine(unet)
 
 
-def _unfit(unet: UNet2DModel) -> str | None:
-    """Why the engine of its device cannot stand in for a network that is not `altered`; `None` if it can."""
-    if unet.device.type == "cuda":
-        from ddim.engine import cuda
-
-        return cuda.unfit(unet)
-    fits = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in unet.parameters())
-    return None if fits else "not all of it is float32 on the CPU, or on a CUDA device"
-
-
-def _make(unet: UNet2DModel) -> tuple[Any, str | None]:
-    """An engine, or why there is none."""
+def _build(unet: UNet2DModel) -> tuple[Engine | None, str | None]:
+    """Return an engine, or the reason why there is none."""
     if unet.device.type == "cuda":
         from ddim.engine.cuda import CUDAEngine
 
@@ -105,33 +102,21 @@ def _make(unet: UNet2DModel) -> tuple[Any, str | None]:
         return None, str(error)
 
 
-def altered(unet: Any) -> str | None:
-    """What a network has that no engine knows; `None` for a `UNet2DModel` as it was built."""
-    if type(unet) is not UNet2DModel:
-        return f"a {type(unet).__name__} is not known"
-    for name, module in unet.named_modules():
-        if type(module) not in KNOWN or "forward" in vars(module):
-            return f"{name} has been replaced"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"{name} has hooks"
-    return None
+def _fingerprint(unet: nn.Module) -> Any:
+    """Return a value that changes whenever a weight does, in whatever way: addresses, versions and sums of the bits."""
+    identities = [(p.data_ptr(), p._version, p.dtype) for p in unet.parameters()]
+    sums = [_sum_bits(p.detach()) for p in unet.parameters()]
+    # A GPU's sums are read all at once: reading one waits for the device.
+    return identities, torch.stack(sums).tolist() if isinstance(sums[0], Tensor) else sums
 
 
-def _state(unet: nn.Module) -> Any:
-    """Changes whenever a weight does, in whatever way."""
-    places = [(p.data_ptr(), p._version, p.dtype) for p in unet.parameters()]
-    sums = [_sum(p.detach()) for p in unet.parameters()]
-    # Of a GPU's, all at once: asking for a number waits for the device.
-    return places, torch.stack(sums).tolist() if isinstance(sums[0], Tensor) else sums
-
-
-def _sum(weights: Tensor) -> Any:
-    """Of the bits, taken for whole numbers: a number on a CPU, a tensor elsewhere."""
+def _sum_bits(weights: Tensor) -> Any:
+    """Return the sum of the bits, taken as integers: an `int` for weights on a CPU, a tensor () elsewhere."""
     if weights.ndim == 4 and weights.is_contiguous(memory_format=torch.channels_last):
         weights = weights.permute(0, 2, 3, 1)
     if weights.device.type != "cpu":
         return weights.flatten().view(torch.uint8).sum(dtype=torch.int64)
-    # Several times as fast as PyTorch's.
-    bits = weights.flatten().view(torch.uint8).numpy()
-    whole = bits.size // 8 * 8
-    return int(bits[:whole].view(np.int64).sum()) + int(bits[whole:].sum())
+    # NumPy's sum of int64 is several times as fast as PyTorch's.
+    octets = weights.flatten().view(torch.uint8).numpy()
+    aligned = octets.size // 8 * 8
+    return int(octets[:aligned].view(np.int64).sum()) + int(octets[aligned:].sum())

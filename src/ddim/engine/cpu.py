@@ -10,7 +10,7 @@
 - Residuals are added where a convolution finishes its tiles.
 - 1x1 convolutions and attention's linear layers by the loop of `ddim.kernels.direct` too; a block's queries, keys and
   values are one product.
-- The projections of the time embedding are taken for all timesteps of a run before the first (`expect`).
+- The projections of the time embedding are taken for all timesteps of a run before the first (`prepare`).
 - Large batches go through the network a few samples at a time.
 
 Feature maps are (N, H, W, C) float32, contiguous. What has no loop (an activation, attention itself) is done by
@@ -30,12 +30,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddim.diffusion.equations import Step
+from ddim.diffusion.loop import StepFn, StepSettings
 from ddim.io.weights import drop_pages
 from ddim.kernels import direct, winograd
 from ddim.kernels import norm as norms
 from ddim.kernels.runtime import LANES, ready
 from ddim.nn.layers import Attention, ResnetBlock2D, Upsample2D
-from ddim.outputs import UNet2DOutput
 from ddim.unet import UNet2DModel, check_embeddings
 
 Map = Tensor
@@ -72,6 +73,8 @@ class CPUEngine:
         ImportError: without llvmlite, or if the loops have to be compiled and there is no numba.
     """
 
+    name = "CPUEngine"
+
     def __init__(self, unet: UNet2DModel) -> None:
         ready(norms.NORMALISE, winograd.NORMALISE_AND_CONVOLVE, winograd.CONVOLVE, direct.CONVOLVE)
         self._unet = weakref.ref(unet)
@@ -88,7 +91,7 @@ class CPUEngine:
         self._expected: dict[float, list[Tensor]] = {}
 
     @torch.no_grad()
-    def expect(self, timesteps: Sequence[int]) -> None:
+    def prepare(self, timesteps: Sequence[int]) -> None:
         """Project the embeddings of all timesteps of a run at once; it is not wrong to be asked about others."""
         unet = self._network()
         if unet.class_embedding is None and set(timesteps) - self._expected.keys():
@@ -96,7 +99,7 @@ class CPUEngine:
             self._expected = {timestep: [time[i : i + 1] for time in rows] for i, timestep in enumerate(timesteps)}
 
     @torch.no_grad()
-    def __call__(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> UNet2DOutput:
+    def predict(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         """Predict; arguments, result and errors are those of `UNet2DModel.forward`, without gradients."""
         unet = self._network()
         unet.check_sample(sample)
@@ -118,7 +121,11 @@ class CPUEngine:
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if unet.config.time_embedding_type == "fourier":
             output = output / torch.as_tensor(timestep).to(output.dtype).reshape(-1, 1, 1, 1)
-        return UNet2DOutput(output)
+        return output
+
+    def step_fn(self, latents: Tensor, steps: Sequence[Step], settings: StepSettings) -> StepFn | None:
+        """Return `None`: steps are run from Python."""
+        return None
 
     def _walk(self, sample: Tensor, times: list[Tensor]) -> Tensor:
         """The prediction for some samples and their projections."""

@@ -1,22 +1,23 @@
-"""The U-Net on a GPU: the same weights and, to rounding, the same numbers, with one launch a step.
+"""The U-Net on a GPU: the same weights and, to rounding, the same results, with one launch per step.
 
 A step of the loop is the network and equation (12) of the paper,
 
     x_0, epsilon = predict(network(x, t), x, c)
     x_prev       = c.signal_prev clip(x_0) + c.direction epsilon + c.noise_std noise
 
-some hundreds of small kernels, and launching one from Python takes longer than many of them run. `StepRunner` has CUDA
-record them once, as a graph, and launches them all at once ever after. A graph reads and writes the same addresses each
-time: so x, t, the coefficients c and the noise are copied to where it looks for them, and what it leaves there is
-copied for the caller. All copies are on the device or from pinned memory, and nothing waits for them.
+and, for the second-order method, a multiple of epsilon - previous_epsilon: hundreds of small kernels, and launching one
+from Python takes longer than many of them run. `StepRunner` has CUDA record them once, as a graph, and launches them
+together from then on. A graph reads and writes the same addresses each time: x, t, the coefficients c, the noise and
+the previous epsilon are copied into its input buffers, and its results are copied for the caller. All copies are on the
+device or from pinned memory, and nothing waits for them.
 
-`CUDAEngine` has such a step for each shape and setting. It keeps weights with channels innermost, as tensor cores want
-them, and a block's queries, keys and values are one product. It switches nothing of PyTorch's: by PyTorch's defaults
-convolutions in float32 may round to TF32, here as in the network itself, and the two then agree to about 1e-3 only
-(`torch.backends.cudnn.allow_tf32`).
+`CUDAEngine` has such a step for each shape and setting. It keeps weights in channels_last, the layout of tensor cores,
+and multiplies by a block's weights of queries, keys and values at once. It changes no switch of PyTorch: by PyTorch's
+defaults convolutions in float32 may round to TF32, here as in the network itself, and the two then agree to about 1e-3
+only (`torch.backends.cudnn.allow_tf32`).
 
-Everything but the recording works on a CPU as well, where a step is run anew each time. `compiled` is the other way to
-a faster network: by PyTorch's compiler.
+Everything but the recording works on a CPU as well, where a step is run anew each time. `compile_network` is the other
+way to a faster network: PyTorch's compiler.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -32,199 +34,262 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddim.diffusion.equations import Coefficients, Step, ddim_step, dynamic_threshold
-from ddim.diffusion.loop import StepFn
-from ddim.diffusion.noise import NoiseSource
-from ddim.engine import altered
+from ddim.diffusion.loop import StepFn, StepSettings
+from ddim.diffusion.solvers import add_correction
 from ddim.nn.layers import Attention
 from ddim.nn.ops import norm_silu
-from ddim.outputs import UNet2DOutput
 from ddim.unet import UNet2DModel
 
 Clip = Callable[[Tensor], Tensor]
 
-MAX_STEPS = 8
-"""Recorded steps that an engine keeps, those used last; at least 2, see `CUDAEngine._runner`."""
+MAX_RECORDED_STEPS = 8
+"""Recorded steps that an engine keeps, the most recently used ones; at least 2, see `CUDAEngine.record`."""
 
-WARM_UP = 3
-"""Runs before the recording, in which libraries choose their algorithms and take the memory that they keep."""
+WARM_UP_RUNS = 3
+"""Runs before the recording, in which libraries choose their algorithms and allocate their workspaces."""
 
-_turn = threading.RLock()
-"""Held while a step is recorded, of which a process may do one at a time, and while one is run, from the first copy to
-the last: the steps of an engine share their memory."""
-
-
-def unfit(unet: Any) -> str | None:
-    """Why the engine cannot stand in for a network; `None` if it can."""
-    if reason := altered(unet):
-        return reason
-    parameters = list(unet.parameters())
-    if any(p.dtype != unet.dtype for p in parameters):
-        return "its parameters are of several dtypes"
-    if unet.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it is in {unet.dtype}"
-    if unet.device.type != "cuda" or any(p.device != unet.device for p in parameters):
-        return "not all of it is on one CUDA device"
-    return None
+_graph_lock = threading.RLock()
+"""Held while a step is recorded, since a process may record one at a time, and while one runs, from the first copy to
+the last, since the steps of an engine share their memory."""
 
 
 class CUDAEngine:
-    """A network prepared for sampling.
+    """Runs a network for sampling, with whole steps recorded as CUDA graphs.
 
     It holds a copy of the weights as they were when it was built: after they have changed, build another. Threads may
-    share it if they work on one CUDA stream, which they do unless told otherwise.
+    share it if they work on one CUDA stream, the default one unless they choose another.
 
     Args:
-        unet: one that `unfit` has nothing to say about. On a CPU an engine works too, and is not faster.
+        unet: one that `ddim.engine.base.unsupported_reason` supports. On a CPU an engine works too, and is not faster.
+
+    Example:
+        >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4)
+        >>> CUDAEngine(unet).predict(torch.zeros(1, 3, 8, 8), 10).shape
+        torch.Size([1, 3, 8, 8])
     """
+
+    name = "CUDAEngine"
 
     def __init__(self, unet: UNet2DModel) -> None:
         self.device = unet.device
         # Tensors made in inference mode could not be written to outside.
         with torch.inference_mode(False):
-            self._network = copy.deepcopy(unet).requires_grad_(False).eval()
-            self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            for block in list(self._network.modules()):
+            self.network = copy.deepcopy(unet).requires_grad_(False).eval()
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for block in list(self.network.modules()):
                 attentions: Any = getattr(block, "attentions", None)
                 if attentions is not None:
                     block.attentions = nn.ModuleList(map(FusedAttention, attentions))
-        self._runners: dict[Hashable, StepRunner] = {}
+        self.runners: dict[Hashable, StepRunner] = {}
         self._stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def __call__(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> UNet2DOutput:
-        """Predict; arguments, result and errors are those of `UNet2DModel.forward`, without gradients."""
-        return UNet2DOutput(predict(self._network, sample, timestep, class_labels))
+    def predict(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+        """Evaluate the network; see `Engine.predict`.
 
-    def mover(
-        self,
-        latents: Tensor,
-        steps: Sequence[Step],
-        prediction_type: str = "epsilon",
-        clip: Clip | None = None,
-        use_clipped_model_output: bool = False,
-        noise: NoiseSource | None = None,
-    ) -> StepFn:
-        """How `ddim.diffusion.loop.walk` takes the steps that `ddim.diffusion.loop.sample` takes, with one launch each:
+        Args:
+            sample: x_t, (N, C, H, W), in the network's dtype and on its device.
+            timestep: t, in 0..T-1; one number, a tensor (), or one per sample (N,).
+            class_labels: int64 (N,), for class-conditional networks.
 
-            walk(latents, steps, engine.mover(latents, steps, ...))
+        Returns:
+            The prediction, (N, C, H, W), contiguous.
 
-        It takes what `sample` takes. A shape and setting that is new to the engine is recorded here, which needs about
-        the time of some steps. The network then runs in its own dtype, autocast or not, and switches of PyTorch's such
-        as `torch.backends.cudnn.allow_tf32` stay as they were.
+        Raises:
+            ValueError: as `UNet2DModel.forward`.
+        """
+        return evaluate(self.network, sample, timestep, class_labels)
+
+    def prepare(self, timesteps: Sequence[int]) -> None:
+        """Do nothing: a recorded step embeds its timestep.
+
+        Args:
+            timesteps: ignored.
+        """
+
+    def step_fn(self, latents: Tensor, steps: Sequence[Step], settings: StepSettings) -> StepFn | None:
+        """Return a function that takes a whole step of a run in one launch.
+
+        A shape and setting that is new to the engine is recorded here, which takes about as long as a few steps. The
+        network then runs in its own dtype, autocast or not, and switches such as `torch.backends.cudnn.allow_tf32` stay
+        as they were.
 
         Args:
             latents: x at the first timestep, (N, C, H, W) float32 or float64 on the engine's device. Every later x is
                 of this shape, and is brought to this dtype.
-            steps: all that will be taken.
-            prediction_type: `epsilon`, `sample` or `v_prediction`.
-            clip: applied to each predicted x_0. What `DDIMScheduler.clip` gives is recorded; with any other function
-                steps are run from Python.
-            use_clipped_model_output: recompute epsilon from the clipped x_0.
-            noise: drawn from once a step. Noise that CPU generators draw is best left on the CPU: it is copied from
-                here without waiting.
+            steps: all steps that will be taken, in order.
+            settings: of the run. Noise that CPU generators draw is best left on the CPU: it is copied from there
+                without waiting.
 
         Returns:
-            A move, whose results are the caller's to keep.
+            A function for one pass over `steps`, whose results are the caller's to keep; `None` if `settings.clip` is
+            a function of which it is not known whether it can be recorded (`DDIMScheduler.clip` can).
 
         Raises:
-            ValueError: for an unknown prediction type, latents that do not fit the network, or, in a move, an x of
+            ValueError: for an unknown prediction type, latents that do not fit the network, or, in a step, an x of
                 another shape.
+
+        Example:
+            >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4)
+            >>> step = Step(timestep=500, prev_timestep=-1, alpha=0.5, alpha_prev=1.0)
+            >>> step_fn = CUDAEngine(unet).step_fn(torch.zeros(1, 3, 8, 8), [step], StepSettings())
+            >>> x_prev, x0 = step_fn(torch.zeros(1, 3, 8, 8), torch.tensor(500), step)
+            >>> torch.equal(x_prev, x0)
+            True
         """
-        settings = (prediction_type, clip, use_clipped_model_output, noise is not None)
-        runner = self._runner(latents, settings)
+        runner = self._get_runner(latents, settings, is_second_order=any(step.correction for step in steps))
+        if runner is None:
+            return None
         # On the device once, before the loop, like the timesteps.
         table = torch.tensor([step.coefficients() for step in steps], dtype=latents.dtype, device=latents.device)
         rows = dict(zip(steps, table, strict=True))
+        noise = settings.noise
+        previous_epsilon: Tensor | None = None
 
-        def move(x: Tensor, timestep: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-            return runner(x, timestep, rows[step], None if noise is None else noise())
+        def take_step(x: Tensor, timestep: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+            nonlocal previous_epsilon
+            drawn = None if noise is None else noise()
+            x_prev, x0, previous_epsilon = runner(x, timestep, rows[step], drawn, previous_epsilon)
+            return x_prev, x0
 
-        return move
+        return take_step
 
-    def _runner(self, latents: Tensor, settings: tuple[str, Clip | None, bool, bool]) -> StepRunner:
-        prediction_type, clip, *switches = settings
-        identity = clip_identity(clip)
-        if identity is None:
-            return StepRunner(self._network, latents, *settings, Rerun)
-        key = (latents.shape, latents.dtype, prediction_type, identity, *switches)
-        with _turn:
-            runner = self._runners.pop(key, None)
+    def _get_runner(self, latents: Tensor, settings: StepSettings, is_second_order: bool) -> StepRunner | None:
+        """Return the runner of a shape and setting, recorded if there is none yet; `None` if it cannot be recorded."""
+        clip_key = clip_identity(settings.clip)
+        if clip_key is None:
+            return None
+        options = StepOptions(
+            settings.prediction_type,
+            settings.clip,
+            settings.use_clipped_model_output,
+            has_noise=settings.noise is not None,
+            is_second_order=is_second_order,
+        )
+        key = (latents.shape, latents.dtype, clip_key, *options.key())
+        with _graph_lock:
+            runner = self.runners.pop(key, None)
             if runner is None:
-                if len(self._runners) >= MAX_STEPS:
+                if len(self.runners) >= MAX_RECORDED_STEPS:
                     self._forget_oldest()
-                runner = StepRunner(self._network, latents, *settings, self._record)
-            self._runners[key] = runner
+                runner = StepRunner(self.network, latents, options, self.record)
+            self.runners[key] = runner
         return runner
 
     def _forget_oldest(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # it may be running
-        del self._runners[next(iter(self._runners))]
+        del self.runners[next(iter(self.runners))]
 
-    def _record(self, run: Callable[[], None]) -> Graph:
+    def record(self, run: Callable[[], None]) -> Graph:
+        """Record what a function launches; on a CPU, return a graph that runs it anew each time.
+
+        Args:
+            run: reads and writes tensors that stay where they are.
+
+        Returns:
+            The graph.
+        """
         if self._stream is None:
             return Rerun(run)
         # A graph's memory can be shared by others as long as it has one graph, which is why some are always kept. The
-        # steps of an engine run one after the other and what they leave is not in it, so that they may share it.
-        pool = next((runner.graph.pool() for runner in self._runners.values()), None)
-        return recorded(run, self._stream, pool)
+        # steps of an engine run one after the other and no result stays in their memory, so that they may share it.
+        pool = next((runner.graph.pool() for runner in self.runners.values()), None)
+        return record_graph(run, self._stream, pool)
 
 
 class Graph(Protocol):
     """What `torch.cuda.CUDAGraph` and `Rerun` have in common."""
 
     def replay(self) -> None:
-        """Do what was recorded."""
+        """Run what was recorded."""
 
     def pool(self) -> Any:
-        """The memory that it works in."""
+        """Return the memory pool that the graph works in."""
 
 
 class Rerun:
-    """A graph that records nothing: a function, run anew each time."""
+    """A graph that records nothing: a function, run anew each time.
+
+    Args:
+        run: the function.
+
+    Example:
+        >>> Rerun(lambda: print("replayed")).replay()
+        replayed
+    """
 
     def __init__(self, run: Callable[[], None]) -> None:
         self.replay = run
 
     def pool(self) -> None:
-        return None
+        """Return `None`: no memory is shared."""
+        return
 
 
-def recorded(run: Callable[[], None], stream: torch.cuda.Stream, pool: Any = None) -> torch.cuda.CUDAGraph:
-    """The graph of what a function launches.
+def record_graph(run: Callable[[], None], stream: torch.cuda.Stream, pool: Any = None) -> torch.cuda.CUDAGraph:
+    """Record what a function launches on a CUDA device.
 
     Args:
         run: reads and writes tensors that stay where they are, and does not wait for the device.
         stream: to record on; one for all graphs that share memory. Its device is the function's.
         pool: of a graph to share memory with.
+
+    Returns:
+        The graph.
     """
     with torch.cuda.device(stream.device):
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
+            for _ in range(WARM_UP_RUNS):
                 run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # The outer context gives the current stream back even where the inner one fails to. Other threads, those that
-        # load data, say, may go on using the device.
+        # The outer context restores the current stream even where the inner one fails to. Other threads, such as those
+        # that load data, may use the device meanwhile.
         with torch.cuda.stream(stream), torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             run()
     return graph
 
 
+@dataclass(frozen=True)
+class StepOptions:
+    """What a recorded step does.
+
+    Attributes:
+        prediction_type: what the network predicts: `epsilon`, `sample` or `v_prediction`.
+        clip: applied to each predicted x_0; `None` leaves it.
+        use_clipped_model_output: recompute epsilon from the clipped x_0.
+        has_noise: whether noise is added.
+        is_second_order: whether the second-order correction is added.
+    """
+
+    prediction_type: str
+    clip: Clip | None
+    use_clipped_model_output: bool
+    has_noise: bool
+    is_second_order: bool
+
+    def key(self) -> tuple[Hashable, ...]:
+        """Return all options but `clip`, for a dictionary of recorded steps.
+
+        Example:
+            >>> StepOptions("epsilon", None, False, has_noise=True, is_second_order=False).key()
+            ('epsilon', False, True, False)
+        """
+        return self.prediction_type, self.use_clipped_model_output, self.has_noise, self.is_second_order
+
+
 class StepRunner:
-    """A step of one shape and setting, and the tensors that it reads and writes.
+    """A step of one shape and setting, and the buffers that it reads and writes.
 
     Args:
         network: in evaluation mode; of any floating dtype.
-        like: an x, (N, C, H, W).
-        prediction_type: as for `CUDAEngine.mover`.
-        clip: as there.
-        use_clipped_model_output: as there.
-        noisy: whether noise is added.
+        like: an x, (N, C, H, W), of the buffers' shape, dtype and device.
+        options: what the step does.
         record: makes a graph of a function.
     """
 
@@ -232,71 +297,143 @@ class StepRunner:
         self,
         network: UNet2DModel,
         like: Tensor,
-        prediction_type: str,
-        clip: Clip | None,
-        use_clipped_model_output: bool,
-        noisy: bool,
+        options: StepOptions,
         record: Callable[[Callable[[], None]], Graph],
     ) -> None:
-        self._network, self._settings = network, (prediction_type, clip, use_clipped_model_output)
+        self._network, self._options = network, options
         with torch.inference_mode(False), torch.no_grad():
             new = functools.partial(torch.zeros, dtype=like.dtype, device=like.device)
             self.x, self.x_prev, self.x0 = new(like.shape), new(like.shape), new(like.shape)
-            self.noise = new(like.shape) if noisy else None
+            self.noise = new(like.shape) if options.has_noise else None
+            self.previous_epsilon = new(like.shape) if options.is_second_order else None
+            self.epsilon = new(like.shape) if options.is_second_order else None
+            # Ones, so that the runs of the recording divide by no zero.
             self.coefficients = new(len(Coefficients._fields)) + 1
             self.timestep = torch.ones((), dtype=torch.int64, device=like.device)
             self.graph = record(self._run)
 
     def _run(self) -> None:
+        # Read the input buffers, evaluate the network.
+        options, coefficients = self._options, Coefficients(*self.coefficients)
         with torch.autocast(self.x.device.type, enabled=False):
-            output = predict(self._network, self.x.to(self._network.dtype), self.timestep).to(self.x.dtype)
-        coefficients = Coefficients(*self.coefficients)
-        x_prev, x0 = ddim_step(output, self.x, coefficients, *self._settings, self.noise)
+            output = evaluate(self._network, self.x.to(self._network.dtype), self.timestep).to(self.x.dtype)
+        # Update x by equation (12), and by the second-order correction.
+        x_prev, x0 = ddim_step(
+            output,
+            self.x,
+            coefficients,
+            options.prediction_type,
+            options.clip,
+            options.use_clipped_model_output,
+            self.noise,
+        )
+        if self.epsilon is not None:
+            x_prev, epsilon = add_correction(x_prev, x0, self.x, coefficients, self.previous_epsilon)
+            self.epsilon.copy_(epsilon)
+        # Write the output buffers.
         self.x_prev.copy_(x_prev)
         self.x0.copy_(x0)
 
     @torch.no_grad()
     def __call__(
-        self, x: Tensor, timestep: Tensor, coefficients: Tensor, noise: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        coefficients: Tensor,
+        noise: Tensor | None = None,
+        previous_epsilon: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Take the step.
 
         Args:
             x: of the shape that the step was made for.
-            timestep: ().
-            coefficients: those of `ddim.diffusion.equations.Coefficients`, (5,).
+            timestep: int64 ().
+            coefficients: those of `ddim.diffusion.equations.Coefficients`, (6,).
             noise: of the shape of `x`, for a step that adds noise.
+            previous_epsilon: the epsilon that the step before returned; `None` for the first step.
 
         Returns:
-            x_prev and the predicted x_0 after clipping, which no later call touches.
+            x_prev, the predicted x_0 after clipping, and the epsilon for the next step (`None` for first order): copies
+            that no later call touches.
+
+        Raises:
+            ValueError: if x has another shape.
         """
         if x.shape != self.x.shape:
-            raise ValueError(f"x has shape {tuple(x.shape)}; the loop was begun with {tuple(self.x.shape)}")
-        with _turn:
+            raise ValueError(
+                f"x must keep the shape {tuple(self.x.shape)} that the loop started with, got {tuple(x.shape)}"
+            )
+        with _graph_lock:
+            # Fill the input buffers.
             fill(self.x, x)
             fill(self.timestep, timestep)
             fill(self.coefficients, coefficients)
             if self.noise is not None and noise is not None:
                 fill(self.noise, noise)
+            if self.previous_epsilon is not None:
+                # The correction of the first step is 0: any finite epsilon will do.
+                if previous_epsilon is None:
+                    self.previous_epsilon.zero_()
+                else:
+                    fill(self.previous_epsilon, previous_epsilon)
+            # Launch, and copy the results before the next launch overwrites them.
             self.graph.replay()
-            return self.x_prev.clone(), self.x0.clone()
+            epsilon = None if self.epsilon is None else self.epsilon.clone()
+            return self.x_prev.clone(), self.x0.clone(), epsilon
 
 
-def predict(network: nn.Module, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
-    """What a network predicts, in the usual layout whatever that of its weights is."""
+@torch.no_grad()
+def evaluate(
+    network: nn.Module, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None
+) -> Tensor:
+    """Evaluate a network and return its prediction in the default memory format, whatever that of its weights is.
+
+    Args:
+        network: a `UNet2DModel`.
+        sample: x_t, (N, C, H, W).
+        timestep: t; one number, a tensor (), or one per sample (N,).
+        class_labels: int64 (N,), for class-conditional networks.
+
+    Returns:
+        The prediction, (N, C, H, W), contiguous, without gradients.
+    """
     prediction: Tensor = network(sample, timestep, class_labels).sample
     return prediction.contiguous()
 
 
-def fill(place: Tensor, values: Tensor) -> None:
-    """Copy, without waiting: from pageable memory a copy may begin only when the device has done all before it."""
-    if place.is_cuda and not values.is_cuda:
-        values = values.to(place.dtype).pin_memory()
-    place.copy_(values, non_blocking=True)
+def fill(buffer: Tensor, values: Tensor) -> None:
+    """Copy values into a buffer without waiting for the device.
+
+    From pageable memory a copy begins only when the device has done all before it; so it is made from pinned memory.
+
+    Args:
+        buffer: on any device.
+        values: of its shape, on any device.
+
+    Example:
+        >>> buffer = torch.zeros(2)
+        >>> fill(buffer, torch.ones(2))
+        >>> buffer
+        tensor([1., 1.])
+    """
+    if buffer.is_cuda and not values.is_cuda:
+        values = values.to(buffer.dtype).pin_memory()
+    buffer.copy_(values, non_blocking=True)
 
 
 def clip_identity(clip: Clip | None) -> Hashable | None:
-    """Equal for functions that do the same; `None` for one of which is not known whether it can be recorded."""
+    """Return a value that is equal for functions that clip alike.
+
+    Args:
+        clip: a function of x_0, or `None`.
+
+    Returns:
+        The value; `None` for a function of which it is not known whether it can be recorded.
+
+    Example:
+        >>> clip_identity(functools.partial(torch.clamp, min=-1, max=1))[1:]
+        (('max', 1), ('min', -1))
+    """
     if clip is None:
         return ()
     if isinstance(clip, functools.partial) and not clip.args and clip.func in (torch.clamp, dynamic_threshold):
@@ -305,36 +442,56 @@ def clip_identity(clip: Clip | None) -> Hashable | None:
 
 
 class FusedAttention(nn.Module):
-    """An `Attention` whose queries, keys and values are one product, for channels innermost."""
+    """An `Attention` that computes queries, keys and values by one product, for feature maps in channels_last.
+
+    Args:
+        attention: the module whose weights it copies.
+
+    Example:
+        >>> attention = Attention(channels=8, head_dim=4, groups=2, eps=1e-5)
+        >>> FusedAttention(attention)(torch.zeros(1, 8, 2, 2)).shape
+        torch.Size([1, 8, 2, 2])
+    """
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
         self.heads, self.output_scale_factor = attention.heads, attention.output_scale_factor
         self.group_norm, self.to_out = attention.group_norm, attention.to_out[0]
-        parts = (attention.to_q, attention.to_k, attention.to_v)
-        self.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
-        self.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
+        linears = (attention.to_q, attention.to_k, attention.to_v)
+        self.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
+        self.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """Add attention to a feature map.
+
+        Args:
+            hidden_states: (N, C, H, W).
+
+        Returns:
+            (N, C, H, W).
+        """
         N, C, H, W = hidden_states.shape
         normed = hidden_states if self.group_norm is None else norm_silu(self.group_norm, hidden_states, silu=False)
         tokens = normed.permute(0, 2, 3, 1).reshape(N, H * W, C)
         q, k, v = F.linear(tokens, self.weight, self.bias).view(N, H * W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, H * W, -1)
-        output = hidden_states + self.to_out(mixed).view(N, H, W, C).permute(0, 3, 1, 2)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, H * W, -1)
+        output = hidden_states + self.to_out(attended).view(N, H, W, C).permute(0, 3, 1, 2)
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor
 
 
-def compiled(unet: Any) -> Any:
-    """A network compiled by `torch.compile`: it stands in for the network, whose weights it goes on using.
+def compile_network(unet: Any) -> Any:
+    """Compile a network by `torch.compile`. The result shares the network's weights.
 
     The first call with a new shape, dtype or mode takes from seconds to minutes.
 
     Args:
         unet: a network in PyTorch, on any device.
 
+    Returns:
+        The compiled network, called as the network is.
+
     Raises:
-        RuntimeError: if there is nothing here to compile with.
+        RuntimeError: if `torch.compile` does not work on this machine.
     """
     device = next(unet.parameters()).device
     check_compiler(device.type)
@@ -343,7 +500,14 @@ def compiled(unet: Any) -> Any:
 
 @functools.cache
 def check_compiler(device: str) -> None:
-    """RuntimeError unless `torch.compile` can make a kernel for devices of this type, which is tried."""
+    """Compile a small function, to see whether `torch.compile` works on this machine.
+
+    Args:
+        device: the type of the devices to compile for, such as `cpu`.
+
+    Raises:
+        RuntimeError: if it fails, with its reason.
+    """
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:

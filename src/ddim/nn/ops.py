@@ -1,4 +1,4 @@
-"""Normalization and convolution as the network calls them, and the one decision between PyTorch's operators and compiled
+"""Normalization and convolution as the network calls them, and the decision between PyTorch's operators and compiled
 kernels.
 
 In training on a CPU, float32 feature maps in channels_last go through kernels compiled by numba (`ddim.kernels`), which

@@ -240,7 +240,7 @@ def _make_pipeline(trainer: Trainer) -> DDIMPipeline:
 def _write_samples(trainer: Trainer, path: Path) -> Image.Image:
     """Write a grid of samples of the averaged weights, from seeds 0, 1, 2, ..., and return it."""
     samples = trainer.config.samples
-    images = _make_pipeline(trainer).paint(samples.count, num_inference_steps=samples.num_inference_steps)
+    images = _make_pipeline(trainer).sample_images(samples.count, num_inference_steps=samples.num_inference_steps)
     path.parent.mkdir(exist_ok=True)
     save_images(images, path)
     return make_grid(images)
@@ -269,13 +269,16 @@ def _version(package: str) -> str | None:
 
 
 def _check_sampling(trainer: Trainer) -> None:
-    """Raise the scheduler's error for a number of sampling steps that it cannot take, before training starts."""
+    """Raise for a number of sampling steps that the scheduler cannot take, before training starts."""
     config, scheduler = trainer.config, trainer.scheduler
-    counts = [config.samples.num_inference_steps]
+    counts = {"samples": config.samples.num_inference_steps}
     if config.evaluate.every and config.evaluate.count:
-        counts.append(config.evaluate.num_inference_steps)
-    for num_inference_steps in counts:
-        scheduler.make_steps(scheduler.make_timesteps(num_inference_steps))
+        counts["evaluate"] = config.evaluate.num_inference_steps
+    for section, num_inference_steps in counts.items():
+        try:
+            scheduler.make_steps(scheduler.make_timesteps(num_inference_steps))
+        except ValueError as error:
+            raise ValueError(f"training configuration, {section}.num_inference_steps: {error}") from None
 
 
 def _check_run(record: dict[str, Any], config: TrainConfig, out: Path, resume: Literal["auto", "never"] | Path) -> None:
