@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from ddim import DDIMPipeline
-from ddim.data.dataset import open_pictures
+from ddim.data.config import DataConfig
+from ddim.data.dataset import open_dataset
 from ddim.io.atomic import atomic_write
 from ddim.io.config import to_json
 from ddim.io.weights import digest
 from ddim.latents import InversionConfig, invert, invertible_steps
-from ddim.training.config import DataConfig
 
 BLOCK = 32
 NOISY = 64
@@ -144,8 +144,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     pipe = DDIMPipeline.from_pretrained("mnist")
     channels, height, _ = pipe.sample_shape
-    pictures = open_pictures(DataConfig(source=str(options.data)), height, channels)
-    samples = pictures.take(torch.arange(min(options.images, pictures.shape[0]))).float() / 127.5 - 1
+    dataset = open_dataset(DataConfig(source=str(options.data)), height, channels)
+    samples = dataset.read(torch.arange(min(options.images, dataset.shape[0]))).float() / 127.5 - 1
     if options.noise:
         for steps in options.steps:
             cells = noisy_codes(pipe, samples[:NOISY], steps)

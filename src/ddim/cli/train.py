@@ -14,7 +14,7 @@ import typer
 from ddim.cli import options
 
 if TYPE_CHECKING:
-    from ddim.training.plan import Plan
+    from ddim.training.costs import RunCosts
 
 NEEDED = (
     "accelerate",
@@ -90,7 +90,7 @@ def train(
 
     from ddim.io.hub import check_hub_id, push_folder
     from ddim.training.config import load_config
-    from ddim.training.plan import plan, preset_table
+    from ddim.training.costs import estimate_costs, preset_table
     from ddim.training.run import train as run
 
     if list_presets:
@@ -105,7 +105,7 @@ def train(
     }
     checked = load_config(preset, config, settings or (), overrides)
     if out is None or dry_run:
-        print(_table(plan(checked, device)))
+        print(_table(estimate_costs(checked, device)))
         return
     if push_to_hub is not None:
         check_hub_id(push_to_hub)
@@ -126,7 +126,7 @@ def train(
     print(final)
 
 
-def _table(costs: Plan) -> str:
+def _table(costs: RunCosts) -> str:
     """A line a cost."""
     rows = {
         "images": f"{costs.images:,}",
