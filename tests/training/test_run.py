@@ -631,7 +631,7 @@ def test_push_to_hub_uploads_the_result(results: dict[str, Result], folder: Path
     ("name", "code", "message"),
     [
         ("no folder", 2, "give a folder for the run, such as --out runs/mine"),
-        ("no time", 2, "0.0 minutes are no time; give more than 0"),
+        ("no time", 2, "must be positive, got 0"),
         ("no such checkpoint", 1, "ddim: there is no checkpoint nowhere"),
         (
             "not empty",
