@@ -3,8 +3,8 @@
     python scripts/count_hops.py [--engine eager] [--list] [--all]
 
 A file counts if, while `ddim sample --count 1` runs, a function of it holds the sample or what is derived from it in a
-variable or returns it: a tensor, an image, or a collection of them. Loading the model is not part of a sample's path. `--all` counts
-every file of the package with a function that is called at all, loading included.
+variable or returns it: a tensor, an image, or a collection of them. Loading the model is not part of a sample's path.
+`--all` counts every file of the package with a function that is called at all, loading included.
 """
 
 from __future__ import annotations

@@ -56,7 +56,6 @@ def interpolate(
     Images are encoded exactly, so that the path passes through them. The path of the result is printed.
 
     Examples:
-
       ddim interpolate 3 14 --out strip.png
 
       ddim interpolate one.png seven.png 3 --frames 25 --closed --out walk.gif

@@ -72,7 +72,6 @@ def train(
     started by `accelerate launch -m ddim train ...` or `torchrun --nproc-per-node 8 -m ddim train ...`.
 
     Examples:
-
       ddim train --preset digits --out runs/digits
 
       ddim train --preset mnist --data mnist/train.parquet --out runs/mnist
