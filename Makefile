@@ -1,4 +1,4 @@
-# make demo   paint 16 digits with the built-in model
+# make demo   sample 16 digits with the built-in model
 # make test   lint, formatting, spelling, types, the import contract and the whole test suite
 
 PYTHON ?= python3

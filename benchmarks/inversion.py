@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 
 from ddim import DDIMPipeline
-from ddim.data.dataset import open_pictures
+from ddim.data.config import DataConfig
+from ddim.data.dataset import open_dataset
 from ddim.io.atomic import atomic_write
 from ddim.io.config import to_json
 from ddim.io.weights import digest
 from ddim.latents import InversionConfig, invert, invertible_steps
-from ddim.training.config import DataConfig
 
 IMAGES_PER_FILE = 32
 NUM_NOISY_IMAGES = 64
@@ -153,8 +153,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     pipe = DDIMPipeline.from_pretrained("mnist")
     channels, height, _ = pipe.sample_shape
-    pictures = open_pictures(DataConfig(source=str(options.data)), height, channels)
-    samples = pictures.take(torch.arange(min(options.images, pictures.shape[0]))).float() / 127.5 - 1
+    dataset = open_dataset(DataConfig(source=str(options.data)), height, channels)
+    samples = dataset.read(torch.arange(min(options.images, dataset.shape[0]))).float() / 127.5 - 1
     if options.noise:
         for steps in options.steps:
             cells = noisy_latent_moments(pipe, samples[:NUM_NOISY_IMAGES], steps)

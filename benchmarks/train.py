@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from ddim import UNet2DModel
-from ddim.data.dataset import CachedPictures
+from ddim.data.dataset import CachedImageDataset
 from ddim.training.config import TrainConfig, load_config
 from ddim.training.metrics_logger import MetricsLogger
 from ddim.training.optim import learning_rate
+from ddim.training.progress import Progress
 from ddim.training.run import start_processes
-from ddim.training.trainer import PRECISIONS, Progress, Trainer
+from ddim.training.trainer import PRECISIONS, Trainer
 
 TRAINER = "ddim train"
 DDIM, DDIM_NCHW = "bare loop, ddim", "bare loop, ddim, NCHW"
@@ -141,14 +142,14 @@ def main() -> None:
 
     seconds: dict[str, list[float]] = {name: [] for name in (TRAINER, *loops)}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, CachedPictures(images), Path(folder), device, accelerator)
-        watch = MetricsLogger(Path(folder), 0, config.log_every, device)
+        trainer = Trainer(config, CachedImageDataset(images), Path(folder), device, accelerator)
+        metrics_logger = MetricsLogger(Path(folder), 0, config.log_every, device)
         started = time.perf_counter()
 
         def after_step(progress: Progress) -> None:
             """Run a round of each bare loop at the end of a round of the trainer."""
             nonlocal started
-            watch.add(progress, learning_rate(config.optim, progress.step - 1, config.max_steps))
+            metrics_logger.log_step(progress, learning_rate(config.optim, progress.step - 1, config.max_steps))
             if progress.step % options.steps:
                 return
             synchronize(device)
@@ -158,7 +159,7 @@ def main() -> None:
             started = time.perf_counter()
 
         trainer.train(after_step)
-        watch.close()
+        metrics_logger.close()
 
     # The first round warms up.
     rates = {name: [config.batch_size * options.steps / s for s in values[1:]] for name, values in seconds.items()}

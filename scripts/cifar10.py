@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from ddim import DDIMPipeline
-from ddim.data.dataset import open_pictures
+from ddim.data.dataset import open_dataset
 from ddim.devices import choose_device
 from ddim.evaluation.features import Pixels
 from ddim.evaluation.image_sets import sample_image_set
@@ -40,9 +40,9 @@ GRID_IMAGES = 64
 def measure(pipe: DDIMPipeline, config: TrainConfig, count: int) -> dict[str, Any]:
     """Compute the Fréchet distance, on pixels, of samples to as many training images, for 10, 20 and 50 steps."""
     size, channels = config.model["sample_size"], config.model["in_channels"]
-    pictures = open_pictures(config.data, size, channels)
-    chosen = torch.randperm(pictures.shape[0], generator=torch.Generator().manual_seed(0))
-    real, other = pictures.take(chosen[:count]), pictures.take(chosen[count : 2 * count])
+    dataset = open_dataset(config.data, size, channels)
+    chosen = torch.randperm(dataset.shape[0], generator=torch.Generator().manual_seed(0))
+    real, other = dataset.read(chosen[:count]), dataset.read(chosen[count : 2 * count])
     features = Pixels((channels, size, size))
     distances = {"count": count, "features": "pixels", "real against real": frechet(features(other), features(real))}
     for steps in (10, 20, 50):

@@ -16,17 +16,17 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ddim.data.dataset import open_pictures
+from ddim.data.config import DataConfig
+from ddim.data.dataset import open_dataset
 from ddim.evaluation.features import CLASSIFIER, DigitClassifier
-from ddim.training.config import DataConfig
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 6, 128, 2e-3
 
 
 def read_digits(path: Path) -> tuple[Tensor, Tensor]:
     """Read images, uint8 (N, 1, 28, 28), and labels (N,)."""
-    pictures = open_pictures(DataConfig(source=str(path)), 28, 1)
-    return pictures.take(torch.arange(pictures.shape[0])), torch.tensor(Dataset.from_parquet(str(path))["label"])
+    dataset = open_dataset(DataConfig(source=str(path)), 28, 1)
+    return dataset.read(torch.arange(dataset.shape[0])), torch.tensor(Dataset.from_parquet(str(path))["label"])
 
 
 def main() -> None:

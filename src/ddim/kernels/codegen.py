@@ -75,7 +75,7 @@ class Code:
         return self._call(f"llvm.floor.v{self.lanes}f32", self.vector, a)
 
     def fused(self, a: Any, factor: Any, b: Any) -> Any:
-        """a factor + b."""
+        """A factor + b."""
         return self.add(self.builder.fmul(a, factor, flags=FUSED), b)
 
     def variable(self) -> Any:

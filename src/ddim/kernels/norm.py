@@ -51,7 +51,7 @@ def forward(
 def backward(
     dy: Tensor, x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx (N, C, H, W), dshift (N, C), dweight (C,) and dbias (C,); `dy` as `x` in memory, the rest as in `forward`."""
+    """Dx (N, C, H, W), dshift (N, C), dweight (C,) and dbias (C,); `dy` as `x` in memory, the rest as in `forward`."""
     N, C, H, W = x.shape
     dx = torch.empty_like(x)
     dshift, dweight, dbias = x.new_empty(N, C), x.new_empty(N, C), x.new_empty(N, C)

@@ -122,7 +122,7 @@ def _slopes(silu: bool) -> Any:
         totals: Any,
         weighted: Any,
     ) -> Any:
-        """dz of maps (P, C) from dy, z being scale x + offset; its sums are added to float64 `totals` (C,), those of
+        """Dz of maps (P, C) from dy, z being scale x + offset; its sums are added to float64 `totals` (C,), those of
         dz (x - centre) to `weighted`.
         """
 
@@ -160,7 +160,7 @@ _slopes_silu, _slopes_affine = _slopes(True), _slopes(False)
 def _finish_slopes(
     typing_context: Any, x: Any, dx: Any, P: Any, C: Any, scale: Any, slope: Any, offset: Any, totals: Any
 ) -> Any:
-    """scale dx - slope x + offset in place of dx (P, C); its sums over all pixels are added to float64 `totals`."""
+    """Scale dx - slope x + offset in place of dx (P, C); its sums over all pixels are added to float64 `totals`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, dx, P, C, scale, slope, offset, totals = arguments
@@ -184,7 +184,7 @@ def _finish_slopes(
 def _apply(silu: bool) -> Any:
     @intrinsic
     def apply(typing_context: Any, x: Any, P: Any, C: Any, scale: Any, offset: Any, y: Any, y_pixel: Any) -> Any:
-        """scale x + offset, or SiLU of it, of pixels x (P, C) to places of y that are `y_pixel` numbers apart."""
+        """Scale x + offset, or SiLU of it, of pixels x (P, C) to places of y that are `y_pixel` numbers apart."""
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             x, P, C, scale, offset, y, y_pixel = arguments
