@@ -32,6 +32,7 @@ from ddim.data.dataset import open_pictures
 from ddim.io.atomic import atomic_write
 from ddim.io.config import to_json
 from ddim.io.weights import digest
+from ddim.latents import InversionConfig, invert, invertible_steps
 from ddim.training.config import DataConfig
 
 BLOCK = 32
@@ -125,7 +126,7 @@ def noisy_codes(pipe: DDIMPipeline, samples: Tensor, steps: int) -> list[str]:
     drawn = torch.randn(samples.shape, generator=torch.Generator().manual_seed(0))
     noisy = pipe.scheduler.add_noise(samples, drawn, torch.tensor(0))
     # Not by `encode`, which refuses values outside [-1, 1].
-    codes, _ = pipe._encode(noisy, pipe._deterministic_steps(steps, None), True, 1e-5, 50, 8, verify=False)
+    codes, _ = invert(pipe.sampler, noisy, invertible_steps(pipe.scheduler, steps), InversionConfig(verify=False))
     found = moments(codes.latents)
     return [f"{name} {{:.3f}} ± {{:.3f}}".format(*mean_and_error(found[name])) for name in ("mean", "std")]
 

@@ -30,7 +30,7 @@ Denoiser = Callable[[Tensor, int], Tensor]
 Variable = Callable[[np.ndarray], np.ndarray]
 
 PIPE = DDIMPipeline.from_pretrained("mnist", scheduler=DDIMScheduler(clip_sample=False))
-ALPHAS = PIPE.scheduler._alphas_cumprod
+ALPHAS = PIPE.scheduler.alphas_cumprod_float64
 CODES = 128
 SPACINGS = ("leading", "trailing", "logsnr", "blend")
 EPSILON: dict[str, Variable] = {

@@ -244,7 +244,11 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     # edits
     "strength 2": (["edit", "digits", "--strength", "2"], 1, r"strength is 2\.0; it must be a number from 0 to 1"),
     "strength -0.1": (["edit", "digits", "--strength", "-0.1"], 1, r"strength is -0\.1; it must be a number from 0"),
-    "strength nan": (["edit", "digits", "--strength", "nan", "--seed", "1"], 1, "strength must be a finite number, got nan"),
+    "strength nan": (
+        ["edit", "digits", "--strength", "nan", "--seed", "1"],
+        1,
+        "strength must be a finite number, got nan",
+    ),
     "eta without noise": (["edit", "digits", "--eta", "1"], 1, r"eta is 1\.0, which draws noise; give seeds"),
     "eta of edit": (["edit", "digits", "--eta", "-1", "--seed", "1"], 1, r"eta is -1\.0"),
     "negative seed of edit": (["edit", "digits", "--seed", "-1"], 1, "seeds holds -1; a seed is a whole number from 0"),

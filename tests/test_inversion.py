@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddim.diffusion.equations import PREDICTION_TYPES, Step, ddim_step, make_steps
 from ddim.diffusion.inversion import Inversion, anderson, mixing
-from ddim.diffusion.loop import in_batches, walk
+from ddim.diffusion.loop import in_batches, run_steps
 
 ALPHAS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 STEPS = make_steps([900, 600, 300, 100, 5], ALPHAS, float(ALPHAS[0]))
@@ -291,7 +291,7 @@ def encode(prediction_type: str, exact: bool, **limits: Any) -> tuple[list[Tenso
     denoiser = Denoiser()
     inversion = Inversion(denoiser, prediction_type, exact, **({"tolerance": 1e-10, "max_iterations": 100} | limits))
     xs, x0s = [rand(3, 1, 4, 4)], []
-    for state in walk(xs[0], STEPS[::-1], inversion):
+    for state in run_steps(xs[0], STEPS[::-1], inversion):
         xs.append(state.sample)
         x0s.append(state.pred_original_sample)
     return xs, x0s, inversion, denoiser
@@ -336,7 +336,7 @@ def test_the_first_guess_follows_epsilon_along_a_line() -> None:
     residuals = []
     for exact in (True, False):
         inversion = Inversion(lambda x, t: 0.2 + torch.full_like(x, int(t) / 1000), "epsilon", exact, 1e-9, 1)
-        list(walk(x, steps[::-1], inversion))
+        list(run_steps(x, steps[::-1], inversion))
         residuals.append(torch.stack(inversion.residuals, 1))
     line, euler = residuals
     assert torch.equal(line[:, 0], euler[:, 0])

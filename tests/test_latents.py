@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddim import DDIMPipeline, DDIMScheduler
-from ddim.latents import GROUP
+from ddim.latents import BATCHES_PER_GROUP, generate, invertible_steps
 from ddim.outputs import EncodeOutput, UNet2DOutput
 from digits import digits
+from messages import matches
 
 ALPHAS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 # Where a network with random weights can be inverted.
@@ -128,11 +129,11 @@ def test_a_code_is_the_same_alone_and_in_company(mnist: DDIMPipeline, exact: boo
 
 
 def test_a_code_is_the_same_in_company_of_more_than_a_group(tiny_pipeline: DDIMPipeline) -> None:
-    x = rand(2 * GROUP + 1, 3, 16, 16)
+    x = rand(2 * BATCHES_PER_GROUP + 1, 3, 16, 16)
     settings: dict[str, Any] = {"timesteps": [200, 100], "batch_size": 2}
     together = tiny_pipeline.encode(x, **settings)
     images = tiny_pipeline.decode(together, output_type="np", **settings).images
-    for index in (0, 5, 2 * GROUP):
+    for index in (0, 5, 2 * BATCHES_PER_GROUP):
         alone = tiny_pipeline.encode(x[index : index + 1], **settings)
         assert torch.equal(alone.latents, together.latents[index : index + 1])
         assert torch.equal(alone.evaluations, together.evaluations[index : index + 1])
@@ -183,7 +184,7 @@ def test_encoding_tells_what_decoding_gives_back(pipe: DDIMPipeline, caplog: pyt
     with caplog.at_level(logging.WARNING):
         codes = pipe.encode(x, 10)
         assert caplog.records == []
-        back = pipe._decode(codes.latents, pipe._deterministic_steps(10, None), 8)
+        back = generate(pipe.sampler, codes.latents, invertible_steps(pipe.scheduler, 10), 8)
         assert torch.equal(codes.mse, ((back - x) / 2).double().square().mean((1, 2, 3)))
         assert codes.mse.max() < 1e-9
         lost = pipe.encode(x, timesteps=[900, 0], max_iterations=1)
@@ -260,7 +261,7 @@ def test_a_network_that_breaks_down_on_one_picture_spoils_no_other(
     with caplog.at_level(logging.WARNING):
         hopeless = pipe.encode(torch.cat([x[:1], torch.ones(1, 1, 8, 8), x[1:]]), 6)
     assert hopeless.converged.tolist() == [True, False, True, True]
-    assert "1 of 4 images do not come back from their codes" in caplog.text
+    assert "1 of 4 images do not come back from their latents" in caplog.text
     assert hopeless.mse.isfinite().tolist() == [True, False, True, True]
     assert "1 of 4 images did not reach" in caplog.text
     for name in ("latents", "residuals", "evaluations"):
@@ -323,9 +324,7 @@ def test_decode_wants_the_timesteps_of_encode(pipe: DDIMPipeline) -> None:
     codes = pipe.encode(rand(1, 1, 8, 8), 5)
     pipe.unet.timesteps.clear()
     for other in ({"num_inference_steps": 10}, {"timesteps": [800, 600, 400, 200, 1]}, {"timesteps": [800, 600]}):
-        with pytest.raises(
-            ValueError, match="the codes were made in 5 steps from timestep 800 and shall be decoded in"
-        ):
+        with pytest.raises(ValueError, match="the latents were encoded in 5 steps from timestep 800, got "):
             pipe.decode(codes, **other)
     assert pipe.unet.timesteps == []
     pipe.decode(codes.latents, 10)
@@ -616,27 +615,31 @@ def test_a_stronger_edit_leaves_less_of_the_picture(pipe: DDIMPipeline) -> None:
 X, Z = rand(2, 1, 8, 8), randn(2, 1, 8, 8)
 NAN = torch.full((1, 1, 8, 8), math.nan)
 PATH_STEPS = [
-    ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+    ({"num_inference_steps": 0}, "num_inference_steps must ... got 0"),
     ({"num_inference_steps": 1001}, "1001"),
-    ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5"),
-    ({"num_inference_steps": "ten"}, "num_inference_steps is 'ten'"),
-    ({"timesteps": []}, "timesteps is empty"),
+    ({"num_inference_steps": 2.5}, "num_inference_steps must ... got 2.5"),
+    ({"num_inference_steps": "ten"}, "num_inference_steps must ... got 'ten'"),
+    ({"timesteps": []}, "timesteps must hold at least one timestep, got none"),
     ({"timesteps": [5, 5]}, "strictly decreasing"),
     ({"timesteps": [0, 5]}, "strictly decreasing"),
-    ({"timesteps": [1000]}, "timesteps holds 1000"),
-    ({"timesteps": [-1]}, "timesteps holds -1"),
-    ({"timesteps": [2.5]}, "timesteps holds 2.5"),
-    ({"timesteps": 7}, "timesteps is 7"),
+    ({"timesteps": [1000]}, "timesteps must be integers from 0 to 999, got 1000"),
+    ({"timesteps": [-1]}, "timesteps must be integers from 0 to 999, got -1"),
+    ({"timesteps": [2.5]}, "timesteps must be integers from 0 to 999, got 2.5"),
+    ({"timesteps": 7}, "timesteps must be a list of integers, got 7"),
 ]
 # Without timestep 0 alone, which plain sampling can start from.
-STEPS = [*PATH_STEPS, ({"num_inference_steps": 1}, "timestep is 0"), ({"timesteps": [0]}, "timestep is 0")]
-BATCHES = [({"batch_size": value}, f"batch_size is {value!r}") for value in (0, -1, 2.5, "8", True, None)]
-LIMITS = [
-    *(({"tolerance": value}, f"tolerance is {value}") for value in (0, 1, -1e-5, 2.0, math.nan, math.inf)),
-    *(({"tolerance": value}, f"tolerance is {value!r}") for value in ("x", True, None)),
-    *(({"max_iterations": value}, f"max_iterations is {value!r}") for value in (0, -3, 1001, 2.5, "x", True)),
+STEPS = [
+    *PATH_STEPS,
+    ({"num_inference_steps": 1}, "timesteps must hold one above 0"),
+    ({"timesteps": [0]}, "timesteps must hold one above 0"),
 ]
-OUTPUTS = [({"output_type": value}, f"output_type is {value!r}") for value in ("jpg", None)]
+BATCHES = [({"batch_size": value}, f"batch_size must ... got {value!r}") for value in (0, -1, 2.5, "8", True, None)]
+LIMITS = [
+    *(({"tolerance": value}, f"tolerance must ... got {value}") for value in (0, 1, -1e-5, 2.0, math.nan, math.inf)),
+    *(({"tolerance": value}, f"tolerance must ... got {value!r}") for value in ("x", True, None)),
+    *(({"max_iterations": value}, f"max_iterations must ... got {value!r}") for value in (0, -3, 1001, 2.5, "x", True)),
+]
+OUTPUTS = [({"output_type": value}, f"output_type must ... got {value!r}") for value in ("jpg", None)]
 IMAGES = [
     ({"images": None}, "images is a NoneType"),
     ({"images": "digit.png"}, "images is a str"),
@@ -654,14 +657,14 @@ LATENTS = [
     ({"latents": NAN}, "latents must be finite"),
     ({"latents": -NAN / 0}, "latents must be finite"),
     ({"latents": torch.zeros(1, 1, 8, 8, dtype=torch.int64)}, "latents must be finite floating-point"),
-    ({"latents": torch.zeros(1, 8, 8)}, "latents has shape (1, 8, 8)"),
-    ({"latents": torch.zeros(1, 3, 8, 8)}, "latents has shape (1, 3, 8, 8)"),
-    ({"latents": torch.zeros(1, 1, 8, 9)}, "latents has shape (1, 1, 8, 9)"),
-    ({"latents": torch.zeros(0, 1, 8, 8)}, "latents has shape (0, 1, 8, 8)"),
-    ({"latents": torch.tensor(0.0)}, "latents has shape ()"),
-    ({"latents": [0.0]}, "latents is a list"),
-    ({"latents": np.zeros((1, 1, 8, 8))}, "latents is a ndarray"),
-    ({"latents": None}, "latents is a NoneType"),
+    ({"latents": torch.zeros(1, 8, 8)}, "latents: expected ... got (1, 8, 8)"),
+    ({"latents": torch.zeros(1, 3, 8, 8)}, "latents: expected ... got (1, 3, 8, 8)"),
+    ({"latents": torch.zeros(1, 1, 8, 9)}, "latents: expected ... got (1, 1, 8, 9)"),
+    ({"latents": torch.zeros(0, 1, 8, 8)}, "latents: expected ... got (0, 1, 8, 8)"),
+    ({"latents": torch.tensor(0.0)}, "latents: expected ... got ()"),
+    ({"latents": [0.0]}, "latents must be a tensor (N, C, H, W), got list"),
+    ({"latents": np.zeros((1, 1, 8, 8))}, "latents must ... got ndarray"),
+    ({"latents": None}, "latents must ... got NoneType"),
 ]
 BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
     "encode": ({"images": X}, [*IMAGES, *STEPS, *BATCHES, *LIMITS]),
@@ -673,7 +676,10 @@ BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
             *STEPS,
             *BATCHES,
             *OUTPUTS,
-            ({"latents": EncodeOutput(Z, [900, 0], Z, Z, 1e-5, torch.zeros(2))}, "made in 2 steps from timestep 900"),
+            (
+                {"latents": EncodeOutput(Z, [900, 0], Z, Z, 1e-5, torch.zeros(2))},
+                "encoded in 2 steps from timestep 900",
+            ),
             (
                 {"latents": EncodeOutput(NAN, [980 - 20 * i for i in range(50)], Z, Z, 1e-5, torch.zeros(2))},
                 "must be finite",
@@ -686,29 +692,32 @@ BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
             *STEPS,
             *BATCHES,
             *OUTPUTS,
-            *(({"frames": value}, f"frames is {value!r}") for value in (1, 0, -2, 2.5, "3", None, [2, 3])),
+            *(({"frames": value}, f"frames must ... got {value!r}") for value in (1, 0, -2, 2.5, "3", None, [2, 3])),
             ({"frames": (2,)}, "(rows, columns)"),
             ({"frames": (2, 2, 2)}, "(rows, columns)"),
-            ({"frames": (2, 2)}, "between four codes; 2 were given"),
-            ({"z0": randn(4, 1, 8, 8), "frames": (1, 3)}, "rows is 1"),
-            ({"z0": randn(4, 1, 8, 8), "frames": (3, 1)}, "columns is 1"),
-            ({"z0": randn(4, 1, 8, 8), "frames": (2.5, 3)}, "rows is 2.5"),
+            ({"frames": (2, 2)}, "corners must be the four latents of a grid, got 2"),
+            ({"z0": randn(4, 1, 8, 8), "frames": (1, 3)}, "rows must ... got 1"),
+            ({"z0": randn(4, 1, 8, 8), "frames": (3, 1)}, "columns must ... got 1"),
+            ({"z0": randn(4, 1, 8, 8), "frames": (2.5, 3)}, "rows must ... got 2.5"),
             ({"z0": randn(4, 1, 8, 8), "frames": (2, 2), "closed": True}, "not closed"),
-            ({"z0": Z[:1]}, "1 code was given"),
-            ({"z0": Z[0]}, "1 code was given"),
-            ({"z0": []}, "0 codes were given"),
-            ({"z0": [Z[0], Z[:0]]}, "shape (0, 1, 8, 8)"),
-            ({"z0": EncodeOutput(Z[:1], [900, 0], Z, Z, 1e-5, torch.zeros(2))}, "1 code was given"),
-            ({"z0": Z, "z1": Z[0]}, "a code has shape (2, 1, 8, 8)"),
+            ({"z0": Z[:1]}, "a path requires at least two latents, got 1"),
+            ({"z0": Z[0]}, "a path requires at least two latents, got 1"),
+            ({"z0": []}, "a path requires at least two latents, got 0"),
+            ({"z0": [Z[0], Z[:0]]}, "got (0, 1, 8, 8)"),
+            (
+                {"z0": EncodeOutput(Z[:1], [900, 0], Z, Z, 1e-5, torch.zeros(2))},
+                "a path requires at least two latents, got 1",
+            ),
+            ({"z0": Z, "z1": Z[0]}, "a latent: expected shape (C, H, W) or (1, C, H, W), got (2, 1, 8, 8)"),
             ({"z0": Z[0], "z1": NAN}, "NaN"),
             ({"z0": Z[0], "z1": Z[0].to(torch.int64)}, "int64"),
             ({"z0": Z[0], "z1": Z[0].double()}, "float64"),
-            ({"z0": Z[0], "z1": torch.zeros(3, 8, 8)}, "shape (3, 8, 8)"),
+            ({"z0": Z[0], "z1": torch.zeros(3, 8, 8)}, "got (3, 8, 8)"),
             ({"z0": torch.zeros(2, 3, 8, 8)}, "3, 8, 8)"),
-            ({"z0": [Z[0], "code"]}, "a code is a str"),
-            ({"z0": Z[0], "z1": 5}, "a code is a int"),
-            ({"z0": 5}, "code"),
-            ({"z0": None}, "code"),
+            ({"z0": [Z[0], "latent"]}, "a latent must be a tensor (C, H, W), got str"),
+            ({"z0": Z[0], "z1": 5}, "a latent must be a tensor (C, H, W), got int"),
+            ({"z0": 5}, "a latent must be a tensor (C, H, W), got int"),
+            ({"z0": None}, "a latent must be a tensor (C, H, W), got NoneType"),
         ],
     ),
     "trajectory": (
@@ -718,17 +727,17 @@ BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
             *OUTPUTS,
             *BATCHES,
             *(case for case in LATENTS if case[0]["latents"] is not None),
-            *(({"frames": value}, f"frames is {value!r}") for value in (0, -2, 2.5, "3", (2, 2))),
+            *(({"frames": value}, f"frames must ... got {value!r}") for value in (0, -2, 2.5, "3", (2, 2))),
             ({"at": [750, 123]}, "at holds 123; the process visits 750, 500, 250, 0"),
             ({"at": [2.5]}, "at holds 2.5"),
             ({"at": ["750"]}, "at holds"),
-            ({"at": 750}, "at is 750"),
-            ({"eta": -0.5}, "eta is -0.5"),
-            ({"eta": math.nan}, "eta is nan"),
-            ({"eta": "1"}, "eta is '1'"),
-            ({"seeds": [1, 2], "batch_size": 3}, "2 seeds were given for a batch_size of 3"),
-            ({"seeds": [1.5]}, "seeds holds 1.5"),
-            ({"seeds": []}, "0 seeds"),
+            ({"at": 750}, "at must ... got 750"),
+            ({"eta": -0.5}, "eta must ... got -0.5"),
+            ({"eta": math.nan}, "eta must ... got nan"),
+            ({"eta": "1"}, "eta must ... got '1'"),
+            ({"seeds": [1, 2], "batch_size": 3}, "seeds must hold one integer per image, got 2 for a batch_size of 3"),
+            ({"seeds": [1.5]}, "seeds must be integers from 0 to 2^63 - 1, got 1.5"),
+            ({"seeds": []}, "seeds must hold one integer per image, got 0"),
         ],
     ),
     "consistency": (
@@ -736,11 +745,11 @@ BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
         [
             *LATENTS,
             *OUTPUTS,
-            ({"num_inference_steps": []}, "num_inference_steps is empty"),
-            ({"num_inference_steps": [5, 0]}, "num_inference_steps is 0"),
-            ({"num_inference_steps": [5, 2000]}, "num_inference_steps is 2000"),
-            ({"num_inference_steps": [2.5]}, "num_inference_steps is 2.5"),
-            ({"num_inference_steps": 10}, "num_inference_steps is 10"),
+            ({"num_inference_steps": []}, "num_inference_steps must hold at least one number of steps, got none"),
+            ({"num_inference_steps": [5, 0]}, "num_inference_steps must ... got 0"),
+            ({"num_inference_steps": [5, 2000]}, "num_inference_steps must ... got 2000"),
+            ({"num_inference_steps": [2.5]}, "num_inference_steps must ... got 2.5"),
+            ({"num_inference_steps": 10}, "num_inference_steps must ... got 10"),
         ],
     ),
     "edit": (
@@ -750,17 +759,17 @@ BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
             *PATH_STEPS,
             *BATCHES,
             *OUTPUTS,
-            *(({"strength": value}, f"strength is {value}") for value in (-0.1, 1.1, math.nan, math.inf)),
-            *(({"strength": value}, f"strength is {value!r}") for value in ("x", True, None)),
-            ({"eta": 0.5}, "eta is 0.5, which draws noise; give seeds"),
-            ({"eta": -0.5, "seeds": [1, 2]}, "eta is -0.5"),
-            ({"eta": math.nan, "seeds": [1, 2]}, "eta is nan"),
-            ({"eta": "1", "seeds": [1, 2]}, "eta is '1'"),
-            ({"seeds": [1]}, "1 seeds were given"),
-            ({"seeds": [1, 2, 3]}, "3 seeds were given"),
-            ({"seeds": []}, "0 seeds were given"),
-            ({"seeds": [1, -2]}, "seeds holds -2"),
-            ({"images": X[:1], "seeds": [1, 2]}, "2 seeds were given"),
+            *(({"strength": value}, f"strength must ... got {value}") for value in (-0.1, 1.1, math.nan, math.inf)),
+            *(({"strength": value}, f"strength must ... got {value!r}") for value in ("x", True, None)),
+            ({"eta": 0.5}, "eta above 0 draws noise and requires seeds, one per image, got eta=0.5"),
+            ({"eta": -0.5, "seeds": [1, 2]}, "eta must ... got -0.5"),
+            ({"eta": math.nan, "seeds": [1, 2]}, "eta must ... got nan"),
+            ({"eta": "1", "seeds": [1, 2]}, "eta must ... got '1'"),
+            ({"seeds": [1]}, "seeds must hold one integer per image, got 1"),
+            ({"seeds": [1, 2, 3]}, "seeds must hold one integer per image, got 3"),
+            ({"seeds": []}, "seeds must hold one integer per image, got 0"),
+            ({"seeds": [1, -2]}, "seeds must be integers from 0 to 2^63 - 1, got -2"),
+            ({"images": X[:1], "seeds": [1, 2]}, "seeds must hold one integer per image, got 2"),
         ],
     ),
 }
@@ -775,7 +784,7 @@ def test_bad_input_gets_a_sentence_before_the_network_runs(
 ) -> None:
     with pytest.raises((ValueError, TypeError), match=r".*") as caught:
         getattr(pipe, method)(**arguments)
-    assert message in str(caught.value)
+    assert matches(str(caught.value), message)
     assert "\n" not in str(caught.value)
     assert pipe.unet.timesteps == []
 

@@ -95,7 +95,7 @@ def test_no_generator_means_the_global_one() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 2, 4])
 def test_a_list_of_another_length_is_refused(count: int) -> None:
-    message = f"{count} generators were given for a batch_size of 3"
+    message = f"one per image, got {count} for a batch_size of 3"
     with pytest.raises(ValueError, match=message):
         noise_from_generator(SHAPE, [seeded(i) for i in range(count)], CPU, torch.float32)
 
@@ -104,7 +104,7 @@ def test_a_list_of_another_length_is_refused(count: int) -> None:
     ("generator", "kind"), [(7, "int"), ([seeded(0), 7, seeded(1)], "int"), ([None] * 3, "NoneType"), ("seed", "str")]
 )
 def test_what_is_no_generator_is_refused(generator: object, kind: str) -> None:
-    with pytest.raises(TypeError, match=f"generator is {kind}; it must be a torch.Generator"):
+    with pytest.raises(TypeError, match=f"generator must be a torch.Generator or a list of them, got {kind}"):
         noise_from_generator(SHAPE, generator, CPU, torch.float32)
 
 
@@ -112,7 +112,7 @@ def test_a_generator_of_another_device_is_refused() -> None:
     class Elsewhere(torch.Generator):
         device = torch.device("cuda")
 
-    with pytest.raises(ValueError, match="the generator lives on cuda, the model on cpu"):
+    with pytest.raises(ValueError, match=r"generator must be on the model's device \(cpu\) or on the CPU, got cuda"):
         noise_from_generator(SHAPE, Elsewhere(), CPU, torch.float32)
 
 
@@ -125,11 +125,13 @@ def test_seeds_of_every_kind_are_accepted(seeds: object) -> None:
 
 @pytest.mark.parametrize("entry", [-1, MAX_SEED + 1, 1.0, "7", None, True, float("nan")])
 def test_bad_seeds_are_refused_by_name(entry: object) -> None:
-    with pytest.raises(ValueError, match=f"seeds holds {entry!r}; a seed is a whole number"):
+    with pytest.raises(ValueError, match=f"seeds must be integers from 0 to .* got {entry!r}"):
         check_seeds([3, entry], 2)
 
 
 @pytest.mark.parametrize("seeds", [[], [1], [1, 2, 3]])
 def test_another_number_of_seeds_than_images_is_refused(seeds: list[int]) -> None:
-    with pytest.raises(ValueError, match=f"{len(seeds)} seeds were given for a batch_size of 2"):
+    with pytest.raises(
+        ValueError, match=f"seeds must hold one integer per image, got {len(seeds)} for a batch_size of 2"
+    ):
         check_seeds(seeds, 2)

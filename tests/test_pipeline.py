@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
 from ddim.outputs import UNet2DOutput
+from messages import matches
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,7 @@ def test_callback_sees_each_step_and_may_change_latents(zero) -> None:
     images = zero(num_inference_steps=3, seeds=[1], callback_on_step_end=watch, output_type="pt").images
     assert seen == [(i, t, ["latents", "pred_original_sample"]) for i, t in enumerate([666, 333, 0])]
     assert torch.equal(images, torch.full((1, 1, 8, 8), 0.5))
-    with pytest.raises(ValueError, match=r"shape \(1,\) instead of"):
+    with pytest.raises(ValueError, match=r"latents of the callback: expected shape \(1, 1, 8, 8\), got \(1,\)"):
         zero(num_inference_steps=3, callback_on_step_end=lambda *_: {"latents": torch.zeros(1)})
 
 
@@ -179,7 +180,7 @@ def test_to_moves_and_returns_the_pipeline() -> None:
     assert pipe.to(dtype=torch.bfloat16).unet.conv_in.weight.dtype == torch.bfloat16
     assert pipe.device == torch.device("cpu")
     for nonsense in ("nowhere", 3.5, torch.int64):
-        with pytest.raises((ValueError, TypeError), match=r"cannot move to|no device"):
+        with pytest.raises((ValueError, TypeError), match=r"^d(evice|type) must be|no device"):
             pipe.to(nonsense)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no device 'cuda'"):
@@ -193,9 +194,9 @@ def test_components_and_register_modules(pipe, zero) -> None:
     twin.register_modules(scheduler=DDIMScheduler(timestep_spacing="trailing"), unet=zero.unet)
     assert twin.scheduler.config.timestep_spacing == "trailing"
     assert twin.unet is zero.unet
-    with pytest.raises(TypeError, match="no component 'vae'"):
+    with pytest.raises(TypeError, match="unet or scheduler, got 'vae'"):
         twin.register_modules(vae=None)
-    with pytest.raises(TypeError, match=r"no \.config"):
+    with pytest.raises(TypeError, match=r"must have a \.config"):
         DDIMPipeline(object(), DDIMScheduler())
 
 
@@ -235,39 +236,39 @@ def test_sigma_hat_adds_ddpms_larger_noise(zero) -> None:
 
 
 BAD = [
-    ({"num_inference_steps": 0}, "num_inference_steps is 0"),
-    ({"num_inference_steps": -5}, "num_inference_steps is -5"),
-    ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5"),
-    ({"num_inference_steps": 1001}, "can take no more"),
-    ({"eta": -0.1}, "eta is -0.1"),
-    ({"eta": float("nan")}, "eta is nan"),
-    ({"eta": float("inf")}, "eta is inf"),
-    ({"eta": "1"}, "eta is '1'"),
-    ({"batch_size": 0}, "batch_size is 0"),
-    ({"batch_size": -1}, "batch_size is -1"),
-    ({"batch_size": 1.5}, "batch_size is 1.5"),
-    ({"batch_size": 2, "seeds": [1, 2, 3]}, "3 seeds were given for a batch_size of 2"),
-    ({"seeds": []}, "0 seeds"),
-    ({"seeds": [-1]}, "seeds holds -1"),
-    ({"seeds": [1.5]}, "seeds holds 1.5"),
-    ({"batch_size": 3, "generator": [torch.Generator()] * 2}, "2 generators were given for a batch_size of 3"),
-    ({"generator": 7}, "generator is int"),
-    ({"seeds": [1], "generator": torch.Generator()}, "either seeds or generator"),
-    ({"latents": torch.zeros(1, 3, 8, 8)}, "latents has shape"),
-    ({"latents": torch.zeros(1, 1, 8, 9)}, "latents has shape"),
-    ({"latents": torch.zeros(8, 8)}, "latents has shape"),
-    ({"batch_size": 2, "latents": torch.zeros(3, 1, 8, 8)}, "latents has shape"),
+    ({"num_inference_steps": 0}, "num_inference_steps must ... got 0"),
+    ({"num_inference_steps": -5}, "num_inference_steps must ... got -5"),
+    ({"num_inference_steps": 2.5}, "num_inference_steps must ... got 2.5"),
+    ({"num_inference_steps": 1001}, "num_inference_steps must be at most 1000 ... got 1001"),
+    ({"eta": -0.1}, "eta must ... got -0.1"),
+    ({"eta": float("nan")}, "eta must ... got nan"),
+    ({"eta": float("inf")}, "eta must ... got inf"),
+    ({"eta": "1"}, "eta must ... got '1'"),
+    ({"batch_size": 0}, "batch_size must ... got 0"),
+    ({"batch_size": -1}, "batch_size must ... got -1"),
+    ({"batch_size": 1.5}, "batch_size must ... got 1.5"),
+    ({"batch_size": 2, "seeds": [1, 2, 3]}, "seeds must hold one integer per image, got 3 for a batch_size of 2"),
+    ({"seeds": []}, "seeds must hold one integer per image, got 0"),
+    ({"seeds": [-1]}, "seeds must be integers from 0 to 2^63 - 1, got -1"),
+    ({"seeds": [1.5]}, "seeds must be integers from 0 to 2^63 - 1, got 1.5"),
+    ({"batch_size": 3, "generator": [torch.Generator()] * 2}, "generator ... got 2 for a batch_size of 3"),
+    ({"generator": 7}, "generator must be a torch.Generator or a list of them, got int"),
+    ({"seeds": [1], "generator": torch.Generator()}, "seeds and generator exclude each other"),
+    ({"latents": torch.zeros(1, 3, 8, 8)}, "latents: expected shape"),
+    ({"latents": torch.zeros(1, 1, 8, 9)}, "latents: expected shape"),
+    ({"latents": torch.zeros(8, 8)}, "latents: expected shape"),
+    ({"batch_size": 2, "latents": torch.zeros(3, 1, 8, 8)}, "latents: expected shape"),
     ({"latents": torch.full((1, 1, 8, 8), float("nan"))}, "finite"),
     ({"latents": torch.zeros(1, 1, 8, 8, dtype=torch.int64)}, "finite floating-point"),
-    ({"latents": [[0.0]]}, "latents is a list"),
-    ({"output_type": "jpg"}, "output_type is 'jpg'"),
-    ({"order": 3}, "order is 3"),
-    ({"order": 2, "eta": 1.0}, "order 2 is of the process without noise"),
-    ({"timesteps": []}, "timesteps is empty"),
+    ({"latents": [[0.0]]}, "latents must be a tensor (N, C, H, W), got list"),
+    ({"output_type": "jpg"}, "output_type must ... got 'jpg'"),
+    ({"order": 3}, "order must ... got 3"),
+    ({"order": 2, "eta": 1.0}, "order=2 requires eta=0 (deterministic sampling), got eta=1"),
+    ({"timesteps": []}, "timesteps must hold at least one timestep, got none"),
     ({"timesteps": [1, 2]}, "strictly decreasing"),
     ({"timesteps": [1000, 2]}, "1000"),
-    ({"timesteps": [5.5]}, "whole number"),
-    ({"use_sigma_hat": True}, "wants eta=1"),
+    ({"timesteps": [5.5]}, "timesteps must be integers from 0 to 999, got 5.5"),
+    ({"use_sigma_hat": True}, "requires eta=1, got eta=0"),
 ]
 
 
@@ -275,7 +276,7 @@ BAD = [
 def test_bad_input_gets_a_sentence_before_the_network_runs(zero, arguments, message) -> None:
     with pytest.raises((ValueError, TypeError), match=r".*") as caught:
         zero(**arguments)
-    assert message in str(caught.value)
+    assert matches(str(caught.value), message)
     assert "\n" not in str(caught.value)
     assert zero.unet.timesteps == []
 
@@ -293,7 +294,7 @@ def test_eta_above_one_is_a_warning(zero, caplog) -> None:
 
 
 def test_from_pretrained_refuses_unknown_arguments() -> None:
-    with pytest.raises(TypeError, match="no argument 'device_map'"):
+    with pytest.raises(TypeError, match="unet or scheduler, got 'device_map'"):
         DDIMPipeline.from_pretrained("mnist", device_map="auto")
     with pytest.raises(FileNotFoundError, match="no model 'mnits'"):
         DDIMPipeline.from_pretrained("mnits")

@@ -16,7 +16,6 @@ from ddim.diffusion.equations import (
     add_noise,
     ddim_inverse,
     ddim_step,
-    ddim_update,
     dynamic_threshold,
     make_steps,
     predict_x0_epsilon,
@@ -24,7 +23,6 @@ from ddim.diffusion.equations import (
     sigma_hat,
     training_target,
     velocity,
-    x0_to_epsilon,
 )
 from ddim.diffusion.schedule import make_alphas_cumprod, make_betas
 
@@ -65,7 +63,7 @@ def test_predictions_that_need_no_division_take_the_ends_of_the_schedule() -> No
 
 
 def test_an_unknown_prediction_type_is_refused() -> None:
-    with pytest.raises(ValueError, match="'score'; it must be one of epsilon, sample, v_prediction"):
+    with pytest.raises(ValueError, match="must be one of epsilon, sample, or v_prediction, got 'score'"):
         predict_x0_epsilon(randn(0), randn(1), 0.5, "score")
 
 
@@ -83,8 +81,8 @@ def test_training_targets() -> None:
 def test_inverse_undoes_the_update(t: int, t_prev: int) -> None:
     step = Step(t, t_prev, float(ALPHAS[t]), float(ALPHAS[t_prev]) if t_prev >= 0 else 1.0)
     x, epsilon = randn(0), randn(1)
-    x0, _ = predict_x0_epsilon(epsilon, x, step.alpha, "epsilon")
-    assert close(ddim_inverse(epsilon, ddim_update(x0, epsilon, step), step)[0], x)
+    x_prev, _ = ddim_step(epsilon, x, step)
+    assert close(ddim_inverse(epsilon, x_prev, step)[0], x)
 
 
 @pytest.mark.parametrize("t", TIMESTEPS)
@@ -96,7 +94,7 @@ def test_eta_one_is_the_posterior_of_ddpm(t: int) -> None:
     assert step.sigma**2 == pytest.approx(variance, rel=1e-10)
     x, x0 = randn(0), randn(1)
     mean = (math.sqrt(alpha_bar_prev) * beta * x0 + math.sqrt(1 - beta) * (1 - alpha_bar_prev) * x) / (1 - alpha_bar)
-    assert close(ddim_update(x0, x0_to_epsilon(x0, x, alpha_bar), step), mean, 1e-10)
+    assert close(ddim_step(x0, x, step, "sample")[0], mean, 1e-10)
     # Its equation (11), the same mean from epsilon.
     epsilon = randn(2)
     mean = (x - beta / math.sqrt(1 - alpha_bar) * epsilon) / math.sqrt(1 - beta)
@@ -142,16 +140,16 @@ def test_sigma_hat_scales_the_noise_alone() -> None:
     hat = make_steps([500, 300, 0], ALPHAS, 1.0, 1.0, use_sigma_hat=True)
     assert [s.sigma for s in hat] == [s.sigma for s in plain]
     assert [s.noise_std for s in hat[:2]] == [sigma_hat(s.alpha, s.alpha_prev) for s in hat[:2]]
-    x0, epsilon, noise = randn(0), randn(1), randn(2)
-    mean = ddim_update(x0, epsilon, plain[0])
-    assert torch.equal(ddim_update(x0, epsilon, hat[0], noise), mean + hat[0].noise_std * noise)
+    x, epsilon, noise = randn(0), randn(1), randn(2)
+    mean, _ = ddim_step(epsilon, x, plain[0])
+    assert torch.equal(ddim_step(epsilon, x, hat[0], noise=noise)[0], mean + hat[0].noise_std * noise)
 
 
 def test_an_eta_that_leaves_no_direction_stays_finite() -> None:
     step = make_steps([500, 300], ALPHAS, eta=50.0)[0]
     assert step.sigma**2 > 1 - step.alpha_prev
-    x0 = randn(0)
-    assert torch.equal(ddim_update(x0, randn(1), step), math.sqrt(step.alpha_prev) * x0)
+    x_prev, x0 = ddim_step(randn(0), randn(1), step)
+    assert torch.equal(x_prev, math.sqrt(step.alpha_prev) * x0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -23,7 +23,7 @@ from ddim import DDIMInverseScheduler, DDIMPipeline, DDIMScheduler
 from ddim.diffusion.equations import sigma_ddim
 from ddim.diffusion.noise import noise_from_seeds
 from ddim.diffusion.schedule import SPACINGS, check_timesteps_by_steps, make_alphas_cumprod, make_betas
-from ddim.tuning import ErrorEvaluator, Tuned, draw_timesteps, enough_steps, plot_timesteps, search, tune
+from ddim.tuning import ErrorEvaluator, TunedTimesteps, draw_timesteps, enough_steps, plot_timesteps, search, tune
 
 ALPHAS = make_alphas_cumprod(make_betas("linear", 1000))
 MEAN, STD = 0.2, 0.25
@@ -85,7 +85,7 @@ def error(pipe: DDIMPipeline, timesteps: Sequence[int], order: int, seeds: Seque
 class TestTune:
     @pytest.mark.parametrize(("order", "number"), [(1, 5), (2, 5), (2, 8)])
     def test_it_is_better_than_every_formula(self, pipe: DDIMPipeline, order: int, number: int) -> None:
-        found = tune(pipe, number, order, codes=64, progress=False)
+        found = tune(pipe, number, order, num_latents=64, progress=False)
         assert len(found.timesteps) == number
         by_formula = {name: pipe.scheduler.make_timesteps(number, name) for name in SPACINGS}
         errors = {name: error(pipe, steps, order) for name, steps in by_formula.items()}
@@ -96,83 +96,83 @@ class TestTune:
             assert told == pytest.approx(errors[name], rel=0.25, abs=1e-6)
 
     def test_the_reference_is_the_limit(self, pipe: DDIMPipeline) -> None:
-        judge = ErrorEvaluator(pipe, 2, 0.0, range(50), 64)
+        evaluator = ErrorEvaluator(pipe, 2, 0.0, range(50), 64)
         x = noise_from_seeds((50, 1, 4, 4), range(50), torch.device("cpu"))()
-        torch.testing.assert_close(judge._limit(0), limit(x).clamp(-1, 1), rtol=0, atol=2e-3)
+        torch.testing.assert_close(evaluator._limit(0), limit(x).clamp(-1, 1), rtol=0, atol=2e-3)
 
     def test_the_same_again(self, pipe: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        first = tune(pipe, 4, codes=8, progress=False)
+        first = tune(pipe, 4, num_latents=8, progress=False)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-        assert tune(pipe, 4, codes=8, progress=False) == first
-        assert tune(pipe, 4, codes=8, seed=1000, progress=False) != first
+        assert tune(pipe, 4, num_latents=8, progress=False) == first
+        assert tune(pipe, 4, num_latents=8, seed=1000, progress=False) != first
 
     def test_stopped_it_goes_on(self, pipe: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        whole = tune(pipe, 6, codes=8, progress=False)
+        whole = tune(pipe, 6, num_latents=8, progress=False)
         cost = pipe.unet.asked
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
         pipe.unet.asked, pipe.unet.patience = 0, cost // 2
         with pytest.raises(KeyboardInterrupt):
-            tune(pipe, 6, codes=8, progress=False)
+            tune(pipe, 6, num_latents=8, progress=False)
         pipe.unet.asked, pipe.unet.patience = 0, math.inf
-        assert tune(pipe, 6, codes=8, progress=False) == whole
+        assert tune(pipe, 6, num_latents=8, progress=False) == whole
         # The reference is made anew, and what was said along the best timesteps is asked again.
         assert pipe.unet.asked < 0.9 * cost
         pipe.unet.asked = 0
-        assert tune(pipe, 6, codes=8, progress=False) == whole
+        assert tune(pipe, 6, num_latents=8, progress=False) == whole
         assert pipe.unet.asked == 0
 
     def test_kept_answers_change_nothing(self, pipe: DDIMPipeline) -> None:
         """A run that takes over the network's answers comes to the error of one that asks for all."""
         lists = [[900, 500, 200, 10], [900, 500, 100, 10], [900, 400, 100, 10], [950, 400, 100, 10]]
-        judge = ErrorEvaluator(pipe, 2, 0.0, range(4), 64)
+        evaluator = ErrorEvaluator(pipe, 2, 0.0, range(4), 64)
         for timesteps in lists:
-            found = judge.error(timesteps)
-            judge.keep(timesteps)
-            (judge._path).unlink()
-            assert found == ErrorEvaluator(pipe, 2, 0.0, range(4), 64).error(timesteps)
+            found = evaluator.mse(timesteps)
+            evaluator.set_best(timesteps)
+            (evaluator._path).unlink()
+            assert found == ErrorEvaluator(pipe, 2, 0.0, range(4), 64).mse(timesteps)
 
     def test_another_model_is_another_search(self, pipe: DDIMPipeline) -> None:
-        judge = ErrorEvaluator(pipe, 2, 0.0, range(4), 64)
-        judge.error([900, 0])
+        evaluator = ErrorEvaluator(pipe, 2, 0.0, range(4), 64)
+        evaluator.mse([900, 0])
         with torch.no_grad():
             pipe.unet.weight.add_(1)
         assert ErrorEvaluator(pipe, 2, 0.0, range(4), 64)._errors == {}
 
     def test_a_damaged_cache(self, pipe: DDIMPipeline) -> None:
-        judge = ErrorEvaluator(pipe, 1, 0.0, range(4), 64)
-        expected = judge.error([900, 0])
-        judge._path.write_text("{")
-        assert ErrorEvaluator(pipe, 1, 0.0, range(4), 64).error([900, 0]) == expected
+        evaluator = ErrorEvaluator(pipe, 1, 0.0, range(4), 64)
+        expected = evaluator.mse([900, 0])
+        evaluator._path.write_text("{")
+        assert ErrorEvaluator(pipe, 1, 0.0, range(4), 64).mse([900, 0]) == expected
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"num_inference_steps": 0}, "num_inference_steps is 0"),
-            ({"order": 3}, "order is 3"),
-            ({"order": 2, "eta": 0.5}, "wants eta=0"),
-            ({"order": 1, "eta": -1}, "eta is -1"),
-            ({"codes": 0}, "codes is 0"),
-            ({"batch_size": 0}, "batch_size is 0"),
+            ({"num_inference_steps": 0}, "num_inference_steps must be an integer of at least 1, got 0"),
+            ({"order": 3}, r"order must be 1 .* got 3"),
+            ({"order": 2, "eta": 0.5}, "requires eta=0"),
+            ({"order": 1, "eta": -1}, "eta must .* got -1"),
+            ({"num_latents": 0}, "num_latents must be an integer of at least 1, got 0"),
+            ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ],
     )
     def test_bad_input(self, pipe: DDIMPipeline, arguments: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            tune(pipe, **{"codes": 4, "progress": False} | arguments)
+            tune(pipe, **{"num_latents": 4, "progress": False} | arguments)
 
 
 class TestNoise:
     def test_with_noise_too(self, pipe: DDIMPipeline) -> None:
-        found = tune(pipe, 5, 1, 1.0, codes=16, progress=False)
+        found = tune(pipe, 5, 1, 1.0, num_latents=16, progress=False)
         assert found.eta == 1
         assert found.error <= min(found.classic.values())
 
     def test_one_path(self, pipe: DDIMPipeline) -> None:
         """What two steps add to x / sqrt(alpha) is what one over both adds."""
-        judge = ErrorEvaluator(pipe, 1, 0.7, range(3), 64)
+        evaluator = ErrorEvaluator(pipe, 1, 0.7, range(3), 64)
 
         def added(timesteps: list[int]) -> Tensor:
             steps = pipe.scheduler.make_steps([*timesteps, 0])[:-1]
-            draw = judge._noise(steps, (3, 1, 4, 4), 0)
+            draw = evaluator._noise(steps, (3, 1, 4, 4), 0)
             total = torch.zeros(3, 1, 4, 4)
             for step in steps:
                 fine = itertools.pairwise(range(step.timestep, step.prev_timestep - 1, -1))
@@ -183,9 +183,9 @@ class TestNoise:
         torch.testing.assert_close(added([900, 300]), added([900]), rtol=1e-4, atol=1e-4)
 
     def test_it_is_standard(self, pipe: DDIMPipeline) -> None:
-        judge = ErrorEvaluator(pipe, 1, 1.0, range(2000), 2000)
+        evaluator = ErrorEvaluator(pipe, 1, 1.0, range(2000), 2000)
         steps = pipe.scheduler.make_steps([500, 480], 1.0)
-        noise = judge._noise(steps, (2000, 1, 4, 4), 0)()
+        noise = evaluator._noise(steps, (2000, 1, 4, 4), 0)()
         assert abs(float(noise.mean())) < 0.02
         assert abs(float(noise.std()) - 1) < 0.02
 
@@ -226,10 +226,10 @@ class TestEnough:
         assert error(pipe, pipe.scheduler.make_timesteps(number - 1, order=order), order, seeds) > tolerance - 2e-5
 
     def test_bad_input(self, pipe: DDIMPipeline) -> None:
-        with pytest.raises(ValueError, match="tolerance is 0"):
+        with pytest.raises(ValueError, match="tolerance must be a number above 0 and below 1, got 0"):
             enough_steps(pipe, 0)
-        with pytest.raises(ValueError, match="200 steps come to an error of"):
-            enough_steps(pipe, 1e-12, codes=2)
+        with pytest.raises(ValueError, match="tolerance must be at least the error of 200 steps"):
+            enough_steps(pipe, 1e-12, num_latents=2)
 
 
 class TestScheduler:
@@ -271,26 +271,26 @@ class TestScheduler:
         inverse = DDIMInverseScheduler(timesteps_by_steps=self.LISTS)
         inverse.set_timesteps(3)
         assert inverse.timesteps.tolist() == self.LISTS["3"][::-1]
-        with pytest.raises(ValueError, match="solver_order is 2; a step of order 2 depends on"):
+        with pytest.raises(ValueError, match="solver_order must be 1, got 2: a step of order 2 depends on"):
             DDIMInverseScheduler.from_config(DDIMScheduler(solver_order=2).config)
 
     def test_added(self) -> None:
-        found = Tuned([900, 300, 20], 0.1, {}, 2, 0.0)
+        found = TunedTimesteps([900, 300, 20], 0.1, {}, 2, 0.0)
         scheduler = found.added_to(DDIMScheduler(timesteps_by_steps={"1": [500]}))
         assert scheduler.config.timesteps_by_steps == {"3": [900, 300, 20]}
         assert scheduler.config.solver_order == 2
-        more = Tuned([800, 0], 0.1, {}, 2, 0.0).added_to(scheduler)
+        more = TunedTimesteps([800, 0], 0.1, {}, 2, 0.0).added_to(scheduler)
         assert more.config.timesteps_by_steps == {"3": [900, 300, 20], "2": [800, 0]}
 
     @pytest.mark.parametrize(
         ("lists", "message"),
         [
-            ({"3": [900, 300]}, r"timesteps_by_steps\['3'\] has 2 timesteps"),
-            ({"x": [900]}, r"timesteps_by_steps\['x'\] has 1"),
+            ({"3": [900, 300]}, r"timesteps_by_steps\['3'\] must list 3 timesteps, got 2"),
+            ({"x": [900]}, r"timesteps_by_steps\['x'\] must list x timesteps, got 1"),
             ({"2": [300, 900]}, "strictly decreasing"),
-            ({"1": [1000]}, "between 0 and 999"),
-            ({"1": "9"}, "must be a list of whole numbers"),
-            ({"0": []}, "is empty"),
+            ({"1": [1000]}, "must be integers from 0 to 999, got 1000"),
+            ({"1": "9"}, "must be a list of integers"),
+            ({"0": []}, "must hold at least one timestep"),
         ],
     )
     def test_bad_lists(self, lists: dict[str, Any], message: str) -> None:
@@ -373,7 +373,7 @@ class TestCommand:
         again = pipe.decode(codes, 50, "pt").images
         assert float((again - images).square().mean()) < 1e-4
         assert not torch.equal(pipe.decode(codes.latents, 50, "pt", order=2).images, again)
-        with pytest.raises(ValueError, match="order is 2; a step of order 2 depends on the one"):
+        with pytest.raises(ValueError, match="order=2 cannot encode: a step of order 2 depends on the one"):
             pipe.encode(images, 50, order=2)
         with pytest.raises(ValueError, match=r"pass \.latents"):
             pipe.decode(codes, 50, order=2)
@@ -403,7 +403,10 @@ class TestCommand:
             (["sample", "--steps", "some"], "--steps 'some' is neither a whole number nor auto"),
             (["sample", "--steps", "auto", "--eta", "1"], "--steps auto is for the model's own timesteps and eta 0"),
             (["sample", "--steps", "10", "--tolerance", "0.1"], "--tolerance goes with --steps auto"),
-            (["sample", "--steps", "auto", "--tolerance", "7"], "tolerance is 7.0; it must lie above 0"),
+            (
+                ["sample", "--steps", "auto", "--tolerance", "7"],
+                "tolerance must be a number above 0 and below 1, got 7.0",
+            ),
             (["tune", "mnist", "--steps", "ten", "-o", "new"], "--steps 'ten' is no list of whole numbers"),
             (["tune", "mnist", "--plot", "x.jpg", "-o", "new"], "x.jpg"),
             (["tune", "nowhere", "-o", "new"], "nowhere"),

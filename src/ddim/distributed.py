@@ -1,4 +1,4 @@
-"""The processes of one job, as `torchrun` and `accelerate launch` start them: this module alone reads their environment.
+"""The processes of one job, as `torchrun` and `accelerate launch` start them; only this module reads their environment.
 
 Work is divided by number: of n processes, process r does pieces r, r + n, r + 2 n, ... (`shard`). Results are gathered
 by every process in the order of the pieces (`all_gather`), so that no number depends on n. What one process has to

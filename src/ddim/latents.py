@@ -1,20 +1,20 @@
-"""Latent space: pictures to codes, codes to pictures, and what lies between and along the way.
+"""Latent space: images to latents, latents to images, and what lies between them and along the way.
 
-With eta = 0 sampling is a map from x at the largest timestep to a picture, and it can be walked backwards (sections 4.3
-and 5.4 of arXiv 2010.02502): a picture has a code, decoding the code gives the picture back, and the codes between two
-codes are pictures too (section 5.3).
+With eta = 0 sampling is a map from x at the largest timestep to an image, and it can be run backwards (sections 4.3 and
+5.4 of arXiv 2010.02502): an image has a latent, decoding the latent gives the image back, and the latents between two
+latents are images too (section 5.3).
 
 `encode` and `decode` are inverses of each other, which plain sampling is not, for two reasons. It clips the predicted
-x_0, so that different x_t lead to one x_prev. And its last step jumps to alpha = 1, where for a good denoiser it is a
-projection onto the pictures it knows. So both walk between the largest timestep and the schedule's first alpha
+x_0, so that different x_t lead to one x_prev. And its last step jumps to alpha = 1, where a good denoiser is a
+projection onto the images it knows. Therefore both run between the largest timestep and the schedule's first alpha
 (`set_alpha_to_one=False`; with the usual schedule the noise left there is 0.01, which cannot be seen), and do not clip.
 
-Networks round a little differently for batches of different sizes, and near the pictures inversion makes much of
-little. Codes and their pictures are therefore computed in batches of exactly `batch_size`, filled up where they are
-short: an image's code depends, to the bit, neither on how many others there are nor on which. A larger `batch_size` is
-faster on a GPU.
+Networks round a little differently for batches of different sizes, and near the images inversion magnifies small
+differences. Latents and their images are therefore computed in batches of exactly `batch_size`, filled up where they
+are short: an image's latent depends, to the bit, neither on the number of other images nor on which they are. A larger
+`batch_size` is faster on a GPU.
 
-Codes are those of order 1, whatever the scheduler's `solver_order`; what samples follows the scheduler.
+Latents are those of order 1, whatever the scheduler's `solver_order`; what samples follows the scheduler.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,79 +31,132 @@ from torch import Tensor
 from ddim.diffusion.equations import Step
 from ddim.diffusion.interpolation import slerp_grid, slerp_path
 from ddim.diffusion.inversion import Inversion
-from ddim.diffusion.loop import StepSettings, sample, walk
+from ddim.diffusion.loop import State, StepSettings, generative_step
 from ddim.diffusion.noise import check_seeds, noise_from_seeds
+from ddim.diffusion.sampling_config import SamplingConfig, check_order
 from ddim.io.images import check_output_type, to_output, to_samples
 from ddim.outputs import EncodeOutput, ImagePipelineOutput, ReconstructOutput, TrajectoryOutput
-from ddim.sampler import Sampler
-from ddim.scheduler import NO_INVERSE, DDIMScheduler, check_order
+from ddim.sampler import Sampler, SamplingPlan
+from ddim.scheduler import NO_INVERSE, DDIMScheduler
 from ddim.validation import as_integer, integer, real
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE, MAX_ITERATIONS, BATCH_SIZE = 1e-5, 50, 8
-"""Defaults of the arguments of these names."""
+GRAY_LEVEL = 1 / 255
+"""A root mean square error above this is logged as a warning."""
 
-GREY_LEVEL = 1 / 255
-"""A root mean square error of more than this is told."""
-
-GROUP = 8
+BATCHES_PER_GROUP = 8
 """Batches whose images are inverted together: as images converge, the others are gathered into full batches."""
 
 
-class LatentSpace(Sampler):
-    """What a pipeline does with latent codes."""
+@dataclass(frozen=True)
+class InversionConfig:
+    """How images are inverted.
+
+    Attributes:
+        exact: solve each step's equation; `False` takes the paper's Euler steps (equation 13).
+        tolerance: a step is solved when the step of decoding lands this close to where encoding came from, in every
+            value, on the scale of [-1, 1]; above 0, below 1.
+        max_iterations: function evaluations per step and image, at most; from 1 to 1000.
+        batch_size: images per network evaluation.
+        verify: decode the latents and report each image's error, for S more function evaluations per image.
+
+    Raises:
+        ValueError: for a value out of range.
+        TypeError: for a tolerance that is not a number.
+
+    Example:
+        >>> InversionConfig(tolerance=2)
+        Traceback (most recent call last):
+        ValueError: tolerance must be a number above 0 and below 1, got 2
+    """
+
+    exact: bool = True
+    tolerance: float = 1e-5
+    max_iterations: int = 50
+    batch_size: int = 8
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        real("tolerance", self.tolerance, above=0, below=1)
+        integer("max_iterations", self.max_iterations, 1, 1000)
+        integer("batch_size", self.batch_size, 1)
+
+
+class LatentSpace:
+    """The latent space of a model: the methods of a pipeline that encode, decode, interpolate and edit.
+
+    They are written against the public methods of `Sampler` alone.
+
+    Attributes:
+        sampler: the network and the scheduler, ready to run.
+    """
+
+    sampler: Sampler
 
     def encode(
         self,
         images: Any,
         num_inference_steps: int = 50,
         exact: bool = True,
-        tolerance: float = TOLERANCE,
+        tolerance: float = InversionConfig.tolerance,
         *,
-        max_iterations: int = MAX_ITERATIONS,
+        max_iterations: int = InversionConfig.max_iterations,
         timesteps: Sequence[int] | None = None,
         order: int = 1,
         resize: bool = False,
         verify: bool = True,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int = InversionConfig.batch_size,
     ) -> EncodeOutput:
-        """The latent codes of pictures.
+        """Encode images into latents from which `decode` gives them back.
 
-        Where a step's equation cannot be solved to the tolerance, which happens in the step next to the picture and for
-        very few steps, a warning says so, the result tells for which pictures and steps, and the best code found is
-        returned. Pictures unlike any that the model knows may not come back although every step was solved, because
-        decoding magnifies what float32 leaves; so the codes are decoded once and the errors told, with a warning if one
-        is more than a grey level.
+        Where a step's equation cannot be solved to the tolerance, which happens in the step next to the image and for
+        very few steps, a warning is logged, the result reports the images and steps, and the best latent found is
+        returned. Images unlike any that the model knows may not come back although every step was solved, because
+        decoding magnifies rounding; so the latents are decoded once and the errors reported, with a warning if one is
+        larger than a gray level.
 
         Args:
-            images: as for `ddim.io.images.to_samples`: PIL, a list of them, NumPy (N, H, W, C), torch (N, C, H, W).
+            images: PIL images, one or a list; a NumPy array (N, H, W, C) of uint8 or floats in [0, 1]; or a tensor
+                (N, C, H, W) in [-1, 1].
             num_inference_steps: S, from 1 to the number of timesteps the model was trained with.
-            exact: solve each step's equation, so that decoding gives the picture back; `False` is the paper's Euler
-                encoding (equation 13), one network evaluation a step.
-            tolerance: a step is solved when the step of decoding lands so near to where encoding came from, in every
-                value, on the scale of samples in [-1, 1]; above 0, below 1.
-            max_iterations: network evaluations a step and image, at most; from 1 to 1000.
-            timesteps: a subsequence of one's own in place of S: strictly decreasing whole numbers.
-            order: of the steps; 2 is refused, because none of its steps has an inverse of its own.
+            exact: solve each step's equation, so that decoding gives the image back; `False` is the paper's Euler
+                encoding, with one function evaluation per step.
+            tolerance: a step is solved when the step of decoding lands this close to where encoding came from, in
+                every value, on the scale of samples in [-1, 1]; above 0, below 1.
+            max_iterations: function evaluations per step and image, at most; from 1 to 1000.
+            timesteps: a custom subsequence instead of S: strictly decreasing integers.
+            order: of the solver; 2 is refused, because none of its steps has an inverse of its own.
             resize: fit PIL images of other sizes and modes; otherwise they are refused.
-            verify: decode the codes and tell each picture's error, for S more evaluations an image.
-            batch_size: images the network sees at once; the codes depend on it in their last digits, and on no other
+            verify: decode the latents and report each image's error, for S more function evaluations per image.
+            batch_size: images per network evaluation; the latents depend on it in their last digits, and on no other
                 image.
 
         Returns:
-            The codes, with the residuals reached and the evaluations spent.
+            `EncodeOutput`: the latents, the residuals reached, the function evaluations spent, and the errors.
 
         Raises:
             ValueError: for an argument out of range or an image that the model does not take, before the network runs.
             TypeError: for one of a wrong type.
+
+        References:
+            Equation (13) and section 4.3 of arXiv 2010.02502; the exact inverse: `ddim.diffusion.inversion`.
+
+        Example:
+            >>> from ddim import DDIMPipeline
+            >>> pipe = DDIMPipeline.from_pretrained("mnist")
+            >>> pipe.set_progress_bar_config(disable=True)
+            >>> images = pipe(seeds=[3], num_inference_steps=4).images
+            >>> encoded = pipe.encode(images, num_inference_steps=4)
+            >>> encoded.latents.shape, bool(encoded.mse < 1e-4)
+            (torch.Size([1, 1, 28, 28]), True)
         """
         if check_order(order) != 1:
-            raise ValueError(f"order is {order}; {NO_INVERSE}")
-        samples = to_samples(images, *self.sample_shape, resize=resize).to(self.device)
-        steps = self._deterministic_steps(num_inference_steps, timesteps)
-        codes, _ = self._encode(samples, steps, exact, tolerance, max_iterations, batch_size, verify)
-        return codes
+            raise ValueError(f"order=2 cannot encode: {NO_INVERSE}")
+        settings = InversionConfig(exact, tolerance, max_iterations, batch_size, verify)
+        samples = self._to_samples(images, resize)
+        steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps)
+        return invert(self.sampler, samples, steps, settings)[0]
 
     def decode(
         self,
@@ -112,37 +166,44 @@ class LatentSpace(Sampler):
         *,
         timesteps: Sequence[int] | None = None,
         order: int = 1,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int = InversionConfig.batch_size,
     ) -> ImagePipelineOutput:
-        """The pictures of latent codes: the inverse of `encode` with the same timesteps.
+        """Decode latents into images: the inverse of `encode` with the same timesteps.
 
         Args:
             latents: (N, C, H, W), or what `encode` returned.
-            num_inference_steps: S, as for `encode`.
-            output_type: `pil`, `np` or `pt`, as for a call of the pipeline.
-            timesteps: in place of S.
-            order: of the steps; 2 comes nearer to the limit of many steps, and is no inverse of `encode`.
-            batch_size: as for `encode`.
+            num_inference_steps: S, from 1 to the number of timesteps the model was trained with.
+            output_type: `pil`, `np` (float32 (N, H, W, C) in [0, 1]) or `pt` ((N, C, H, W) in [0, 1]).
+            timesteps: a custom subsequence instead of S: strictly decreasing integers.
+            order: of the solver; 2 comes closer to the limit of many steps, and is not an inverse of `encode`.
+            batch_size: images per network evaluation.
 
         Returns:
             `ImagePipelineOutput` with `images`.
 
         Raises:
-            ValueError: for an argument out of range, codes that hold NaN or have another shape, or codes from `encode`
-                that were made along other timesteps or shall be decoded at order 2 (pass their `.latents` if that is
-                meant).
+            ValueError: for an argument out of range, latents that hold NaN or have another shape, or latents from
+                `encode` along other timesteps or to be decoded at order 2 (pass their `.latents` if that is meant).
             TypeError: for one of a wrong type.
+
+        Example:
+            >>> import torch
+            >>> from ddim import DDIMPipeline
+            >>> pipe = DDIMPipeline.from_pretrained("mnist")
+            >>> pipe.set_progress_bar_config(disable=True)
+            >>> pipe.decode(torch.zeros(1, 1, 28, 28), num_inference_steps=2).images[0].size
+            (28, 28)
         """
         check_output_type(output_type)
-        steps = self._deterministic_steps(num_inference_steps, timesteps, order)
+        steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps, order)
         if isinstance(latents, EncodeOutput):
             if order != 1:
-                raise ValueError(f"the codes were made at order 1 and shall be decoded at order {order}; pass .latents")
-            walked = [step.timestep for step in steps]
-            if latents.timesteps != walked:
+                raise ValueError(f"the latents were encoded at order 1, got order={order}; pass .latents to force it")
+            visited = [step.timestep for step in steps]
+            if latents.timesteps != visited:
                 raise ValueError(
-                    f"the codes were made in {len(latents.timesteps)} steps from timestep {latents.timesteps[0]} and "
-                    f"shall be decoded in {len(walked)} from {walked[0]}; use the same steps, or pass .latents"
+                    f"the latents were encoded in {len(latents.timesteps)} steps from timestep {latents.timesteps[0]}, "
+                    f"got {len(visited)} steps from {visited[0]}; use the same steps, or pass .latents"
                 )
             latents = latents.latents
         return ImagePipelineOutput(to_output(self._decode(latents, steps, batch_size), output_type))
@@ -152,32 +213,53 @@ class LatentSpace(Sampler):
         images: Any,
         num_inference_steps: int = 50,
         exact: bool = True,
-        tolerance: float = TOLERANCE,
+        tolerance: float = InversionConfig.tolerance,
         output_type: str = "pil",
         *,
-        max_iterations: int = MAX_ITERATIONS,
+        max_iterations: int = InversionConfig.max_iterations,
         timesteps: Sequence[int] | None = None,
         resize: bool = False,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int = InversionConfig.batch_size,
     ) -> ReconstructOutput:
-        """Encode pictures, decode their codes, and compare (Table 2 of the paper).
+        """Encode images, decode their latents, and compare.
 
         Args:
-            images: as for `encode`, like all that is not named here.
-            output_type: of the pictures that come back: `pil`, `np` or `pt`.
+            images: PIL images, one or a list; a NumPy array (N, H, W, C) of uint8 or floats in [0, 1]; or a tensor
+                (N, C, H, W) in [-1, 1].
+            num_inference_steps: S, from 1 to the number of timesteps the model was trained with.
+            exact: solve each step's equation; `False` is the paper's Euler encoding.
+            tolerance: of a step's residual, on the scale of [-1, 1]; above 0, below 1.
+            output_type: of the images that come back: `pil`, `np` (float32 (N, H, W, C) in [0, 1]) or `pt`
+                ((N, C, H, W) in [0, 1]).
+            max_iterations: function evaluations per step and image, at most; from 1 to 1000.
+            timesteps: a custom subsequence instead of S: strictly decreasing integers.
+            resize: fit PIL images of other sizes and modes; otherwise they are refused.
+            batch_size: images per network evaluation.
 
         Returns:
-            The pictures, each one's mean squared error, and the codes, as of `encode`.
+            `ReconstructOutput`: the images, each one's mean squared error, and the latents.
 
         Raises:
-            ValueError: as `encode`.
-            TypeError: as `encode`.
+            ValueError: for an argument out of range or an image that the model does not take, before the network runs.
+            TypeError: for one of a wrong type.
+
+        References:
+            Table 2 of arXiv 2010.02502.
+
+        Example:
+            >>> from ddim import DDIMPipeline
+            >>> pipe = DDIMPipeline.from_pretrained("mnist")
+            >>> pipe.set_progress_bar_config(disable=True)
+            >>> images = pipe(seeds=[3], num_inference_steps=4).images
+            >>> bool(pipe.reconstruct(images, num_inference_steps=4).mse < 1e-4)
+            True
         """
         check_output_type(output_type)
-        samples = to_samples(images, *self.sample_shape, resize=resize).to(self.device)
-        steps = self._deterministic_steps(num_inference_steps, timesteps)
-        codes, decoded = self._encode(samples, steps, exact, tolerance, max_iterations, batch_size, verify=True)
-        return ReconstructOutput(to_output(decoded, output_type), codes)
+        settings = InversionConfig(exact, tolerance, max_iterations, batch_size)
+        samples = self._to_samples(images, resize)
+        steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps)
+        encoded, decoded = invert(self.sampler, samples, steps, settings)
+        return ReconstructOutput(to_output(decoded, output_type), encoded)
 
     def interpolate(
         self,
@@ -190,41 +272,53 @@ class LatentSpace(Sampler):
         closed: bool = False,
         timesteps: Sequence[int] | None = None,
         order: int = 1,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int = InversionConfig.batch_size,
     ) -> ImagePipelineOutput:
-        """Decode what lies between codes, by spherical interpolation (section 5.3, appendix D.5).
+        """Decode the latents between latents, by spherical interpolation.
 
-        The codes given are among the frames as they are, so that those frames are the pictures `decode` makes of them.
+        The latents given are among the frames unchanged, so that those frames are the images `decode` makes of them.
 
         Args:
-            z0: a code, (C, H, W) or (1, C, H, W). Without `z1`: a path of at least two, as a list of such, a tensor
+            z0: a latent, (C, H, W) or (1, C, H, W). Without `z1`: a path of at least two, as a list of such, a tensor
                 (K, C, H, W) or what `encode` returned.
-            z1: the code to go to.
-            frames: of each leg from code to code, both ends included; or `(rows, columns)` for a grid between four
-                codes: upper left, upper right, lower left, lower right.
-            num_inference_steps: S, as for `decode`.
-            output_type: `pil`, `np` or `pt`.
-            closed: come back to the first code; see `ddim.diffusion.interpolation.slerp_path`.
-            timesteps: in place of S.
-            order: as for `decode`.
-            batch_size: as for `encode`.
+            z1: the latent to go to.
+            frames: of each leg from latent to latent, both ends included; or `(rows, columns)` for a grid between four
+                latents: upper left, upper right, lower left, lower right.
+            num_inference_steps: S, from 1 to the number of timesteps the model was trained with.
+            output_type: `pil`, `np` (float32 (N, H, W, C) in [0, 1]) or `pt` ((N, C, H, W) in [0, 1]).
+            closed: return to the first latent (`ddim.diffusion.interpolation.slerp_path`).
+            timesteps: a custom subsequence instead of S: strictly decreasing integers.
+            order: of the solver, 1 or 2.
+            batch_size: images per network evaluation.
 
         Returns:
             `ImagePipelineOutput` with `images`: the frames in order, grids row by row.
 
         Raises:
-            ValueError: for fewer codes than two, fewer frames than two, or as `decode`.
+            ValueError: for fewer latents than two, fewer frames than two, or latents that do not fit the model.
             TypeError: for an argument of a wrong type.
+
+        References:
+            Section 5.3 and appendix D.5 of arXiv 2010.02502.
+
+        Example:
+            >>> import torch
+            >>> from ddim import DDIMPipeline
+            >>> pipe = DDIMPipeline.from_pretrained("mnist")
+            >>> pipe.set_progress_bar_config(disable=True)
+            >>> z = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+            >>> len(pipe.interpolate(z, frames=3, num_inference_steps=2).images)
+            3
         """
         check_output_type(output_type)
-        steps = self._deterministic_steps(num_inference_steps, timesteps, order)
-        codes = list_codes(z0, z1)
+        steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps, order)
+        latents = list_latents(z0, z1)
         if isinstance(frames, tuple):
             if len(frames) != 2 or closed:
-                raise ValueError("frames is a tuple; a grid has (rows, columns), and is not closed")
-            path = slerp_grid(codes, *frames)
+                raise ValueError("frames as a tuple must be (rows, columns) of a grid, which is not closed")
+            path = slerp_grid(latents, *frames)
         else:
-            path = slerp_path(codes, frames, closed)
+            path = slerp_path(latents, frames, closed)
         return ImagePipelineOutput(to_output(self._decode(path, steps, batch_size), output_type))
 
     def trajectory(
@@ -241,43 +335,49 @@ class LatentSpace(Sampler):
         order: int | None = None,
         at: Sequence[int] | None = None,
     ) -> TrajectoryOutput:
-        """Watch pictures appear: x_t and the x_0 predicted from it along plain sampling (`--sequence` of the original
-        code). The pictures at the end are those of a call of the pipeline with the same arguments.
+        """Sample images and keep x_t and the predicted x_0 at some of the timesteps.
+
+        The images at the end are those of a call of the pipeline with the same arguments.
 
         Args:
             batch_size: N; left at 1, it follows the number of `seeds` or `latents`.
-            num_inference_steps: S.
-            frames: how many of the steps to show, evenly spread, the first and the last among them; `None` for all.
-            output_type: `pil`, `np` or `pt`.
-            seeds: one whole number an image.
+            num_inference_steps: S, from 1 to the number of timesteps the model was trained with.
+            frames: the number of steps to keep, evenly spread, the first and the last among them; `None` for all.
+            output_type: `pil`, `np` (float32 (N, H, W, C) in [0, 1]) or `pt` ((N, C, H, W) in [0, 1]).
+            seeds: one integer per image.
             latents: x at the first timestep, (N, C, H, W).
             eta: 0 for DDIM, 1 for DDPM.
-            timesteps: in place of S.
-            order: as for a call of the pipeline.
-            at: the timesteps to show, in place of `frames`; each must be among those of the process.
+            timesteps: a custom subsequence instead of S: strictly decreasing integers.
+            order: of the solver, 1 or 2; `None` for the scheduler's `solver_order`.
+            at: the timesteps to keep, instead of `frames`; each must be one that the process visits.
 
         Returns:
-            The timesteps shown and the pictures there.
+            `TrajectoryOutput`: the timesteps kept and the images there.
 
         Raises:
             ValueError: for an argument out of range.
             TypeError: for one of a wrong type.
+
+        Example:
+            >>> from ddim import DDIMPipeline
+            >>> pipe = DDIMPipeline.from_pretrained("mnist")
+            >>> pipe.set_progress_bar_config(disable=True)
+            >>> pipe.trajectory(seeds=[3], num_inference_steps=4, frames=2).timesteps
+            [750, 0]
         """
         check_output_type(output_type)
-        steps = self._plan(num_inference_steps, timesteps, eta, use_sigma_hat=False, order=order)
-        shown = set(shown_timesteps([step.timestep for step in steps], frames, at))
-        batch_size, noise = self._noise(batch_size, None, seeds, latents)
-        x = self._check_latents(latents, batch_size) if latents is not None else noise().to(self._sample_dtype)
+        plan = self.sampler.plan(SamplingConfig(num_inference_steps, eta, timesteps, order))
+        kept = set(select_timesteps(plan.timesteps, frames, at))
+        x, noise = self.sampler.initial_noise(batch_size, seeds=seeds, latents=latents)
         result = TrajectoryOutput([], [], [], [])
-        with self._running(len(steps)) as bar:
-            for state in self._sample(x, steps, noise=noise if eta > 0 else None):
-                bar.update()
-                if state.step.timestep in shown:
-                    result.timesteps.append(state.step.timestep)
-                    result.samples.append(to_output(x, output_type))
-                    result.pred_original_samples.append(to_output(state.pred_original_sample, output_type))
-                x = state.sample
-        result.images = to_output(x, output_type)
+
+        def keep(state: State) -> None:
+            if state.step.timestep in kept:
+                result.timesteps.append(state.step.timestep)
+                result.samples.append(to_output(state.previous, output_type))
+                result.pred_original_samples.append(to_output(state.pred_original_sample, output_type))
+
+        result.images = to_output(self.sampler.run(x, plan, noise, keep), output_type)
         return result
 
     def consistency(
@@ -288,38 +388,42 @@ class LatentSpace(Sampler):
         *,
         order: int | None = None,
     ) -> list[Any]:
-        """The same codes painted with different numbers of steps, by plain sampling (section 5.2, figure 5): the
-        pictures agree in what matters, because the code decides it.
+        """Sample the same latents with different numbers of steps: the images agree in their main features.
 
         Args:
             latents: (N, C, H, W).
             num_inference_steps: the numbers of steps.
-            output_type: `pil`, `np` or `pt`.
-            order: as for a call of the pipeline.
+            output_type: `pil`, `np` (float32 (N, H, W, C) in [0, 1]) or `pt` ((N, C, H, W) in [0, 1]).
+            order: of the solver, 1 or 2; `None` for the scheduler's `solver_order`.
 
         Returns:
-            For each number of steps the N pictures.
+            For each number of steps the N images.
 
         Raises:
             ValueError: for no numbers, or one out of range.
-            TypeError: for latents that are no tensor.
+            TypeError: for latents that are not a tensor.
+
+        References:
+            Section 5.2 and figure 5 of arXiv 2010.02502.
+
+        Example:
+            >>> import torch
+            >>> from ddim import DDIMPipeline
+            >>> pipe = DDIMPipeline.from_pretrained("mnist")
+            >>> pipe.set_progress_bar_config(disable=True)
+            >>> rows = pipe.consistency(torch.zeros(1, 1, 28, 28), num_inference_steps=[1, 2])
+            >>> len(rows), len(rows[0])
+            (2, 1)
         """
         check_output_type(output_type)
         if not isinstance(num_inference_steps, Iterable):
-            raise TypeError(f"num_inference_steps is {num_inference_steps!r}; give a list of numbers of steps")
-        plans = [self._plan(count, None, 0.0, use_sigma_hat=False, order=order) for count in num_inference_steps]
+            raise TypeError(f"num_inference_steps must be a list of numbers of steps, got {num_inference_steps!r}")
+        plans = [self.sampler.plan(SamplingConfig(count, order=order)) for count in num_inference_steps]
         if not plans:
-            raise ValueError("num_inference_steps is empty; give at least one number of steps")
-        start = self._check_latents(latents, len(latents) if isinstance(latents, Tensor) and latents.ndim else 1)
-        results = []
-        with self._running(sum(map(len, plans))) as bar:
-            for steps in plans:
-                x = start
-                for state in self._sample(start, steps):
-                    bar.update()
-                    x = state.sample
-                results.append(to_output(x, output_type))
-        return results
+            raise ValueError("num_inference_steps must hold at least one number of steps, got none")
+        x = self.sampler.check_latents(latents)
+        with self.sampler.running(sum(len(plan.steps) for plan in plans)) as bar:
+            return [to_output(self.sampler.run(x, plan, bar=bar), output_type) for plan in plans]
 
     def edit(
         self,
@@ -333,162 +437,232 @@ class LatentSpace(Sampler):
         timesteps: Sequence[int] | None = None,
         order: int | None = None,
         resize: bool = False,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int = InversionConfig.batch_size,
     ) -> ImagePipelineOutput:
-        """Take pictures part of the way to noise and sample from there (SDEdit, arXiv 2108.01073): the coarse shape
-        stays, what the noise covered is painted anew.
+        """Take images part of the way to noise and sample from there: the coarse shape stays, details are sampled anew.
 
-        With `seeds` the noise is drawn. Without, a picture is encoded to the intermediate timestep, which covers
-        nothing: what changes is what plain sampling, with its clipping and its last jump to a clean picture, corrects.
+        With `seeds` noise is added. Without, an image is encoded to the intermediate timestep, which covers nothing:
+        only what plain sampling, with its clipping and its last jump to a clean image, corrects is changed.
 
         Args:
-            images: as for `encode`.
-            strength: the share of the steps that is walked, from 0 (the pictures as they are) to 1 (all of them).
-            num_inference_steps: S of a whole process; round(strength S) of them are walked.
-            output_type: `pil`, `np` or `pt`.
-            seeds: one whole number an image, for the noise.
-            eta: of the steps back; above 0 it wants `seeds`.
-            timesteps: in place of S.
-            order: of the steps back, as for a call of the pipeline.
-            resize: as for `encode`.
-            batch_size: as for `encode`.
+            images: PIL images, one or a list; a NumPy array (N, H, W, C) of uint8 or floats in [0, 1]; or a tensor
+                (N, C, H, W) in [-1, 1].
+            strength: the share of the steps that is taken, from 0 (the images unchanged) to 1 (all of them).
+            num_inference_steps: S of a whole process; round(strength S) of them are taken.
+            output_type: `pil`, `np` (float32 (N, H, W, C) in [0, 1]) or `pt` ((N, C, H, W) in [0, 1]).
+            seeds: one integer per image, for the noise.
+            eta: of the steps back, 0 for DDIM, 1 for DDPM; above 0 it requires `seeds`.
+            timesteps: a custom subsequence instead of S: strictly decreasing integers.
+            order: of the steps back, 1 or 2; `None` for the scheduler's `solver_order`.
+            resize: fit PIL images of other sizes and modes; otherwise they are refused.
+            batch_size: images per network evaluation of the encoding.
 
         Returns:
             `ImagePipelineOutput` with `images`.
 
         Raises:
-            ValueError: for an argument out of range, or as `encode`.
+            ValueError: for an argument out of range or an image that the model does not take, before the network runs.
             TypeError: for one of a wrong type.
+
+        References:
+            SDEdit, arXiv 2108.01073.
+
+        Example:
+            >>> from ddim import DDIMPipeline
+            >>> pipe = DDIMPipeline.from_pretrained("mnist")
+            >>> pipe.set_progress_bar_config(disable=True)
+            >>> images = pipe(seeds=[3], num_inference_steps=4).images
+            >>> len(pipe.edit(images, strength=0.5, num_inference_steps=4, seeds=[7]).images)
+            1
         """
         check_output_type(output_type)
-        if not 0 <= real("strength", strength) <= 1:
-            raise ValueError(f"strength is {strength}; it must be a number from 0 to 1")
-        batch_size = integer("batch_size", batch_size, 1)
-        x = to_samples(images, *self.sample_shape, resize=resize).to(self.device)
-        plan = self._plan(num_inference_steps, timesteps, eta, use_sigma_hat=False, order=order)
+        strength = real("strength", strength, 0, 1)
+        inversion = InversionConfig(batch_size=batch_size, verify=False)
+        x = self._to_samples(images, resize)
+        plan = self.sampler.plan(SamplingConfig(num_inference_steps, eta, timesteps, order))
         if eta > 0 and seeds is None:
-            raise ValueError(f"eta is {eta}, which draws noise; give seeds, one an image")
+            raise ValueError(f"eta above 0 draws noise and requires seeds, one per image, got eta={eta:g}")
         checked = None if seeds is None else check_seeds(seeds, len(x))
-        walked = round(strength * len(plan))
-        steps = plan[len(plan) - walked :]
-        noise = None if checked is None else noise_from_seeds(x.shape, checked, self.device)
+        steps = plan.steps[len(plan.steps) - round(strength * len(plan.steps)) :]
+        noise = None if checked is None else noise_from_seeds(x.shape, checked, self.sampler.device)
         if steps and noise is not None:
-            x = self.scheduler.add_noise(x, noise().to(x.dtype), torch.tensor(steps[0].timestep))
+            x = self.sampler.scheduler.add_noise(x, noise().to(x.dtype), torch.tensor(steps[0].timestep))
         elif steps and steps[0].timestep > 0:
-            tail = [step.timestep for step in steps]
-            there = self._deterministic_steps(len(tail), tail)
-            x = self._encode(x, there, True, TOLERANCE, MAX_ITERATIONS, batch_size, verify=False)[0].latents
-        with self._running(len(steps)) as bar:
-            for state in self._sample(x, steps, noise=noise if eta > 0 else None):
-                bar.update()
-                x = state.sample
+            timesteps = [step.timestep for step in steps]
+            forward = invertible_steps(self.sampler.scheduler, len(timesteps), timesteps)
+            x = invert(self.sampler, x, forward, inversion)[0].latents
+        x = self.sampler.run(x, SamplingPlan(plan.config, steps), noise)
         return ImagePipelineOutput(to_output(x, output_type))
 
     def latent_timesteps(self, num_inference_steps: int = 50, timesteps: Sequence[int] | None = None) -> list[int]:
-        """The timesteps that encoding and decoding walk, decreasing; arguments and errors as for `encode`."""
-        return [step.timestep for step in self._deterministic_steps(num_inference_steps, timesteps)]
+        """Return the timesteps that encoding and decoding visit, decreasing.
 
-    def _deterministic_steps(
-        self, num_inference_steps: int, timesteps: Sequence[int] | None, order: int = 1
-    ) -> list[Step]:
-        """The steps of decoding, from the largest timestep to the schedule's first alpha; see the module's text."""
-        twin = DDIMScheduler.from_config(self.scheduler.config, set_alpha_to_one=False)
-        chosen = twin.make_timesteps(num_inference_steps, order=order) if timesteps is None else timesteps
-        steps = twin.make_steps(chosen, order=order)
-        if not drop_identity_steps(steps):
-            raise ValueError("the only timestep is 0, where pictures are; a latent code needs a larger one")
-        return steps
+        Args:
+            num_inference_steps: S, from 1 to the number of timesteps the model was trained with.
+            timesteps: a custom subsequence instead of S: strictly decreasing integers.
 
-    def _encode(
-        self,
-        samples: Tensor,
-        steps: Sequence[Step],
-        exact: bool,
-        tolerance: float,
-        max_iterations: int,
-        batch_size: int,
-        verify: bool,
-    ) -> tuple[EncodeOutput, Tensor]:
-        """The codes, and what they decode to (without `verify`, the samples themselves)."""
-        if not 0 < real("tolerance", tolerance) < 1:
-            raise ValueError(f"tolerance is {tolerance}; it must lie above 0 and below 1")
-        if integer("max_iterations", max_iterations, 1) > 1000:
-            raise ValueError(f"max_iterations is {max_iterations}; more than 1000 a step is not allowed")
-        denoiser = self._denoiser(steps, integer("batch_size", batch_size, 1))
-        samples = samples.to(torch.promote_types(samples.dtype, self._sample_dtype))
-        back = drop_identity_steps(steps)[::-1]
-        latents = samples.clone()
-        residuals = samples.new_zeros(len(samples), len(steps))
-        evaluations = torch.zeros(len(samples), len(steps), dtype=torch.int64, device=samples.device)
-        groups = range(0, len(samples), GROUP * batch_size)
-        with self._running(len(groups) * len(back)) as bar:
-            for first in groups:
-                group = slice(first, first + GROUP * batch_size)
-                move = Inversion(denoiser, self.scheduler.config.prediction_type, exact, tolerance, max_iterations)
-                for state in walk(samples[group], back, move):
-                    bar.update()
-                    latents[group] = state.sample
-                residuals[group, : len(back)] = torch.stack(move.residuals[::-1], 1)
-                evaluations[group, : len(back)] = torch.stack(move.evaluations[::-1], 1)
-        timesteps = [step.timestep for step in steps]
-        decoded = self._generate(latents, steps, batch_size) if verify else samples
-        # In [0, 1] differences are half of those in [-1, 1].
-        mse = ((decoded - samples) / 2).double().square().flatten(1).mean(1)
-        if not verify:
-            mse = torch.full_like(mse, math.nan)
-        result = EncodeOutput(latents, timesteps, residuals, evaluations, tolerance, mse)
-        if exact and not bool(result.converged.all()):
-            logger.warning(not_converged(result))
-        if exact and verify and bool((lost := ~(mse <= GREY_LEVEL**2)).any()):
-            logger.warning(
-                "%d of %d images do not come back from their codes: mean squared error up to %.1e; another number of "
-                "steps may serve them better",
-                int(lost.sum()),
-                len(mse),
-                float(mse.max()),
-            )
-        return result, decoded
+        Raises:
+            ValueError: for an argument out of range.
+
+        Example:
+            >>> from ddim import DDIMPipeline
+            >>> DDIMPipeline.from_pretrained("mnist").latent_timesteps(4)
+            [750, 500, 250, 0]
+        """
+        steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps)
+        return [step.timestep for step in steps]
+
+    def _to_samples(self, images: Any, resize: bool) -> Tensor:
+        return to_samples(images, *self.sampler.sample_shape, resize=resize).to(self.sampler.device)
 
     def _decode(self, latents: Tensor, steps: Sequence[Step], batch_size: int) -> Tensor:
-        """Samples at the schedule's first alpha, (N, C, H, W), from latents that a caller gave."""
-        x = self._check_latents(latents, len(latents) if isinstance(latents, Tensor) and latents.ndim else 1)
-        return self._generate(x, steps, integer("batch_size", batch_size, 1))
+        """Decode latents that a caller gave."""
+        return generate(self.sampler, self.sampler.check_latents(latents), steps, batch_size)
 
-    def _generate(self, x: Tensor, steps: Sequence[Step], batch_size: int) -> Tensor:
-        denoiser = self._denoiser(steps, batch_size)
-        settings = StepSettings(self.scheduler.config.prediction_type)
-        with self._running(len(drop_identity_steps(steps))) as bar:
-            for state in sample(denoiser, x, drop_identity_steps(steps), settings):
-                bar.update()
-                x = state.sample
-        return x
+
+def invertible_steps(
+    scheduler: DDIMScheduler, num_inference_steps: int, timesteps: Sequence[int] | None = None, order: int = 1
+) -> list[Step]:
+    """Return the steps of decoding, from the largest timestep to the schedule's first alpha.
+
+    Args:
+        scheduler: the noise schedule.
+        num_inference_steps: S, from 1 to T.
+        timesteps: a custom subsequence instead of S: strictly decreasing integers.
+        order: of the solver, 1 or 2.
+
+    Raises:
+        ValueError: for an argument out of range, or timesteps among which 0 is the only one.
+
+    Example:
+        >>> [step.timestep for step in invertible_steps(DDIMScheduler(), 2)]
+        [500, 0]
+    """
+    without_jump = DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=False)
+    chosen = without_jump.make_timesteps(num_inference_steps, order=order) if timesteps is None else timesteps
+    steps = without_jump.make_steps(chosen, order=order)
+    if not drop_identity_steps(steps):
+        raise ValueError("timesteps must hold one above 0, where the images themselves are")
+    return steps
+
+
+def invert(
+    sampler: Sampler, samples: Tensor, steps: Sequence[Step], config: InversionConfig
+) -> tuple[EncodeOutput, Tensor]:
+    """Encode samples along steps, and decode them again where that is to be verified.
+
+    Args:
+        sampler: the network and the scheduler.
+        samples: (N, C, H, W) in [-1, 1], on the network's device.
+        steps: as `invertible_steps` returns them.
+        config: how each step is inverted.
+
+    Returns:
+        The latents with their residuals and errors; and what they decode to, (N, C, H, W), or without `verify` the
+        samples themselves.
+    """
+    denoiser = sampler.denoiser(steps, config.batch_size)
+    samples = samples.to(torch.promote_types(samples.dtype, sampler.sample_dtype))
+    to_noise = drop_identity_steps(steps)[::-1]
+    latents = samples.clone()
+    residuals = samples.new_zeros(len(samples), len(steps))
+    evaluations = torch.zeros(len(samples), len(steps), dtype=torch.int64, device=samples.device)
+    group_size = BATCHES_PER_GROUP * config.batch_size
+    groups = [slice(first, first + group_size) for first in range(0, len(samples), group_size)]
+    with sampler.running(len(groups) * len(to_noise)) as bar:
+        for group in groups:
+            inversion = Inversion(
+                denoiser,
+                sampler.scheduler.config.prediction_type,
+                config.exact,
+                config.tolerance,
+                config.max_iterations,
+            )
+            latents[group] = sampler.take_steps(samples[group], to_noise, inversion, bar)
+            residuals[group, : len(to_noise)] = torch.stack(inversion.residuals[::-1], 1)
+            evaluations[group, : len(to_noise)] = torch.stack(inversion.evaluations[::-1], 1)
+    decoded = generate(sampler, latents, steps, config.batch_size) if config.verify else samples
+    # In [0, 1] differences are half of those in [-1, 1].
+    mse = ((decoded - samples) / 2).double().square().flatten(1).mean(1)
+    if not config.verify:
+        mse = torch.full_like(mse, math.nan)
+    timesteps = [step.timestep for step in steps]
+    result = EncodeOutput(latents, timesteps, residuals, evaluations, config.tolerance, mse)
+    if config.exact:
+        _log_shortfalls(result, config.verify)
+    return result, decoded
+
+
+def generate(sampler: Sampler, x: Tensor, steps: Sequence[Step], batch_size: int) -> Tensor:
+    """Decode latents along steps, without clipping.
+
+    Args:
+        sampler: the network and the scheduler.
+        x: the latents, (N, C, H, W), on the network's device.
+        steps: as `invertible_steps` returns them.
+        batch_size: images per network evaluation.
+
+    Returns:
+        Samples at the schedule's first alpha, (N, C, H, W).
+    """
+    moves = drop_identity_steps(steps)
+    denoiser = sampler.denoiser(steps, integer("batch_size", batch_size, 1))
+    settings = StepSettings(sampler.scheduler.config.prediction_type)
+    with sampler.running(len(moves)) as bar:
+        return sampler.take_steps(x, moves, generative_step(denoiser, moves, settings), bar)
 
 
 def drop_identity_steps(steps: Sequence[Step]) -> list[Step]:
-    """Without the step from timestep 0 to the alpha of timestep 0, which leads nowhere."""
+    """Return the steps without that from timestep 0 to the alpha of timestep 0, which changes nothing.
+
+    Args:
+        steps: as `invertible_steps` returns them.
+
+    Example:
+        >>> len(drop_identity_steps(invertible_steps(DDIMScheduler(), 10)))
+        9
+    """
     return [step for step in steps if step.alpha != step.alpha_prev]
 
 
-def not_converged(codes: EncodeOutput) -> str:
-    """One sentence on the images and steps that did not reach the tolerance."""
-    missed = codes.residuals > codes.tolerance
-    where = [t for t, some in zip(codes.timesteps, missed.any(0).tolist(), strict=True) if some]
+def not_converged(encoded: EncodeOutput) -> str:
+    """Return one sentence on the images and steps that did not reach the tolerance.
+
+    Args:
+        encoded: the result of encoding, some residual above its tolerance.
+    """
+    missed = encoded.residuals > encoded.tolerance
+    timesteps = [t for t, some in zip(encoded.timesteps, missed.any(0).tolist(), strict=True) if some]
     steps = (
-        f"step from timestep {where[0]}"
-        if len(where) == 1
-        else f"{len(where)} steps from timesteps {where[-1]} to {where[0]}"
+        f"step from timestep {timesteps[0]}"
+        if len(timesteps) == 1
+        else f"{len(timesteps)} steps from timesteps {timesteps[-1]} to {timesteps[0]}"
     )
     return (
-        f"{int(missed.any(1).sum())} of {len(missed)} images did not reach the tolerance {codes.tolerance:g} in the "
-        f"{steps}; the largest residual is {float(codes.residual.max()):.1e}"
+        f"{int(missed.any(1).sum())} of {len(missed)} images did not reach the tolerance {encoded.tolerance:g} in the "
+        f"{steps}; the largest residual is {float(encoded.residual.max()):.1e}"
     )
 
 
-def shown_timesteps(timesteps: Sequence[int], frames: int | None, at: Sequence[int] | None) -> list[int]:
-    """Which timesteps of a process to show; arguments as for `LatentSpace.trajectory`."""
+def select_timesteps(timesteps: Sequence[int], frames: int | None, at: Sequence[int] | None) -> list[int]:
+    """Return the timesteps of a process to keep.
+
+    Args:
+        timesteps: that the process visits, decreasing.
+        frames: the number to keep, evenly spread, the first and the last among them; `None` for all.
+        at: the timesteps themselves, instead of `frames`.
+
+    Raises:
+        ValueError: for a timestep that the process does not visit, or a number below 1.
+        TypeError: if `at` is not a list.
+
+    Example:
+        >>> select_timesteps([900, 600, 300, 0], 2, None)
+        [900, 0]
+    """
     if at is not None:
         if not isinstance(at, Iterable):
-            raise TypeError(f"at is {at!r}; it must be a list of timesteps")
+            raise TypeError(f"at must be a list of timesteps, got {at!r}")
         chosen = set()
         for entry in at:
             t = as_integer(entry)
@@ -501,18 +675,46 @@ def shown_timesteps(timesteps: Sequence[int], frames: int | None, at: Sequence[i
     return [timesteps[round(i * last / max(1, count - 1))] for i in range(count)]
 
 
-def list_codes(z0: Tensor | EncodeOutput | Sequence[Tensor], z1: Tensor | None) -> list[Tensor]:
-    """The codes of a path, each (C, H, W)."""
+def list_latents(z0: Tensor | EncodeOutput | Sequence[Tensor], z1: Tensor | None) -> list[Tensor]:
+    """Return the latents of a path, each (C, H, W).
+
+    Args:
+        z0: a latent, (C, H, W) or (1, C, H, W); or several: a list of such, a tensor (K, C, H, W) or what
+            `LatentSpace.encode` returned.
+        z1: one more latent, or `None`.
+
+    Raises:
+        ValueError: for another shape.
+        TypeError: for an entry that is not a tensor.
+
+    Example:
+        >>> len(list_latents(torch.zeros(3, 1, 8, 8), None))
+        3
+    """
     if isinstance(z0, EncodeOutput):
         z0 = z0.latents
     given: Any = [z0, z1] if z1 is not None else z0
     if (isinstance(given, Tensor) and given.ndim < 4) or not isinstance(given, Iterable):
         given = [given]
-    codes = []
-    for code in given:
-        if not isinstance(code, Tensor):
-            raise TypeError(f"a code is a {type(code).__name__}; it must be a tensor (C, H, W)")
-        codes.append(code[0] if code.ndim == 4 and len(code) == 1 else code)
-        if codes[-1].ndim != 3:
-            raise ValueError(f"a code has shape {tuple(code.shape)}; it must be (C, H, W) or (1, C, H, W)")
-    return codes
+    latents = []
+    for latent in given:
+        if not isinstance(latent, Tensor):
+            raise TypeError(f"a latent must be a tensor (C, H, W), got {type(latent).__name__}")
+        latents.append(latent[0] if latent.ndim == 4 and len(latent) == 1 else latent)
+        if latents[-1].ndim != 3:
+            raise ValueError(f"a latent: expected shape (C, H, W) or (1, C, H, W), got {tuple(latent.shape)}")
+    return latents
+
+
+def _log_shortfalls(encoded: EncodeOutput, verified: bool) -> None:
+    """Log the images that did not converge, and those that do not come back."""
+    if not bool(encoded.converged.all()):
+        logger.warning(not_converged(encoded))
+    if verified and bool((lost := ~(encoded.mse <= GRAY_LEVEL**2)).any()):
+        logger.warning(
+            "%d of %d images do not come back from their latents: mean squared error up to %.1e; another number of "
+            "steps may serve them better",
+            int(lost.sum()),
+            len(encoded.mse),
+            float(encoded.mse.max()),
+        )

@@ -1,200 +1,210 @@
-"""`Sampler`: a network and a scheduler put together and ready to run, which all that a pipeline does rests on.
+"""`Sampler`: a network, a scheduler and an engine, ready to run.
 
-It knows where the network is and in which dtype, which shape its samples have, where noise comes from, and hands the
-three to the loop of `ddim.diffusion.loop`.
+It knows where the network is and in which dtype, the shape of its samples and where noise comes from, and hands the
+three to the loop of `ddim.diffusion.loop`:
+
+    sampler = Sampler(unet, DDIMScheduler())
+    plan = sampler.plan(SamplingConfig(num_inference_steps=20))
+    x, noise = sampler.initial_noise(seeds=[0, 1])
+    images = sampler.run(x, plan, noise)
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddim.devices import choose_device
 from ddim.diffusion.equations import Step
-from ddim.diffusion.loop import Denoiser, State, StepSettings, in_batches, sample, walk
+from ddim.diffusion.loop import Denoiser, State, StepFn, StepSettings, generative_step, in_batches, run_steps
 from ddim.diffusion.noise import NoiseSource, check_seeds, noise_from_generator, noise_from_seeds
+from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.engine import check_engine, get_engine
 from ddim.engine.base import Engine
 from ddim.scheduler import DDIMScheduler
-from ddim.validation import integer, real
+from ddim.validation import integer
 
 logger = logging.getLogger(__name__)
 
 
-class Sampler:
-    """A network and a scheduler.
+@dataclass(frozen=True)
+class SamplingPlan:
+    """The steps of a run, known before the network is evaluated.
 
-    Args:
-        unet: as for `ddim.pipeline.DDIMPipeline`.
-        scheduler: as there.
-        engine: as there.
+    Attributes:
+        config: the settings, `timesteps` and `order` filled in.
+        steps: the coefficients of all steps, in the order in which they are taken.
     """
 
-    unet: Any
-    scheduler: DDIMScheduler
-
-    def __init__(self, unet: Any, scheduler: Any, engine: str = "auto") -> None:
-        self.engine = check_engine(engine)
-        for name, part in (("unet", unet), ("scheduler", scheduler)):
-            if not hasattr(part, "config"):
-                raise TypeError(
-                    f"the {name} is a {type(part).__name__}, which has no .config to read its settings from"
-                )
-        self._progress_bar_config: dict[str, Any] = {}
-        self.register_modules(unet=unet, scheduler=scheduler)
+    config: SamplingConfig
+    steps: list[Step]
 
     @property
-    def components(self) -> dict[str, Any]:
-        """`{"unet": ..., "scheduler": ...}`: another pipeline can be built from them without copying weights."""
-        return {"unet": self.unet, "scheduler": self.scheduler}
+    def timesteps(self) -> list[int]:
+        """The timesteps at which the network is evaluated, decreasing."""
+        return [step.timestep for step in self.steps]
 
-    def register_modules(self, **modules: Any) -> None:
-        """Replace the `unet`, the `scheduler` or both; TypeError for other names."""
-        for name, module in modules.items():
-            if name == "unet":
-                self.unet = module
-            elif name == "scheduler":
-                self.scheduler = DDIMScheduler.from_config(module.config)
-            else:
-                raise TypeError(f"a DDIMPipeline has no component {name!r}; it has unet and scheduler")
+
+class Sampler:
+    """A network and a scheduler, run by an engine.
+
+    Args:
+        unet: a `UNet2DModel`, or any object with `unet(sample, timestep).sample` and a `.config` that has `sample_size`
+            and `in_channels`.
+        scheduler: the noise schedule and the network's prediction type.
+        engine: how the network is run: `auto`, `eager` or `compile` (`ddim.engine`).
+
+    Attributes:
+        unet: the network; may be replaced.
+        scheduler: the scheduler; may be replaced.
+        engine: the engine's name; may be changed.
+        progress_bar_config: arguments of the `tqdm` bar.
+
+    Raises:
+        ValueError: for an unknown engine.
+    """
+
+    def __init__(self, unet: Any, scheduler: DDIMScheduler, engine: str = "auto") -> None:
+        self.unet, self.scheduler = unet, scheduler
+        self.engine = check_engine(engine)
+        self.progress_bar_config: dict[str, Any] = {}
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return torch.device(getattr(self.unet, "device", "cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the network's parameters."""
+        """The dtype of the network's parameters."""
         dtype = getattr(self.unet, "dtype", torch.float32)
         return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
-    def to(
-        self, *args: str | torch.device | torch.dtype, device: str | torch.device | None = None, dtype: Any = None
-    ) -> Self:
-        """Move the network: `pipe.to("cuda")`, `pipe.to(torch.bfloat16)`, `pipe.to("cuda", torch.bfloat16)`.
-
-        Args:
-            args: a device, a floating dtype, or both, in any order.
-            device: the same by name.
-            dtype: the same by name.
-
-        Raises:
-            ValueError: if there is no such device here.
-            TypeError: for anything else than a device and a floating dtype.
-        """
-        for arg in args:
-            if isinstance(arg, torch.dtype):
-                dtype = arg
-            else:
-                device = arg
-        if not isinstance(device, str | torch.device | None):
-            raise TypeError(
-                f"cannot move to {device!r}; give a device such as 'cpu' or 'cuda:0', a floating dtype, or both"
-            )
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(f"cannot move to {dtype!r}; give a floating dtype such as torch.bfloat16")
-        self.unet.to(device=None if device is None else choose_device(device), dtype=dtype)
-        return self
-
-    def set_progress_bar_config(self, **config: Any) -> None:
-        """Arguments for the `tqdm` bar, such as `disable=True` or `desc="sampling"`."""
-        self._progress_bar_config = config
-
     @property
-    def _sample_dtype(self) -> torch.dtype:
-        """Samples are kept in float32 at least: in half precision the small late steps would drown in rounding."""
+    def sample_dtype(self) -> torch.dtype:
+        """The dtype of samples: at least float32, because half precision would lose the small late steps."""
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the network's samples."""
+        """The shape (C, H, W) of the network's samples.
+
+        Raises:
+            ValueError: if the network's configuration has no `sample_size`.
+        """
         config = self.unet.config
         size = config.sample_size
         if size is None:
-            raise ValueError("the model's configuration has no sample_size, so that noise has no shape; give latents")
+            raise ValueError("the model's configuration has no sample_size, so noise has no shape; give latents")
         height, width = (size, size) if isinstance(size, int) else size
         return config.in_channels, height, width
 
-    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> tqdm[Any]:
-        """A `tqdm` bar with the settings of `set_progress_bar_config`."""
-        return tqdm(iterable, **({"total": total} | self._progress_bar_config))
+    def plan(self, config: SamplingConfig) -> SamplingPlan:
+        """Return the steps of a run; the scheduler's own timesteps are set to match.
 
-    def _plan(
-        self,
-        num_inference_steps: int,
-        timesteps: Sequence[int] | None,
-        eta: float,
-        use_sigma_hat: bool,
-        order: int | None = None,
-    ) -> list[Step]:
-        """All steps' coefficients; the scheduler's own timesteps are set to match. An order of `None` is the
-        scheduler's.
+        Args:
+            config: the settings.
+
+        Raises:
+            ValueError: if the schedule does not allow them: more steps than it has timesteps, a timestep outside it.
         """
-        real("eta", eta)
-        if use_sigma_hat and eta != 1:
-            raise ValueError(f"use_sigma_hat is DDPM's larger variance and wants eta=1, not {eta}")
         scheduler = self.scheduler
-        order = scheduler.config.solver_order if order is None else order
-        chosen = scheduler.make_timesteps(num_inference_steps, order=order) if timesteps is None else timesteps
-        steps = scheduler.make_steps(chosen, eta, use_sigma_hat, order)
-        if eta > 1:
+        order = scheduler.config.solver_order if config.order is None else config.order
+        timesteps = config.timesteps
+        if timesteps is None:
+            timesteps = scheduler.make_timesteps(config.num_inference_steps, order=order)
+        steps = scheduler.make_steps(timesteps, config.eta, config.use_sigma_hat, order)
+        if config.eta > 1:
             logger.warning(
-                "eta is %s; above 1 the process adds more noise than DDPM and its marginals are no longer those of "
-                "training",
-                eta,
+                "eta is %g; above 1 the process adds more noise than DDPM, and its marginals are not those of training",
+                config.eta,
             )
-        scheduler.set_timesteps(timesteps=[step.timestep for step in steps])
-        return steps
+        visited = [step.timestep for step in steps]
+        scheduler.set_timesteps(timesteps=visited)
+        return SamplingPlan(replace(config, timesteps=visited, order=order), steps)
 
-    def _noise(
+    def initial_noise(
         self,
-        batch_size: int,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        seeds: Iterable[int] | None,
-        latents: Tensor | None,
-    ) -> tuple[int, NoiseSource]:
-        """The checked batch size, and where noise of its shape comes from."""
+        batch_size: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seeds: Iterable[int] | None = None,
+        latents: Tensor | None = None,
+    ) -> tuple[Tensor, NoiseSource]:
+        """Return x at the first timestep and the source of all further noise.
+
+        Args:
+            batch_size: N; left at 1, it follows the number of `seeds` or `latents`.
+            generator: of all noise: one, or a list of N; `None` for PyTorch's global one.
+            seeds: one integer per image instead of a generator.
+            latents: x itself, (N, C, H, W), instead of noise that is drawn.
+
+        Returns:
+            x, (N, C, H, W) in `sample_dtype` (or the wider dtype of `latents`) on the network's device; and a function
+            that draws noise of its shape.
+
+        Raises:
+            ValueError: for both seeds and a generator, another number of seeds than N, or latents that do not fit.
+            TypeError: for latents that are not a tensor, or a generator that is not one.
+        """
         batch_size = integer("batch_size", batch_size, 1)
         if generator is not None and seeds is not None:
-            raise ValueError("give either seeds or generator, not both")
+            raise ValueError("seeds and generator exclude each other; give one of them")
         seeds = None if seeds is None else list(seeds)
         if batch_size == 1:
             batch_size = len(seeds or ()) or (len(latents) if isinstance(latents, Tensor) and latents.ndim else 1) or 1
         shape = (batch_size, *(latents.shape[1:] if isinstance(latents, Tensor) else self.sample_shape))
         if seeds is not None:
-            return batch_size, noise_from_seeds(shape, check_seeds(seeds, batch_size), self.device)
-        return batch_size, noise_from_generator(shape, generator, self.device, self.dtype)
+            noise = noise_from_seeds(shape, check_seeds(seeds, batch_size), self.device)
+        else:
+            noise = noise_from_generator(shape, generator, self.device, self.dtype)
+        if latents is not None:
+            return self.check_latents(latents, batch_size), noise
+        return noise().to(self.sample_dtype), noise
 
-    def _check_latents(self, latents: Tensor, batch_size: int) -> Tensor:
-        """Latents on the model's device, in the samples' dtype or float64."""
+    def check_latents(self, latents: Tensor, batch_size: int | None = None) -> Tensor:
+        """Return latents on the network's device, in `sample_dtype` or their own wider dtype.
+
+        Args:
+            latents: (N, C, H, W), floating.
+            batch_size: N, where it is known.
+
+        Raises:
+            ValueError: for another shape, or numbers that are not finite.
+            TypeError: if it is not a tensor.
+        """
         if not isinstance(latents, Tensor):
-            raise TypeError(f"latents is a {type(latents).__name__}; it must be a tensor (N, C, H, W)")
-        sized = self.unet.config.sample_size is not None
-        C, *size = self.sample_shape if sized else (self.unet.config.in_channels, *latents.shape[2:])
-        wanted = (max(1, batch_size), C, *size)
-        if tuple(latents.shape) != wanted or len(wanted) != 4:
-            raise ValueError(f"latents has shape {tuple(latents.shape)}; the model and batch_size want {wanted}")
+            raise TypeError(f"latents must be a tensor (N, C, H, W), got {type(latents).__name__}")
+        if batch_size is None:
+            batch_size = len(latents) if latents.ndim else 1
+        has_size = self.unet.config.sample_size is not None
+        C, *size = self.sample_shape if has_size else (self.unet.config.in_channels, *latents.shape[2:])
+        expected = (max(1, batch_size), C, *size)
+        if tuple(latents.shape) != expected or len(expected) != 4:
+            raise ValueError(f"latents: expected shape {expected}, got {tuple(latents.shape)}")
         if not latents.is_floating_point() or not bool(torch.isfinite(latents).all()):
-            raise ValueError("latents must be finite floating-point numbers; it holds NaN, infinity or integers")
-        return latents.to(self.device, torch.promote_types(latents.dtype, self._sample_dtype))
+            raise ValueError("latents must be finite floating-point numbers, got NaN, infinity or integers")
+        return latents.to(self.device, torch.promote_types(latents.dtype, self.sample_dtype))
 
-    def _network(self) -> Engine:
-        """What runs the network."""
+    def get_engine(self) -> Engine:
+        """Return the engine that runs the network, made anew where weights have changed."""
         return get_engine(self.unet, self.engine)
 
-    def _denoiser(self, steps: Sequence[Step], batch_size: int | None = None, engine: Engine | None = None) -> Denoiser:
-        """The network as the loop of those steps calls it, run by the engine; with a `batch_size`, asked about exactly
-        so many samples at a time.
+    def denoiser(self, steps: Sequence[Step], batch_size: int | None = None, engine: Engine | None = None) -> Denoiser:
+        """Return the network as the loop calls it, run by the engine.
+
+        Args:
+            steps: the steps of the run, whose timesteps the engine prepares.
+            batch_size: evaluate the network on exactly so many samples at a time; `None` for all at once.
+            engine: the engine; `None` for `get_engine()`.
         """
         dtype = self.dtype
-        engine = self._network() if engine is None else engine
+        engine = self.get_engine() if engine is None else engine
         engine.prepare([step.timestep for step in steps])
 
         def denoiser(x: Tensor, t: Tensor) -> Tensor:
@@ -202,31 +212,115 @@ class Sampler:
 
         return denoiser if batch_size is None else in_batches(denoiser, batch_size)
 
-    def _sample(
+    def step_fn(self, x: Tensor, plan: SamplingPlan, noise: NoiseSource | None = None) -> StepFn:
+        """Return the step function of plain sampling: the engine's own where it has one.
+
+        Args:
+            x: the initial sample, (N, C, H, W).
+            plan: the steps that will be taken.
+            noise: draws noise of the shape of `x`; used where `eta` is above 0.
+        """
+        scheduler, config = self.scheduler, plan.config
+        settings = StepSettings(
+            scheduler.config.prediction_type,
+            scheduler.clip,
+            config.use_clipped_model_output,
+            noise if config.eta > 0 else None,
+        )
+        engine = self.get_engine()
+        captured = engine.step_fn(x, plan.steps, settings)
+        return captured or generative_step(self.denoiser(plan.steps, engine=engine), plan.steps, settings)
+
+    def run(
         self,
-        latents: Tensor,
-        steps: Sequence[Step],
-        use_clipped_model_output: bool = False,
+        x: Tensor,
+        plan: SamplingPlan,
         noise: NoiseSource | None = None,
-    ) -> Iterator[State]:
-        """The loop with this network and the scheduler's settings."""
-        scheduler, engine = self.scheduler, self._network()
-        settings = StepSettings(scheduler.config.prediction_type, scheduler.clip, use_clipped_model_output, noise)
-        step_fn = engine.step_fn(latents, steps, settings)
-        if step_fn is not None:
-            return walk(latents, steps, step_fn)
-        return sample(self._denoiser(steps, engine=engine), latents, steps, settings)
+        on_step_end: Callable[[State], None] | None = None,
+        bar: tqdm[Any] | None = None,
+    ) -> Tensor:
+        """Sample: take all steps of a plan, without gradients and in evaluation mode.
+
+        Args:
+            x: the initial sample, (N, C, H, W).
+            plan: the steps, as `plan` returns them.
+            noise: draws noise of the shape of `x`; used where `eta` is above 0.
+            on_step_end: called with the `State` after each step; it may replace `state.sample`.
+            bar: the progress bar to advance; `None` for one of `progress_bar_config`.
+
+        Returns:
+            x after the last step, (N, C, H, W).
+        """
+        with self.running(len(plan.steps), bar) as bar:
+            return self.take_steps(x, plan.steps, self.step_fn(x, plan, noise), bar, on_step_end)
+
+    def take_steps(
+        self,
+        x: Tensor,
+        steps: Sequence[Step],
+        step_fn: StepFn,
+        bar: tqdm[Any],
+        on_step_end: Callable[[State], None] | None = None,
+    ) -> Tensor:
+        """Take steps by any step function inside `running`, advance the bar, and return the last sample.
+
+        Args:
+            x: the initial sample, (N, C, H, W).
+            steps: the steps, in the order in which they are taken.
+            step_fn: takes one step.
+            bar: advanced by 1 per step.
+            on_step_end: called with the `State` after each step; it may replace `state.sample`.
+
+        Returns:
+            x after the last step, (N, C, H, W).
+        """
+        for state in run_steps(x, steps, step_fn):
+            bar.update()
+            if on_step_end is not None:
+                on_step_end(state)
+            x = state.sample
+        return x
 
     @contextmanager
-    def _running(self, total: int) -> Iterator[tqdm[Any]]:
-        """What the loop runs in: a progress bar of `total` steps, no gradients, evaluation mode."""
-        with self.progress_bar(total=total) as bar, torch.no_grad(), evaluating(self.unet):
-            yield bar
+    def running(self, total: int, bar: tqdm[Any] | None = None) -> Iterator[tqdm[Any]]:
+        """Run a `with` block with a progress bar, without gradients and in evaluation mode.
+
+        Args:
+            total: steps of the bar.
+            bar: a bar that is open already, which stays open; `None` for one of `progress_bar_config`.
+        """
+        with torch.no_grad(), evaluating(self.unet):
+            if bar is not None:
+                yield bar
+                return
+            with self.progress_bar(total=total) as opened:
+                yield opened
+
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> tqdm[Any]:
+        """Return a `tqdm` bar with the settings of `progress_bar_config`.
+
+        Args:
+            iterable: what the bar iterates over; `None` for one that is advanced by hand.
+            total: its length.
+        """
+        return tqdm(iterable, **({"total": total} | self.progress_bar_config))
 
 
 @contextmanager
 def evaluating(network: Any) -> Iterator[None]:
-    """Evaluation mode inside, and for each part of the network the mode it was in afterwards."""
+    """Put a network into evaluation mode for the duration of a `with` block, then each part back into its mode.
+
+    Args:
+        network: any object; only an `nn.Module` has modes.
+
+    Example:
+        >>> network = nn.Dropout()
+        >>> with evaluating(network):
+        ...     network.training
+        False
+        >>> network.training
+        True
+    """
     training = [module for module in network.modules() if module.training] if isinstance(network, nn.Module) else []
     for module in training:
         module.training = False

@@ -1,12 +1,12 @@
-"""`DDIMScheduler` and `DDIMInverseScheduler`: the `diffusers`-shaped faces of `schedule` and `process`.
+"""`DDIMScheduler` and `DDIMInverseScheduler`: the `diffusers`-shaped faces of `ddim.diffusion`.
 
-Their constructors, methods and configuration files are those of the classes of these names in `diffusers`. The numbers
-are too wherever the peer's are right. One is not: its `step` assumes that the previous timestep is t - T // S, which is
-false for `linspace`, for `trailing` when S does not divide T, and for every list of one's own. Here the previous
-timestep is the next entry of `timesteps`.
+Their constructors, methods and configuration files are those of the classes of these names in `diffusers`, and so are
+their numbers, with one exception: `step` of `diffusers` assumes that the previous timestep is t - T // S, false for
+`linspace`, for `trailing` where S does not divide T, and for every custom list. Here the previous timestep is the next
+entry of `timesteps`.
 
-Schedules are computed in float64 (the peer: float32); `betas`, `alphas` and `alphas_cumprod` show them in float32, as
-scripts expect.
+Schedules are computed in float64 (`diffusers`: float32); `betas`, `alphas` and `alphas_cumprod` are float32, as scripts
+expect.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ddim.diffusion import schedule
@@ -30,50 +31,45 @@ from ddim.diffusion.equations import (
     make_steps,
     training_target,
     velocity,
-    x0_to_epsilon,
 )
 from ddim.diffusion.noise import noise_from_generator
-from ddim.diffusion.solvers import second_order
+from ddim.diffusion.sampling_config import check_order
+from ddim.diffusion.solvers import add_correction, second_order
 from ddim.io.config import ConfigMixin, register_to_config
 from ddim.io.hub import SchedulerFiles
 from ddim.outputs import DDIMSchedulerOutput
-from ddim.validation import as_integer, integer
+from ddim.validation import as_integer, choice, integer, real
 
-NO_INVERSE = "a step of order 2 depends on the one before it and has no inverse of its own; give order 1"
-
-
-def check_order(order: int) -> int:
-    """The order of the method, 1 or 2; ValueError for others."""
-    if order not in (1, 2) or isinstance(order, bool):
-        raise ValueError(f"order is {order!r}; it must be 1 (DDIM) or 2 (the two-step method)")
-    return order
+NO_INVERSE = "a step of order 2 depends on the one before it and has no inverse of its own; use order=1"
 
 
 class DDIMScheduler(ConfigMixin, SchedulerFiles):
-    """When the network is asked, and what becomes of its answers.
+    """The noise schedule, the timesteps at which the network is evaluated, and the step from one to the next.
 
     Args:
         num_train_timesteps: T.
-        beta_start: as in `ddim.diffusion.schedule.make_betas`.
-        beta_end: as in `ddim.diffusion.schedule.make_betas`.
-        beta_schedule: one of `ddim.diffusion.schedule.BETA_SCHEDULES`; the peer has the first three.
+        beta_start: beta at t = 0, in (0, 1).
+        beta_end: beta at t = T - 1, in (0, 1).
+        beta_schedule: one of `ddim.diffusion.schedule.BETA_SCHEDULES`; `diffusers` has the first three.
         trained_betas: T betas that replace the schedule.
         clip_sample: clip the predicted x_0 at `clip_sample_range`.
-        set_alpha_to_one: the last step leads to alpha = 1, a clean picture; otherwise to alphas_cumprod[0].
+        set_alpha_to_one: the last step leads to alpha = 1, a clean image; otherwise to alphas_cumprod[0].
         steps_offset: added to `leading` timesteps.
         prediction_type: `epsilon`, `sample` (x_0) or `v_prediction`: what the network predicts.
-        thresholding: dynamic thresholding of the predicted x_0, in place of clipping.
+        thresholding: dynamic thresholding of the predicted x_0, instead of clipping.
         dynamic_thresholding_ratio: its quantile, in (0, 1].
         clip_sample_range: the bound for clipping, positive.
         sample_max_value: its largest threshold.
-        timestep_spacing: one of `ddim.diffusion.schedule.SPACINGS`; the peer has the first three.
-        rescale_betas_zero_snr: rescale the betas so that x_{T-1} is pure noise; needs a network that predicts x_0 or v.
-        solver_order: 1 for DDIM, 2 for `ddim.diffusion.solvers.second_order`, whose steps remember the epsilon of the one before;
-            the peer ignores it.
+        timestep_spacing: one of `ddim.diffusion.schedule.SPACINGS`; `diffusers` has the first three.
+        rescale_betas_zero_snr: rescale the betas so that x_{T-1} is pure noise; requires a network that predicts x_0 or
+            v.
+        solver_order: 1 for DDIM, 2 for `ddim.diffusion.solvers.second_order`, whose steps remember the epsilon of the
+            previous one; `diffusers` ignores it.
         timesteps_by_steps: learned subsequences, as `ddim.tuning` finds them for this `solver_order`, by their length:
-            `{"10": [999, ...]}`; the peer ignores them.
+            `{"10": [999, ...]}`; `diffusers` ignores them.
 
     Attributes:
+        alphas_cumprod: float32 (T,); `alphas_cumprod_float64` is the same as a float64 NumPy array.
         timesteps: int64 tensor, decreasing: all T of them until `set_timesteps` is called.
         num_inference_steps: how many there are, `None` until then.
         final_alpha_cumprod: where the last step leads, float32 ().
@@ -82,6 +78,15 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
 
     Raises:
         ValueError: for names that do not exist and numbers out of range.
+
+    References:
+        Equations (12) and (16) of arXiv 2010.02502.
+
+    Example:
+        >>> scheduler = DDIMScheduler(clip_sample=False)
+        >>> scheduler.set_timesteps(4)
+        >>> scheduler.timesteps
+        tensor([750, 500, 250,   0])
     """
 
     config_name = "scheduler_config.json"
@@ -109,18 +114,10 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         solver_order: int = 1,
         timesteps_by_steps: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type is {prediction_type!r}; it must be one of {', '.join(PREDICTION_TYPES)}")
-        if timestep_spacing not in schedule.SPACINGS:
-            raise ValueError(
-                f"timestep_spacing is {timestep_spacing!r}; it must be one of {', '.join(schedule.SPACINGS)}"
-            )
-        if not 0 < dynamic_thresholding_ratio <= 1:
-            raise ValueError(
-                f"dynamic_thresholding_ratio is {dynamic_thresholding_ratio}; it must lie above 0 and be at most 1"
-            )
-        if not clip_sample_range > 0:
-            raise ValueError(f"clip_sample_range is {clip_sample_range}; it must be positive")
+        choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        choice("timestep_spacing", timestep_spacing, schedule.SPACINGS)
+        real("dynamic_thresholding_ratio", dynamic_thresholding_ratio, above=0, maximum=1)
+        real("clip_sample_range", clip_sample_range, above=0)
         integer("steps_offset", steps_offset, 0)
         check_order(solver_order)
         betas = (
@@ -131,32 +128,45 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         if rescale_betas_zero_snr:
             betas = schedule.rescale_zero_terminal_snr(betas)
         learned = {} if timesteps_by_steps is None else timesteps_by_steps
-        self._learned = schedule.check_timesteps_by_steps(learned, len(betas))
-        self._alphas_cumprod = schedule.make_alphas_cumprod(betas)
-        self._final_alpha = 1.0 if set_alpha_to_one else float(self._alphas_cumprod[0])
+        self._timesteps_by_steps = schedule.check_timesteps_by_steps(learned, len(betas))
+        self.alphas_cumprod_float64: NDArray[np.float64] = schedule.make_alphas_cumprod(betas)
+        self._final_alpha = 1.0 if set_alpha_to_one else float(self.alphas_cumprod_float64[0])
         self.betas = torch.tensor(betas, dtype=torch.float32)
         self.alphas = torch.tensor(1 - betas, dtype=torch.float32)
-        self.alphas_cumprod = torch.tensor(self._alphas_cumprod, dtype=torch.float32)
+        self.alphas_cumprod = torch.tensor(self.alphas_cumprod_float64, dtype=torch.float32)
         self.final_alpha_cumprod = torch.tensor(self._final_alpha, dtype=torch.float32)
         self.num_inference_steps: int | None = None
-        self._use(list(range(len(betas)))[::-1], None)
+        self._set_timesteps(list(range(len(betas)))[::-1], None)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
-        """As everywhere; another `solver_order` than the configured one drops the timesteps learned for that."""
+        """Build a scheduler from a configuration; another `solver_order` drops the timesteps learned for the old one.
+
+        Args:
+            config: a configuration of any diffusion scheduler, such as another scheduler's `.config`.
+            overrides: constructor arguments that take precedence.
+
+        Raises:
+            TypeError: if `config` is not a mapping, or an override is not an argument of the constructor.
+            ValueError: if a value is not allowed.
+
+        Example:
+            >>> DDIMScheduler.from_config({"num_train_timesteps": 100}, clip_sample=False).config.clip_sample
+            False
+        """
         if isinstance(config, Mapping) and overrides.get("solver_order") not in (None, config.get("solver_order", 1)):
             overrides = {"timesteps_by_steps": None} | overrides
         return super().from_config(config, **overrides)
 
     def __len__(self) -> int:
-        return len(self._alphas_cumprod)
+        return len(self.alphas_cumprod_float64)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.config_json().rstrip()}"
 
     @property
     def clip(self) -> Callable[[Tensor], Tensor] | None:
-        """What is done to the predicted x_0: dynamic thresholding, clipping, or nothing (`None`)."""
+        """The function applied to the predicted x_0: dynamic thresholding, clipping, or `None`."""
         config = self.config
         if config.thresholding:
             return partial(
@@ -169,55 +179,66 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
     def make_timesteps(
         self, num_inference_steps: int, spacing: str | None = None, order: int | None = None
     ) -> list[int]:
-        """The subsequence for this number of steps.
+        """Return the subsequence of timesteps for a number of steps.
 
         Args:
             num_inference_steps: S, from 1 to T.
-            spacing: one of `ddim.diffusion.schedule.SPACINGS`. Unless it is given, learned timesteps are taken where there are
+            spacing: one of `ddim.diffusion.schedule.SPACINGS`; `None` for learned timesteps where the configuration has
                 some for S and this order, else those of the configured spacing; at order 2, `leading`, the default of
                 all configurations, stands for `blend`.
-            order: of the method, 1 or 2; the configured `solver_order` unless given.
+            order: of the solver, 1 or 2; `None` for the configured `solver_order`.
+
+        Returns:
+            At most S integers in [0, T - 1], strictly decreasing.
 
         Raises:
-            ValueError: as `ddim.diffusion.schedule.make_timesteps`, or for another order.
+            ValueError: for an unknown spacing, another order, or a number of steps that is not an integer from 1 to T.
+
+        Example:
+            >>> DDIMScheduler().make_timesteps(4, "trailing")
+            [999, 749, 499, 249]
         """
         config = self.config
         order = config.solver_order if order is None else check_order(order)
         if spacing is None:
-            learned = self._learned.get(as_integer(num_inference_steps) or 0)
+            learned = self._timesteps_by_steps.get(as_integer(num_inference_steps) or 0)
             if learned is not None and order == config.solver_order:
                 return list(learned)
             spacing = config.timestep_spacing
             if order == 2 and spacing == "leading":
                 spacing = "blend"
-        return schedule.make_timesteps(spacing, num_inference_steps, self._alphas_cumprod, config.steps_offset)
+        return schedule.make_timesteps(spacing, num_inference_steps, self.alphas_cumprod_float64, config.steps_offset)
 
     def make_steps(
         self, timesteps: Sequence[int], eta: float = 0.0, use_sigma_hat: bool = False, order: int = 1
     ) -> list[Step]:
-        """The coefficients of all steps along a subsequence, checked.
+        """Return the coefficients of all steps along a subsequence of timesteps.
 
         Args:
-            timesteps: as in `ddim.diffusion.schedule.check_timesteps`.
-            eta: of equation (16), not negative.
-            use_sigma_hat: as in `ddim.diffusion.equations.make_steps`.
-            order: 1, or 2 for steps as `ddim.diffusion.solvers.second_order` makes them, which want eta = 0.
+            timesteps: strictly decreasing integers in [0, T - 1].
+            eta: the noise of the process, at least 0: 0 for DDIM, 1 for DDPM.
+            use_sigma_hat: draw the noise with DDPM's larger variance.
+            order: of the solver: 1, or 2 (`ddim.diffusion.solvers.second_order`), which requires eta = 0.
 
         Raises:
             ValueError: for a list, an eta or an order that is not allowed, or a timestep without any signal where the
                 network predicts epsilon.
+            TypeError: if `eta` is not a number.
+
+        References:
+            Equations (12) and (16) of arXiv 2010.02502.
+
+        Example:
+            >>> [step.prev_timestep for step in DDIMScheduler().make_steps([900, 300, 0])]
+            [300, 0, -1]
         """
-        if not 0 <= eta < float("inf"):
-            raise ValueError(f"eta is {eta}; it must be 0 (DDIM) or larger, 1 for DDPM")
-        if check_order(order) == 2 and eta:
-            raise ValueError(f"order 2 is of the process without noise and wants eta=0, not {eta}")
+        check_order(order, real("eta", eta, minimum=0))
         checked = schedule.check_timesteps(timesteps, len(self))
-        steps = make_steps(checked, self._alphas_cumprod, self._final_alpha, eta, use_sigma_hat)
+        steps = make_steps(checked, self.alphas_cumprod_float64, self._final_alpha, eta, use_sigma_hat)
         if self.config.prediction_type == "epsilon" and steps[0].alpha == 0:
             raise ValueError(
-                f"at timestep {checked[0]} the schedule leaves no signal, so that x_0 cannot be told from a predicted "
-                "epsilon; "
-                "use prediction_type 'v_prediction' or 'sample', or start from a smaller timestep"
+                f"at timestep {checked[0]} the schedule leaves no signal, so epsilon does not determine x_0; "
+                "use prediction_type='v_prediction' or 'sample', or start from a smaller timestep"
             )
         return second_order(steps) if order == 2 else steps
 
@@ -227,33 +248,44 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Choose the subsequence that `step` walks.
+        """Choose the subsequence of timesteps that `step` follows.
 
         Args:
             num_inference_steps: S, from 1 to T.
             device: where the tensor `timesteps` is kept; the CPU lets `step` look a timestep up without waiting for a
                 device.
-            timesteps: a list of one's own in place of S.
+            timesteps: a custom list instead of S: strictly decreasing integers in [0, T - 1].
 
         Raises:
-            ValueError: for both or neither, or as `ddim.diffusion.schedule.make_timesteps` and `check_timesteps` do.
+            ValueError: for both or neither, or values that the schedule does not allow.
+
+        Example:
+            >>> scheduler = DDIMScheduler()
+            >>> scheduler.set_timesteps(timesteps=[900, 300, 0])
+            >>> scheduler.num_inference_steps
+            3
         """
         if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError("give either num_inference_steps or timesteps")
+            raise ValueError("give either num_inference_steps or timesteps, not both or neither")
         if timesteps is not None:
             chosen = schedule.check_timesteps(timesteps, len(self))
         else:
             chosen = self.make_timesteps(num_inference_steps)  # type: ignore[arg-type]
         self.num_inference_steps = len(chosen)
-        self._use(chosen, device)
+        self._set_timesteps(chosen, device)
 
-    def _use(self, timesteps: list[int], device: str | torch.device | None) -> None:
+    def _set_timesteps(self, timesteps: list[int], device: str | torch.device | None) -> None:
         self._timesteps = timesteps
-        self._before: tuple[int, Tensor] | None = None
+        self._previous: tuple[int, Tensor] | None = None
         self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
-        """The sample as it is: DDIM feeds x_t to the network unscaled. Here for schedulers to be interchangeable."""
+        """Return the sample unchanged: DDIM feeds x_t to the network unscaled.
+
+        Args:
+            sample: x_t, (N, C, H, W).
+            timestep: not used; schedulers are interchangeable.
+        """
         return sample
 
     def step(
@@ -267,7 +299,7 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """One step of the generative process, equations (12) and (16).
+        """Take one step of the generative process.
 
         Args:
             model_output: what the network predicts from `sample`, (N, C, H, W).
@@ -277,7 +309,7 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
             eta: 0 for DDIM, 1 for DDPM.
             use_clipped_model_output: recompute epsilon from the clipped x_0.
             generator: draws the noise when eta > 0.
-            variance_noise: the noise itself, in place of a generator.
+            variance_noise: the noise itself, (N, C, H, W), instead of a generator.
             return_dict: `False` for a tuple.
 
         Returns:
@@ -286,9 +318,18 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         Raises:
             ValueError: if `set_timesteps` has not been called, the timestep is outside the schedule, eta is negative,
                 or both a generator and noise are given.
+
+        References:
+            Equations (12) and (16) of arXiv 2010.02502.
+
+        Example:
+            >>> scheduler = DDIMScheduler()
+            >>> scheduler.set_timesteps(1)
+            >>> scheduler.step(torch.zeros(1, 1, 2, 2), 0, torch.full((1, 1, 2, 2), 0.5)).prev_sample.mean()
+            tensor(0.5000)
         """
         if eta > 0 and generator is not None and variance_noise is not None:
-            raise ValueError("give either generator or variance_noise, not both")
+            raise ValueError("generator and variance_noise exclude each other; give one of them")
         transition = self._transition(timestep, eta)
         noise = variance_noise if eta > 0 else None
         if eta > 0 and noise is None:
@@ -303,58 +344,80 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
             noise,
         )
         if self.config.solver_order == 2:
-            epsilon = x0_to_epsilon(x0, sample, transition.alpha)
-            if self._before is not None and self._before[0] > transition.timestep:
-                prev_sample = prev_sample + transition.correction * (epsilon - self._before[1])
-            self._before = transition.timestep, epsilon
+            is_next = self._previous is not None and self._previous[0] > transition.timestep
+            previous_epsilon = self._previous[1] if self._previous is not None and is_next else None
+            coefficients = transition.coefficients()
+            prev_sample, epsilon = add_correction(prev_sample, x0, sample, coefficients, previous_epsilon)
+            self._previous = transition.timestep, epsilon
         return DDIMSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
 
     def _transition(self, timestep: Tensor | int, eta: float) -> Step:
-        """The step between a timestep and the next smaller entry of `timesteps`."""
+        """Return the step from a timestep to the next smaller entry of `timesteps`."""
         if self.num_inference_steps is None:
-            raise ValueError("no timesteps are set: call set_timesteps(num_inference_steps) before step")
+            raise ValueError("set_timesteps(num_inference_steps) must be called before step")
         (t,) = schedule.check_timesteps([timestep], len(self))  # type: ignore[list-item]
-        if self.config.solver_order == 2 and self._before is not None and self._before[0] > t:
-            around = [self._before[0], t]
+        if self.config.solver_order == 2 and self._previous is not None and self._previous[0] > t:
+            neighboring_timesteps = [self._previous[0], t]
         else:
-            around = [t]
-        index = len(around) - 1
-        around += [entry for entry in self._timesteps if entry < t][:1]
-        return self.make_steps(around, eta, order=self.config.solver_order)[index]
+            neighboring_timesteps = [t]
+        index = len(neighboring_timesteps) - 1
+        neighboring_timesteps += [entry for entry in self._timesteps if entry < t][:1]
+        return self.make_steps(neighboring_timesteps, eta, order=self.config.solver_order)[index]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) noise, equation (4).
+        """Return x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) noise.
+
+        Args:
+            original_samples: x_0, (N, ...).
+            noise: standard Gaussian of the same shape.
+            timesteps: (N,) or () integers.
+
+        References:
+            Equation (4) of arXiv 2010.02502.
+
+        Example:
+            >>> x0 = torch.ones(2, 1, 4, 4)
+            >>> DDIMScheduler().add_noise(x0, torch.zeros_like(x0), torch.tensor([0, 999])).amax((1, 2, 3))
+            tensor([0.9999, 0.0064])
+        """
+        return add_noise(original_samples, noise, self._alphas(timesteps, original_samples))
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return v = sqrt(alpha_t) noise - sqrt(1 - alpha_t) x_0.
+
+        Args:
+            sample: x_0, (N, ...).
+            noise: standard Gaussian of the same shape.
+            timesteps: (N,) or () integers.
+
+        References:
+            Appendix D of arXiv 2202.00512.
+        """
+        return velocity(sample, noise, self._alphas(timesteps, sample))
+
+    def training_target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return what a network of the configured prediction type learns to predict: epsilon, x_0 or v.
 
         Args:
             original_samples: x_0, (N, ...).
             noise: standard Gaussian of the same shape.
             timesteps: (N,) or () integers.
         """
-        return add_noise(original_samples, noise, self._alphas(timesteps, original_samples))
-
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """v = sqrt(alpha_t) noise - sqrt(1 - alpha_t) x_0; arguments as in `add_noise`, `sample` being x_0."""
-        return velocity(sample, noise, self._alphas(timesteps, sample))
-
-    def training_target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What a network of the configured prediction type shall predict: epsilon, x_0 or v; arguments as in
-        `add_noise`.
-        """
         return training_target(
             original_samples, noise, self._alphas(timesteps, original_samples), self.config.prediction_type
         )
 
     def _alphas(self, timesteps: Tensor, like: Tensor) -> Tensor:
-        """alphas_cumprod at the timesteps, with the dtype and device of `like`, broadcastable against it."""
+        """Return alphas_cumprod at the timesteps, of the dtype and device of `like`, broadcastable against it."""
         self.alphas_cumprod = self.alphas_cumprod.to(like.device)
         alphas = self.alphas_cumprod[timesteps.to(like.device)].to(like.dtype)
         return alphas.reshape(-1, *[1] * (like.ndim - 1))
 
 
 class DDIMInverseScheduler(DDIMScheduler):
-    """From pictures to noise: the steps of a `DDIMScheduler` with eta = 0, turned round.
+    """The steps of a `DDIMScheduler` with eta = 0 in reverse, from images to noise.
 
-    `timesteps` are those that a `DDIMScheduler` of the same configuration walks, for every spacing, the smallest first.
+    `timesteps` are those that a `DDIMScheduler` of the same configuration visits, for every spacing, smallest first.
     The step to timestep t comes from the next smaller entry, or from `initial_alpha_cumprod` for the first.
 
         inverse = DDIMInverseScheduler.from_config(pipe.scheduler.config, clip_sample=False)
@@ -363,47 +426,54 @@ class DDIMInverseScheduler(DDIMScheduler):
             x = inverse.step(unet(x, t).sample, t, x).prev_sample
 
     is an Euler encoding, as with the class of that name in `diffusers`, whose arguments these are (and those of
-    `DDIMScheduler`). Two things are wrong there and right here: it steps from t - T // S whatever the timestep before
-    is, and with v-prediction its step is not the inverse of its twin's. Here, given the model output at the x_t that
-    results, `step` inverts `DDIMScheduler.step` exactly, so that a fixed-point iteration over it does too;
-    `DDIMPipeline.encode` does this, and better. A `solver_order` of 2 is refused.
+    `DDIMScheduler`). Two things are wrong there and right here: it steps from t - T // S whatever the previous timestep
+    is, and with v-prediction its step is not the inverse of `DDIMScheduler.step`. Here, given the model output at the
+    x_t that results, `step` inverts `DDIMScheduler.step` exactly, so that a fixed-point iteration over it does too;
+    `DDIMPipeline.encode` does this, and better. `solver_order=2` is refused.
 
-    Clipping, on by default as in `diffusers`, cannot be undone; switch it off for pictures to come back. So cannot, for
+    Clipping, on by default as in `diffusers`, cannot be undone; switch it off for images to come back. Neither can, for
     a good denoiser, the step from alpha = 1: `set_alpha_to_one=False` starts from alphas_cumprod[0].
 
-    Args:
-        as for `DDIMScheduler`.
+    The arguments are those of `DDIMScheduler`.
 
     Attributes:
         timesteps: int64 tensor, increasing.
-        initial_alpha_cumprod: 1, or alphas_cumprod[0], where the first step comes from.
-        others: as of `DDIMScheduler`.
+
+    References:
+        Equation (13) and section 4.3 of arXiv 2010.02502.
+
+    Example:
+        >>> inverse = DDIMInverseScheduler()
+        >>> inverse.set_timesteps(4)
+        >>> inverse.timesteps
+        tensor([  0, 250, 500, 750])
     """
 
     @property
     def initial_alpha_cumprod(self) -> Tensor:
+        """Alpha where the first step comes from, float32 (): 1, or alphas_cumprod[0]."""
         return self.final_alpha_cumprod
 
-    def _use(self, timesteps: list[int], device: str | torch.device | None) -> None:
+    def _set_timesteps(self, timesteps: list[int], device: str | torch.device | None) -> None:
         if self.config.solver_order != 1:
-            raise ValueError(f"solver_order is {self.config.solver_order}; {NO_INVERSE}")
-        super()._use(timesteps, device)
+            raise ValueError(f"solver_order must be 1, got {self.config.solver_order}: {NO_INVERSE}")
+        super()._set_timesteps(timesteps, device)
         self.timesteps = self.timesteps.flip(0)
 
-    def step(  # type: ignore[override]  # the interface of the peer's class
+    def step(  # type: ignore[override]  # the interface of `diffusers`
         self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """x_t from x at the timestep before t.
+        """Return x_t from x at the next smaller timestep.
 
         Args:
             model_output: what the network predicts, (N, C, H, W).
             timestep: t, where the step leads.
-            sample: x at the timestep before, (N, C, H, W).
+            sample: x at the next smaller timestep, (N, C, H, W).
             return_dict: `False` for a tuple.
 
         Returns:
-            `DDIMSchedulerOutput` with x_t, called `prev_sample` as in the peer, and `pred_original_sample`; or the two
-            as a tuple.
+            `DDIMSchedulerOutput` with x_t, called `prev_sample` as in `diffusers`, and `pred_original_sample`; or the
+            two as a tuple.
 
         Raises:
             ValueError: if `set_timesteps` has not been called, the timestep is outside the schedule, or the step comes

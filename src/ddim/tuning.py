@@ -1,26 +1,27 @@
-"""Fewer steps: learned timesteps, and the number of steps that is enough.
+"""Fewer steps: learned timesteps, and the smallest number of steps that is enough.
 
-Pictures painted from the same codes in S steps and in very many differ by the error of the steps,
+Images sampled from the same latents in S steps and in very many differ by the error of the steps,
 
-    error(tau) = mean over codes and values of (picture along tau - picture of the limit)^2
+    error(tau) = mean over latents and values of (image along tau - image of the limit)^2
 
-in [0, 1], as the mean squared errors of Table 2 in arXiv 2010.02502. The paper picks its subsequences tau by formula
+in [0, 1], as the mean squared errors of Table 2 in arXiv 2010.02502. The paper chooses its subsequences tau by formula
 (appendix D.2). `tune` searches for the one of length S with the least error for a given model:
 
-1. it starts from the best of the formulas of `ddim.diffusion.schedule.SPACINGS`; best by the mean of the codes' roots of their
-   errors, here and below, because a few codes that end in another picture altogether would decide the plain mean;
-2. it moves one timestep between its neighbours, or stretches all timesteps from one on towards 0 or away from it, and
+1. it starts from the best of the formulas of `ddim.diffusion.schedule.SPACINGS`; best by the mean of the latents' root
+   mean square errors, here and below, because a few latents that lead to another image altogether would dominate the
+   plain mean;
+2. it moves one timestep between its neighbors, or stretches all timesteps from one on towards 0 or away from it, and
    keeps what lowers the error, with shorter and shorter moves.
 
-A move leaves the steps before it as they were, and what the network said there is not asked again; and a trial ends
-when the first codes tell that it is hopeless: it costs about a third of a run. Errors are kept in the user's cache
-folder, so that a search that was stopped goes on; the search itself is without chance. What it found is judged by other
-codes than those it was found with.
+A move leaves the steps before it unchanged, and the predictions there are reused; and a trial is pruned when the first
+latents show an error above that of the best so far: it costs about a third of a run. Errors are cached in the user's
+cache folder, so that a search that was stopped resumes; the search itself is deterministic. Its result is evaluated on
+other latents than those it was found with.
 
-The limit is taken from `REFERENCE_STEPS` steps of order 2, without clipping: clipping the predicted x_0 adds something
+The limit is taken from `REFERENCE_STEPS` steps of order 2, without clipping: clipping the predicted x_0 adds an error
 of its own at every step, however small, and then there is no limit (`docs/fewer-steps.md`).
 
-With noise (eta > 0) pictures of different subsequences are compared along one path of it. Between two timesteps a step
+With noise (eta > 0) images of different subsequences are compared along one path of it. Between two timesteps a step
 adds to x / sqrt(alpha) what single steps would have added, one after the other,
 
     sum over u of sigma_u / sqrt(alpha_{u-1}) noise_u
@@ -35,7 +36,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -54,27 +55,28 @@ from ddim.sampler import evaluating
 from ddim.scheduler import DDIMScheduler
 from ddim.validation import integer, real
 
-CODES = 64
-"""Codes that a search looks at; as many others judge what it found."""
-BATCH = 32
+NUM_LATENTS = 64
+"""Latents that a search measures errors on; as many others evaluate its result."""
+BATCH_SIZE = 32
 REFERENCE_STEPS = 100
-ROUNDS = (1 / 2, 1 / 4, 1 / 8)
-"""Lengths of moves: parts of the way to the next timestep, or of the stretch to 0."""
+MOVE_LENGTHS = (1 / 2, 1 / 4, 1 / 8)
+"""Lengths of moves, one per round: parts of the distance to the next timestep, or of the stretch to 0."""
 PRUNE_RATIO = 1.02
-"""Timesteps are given up when the first codes have so many times the error of the best so far."""
-MAX_STEPS_TRIED = 200
+"""A trial is pruned when the first latents have this many times the error of the best timesteps so far."""
+MAX_STEPS = 200
+"""The largest number of steps that `enough_steps` tries."""
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """Timesteps found for a model, and what they are worth.
+class TunedTimesteps:
+    """Timesteps found for a model, and their error.
 
     Attributes:
         timesteps: decreasing, S of them.
-        error: on codes that the search has not seen.
-        classic: errors of the formulas on the same codes, by spacing.
-        order: that they are for.
-        eta: that they are for.
+        error: mean squared error in [0, 1] on latents that the search has not seen.
+        classic: the errors of the formulas on the same latents, by spacing.
+        order: the order of the solver they were found for.
+        eta: the noise of the process they were found for.
     """
 
     timesteps: list[int]
@@ -84,9 +86,17 @@ class Tuned:
     eta: float
 
     def added_to(self, scheduler: DDIMScheduler) -> DDIMScheduler:
-        """A scheduler like this one that takes these timesteps when so many steps are asked for.
+        """Return a scheduler like this one that takes these timesteps when S steps are asked for.
 
         Its `solver_order` becomes that of the timesteps, and lists that were learned for another order are dropped.
+
+        Args:
+            scheduler: whose configuration is extended.
+
+        Example:
+            >>> tuned = TunedTimesteps([900, 300, 0], 0.001, {}, order=2, eta=0.0)
+            >>> tuned.added_to(DDIMScheduler()).make_timesteps(3)
+            [900, 300, 0]
         """
         config = scheduler.config
         known = dict(config.timesteps_by_steps or {}) if config.solver_order == self.order else {}
@@ -100,98 +110,109 @@ def tune(
     order: int = 2,
     eta: float = 0.0,
     *,
-    codes: int = CODES,
+    num_latents: int = NUM_LATENTS,
     seed: int = 0,
-    batch_size: int = BATCH,
+    batch_size: int = BATCH_SIZE,
     progress: bool = True,
-) -> Tuned:
-    """The subsequence of S timesteps that suits a model best.
+) -> TunedTimesteps:
+    """Search for the subsequence of S timesteps with the least error for a model.
 
     Args:
-        pipe: the model; its scheduler says whether the predicted x_0 is clipped.
+        pipe: the model; its scheduler decides whether the predicted x_0 is clipped.
         num_inference_steps: S, from 1 to the number of timesteps the model was trained with.
-        order: of the method, 1 or 2.
-        eta: of equation (16); at order 2 it is 0.
-        codes: how many the search looks at.
-        seed: of the first code; as many codes after them judge the result.
-        batch_size: codes that the network sees at once.
+        order: of the solver, 1 or 2.
+        eta: the noise of the process; 0 at order 2.
+        num_latents: latents on which errors are measured.
+        seed: of the first latent; as many latents after them evaluate the result.
+        batch_size: latents per network evaluation.
         progress: show a bar.
+
+    Returns:
+        The timesteps and their error.
 
     Raises:
         ValueError: for an argument out of range.
     """
-    codes = integer("codes", codes, 1)
-    judge, other = (ErrorEvaluator(pipe, order, eta, range(s, s + codes), batch_size) for s in (seed, seed + codes))
-    formulas = {spacing: pipe.scheduler.make_timesteps(num_inference_steps, spacing) for spacing in SPACINGS}
+    num_latents = integer("num_latents", num_latents, 1)
+    S = num_inference_steps
+    seeds = range(seed, seed + num_latents), range(seed + num_latents, seed + 2 * num_latents)
+    search_errors, test_errors = (ErrorEvaluator(pipe, order, eta, part, batch_size) for part in seeds)
+    formulas = {spacing: pipe.scheduler.make_timesteps(S, spacing) for spacing in SPACINGS}
     # Some give fewer timesteps than are asked for.
-    formulas = {name: steps for name, steps in formulas.items() if len(steps) == num_inference_steps}
-    trials = len(formulas) + 4 * num_inference_steps * len(ROUNDS)
-    with tqdm(total=trials, desc=f"{num_inference_steps} steps", unit="trial", disable=not progress) as bar:
+    formulas = {name: timesteps for name, timesteps in formulas.items() if len(timesteps) == S}
+    trials = len(formulas) + 4 * S * len(MOVE_LENGTHS)
+    with tqdm(total=trials, desc=f"{S} steps", unit="trial", disable=not progress) as bar:
 
         def error(timesteps: Sequence[int]) -> float:
             bar.update()
-            return judge.typical(timesteps)
+            return search_errors.mean_rmse(timesteps)
 
-        errors = {name: error(steps) for name, steps in formulas.items()}
+        errors = {name: error(timesteps) for name, timesteps in formulas.items()}
         start = min(errors, key=lambda name: errors[name])
-        best = search(error, formulas[start], len(pipe.scheduler), judge.keep)
+        best = search(error, formulas[start], len(pipe.scheduler), search_errors.set_best)
         bar.total = bar.n
-    classic = {name: other.error(steps) for name, steps in formulas.items()}
-    found = other.error(best)
-    # The search may have learned its codes by heart.
+    classic = {name: test_errors.mse(timesteps) for name, timesteps in formulas.items()}
+    best_error = test_errors.mse(best)
+    # The search may have overfitted its latents.
     name = min(classic, key=lambda name: classic[name])
-    if classic[name] < found:
-        best, found = formulas[name], classic[name]
-    return Tuned(best, found, classic, order, float(eta))
+    if classic[name] < best_error:
+        best, best_error = formulas[name], classic[name]
+    return TunedTimesteps(best, best_error, classic, order, float(eta))
 
 
 def search(
     error: Callable[[Sequence[int]], float],
     start: Sequence[int],
     num_train_timesteps: int,
-    keep: Callable[[Sequence[int]], None] = lambda _: None,
+    on_improvement: Callable[[Sequence[int]], None] = lambda _: None,
 ) -> list[int]:
-    """Decreasing timesteps of little error, by the moves of the module's text.
+    """Minimize the error of decreasing timesteps by moving them one at a time, in shorter and shorter moves.
 
     Args:
         error: of decreasing timesteps; deterministic.
-        start: where to start.
+        start: the timesteps to start from.
         num_train_timesteps: T; timesteps stay within 0 and T - 1.
-        keep: told each time a better list is found, and about the start.
+        on_improvement: called with the start, and with each better list found.
 
     Returns:
         As many timesteps as `start` has, of at most its error.
+
+    Example:
+        >>> search(lambda timesteps: abs(timesteps[0] - 700), [900, 0], 1000)
+        [700, 0]
     """
     best, lowest = list(start), error(start)
-    keep(best)
-    for length in ROUNDS:
+    on_improvement(best)
+    for length in MOVE_LENGTHS:
         for index in range(len(best)):
             for move in (length, -length, 1 + length / 2, 1 - length / 2):
                 trial = _moved(best, index, move, num_train_timesteps)
-                if trial != best and (found := error(trial)) < lowest:
-                    best, lowest = trial, found
-                    keep(best)
+                if trial != best and (trial_error := error(trial)) < lowest:
+                    best, lowest = trial, trial_error
+                    on_improvement(best)
     return best
 
 
 def _moved(timesteps: list[int], index: int, move: float, num_train_timesteps: int) -> list[int]:
-    """Timesteps after a move: by a part of the way to a neighbour (|move| below 1), towards noise where it is positive;
-    or all from `index` on stretched by a factor near 1.
+    """Return timesteps after a move.
+
+    A move below 3/4 in size goes by that part of the distance to a neighbor, towards noise where it is positive; a
+    larger one is a factor by which all timesteps from `index` on are stretched.
     """
     trial = list(timesteps)
     t = timesteps[index]
     if abs(move) < 0.75:
         above = timesteps[index - 1] if index else num_train_timesteps
         below = timesteps[index + 1] if index + 1 < len(timesteps) else -1
-        way = above - t if move > 0 else t - below
-        distance = min(max(1, round(abs(move) * way)), way - 1)
+        gap = above - t if move > 0 else t - below
+        distance = min(max(1, round(abs(move) * gap)), gap - 1)
         trial[index] += distance if move > 0 else -distance
     else:
         above = timesteps[index - 1] if index else num_train_timesteps
         for i in range(index, len(trial)):
-            # Distinct, and with room for those that follow.
-            room = len(trial) - 1 - i
-            trial[i] = max(room, min(above - 1, round(trial[i] * move)))
+            # Distinct, and leaving enough timesteps below for those that follow.
+            smallest = len(trial) - 1 - i
+            trial[i] = max(smallest, min(above - 1, round(trial[i] * move)))
             above = trial[i]
     return trial
 
@@ -201,73 +222,73 @@ def enough_steps(
     tolerance: float,
     order: int | None = None,
     *,
-    codes: int = 32,
+    num_latents: int = 32,
     seed: int = 0,
-    batch_size: int = BATCH,
+    batch_size: int = BATCH_SIZE,
 ) -> tuple[int, float]:
-    """The smallest number of steps whose error, on the pipeline's own timesteps with eta = 0, is at most a tolerance.
+    """Find the smallest number of steps whose error at eta = 0 is within a tolerance.
 
-    The error is taken to fall with the number of steps: it is looked at for 1, 2, 4, ... steps, then between the last
+    The error is assumed to fall with the number of steps: it is measured for 1, 2, 4, ... steps, then between the last
     that was too large and the first that was not.
 
     Args:
         pipe: the model.
-        tolerance: mean squared error in [0, 1].
-        order: of the method; the scheduler's `solver_order` unless given.
-        codes: how many the error is measured on.
+        tolerance: mean squared error in [0, 1]; above 0, below 1.
+        order: of the solver, 1 or 2; defaults to the scheduler's `solver_order`.
+        num_latents: latents on which the error is measured.
         seed: of the first of them.
-        batch_size: codes that the network sees at once.
+        batch_size: latents per network evaluation.
 
     Returns:
         The number of steps, and its error.
 
     Raises:
-        ValueError: for an argument out of range, or if `MAX_STEPS_TRIED` steps are not enough.
+        ValueError: for an argument out of range, or if `MAX_STEPS` steps are not enough.
+        TypeError: for a tolerance that is not a number.
     """
-    if not 0 < real("tolerance", tolerance) < 1:
-        raise ValueError(f"tolerance is {tolerance}; it must lie above 0 and below 1")
+    tolerance = real("tolerance", tolerance, above=0, below=1)
     scheduler = pipe.scheduler
     order = scheduler.config.solver_order if order is None else order
-    judge = ErrorEvaluator(pipe, order, 0.0, range(seed, seed + integer("codes", codes, 1)), batch_size)
+    seeds = range(seed, seed + integer("num_latents", num_latents, 1))
+    errors = ErrorEvaluator(pipe, order, 0.0, seeds, batch_size)
 
     def error(number: int) -> float:
-        return judge.error(scheduler.make_timesteps(number, order=order))
+        return errors.mse(scheduler.make_timesteps(number, order=order))
 
-    most = min(MAX_STEPS_TRIED, len(scheduler))
-    few, many = 0, 1
-    while error(many) > tolerance:
-        if many == most:
+    largest = min(MAX_STEPS, len(scheduler))
+    too_few, enough = 0, 1
+    while error(enough) > tolerance:
+        if enough == largest:
             raise ValueError(
-                f"{most} steps come to an error of {error(most):.1e}, more than the tolerance of {tolerance:g}; give a "
-                "larger one"
+                f"tolerance must be at least the error of {largest} steps, {error(enough):.1e}, got {tolerance:g}"
             )
-        few, many = many, min(2 * many, most)
-    while many - few > 1:
-        middle = (few + many) // 2
-        few, many = (few, middle) if error(middle) <= tolerance else (middle, many)
-    return many, error(many)
+        too_few, enough = enough, min(2 * enough, largest)
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        too_few, enough = (too_few, middle) if error(middle) <= tolerance else (middle, enough)
+    return enough, error(enough)
 
 
 class ErrorEvaluator:
-    """Errors of subsequences, for some codes of a model.
+    """Measures the errors of subsequences of timesteps on some latents of a model, and caches them.
 
     Args:
         pipe: the model.
-        order: of the method.
-        eta: of equation (16).
-        seeds: of the codes.
-        batch_size: codes that the network sees at once.
+        order: of the solver, 1 or 2.
+        eta: the noise of the process.
+        seeds: of the latents.
+        batch_size: latents per network evaluation.
     """
 
     def __init__(self, pipe: DDIMPipeline, order: int, eta: float, seeds: Sequence[int], batch_size: int) -> None:
         self.pipe, self.order, self.eta = pipe, order, eta
         size = integer("batch_size", batch_size, 1)
         checked = check_seeds(seeds, len(seeds))
-        self._parts = [checked[first : first + size] for first in range(0, len(checked), size)]
-        # The best timesteps so far, and what the network said along them, part by part.
-        self._kept: tuple[list[int], list[list[Tensor]]] = [], []
-        self._latest = self._kept
-        self._best: list[float] = []
+        self._batches = [checked[first : first + size] for first in range(0, len(checked), size)]
+        # The best timesteps so far, and the predictions along them, batch by batch.
+        self._best: tuple[list[int], list[list[Tensor]]] = [], []
+        self._latest = self._best
+        self._best_rmse: list[float] = []
         self._limits: dict[int, Tensor] = {}
         config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
         for name in ("timestep_spacing", "timesteps_by_steps", "solver_order"):
@@ -286,83 +307,97 @@ class ErrorEvaluator:
         self._path = cache_folder() / "tuning" / f"{sha256}.json"
         self._errors = self._read()
 
-    def error(self, timesteps: Sequence[int]) -> float:
-        """Mean squared error in [0, 1] along these timesteps, infinite for hopeless ones; known ones cost nothing."""
-        return self._mean([squared for squared, _ in self._known(timesteps)])
+    def mse(self, timesteps: Sequence[int]) -> float:
+        """Return the mean squared error in [0, 1], infinite where the trial was pruned.
 
-    def typical(self, timesteps: Sequence[int]) -> float:
-        """The same for the mean of the codes' roots of their mean squared errors."""
-        return self._mean([root for _, root in self._known(timesteps)])
+        Args:
+            timesteps: decreasing.
+        """
+        return self._mean([mse for mse, _ in self._errors_of(timesteps)])
 
-    def _known(self, timesteps: Sequence[int]) -> list[tuple[float, float]]:
-        name = _name(timesteps)
-        if name not in self._errors:
-            self._errors[name] = self._measure(list(timesteps))
+    def mean_rmse(self, timesteps: Sequence[int]) -> float:
+        """Return the mean of the latents' root mean square errors in [0, 1], infinite where the trial was pruned.
+
+        Args:
+            timesteps: decreasing.
+        """
+        return self._mean([rmse for _, rmse in self._errors_of(timesteps)])
+
+    def set_best(self, timesteps: Sequence[int]) -> None:
+        """Prune later trials by the error of these timesteps, and reuse the predictions along them.
+
+        Args:
+            timesteps: decreasing; measured already.
+        """
+        self._best_rmse = [rmse for _, rmse in self._errors[_key(timesteps)]]
+        if self._latest[0] == list(timesteps):
+            self._best = self._latest
+
+    def _errors_of(self, timesteps: Sequence[int]) -> list[tuple[float, float]]:
+        key = _key(timesteps)
+        if key not in self._errors:
+            self._errors[key] = self._measure(list(timesteps))
             self._write()
-        return self._errors[name]
+        return self._errors[key]
 
     def _mean(self, values: list[float]) -> float:
-        """Over all codes, from the means of parts."""
-        if len(values) < len(self._parts):
+        """Return the mean over all latents, from the means of batches."""
+        if len(values) < len(self._batches):
             return math.inf
-        return sum(e * len(part) for e, part in zip(values, self._parts, strict=True)) / sum(map(len, self._parts))
-
-    def keep(self, timesteps: Sequence[int]) -> None:
-        """Compare what follows with these timesteps, the best so far."""
-        self._best = [root for _, root in self._errors[_name(timesteps)]]
-        if self._latest[0] == list(timesteps):
-            self._kept = self._latest
+        total = sum(value * len(batch) for value, batch in zip(values, self._batches, strict=True))
+        return total / sum(map(len, self._batches))
 
     def _measure(self, timesteps: list[int]) -> list[tuple[float, float]]:
-        """Both errors of the parts; of the first of them, if those are hopeless."""
+        """Return both errors of each batch; of the first batches alone, where the trial is pruned."""
         steps = self.pipe.scheduler.make_steps(timesteps, self.eta, order=self.order)
-        kept, outputs = self._kept
-        same = next((i for i, (a, b) in enumerate(zip(kept, timesteps, strict=False)) if a != b), len(kept))
+        best, predictions = self._best
+        shared = next((i for i, (a, b) in enumerate(zip(best, timesteps, strict=False)) if a != b), len(best))
         errors: list[tuple[float, float]] = []
         self._latest = timesteps, []
-        for part in range(len(self._parts)):
-            pictures, said = self._walk(steps, part, outputs[part][:same] if outputs else [], clip=True)
-            self._latest[1].append(said)
-            squared = ((pictures - self._limit(part)) / 2).double().square().flatten(1).mean(1)
+        for batch in range(len(self._batches)):
+            known = predictions[batch][:shared] if predictions else []
+            images, outputs = self._sample(steps, batch, known, clip=True)
+            self._latest[1].append(outputs)
+            squared = ((images - self._limit(batch)) / 2).double().square().flatten(1).mean(1)
             errors.append((float(squared.mean()), float(squared.sqrt().mean())))
-            if self._best and sum(root for _, root in errors) > PRUNE_RATIO * sum(self._best[: len(errors)]):
+            if self._best_rmse and sum(rmse for _, rmse in errors) > PRUNE_RATIO * sum(self._best_rmse[: len(errors)]):
                 break
         return errors
 
-    def _limit(self, part: int) -> Tensor:
-        """Pictures of very many steps, (N, C, H, W) in [-1, 1]."""
-        if part not in self._limits:
+    def _limit(self, batch: int) -> Tensor:
+        """Return the images of very many steps, (N, C, H, W) in [-1, 1]."""
+        if batch not in self._limits:
             scheduler = self.pipe.scheduler
             timesteps = scheduler.make_timesteps(min(REFERENCE_STEPS, len(scheduler)), "blend")
             steps = scheduler.make_steps(timesteps, self.eta, order=1 if self.eta else 2)
-            self._limits[part] = self._walk(steps, part, [], clip=False)[0]
-        return self._limits[part]
+            self._limits[batch] = self._sample(steps, batch, [], clip=False)[0]
+        return self._limits[batch]
 
-    def _walk(
-        self, steps: Sequence[Step], part: int, known: Sequence[Tensor], clip: bool
+    def _sample(
+        self, steps: Sequence[Step], batch: int, known: Sequence[Tensor], clip: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """Images, and what the network said at each step; at the first steps it is `known`."""
-        pipe, seeds = self.pipe, self._parts[part]
-        shape = (len(seeds), *pipe.sample_shape)
-        ask = pipe._denoiser(steps)
-        said: list[Tensor] = []
+        """Return images and the prediction of each step, which at the first steps is `known`."""
+        sampler, seeds = self.pipe.sampler, self._batches[batch]
+        shape = (len(seeds), *sampler.sample_shape)
+        predict = sampler.denoiser(steps)
+        outputs: list[Tensor] = []
 
         def denoiser(x: Tensor, timestep: Tensor) -> Tensor:
-            said.append(known[len(said)] if len(said) < len(known) else ask(x, timestep))
-            return said[-1]
+            outputs.append(known[len(outputs)] if len(outputs) < len(known) else predict(x, timestep))
+            return outputs[-1]
 
-        scheduler = pipe.scheduler
-        x = noise_from_seeds(shape, seeds, pipe.device)().to(pipe._sample_dtype)
+        scheduler = sampler.scheduler
+        x = noise_from_seeds(shape, seeds, sampler.device)().to(sampler.sample_dtype)
         noise = self._noise(steps, shape, seeds[0]) if self.eta else None
         settings = StepSettings(scheduler.config.prediction_type, scheduler.clip if clip else None, noise=noise)
-        with torch.no_grad(), evaluating(pipe.unet):
+        with torch.no_grad(), evaluating(sampler.unet):
             for state in sample(denoiser, x, steps, settings):
                 x = state.sample
-        return x.clamp(-1, 1), said
+        return x.clamp(-1, 1), outputs
 
     def _noise(self, steps: Sequence[Step], shape: Sequence[int], seed: int) -> NoiseSource:
-        """What the steps add, each along the same path; see the module's text."""
-        alphas, device = self.pipe.scheduler._alphas_cumprod, self.pipe.device
+        """Return the noise of each step, all along the same path (see the module's text)."""
+        alphas, device = self.pipe.scheduler.alphas_cumprod_float64, self.pipe.device
 
         def draw() -> Iterator[Tensor]:
             for step in steps:
@@ -370,7 +405,7 @@ class ErrorEvaluator:
                 for u in range(step.timestep, max(step.prev_timestep, 0), -1):
                     alpha, alpha_prev = float(alphas[u]), float(alphas[u - 1])
                     weight = sigma_ddim(alpha, alpha_prev, self.eta) / math.sqrt(alpha_prev)
-                    # Seeds of the path's own, far from those of codes.
+                    # The path's seeds are far from those of latents.
                     generator = torch.Generator().manual_seed((seed + 1) * 2**32 + u & MAX_SEED)
                     total += weight * noise_from_generator(shape, generator, device, torch.float32)()
                     variance += weight**2
@@ -379,15 +414,15 @@ class ErrorEvaluator:
         return draw().__next__
 
     def _read(self) -> dict[str, list[tuple[float, float]]]:
-        """What is known; a damaged file is as good as none."""
+        """Return the cached errors; a damaged file counts as none."""
         try:
             known = json.loads(self._path.read_text())
-            return {str(name): [(float(squared), float(root)) for squared, root in e] for name, e in known.items()}
+            return {str(name): [(float(mse), float(rmse)) for mse, rmse in e] for name, e in known.items()}
         except (OSError, ValueError, AttributeError, TypeError):
             return {}
 
     def _write(self) -> None:
-        """Keep what is known, where that can be done."""
+        """Cache the errors, where the folder can be written."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(self._path) as temporary:
@@ -396,17 +431,22 @@ class ErrorEvaluator:
             return
 
 
-def _name(timesteps: Sequence[int]) -> str:
+def _key(timesteps: Sequence[int]) -> str:
     return ",".join(map(str, timesteps))
 
 
 def draw_timesteps(lists: Mapping[str, Sequence[int]], num_train_timesteps: int, width: int = 64) -> str:
-    """Subsequences as lines of text, a mark a timestep, on a scale of square roots, which widens the small ones.
+    """Draw subsequences as lines of text, one mark per timestep, on a square-root scale, which widens the small ones.
 
     Args:
         lists: timesteps by name.
         num_train_timesteps: T.
         width: of a line, in characters.
+
+    Example:
+        >>> print(draw_timesteps({"a": [9, 4, 0]}, 10, width=7))
+        a  |···|·|
+        t  0     9
     """
     longest = max(map(len, lists))
     lines = []
@@ -420,8 +460,8 @@ def draw_timesteps(lists: Mapping[str, Sequence[int]], num_train_timesteps: int,
     return "\n".join(lines)
 
 
-def plot_timesteps(lists: Mapping[str, Sequence[int]], path: Any) -> None:
-    """The same as a picture.
+def plot_timesteps(lists: Mapping[str, Sequence[int]], path: Path) -> None:
+    """Plot subsequences, one row per name.
 
     Args:
         lists: timesteps by name.

@@ -1,10 +1,10 @@
 """`UNet2DModel`, the denoiser epsilon_theta(x_t, t): constructor, configuration, parameter names and numbers of the
 class of that name in `diffusers`.
 
-The network (DDPM, arXiv 2006.11239, appendix B) goes down through feature maps of shrinking size, through a middle
-block, and up again; every map on the way down is handed across to the way up. A block type is a name for two choices,
-attention or not and how to resample (`DOWN_BLOCKS`, `UP_BLOCKS`), so that one class serves for all blocks of a
-direction.
+The network (DDPM, arXiv 2006.11239, appendix B) passes through feature maps of shrinking size, a middle block, and
+feature maps of growing size; every feature map of the down path is a skip connection to the up path. A block type is
+a name for two choices, attention or not and how to resample (`DOWN_BLOCKS`, `UP_BLOCKS`), so that one class serves for
+all blocks of a path.
 """
 
 from __future__ import annotations
@@ -29,14 +29,18 @@ from ddim.nn.layers import (
 )
 from ddim.nn.ops import norm_silu
 from ddim.outputs import UNet2DOutput
-from ddim.validation import integer
+from ddim.validation import choice, integer
 
 FOURIER_SCALE = 16.0
+"""Standard deviation of the frequencies of the `fourier` time embedding."""
 
 
 class BlockType(NamedTuple):
-    """What a block's name stands for. `resample` is `conv`, `resnet`, or `None` where the model's `downsample_type` /
-    `upsample_type` decides.
+    """The two choices that a block's name stands for.
+
+    Attributes:
+        attention: whether each residual block is followed by self-attention.
+        resample: `conv`, `resnet`, or `None` where the model's `downsample_type` or `upsample_type` decides.
     """
 
     attention: bool
@@ -59,30 +63,30 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
     """A U-Net that takes noisy samples and timesteps and returns predictions of the samples' shape.
 
     Args:
-        sample_size: height and width of the samples, an int for squares; what a pipeline draws noise for. The network
+        sample_size: height and width of the samples, an int for squares: the size of a pipeline's noise. The network
             itself takes every size whose sides are multiples of 2 ** (len(block_out_channels) - 1).
-        in_channels: of the samples.
-        out_channels: of the predictions.
+        in_channels: channels of the samples.
+        out_channels: channels of the predictions.
         center_input_sample: map samples from [0, 1] to [-1, 1] first.
         time_embedding_type: `positional` (DDPM's), `fourier` (score-SDE's; needs t > 0) or `learned` (an embedding of
             `num_train_timesteps` rows).
-        time_embedding_dim: D of the time embedding; 4 block_out_channels[0] unless given.
+        time_embedding_dim: D of the time embedding; defaults to 4 block_out_channels[0].
         freq_shift: of the positional embedding; 1 in DDPM.
         flip_sin_to_cos: of the positional embedding; False in DDPM.
-        down_block_types: keys of `DOWN_BLOCKS`, one a level.
+        down_block_types: keys of `DOWN_BLOCKS`, one per level.
         mid_block_type: `UNetMidBlock2D`, or `None` for no middle block.
-        up_block_types: keys of `UP_BLOCKS`, one a level, from the smallest feature map upwards.
+        up_block_types: keys of `UP_BLOCKS`, one per level, from the smallest feature map upwards.
         block_out_channels: channels of each level.
-        layers_per_block: residual blocks of each level on the way down; one more on the way up.
+        layers_per_block: residual blocks of each level of the down path; one more in the up path.
         mid_block_scale_factor: the middle block divides each of its sums by this.
         downsample_padding: 0 pads at the bottom and right only, as DDPM does.
         downsample_type: how blocks with attention shrink: `conv` or `resnet`.
         upsample_type: how blocks with attention grow: `conv` or `resnet`.
         dropout: in residual blocks, while training.
         act_fn: `silu` (`swish`), `mish`, `gelu` or `relu`.
-        attention_head_dim: channels a head; `None` for a single head.
+        attention_head_dim: channels per head; `None` for a single head.
         norm_num_groups: groups of the group norms; divides all channel counts.
-        attn_norm_num_groups: groups of the middle attention's norm; unless given, `norm_num_groups`, or no norm with
+        attn_norm_num_groups: groups of the middle attention's norm; defaults to `norm_num_groups`, or no norm with
             `scale_shift`.
         norm_eps: of all group norms.
         resnet_time_scale_shift: how time enters residual blocks: `default` (added) or `scale_shift`.
@@ -93,7 +97,18 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
         num_train_timesteps: rows of the `learned` time embedding.
 
     Raises:
-        ValueError: for names that do not exist or numbers that do not fit together, saying which and what is allowed.
+        ValueError: for names that do not exist or numbers that do not fit together, naming them and what is allowed.
+
+    References:
+        Appendix B of DDPM, arXiv 2006.11239.
+
+    Example:
+        >>> unet = UNet2DModel(
+        ...     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), norm_num_groups=4,
+        ...     down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        ... )
+        >>> unet(torch.zeros(2, 1, 8, 8), 10).sample.shape
+        torch.Size([2, 1, 8, 8])
     """
 
     config_name = "config.json"
@@ -131,7 +146,7 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
         num_train_timesteps: int | None = None,
     ) -> None:
         super().__init__()
-        down_types, up_types = _check(self.config)
+        down_types, up_types = _check_config(self.config)
         channels = tuple(block_out_channels)
         levels = len(channels)
         self.sample_size = sample_size
@@ -212,18 +227,18 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
+        """The dtype of the parameters."""
         return self.conv_in.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the parameters."""
+        """The device of the parameters."""
         return self.conv_in.weight.device
 
     def enable_gradient_checkpointing(self) -> None:
-        """Save memory while training: of the residual blocks of all levels keep only what enters them.
+        """Save memory in training: store the inputs of residual blocks alone and compute the rest again backward.
 
-        The backward pass computes the rest again. Attention and resampling are kept whole.
+        Attention and resampling are stored completely.
         """
         self.gradient_checkpointing = True
 
@@ -232,15 +247,19 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
         self.gradient_checkpointing = False
 
     def num_parameters(self, only_trainable: bool = False) -> int:
-        """How many numbers the parameters hold."""
+        """Return the number of values in all parameters.
+
+        Args:
+            only_trainable: count only parameters that require a gradient.
+        """
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
     def embed(self, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
-        """The embedding of timesteps, and of class labels where the model has them: what the residual blocks are told.
+        """Embed timesteps, and class labels where the model has classes, as the residual blocks take them.
 
         Args:
             timestep: a number, or a tensor () or (N,).
-            class_labels: (N,) integers, or what the model's `class_embed_type` asks for.
+            class_labels: (N,) integers, or what the model's `class_embed_type` requires.
 
         Returns:
             (N, D), or (1, D) for a single timestep without labels.
@@ -252,9 +271,9 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
         emb = self.time_embedding(self.time_proj(timesteps).to(self.dtype))
         if (self.class_embedding is None) != (class_labels is None):
             raise ValueError(
-                "the model is unconditional and takes no class_labels"
+                "class_labels must be None: the model is unconditional"
                 if self.class_embedding is None
-                else "the model is class-conditional; give class_labels"
+                else "class_labels must be given: the model is class-conditional"
             )
         if self.class_embedding is not None:
             if self.config.class_embed_type == "timestep":
@@ -263,7 +282,14 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
         return emb
 
     def check_sample(self, sample: Tensor) -> None:
-        """ValueError if the sample's shape does not fit the model."""
+        """Check that a sample's shape fits the model.
+
+        Args:
+            sample: (N, in_channels, H, W), H and W multiples of 2 ** (len(block_out_channels) - 1).
+
+        Raises:
+            ValueError: for another shape.
+        """
         multiple = 2 ** (len(self.down_blocks) - 1)
         if (
             sample.ndim != 4
@@ -272,27 +298,27 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
             or sample.shape[3] % multiple
         ):
             raise ValueError(
-                f"the sample has shape {tuple(sample.shape)}; the model takes (N, {self.config.in_channels}, H, W) "
-                f"with H and W multiples of {multiple}"
+                f"sample: expected shape (N, {self.config.in_channels}, H, W), H and W multiples of {multiple}, got "
+                f"{tuple(sample.shape)}"
             )
 
     def forward(
         self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> UNet2DOutput | tuple[Tensor]:
-        """Predict.
+        """Predict from noisy samples.
 
         Args:
             sample: (N, in_channels, H, W), H and W multiples of 2 ** (len(block_out_channels) - 1), of the model's
                 dtype and device.
             timestep: a number, or a tensor () or (N,). A single one is embedded once for the whole batch.
-            class_labels: as in `embed`.
+            class_labels: (N,) integers for a model with classes, or what its `class_embed_type` requires.
             return_dict: `False` for a tuple.
 
         Returns:
             `UNet2DOutput` with `sample` (N, out_channels, H, W), or `(sample,)`.
 
         Raises:
-            ValueError: if the sample's shape does not fit the model.
+            ValueError: if the sample's shape does not fit the model, or labels are missing or too many.
         """
         self.check_sample(sample)
         if self.config.center_input_sample:
@@ -318,14 +344,33 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
 
 
 def check_embeddings(emb: Tensor, sample: Tensor) -> None:
-    """ValueError unless there is one embedding for all samples, or one for each."""
+    """Check that there is one embedding for all samples, or one for each.
+
+    Args:
+        emb: (N, D) or (1, D).
+        sample: (N, C, H, W).
+
+    Raises:
+        ValueError: for another number of embeddings.
+    """
     if emb.shape[0] not in (1, sample.shape[0]):
-        raise ValueError(f"{emb.shape[0]} timesteps or class_labels were given for {sample.shape[0]} samples")
+        raise ValueError(
+            f"timestep and class_labels must be one for all samples or one per sample, got {emb.shape[0]} for "
+            f"{sample.shape[0]} samples"
+        )
 
 
 class DownBlock2D(nn.Module):
-    """Residual blocks of one level, each followed by attention if `head_dim` is given, then a reduction to half the
-    size unless `downsample` is `None`.
+    """Residual blocks of one level, each perhaps followed by attention, then a halving of the size.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the level.
+        num_layers: residual blocks.
+        head_dim: channels per attention head; `None` for no attention.
+        downsample: how the size is halved: `conv`, `resnet`, or `None` for the last level.
+        padding: of the strided convolution (`Downsample2D`).
+        resnet: arguments of all residual blocks.
     """
 
     def __init__(
@@ -349,7 +394,13 @@ class DownBlock2D(nn.Module):
             self.downsamplers = nn.ModuleList([ResnetBlock2D(out_channels, out_channels, **resnet, resample="down")])
 
     def forward(self, hidden_states: Tensor, emb: Tensor, save_memory: bool) -> tuple[Tensor, list[Tensor]]:
-        """Returns the last feature map, and all of them in order for the way up."""
+        """Return the last feature map, and all of them in order as skip connections.
+
+        Args:
+            hidden_states: (N, in_channels, H, W).
+            emb: (N, D) or (1, D).
+            save_memory: compute the residual blocks again in the backward pass.
+        """
         outputs = []
         for index, resnet in enumerate(self.resnets):
             hidden_states = _run(resnet, hidden_states, emb, save_memory)
@@ -363,7 +414,14 @@ class DownBlock2D(nn.Module):
 
 
 class MidBlock2D(nn.Module):
-    """Two residual blocks with attention between them if `head_dim` is given."""
+    """Two residual blocks with attention between them.
+
+    Args:
+        channels: of the feature map.
+        head_dim: channels per attention head; `None` for no attention.
+        attention_groups: groups of the attention's norm; `None` for no norm.
+        resnet: arguments of both residual blocks.
+    """
 
     def __init__(
         self, channels: int, head_dim: int | None, attention_groups: int | None, resnet: dict[str, Any]
@@ -382,8 +440,15 @@ class MidBlock2D(nn.Module):
 
 
 class UpBlock2D(nn.Module):
-    """Residual blocks of one level, each fed with a feature map from the way down, with attention as in `DownBlock2D`,
-    then a doubling unless `upsample` is `None`.
+    """Residual blocks of one level, each with a skip connection and perhaps attention, then a doubling of the size.
+
+    Args:
+        in_channels: channels of the input.
+        skip_channels: channels of each block's skip connection, in the order in which they are taken.
+        out_channels: channels of the level.
+        head_dim: channels per attention head; `None` for no attention.
+        upsample: how the size is doubled: `conv`, `resnet`, or `None` for the last level.
+        resnet: arguments of all residual blocks.
     """
 
     def __init__(
@@ -409,7 +474,14 @@ class UpBlock2D(nn.Module):
             self.upsamplers = nn.ModuleList([ResnetBlock2D(out_channels, out_channels, **resnet, resample="up")])
 
     def forward(self, hidden_states: Tensor, skips: list[Tensor], emb: Tensor, save_memory: bool) -> Tensor:
-        """Takes its feature maps off the end of `skips`."""
+        """Return the last feature map; skip connections are removed from the end of `skips`.
+
+        Args:
+            hidden_states: (N, in_channels, H, W).
+            skips: feature maps of the down path, the latest last.
+            emb: (N, D) or (1, D).
+            save_memory: compute the residual blocks again in the backward pass.
+        """
         for index, resnet in enumerate(self.resnets):
             hidden_states = _run(resnet, torch.cat([hidden_states, skips.pop()], dim=1), emb, save_memory)
             if self.attentions is not None:
@@ -430,30 +502,25 @@ def _run(resnet: nn.Module, hidden_states: Tensor, emb: Tensor, save_memory: boo
 
 
 def _resample(module: nn.Module, hidden_states: Tensor, emb: Tensor) -> Tensor:
-    """Resampling residual blocks are told the time, plain ones are not."""
+    """Call a resampling layer: residual blocks take the embedding, plain ones do not."""
     return module(hidden_states, emb) if isinstance(module, ResnetBlock2D) else module(hidden_states)
 
 
-def _check(config: Any) -> tuple[list[BlockType], list[BlockType]]:
-    """The block types behind the names, after checking that names exist and numbers fit."""
-
-    def choice(name: str, value: Any, allowed: Any) -> None:
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(str(a) for a in allowed)}")
-
+def _check_config(config: Any) -> tuple[list[BlockType], list[BlockType]]:
+    """Check that names exist and numbers fit together, and return the block types behind the names."""
     levels = len(config.block_out_channels)
     if not 0 < levels == len(config.down_block_types) == len(config.up_block_types):
         raise ValueError(
-            f"block_out_channels, down_block_types and up_block_types must be of one length, not {levels}, "
+            f"block_out_channels, down_block_types and up_block_types must have the same length, got {levels}, "
             f"{len(config.down_block_types)} and {len(config.up_block_types)}"
         )
     # The first hub models write UNetResDownBlock2D for DownBlock2D.
     down_names = [name.removeprefix("UNetRes") for name in config.down_block_types]
     up_names = [name.removeprefix("UNetRes") for name in config.up_block_types]
     for name in down_names:
-        choice("a down block type", name, DOWN_BLOCKS)
+        choice("each of down_block_types", name, DOWN_BLOCKS)
     for name in up_names:
-        choice("an up block type", name, UP_BLOCKS)
+        choice("each of up_block_types", name, UP_BLOCKS)
     choice("mid_block_type", config.mid_block_type, ("UNetMidBlock2D", None))
     choice("time_embedding_type", config.time_embedding_type, ("positional", "fourier", "learned"))
     choice("resnet_time_scale_shift", config.resnet_time_scale_shift, ("default", "scale_shift"))
@@ -462,19 +529,18 @@ def _check(config: Any) -> tuple[list[BlockType], list[BlockType]]:
     choice("upsample_type", config.upsample_type, ("conv", "resnet"))
     choice("class_embed_type", config.class_embed_type, (None, "timestep", "identity"))
     if config.time_embedding_type == "learned" and not config.num_train_timesteps:
-        raise ValueError("time_embedding_type 'learned' needs num_train_timesteps, the number of rows of the embedding")
+        raise ValueError("time_embedding_type='learned' requires num_train_timesteps, the rows of the embedding")
     integer("layers_per_block", config.layers_per_block, 1)
     integer("norm_num_groups", config.norm_num_groups, 1)
     if config.attn_norm_num_groups is not None and config.block_out_channels[-1] % config.attn_norm_num_groups:
         raise ValueError(
-            f"attn_norm_num_groups is {config.attn_norm_num_groups}, which does not divide "
-            f"{config.block_out_channels[-1]}, "
-            "the channels of the middle block"
+            f"attn_norm_num_groups must divide {config.block_out_channels[-1]}, the channels of the middle block, got "
+            f"{config.attn_norm_num_groups}"
         )
     for channels in config.block_out_channels:
         if channels % config.norm_num_groups:
             raise ValueError(
-                f"block_out_channels holds {channels}, which norm_num_groups ({config.norm_num_groups}) does not divide"
+                f"block_out_channels must be multiples of norm_num_groups ({config.norm_num_groups}), got {channels}"
             )
     down_types, up_types = [DOWN_BLOCKS[name] for name in down_names], [UP_BLOCKS[name] for name in up_names]
     attended = [c for c, kind in zip(config.block_out_channels, down_types, strict=True) if kind.attention]
@@ -482,7 +548,7 @@ def _check(config: Any) -> tuple[list[BlockType], list[BlockType]]:
     attended += [config.block_out_channels[-1]] if config.mid_block_type and config.add_attention else []
     if config.attention_head_dim is not None and attended and not 1 <= config.attention_head_dim <= min(attended):
         raise ValueError(
-            f"attention_head_dim is {config.attention_head_dim}; it must lie between 1 and {min(attended)}, "
-            "the channels of the narrowest level with attention"
+            f"attention_head_dim must be from 1 to {min(attended)}, the channels of the narrowest attention level, "
+            f"got {config.attention_head_dim}"
         )
     return down_types, up_types

@@ -2,8 +2,8 @@
 
     num_inference_steps must be an integer from 1 to 1000, got 0
 
-Each returns the checked value in Python's own type. Names in messages are those of the arguments that a caller gave; the
-command line replaces them by its options (`ddim.cli.messages`).
+Each returns the checked value in Python's own type. Names in messages are those of the arguments that a caller gave;
+the command line replaces them by its options (`ddim.cli.messages`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def integer(name: str, value: Any, minimum: int | None = None, maximum: int | No
 
     Args:
         name: the argument's name, for the message.
-        value: an integer of any kind, NumPy's and zero-dimensional tensors included; booleans and fractions are refused.
+        value: an integer of any kind, also NumPy's and zero-dimensional tensors; booleans and fractions are refused.
         minimum: the smallest value allowed; `None` for no bound.
         maximum: the largest value allowed; `None` for no bound.
 

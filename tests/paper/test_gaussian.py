@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddim.diffusion.equations import Step, add_noise, ddim_step, ddim_update, x0_to_epsilon
+from ddim.diffusion.equations import Step, add_noise, ddim_step
 from ddim.diffusion.schedule import SPACINGS
 from ddim.scheduler import DDIMScheduler
 
@@ -114,6 +114,6 @@ def test_lemma_1_every_sigma_keeps_the_marginals(alpha: float, share: float, par
     epsilon, noise = torch.tensor([[0, 1, 0], [0, 0, 1]], dtype=torch.float64).view(2, 3, 1, 1, 1)
     clean = torch.full_like(epsilon, x0)
     x = add_noise(clean, epsilon, torch.tensor(alpha, dtype=torch.float64))
-    mean, *ends = ddim_update(clean, x0_to_epsilon(clean, x, alpha), step, noise).flatten().tolist()
+    mean, *ends = ddim_step(clean, x, step, "sample", noise=noise)[0].flatten().tolist()
     assert mean == pytest.approx(math.sqrt(alpha_prev) * x0, abs=1e-10)
     assert sum((end - mean) ** 2 for end in ends) == pytest.approx(1 - alpha_prev, abs=1e-10)

@@ -24,7 +24,7 @@ MEAN, VARIANCE = 0.3, 0.25
 
 def gaussian(x: Tensor, t: Tensor) -> Tensor:
     """The exact epsilon of data N(MEAN, VARIANCE)."""
-    alpha = SCHEDULER._alphas_cumprod[int(t)]
+    alpha = SCHEDULER.alphas_cumprod_float64[int(t)]
     return math.sqrt(1 - alpha) * (x - math.sqrt(alpha) * MEAN) / (alpha * VARIANCE + 1 - alpha)
 
 
@@ -48,7 +48,7 @@ class TestGaussian:
         scheduler = DDIMScheduler(T, 1e-6, 2e-4, clip_sample=False)
 
         def denoiser(x: Tensor, t: Tensor) -> Tensor:
-            alpha = scheduler._alphas_cumprod[int(t)]
+            alpha = scheduler.alphas_cumprod_float64[int(t)]
             return math.sqrt(1 - alpha) * (x - math.sqrt(alpha) * MEAN) / (alpha * VARIANCE + 1 - alpha)
 
         def slope(number: int, order: int) -> float:
@@ -58,7 +58,7 @@ class TestGaussian:
             *_, last = sample(denoiser, x, steps)
             return float(last.sample[1] - last.sample[0])
 
-        first = float(scheduler._alphas_cumprod[-1])
+        first = float(scheduler.alphas_cumprod_float64[-1])
         exact = math.sqrt(VARIANCE / (first * VARIANCE + 1 - first))
         numbers = np.array([40, 80, 160])
         for order, low, high in ((1, 0.95, 1.05), (2, 1.9, 2.2)):
@@ -73,7 +73,7 @@ class TestMixture:
 
     def denoiser(self, x: Tensor, t: Tensor) -> Tensor:
         """The exact epsilon of three Gaussians in the plane, x (N, 2, 1, 1)."""
-        alpha = SCHEDULER._alphas_cumprod[int(t)]
+        alpha = SCHEDULER.alphas_cumprod_float64[int(t)]
         points, variance = x.flatten(1), alpha * self.WIDTH**2 + 1 - alpha
         away = points[:, None] - math.sqrt(alpha) * self.CENTRES
         shares = (-away.square().sum(2) / (2 * variance)).softmax(1)
@@ -107,7 +107,7 @@ class TestSteps:
     @pytest.mark.parametrize("timesteps", [[900, 600, 300], [999, 998, 997], [500, 2, 0], [999, 1], [40, 20, 3]])
     def test_against_the_integral(self, timesteps: list[int]) -> None:
         """Of the line through two predictions, over sigma, by SciPy."""
-        alphas = [*(float(SCHEDULER._alphas_cumprod[t]) for t in timesteps), 1.0]
+        alphas = [*(float(SCHEDULER.alphas_cumprod_float64[t]) for t in timesteps), 1.0]
         before, epsilon, x = 0.7, -0.2, 0.4
         for step, a, b, c in zip(
             SCHEDULER.make_steps(timesteps, order=2)[1:], alphas, alphas[1:], alphas[2:], strict=False

@@ -394,7 +394,7 @@ def test_without_eta_generator_and_noise_are_ignored() -> None:
 def test_a_bad_eta_is_refused(eta: float) -> None:
     ours = DDIMScheduler()
     ours.set_timesteps(10)
-    with pytest.raises(ValueError, match=f"eta is {eta}"):
+    with pytest.raises(ValueError, match=f"eta must .* got {eta}"):
         ours.step(OUTPUT, 500, SAMPLE, eta)
 
 
@@ -402,7 +402,7 @@ def test_a_bad_eta_is_refused(eta: float) -> None:
 def test_a_timestep_outside_the_schedule_is_refused(t: int) -> None:
     ours = DDIMScheduler()
     ours.set_timesteps(10)
-    with pytest.raises(ValueError, match=f"timesteps holds {t}; every entry must lie between 0 and 999"):
+    with pytest.raises(ValueError, match=f"timesteps must be integers from 0 to 999, got {t}"):
         ours.step(OUTPUT, t, SAMPLE)
 
 
@@ -428,7 +428,7 @@ def test_bad_options_are_refused_by_name(arguments: dict, named: str) -> None:
 
 @pytest.mark.parametrize("S", [0, -3, 1001, 2.5, "ten", True])
 def test_a_bad_number_of_steps_is_refused(S: object) -> None:
-    with pytest.raises(ValueError, match=f"num_inference_steps is {S!r}"):
+    with pytest.raises(ValueError, match=f"num_inference_steps must .* got {S!r}"):
         DDIMScheduler().set_timesteps(S)
 
 

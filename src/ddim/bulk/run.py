@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ddim.bulk.manifest import check_manifest, write_manifest
 from ddim.bulk.targets import Target, make_target
+from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.distributed import rank_and_world_size
 from ddim.engine import get_engine
 from ddim.io.config import to_json
@@ -74,20 +75,11 @@ def sample_many(
     seed, shard_size = integer("seed", seed, 0), integer("shard_size", shard_size, 1)
     rank, world = rank_and_world_size() if share is None else share
     target = make_target(out, count, batch_size, seed, shard_size)
-    steps = pipe._plan(
-        settings.get("num_inference_steps", 50),
-        settings.get("timesteps"),
-        settings.get("eta", 0.0),
-        settings.get("use_sigma_hat", False),
-        settings.get("order"),
-    )
+    plan = pipe.sampler.plan(SamplingConfig(**settings))
     identity: dict[str, Any] = {
         "model_sha256": model_sha256(pipe),
         "scheduler": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
-        "timesteps": [step.timestep for step in steps],
-        "eta": float(settings.get("eta", 0.0)),
-        "order": settings.get("order") or pipe.scheduler.config.solver_order,
-        "sigma_hat": bool(settings.get("use_sigma_hat", False)),
+        **plan.config.record(),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": pipe.device.type,
         "engine": get_engine(pipe.unet, pipe.engine).name,

@@ -243,7 +243,7 @@ def _unless_another_finished(path: Path) -> Iterator[None]:
 
 
 def _remove_unfinished(folder: Path, stem: str, suffix: str) -> None:
-    """Delete what processes that were killed had begun to write under the names of `atomic_write`, once all is there."""
+    """Delete the temporary files of `atomic_write` that killed processes left behind, once all is complete."""
     pattern = re.compile(rf"\.{stem}-\w{{8}}{re.escape(suffix)}")
     for file in folder.glob(f".*{suffix}"):
         if pattern.fullmatch(file.name):

@@ -54,7 +54,7 @@ def tune(
     pipe = load_pipeline(model, device, engine=engine)
     lists: dict[str, list[int]] = {}
     for count in numbers:
-        found = search(pipe, count, order, eta, codes=codes, seed=seed, batch_size=batch_size)
+        found = search(pipe, count, order, eta, num_latents=codes, seed=seed, batch_size=batch_size)
         best = min(found.classic.values())
         print(f"{number(count, 'step')}, order {order}, eta {eta:g}")
         for name, error in sorted({"learned": found.error, **found.classic}.items(), key=lambda entry: entry[1]):

@@ -1,9 +1,9 @@
-"""The loop: one generator that walks a sequence of steps, in either direction, and yields a state a step.
+"""The sampling loop: one generator that takes steps in either direction and yields a state after each.
 
-    for state in sample(denoiser, noise, steps): ...              from noise to pictures
-    for state in walk(pictures, steps[::-1], Inversion(...)): ... and back, see `ddim.diffusion.inversion`
+    for state in sample(denoiser, noise, steps): ...                       from noise to images
+    for state in run_steps(images, steps[::-1], Inversion(...)): ...       and back (`ddim.diffusion.inversion`)
 
-Progress bars, previews, callbacks and animations are consumers of this loop, so that it knows none of them. A denoiser
+Progress bars, previews, callbacks and animations consume these states, so that the loop knows none of them. A denoiser
 is anything that is called as `denoiser(sample, timestep)` and returns its prediction.
 """
 
@@ -20,22 +20,22 @@ from ddim.diffusion.noise import NoiseSource
 from ddim.diffusion.solvers import add_correction
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""Takes x_t (N, C, H, W) and t, an int64 tensor () on the same device; returns (N, C, H, W)."""
+"""Takes x_t (N, C, H, W) and t, an int64 tensor () on the same device; returns the prediction (N, C, H, W)."""
 
 StepFn = Callable[[Tensor, Tensor, Step], tuple[Tensor, Tensor]]
-"""Takes x, the step's timestep t as an int64 tensor () on the same device, and the step; returns where x is after it
-and the x_0 predicted on the way, both (N, C, H, W)."""
+"""Takes x (N, C, H, W), the step's timestep t as an int64 tensor () on the same device, and the step; returns x after
+the step and the x_0 predicted on the way, both (N, C, H, W)."""
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What all steps of a run have in common.
+    """What a step of the generative process does beside its coefficients.
 
     Attributes:
         prediction_type: what the network predicts: `epsilon`, `sample` or `v_prediction`.
         clip: applied to each predicted x_0; `None` leaves it.
         use_clipped_model_output: recompute epsilon from the clipped x_0.
-        noise: drawn from once per step; needed where a step adds noise.
+        noise: draws standard Gaussian noise (N, C, H, W) once per step; `None` where no step adds noise.
     """
 
     prediction_type: str = "epsilon"
@@ -46,63 +46,93 @@ class StepSettings:
 
 @dataclass
 class State:
-    """Where the loop stands after a step.
+    """The state of the loop after a step.
 
     Attributes:
-        index: of the step, from 0.
-        step: its coefficients.
-        sample: x at `step.prev_timestep`, or at `step.timestep` on the way to noise, (N, C, H, W). A consumer may
-            replace it; the loop goes on from what it finds here.
+        index: the index of the step, from 0.
+        step: the step's coefficients.
+        previous: x before the step, (N, C, H, W).
+        sample: x after the step, (N, C, H, W). A consumer may replace it; the loop continues from its value.
         pred_original_sample: the x_0 predicted in this step, after clipping, (N, C, H, W).
     """
 
     index: int
     step: Step
+    previous: Tensor
     sample: Tensor
     pred_original_sample: Tensor
 
 
-def walk(x: Tensor, steps: Sequence[Step], move: StepFn) -> Iterator[State]:
-    """Take the steps one after the other.
+def run_steps(x: Tensor, steps: Sequence[Step], step_fn: StepFn) -> Iterator[State]:
+    """Take steps one after the other and yield the state after each.
 
     Args:
-        x: where to start, (N, C, H, W).
-        steps: the coefficients of all transitions, in the order they are taken.
-        move: how a step is taken.
+        x: the initial sample, (N, C, H, W).
+        steps: the transitions, in the order in which they are taken.
+        step_fn: takes one step.
 
     Yields:
         A `State` after each step.
+
+    Example:
+        >>> from ddim.diffusion.equations import Step
+        >>> halve = lambda x, timestep, step: (x / 2, x)
+        >>> steps = [Step(2, 1, 0.5, 0.8), Step(1, 0, 0.8, 0.9)]
+        >>> [float(state.sample) for state in run_steps(torch.ones(1, 1, 1, 1), steps, halve)]
+        [0.5, 0.25]
     """
-    # On the device once, before the loop: a Python number would be copied there, and waited for, in every step.
+    # Copied to the device once, before the loop: copying a number in every step would wait for the device.
     timesteps = torch.tensor([step.timestep for step in steps], device=x.device)
     for index, step in enumerate(steps):
-        state = State(index, step, *move(x, timesteps[index], step))
+        state = State(index, step, x, *step_fn(x, timesteps[index], step))
         yield state
         x = state.sample
 
 
 def sample(
-    denoiser: Denoiser, latents: Tensor, steps: Sequence[Step], settings: StepSettings | None = None
+    denoiser: Denoiser, latents: Tensor, steps: Sequence[Step], settings: StepSettings = StepSettings()
 ) -> Iterator[State]:
-    """Run the generative process, equation (12) of the paper, with one network evaluation per step.
+    """Run the generative process, one network evaluation per step, and yield the state after each.
 
     Args:
         denoiser: the network.
         latents: x at the first timestep, (N, C, H, W).
-        steps: the coefficients of all transitions, in order.
-        settings: of the run; those of a network that predicts epsilon, without clipping and noise, if `None`.
+        steps: the transitions, in the order in which they are taken.
+        settings: the prediction type, clipping and noise.
 
     Yields:
         A `State` after each step.
+
+    References:
+        Equation (12) of arXiv 2010.02502; steps with a `correction`: `ddim.diffusion.solvers.second_order`.
+
+    Example:
+        >>> from ddim.diffusion.equations import Step
+        >>> x = torch.full((1, 1, 1, 1), 0.6)
+        >>> (state,) = sample(lambda x, t: torch.ones_like(x), x, [Step(9, -1, 0.64, 1.0)])
+        >>> round(float(state.sample), 6)
+        0.0
     """
-    settings = settings or StepSettings()
-    noise = settings.noise
-    previous_epsilon: Tensor | None = None
+    return run_steps(latents, steps, generative_step(denoiser, steps, settings))
+
+
+def generative_step(denoiser: Denoiser, steps: Sequence[Step], settings: StepSettings) -> StepFn:
+    """Return the step function of the generative process.
+
+    Args:
+        denoiser: the network.
+        steps: all steps that will be taken, in order: those of second order remember the epsilon of the step before.
+        settings: the prediction type, clipping and noise.
+
+    Returns:
+        A step function that serves one run along `steps`.
+    """
     is_second_order = any(step.correction for step in steps)
+    previous_epsilon: Tensor | None = None
 
     def step_fn(x: Tensor, timestep: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         nonlocal previous_epsilon
-        drawn = None if noise is None else noise()
+        noise = None if settings.noise is None else settings.noise()
         coefficients = step.coefficients()
         x_prev, x0 = ddim_step(
             denoiser(x, timestep),
@@ -111,26 +141,36 @@ def sample(
             settings.prediction_type,
             settings.clip,
             settings.use_clipped_model_output,
-            drawn,
+            noise,
         )
         if is_second_order:
             x_prev, previous_epsilon = add_correction(x_prev, x0, x, coefficients, previous_epsilon)
         return x_prev, x0
 
-    return walk(latents, steps, step_fn)
+    return step_fn
 
 
 def in_batches(denoiser: Denoiser, batch_size: int) -> Denoiser:
-    """The same denoiser, asked about exactly `batch_size` samples at a time; the last ones are repeated to fill up.
+    """Return a denoiser that evaluates the network on exactly `batch_size` samples at a time.
 
     Networks round a little differently for batches of different sizes. In batches of one size a sample's prediction
-    does not depend, to the bit, on how many others are asked about.
+    does not depend, to the bit, on the number of other samples: the last batch is filled up with the last sample.
+
+    Args:
+        denoiser: the network.
+        batch_size: samples per evaluation.
+
+    Example:
+        >>> sizes = []
+        >>> denoiser = in_batches(lambda x, t: sizes.append(len(x)) or x, 4)
+        >>> denoiser(torch.zeros(6, 1, 2, 2), torch.tensor(0)).shape, sizes
+        (torch.Size([6, 1, 2, 2]), [4, 4])
     """
 
-    def ask(x: Tensor, timestep: Tensor) -> Tensor:
+    def batched(x: Tensor, timestep: Tensor) -> Tensor:
         missing = -len(x) % batch_size
         filled = torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing else x
         starts = range(0, len(filled), batch_size)
         return torch.cat([denoiser(filled[i : i + batch_size], timestep) for i in starts])[: len(x)]
 
-    return ask
+    return batched

@@ -1,8 +1,8 @@
 """Seeded Gaussian noise.
 
-Two conventions meet here. A `torch.Generator`, or a list with one an image, gives the numbers that `diffusers` draws
-from it, in the same order. `seeds` gives each image a CPU generator of its own, drawn in float32: neither the device,
-nor the dtype, nor the batch that an image happens to share can change its noise. `seeds=[7]` and
+Two conventions meet here. A `torch.Generator`, or a list with one per image, gives the numbers that `diffusers` draws
+from it, in the same order. `seeds` gives each image its own CPU generator, drawn in float32: neither the device, nor
+the dtype, nor the batch that an image happens to share can change its noise. `seeds=[7]` and
 `generator=[torch.Generator().manual_seed(7)]` are the same noise on a float32 model.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ddim.validation import as_integer
+from ddim.validation import as_integer, shown
 
 NoiseSource = Callable[[], Tensor]
 """Draws the next standard Gaussian tensor of a fixed shape."""
@@ -22,25 +22,51 @@ MAX_SEED = 2**63 - 1
 
 
 def check_seeds(seeds: Iterable[int], batch_size: int) -> list[int]:
-    """One seed an image, as integers in [0, 2^63 - 1].
+    """Check that there is one seed per image.
+
+    Args:
+        seeds: integers in [0, 2^63 - 1].
+        batch_size: the number of images.
+
+    Returns:
+        The seeds as Python integers.
 
     Raises:
-        ValueError: for another number of seeds than `batch_size`, or an entry that is no such integer.
+        ValueError: for another number of seeds than `batch_size`, or an entry that is not such an integer.
+
+    Example:
+        >>> check_seeds(range(3), 3)
+        [0, 1, 2]
     """
     entries = list(seeds)
     if len(entries) != batch_size:
-        raise ValueError(f"{len(entries)} seeds were given for a batch_size of {batch_size}; give one integer an image")
+        raise ValueError(f"seeds must hold one integer per image, got {len(entries)} for a batch_size of {batch_size}")
     checked = []
     for entry in entries:
         seed = as_integer(entry)
         if seed is None or not 0 <= seed <= MAX_SEED:
-            raise ValueError(f"seeds holds {entry!r}; a seed is a whole number from 0 to 2^63 - 1")
+            raise ValueError(f"seeds must be integers from 0 to 2^63 - 1, got {shown(entry)}")
         checked.append(seed)
     return checked
 
 
 def noise_from_seeds(shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> NoiseSource:
-    """A source of float32 noise (N, C, H, W) on `device` in which image i depends on `seeds[i]` alone."""
+    """Return a source of noise in which image i depends on `seeds[i]` alone.
+
+    Args:
+        shape: (N, C, H, W).
+        seeds: N integers, as `check_seeds` returns them.
+        device: the device of the noise.
+
+    Returns:
+        A function that draws float32 noise (N, C, H, W), other noise at each call.
+
+    Example:
+        >>> two = noise_from_seeds((2, 1, 4, 4), [3, 5], torch.device("cpu"))()
+        >>> one = noise_from_seeds((1, 1, 4, 4), [5], torch.device("cpu"))()
+        >>> torch.equal(two[1:], one)
+        True
+    """
     return noise_from_generator(shape, [torch.Generator().manual_seed(seed) for seed in seeds], device, torch.float32)
 
 
@@ -50,38 +76,45 @@ def noise_from_generator(
     device: torch.device,
     dtype: torch.dtype,
 ) -> NoiseSource:
-    """A source of noise of the given shape and dtype, in the order in which `diffusers` draws it.
+    """Return a source of noise in the order in which `diffusers` draws it.
 
     Args:
         shape: (N, C, H, W).
         generator: one for the whole batch, a list of N, or `None` for PyTorch's global one.
-        device: where the tensors end up. CPU generators draw on the CPU, whatever the device.
-        dtype: in which they are drawn.
+        device: the device of the noise. CPU generators draw on the CPU, whatever the device.
+        dtype: in which the noise is drawn.
+
+    Returns:
+        A function that draws noise (N, C, H, W), other noise at each call.
 
     Raises:
         ValueError: for a list of another length than N, or a generator of a device that is neither the CPU nor
             `device`.
-        TypeError: for anything that is no generator.
+        TypeError: for anything that is not a generator.
+
+    Example:
+        >>> source = noise_from_generator((2, 3), torch.Generator().manual_seed(0), torch.device("cpu"), torch.float32)
+        >>> torch.equal(source(), torch.randn(2, 3, generator=torch.Generator().manual_seed(0)))
+        True
     """
     generators = list(generator) if isinstance(generator, Sequence) else [generator]
     for g in generators:
         if g is None and not isinstance(generator, Sequence):
             continue
         if not isinstance(g, torch.Generator):
-            raise TypeError(f"generator is {type(g).__name__}; it must be a torch.Generator or a list of them")
+            raise TypeError(f"generator must be a torch.Generator or a list of them, got {type(g).__name__}")
         if g.device.type not in ("cpu", device.type):
-            raise ValueError(
-                f"the generator lives on {g.device}, the model on {device}; use one of the model's device or of the CPU"
-            )
+            raise ValueError(f"generator must be on the model's device ({device}) or on the CPU, got {g.device}")
     if isinstance(generator, Sequence) and len(generators) != shape[0]:
         raise ValueError(
-            f"{len(generators)} generators were given for a batch_size of {shape[0]}; give one for all, or one an image"
+            f"generator must be one for all images or a list of one per image, got {len(generators)} for a batch_size "
+            f"of {shape[0]}"
         )
-    each = tuple(shape) if len(generators) == 1 else (1, *shape[1:])
+    part_shape = tuple(shape) if len(generators) == 1 else (1, *shape[1:])
 
     def draw() -> Tensor:
         parts = [
-            _moved(torch.randn(each, generator=g, device=device if g is None else g.device, dtype=dtype), device)
+            _to_device(torch.randn(part_shape, generator=g, device=g.device if g else device, dtype=dtype), device)
             for g in generators
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -89,8 +122,8 @@ def noise_from_generator(
     return draw
 
 
-def _moved(noise: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for it: from pageable memory a copy would."""
+def _to_device(noise: Tensor, device: torch.device) -> Tensor:
+    """Copy without waiting for the device, which a copy from pageable memory would do."""
     if device.type == "cuda" and noise.device.type == "cpu":
         noise = noise.pin_memory()
     return noise.to(device, non_blocking=True)

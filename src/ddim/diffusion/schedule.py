@@ -5,7 +5,7 @@ A diffusion of T timesteps t = 0 .. T-1 is given by its betas. With
     alphas_cumprod[t] = prod_{s <= t} (1 - betas[s])
 
 the marginals are q(x_t | x_0) = N(sqrt(alphas_cumprod[t]) x_0, (1 - alphas_cumprod[t]) I). `alphas_cumprod` is what the
-DDIM paper (arXiv 2010.02502) writes alpha_t and the DDPM paper (arXiv 2006.11239) writes alpha-bar_t. Sampling walks a
+DDIM paper (arXiv 2010.02502) writes alpha_t and the DDPM paper (arXiv 2006.11239) writes alpha-bar_t. Sampling visits a
 decreasing subsequence tau of the timesteps (section 4.2 and appendix D.2 of the DDIM paper).
 
 Everything here is float64 NumPy on the host: schedules are tiny, and their rounding would be the only one that grows
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ddim.validation import as_integer, integer
+from ddim.validation import as_integer, integer, join_choices, shown
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "quad", "const", "jsd")
 SPACINGS = ("leading", "trailing", "linspace", "quad", "logsnr", "blend")
@@ -29,14 +29,16 @@ SPACINGS = ("leading", "trailing", "linspace", "quad", "logsnr", "blend")
 MAX_BETA_COSINE = 0.999
 QUAD_REACH = 0.8
 SIGMOID_REACH = 6.0
-BLEND_BEND, BLEND_SHARE, BLEND_FINENESS = 1 / 200, 1 / 20, 100
-"""Of `blend`, below; it is looked up between so many places a timestep."""
+BLEND_BEND, BLEND_WEIGHT = 1 / 200, 1 / 20
+"""The `blend` spacing is uniform in u + BLEND_WEIGHT log(1 + u / BLEND_BEND)."""
+BLEND_POINTS_PER_TIMESTEP = 100
+"""Resolution of the table by which `blend` is inverted."""
 
 
 def make_betas(
     beta_schedule: str, num_train_timesteps: int, beta_start: float = 0.0001, beta_end: float = 0.02
 ) -> NDArray[np.float64]:
-    """The variances beta_t of the forward process.
+    """Return the variances beta_t of the forward process.
 
     Args:
         beta_schedule: one of `BETA_SCHEDULES`. `linear` is DDPM's; `scaled_linear` (called `quad` in the original DDIM
@@ -52,11 +54,19 @@ def make_betas(
 
     Raises:
         ValueError: for an unknown schedule, T below 1, or a beta outside (0, 1).
+
+    References:
+        `linear`: arXiv 2006.11239; `squaredcos_cap_v2`: arXiv 2102.09672, equation (17); the others: the code of arXiv
+        2010.02502.
+
+    Example:
+        >>> make_betas("linear", 3, 0.1, 0.3)
+        array([0.1, 0.2, 0.3])
     """
     T = integer("num_train_timesteps", num_train_timesteps, 1)
     for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
         if not 0 < beta < 1:
-            raise ValueError(f"{name} is {beta}; it must lie between 0 and 1, both excluded")
+            raise ValueError(f"{name} must be a number above 0 and below 1, got {beta}")
     if beta_schedule == "linear":
         return np.linspace(beta_start, beta_end, T)
     if beta_schedule in ("scaled_linear", "quad"):
@@ -70,19 +80,29 @@ def make_betas(
         return np.full(T, float(beta_end))
     if beta_schedule == "jsd":
         return 1.0 / np.linspace(T, 1, T)
-    raise ValueError(f"beta_schedule is {beta_schedule!r}; it must be one of {', '.join(BETA_SCHEDULES)}")
+    raise ValueError(f"beta_schedule must be one of {join_choices(BETA_SCHEDULES)}, got {shown(beta_schedule)}")
 
 
 def check_betas(betas: ArrayLike) -> NDArray[np.float64]:
-    """Trained betas as float64 (T,), checked to be a non-empty list of numbers between 0 and 1; only the last may be 1.
+    """Check trained betas: a non-empty list of numbers between 0 and 1, of which only the last may be 1.
+
+    Args:
+        betas: T numbers.
+
+    Returns:
+        float64 (T,).
 
     Raises:
-        ValueError: if they are not.
+        ValueError: if they are anything else.
+
+    Example:
+        >>> check_betas([0.1, 0.2])
+        array([0.1, 0.2])
     """
     array = np.asarray(betas, dtype=np.float64)
-    # 1 - beta, not beta: what is lost in that difference is no noise at all.
-    kept = 1 - array
-    if array.ndim != 1 or not array.size or not (np.all((kept[:-1] > 0) & (kept[:-1] < 1)) and 0 <= kept[-1] < 1):
+    # 1 - beta, not beta: a beta that is lost in that difference adds no noise.
+    signal = 1 - array
+    if array.ndim != 1 or not array.size or not (np.all((signal[:-1] > 0) & (signal[:-1] < 1)) and 0 <= signal[-1] < 1):
         raise ValueError(
             "trained_betas must be a non-empty list of numbers between 0 and 1, both excluded (the last may be 1)"
         )
@@ -90,8 +110,7 @@ def check_betas(betas: ArrayLike) -> NDArray[np.float64]:
 
 
 def rescale_zero_terminal_snr(betas: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Betas shifted and scaled so that alphas_cumprod[T-1] = 0 exactly and alphas_cumprod[0] is kept (arXiv 2305.08891,
-    algorithm 1).
+    """Shift and scale betas so that alphas_cumprod[T-1] = 0 exactly and alphas_cumprod[0] stays as it is.
 
     Args:
         betas: float64 (T,).
@@ -101,9 +120,16 @@ def rescale_zero_terminal_snr(betas: NDArray[np.float64]) -> NDArray[np.float64]
 
     Raises:
         ValueError: for a single beta.
+
+    References:
+        Algorithm 1 of arXiv 2305.08891.
+
+    Example:
+        >>> float(make_alphas_cumprod(rescale_zero_terminal_snr(make_betas("linear", 1000)))[-1])
+        0.0
     """
     if len(betas) < 2:
-        raise ValueError("rescaling to zero terminal SNR needs at least two timesteps")
+        raise ValueError("rescale_betas_zero_snr requires at least two timesteps, got 1")
     root = np.sqrt(make_alphas_cumprod(betas))
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     alpha_bar = root**2
@@ -112,14 +138,25 @@ def rescale_zero_terminal_snr(betas: NDArray[np.float64]) -> NDArray[np.float64]
 
 
 def make_alphas_cumprod(betas: NDArray[np.float64]) -> NDArray[np.float64]:
-    """alphas_cumprod[t] = prod_{s <= t} (1 - betas[s]); float64 (T,), not increasing, in [0, 1]."""
+    """Return alphas_cumprod[t] = prod_{s <= t} (1 - betas[s]).
+
+    Args:
+        betas: float64 (T,).
+
+    Returns:
+        float64 (T,), not increasing, in [0, 1].
+
+    Example:
+        >>> make_alphas_cumprod(np.array([0.5, 0.5]))
+        array([0.5 , 0.25])
+    """
     return np.cumprod(1 - betas, dtype=np.float64)
 
 
 def make_timesteps(
     spacing: str, num_inference_steps: int, alphas_cumprod: NDArray[np.float64], steps_offset: int = 0
 ) -> list[int]:
-    """The subsequence tau of timesteps to visit, largest first.
+    """Return the subsequence tau of timesteps to visit, largest first.
 
     With S = `num_inference_steps` and i = 0 .. S-1:
 
@@ -129,7 +166,7 @@ def make_timesteps(
     - `linspace`: S points from T - 1 to 0, rounded;
     - `quad`: int(linspace(0, sqrt(0.8 T), S)**2), the paper's choice for CIFAR-10. Its smallest entries repeat from
       S = 30 on for T = 1000; a repeated timestep is an identity step in the paper's code, so that it is left
-      out here and fewer than S steps give the same picture;
+      out here and fewer than S steps give the same image;
     - `logsnr`: S timesteps nearest to equal steps in log(alphas_cumprod / (1 - alphas_cumprod)), all distinct;
     - `blend`: S timesteps nearest to equal steps in u + log(1 + 200 u) / 20, u = t / T, down from T - 1 and ending one
       step above 0, all distinct: like `trailing` where there is much noise, with shorter steps where there is little.
@@ -139,78 +176,85 @@ def make_timesteps(
         spacing: one of `SPACINGS`.
         num_inference_steps: S, from 1 to T.
         alphas_cumprod: float64 (T,).
-        steps_offset: added to the `leading` timesteps (Stable Diffusion's models want 1); the other spacings ignore it.
+        steps_offset: added to the `leading` timesteps (1 for Stable Diffusion's models); the other spacings ignore it.
 
     Returns:
         At most S integers in [0, T - 1], strictly decreasing.
 
     Raises:
-        ValueError: for an unknown spacing, an S that is not a whole number from 1 to T, or an offset that leads outside
+        ValueError: for an unknown spacing, an S that is not an integer from 1 to T, or an offset that leads outside
             [0, T - 1].
+
+    References:
+        Appendix D.2 of arXiv 2010.02502; `trailing`: table 2 of arXiv 2305.08891.
+
+    Example:
+        >>> alphas_cumprod = make_alphas_cumprod(make_betas("linear", 1000))
+        >>> make_timesteps("leading", 4, alphas_cumprod), make_timesteps("trailing", 4, alphas_cumprod)
+        ([750, 500, 250, 0], [999, 749, 499, 249])
     """
     T = len(alphas_cumprod)
     S = integer("num_inference_steps", num_inference_steps, 1)
     if S > T:
         raise ValueError(
-            f"num_inference_steps is {S}; the model was trained with {T} timesteps and can take no more than that"
+            f"num_inference_steps must be at most {T}, the number of timesteps the model was trained with, got {S}"
         )
     if spacing == "leading":
         ascending = np.arange(S) * (T // S) + steps_offset
         if ascending[0] < 0 or ascending[-1] >= T:
             raise ValueError(
-                f"{S} leading steps with steps_offset {steps_offset} reach timesteps {ascending[0]} to "
-                f"{ascending[-1]}; they must stay within 0 and {T - 1}"
+                f"timesteps must lie from 0 to {T - 1}; {S} leading steps with steps_offset {steps_offset} reach from "
+                f"{ascending[0]} to {ascending[-1]}"
             )
     elif spacing == "trailing":
-        # Rounding lets arange end one entry late for some S; the first S are those that are meant.
+        # Rounding lets arange end one entry late for some S.
         ascending = (np.round(np.arange(T, 0, -T / S)[:S]) - 1)[::-1]
     elif spacing == "linspace":
         ascending = np.round(np.linspace(0, T - 1, S))
     elif spacing == "quad":
         ascending = np.unique((np.linspace(0, np.sqrt(T * QUAD_REACH), S) ** 2).astype(np.int64))
     elif spacing == "blend":
-        u = np.arange(T * BLEND_FINENESS) / (T * BLEND_FINENESS)
-        w = u + np.log1p(u / BLEND_BEND) * BLEND_SHARE
+        points = T * BLEND_POINTS_PER_TIMESTEP
+        u = np.arange(points) / points
+        w = u + np.log1p(u / BLEND_BEND) * BLEND_WEIGHT
         end = float(np.interp((T - 1) / T, u, w))
         steps = np.interp(np.arange(1, S + 1) / S * end, w, u)
         ascending = _distinct(np.round(T * steps).astype(np.int64), T - 1)
     elif spacing == "logsnr":
         ascending = _equal_log_snr(S, alphas_cumprod)
     else:
-        raise ValueError(f"timestep_spacing is {spacing!r}; it must be one of {', '.join(SPACINGS)}")
+        raise ValueError(f"timestep_spacing must be one of {join_choices(SPACINGS)}, got {shown(spacing)}")
     return [int(t) for t in ascending[::-1]]
 
 
 def _equal_log_snr(S: int, alphas_cumprod: NDArray[np.float64]) -> NDArray[np.int64]:
-    """S distinct timesteps, ascending, nearest to equal steps in log SNR between t = 0 and t = T - 1."""
+    """Return S distinct timesteps, ascending, nearest to equal steps in log SNR between t = 0 and t = T - 1."""
     T = len(alphas_cumprod)
     with np.errstate(divide="ignore"):
         log_snr = np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)
-    # A schedule that ends without signal (or starts without noise) has an infinite end; its neighbour bounds the grid
+    # A schedule that ends without signal (or starts without noise) has an infinite end; its neighbor bounds the grid
     # instead.
     finite = np.flatnonzero(np.isfinite(log_snr))
     if len(finite) < S:
         return np.arange(T - S, T)
     # From the noisy end, which a single step must start from.
-    wanted = np.linspace(log_snr[finite[-1]], log_snr[finite[0]], S)[::-1]
-    steps = finite[0] + np.round(np.interp(-wanted, -log_snr[finite], np.arange(len(finite)))).astype(np.int64)
+    targets = np.linspace(log_snr[finite[-1]], log_snr[finite[0]], S)[::-1]
+    steps = finite[0] + np.round(np.interp(-targets, -log_snr[finite], np.arange(len(finite)))).astype(np.int64)
     return _distinct(steps, int(finite[-1]))
 
 
 def _distinct(steps: NDArray[np.int64], last: int) -> NDArray[np.int64]:
-    """Ascending timesteps without repeats, of which there may be some near t = 0: pushed up, then back under the last
-    timestep.
-    """
-    room = np.arange(len(steps))
-    steps = np.maximum.accumulate(steps - room) + room
-    return np.minimum(steps, last - room[::-1])
+    """Return ascending timesteps without the repeats near t = 0: pushed up, then back under the last timestep."""
+    index = np.arange(len(steps))
+    steps = np.maximum.accumulate(steps - index) + index
+    return np.minimum(steps, last - index[::-1])
 
 
 def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> list[int]:
-    """A subsequence of one's own, checked.
+    """Check a custom subsequence of timesteps.
 
     Args:
-        timesteps: whole numbers in [0, T - 1], strictly decreasing (a list, tuple, array or tensor).
+        timesteps: integers in [0, T - 1], strictly decreasing (a list, tuple, array or tensor).
         num_train_timesteps: T.
 
     Returns:
@@ -218,40 +262,52 @@ def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> list[
 
     Raises:
         ValueError: naming the first entry that is not allowed, or if there is none.
+
+    Example:
+        >>> check_timesteps((900, 300, 0), 1000)
+        [900, 300, 0]
+        >>> check_timesteps([300, 900], 1000)
+        Traceback (most recent call last):
+        ValueError: timesteps must be strictly decreasing, got 900 after 300
     """
     entries = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
     if not isinstance(entries, Iterable) or isinstance(entries, str):
-        raise ValueError(f"timesteps is {timesteps!r}; it must be a list of whole numbers")
+        raise ValueError(f"timesteps must be a list of integers, got {shown(timesteps)}")
     entries = list(entries)
     if not entries:
-        raise ValueError("timesteps is empty; it must hold at least one timestep")
+        raise ValueError("timesteps must hold at least one timestep, got none")
     checked: list[int] = []
     for entry in entries:
         t = as_integer(entry)
-        if t is None:
-            raise ValueError(f"timesteps holds {entry!r}; every entry must be a whole number")
-        if not 0 <= t < num_train_timesteps:
-            raise ValueError(f"timesteps holds {entry!r}; every entry must lie between 0 and {num_train_timesteps - 1}")
+        if t is None or not 0 <= t < num_train_timesteps:
+            raise ValueError(f"timesteps must be integers from 0 to {num_train_timesteps - 1}, got {shown(entry)}")
         if checked and t >= checked[-1]:
-            raise ValueError(f"timesteps holds {t} after {checked[-1]}; they must be strictly decreasing")
+            raise ValueError(f"timesteps must be strictly decreasing, got {t} after {checked[-1]}")
         checked.append(t)
     return checked
 
 
 def check_timesteps_by_steps(by_steps: Mapping[Any, Sequence[int]], num_train_timesteps: int) -> dict[int, list[int]]:
-    """Subsequences by their length, checked.
+    """Check learned subsequences of timesteps, keyed by their length.
 
     Args:
-        by_steps: a subsequence, as `check_timesteps` takes it, for each of some numbers of steps, which are integers or
+        by_steps: for some numbers of steps a subsequence each, as `check_timesteps` takes it; the keys are integers or
             their digits (as in JSON).
         num_train_timesteps: T.
 
+    Returns:
+        The same with integers as keys and lists as values.
+
     Raises:
         ValueError: naming the number of steps whose entry is not allowed.
-        TypeError: if it is no mapping.
+        TypeError: if it is not a mapping.
+
+    Example:
+        >>> check_timesteps_by_steps({"2": [900, 0]}, 1000)
+        {2: [900, 0]}
     """
     if not isinstance(by_steps, Mapping):
-        raise TypeError(f"timesteps_by_steps is {by_steps!r}; it must be a mapping of numbers of steps to timesteps")
+        raise TypeError(f"timesteps_by_steps must be a mapping of numbers of steps to timesteps, got {shown(by_steps)}")
     checked = {}
     for key, timesteps in by_steps.items():
         S = as_integer(int(key) if isinstance(key, str) and key.isdecimal() else key)
@@ -260,6 +316,6 @@ def check_timesteps_by_steps(by_steps: Mapping[Any, Sequence[int]], num_train_ti
         except ValueError as error:
             raise ValueError(f"timesteps_by_steps[{key!r}]: {error}") from None
         if len(chosen) != S:
-            raise ValueError(f"timesteps_by_steps[{key!r}] has {len(chosen)} timesteps; it wants as many as it says")
+            raise ValueError(f"timesteps_by_steps[{key!r}] must list {key} timesteps, got {len(chosen)}")
         checked[S] = chosen
     return checked

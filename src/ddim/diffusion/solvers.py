@@ -1,4 +1,6 @@
-"""Solvers of higher order than DDIM's."""
+"""Solvers of higher order than DDIM's, as coefficients: each step is one of DDIM plus a combination of the last
+predictions (`Step.correction`).
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,14 @@ from torch import Tensor
 from ddim.diffusion.equations import Coefficients, Step
 
 BEND = 0.06
-"""The angle, and nearly the ratio of noise to signal, at which the variable of `second_order` turns from an angle into
-a logarithm; docs/fewer-steps.md has what was measured.
-"""
+"""The angle, nearly the ratio of noise to signal, at which the variable of `second_order` turns from an angle into a
+logarithm; measured in docs/fewer-steps.md."""
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(32)
+"""Gauss and Legendre's rule of 32 points on [-1, 1]."""
 
 
 def second_order(steps: Sequence[Step]) -> list[Step]:
-    """Steps of the two-step method: those of DDIM with eta = 0, and what each adds of the change of epsilon.
+    """Return the steps of the two-step method: those of DDIM, with the factor of the change of epsilon that each adds.
 
     With sigma = sqrt(1 - alpha) / sqrt(alpha) the paper's ODE (14) has the solution
 
@@ -34,24 +36,36 @@ def second_order(steps: Sequence[Step]) -> list[Step]:
     which is the angle by which a step of DDIM turns x where there is much noise, and the log SNR where there is little,
     but not down to none, where that is infinite. The step then adds
 
-        k (epsilon - epsilon of the step before)
-        k = sqrt(alpha_prev) / (s_t - s_before) (integral of (s - s_t) d sigma)
+        k (epsilon - epsilon of the previous step)
+        k = sqrt(alpha_prev) / (s_t - s_previous) (integral of (s - s_t) d sigma)
 
-    k is 0 for the first step, which has none before it. The integral is taken by Gauss and Legendre's rule over v with
+    k is 0 for the first step, which has no previous one. The integral is taken by Gauss and Legendre's rule over v with
     sigma = sinh(v), in which nothing has a pole.
 
     Args:
-        steps: with eta = 0.
+        steps: with eta = 0, in the order in which they are taken.
+
+    Returns:
+        The same steps, each with its `correction`.
+
+    References:
+        Equation (14) and section 7 of arXiv 2010.02502.
+
+    Example:
+        >>> from ddim.diffusion.equations import make_steps
+        >>> steps = second_order(make_steps([2, 1, 0], [0.9, 0.5, 0.1]))
+        >>> [step.correction < 0 for step in steps]
+        [False, True, True]
     """
     corrected = list(steps[:1])
-    for before, step in itertools.pairwise(steps):
-        s_before, s = (math.log(BEND + math.acos(math.sqrt(alpha))) for alpha in (before.alpha, step.alpha))
+    for previous, step in itertools.pairwise(steps):
+        s_previous, s = (math.log(BEND + math.acos(math.sqrt(alpha))) for alpha in (previous.alpha, step.alpha))
         v, v_prev = (math.asinh(math.sqrt((1 - alpha) / alpha)) for alpha in (step.alpha, step.alpha_prev))
         half = (v_prev - v) / 2
         nodes = v + half * (1 + NODES)
         rise = np.log(BEND + np.arctan(np.sinh(nodes))) - s
         integral = half * float(WEIGHTS @ (rise * np.cosh(nodes)))
-        corrected.append(replace(step, correction=math.sqrt(step.alpha_prev) * integral / (s - s_before)))
+        corrected.append(replace(step, correction=math.sqrt(step.alpha_prev) * integral / (s - s_previous)))
     return corrected
 
 

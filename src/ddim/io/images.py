@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ddim.io.atomic import atomic_write, write_folder
-from ddim.validation import join_choices
+from ddim.validation import choice, join_choices
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -197,8 +197,7 @@ def decode_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
 
 def check_output_type(output_type: Any) -> None:
     """ValueError unless it is one of `OUTPUT_TYPES`."""
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}")
+    choice("output_type", output_type, OUTPUT_TYPES)
 
 
 def to_bytes(array: np.ndarray) -> np.ndarray:

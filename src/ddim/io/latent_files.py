@@ -22,7 +22,6 @@ from torch import Tensor
 from ddim.diffusion.schedule import check_timesteps
 from ddim.io.atomic import atomic_write
 from ddim.io.fingerprint import model_sha256
-from ddim.sampler import Sampler
 from ddim.validation import real
 
 CODES = {".npz": "", ".safetensors": ""}
@@ -103,7 +102,7 @@ def load_codes(path: str | Path) -> tuple[Tensor, CodeSettings]:
     return _check_latents(latents, str(source)), settings
 
 
-def check_settings(source: str | Path, settings: CodeSettings, pipe: Sampler, timesteps: list[int]) -> None:
+def check_settings(source: str | Path, settings: CodeSettings, pipe: Any, timesteps: list[int]) -> None:
     """Refuse codes of another model or other timesteps.
 
     Args:
