@@ -101,15 +101,15 @@ class TestNetwork:
         engine, threads = CPUEngine(unet), torch.get_num_threads()
         try:
             torch.set_num_threads(1)
-            whole = [engine.predict(x, t, labels), engine.predict(x, 20, labels)]
+            expected = [engine.predict(x, t, labels), engine.predict(x, 20, labels)]
             for size in (1, 3):
                 monkeypatch.setattr(ddim.engine.cpu, "MICRO_BATCH_BYTES", size * 4 * unet.conv_in.out_channels * 64)
-                assert torch.equal(engine.predict(x, t, labels), whole[0])
-                assert torch.equal(engine.predict(x, 20, labels), whole[1])
+                assert torch.equal(engine.predict(x, t, labels), expected[0])
+                assert torch.equal(engine.predict(x, 20, labels), expected[1])
         finally:
             torch.set_num_threads(threads)
         with torch.no_grad():
-            assert relative_error(whole[0], unet(x, t, labels).sample) < 1e-5
+            assert relative_error(expected[0], unet(x, t, labels).sample) < 1e-5
 
     def test_random_configurations(self) -> None:
         draw = random.Random(0)
@@ -143,7 +143,7 @@ class TestNetwork:
             assert difference < 1e-3, (changes, size)
 
     @pytest.mark.parametrize("name", ["mnist", "cifar10"])
-    def test_a_whole_run(self, name: str) -> None:
+    def test_full_run(self, name: str) -> None:
         """To 1e-3 in every prediction, to a gray level in 99.9% of the pixels after 50 steps: the built-in model,
         and the architecture of the CIFAR-10 one with random weights.
         """
@@ -257,10 +257,10 @@ class TestGetEngine:
 
     def test_engine_is_deleted_with_the_network(self) -> None:
         unet = build(**SMALL)
-        gone = weakref.ref(get_engine(unet))
+        reference = weakref.ref(get_engine(unet))
         del unet
         gc.collect()
-        assert gone() is None
+        assert reference() is None
 
     def test_prepared_timesteps_do_not_change_predictions(self) -> None:
         unet, sample = build(**SMALL), randn(2, 3, 8, 8)

@@ -35,9 +35,9 @@ from ddim.kernels.machine import (
     THREAD_SYMBOL,
 )
 
+# What the compiler may do to sums and products: fuse them. Infinities and NaN keep their meaning, sums their order:
+# how it vectorizes cannot change a result.
 FAST_MATH = ("contract", "nsz")
-"""What the compiler may do to sums and products: fuse them. Infinities and NaN keep their meaning, sums their order:
-how it vectorizes cannot change a result."""
 
 NUMBA_SETTINGS: dict[str, Any] = {
     "fastmath": set(FAST_MATH),
@@ -55,8 +55,8 @@ inline_function = numba.njit(inline="always", **NUMBA_SETTINGS)
 
 FLOAT, DOUBLE, INT32, INT64 = ir.FloatType(), ir.DoubleType(), ir.IntType(32), ir.IntType(64)
 
+# How far ahead of their use weights are requested: about what a core reads in the time that memory takes to answer.
 PREFETCH_BYTES = 4096
-"""How far ahead of their use weights are requested: about what a core reads in the time that memory takes to answer."""
 PREFETCH_READ, PREFETCH_KEEP, PREFETCH_DATA = 0, 3, 1
 """Arguments of LLVM's prefetch: for reading, into all levels of the cache, of data."""
 
@@ -72,6 +72,7 @@ _free = types.ExternalFunction("free", types.void(types.int64))
 @inline_function
 def thread_range(N: int) -> Any:
     """Return the range of N pieces of work that this thread does: the first, and one past the last."""
+    # Ranges of all threads together cover 0 to N, each number once, and differ in size by 1 at most.
     i, n = np.int64(_thread()), np.int64(_thread_count())
     return N * i // n, N * (i + 1) // n
 
@@ -97,6 +98,7 @@ def free(address: int) -> None:
 def pointer(typing_context: Any, x: Any) -> Any:
     """Return a pointer to the first number of an array."""
 
+    # An intrinsic returns its type, and the function that generates its code where it is called.
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return context.make_array(signature.args[0])(context, builder, arguments[0]).data
 
@@ -156,7 +158,7 @@ class Code:
         self.builder, self.vector, self.lanes = builder, ir.VectorType(FLOAT, lanes), lanes
         self.zero = self.constant(0)
 
-    # Addresses.
+    # Addresses: pointers are opaque to LLVM, so that each step names its element type.
 
     def at(self, start: Any, *offsets: Any) -> Any:
         """Return the pointer that lies the sum of the offsets after `start`."""
@@ -174,6 +176,7 @@ class Code:
 
     def load(self, address: Any) -> Any:
         """Return the vector at an address."""
+        # Aligned to one number only: unaligned loads that stay in a cache line cost the same.
         return self.builder.load(self.builder.bitcast(address, self.vector.as_pointer()), align=4, typ=self.vector)
 
     def store(self, value: Any, address: Any) -> None:
@@ -182,6 +185,7 @@ class Code:
 
     def broadcast(self, address: Any) -> Any:
         """Return the number at an address in all lanes."""
+        # LLVM makes one instruction of it, or an operand of the multiplication.
         number = self.builder.load(address, align=4, typ=FLOAT)
         first = self.builder.insert_element(ir.Constant(self.vector, ir.Undefined), number, ir.Constant(INT64, 0))
         return self.builder.shuffle_vector(
@@ -228,6 +232,7 @@ class Code:
 
     def accumulator(self) -> Any:
         """Return a new variable that holds a vector of zeros."""
+        # Allocated once, at the function's entry; LLVM then promotes it from the stack to registers.
         variable = cgutils.alloca_once(self.builder, self.vector)
         self.builder.store(self.zero, variable)
         return variable
@@ -261,6 +266,7 @@ class Code:
         # `larger` blocks of smaller_size + 1 rows, the other ones of smaller_size.
         smaller_size, larger = self.builder.udiv(count, blocks), self.builder.urem(count, blocks)
         first = zero
+        # One loop per size of block. At most two of them run, and how often is known only at run time.
         for rows in range(REGISTER_ROWS, 0, -1):
             is_larger = self.builder.icmp_signed("==", smaller_size, ir.Constant(INT64, rows - 1))
             is_smaller = self.builder.icmp_signed("==", smaller_size, ir.Constant(INT64, rows))
@@ -288,6 +294,7 @@ def in_panels(builder: Any, C: Any, widths: tuple[int, ...]) -> Iterator[tuple[C
         The code builder of a panel's width, and the panel's first channel (an int64 value).
     """
     first = ir.Constant(INT64, 0)
+    # What the wide panels leave is taken by the narrower ones.
     for lanes in widths:
         code = Code(builder, lanes)
         panels = builder.udiv(builder.sub(C, first), ir.Constant(INT64, lanes))

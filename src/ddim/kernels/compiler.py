@@ -41,6 +41,7 @@ def compile_kernel(function: Callable[..., None], record: np.dtype[Any], symbol:
     # From Python to LLVM's IR, specialized for a pointer to this record.
     signature = types.void(types.CPointer(numba.from_dtype(record)))
     compiled = numba.njit(signature, **NUMBA_SETTINGS)(function)
+    # The signature is given, so that it is compiled here, once.
     (result,) = compiled.overloads.values()
     library = result.library
     inner = result.fndesc.llvm_func_name
@@ -71,5 +72,6 @@ def compile_kernel(function: Callable[..., None], record: np.dtype[Any], symbol:
     called = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
     if unknown := called - EXTERNAL:
         raise RuntimeError(f"{symbol} calls functions that need numba at run time: {', '.join(sorted(unknown))}")
+    # For this processor, with all of its instructions: the code is never copied to another machine's cache.
     code: bytes = machine.emit_object(module)
     return code

@@ -9,17 +9,16 @@ import llvmlite.binding as llvm
 HAS_AVX512 = bool(llvm.get_host_cpu_features().get("avx512f"))
 """Whether there are 32 vector registers of 16 float32 numbers each, not 16 of 8."""
 
+# Output channels that a product of matrices computes side by side: two registers of them. Weights are stored in
+# panels of so many output channels.
 OUTPUT_LANES = 32 if HAS_AVX512 else 16
-"""Output channels that a product of matrices computes side by side: two registers of them. Weights are stored in panels
-of so many output channels."""
 
+# Rows (tiles or pixels) whose sums over a panel of output channels stay in registers.
+#
+# The budget: 9 rows of 2 registers are 18 accumulators, with 2 for the weights 20 of 32; 6 rows are 12 accumulators,
+# with 2 for the weights and 1 for the number they are multiplied by 15 of 16. At least 8 accumulators are needed: two
+# units start one fused multiply-add per cycle each, and its result takes four cycles.
 REGISTER_ROWS = 9 if HAS_AVX512 else 6
-"""Rows (tiles or pixels) whose sums over a panel of output channels stay in registers.
-
-The budget: 9 rows of 2 registers are 18 accumulators, with 2 for the weights 20 of 32; 6 rows are 12 accumulators, with
-2 for the weights and 1 for the number they are multiplied by 15 of 16. At least 8 accumulators are needed: two units
-start one fused multiply-add per cycle each, and its result takes four cycles.
-"""
 
 CACHE_LINE_BYTES = 64
 CACHE_LINE_FLOATS = CACHE_LINE_BYTES // 4

@@ -59,7 +59,9 @@ class Record:
     """
 
     def __init__(self, fields: Sequence[Field]) -> None:
+        # What `pack` needs, computed once: a step calls kernels a hundred times.
         self._fields = [(field.name, isinstance(field, Pointer)) for field in fields]
+        # The same layout twice: for numba, which compiles the kernel, and for Python, which fills the record.
         self.dtype: np.dtype[Any] = np.dtype([(field.name, field.dtype) for field in fields])
         self._struct = struct.Struct("".join(np.dtype(field.dtype).char for field in fields))
 

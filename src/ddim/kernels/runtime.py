@@ -104,10 +104,12 @@ class Kernel:
                 the kernel gets only its address.
         """
         record = self.record.pack(values)
+        # The record lives until all threads have returned; `GOMP_parallel` waits for them.
         library = openmp_library()
         if library is None:
             ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self.address)(record)
         else:
+            # With as many threads as PyTorch's operators: another number would resize the pool at each call.
             library.GOMP_parallel(self.address, record, torch.get_num_threads(), 0)
 
 
@@ -120,6 +122,7 @@ def ensure_compiled(*kernels: Kernel) -> None:
     Raises:
         ImportError: if one has to be compiled and numba is not installed.
     """
+    # One alone is compiled here: a process would import numba all the same.
     missing = [kernel for kernel in kernels if not kernel.is_loaded and not kernel.path.exists()]
     if len(missing) > 1 and _is_writable(missing[0].path.parent):
         _compile_in_processes(missing)
@@ -142,6 +145,7 @@ def _compile_in_processes(kernels: Sequence[Kernel]) -> None:
     process it would slow down other users of numba. What fails there is compiled here on first use, or raises here with
     its reason.
     """
+    # An embedded interpreter, or none: there is no command that would run this package.
     if not Path(sys.executable or "").stem.startswith("python"):
         return
     logger.info("compiling %d kernels, once per machine", len(kernels))
@@ -164,6 +168,7 @@ def openmp_library() -> ctypes.CDLL | None:
         The library; `None` if it has no `GOMP_parallel`, so that kernels run on the calling thread.
     """
     try:
+        # The symbols that this process has loaded already, PyTorch's OpenMP library among them.
         library = ctypes.CDLL(None)
         for symbol, name in ((THREAD_SYMBOL, "omp_get_thread_num"), (THREAD_COUNT_SYMBOL, "omp_get_num_threads")):
             llvm.add_symbol(symbol, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
@@ -191,6 +196,7 @@ def _object_code(kernel: Kernel) -> bytes:
     source = importlib.import_module(f"ddim.kernels.{kernel.folder}.source")
     compiler = importlib.import_module("ddim.kernels.compiler")
     code: bytes = compiler.compile_kernel(getattr(source, kernel.function), kernel.record.dtype, kernel.symbol)
+    # Processes that compile the same kernel at once each write a complete file of the same content.
     with contextlib.suppress(OSError):
         kernel.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(kernel.path) as temporary:
@@ -201,6 +207,7 @@ def _object_code(kernel: Kernel) -> bytes:
 @functools.cache
 def _code_version() -> str:
     """Return a hash of everything that the code depends on: the sources, the compiler, the processor."""
+    # All sources of the package, since kernels share code.
     sources = sorted(Path(__file__).parent.rglob("*.py"))
     try:
         compiler = version("numba")
@@ -212,6 +219,7 @@ def _code_version() -> str:
 
 def _load(code: bytes, symbol: str) -> int:
     """Load object code, and return the address of a function in it."""
+    # An empty module makes the engine; the object file brings the code.
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()

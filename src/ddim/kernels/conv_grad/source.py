@@ -12,17 +12,16 @@ from ddim.kernels.codegen import Code, device_function, float_array, free, mallo
 from ddim.kernels.conv_grad.constants import TILE_LANES
 from ddim.kernels.machine import HAS_AVX512
 
+# Input channels of a tile in registers.
+#
+# The budget: with three taps they are 12 sums of one AVX-512 register each, or 6 of two AVX2 registers each. Either
+# way 12 accumulators, enough to keep two units of fused multiply-add busy, and few enough for AVX2's 16 registers.
 CHANNELS_PER_TILE = 4 if HAS_AVX512 else 2
-"""Input channels of a tile in registers.
-
-The budget: with three taps they are 12 sums of one AVX-512 register each, or 6 of two AVX2 registers each. Either way
-12 accumulators, enough to keep two units of fused multiply-add busy, and few enough for AVX2's 16 registers.
-"""
+# Positions, about, that a tile is summed over in registers before it is added to memory: their part of dy, 14 KB,
+# stays in the nearest cache for all taps and input channels.
 POSITIONS_PER_SUM = 224
-"""Positions, about, that a tile is summed over in registers before it is added to memory: their part of dy, 14 KB,
-stays in the nearest cache for all taps and input channels."""
+# Numbers of x and dy, about, that are worked on at a time: 1 MB, which stays in the caches for all tiles.
 CACHED_FLOATS = 1 << 18
-"""Numbers of x and dy, about, that are worked on at a time: 1 MB, which stays in the caches for all tiles."""
 
 
 def _make_add_tile(taps: int) -> Any:
@@ -47,6 +46,7 @@ def _make_add_tile(taps: int) -> Any:
             dy, dy_sample = unpack(builder, dy_view)
             samples, rows, positions = unpack(builder, extent)
             code = Code(builder, TILE_LANES)
+            # Register budget: see `CHANNELS_PER_TILE`. One accumulator per tap and input channel, and one vector of dy.
             sums = {entry: code.accumulator() for entry in tile}
             dy_row = code.multiply_index(positions, TILE_LANES)
             # Sum over positions: one vector of output channels of dy, times each tap's input channels.
@@ -89,6 +89,7 @@ def _copy_lanes(typing_context: Any, source: Any, source_offset: Any, target: An
 @device_function
 def _pack(x: Any, rows: int, positions: int, C: int, panel: Any, panel_row: int) -> None:
     """Copy `TILE_LANES` channels of rows of (positions, C) to rows of a panel, `panel_row` numbers apart."""
+    # Panels are contiguous: their positions lie one cache line apart, those of the map C numbers.
     for h in range(rows):
         for w in range(positions):
             _copy_lanes(x, (h * positions + w) * C, panel, h * panel_row + w * TILE_LANES)
@@ -122,6 +123,7 @@ def weight_gradient(data: Any) -> None:
     tiles[:] = 0
     x_row, x_sample, dy_sample = padded_W * TILE_LANES, padded_H * padded_W * TILE_LANES, block * OW * TILE_LANES
 
+    # Chunks of samples, then tiles, input channels outermost, so that a panel of x serves all output channels.
     for start in range(0, args.N, chunk):
         end, packed = min(start + chunk, args.N), -1
         for number in range(first, last):
@@ -132,6 +134,7 @@ def weight_gradient(data: Any) -> None:
                     inside = pointer(xs[n - start, padding, padding])
                     _pack(pointer(x[n, 0, 0, c:]), H, W, C, inside, x_row)
                 packed = c
+            # The tile stays where it is, in a cache, while the rows of these samples pass by.
             tile = tiles[number - first]
             for n in range(start, end, group):
                 samples = min(group, end - n)

@@ -23,12 +23,12 @@ from ddim.kernels.codegen import (
 )
 from ddim.kernels.machine import OUTPUT_LANES
 
+# Pixels that are computed for all output channels before the next ones: the block's input stays in the cache while
+# all weights pass by.
 PIXELS_PER_BLOCK = 192
-"""Pixels that are computed for all output channels before the next ones: the block's input stays in the cache while all
-weights pass by."""
+# Threads divide the pixels instead of the panels of output channels from `PIXELS_PER_BLOCK` pixels for each panel on,
+# of which so many count: there are then pixels enough for every thread to reuse the weights that it reads.
 MAX_PANELS_FOR_PIXELS = 4
-"""Threads divide the pixels instead of the panels of output channels from `PIXELS_PER_BLOCK` pixels for each panel on,
-of which so many count: there are then pixels enough for every thread to reuse the weights that it reads."""
 
 
 @intrinsic
@@ -53,6 +53,7 @@ def _convolve_block(typing_context: Any, pixels: Any, filters: Any, shape: Any, 
         # Register budget: see `REGISTER_ROWS`. Each block of pixels has an accumulator of two registers per pixel.
         for block, first in code.in_row_blocks(count):
             sums, windows = [code.accumulator() for _ in range(block)], []
+            # Load where each pixel's window begins.
             for p in range(block):
                 address = builder.gep(offsets, [builder.add(first, ir.Constant(INT64, p))], source_etype=INT64)
                 windows.append(code.at(x, builder.load(address, typ=INT64)))
@@ -88,6 +89,7 @@ def convolve(data: Any) -> None:
     """Run this thread's range of a convolution; see `ddim.kernels.direct.convolve`."""
     args = carray(data, 1)[0]
     N, H, W, C, K, stride = args.N, args.H, args.W, args.C, args.K, args.stride
+    # x as one row of numbers: windows are found by their offsets.
     row = args.padded_W * C
     x, bias = float_array(args.x, N * args.padded_H * row), float_array(args.bias, K)
     panel_size = args.size * args.size * C * OUTPUT_LANES
@@ -105,6 +107,7 @@ def convolve(data: Any) -> None:
     scratch = malloc(2 * PIXELS_PER_BLOCK)
     offsets = int64_array(scratch, PIXELS_PER_BLOCK)
     for start in range(first, last, PIXELS_PER_BLOCK):
+        # A block of pixels, in the order in which they lie in memory, over the ends of rows and samples.
         count = min(PIXELS_PER_BLOCK, last - start)
         # Where each pixel's window begins in x.
         for p in range(count):
@@ -113,6 +116,7 @@ def convolve(data: Any) -> None:
         # All output channels of these pixels.
         for panel in range(first_panel, last_panel):
             channel = panel * OUTPUT_LANES
+            # Null where there is no residual: the vector code tests for it.
             residual = 0
             if args.has_residual:
                 residual = args.residual + 4 * (start * K + channel)

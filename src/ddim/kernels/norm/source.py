@@ -33,9 +33,10 @@ from ddim.kernels.codegen import (
 )
 from ddim.kernels.machine import OUTPUT_LANES
 
+# Pixels that are summed in float32: short enough for its rounding, and all panels of a run are read while its cache
+# lines, which several panels may share, are still near.
 PIXELS_PER_RUN = 64
-"""Pixels that are summed in float32: short enough for its rounding, and all panels of a run are read while its cache
-lines, which several panels may share, are still near."""
+# Of the polynomial (exp(r) - 1 - r) / r^2, the highest power first (Cephes, expf.c).
 PANEL_WIDTHS = (OUTPUT_LANES, 8, 1)
 """Channels that are normalized side by side: two registers of them, then one of AVX, then single ones."""
 
@@ -52,9 +53,8 @@ EXP_COEFFICIENTS = (
     1.6666665459e-1,
     5.0000001201e-1,
 )
-"""Of the polynomial (exp(r) - 1 - r) / r^2, the highest power first (Cephes, expf.c)."""
+# exp of more does not fit a float32, with a power of 2 made from its exponent alone.
 MAX_EXPONENT = 87
-"""exp of more does not fit a float32, with a power of 2 made from its exponent alone."""
 FLOAT_EXPONENT_BIAS, FLOAT_MANTISSA_BITS = 127, 23
 
 
@@ -80,9 +80,9 @@ def _sigmoid(code: Code, z: Any) -> Any:
         p = code.multiply_add(p, r, code.constant(coefficient))
     exp_r = code.multiply_add(code.multiply(p, r), r, code.add(r, code.constant(1)))
     # 2^k: k, with the bias added, is the exponent's bits of a float32.
-    whole = ir.VectorType(INT32, code.lanes)
-    bias, bits = (ir.Constant(whole, [n] * code.lanes) for n in (FLOAT_EXPONENT_BIAS, FLOAT_MANTISSA_BITS))
-    power_of_2 = builder.bitcast(builder.shl(builder.add(builder.fptosi(k, whole), bias), bits), code.vector)
+    integers = ir.VectorType(INT32, code.lanes)
+    bias, bits = (ir.Constant(integers, [n] * code.lanes) for n in (FLOAT_EXPONENT_BIAS, FLOAT_MANTISSA_BITS))
+    power_of_2 = builder.bitcast(builder.shl(builder.add(builder.fptosi(k, integers), bias), bits), code.vector)
     s = builder.fdiv(code.constant(1), code.multiply_add(exp_r, power_of_2, code.constant(1)))
     return builder.select(is_below, s, code.zero)
 
@@ -133,6 +133,7 @@ def _make_sum(squares: bool) -> Any:
                 total = code.accumulator()
                 middle = code.load(code.at(center, channel)) if squares else None
                 start = code.at(x, code.multiply_index(first, C), channel)
+                # Load and sum, pixel by pixel, always in this order.
                 with cgutils.for_range(builder, pixels) as pixel:
                     value = code.load(code.at(start, code.multiply_index(pixel.index, C)))
                     if squares:
@@ -178,6 +179,7 @@ def _make_apply(silu: bool) -> Any:
                     z = code.multiply_add(value, factor, shift)
                     if silu:
                         z = code.multiply(z, _sigmoid(code, z))
+                    # Store, with the distance between pixels of y, which may have more channels.
                     code.store(z, code.at(y, channel, code.multiply_index(pixel.index, y_pixel)))
             return context.get_dummy_value()
 
@@ -223,6 +225,7 @@ def _make_z_gradient(silu: bool) -> Any:
                         complement = code.subtract(code.constant(1), s)
                         slope = code.multiply(slope, s)
                         slope = code.multiply(slope, code.multiply_add(z, complement, code.constant(1)))
+                    # Store dz; add it up while it is in a register.
                     code.store(slope, code.at(dz, position))
                     code.accumulate(sums[0], slope)
                     code.accumulate_product(sums[1], slope, code.subtract(value, middle))
@@ -253,6 +256,7 @@ def _x_gradient(typing_context: Any, x: Any, dx: Any, P: Any, C: Any, terms: Any
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, dx, P, C, terms, totals = arguments
+        # Register budget: one accumulator and three terms of two registers each.
         for code, channel, first, pixels in _in_pixel_runs(builder, P, C):
             factor, slope, shift = (code.load(code.at(term, channel)) for term in unpack(builder, terms))
             total = code.accumulator()
@@ -260,8 +264,8 @@ def _x_gradient(typing_context: Any, x: Any, dx: Any, P: Any, C: Any, terms: Any
             with cgutils.for_range(builder, pixels) as pixel:
                 position = builder.add(start, code.multiply_index(pixel.index, C))
                 value, target = code.load(code.at(x, position)), code.at(dx, position)
-                share = code.multiply(value, slope)
-                result = code.subtract(code.multiply_add(code.load(target), factor, shift), share)
+                weighted = code.multiply(value, slope)
+                result = code.subtract(code.multiply_add(code.load(target), factor, shift), weighted)
                 code.store(result, target)
                 code.accumulate(total, result)
             _add_to_totals(code, total, totals, channel)
@@ -270,7 +274,7 @@ def _x_gradient(typing_context: Any, x: Any, dx: Any, P: Any, C: Any, terms: Any
     return types.void(x, dx, *[types.int64] * 2, terms, totals), generate
 
 
-# What kernels share.
+# What kernels share: functions that become part of them.
 
 
 @device_function
@@ -290,6 +294,7 @@ def affine(maps: Any, terms: Any, groups: int, eps: float, statistics: Any, resu
     shift, weight, bias = terms
     mean, rstd = statistics
     scale, offset, totals = results
+    # D channels per group, some of which may lie in a and some in b.
     P, A = a.shape
     B = b.shape[1]
     D = (A + B) // groups
@@ -330,6 +335,7 @@ def apply_row(x: Any, y: Any, first_channel: int, factors: Any, silu: bool) -> N
         factors: scale and offset, both (C,).
         silu: whether SiLU follows.
     """
+    # The second map may have no channels: its row of y then has no first number to point to.
     if x.shape[0] * x.shape[1] == 0:
         return
     W, C = x.shape
@@ -359,6 +365,7 @@ def apply_rows(maps: Any, rows: Any, y: Any, top: int, factors: Any, silu: bool)
     scale, offset = factors
     A = a.shape[1]
     for h in range(first, last):
+        # One row of the result: the channels of a, then those of b.
         row = y[h + top, top : top + W]
         apply_row(a[h * W : (h + 1) * W], row, 0, (scale[:A], offset[:A]), silu)
         apply_row(b[h * W : (h + 1) * W], row, A, (scale[A:], offset[A:]), silu)
@@ -379,6 +386,7 @@ def forward(data: Any) -> None:
     scratch = malloc(4 * C)
     totals = double_array(scratch, C)
     scale, offset = float_array(scratch + 8 * C, C), float_array(scratch + 12 * C, C)
+    # Threads divide samples.
     first, last = thread_range(N)
     for n in range(first, last):
         maps, terms = (x[n], empty), (shift[n], weight, bias)
@@ -402,6 +410,7 @@ def backward(data: Any) -> None:
     sums, weighted_sums = double_array(scratch, C), double_array(scratch + 8 * C, C)
     floats = float_array(scratch + 16 * C, (4, C))
     scale, offset, center, slope = floats[0], floats[1], floats[2], floats[3]
+    # Threads divide samples; dweight and dbias are summed over samples by the caller.
     first, last = thread_range(N)
     for n in range(first, last):
         # z = scale x + offset again, from the saved statistics.

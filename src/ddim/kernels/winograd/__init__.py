@@ -32,13 +32,13 @@ NORMALIZE_AND_CONVOLVE = Kernel("winograd", "normalize_and_convolve", (*NORM_FIE
 KERNELS = (CONVOLVE, NORMALIZE_AND_CONVOLVE)
 TRAINING_KERNELS = (NORMALIZE_AND_CONVOLVE,)
 
+# Filters, about, that are transformed at a time: 2.4 MB of results, instead of a second copy of all weights.
 FILTERS_PER_CHUNK = 1 << 14
-"""Filters, about, that are transformed at a time: 2.4 MB of results, instead of a second copy of all weights."""
+# Pixels of a batch from which on it is faster to transform weights that are used once than to multiply with all.
 MIN_PIXELS = 512
-"""Pixels of a batch from which on it is faster to transform weights that are used once than to multiply with all."""
+# Multiplications per pixel, channel and filter, up to which Winograd's method counts as one that needs fewer than the
+# nine of a 3x3 filter: the transforms cost something too.
 MAX_MULTIPLICATIONS_PER_PIXEL = 7
-"""Multiplications per pixel, channel and filter, up to which Winograd's method counts as one that needs fewer than the
-nine of a 3x3 filter: the transforms cost something too."""
 
 
 def is_supported(C: int) -> bool:

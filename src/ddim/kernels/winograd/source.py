@@ -31,14 +31,14 @@ from ddim.kernels.machine import OUTPUT_LANES
 from ddim.kernels.norm.source import affine, apply_rows
 from ddim.kernels.winograd.constants import AT, BT, CHANNEL_MULTIPLE, POINTS, TILE_INPUT, TILE_OUTPUT
 
+# Channels that are transformed side by side: one register of them, since a transform has 36 vectors at once.
 TRANSFORM_LANES = OUTPUT_LANES // 2
-"""Channels that are transformed side by side: one register of them, since a transform has 36 vectors at once."""
+# Tiles that go from input to result together: two or three times `REGISTER_ROWS`. More would reuse each weight that
+# is read more often, but their v and m would not stay in the cache.
 TILES_PER_BLOCK = 18
-"""Tiles that go from input to result together: two or three times `REGISTER_ROWS`. More would reuse each weight that is
-read more often, but their v and m would not stay in the cache."""
+# Numbers left free after each point of v and m: at distances of powers of two, the 36 points of a tile would compete
+# for a few sets of the cache.
 POINT_PADDING = OUTPUT_LANES
-"""Numbers left free after each point of v and m: at distances of powers of two, the 36 points of a tile would compete
-for a few sets of the cache."""
 
 
 # Vector code.
@@ -65,10 +65,12 @@ def _multiply_matrix(code: Code, matrix: Any, values: list[Any]) -> list[Any]:
                 elif factor == -1:
                     result = code.subtract(result, value)
                 else:
+                    # The compiler fuses product and sum.
                     result = code.add(code.scale(value, factor), result)
             sums[row] = result
         return sums[row]
 
+    # One result per row of the matrix.
     results = []
     for row in matrix:
         mirrored = tuple(-factor if i % 2 else factor for i, factor in enumerate(row))
@@ -188,6 +190,7 @@ def _make_transform_output(has_residual: bool) -> Any:
                 # Transform rows; add and store what lies in the map.
                 for i in range(TILE_OUTPUT):
                     row = _multiply_matrix(code, AT, [transformed[j][i] for j in range(TILE_INPUT)])
+                    # The last tiles of a row or column may reach over the edge of the map.
                     with builder.if_then(builder.icmp_signed("<", ir.Constant(INT64, i), rows)):
                         for j, value in enumerate(row):
                             with builder.if_then(builder.icmp_signed("<", ir.Constant(INT64, j), columns)):
@@ -206,7 +209,7 @@ def _make_transform_output(has_residual: bool) -> Any:
 _transform_output, _transform_output_and_add = _make_transform_output(False), _make_transform_output(True)
 
 
-# What the kernels share.
+# What the kernels share: functions that become part of them.
 
 
 @inline_function
@@ -243,6 +246,7 @@ def convolve_tiles(x: Any, filters: Any, residuals: Any, y: Any, tiles: Any, pan
     columns_of_tiles = tiles_along(W)
     tiles_per_sample = tiles_along(H) * columns_of_tiles
     channels, k = (last_panel - first_panel) * OUTPUT_LANES, first_panel * OUTPUT_LANES
+    # v and m of a block: for each point, the tiles' input channels, and their output channels.
     v = float_array(scratch, (POINTS, TILES_PER_BLOCK * C + POINT_PADDING))
     m_address = scratch + 4 * POINTS * (TILES_PER_BLOCK * C + POINT_PADDING)
     m = float_array(m_address, (POINTS, TILES_PER_BLOCK * K + POINT_PADDING))
@@ -255,6 +259,7 @@ def convolve_tiles(x: Any, filters: Any, residuals: Any, y: Any, tiles: Any, pan
             _transform_input((pointer(x[n, h, w]), x.shape[2] * C), C, (pointer(v[0, t * C :]), v.shape[1]))
         # Multiply: 36 products of (count, C) and (C, K).
         for point in range(POINTS):
+            # v of this point stays in the nearest cache; the weights are read once per block of tiles.
             for panel in range(first_panel, last_panel):
                 target = pointer(m[point, panel * OUTPUT_LANES :])
                 _multiply_tiles(pointer(v[point]), C, pointer(u[point, panel]), target, K, count)
@@ -265,6 +270,7 @@ def convolve_tiles(x: Any, filters: Any, residuals: Any, y: Any, tiles: Any, pan
             m_view = pointer(m[0, t * K + k :]), m.shape[1]
             y_view = pointer(y[n, h, w, k:]), W * K, K
             extent = min(TILE_OUTPUT, H - h), min(TILE_OUTPUT, W - w)
+            # Two versions of the code, so that the inner loop does not test for a residual.
             if has_residual:
                 source = pointer(residual[n, h, w, k:])
                 _transform_output_and_add(m_view, channels, pointer(bias[k:]), source, y_view, extent)
@@ -326,6 +332,7 @@ def normalize_and_convolve(data: Any) -> None:
     scale[:] = 1
     offset[:] = 0
 
+    # Threads divide samples, which they take in batches of about one block of tiles.
     first, last = thread_range(N)
     for start in range(first, last, batch):
         end = min(start + batch, last)
