@@ -308,7 +308,7 @@ def measure_network(name: str, folder: Path, options: argparse.Namespace) -> tup
     parameters = sum(p.numel() for p in unet.parameters()) / 1e6
     text = (
         f"## {name}: {parameters:.1f} million parameters, {channels}x{size}x{size}\n\n`get_engine` in a new process "
-        f"whose compiled loops are cached: {prepared:.2f} s, with the first evaluation {first:.2f} s."
+        f"whose compiled kernels are cached: {prepared:.2f} s, with the first evaluation {first:.2f} s."
     )
     return f"{text}\n\n{table(found, {'batch': 'batch', 'row': 'name'}, COLUMNS)}", found
 

@@ -7,6 +7,7 @@ either memory layout; time embeddings are (N, D), or (1, D) when one timestep ho
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -252,12 +253,11 @@ def downsample_average(hidden_states: Tensor) -> Tensor:
     return F.avg_pool2d(hidden_states, 2)
 
 
-class ResnetBlock2D(nn.Module):
-    """A residual block: norm - act - conv - (+ time) - norm - act - dropout - conv, plus a shortcut.
+@dataclass(frozen=True)
+class ResnetConfig:
+    """What the residual blocks of a network have in common.
 
-    Args:
-        in_channels: of the input; the shortcut is a 1x1 convolution where `out_channels` differs.
-        out_channels: of the output.
+    Attributes:
         temb_channels: D of the time embedding.
         groups: of both group norms.
         eps: of both group norms.
@@ -265,41 +265,46 @@ class ResnetBlock2D(nn.Module):
         dropout: probability before the second convolution.
         time_embedding_norm: `default` adds the projected time to the features before the second norm; `scale_shift`
             scales and shifts after it.
-        output_scale_factor: the sum is divided by this.
+        output_scale_factor: the sum of block and shortcut is divided by this.
+    """
+
+    temb_channels: int
+    groups: int
+    eps: float = 1e-5
+    act_fn: str = "silu"
+    dropout: float = 0.0
+    time_embedding_norm: str = "default"
+    output_scale_factor: float = 1.0
+
+
+class ResnetBlock2D(nn.Module):
+    """A residual block: norm - act - conv - (+ time) - norm - act - dropout - conv, plus a shortcut.
+
+    Args:
+        in_channels: of the input; the shortcut is a 1x1 convolution where `out_channels` differs.
+        out_channels: of the output.
+        config: what it has in common with the network's other blocks.
         resample: `up` or `down` doubles or halves (by averaging) both branches before the first convolution; `None` for
             neither.
 
     Example:
-        >>> block = ResnetBlock2D(8, 16, temb_channels=4, groups=2, eps=1e-5, act_fn="silu", dropout=0.0,
-        ...                       time_embedding_norm="default")
+        >>> block = ResnetBlock2D(8, 16, ResnetConfig(temb_channels=4, groups=2))
         >>> block(torch.zeros(1, 8, 4, 4), torch.zeros(1, 4)).shape
         torch.Size([1, 16, 4, 4])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        temb_channels: int,
-        groups: int,
-        eps: float,
-        act_fn: str,
-        dropout: float,
-        time_embedding_norm: str,
-        output_scale_factor: float = 1.0,
-        resample: str | None = None,
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, config: ResnetConfig, resample: str | None = None) -> None:
         super().__init__()
-        self.scale_shift = time_embedding_norm == "scale_shift"
-        self.output_scale_factor = output_scale_factor
+        self.scale_shift = config.time_embedding_norm == "scale_shift"
+        self.output_scale_factor = config.output_scale_factor
         self.resample = {"up": upsample_nearest, "down": downsample_average, None: None}[resample]
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.norm1 = nn.GroupNorm(config.groups, in_channels, eps=config.eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(temb_channels, out_channels * (2 if self.scale_shift else 1))
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
-        self.dropout = nn.Dropout(dropout)
+        self.time_emb_proj = nn.Linear(config.temb_channels, out_channels * (2 if self.scale_shift else 1))
+        self.norm2 = nn.GroupNorm(config.groups, out_channels, eps=config.eps)
+        self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nonlinearity = ACTIVATIONS[act_fn.lower()]()
+        self.nonlinearity = ACTIVATIONS[config.act_fn.lower()]()
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
