@@ -1,10 +1,10 @@
-"""What a user of `ddim app` waits for, in a real browser: 16 digits, 20 steps, the built-in model.
+"""How long a user of `ddim app` waits, in a real browser: 16 digits, 20 steps, the built-in model.
 
     python -m benchmarks.app [--repeats 5]
 
-Medians and the slowest of: from pressing Paint to the first preview on the page, and to the finished pictures; from
-pressing Stop, or closing the tab, during a run of minutes, to the answer of another client's smallest run; and what a
-step of the run that was stopped takes. Needs Debian's chromium.
+Medians and maxima of the times from pressing Sample to the first preview on the page, and to the finished images; from
+pressing Stop, or closing the tab, during a run of minutes, to the answer of another client's smallest run; and of a
+step of the run that was stopped. Requires Debian's chromium.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ def open_page(browser: Browser, url: str) -> Page:
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     page.set_default_timeout(120_000)
     page.goto(url)
-    page.get_by_role("button", name="Paint", exact=True).wait_for()
+    page.get_by_role("button", name="Sample", exact=True).wait_for()
     return page
 
 
-def paint(page: Page, steps: int, count: int) -> None:
-    for label, value in (("Steps", steps), ("Pictures", count)):
+def start_sampling(page: Page, steps: int, count: int) -> None:
+    for label, value in (("Steps", steps), ("Images", count)):
         field = page.get_by_label(f"number input for {label}").first
         field.fill(str(value))
         field.press("Tab")
-    page.get_by_role("button", name="Paint", exact=True).click()
+    page.get_by_role("button", name="Sample", exact=True).click()
 
 
-def first_pictures(browser: Browser, url: str) -> tuple[float, float]:
-    """Seconds to the first preview and to the end."""
+def time_sampling(browser: Browser, url: str) -> tuple[float, float]:
+    """Return the seconds to the first preview and to the end."""
     page = open_page(browser, url)
-    paint(page, 20, 16)
+    start_sampling(page, 20, 16)
     started = time.perf_counter()
-    page.locator("#sample-pictures img").first.wait_for()
+    page.locator("#sample-images img").first.wait_for()
     preview = time.perf_counter() - started
     page.get_by_text("in all.").wait_for()
     seconds = time.perf_counter() - started
@@ -54,11 +54,11 @@ def first_pictures(browser: Browser, url: str) -> tuple[float, float]:
     return preview, seconds
 
 
-def freed(browser: Browser, url: str, client: Client, leave: Callable[[Page], None]) -> float:
-    """Seconds until another client's run of one step is answered."""
+def time_until_free(browser: Browser, url: str, client: Client, leave: Callable[[Page], None]) -> float:
+    """Return the seconds until another client's run of one step is answered."""
     page = open_page(browser, url)
-    paint(page, 1000, 64)
-    page.locator("#sample-pictures img").first.wait_for()
+    start_sampling(page, 1000, 64)
+    page.locator("#sample-images img").first.wait_for()
     started = time.perf_counter()
     leave(page)
     client.predict(count=1, steps=1, api_name="/sample")
@@ -69,7 +69,7 @@ def freed(browser: Browser, url: str, client: Client, leave: Callable[[Page], No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What a user of the page waits for.")
+    parser = argparse.ArgumentParser(description="How long a user of the page waits.")
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     rows: dict[str, list[float]] = {}
@@ -89,17 +89,20 @@ def main() -> None:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             client = Client(url, verbose=False, download_files=str(Path(folder, "downloads")))
             for _ in range(repeats):
-                preview, seconds = first_pictures(browser, url)
+                preview, seconds = time_sampling(browser, url)
                 step = client.predict(count=64, steps=10, api_name="/sample")["seconds"] / 10
                 idle = time.perf_counter()
                 client.predict(count=1, steps=1, api_name="/sample")
                 for name, value in (
-                    ("from Paint to the first preview", preview),
-                    ("from Paint to the finished pictures", seconds),
-                    ("a step of 64 pictures", step),
+                    ("from Sample to the first preview", preview),
+                    ("from Sample to the finished images", seconds),
+                    ("a step of 64 images", step),
                     ("another client's run of one step, with nothing before it", time.perf_counter() - idle),
-                    ("the same, after Stop in a run of 64 pictures", freed(browser, url, client, stop)),
-                    ("the same, after such a run's tab was closed", freed(browser, url, client, Page.close)),
+                    ("the same, after Stop in a run of 64 images", time_until_free(browser, url, client, stop)),
+                    (
+                        "the same, after closing the tab of such a run",
+                        time_until_free(browser, url, client, Page.close),
+                    ),
                 ):
                     rows.setdefault(name, []).append(value)
             browser.close()

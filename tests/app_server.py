@@ -1,4 +1,4 @@
-"""`ddim app` in a process of its own, for the tests of the page and its endpoints.
+"""`ddim app` in a separate process, for the tests of the page and its endpoints.
 
 with AppServer(folder) as server:
     server.url                     # http://127.0.0.1:...
@@ -19,11 +19,11 @@ from gradio_client import Client
 
 
 class AppServer:
-    """Serves the built-in model at a free port.
+    """A server of the built-in model on a free port.
 
     Args:
         folder: where it runs and writes app.log.
-        arguments: more of the command line.
+        arguments: further arguments of the command line.
     """
 
     def __init__(self, folder: Path, *arguments: str) -> None:
@@ -33,7 +33,7 @@ class AppServer:
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "CUDA_VISIBLE_DEVICES": "",
-            # Where uploads and downloads go.
+            # Uploads and downloads are stored there.
             "TMPDIR": str(folder),
         }
         command = [sys.executable, "-m", "ddim", "app", *(arguments or ("mnist",)), "--port", "0", "--no-open"]
@@ -51,17 +51,17 @@ class AppServer:
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
         assert self.process.wait(30) == 0
-        # It leaves nothing behind.
+        # Its temporary folder is deleted.
         assert not list(self.folder.glob("ddim-app-*"))
 
     def client(self) -> Client:
-        """A client of its own session, whose downloads go to the folder."""
+        """Return a client with a new session, whose downloads are stored in the folder."""
         return Client(self.url, verbose=False, download_files=str(self.folder / "downloads"))
 
     def call(self, endpoint: str, **arguments: Any) -> Any:
-        """The result of an endpoint."""
+        """Return the result of an endpoint."""
         return self.client().predict(api_name=endpoint, **arguments)
 
     def memory(self) -> int:
-        """Resident bytes of the process."""
+        """Return the resident bytes of the process."""
         return int(psutil.Process(self.process.pid).memory_info().rss)

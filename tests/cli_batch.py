@@ -1,8 +1,14 @@
-"""Run as a program: many `ddim` commands in one process, which imports PyTorch once.
+"""`ddim` commands in one process, which imports PyTorch once.
 
-Reads `[[argument, ...], ...]` as JSON from stdin and writes a list of `{"code", "stdout", "stderr", "evaluations"}` to
-stdout. Both streams are caught at the file descriptors, so that nothing escapes; `evaluations` has an entry for each
-time a network was asked: the timestep (-1 for a whole tensor of them), the batch size and the network's dtype.
+As a module, for tests that look at results by the names of commands:
+
+    with Commands(folder, {"encode": ["encode", "x.png", "-o", "x.npz"], "decode": ["decode", "x.npz"]}) as commands:
+        commands["decode"].stdout      # runs `encode`, whose output it reads, then `decode`; each of them once
+
+As a program it is that process: it reads lines of JSON, `[[argument, ...], ...]`, and answers each with a line, a list
+of `{"code", "stdout", "stderr", "evaluations"}`. Both streams are captured at the file descriptors, so that nothing
+escapes; `evaluations` has an entry for each call of a network: the timestep (-1 for a whole tensor of them), the batch
+size and the network's dtype.
 """
 
 from __future__ import annotations
@@ -10,20 +16,124 @@ from __future__ import annotations
 import functools
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
-from ddim.cli import main
-from ddim.engine.cpu import CPUEngine
-from ddim.unet import UNet2DModel
+
+class Result(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
+    evaluations: list[tuple[int, int, str]]
+
+
+def environment(home: Path) -> dict[str, str]:
+    """One thread, no GPU, no hub, and help of one width."""
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "COLUMNS": "200",
+    }
+
+
+class Commands(Mapping[str, Result]):
+    """The results of commands, each of which runs when it is first asked for, after those whose output it reads.
+
+    Args:
+        folder: where they run.
+        table: their arguments, by name.
+        requires: the names of commands that run before, for what cannot be seen from the arguments.
+    """
+
+    def __init__(
+        self, folder: Path, table: Mapping[str, list[str]], requires: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        self.folder, self.table, self._requires = folder, table, requires or {}
+        self._results: dict[str, Result] = {}
+        # Of several commands that write one path, the first makes it.
+        self._writers = {path: name for name in reversed(list(table)) if (path := output_path(table[name])) is not None}
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.communicate()
+
+    def __getitem__(self, name: str) -> Result:
+        if name not in self._results:
+            for other in self.prerequisites(name):
+                self[other]
+            self._results[name] = self._run(self.table[name])
+        return self._results[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def output(self, name: str) -> Path:
+        """The path that a command has written."""
+        assert self[name].code == 0, self[name].stderr
+        path = output_path(self.table[name])
+        assert path is not None
+        return self.folder / path
+
+    def prerequisites(self, name: str) -> list[str]:
+        """The commands that run before: those required, and those that write what this one reads."""
+        own = output_path(self.table[name])
+        inputs = [Path(argument) for argument in self.table[name] if argument != own]
+        readable = {str(path) for given in inputs for path in (given, *given.parents)} - {own}
+        written = [writer for path, writer in self._writers.items() if path.rstrip("/") in readable]
+        return [other for other in (*self._requires.get(name, ()), *written) if other != name]
+
+    def _run(self, arguments: list[str]) -> Result:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=self.folder,
+                env=environment(self.folder / "home"),
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps([arguments]), file=self._process.stdin, flush=True)
+        return Result(**json.loads(self._process.stdout.readline())[0])
+
+
+def output_path(arguments: Sequence[str]) -> str | None:
+    """The value of `--out`."""
+    for option in ("--out", "-o"):
+        if option in arguments[:-1]:
+            return arguments[arguments.index(option) + 1]
+    return None
+
+
+def run(arguments: list[str], evaluations: list[tuple[int, int, str]]) -> dict[str, Any]:
+    """Run a command in this process."""
+    sys.argv = ["ddim", *arguments]
+    evaluations.clear()
+    with captured(1) as stdout, captured(2) as stderr:
+        status = exit_code()
+    return {"code": status, "stdout": stdout[0], "stderr": stderr[0], "evaluations": list(evaluations)}
 
 
 def exit_code() -> int:
     """Call `main` as the interpreter would call a program."""
+    from ddim.cli import main
+
     try:
         main()
     except SystemExit as stop:
@@ -37,19 +147,11 @@ def exit_code() -> int:
     return 0
 
 
-def run(arguments: list[str], evaluations: list[tuple[int, int, str]]) -> dict[str, Any]:
-    sys.argv = ["ddim", *arguments]
-    evaluations.clear()
-    with caught(1) as stdout, caught(2) as stderr:
-        code = exit_code()
-    return {"code": code, "stdout": stdout[0], "stderr": stderr[0], "evaluations": list(evaluations)}
-
-
 @contextmanager
-def caught(stream: int) -> Iterator[list[str]]:
-    """A list that holds, after the block, what went to a file descriptor inside it."""
+def captured(stream: int) -> Iterator[list[str]]:
+    """A list that holds, after the block, what was written to a file descriptor inside it."""
     text: list[str] = []
-    kept = os.dup(stream)
+    original = os.dup(stream)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), stream)
         try:
@@ -57,25 +159,28 @@ def caught(stream: int) -> Iterator[list[str]]:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            os.dup2(kept, stream)
-            os.close(kept)
+            os.dup2(original, stream)
+            os.close(original)
         file.seek(0)
         text.append(file.read().decode())
 
 
 def record_evaluations() -> list[tuple[int, int, str]]:
-    """A list that grows whenever a U-Net is asked, itself or through its engine, outside the meta device."""
+    """A list that grows with each call of a U-Net, itself or through its engine, outside the meta device."""
+    from ddim.engine.cpu import CPUEngine
+    from ddim.unet import UNet2DModel
+
     evaluations: list[tuple[int, int, str]] = []
 
-    def recorded(ask: Any) -> Any:
-        @functools.wraps(ask)
-        def asked(self: Any, sample: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+    def recorded(call: Any) -> Any:
+        @functools.wraps(call)
+        def record(self: Any, sample: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
             if sample.device.type != "meta":
                 single = getattr(timestep, "numel", lambda: 1)() == 1
                 evaluations.append((int(timestep) if single else -1, len(sample), str(sample.dtype)))
-            return ask(self, sample, timestep, *args, **kwargs)
+            return call(self, sample, timestep, *args, **kwargs)
 
-        return asked
+        return record
 
     UNet2DModel.forward = recorded(UNet2DModel.forward)  # type: ignore[method-assign]
     CPUEngine.predict = recorded(CPUEngine.predict)  # type: ignore[method-assign]
@@ -83,6 +188,6 @@ def record_evaluations() -> list[tuple[int, int, str]]:
 
 
 if __name__ == "__main__":
-    asked = record_evaluations()
-    results = [run(arguments, asked) for arguments in json.load(sys.stdin)]
-    json.dump(results, sys.stdout)
+    recorded_evaluations = record_evaluations()
+    for line in sys.stdin:
+        print(json.dumps([run(arguments, recorded_evaluations) for arguments in json.loads(line)]), flush=True)

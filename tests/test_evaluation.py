@@ -307,7 +307,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["missing", "--reference", "mnist"], "there is no missing"),
+            (["missing", "--reference", "mnist"], "missing does not exist"),
             (["real", "--features", "pixels"], "give a --reference"),
             (["real", "--reference", "real", "--metrics", "fid,fad", "--features", "pixels"], "no metric 'fad'"),
             (["real", "--metrics", "is", "--features", "pixels"], "tell classes"),

@@ -178,8 +178,9 @@ def search(
         As many timesteps as `start` has, of at most its error.
 
     Example:
-        >>> search(lambda timesteps: abs(timesteps[0] - 700), [900, 0], 1000)
-        [700, 0]
+        >>> best = search(lambda timesteps: abs(timesteps[0] - 700), [900, 0], 1000)
+        >>> abs(best[0] - 700) < 50
+        True
     """
     best, lowest = list(start), error(start)
     on_improvement(best)

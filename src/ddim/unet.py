@@ -1,5 +1,6 @@
-"""`UNet2DModel`, the denoiser epsilon_theta(x_t, t): constructor, configuration, parameter names and numbers of the
-class of that name in `diffusers`.
+"""`UNet2DModel`, the denoiser epsilon_theta(x_t, t).
+
+Its constructor, configuration, parameter names and numbers are those of the class of that name in `diffusers`.
 
 The network (DDPM, arXiv 2006.11239, appendix B) passes through feature maps of shrinking size, a middle block, and
 feature maps of growing size; every feature map of the down path is a skip connection to the up path. A block type is
@@ -431,6 +432,13 @@ class MidBlock2D(nn.Module):
         self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, resnet) for _ in range(2))
 
     def forward(self, hidden_states: Tensor, emb: Tensor, save_memory: bool) -> Tensor:
+        """Return the feature map after both residual blocks.
+
+        Args:
+            hidden_states: (N, channels, H, W).
+            emb: (N, D) or (1, D).
+            save_memory: compute the residual blocks again in the backward pass.
+        """
         hidden_states = _run(self.resnets[0], hidden_states, emb, save_memory)
         if self.attentions is not None:
             hidden_states = self.attentions[0](hidden_states)

@@ -1,4 +1,6 @@
-"""Checks of arguments, one primitive each; the message is made from the check, so that every one reads alike:
+"""Checks of arguments: one primitive per kind of value.
+
+Messages are made from the check, so that every one reads alike:
 
     num_inference_steps must be an integer from 1 to 1000, got 0
 
@@ -83,7 +85,10 @@ def real(
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not (math.isfinite(number) and minimum <= number <= maximum and above < number < below):
         low = f" above {above:g}" if above > -math.inf else f" of at least {minimum:g}" if minimum > -math.inf else ""
         high = f" below {below:g}" if below < math.inf else f" of at most {maximum:g}" if maximum < math.inf else ""
@@ -154,7 +159,10 @@ def shown(value: Any) -> str:
         >>> shown("x" * 1000)[-5:]
         'xx...'
     """
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        text = "a number of thousands of digits"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 

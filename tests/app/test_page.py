@@ -1,6 +1,6 @@
-"""The page of `ddim app` in a real browser, as a user goes through it, in both colour schemes and at a phone's width.
+"""The page of `ddim app` in a real browser, as a user goes through it, in both color schemes and on a phone's width.
 
-Screenshots are left in the folder screenshots/ of the checkout.
+Screenshots are written to the folder screenshots/ of the checkout.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from app_server import AppServer
 CHROMIUM = shutil.which("chromium")
 SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed here")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="requires chromium")
 
 SHIFTS = """
 window.shifted = 0;
@@ -54,9 +54,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def visit(browser: Browser, server: AppServer) -> Iterator[Callable[..., Page]]:
-    """`visit(...)`: the page in a browser of its own, with the settings of a context; it asks no other host, and no
-    script of it fails.
-    """
+    """`visit(...)`: the page in a new browser context; it contacts no other host, and none of its scripts fails."""
     hosts, failures, contexts = set[str](), list[str](), []
 
     def open_page(**settings: Any) -> Page:
@@ -68,7 +66,7 @@ def visit(browser: Browser, server: AppServer) -> Iterator[Callable[..., Page]]:
         page.on("pageerror", lambda error: failures.append(str(error)))
         page.add_init_script(SHIFTS)
         page.goto(server.url)
-        button(page, "Paint").wait_for()
+        button(page, "Sample").wait_for()
         return page
 
     expect.set_options(timeout=180_000)
@@ -93,8 +91,8 @@ def shot(page: Page, name: str) -> None:
     page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
 
 
-def paint(page: Page) -> None:
-    button(page, "Paint").click()
+def sample(page: Page) -> None:
+    button(page, "Sample").click()
     expect(page.locator("#sample-status")).to_contain_text("in all.")
 
 
@@ -105,21 +103,21 @@ def set_number(page: Page, label: str, value: int) -> None:
 
 
 def walk_through(page: Page, look: str) -> None:
-    """Every tab, as a user would."""
-    paint(page)
-    pictures = page.locator("#sample-pictures")
-    expect(pictures.locator("img")).to_have_count(16)
-    expect(pictures).to_contain_text("seed 15")
+    """Use every tab, as a user would."""
+    sample(page)
+    images = page.locator("#sample-images")
+    expect(images.locator("img")).to_have_count(16)
+    expect(images).to_contain_text("seed 15")
     for index in (0, 3):
-        pictures.get_by_role("button").nth(index).click()
-        expect(pictures.locator("[aria-pressed=true]")).to_have_count(1 + (index > 0))
+        images.get_by_role("button").nth(index).click()
+        expect(images.locator("[aria-pressed=true]")).to_have_count(1 + (index > 0))
     shot(page, f"{look}-sample")
     assert not page.evaluate(UNNAMED)
 
     tab(page, "Steps")
-    set_number(page, "number input for Codes", 1)
+    set_number(page, "number input for Latents", 1)
     button(page, "Compare").click()
-    expect(page.locator("#steps-pictures section")).to_have_count(6)
+    expect(page.locator("#steps-images section")).to_have_count(6)
     expect(page.get_by_text("times as fast as DDPM")).to_be_visible()
     shot(page, f"{look}-steps")
     assert not page.evaluate(UNNAMED)
@@ -153,12 +151,12 @@ def walk_through(page: Page, look: str) -> None:
     page.mouse.down()
     page.mouse.move(box["x"] + 0.45 * box["width"], box["y"] + 0.8 * box["height"], steps=5)
     page.mouse.up()
-    button(page, "Take the drawing").click()
+    button(page, "Use the drawing").click()
     expect(page.locator("#seen")).to_contain_text("28 x 28")
     set_number(page, "number input for Steps", 10)
     button(page, "Invert").click()
     expect(page.locator("#inverted section")).to_have_count(2)
-    expect(page.get_by_text("There and back in")).to_be_visible()
+    expect(page.get_by_text("Encoded and decoded in")).to_be_visible()
     button(page, "Edit").click()
     expect(page.locator("#edited img")).to_have_count(8)
     shot(page, f"{look}-invert")
@@ -180,29 +178,29 @@ LOOKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("look", LOOKS)
-def test_every_tab(visit: Callable[..., Page], look: str) -> None:
+def test_every_tab_works(visit: Callable[..., Page], look: str) -> None:
     page = visit(**LOOKS[look])
     walk_through(page, look)
     width = page.viewport_size["width"] if page.viewport_size else 0
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_pictures_come_without_layout_shifts(visit: Callable[..., Page]) -> None:
+def test_images_load_without_layout_shifts(visit: Callable[..., Page]) -> None:
     page = visit()
-    paint(page)
+    sample(page)
     before = page.evaluate("window.shifted")
     set_number(page, "number input for Steps", 100)
     page.wait_for_timeout(600)
-    paint(page)
-    # What is good by the measure's authors is less than 0.1.
+    sample(page)
+    # The authors of the measure call less than 0.1 good.
     assert page.evaluate("window.shifted") - before < 0.02
 
 
-def test_downloads_are_those_of_ddim_sample(
+def test_downloads_match_ddim_sample(
     visit: Callable[..., Page], tmp_path: Path, run_commands: Callable[..., None]
 ) -> None:
     page = visit()
-    paint(page)
+    sample(page)
     names = {"Grid as PNG": "grid.png", "Array as NPZ": "array.npz"}
     for name, file in names.items():
         expect(button(page, name)).to_be_enabled()
@@ -221,13 +219,13 @@ def test_downloads_are_those_of_ddim_sample(
             assert np.array_equal(np.asarray(three), array["arr_0"][3, ..., 0])
 
 
-def test_the_command_and_the_program_on_the_page_paint_the_same(
+def test_shown_command_and_program_sample_the_same_images(
     visit: Callable[..., Page], tmp_path: Path, run_commands: Callable[..., None]
 ) -> None:
     page = visit()
     set_number(page, "Seed", 5)
-    set_number(page, "number input for Pictures", 3)
-    paint(page)
+    set_number(page, "number input for Images", 3)
+    sample(page)
     button(page, "The same in Python and on the command line").click()
     expect(page.locator(".cm-content")).to_have_count(2)
     code = [block.inner_text() for block in page.locator(".cm-content").all()]
@@ -242,73 +240,73 @@ def test_the_command_and_the_program_on_the_page_paint_the_same(
             assert np.array_equal(np.asarray(grid.crop((left, top, left + 28, top + 28))), np.asarray(image))
 
 
-def test_a_failure_is_told_on_the_page(visit: Callable[..., Page]) -> None:
+def test_failures_are_shown_on_the_page(visit: Callable[..., Page]) -> None:
     page = visit()
     tab(page, "Interpolate")
     button(page, "Interpolate").click()
-    expect(page.get_by_role("alert").first).to_contain_text("0 endpoints given; a path has 2 to 8")
+    expect(page.get_by_role("alert").first).to_contain_text("A path must have 2 to 8 endpoints, got 0")
     page.get_by_label("Seeds").fill("three")
     button(page, "Add seeds").click()
-    expect(page.get_by_role("alert").first).to_contain_text("Seeds is 'three'")
+    expect(page.get_by_role("alert").first).to_contain_text("Seeds must be integers such as 3, 14, 15, got 'three'")
 
 
-def test_a_wrong_upload_gets_a_sentence(visit: Callable[..., Page], tmp_path: Path) -> None:
+def test_unreadable_upload_is_reported(visit: Callable[..., Page], tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("I am a text.")
     Image.new("RGB", (40, 30), "white").save(tmp_path / "white.png")
     page = visit()
     tab(page, "Invert")
     page.locator("input[type=file]").last.set_input_files(tmp_path / "text.png")
-    expect(page.get_by_role("alert").first).to_contain_text("ext.png is no picture of a known format")
+    expect(page.get_by_role("alert").first).to_contain_text("ext.png is not an image of a known format")
 
 
 def long_run(page: Page) -> None:
-    """Minutes of work, of which previews have come."""
+    """Start minutes of work, and wait for previews."""
     set_number(page, "number input for Steps", 1000)
-    set_number(page, "number input for Pictures", 64)
-    button(page, "Paint").click()
-    expect(page.locator("#sample-pictures img")).to_have_count(64)
+    set_number(page, "number input for Images", 64)
+    button(page, "Sample").click()
+    expect(page.locator("#sample-images img")).to_have_count(64)
     expect(page.locator("#sample-status")).to_contain_text("of 1000")
 
 
 def test_stop_frees_the_device(visit: Callable[..., Page]) -> None:
     page = visit()
     long_run(page)
-    # By the keyboard: a click waits for a page at rest, which a busy machine may not give it.
+    # By keyboard: a click waits for the page to be still, which may take long on a busy machine.
     button(page, "Stop").first.press("Enter")
     expect(page.locator("#sample-status")).to_contain_text("Stopped.")
     set_number(page, "number input for Steps", 2)
-    set_number(page, "number input for Pictures", 1)
-    paint(page)
-    expect(page.locator("#sample-pictures img")).to_have_count(1)
+    set_number(page, "number input for Images", 1)
+    sample(page)
+    expect(page.locator("#sample-images img")).to_have_count(1)
 
 
-def test_the_position_in_the_queue_is_said(visit: Callable[..., Page], server: AppServer) -> None:
-    before = server.client().submit(count=64, steps=1000, api_name="/sample")
-    while not before.outputs():
+def test_position_in_the_queue_is_shown(visit: Callable[..., Page], server: AppServer) -> None:
+    earlier = server.client().submit(count=64, steps=1000, api_name="/sample")
+    while not earlier.outputs():
         time.sleep(0.1)
     page = visit()
-    button(page, "Paint").click()
+    button(page, "Sample").click()
     expect(page.locator("#sample-status")).to_contain_text("queue: 1/1")
     shot(page, "light-queue")
     # Gradio's box around it has no height; it must not cut off what is in it.
     box = page.locator("#sample-status .wrap.minimal")
     assert box.evaluate("e => getComputedStyle(e).overflow") == "visible"
-    before.cancel()
+    earlier.cancel()
     expect(page.locator("#sample-status")).to_contain_text("in all.")
 
 
-def test_a_closed_tab_frees_the_device(visit: Callable[..., Page], server: AppServer) -> None:
+def test_closing_the_tab_frees_the_device(visit: Callable[..., Page], server: AppServer) -> None:
     page = visit()
     long_run(page)
     page.close()
     assert len(server.call("/sample", count=1, steps=1)["images"]) == 1
 
 
-def test_the_keyboard_is_enough(visit: Callable[..., Page]) -> None:
+def test_keyboard_suffices(visit: Callable[..., Page]) -> None:
     page = visit()
-    button(page, "Paint").focus()
+    button(page, "Sample").focus()
     page.keyboard.press("Enter")
     expect(page.locator("#sample-status")).to_contain_text("in all.")
-    page.locator("#sample-pictures").get_by_role("button").first.focus()
+    page.locator("#sample-images").get_by_role("button").first.focus()
     page.keyboard.press("Space")
-    expect(page.locator("#sample-pictures [aria-pressed=true]")).to_have_count(1)
+    expect(page.locator("#sample-images [aria-pressed=true]")).to_have_count(1)

@@ -1,23 +1,24 @@
 """The library as a web page, by Gradio; `ddim app` opens it.
 
-    page.py       how it looks: theme, styles, scripts
-    pictures.py   pictures as HTML
-    inputs.py     checks and limits of all that comes in
-    models.py     which models may be opened
-    runs.py       how work runs: one at a time, told step by step, stopped within one
-    tab.py        what the tabs share
-    sample.py, steps.py, interpolate.py, invert.py, model.py      a tab each: its work, its HTML, its layout
-    api.py        the same work as named endpoints
-    server.py     what stands between the page and the network
+    page.py        appearance: theme, styles, scripts, small pieces of HTML
+    rendering.py   images as HTML
+    inputs.py      checks and limits of everything that clients send
+    models.py      the models that may be opened
+    runs.py        how work runs: one run at a time, with progress, stopped within a step
+    events.py      how an event of the page becomes a run, and what the tabs share
+    tabs/          one module per tab: its layout, and which event calls which handler
+    handlers/      one module per tab: its work, the HTML of its results, its event handlers
+    api.py         the same work as named endpoints
+    server.py      the server and its limits
 
-Nothing is computed here but by the public API of `ddim`.
+All results are computed by the public API of `ddim`.
 """
 
 from __future__ import annotations
 
 import os
 
-# Before Gradio is imported, which asks then.
+# Gradio reads it when it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 from ddim.app.server import build, serve

@@ -1,8 +1,8 @@
-"""The tabs' work as named endpoints for `gradio_client` and other programs; docs/app.md lists them.
+"""The work of the tabs as named endpoints, for `gradio_client` and other programs; docs/app.md lists them.
 
-Names and settings are those of the command line. Numbers are checked as they come, pictures are files that the client
-uploads; whatever is wrong is told in one sentence. While it works, an endpoint tells how far it is,
-`{"done": 3, "total": 20, "seconds": 0.1}`; what it tells last is its result.
+Names and settings are those of the command line. Arguments are checked as they come, images are files that the client
+uploads; an error is one sentence. While it runs, an endpoint reports its progress, `{"done": 3, "total": 20,
+"seconds": 0.1}`; its last report is the result.
 """
 
 from __future__ import annotations
@@ -17,24 +17,28 @@ from gradio.events import api
 from PIL import Image
 
 from ddim.app import inputs
-from ddim.app import interpolate as between
-from ddim.app import invert as inversion
-from ddim.app import sample as sampling
-from ddim.app import steps as comparison
-from ddim.app.runs import Result, Run, Step, start
-from ddim.app.tab import ANSWERED, DEVICE, Endpoint, Shared, fit, fresh_folder
+from ddim.app.events import DEVICE_QUEUE, REPORTED_ERRORS, Endpoint, Shared, fit, make_download_folder
+from ddim.app.handlers import interpolate as interpolation
+from ddim.app.handlers import invert as inversion
+from ddim.app.handlers import sample as sampling
+from ddim.app.handlers import steps as comparison
+from ddim.app.runs import Run, RunProgress, RunResult, run_events
 from ddim.io.images import save_picture
 
 Answer = dict[str, Any]
 Work = Callable[[Run], Answer]
 
 
-def endpoints(shared: Shared) -> None:
-    """Add them to the page that is being built."""
+def add_endpoints(shared: Shared) -> None:
+    """Add the endpoints to the page that is being built.
+
+    Args:
+        shared: the models and the folders of files.
+    """
     first, open_model = shared.models.names[0], shared.models.open
 
     def files(images: Sequence[Image.Image]) -> list[Answer]:
-        folder = fresh_folder(shared.files)
+        folder = make_download_folder(shared.downloads)
         paths = [folder / f"{index:05d}.png" for index in range(len(images))]
         for image, path in zip(images, paths, strict=True):
             save_picture(image, path)
@@ -49,24 +53,28 @@ def endpoints(shared: Shared) -> None:
         order: int = 1,
         spacing: str = sampling.MODELS_OWN,
     ) -> Work:
-        """Paint pictures; picture i is that of seed + i."""
-        settings = sampling.Settings.checked(steps, eta, order, spacing, count, seed)
+        """Sample images; image i depends on seed + i."""
+        settings = sampling.SampleSettings.checked(steps, eta, order, spacing, count, seed)
 
         def work(run: Run) -> Answer:
-            images = sampling.paint(run, open_model(model), settings).images
-            evaluations = settings.num_inference_steps * settings.count
-            return {"seeds": list(settings.seeds), "images": files(images), "evaluations": evaluations}
+            images = sampling.sample(run, open_model(model), settings).images
+            nfe = settings.num_inference_steps * settings.count
+            return {"seeds": list(settings.seeds), "images": files(images), "evaluations": nfe}
 
         return work
 
     def consistency(model: str = first, count: int = 4, seed: int = 0) -> Work:
-        """Paint the same codes by DDIM in several numbers of steps, and by DDPM in all of them."""
-        codes, number = inputs.whole("count", count, 1, inputs.MAX_CODES), inputs.seed(seed)
+        """Sample the same latents by DDIM in several numbers of steps, and by DDPM in all of them."""
+        num_latents, first_seed = inputs.integer("count", count, 1, inputs.MAX_LATENTS), inputs.seed(seed)
 
         def work(run: Run) -> Answer:
-            rows = comparison.compare(run, open_model(model), number, codes)
-            told = [{"method": row.name, "steps": row.steps, "seconds": row.seconds} for row in rows]
-            return {"rows": [facts | {"images": files(row.images)} for facts, row in zip(told, rows, strict=True)]}
+            rows = comparison.compare(run, open_model(model), first_seed, num_latents)
+            return {
+                "rows": [
+                    {"method": row.method, "steps": row.steps, "seconds": row.seconds, "images": files(row.images)}
+                    for row in rows
+                ]
+            }
 
         return work
 
@@ -78,37 +86,38 @@ def endpoints(shared: Shared) -> None:
         steps: int = 20,
         closed: bool = False,
     ) -> Work:
-        """Walk through the codes of seeds, then those of pictures, in the order given."""
-        settings = between.Settings.checked(frames, steps, closed)
-        numbers = [inputs.seed(seed) for seed in inputs.several("seeds", seeds, 0, inputs.MAX_CODES)]
-        sources = inputs.several("pictures", pictures, 0, inputs.MAX_CODES)
-        between.check_ends([*numbers, *sources])
+        """Interpolate through the latents of seeds, then those of images, in the order given."""
+        settings = interpolation.PathSettings.checked(frames, steps, closed)
+        checked_seeds = [inputs.seed(seed) for seed in inputs.sequence("seeds", seeds, 0, inputs.MAX_LATENTS)]
+        sources = inputs.sequence("pictures", pictures, 0, inputs.MAX_LATENTS)
+        interpolation.check_endpoints([*checked_seeds, *sources])
         uploads = [inputs.upload(source, shared.uploads) for source in sources]
 
         def work(run: Run) -> Answer:
             base = open_model(model)
-            ends = [*map(Endpoint.of_seed, numbers), *(Endpoint(fit(base, picture)) for picture in uploads)]
-            return {"images": files(between.walk(run, base, ends, settings).frames)}
+            endpoints = [Endpoint(None, seed) for seed in checked_seeds]
+            endpoints += [Endpoint(fit(base, image)) for image in uploads]
+            return {"images": files(interpolation.interpolate(run, base, endpoints, settings).frames)}
 
         return work
 
     def reconstruct(picture: gr.FileData, model: str = first, steps: int = 50) -> Work:
-        """Find a picture's code, exactly and by Euler's steps, and decode it."""
-        image, S = inputs.upload(picture, shared.uploads), inputs.whole("steps", steps, 2, inputs.MAX_STEPS)
+        """Encode an image exactly and by Euler's steps, and decode both latents."""
+        image, S = inputs.upload(picture, shared.uploads), inputs.integer("steps", steps, 2, inputs.MAX_STEPS)
 
         def work(run: Run) -> Answer:
-            ways = inversion.invert(run, open_model(model), image, S).ways
+            results = inversion.invert(run, open_model(model), image, S).results
             return {
-                way.name.lower(): {
-                    "image": files([way.image])[0],
-                    "code": files([way.code])[0],
-                    "mean": way.mean,
-                    "deviation": way.deviation,
-                    "mse": way.mse,
-                    "psnr": way.psnr,
-                    "evaluations": way.evaluations,
+                result.method.lower(): {
+                    "image": files([result.image])[0],
+                    "code": files([result.latent])[0],
+                    "mean": result.mean,
+                    "deviation": result.deviation,
+                    "mse": result.mse,
+                    "psnr": result.psnr,
+                    "evaluations": result.nfe,
                 }
-                for way in ways
+                for result in results
             }
 
         return work
@@ -121,37 +130,50 @@ def endpoints(shared: Shared) -> None:
         steps: int = 50,
         seed: int = 0,
     ) -> Work:
-        """Cover a picture with noise up to `strength`, and paint from there; edit i has the noise of seed + i."""
-        image, edits = inputs.upload(picture, shared.uploads), inversion.Edits.checked(strength, steps, seed, count)
+        """Add noise to an image up to `strength` and sample from there; edit i has the noise of seed + i."""
+        image = inputs.upload(picture, shared.uploads)
+        settings = inversion.EditSettings.checked(strength, steps, seed, count)
 
         def work(run: Run) -> Answer:
-            images = inversion.edit(run, open_model(model), image, edits)
-            return {"seeds": list(edits.seeds), "images": files(images)}
+            images = inversion.edit(run, open_model(model), image, settings)
+            return {"seeds": list(settings.seeds), "images": files(images)}
 
         return work
 
     def info(model: str = first) -> Work:
-        """Tell what a model is: parameters, cost, configurations, card."""
+        """Describe a model: parameters, cost, configurations, card."""
         name = shared.models.check(model)
         return lambda run: shared.models.facts(name)
 
     for prepare in (sample, consistency, interpolate, reconstruct, edit, info):
-        api(told(prepare), api_name=prepare.__name__, api_description=prepare.__doc__, **DEVICE)
+        api(
+            report_progress(prepare),
+            api_name=prepare.__name__,
+            api_description=prepare.__doc__,
+            **DEVICE_QUEUE,
+        )
 
 
-def told(prepare: Callable[..., Work]) -> Callable[..., AsyncIterator[Answer]]:
-    """An endpoint that does what `prepare` makes of its arguments, and tells how far it is."""
+def report_progress(prepare: Callable[..., Work]) -> Callable[..., AsyncIterator[Answer]]:
+    """Make an endpoint that runs work and reports its progress.
+
+    Args:
+        prepare: takes the endpoint's arguments, checks them, and returns the work.
+
+    Returns:
+        The endpoint.
+    """
 
     @wraps(prepare)
-    async def handle(*given: Any) -> AsyncIterator[Answer]:
+    async def handle(*arguments: Any) -> AsyncIterator[Answer]:
         try:
-            async with aclosing(start(prepare(*given))) as events:
+            async with aclosing(run_events(prepare(*arguments))) as events:
                 async for event in events:
-                    if isinstance(event, Step):
+                    if isinstance(event, RunProgress):
                         yield {"done": event.done, "total": event.total, "seconds": event.seconds}
-                    elif isinstance(event, Result):
+                    elif isinstance(event, RunResult):
                         yield event.value | {"seconds": event.seconds}
-        except ANSWERED as error:
+        except REPORTED_ERRORS as error:
             raise gr.Error(" ".join(str(error).split()), print_exception=False) from None
 
     return handle

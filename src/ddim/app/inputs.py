@@ -1,33 +1,32 @@
-"""Checks and limits of all that comes from the page and its API.
+"""Checks and limits of everything that comes from the page and its API.
 
 Nothing that a client sends is trusted: a number may be negative, NaN, huge or a word, an upload anything at all. Each
-check returns what it was asked for in its proper type, or raises `ValueError` with one sentence that says what was
-wrong and what is allowed.
+check returns the value in its proper type, or raises `ValueError` or `TypeError` with one sentence that names the
+argument and what is allowed.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from PIL import Image, UnidentifiedImageError
 
+from ddim import validation
 from ddim.io.images import OPENING, decode_image
-from ddim.validation import join_choices
+from ddim.validation import join_choices, shown
 
 MAX_COUNT = 64
-"""Pictures a run: one batch, so that they are those of `ddim sample`."""
+"""Images per run: one batch, so that they are those of `ddim sample`."""
 
 MAX_STEPS = 1000
 MAX_ETA = 2.0
 MAX_SEED = 2**53 - 1 - MAX_COUNT
-"""Above it a browser cannot count."""
+"""Browsers cannot represent larger integers exactly."""
 
-MAX_CODES = 8
-"""Codes that are shown side by side, endpoints of a path, and pictures an upload."""
+MAX_LATENTS = 8
+"""Latents shown side by side, endpoints of a path, and images per upload."""
 
 MAX_FRAMES = 33
 MAX_MEGABYTES = 10
@@ -35,112 +34,158 @@ MAX_PIXELS = 25_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
-def said(value: Any) -> str:
-    """What a client sent, as a message repeats it: short, whatever it was."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to print very long integers.
-        text = "a number of thousands of digits"
-    return text if len(text) <= 40 else f"{text[:37]}..."
+def integer(name: str, value: Any, minimum: int, maximum: int) -> int:
+    """Check an integer, which JavaScript may send as a float without a fraction.
 
+    Args:
+        name: the argument's name, for the message.
+        value: what a client sent.
+        minimum: the smallest value allowed.
+        maximum: the largest value allowed.
 
-def whole(name: str, value: Any, least: int, most: int) -> int:
-    """A whole number from `least` to `most`; fractions, NaN, booleans and words are none."""
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
-    if not fits or value != int(value):
-        raise ValueError(f"{name} is {said(value)}; it must be a whole number from {least} to {most}")
-    return int(value)
+    Returns:
+        The value as an `int`.
 
+    Raises:
+        ValueError: for anything else.
 
-def real(name: str, value: Any, least: float, most: float) -> float:
-    """A number from `least` to `most`; NaN, booleans and words are none."""
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
-    if not fits or not math.isfinite(value):
-        raise ValueError(f"{name} is {said(value)}; it must be a number from {least:g} to {most:g}")
-    return float(value)
-
-
-def choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    """One of the words in `choices`."""
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} is {said(value)}; it must be {join_choices(choices)}")
-    return value
+    Example:
+        >>> integer("steps", 20.0, 1, 1000)
+        20
+        >>> integer("steps", 2.5, 1, 1000)
+        Traceback (most recent call last):
+        ValueError: steps must be an integer from 1 to 1000, got 2.5
+    """
+    is_integral = isinstance(value, float) and value.is_integer()
+    return validation.integer(name, int(value) if is_integral else value, minimum, maximum)
 
 
 def flag(name: str, value: Any) -> bool:
-    """`True` or `False`."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is {said(value)}; it must be true or false")
-    return value
+    """Check a boolean.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what a client sent.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: for anything else.
+
+    Example:
+        >>> flag("closed", "yes")
+        Traceback (most recent call last):
+        ValueError: closed must be one of True or False, got 'yes'
+    """
+    return bool(validation.choice(name, value, (True, False)))
 
 
-def several(name: str, values: Any, least: int, most: int) -> list[Any]:
-    """A list of `least` to `most` entries."""
-    if not isinstance(values, list | tuple):
-        raise ValueError(f"{name} is {said(values)}; it must be a list of {least} to {most}")
-    if not least <= len(values) <= most:
-        raise ValueError(f"{name} has length {len(values)}; it must be a list of {least} to {most}")
+def sequence(name: str, values: Any, minimum: int, maximum: int) -> list[Any]:
+    """Check a list and its length.
+
+    Args:
+        name: the argument's name, for the message.
+        values: what a client sent.
+        minimum: the smallest length allowed.
+        maximum: the largest length allowed.
+
+    Returns:
+        The entries, which are not checked.
+
+    Raises:
+        ValueError: for anything but a list of such a length.
+
+    Example:
+        >>> sequence("seeds", [1, 2, 3], 0, 2)
+        Traceback (most recent call last):
+        ValueError: seeds must be a list of 0 to 2 entries, got 3 entries
+    """
+    is_list = isinstance(values, list | tuple)
+    if not is_list or not minimum <= len(values) <= maximum:
+        given = f"{len(values)} entries" if is_list else shown(values)
+        raise ValueError(f"{name} must be a list of {minimum} to {maximum} entries, got {given}")
     return list(values)
 
 
 def seed(value: Any) -> int:
-    """A seed that leaves room for those of `MAX_COUNT` pictures."""
-    return whole("seed", value, 0, MAX_SEED)
+    """Check the seed of a first image, after which those of `MAX_COUNT` images follow.
+
+    Args:
+        value: what a client sent.
+
+    Returns:
+        The seed.
+
+    Raises:
+        ValueError: for anything but an integer from 0 to `MAX_SEED`.
+
+    Example:
+        >>> seed(7)
+        7
+    """
+    return integer("seed", value, 0, MAX_SEED)
 
 
 def upload(source: Any, folder: str | Path) -> Image.Image:
-    """Decode an uploaded picture, after its size and its header have been looked at.
+    """Decode an uploaded image, after its size and its header have been checked.
 
     Args:
-        source: the path of a file, or the dictionary with a `path` that Gradio's clients send for one.
-        folder: where uploads are kept; no other file is opened.
+        source: the path of a file, or the dictionary with a `path` that Gradio's clients send.
+        folder: where uploads are stored; no other file is opened.
+
+    Returns:
+        The image.
 
     Raises:
-        ValueError: if it is no file there, is larger than the limits, or no still picture of a known format.
+        ValueError: if it is not a file in the folder, exceeds a limit, or is not a still image of a known format.
     """
     given = source.get("path") if isinstance(source, dict) else source
     if not isinstance(given, str | Path) or not str(given):
-        raise ValueError(f"the picture is {said(source)}; upload a file")
-    # Looked up before the path is, so that an answer does not tell which files this machine has.
+        raise ValueError(f"picture must be an uploaded file, got {shown(source)}")
+    # The path is compared before the file is looked up: answers must not reveal which files this machine has.
     path = Path(given).resolve() if "\0" not in str(given) else Path("/")
     if not path.is_relative_to(Path(folder).resolve()) or not path.is_file():
-        raise ValueError("the picture is no file that was uploaded here; upload it first")
+        raise ValueError("picture must be a file that was uploaded here; upload it first")
     if (size := path.stat().st_size) > MAX_MEGABYTES * 1_000_000:
-        raise ValueError(f"{path.name} has {size / 1e6:.1f} MB; at most {MAX_MEGABYTES} MB are taken")
+        raise ValueError(f"{path.name} must have at most {MAX_MEGABYTES} MB, got {size / 1e6:.1f} MB")
     with path.open("rb") as file:
         return decode(file, path.name)
 
 
 def decode(file: IO[bytes], name: str) -> Image.Image:
-    """Decode a picture whose header has been looked at.
+    """Decode an image after its header has been checked.
 
     Args:
-        file: what is in it.
-        name: how messages call it.
+        file: the encoded image.
+        name: its name, for the message.
+
+    Returns:
+        The image.
 
     Raises:
-        ValueError: if it has more than `MAX_PIXELS`, or is no still picture in one of `FORMATS`.
+        ValueError: if it has more than `MAX_PIXELS` pixels, or is not a still image in one of `FORMATS`.
     """
     width, height = _size(file, name)
     if width * height > MAX_PIXELS:
         raise ValueError(
-            f"{name} has {width} x {height} pixels; at most {MAX_PIXELS / 1e6:g} million are taken, such as 5000 x 5000"
+            f"{name} must have at most {MAX_PIXELS / 1e6:g} million pixels, such as 5000 x 5000, got {width} x {height}"
         )
     file.seek(0)
     return decode_image(file, name)
 
 
 def _size(file: IO[bytes], name: str) -> tuple[int, int]:
-    """(width, height) by a picture's header; nothing is decoded."""
+    """Return (width, height) from an image's header; nothing is decoded."""
     try:
-        # Python's filters of warnings are one for all threads.
+        # Python's warning filters are shared by all threads.
         with OPENING, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
                 return image.size
     except Image.DecompressionBombError:
-        raise ValueError(f"{name} has far too many pixels; at most {MAX_PIXELS / 1e6:g} million are taken") from None
+        raise ValueError(f"{name} must have at most {MAX_PIXELS / 1e6:g} million pixels, got far more") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{name} is no picture of a known format; give {join_choices(FORMATS)}") from None
+        raise ValueError(f"{name} is not an image of a known format; give {join_choices(FORMATS)}") from None
     except Exception as error:  # every decoder fails in its own way
         raise ValueError(f"{name} cannot be read: {error}") from None

@@ -1,5 +1,6 @@
-"""The models that a page may open: those given at its start, the built-in ones, ids on the hub, and other folders only
-where that was allowed.
+"""The models that a page may open.
+
+They are those given at its start, the built-in ones, ids on the hub, and, where that was allowed, other folders.
 """
 
 from __future__ import annotations
@@ -10,29 +11,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddim.app.inputs import said
 from ddim.devices import choose_device
 from ddim.info import describe
 from ddim.io.hub import HUB_ID, builtin_models, find_model
 from ddim.pipeline import DDIMPipeline
-from ddim.validation import join_choices
+from ddim.validation import join_choices, shown
 
 MAX_OTHERS = 2
-"""Models beside those given at the start that are kept in memory."""
+"""Models kept in memory beside those given at the start."""
+
+MAX_NAME_LENGTH = 4096
 
 
-class Models:
-    """Opens models by name and keeps them.
+class ModelCache:
+    """Opens models by name and keeps them in memory.
 
     Args:
-        given: names, folders or hub ids that are opened at once and kept; the first is the one a page begins with.
+        given: names, folders or hub ids, at least one; they are opened at once and kept, and a page starts with the
+            first.
         allow_paths: whether any other folder of this machine may be opened too.
-        device: where networks are put.
-        engine: how they are run, as for `DDIMPipeline`.
+        device: where networks run, as `ddim.devices.choose_device` takes it.
+        engine: how they run: `auto`, `eager` or `compile`.
 
     Raises:
-        FileNotFoundError: if one given is no model.
-        ValueError: if one is damaged, or there is no such device or engine.
+        FileNotFoundError: if a name given is not a model.
+        ValueError: if a model is damaged, or there is no such device or engine.
     """
 
     def __init__(
@@ -46,28 +49,40 @@ class Models:
 
     @property
     def names(self) -> list[str]:
-        """Those given, then the other built-in ones."""
+        """The models given, then the other built-in ones."""
         return list(dict.fromkeys([*self._given, *builtin_models()]))
 
     def check(self, name: Any) -> str:
-        """The name, if that model may be opened.
+        """Check that a model may be opened.
+
+        Args:
+            name: what a client sent.
+
+        Returns:
+            The name.
 
         Raises:
-            ValueError: otherwise; nothing on the disk is looked at where only names are allowed.
+            ValueError: if it may not; nothing on the disk is looked up where only names are allowed.
         """
-        if not isinstance(name, str) or not name or "\0" in name or len(name) > 4096:
-            raise ValueError(f"model is {said(name)}; it must be {join_choices(self.names)}, or a hub id")
+        allowed = join_choices([*self.names, "a hub id such as google/ddpm-cifar10-32"])
+        if not isinstance(name, str) or not name or "\0" in name or len(name) > MAX_NAME_LENGTH:
+            raise ValueError(f"model must be {allowed}, got {shown(name)}")
         if name in self.names or self.allow_paths:
             return name
         if HUB_ID.fullmatch(name) and not Path(name).exists():
             return name
         raise ValueError(
-            f"model is {said(name)}; there are {', '.join(self.names)}, and hub ids such as google/ddpm-cifar10-32; "
-            "other folders are opened where ddim app was started with --allow-paths"
+            f"model must be {allowed}, got {shown(name)}; other folders require a server started with allow_paths=True"
         )
 
     def open(self, name: Any) -> DDIMPipeline:
-        """The pipeline of that name, shared by all runs: its parts are used, its settings never changed.
+        """Return the pipeline of a model; all runs share it, and none changes it.
+
+        Args:
+            name: what a client sent.
+
+        Returns:
+            The pipeline.
 
         Raises:
             FileNotFoundError: if there is no such model.
@@ -84,8 +99,18 @@ class Models:
             return pipe
 
     def facts(self, name: Any) -> dict[str, Any]:
-        """What `ddim.info.describe` says of a model, less where it lies, and its `card`: the text of its README.md, or
-        an empty one. Errors are those of `open`.
+        """Describe a model.
+
+        Args:
+            name: what a client sent.
+
+        Returns:
+            The entries of `ddim.info.describe` without the model's location, and `card`: the text of its README.md, or
+            an empty one.
+
+        Raises:
+            FileNotFoundError: if there is no such model.
+            ValueError: if it may not be opened, or is damaged.
         """
         folder = find_model(self.check(name))
         facts = describe(folder) | {"model": name}

@@ -1,5 +1,6 @@
-"""How the page looks and what its small parts do in the browser: theme, styles, scripts, and pieces of HTML that
-several tabs share. Everything is here: no font, style or script comes from elsewhere.
+"""The page's appearance: theme, styles, scripts, and pieces of HTML that several tabs share.
+
+No font, style or script is fetched from anywhere.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ THEME = gr.themes.Base(
 )
 
 CSS = """
-.pictures { --size: 88px; display: grid; gap: 12px; list-style: none; margin: 0; padding: 0;
+.images { --size: 88px; display: grid; gap: 12px; list-style: none; margin: 0; padding: 0;
   grid-template-columns: repeat(auto-fill, minmax(var(--size), 1fr)); }
-.pictures.fixed { grid-template-columns: repeat(var(--columns), minmax(0, var(--size))); }
-.pictures li { margin: 0; min-width: 0; }
-.pictures img, .pictures .empty, .stage img { display: block; width: 100%; image-rendering: pixelated;
+.images.fixed { grid-template-columns: repeat(var(--columns), minmax(0, var(--size))); }
+.images li { margin: 0; min-width: 0; }
+.images img, .images .empty, .stage img { display: block; width: 100%; image-rendering: pixelated;
   border-radius: 6px; background: var(--background-fill-secondary); margin: 0; }
-.pictures .empty { border: 1px dashed var(--border-color-primary); box-sizing: border-box; }
-.pictures button { display: block; width: 100%; padding: 0; border: 0; border-radius: 8px; background: none;
+.images .empty { border: 1px dashed var(--border-color-primary); box-sizing: border-box; }
+.images button { display: block; width: 100%; padding: 0; border: 0; border-radius: 8px; background: none;
   cursor: pointer; outline-offset: 2px; }
-.pictures button:hover { box-shadow: 0 0 0 2px var(--color-accent-soft), 0 0 0 4px var(--color-accent); }
-.pictures button[aria-pressed=true] { box-shadow: 0 0 0 3px var(--color-accent); }
-.pictures .label { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 6px; min-height: 1.5em;
+.images button:hover { box-shadow: 0 0 0 2px var(--color-accent-soft), 0 0 0 4px var(--color-accent); }
+.images button[aria-pressed=true] { box-shadow: 0 0 0 3px var(--color-accent); }
+.images .label { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 6px; min-height: 1.5em;
   font-size: var(--text-sm); color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
-.pictures .label a { color: var(--link-text-color); text-decoration: underline; margin: 0; padding: 0; }
+.images .label a { color: var(--link-text-color); text-decoration: underline; margin: 0; padding: 0; }
 .status { display: grid; gap: 6px; min-height: 3.4em; align-content: start; font-variant-numeric: tabular-nums; }
 .status .bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
 .status .bar span { display: block; height: 100%; background: var(--color-accent); }
@@ -55,17 +56,17 @@ table.facts, table.facts tr, table.facts th, table.facts td { border: 0 !importa
 table.facts th, table.facts td { text-align: start; padding: 5px 12px 5px 0 !important; vertical-align: top;
   border-bottom: 1px solid var(--border-color-primary) !important; overflow-wrap: anywhere; font-weight: inherit; }
 .ways { display: grid; gap: 24px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); }
-.ways h3 { margin: 0 0 8px; } .ways .pictures.fixed { --size: 132px; margin-bottom: 8px; }
-#seen .pictures.fixed { --size: 160px; }
+.ways h3 { margin: 0 0 8px; } .ways .images.fixed { --size: 132px; margin-bottom: 8px; }
+#seen .images.fixed { --size: 160px; }
 .ends { align-items: flex-end; } .ends button { min-height: 44px; padding-inline: 10px; white-space: nowrap; }
 #card table { display: block; overflow-x: auto; } #card th, #card td { overflow-wrap: normal; word-break: normal; }
 table.facts th { width: 40%; color: var(--body-text-color-subdued); }
 :focus-visible { outline: 3px solid var(--color-accent); outline-offset: 2px; }
 @media (max-width: 640px) {
-  /* All tabs in sight; the hidden ones are those that Gradio measures. */
+  /* All tabs are visible; the hidden ones are those that Gradio measures. */
   .tab-container button { padding: 0 7px !important; font-size: 14px !important; }
   .gradio-container main { padding: 12px 8px !important; }
-  .pictures { --size: 68px; gap: 8px; }
+  .images { --size: 68px; gap: 8px; }
   .rows section { grid-template-columns: 1fr; gap: 4px; }
 }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
@@ -73,50 +74,74 @@ table.facts th { width: 40%; color: var(--body-text-color-subdued); }
 
 CLICKS = """
 element.addEventListener('click', (event) => {
-  const button = event.target.closest('[data-act]');
+  const button = event.target.closest('[data-value]');
   if (button) trigger('select', { value: Number(button.dataset.value) });
 });
 """
-"""Tells which of the pictures of `ddim.app.rendering` was clicked."""
+"""Reports which image of `ddim.app.rendering.grid` was clicked."""
 
 
 def header() -> gr.HTML:
-    """The page's title."""
+    """Return the page's title."""
     return gr.HTML("<h1>ddim</h1><p>Denoising Diffusion Implicit Models, at work.</p>", elem_id="header")
 
 
 def lead(*paragraphs: str) -> gr.HTML:
-    """What a tab is for, in sentences that may hold HTML."""
+    """Return the introduction of a tab.
+
+    Args:
+        paragraphs: sentences, which may hold HTML.
+    """
     return gr.HTML(f'<div class="lead">{"".join(f"<p>{text}</p>" for text in paragraphs)}</div>')
 
 
-def status(words: str = "", share: float | None = None, counted: str = "") -> str:
-    """Where a run stands.
+def status(text: str = "", fraction: float | None = None, details: str = "") -> str:
+    """Return the state of a run as HTML.
 
     Args:
-        words: read out by screen readers when they change.
-        share: of the work that is done, in [0, 1]; `None` for no bar.
-        counted: words that change with each step, which are not read out.
+        text: read out by screen readers when it changes.
+        fraction: of the work that is done, in [0, 1]; `None` for no bar.
+        details: text that changes with each step and is not read out.
+
+    Example:
+        >>> status("Done.")
+        '<div class="status"><p><span role="status">Done.</span></p></div>'
     """
     bar = ""
-    if share is not None:
-        percent = round(100 * share)
+    if fraction is not None:
+        percent = round(100 * fraction)
         bar = (
             f'<div class="bar" role="progressbar" aria-label="Progress" aria-valuenow="{percent}" aria-valuemin="0" '
             f'aria-valuemax="100"><span style="width:{percent}%"></span></div>'
         )
-    more = f' <span aria-hidden="true">{escape(counted)}</span>' if counted else ""
-    return f'<div class="status"><p><span role="status">{escape(words)}</span>{more}</p>{bar}</div>'
+    more = f' <span aria-hidden="true">{escape(details)}</span>' if details else ""
+    return f'<div class="status"><p><span role="status">{escape(text)}</span>{more}</p>{bar}</div>'
 
 
 def failed(error: BaseException | str) -> str:
-    """A run that came to nothing, and why."""
+    """Return the reason of a failed run as HTML.
+
+    Args:
+        error: its message is shown as one sentence.
+
+    Example:
+        >>> failed("no image is pinned")
+        '<div class="status failed"><p role="alert">No image is pinned.</p></div>'
+    """
     text = " ".join(str(error).split())
     return f'<div class="status failed"><p role="alert">{escape(text[:1].upper() + text[1:])}.</p></div>'
 
 
 def table(facts: Mapping[str, object]) -> str:
-    """A row a fact."""
+    """Return a table with one row per fact as HTML.
+
+    Args:
+        facts: values by their names.
+
+    Example:
+        >>> table({"PSNR": "30 dB"})
+        '<table class="facts"><tbody><tr><th scope="row">PSNR</th><td>30 dB</td></tr></tbody></table>'
+    """
     rows = "".join(
         f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(str(value))}</td></tr>'
         for name, value in facts.items()

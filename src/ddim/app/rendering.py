@@ -1,4 +1,4 @@
-"""Pictures as HTML: inside the page, with a label each, in boxes whose size is known before they come."""
+"""Images as HTML: embedded in the page, one label per image, in boxes whose size is known before they load."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture on the page.
+    """An image on the page.
 
     Attributes:
-        image: what is shown; `None` for an empty box.
-        label: below it.
-        alt: what a screen reader says of it.
-        file: the name under which it can be saved; empty where it cannot be.
-        act: what a click on it tells the page, and what the button is called; empty where it is no button.
-        value: told with `act`.
+        image: the image; `None` for an empty box.
+        label: the text below it.
+        alt: the text that a screen reader reads for it.
+        file: the name under which it can be saved; empty if it cannot.
+        action: the name of the button that the image is; empty if it is not a button.
+        value: sent to the page by a click on the button.
         pressed: whether it is marked.
     """
 
@@ -29,42 +29,57 @@ class Cell:
     label: str = ""
     alt: str = ""
     file: str = ""
-    act: str = ""
+    action: str = ""
     value: int = 0
     pressed: bool = False
 
 
 def data_url(image: Image.Image) -> str:
-    """A picture as an address that holds it."""
+    """Encode an image as a `data:` URL.
+
+    Args:
+        image: the image.
+
+    Returns:
+        The URL, of a PNG.
+
+    Example:
+        >>> data_url(Image.new("L", (1, 1)))[:26]
+        'data:image/png;base64,iVBO'
+    """
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def grid(cells: Sequence[Cell], shape: tuple[int, int], name: str, columns: int | None = None) -> str:
-    """A list of pictures that wraps, or one of fixed columns.
+    """Return a list of images as HTML.
 
     Args:
-        cells: in order.
-        shape: (H, W) of a picture, for boxes that are still empty.
+        cells: the images, in order.
+        shape: (H, W) of an image, for boxes that are still empty.
         name: of the list, for screen readers.
-        columns: pictures a row; as many as there is room for unless given.
+        columns: images per row; defaults to as many as fit.
+
+    Example:
+        >>> grid([Cell(None)], (28, 28), "Images")
+        '<ul class="images" aria-label="Images"><li><span class="empty" style="aspect-ratio:28/28"></span></li></ul>'
     """
     style = f' style="--columns:{columns}"' if columns else ""
-    kind = "pictures fixed" if columns else "pictures"
+    kind = "images fixed" if columns else "images"
     items = "".join(_item(cell, *shape) for cell in cells)
     return f'<ul class="{kind}" aria-label="{escape(name)}"{style}>{items}</ul>'
 
 
 def _item(cell: Cell, height: int, width: int) -> str:
-    box = f'style="aspect-ratio:{width}/{height}"'
+    style = f'style="aspect-ratio:{width}/{height}"'
     url = data_url(cell.image) if cell.image is not None else ""
-    picture = f'<img src="{url}" alt="{escape(cell.alt)}" {box}>' if url else f'<span class="empty" {box}></span>'
-    if url and cell.act:
+    content = f'<img src="{url}" alt="{escape(cell.alt)}" {style}>' if url else f'<span class="empty" {style}></span>'
+    if url and cell.action:
         pressed = str(cell.pressed).lower()
-        picture = (
-            f'<button type="button" data-act="{escape(cell.act)}" data-value="{cell.value}" aria-pressed="{pressed}" '
-            f'title="{escape(cell.act)}" aria-label="{escape(cell.act)}: {escape(cell.alt)}">{picture}</button>'
+        content = (
+            f'<button type="button" data-value="{cell.value}" aria-pressed="{pressed}" title="{escape(cell.action)}" '
+            f'aria-label="{escape(cell.action)}: {escape(cell.alt)}">{content}</button>'
         )
     save = (
         f'<a href="{url}" download="{escape(cell.file)}" aria-label="Save {escape(cell.file)}">PNG</a>'
@@ -72,4 +87,4 @@ def _item(cell: Cell, height: int, width: int) -> str:
         else ""
     )
     label = f'<span class="label">{escape(cell.label)}{save}</span>' if cell.label or cell.file else ""
-    return f"<li>{picture}{label}</li>"
+    return f"<li>{content}{label}</li>"

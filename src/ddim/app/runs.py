@@ -1,12 +1,11 @@
-"""How work runs: one piece at a time on the device, in a thread beside the server; told step by step, and stopped
-within a step.
+"""How work runs: one run at a time on the device, in a thread beside the server, with progress, stopped within a step.
 
-    async for event in start(lambda run: run.pipeline(pipe)(16).images):
-        ...                            Step, Step, Preview, Step, ..., Result
+    async for event in run_events(lambda run: run.pipeline(pipe)(16).images):
+        ...                            RunProgress, RunProgress, RunPreview, RunProgress, ..., RunResult
 
-A piece of work is a function of a `Run`, from which it gets its pipelines. Their progress bars tell each step; and when
-the run shall stop, because its user says so or has left, they raise `Cancelled`, so that sampling, encoding and
-interpolation all end at their next step. Whoever stops listening to `start` stops the run.
+Work is a function of a `Run`, from which it gets its pipelines. Their progress bars report each step; and when the run
+is cancelled, because its user stopped it or left, they raise `Cancelled`, so that sampling, encoding and interpolation
+all end at their next step. Whoever stops iterating over `run_events` cancels the run.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -25,27 +23,33 @@ from tqdm import tqdm
 
 from ddim.io.images import to_output
 from ddim.pipeline import DDIMPipeline
+from ddim.sampler import Sampler
 from ddim.scheduler import DDIMScheduler
 
 T = TypeVar("T")
 
-SECONDS_BETWEEN = 0.1
-"""Steps and previews are told no more often than that: each costs the server time, which the network would have had."""
+REPORT_SECONDS = 0.1
+"""Least time between reports of one kind: each costs the server time, which the network would have had."""
 
-_device = ThreadPoolExecutor(1, "device")
-"""One thread for all runs: PyTorch's own threads belong to the one that asks them to work."""
+_device_thread = ThreadPoolExecutor(1, "device")
+"""One thread for all runs: PyTorch's thread pool belongs to the thread that calls it."""
 
-
-_running: weakref.WeakSet[Run] = weakref.WeakSet()
+_active_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
 class Cancelled(BaseException):
-    """The run shall stop. Not an `Exception`: nothing on the way may take it for a failure of its own."""
+    """The run was cancelled. Not an `Exception`: no handler on the way may take it for a failure."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """How far the run is: `done` of `total` steps, after `seconds`."""
+class RunProgress:
+    """How far a run is.
+
+    Attributes:
+        done: steps done.
+        total: steps of the run.
+        seconds: since its start.
+    """
 
     done: int
     total: int
@@ -53,73 +57,108 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Preview:
-    """What there is to be seen by now: of sampling, the list of predicted x_0 as PIL images."""
+class RunPreview:
+    """An intermediate result: of sampling, the list of predicted x_0 as PIL images."""
 
     value: Any
 
 
 @dataclass(frozen=True)
-class Result(Generic[T]):
-    """What the work returned, after `seconds`."""
+class RunResult(Generic[T]):
+    """The result of a run.
+
+    Attributes:
+        value: what the work returned.
+        seconds: since its start.
+    """
 
     value: T
     seconds: float
 
 
 class Run:
-    """A piece of work that is under way.
+    """Work in progress.
 
     Args:
-        tell: takes the `Step`s and `Preview`s, in the thread of the work.
+        report: takes the `RunProgress` and `RunPreview` events, in the thread of the work.
     """
 
-    def __init__(self, tell: Callable[[Any], Any]) -> None:
-        self._tell = tell
+    def __init__(self, report: Callable[[Any], Any]) -> None:
+        self._report = report
         self._cancelled = threading.Event()
         self.started = time.monotonic()
-        self._told = self._shown = 0.0
-        _running.add(self)
+        self._last_progress = self._last_preview = 0.0
+        _active_runs.add(self)
 
     def cancel(self) -> None:
         """Stop at the next step."""
         self._cancelled.set()
 
     def pipeline(self, base: DDIMPipeline) -> DDIMPipeline:
-        """A pipeline of this run alone, on the network of another.
+        """Make a pipeline of this run alone on the network of another.
 
         Args:
-            base: lends its network, which stays where it is.
+            base: lends its network, which stays on its device.
+
+        Returns:
+            The pipeline; its steps are reported, and end when the run is cancelled.
         """
-        return _Pipeline(base, self)
+        # The scheduler is copied: a call sets its timesteps.
+        scheduler = DDIMScheduler.from_config(base.scheduler.config)
+        pipe = DDIMPipeline(base.unet, scheduler, base.engine)
+        pipe.sampler = _RunSampler(base.unet, scheduler, base.engine, self)
+        return pipe
 
     def check(self) -> None:
-        """`Cancelled` if the run shall stop."""
+        """Raise `Cancelled` if the run was cancelled.
+
+        Raises:
+            Cancelled: if it was.
+        """
         if self._cancelled.is_set():
             raise Cancelled
 
     def step(self, done: int, total: int) -> None:
-        """Tell that a step is done; `Cancelled` if the run shall stop."""
+        """Report a step.
+
+        Args:
+            done: steps done.
+            total: steps of the run.
+
+        Raises:
+            Cancelled: if the run was cancelled.
+        """
         self.check()
         now = time.monotonic()
-        if now - self._told >= SECONDS_BETWEEN or done == total:
-            self._told = now
-            self._tell(Step(done, total, now - self.started))
+        if now - self._last_progress >= REPORT_SECONDS or done == total:
+            self._last_progress = now
+            self._report(RunProgress(done, total, now - self.started))
 
     def preview(self, pipe: DDIMPipeline, index: int, timestep: int, tensors: dict[str, Any]) -> None:
-        """A `callback_on_step_end` that shows the predicted x_0."""
+        """Report the predicted x_0: a `callback_on_step_end` of `DDIMPipeline`.
+
+        Args:
+            pipe: the pipeline that samples.
+            index: of the step.
+            timestep: of the step.
+            tensors: with `pred_original_sample`, (N, C, H, W) in [-1, 1].
+        """
         now = time.monotonic()
-        if now - self._shown >= SECONDS_BETWEEN:
-            self._shown = now
+        if now - self._last_preview >= REPORT_SECONDS:
+            self._last_preview = now
             self.show(to_output(tensors["pred_original_sample"], "pil"))
 
     def show(self, value: Any) -> None:
-        """Tell what there is to be seen."""
-        self._tell(Preview(value))
+        """Report an intermediate result.
+
+        Args:
+            value: the result.
+        """
+        self._report(RunPreview(value))
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
-    """Prints nothing; tells a run of each step."""
+class _RunBar(tqdm):  # type: ignore[type-arg]
+    """A progress bar that prints nothing and reports each step to a run."""
 
     def __init__(self, run: Run, total: int) -> None:
         super().__init__(disable=True)
@@ -131,63 +170,58 @@ class _Bar(tqdm):  # type: ignore[type-arg]
         return None
 
 
-class _Pipeline(DDIMPipeline):
-    def __init__(self, base: DDIMPipeline, run: Run) -> None:
-        # A scheduler of its own: a call sets its timesteps.
-        super().__init__(base.unet, DDIMScheduler.from_config(base.scheduler.config), base.engine)
+class _RunSampler(Sampler):
+    """A sampler whose progress bars report to a run."""
+
+    def __init__(self, unet: Any, scheduler: DDIMScheduler, engine: str, run: Run) -> None:
+        super().__init__(unet, scheduler, engine)
         self._run = run
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> tqdm[Any]:
-        return _Bar(self._run, total or 0)
+        return _RunBar(self._run, total or 0)
 
 
-async def start(work: Callable[[Run], T]) -> AsyncGenerator[Step | Preview | Result[T], None]:
-    """Do a piece of work in the thread of the device, after those that were started before.
+async def run_events(work: Callable[[Run], T]) -> AsyncGenerator[RunProgress | RunPreview | RunResult[T], None]:
+    """Do work in the thread of the device, after the runs that were started before.
+
+    Args:
+        work: called with the run.
 
     Yields:
-        A `Step` or `Preview` now and then, and in the end the `Result`. When the iterator is closed or its task
-        cancelled, the run is stopped.
+        `RunProgress` and `RunPreview` events, and at the end the `RunResult`. When the iterator is closed or its task
+        cancelled, the run is cancelled.
 
     Raises:
-        Exception: what the work raises.
+        Exception: whatever the work raises.
     """
-    loop, told = asyncio.get_running_loop(), asyncio.Queue[Step | Preview | None]()
+    loop, events = asyncio.get_running_loop(), asyncio.Queue[RunProgress | RunPreview | None]()
 
-    def tell(event: Step | Preview | None) -> None:
-        loop.call_soon_threadsafe(told.put_nowait, event)
+    def report(event: RunProgress | RunPreview | None) -> None:
+        loop.call_soon_threadsafe(events.put_nowait, event)
 
-    run = Run(tell)
+    run = Run(report)
 
-    def do() -> T:
+    def execute() -> T:
         try:
             run.started = time.monotonic()
             run.check()
             return work(run)
         finally:
-            tell(None)
+            report(None)
 
-    future = loop.run_in_executor(_device, do)
+    future = loop.run_in_executor(_device_thread, execute)
     try:
-        while (event := await told.get()) is not None:
+        while (event := await events.get()) is not None:
             yield event
-        yield Result(await future, time.monotonic() - run.started)
+        yield RunResult(await future, time.monotonic() - run.started)
     finally:
         run.cancel()
-        # Nobody is left to be told what it came to.
+        # The outcome of a cancelled run is retrieved, so that asyncio does not log it.
         future.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
-async def finish(work: Callable[[Run], T]) -> Result[T]:
-    """Do a piece of work as `start`, and wait for its result."""
-    async with aclosing(start(work)) as events:
-        async for event in events:
-            if isinstance(event, Result):
-                return event
-    raise RuntimeError("the work ended without a result")
-
-
-def stop() -> None:
-    """End all runs at their next steps, and begin none; for the end of the program."""
-    _device.shutdown(wait=False, cancel_futures=True)
-    for run in list(_running):
+def stop_all() -> None:
+    """Cancel all runs and start none; for the end of the program."""
+    _device_thread.shutdown(wait=False, cancel_futures=True)
+    for run in list(_active_runs):
         run.cancel()

@@ -1,4 +1,4 @@
-"""What stands between the page and the network: the server, its limits, and what browsers are told not to fetch."""
+"""The server: its limits, its content security policy, and its life from start to SIGTERM."""
 
 from __future__ import annotations
 
@@ -17,43 +17,55 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ddim.app import api, interpolate, invert, model, page, runs, sample, steps
+from ddim.app import api, page, runs
+from ddim.app.events import Shared, show_endpoints
 from ddim.app.inputs import MAX_MEGABYTES
-from ddim.app.models import Models
-from ddim.app.tab import Shared, listed
+from ddim.app.models import ModelCache
+from ddim.app.tabs import interpolate, invert, model, sample, steps
 
-MAX_WAITING = 16
-"""Runs that wait; one more is told that the queue is full."""
+MAX_QUEUED_RUNS = 16
+"""Runs that wait; further ones are refused."""
 
-MAX_BODY = 2_000_000
-"""Bytes of a request that is no upload."""
+MAX_BODY_BYTES = 2_000_000
+"""Size of a request that is not an upload."""
 
-KEPT_FOR = 3600
-"""Seconds before files of a run, and uploads, are deleted."""
+FILE_LIFETIME_SECONDS = 3600
+"""Age at which the files of runs and uploads are deleted."""
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
     "base-uri 'self'; form-action 'self'"
 )
-"""Browsers fetch from this server alone, whatever a model card or Gradio's own page asks for."""
+"""Browsers fetch from this server only, whatever a model card or Gradio's own page refers to."""
 
 
 class Guard:
-    """Middleware: adds `POLICY` to each answer, and refuses bodies that are too large before they are read."""
+    """Middleware that adds `POLICY` to each response, and refuses bodies that are too large before they are read.
+
+    Args:
+        app: the application that it wraps.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, as ASGI asks.
+
+        Args:
+            scope: describes the request.
+            receive: returns the next part of its body.
+            send: takes the parts of the response.
+        """
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
-        # Uploads have Gradio's own limit.
-        if not scope["path"].endswith("/upload") and length.isdigit() and int(length) > MAX_BODY:
-            answer = PlainTextResponse(f"a request has at most {MAX_BODY:,} bytes", 413)
+        # Gradio limits uploads itself.
+        if not scope["path"].endswith("/upload") and length.isdigit() and int(length) > MAX_BODY_BYTES:
+            answer = PlainTextResponse(f"a request has at most {MAX_BODY_BYTES:,} bytes", 413)
             await answer(scope, receive, send)
             return
 
@@ -70,20 +82,25 @@ class Guard:
 
 
 async def _fetch_nothing(url: str, cache_dir: str) -> str:
-    """Stands where Gradio would download a file that a client names by its address."""
-    raise gr.Error("give the picture itself; this server fetches nothing from other addresses", print_exception=False)
+    """Replace the function with which Gradio downloads a file that a client names by its address."""
+    raise gr.Error("give the image itself; this server fetches nothing from other addresses", print_exception=False)
 
 
-def build(models: Models, files: str) -> gr.Blocks:
-    """The page and its endpoints, not yet served.
+def build(models: ModelCache, downloads: str) -> gr.Blocks:
+    """Build the page and its endpoints, not yet served.
 
     Args:
-        models: that it may open.
-        files: a folder for what it offers for download.
+        models: the models that it may open.
+        downloads: a folder for the files that it offers for download.
+
+    Returns:
+        The page.
     """
-    with gr.Blocks(title="ddim", analytics_enabled=False, delete_cache=(KEPT_FOR, KEPT_FOR)) as blocks:
-        listing = gr.HTML(listed([]), js_on_load=page.CLICKS, elem_id="endpoints", min_height=130, render=False)
-        shared = Shared(models, gr.State(models.names[0]), gr.State([]), listing, get_upload_folder(), files)
+    with gr.Blocks(title="ddim", analytics_enabled=False, delete_cache=(FILE_LIFETIME_SECONDS,) * 2) as blocks:
+        endpoint_list = gr.HTML(
+            show_endpoints([]), js_on_load=page.CLICKS, elem_id="endpoints", min_height=130, render=False
+        )
+        shared = Shared(models, gr.State(models.names[0]), gr.State([]), endpoint_list, get_upload_folder(), downloads)
         page.header()
         for name, tab in (
             ("Sample", sample.tab),
@@ -94,8 +111,8 @@ def build(models: Models, files: str) -> gr.Blocks:
         ):
             with gr.Tab(name):
                 tab(shared)
-        api.endpoints(shared)
-    return blocks.queue(max_size=MAX_WAITING)
+        api.add_endpoints(shared)
+    return blocks.queue(max_size=MAX_QUEUED_RUNS)
 
 
 def serve(
@@ -108,35 +125,35 @@ def serve(
     device: str = "auto",
     engine: str = "auto",
 ) -> None:
-    """Serve the page until the program is interrupted or told to end (SIGTERM); its address is printed.
+    """Serve the page until the program is interrupted or gets SIGTERM; its address is printed.
 
     Args:
-        names: of the models that are opened at once, as for `DDIMPipeline.from_pretrained`.
-        host: the address to listen at.
-        port: 0 for a free one.
-        share: publish it on the internet through Gradio's servers.
+        names: models that are opened at once: built-in models, folders or hub ids, at least one.
+        host: the address to listen on.
+        port: the port to listen on; 0 for a free one.
+        share: publish the page on the internet through Gradio's servers.
         allow_paths: let the page open any folder of this machine as a model.
-        open_browser: show it.
-        device: where networks are put.
-        engine: how they are run.
+        open_browser: open the page in a browser.
+        device: where networks run: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        engine: how they run: `auto`, `eager` or `compile`.
 
     Raises:
         FileNotFoundError: if there is no such model.
-        ValueError: for a damaged one, an unknown device or engine.
-        OSError: if the port is taken, or the host is none of this machine.
+        ValueError: if a model is damaged, or there is no such device or engine.
+        OSError: if the port is taken, or the host is not an address of this machine.
     """
-    models = Models(names, allow_paths, device, engine)
+    models = ModelCache(names, allow_paths, device, engine)
     processing_utils.async_ssrf_protected_download = _fetch_nothing
-    number = check_port(host, port)
+    free_port = check_port(host, port)
     with tempfile.TemporaryDirectory(prefix="ddim-app-") as temporary:
-        # Of Gradio: uploads, and copies of what is offered for download.
+        # Gradio stores uploads there, and copies of files that are offered for download.
         os.environ["GRADIO_TEMP_DIR"] = str(Path(temporary, "gradio"))
-        files = Path(temporary, "files")
-        files.mkdir()
-        blocks = build(models, str(files))
+        downloads = Path(temporary, "downloads")
+        downloads.mkdir()
+        blocks = build(models, str(downloads))
         _, address, public = blocks.launch(
             server_name=host,
-            server_port=number,
+            server_port=free_port,
             share=share,
             inbrowser=open_browser,
             quiet=True,
@@ -152,27 +169,34 @@ def serve(
         )
         print(public or address, flush=True)
         if threading.current_thread() is threading.main_thread():
-            # Ends as Ctrl+C does.
+            # SIGTERM ends the server as Ctrl+C does.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
             pass
         finally:
-            runs.stop()
+            runs.stop_all()
             blocks.close(verbose=False)
 
 
 def check_port(host: str, port: int) -> int:
-    """The port, or a free one for 0.
+    """Check that a port is free.
+
+    Args:
+        host: the address to listen on.
+        port: the port; 0 for any free one.
+
+    Returns:
+        The port.
 
     Raises:
-        OSError: if it is taken, or the host is none of this machine.
+        OSError: if it is taken, or the host is not an address of this machine.
     """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise OSError(f"cannot listen at {host}, port {port}: {error.strerror}; try another --port") from None
+            raise OSError(f"cannot listen on {host}, port {port}: {error.strerror}; choose another port") from None
         return int(probe.getsockname()[1])

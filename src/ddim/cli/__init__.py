@@ -1,7 +1,7 @@
-"""The command line. One file a command; a command reads options, calls the library and prints the result.
+"""The command line: one file per command; a command reads options, calls the library and prints the result.
 
-Results go to stdout, everything else to stderr. Exit status: 0, 1 for a failure told in one line, 2 for bad usage.
-Heavy modules are imported inside the commands, so that help and errors of usage come at once.
+Results go to stdout, everything else to stderr. Exit status: 0; 1 for a failure, reported in one line; 2 for bad usage.
+Heavy modules are imported inside the commands, so that help and usage errors appear at once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ddim.cli.encode import decode, encode
 from ddim.cli.evaluate import evaluate
 from ddim.cli.info import info
 from ddim.cli.interpolate import interpolate
+from ddim.cli.messages import to_options
 from ddim.cli.reconstruct import reconstruct
 from ddim.cli.sample import sample
 from ddim.cli.train import train
@@ -43,8 +44,8 @@ for command in COMMANDS:
     app.command()(command)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_given: bool) -> None:
+    if is_given:
         print(f"ddim {__version__}")
         raise typer.Exit
 
@@ -59,11 +60,12 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; every failure that a user can cause ends in one line on stderr."""
+    """Run the command line; a failure that a user can cause ends in one line on stderr."""
     logging.basicConfig(format="ddim: %(message)s", level=logging.WARNING)
     try:
         app()
     except KeyboardInterrupt:
         sys.exit("ddim: interrupted")
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
-        sys.exit(f"ddim: {' '.join(str(error).split()) or type(error).__name__}")
+        message = " ".join(str(error).split()) or type(error).__name__
+        sys.exit(f"ddim: {to_options(message, command=sys.argv[1])}")

@@ -8,33 +8,36 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
+from ddim.validation import integer
 
 
 def app(
     models: Annotated[
         list[str] | None,
-        typer.Argument(help="Built-in models, folders or hub ids; the page begins with the first; mnist unless given."),
+        typer.Argument(
+            help="Built-in models, folders or hub ids; the page starts with the first; defaults to mnist.",
+            show_default=False,
+        ),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="The address to listen at: 127.0.0.1 is this machine alone, 0.0.0.0 the whole network.")
+        str, typer.Option(help="Address to listen on: 127.0.0.1 is this machine only, 0.0.0.0 the whole network.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 7860,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 chooses a free one.")] = 7860,
     share: Annotated[
         bool, typer.Option("--share", help="Publish the page on the internet, through Gradio's servers.")
     ] = False,
     allow_paths: Annotated[
         bool, typer.Option("--allow-paths", help="Let the page open any folder of this machine as a model.")
     ] = False,
-    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Show the page in a browser.")] = True,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
     device: options.Device = "auto",
     engine: options.Engine = "auto",
 ) -> None:
-    """Open a page where DDIM can be seen at work: sample, compare, interpolate, invert.
+    """Serve a web page where DDIM can be seen at work: sample, compare, interpolate, invert.
 
-    The page's address is printed. It needs no internet and tells nobody; Ctrl+C ends it.
+    The page's address is printed. It works without internet and sends nothing anywhere; Ctrl+C stops it.
 
     Examples:
-
       ddim app
 
       ddim app runs/mnist/final --port 8000 --no-open
@@ -42,9 +45,8 @@ def app(
       ddim app mnist google/ddpm-cifar10-32 --device cuda
     """
     if find_spec("gradio") is None:
-        raise RuntimeError("the page needs gradio; install it with: pip install 'ddim[app]'")
-    if not 0 <= port <= 65535:
-        raise ValueError(f"--port is {port}; it must be a number from 0 to 65535")
+        raise RuntimeError("the page requires gradio; install it with: pip install 'ddim[app]'")
+    integer("--port", port, 0, 65535)
     from ddim.app import serve
 
     serve(models or ["mnist"], host, port, share, allow_paths, open_browser, device, engine)

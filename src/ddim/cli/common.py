@@ -1,11 +1,15 @@
-"""What several commands do: load a model, read images, say what was written."""
+"""What several commands do: load a model, read images, choose timesteps, report what was written."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
+
+from ddim.diffusion.sampling_config import SamplingConfig
+from ddim.validation import real
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -13,32 +17,146 @@ if TYPE_CHECKING:
     from ddim.pipeline import DDIMPipeline
 
 
+@dataclass(frozen=True)
+class SamplingOptions:
+    """The options that choose how a command samples.
+
+    Attributes:
+        steps: number of steps; `None` where the command finds it elsewhere (`--steps auto`, a file of latents).
+        spacing: of the timesteps; `None` for the model's own.
+        timesteps: a custom list of timesteps, used instead of `steps` and `spacing`.
+        eta: 0 for DDIM, 1 for DDPM.
+        order: of the method, 1 or 2; `None` for the model's own.
+        sigma_hat: whether noise has DDPM's larger variance.
+
+    Raises:
+        ValueError: for an option out of range, whatever the model.
+
+    Example:
+        >>> SamplingOptions(10, eta=1.0, order=2)
+        Traceback (most recent call last):
+        ValueError: order=2 requires eta=0 (deterministic sampling), got eta=1
+    """
+
+    steps: int | None
+    spacing: str | None = None
+    timesteps: Sequence[int] | None = None
+    eta: float = 0.0
+    order: int | None = None
+    sigma_hat: bool = False
+
+    def __post_init__(self) -> None:
+        # Checked before a model is loaded.
+        num_steps = SamplingConfig.num_inference_steps if self.steps is None else self.steps
+        SamplingConfig(num_steps, self.eta, self.timesteps, self.order, self.sigma_hat)
+
+    @classmethod
+    def parse(cls, steps: int | None, spacing: str | None, timesteps: str | None = None, **settings: Any) -> Self:
+        """Collect the options of a command.
+
+        Args:
+            steps: the value of `--steps`.
+            spacing: the value of `--spacing`.
+            timesteps: the value of `--timesteps`: integers separated by commas.
+            settings: `eta`, `order` and `sigma_hat`, where the command has them.
+
+        Returns:
+            The options, with the timesteps as a list.
+
+        Raises:
+            ValueError: if `timesteps` is not such a list, or an option is out of range.
+
+        Example:
+            >>> SamplingOptions.parse(50, None, "900,600,300,0").timesteps
+            [900, 600, 300, 0]
+        """
+        return cls(steps, spacing, None if timesteps is None else parse_integers(timesteps, "--timesteps"), **settings)
+
+    def choose_timesteps(self, pipe: DDIMPipeline) -> Sequence[int] | None:
+        """Return the timesteps that the options name.
+
+        Args:
+            pipe: has the scheduler whose timesteps are spaced.
+
+        Returns:
+            The custom timesteps, or those of the spacing; `None` for the model's own.
+        """
+        if self.timesteps is not None or self.spacing is None or self.steps is None:
+            return self.timesteps
+        return pipe.scheduler.make_timesteps(self.steps, self.spacing)
+
+    def config(self, pipe: DDIMPipeline) -> SamplingConfig:
+        """Return the options as settings of the library.
+
+        Args:
+            pipe: as for `choose_timesteps`.
+
+        Returns:
+            The settings.
+
+        Raises:
+            ValueError: for an option out of range.
+        """
+        num_steps = SamplingConfig.num_inference_steps if self.steps is None else self.steps
+        return SamplingConfig(num_steps, self.eta, self.choose_timesteps(pipe), self.order, self.sigma_hat)
+
+
 def load_pipeline(model: str, device: str, dtype: str = "float32", engine: str = "auto") -> DDIMPipeline:
-    """A pipeline where and as the options want it."""
+    """Load a pipeline and move it to its device.
+
+    Args:
+        model: a built-in model, a folder or a hub id.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        dtype: of the network: `float32`, `bfloat16` or `float16`.
+        engine: how the network runs: `auto`, `eager` or `compile`.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+        ValueError: if it is damaged, or there is no such device, dtype or engine.
+    """
     from ddim.devices import choose_device, choose_dtype
     from ddim.pipeline import DDIMPipeline
 
-    where = choose_device(device), choose_dtype(dtype)
-    return DDIMPipeline.from_pretrained(model, engine=engine).to(*where)
+    # Checked before the weights are read, which takes long.
+    target = choose_device(device), choose_dtype(dtype)
+    return DDIMPipeline.from_pretrained(model, engine=engine).to(*target)
 
 
 def with_spacing(pipe: DDIMPipeline, spacing: str | None) -> DDIMPipeline:
-    """The pipeline with this spacing for all numbers of steps, in place of the model's and of what was learned."""
+    """Set the spacing for all numbers of steps, instead of the model's own and of learned timesteps.
+
+    Args:
+        pipe: the pipeline, which is changed.
+        spacing: the value of `--spacing`; `None` changes nothing.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        ValueError: if there is no such spacing.
+    """
     if spacing is not None:
         config = pipe.scheduler.config
         pipe.scheduler = pipe.scheduler.from_config(config, timestep_spacing=spacing, timesteps_by_steps=None)
     return pipe
 
 
-def choose_timesteps(
-    pipe: DDIMPipeline, steps: int, spacing: str | None, timesteps: Sequence[int] | None
-) -> Sequence[int] | None:
-    """The timesteps that the options name: those listed, or of this spacing; `None` for the model's own."""
-    return timesteps if timesteps is not None or spacing is None else pipe.scheduler.make_timesteps(steps, spacing)
-
-
 def read_images(paths: Sequence[str]) -> list[Image.Image]:
-    """The images of files and folders, in order; errors name the file."""
+    """Read the images of files and folders.
+
+    Args:
+        paths: files, or folders that are searched for images.
+
+    Returns:
+        The images, in the order of the paths; those of a folder in the order of their names.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or no image in a folder.
+        ValueError: naming the file that is not a still image.
+    """
     from ddim.io.images import find_images, read_image
 
     files = [file for path in paths for file in (find_images(path) if Path(path).is_dir() else [Path(path)])]
@@ -46,7 +164,15 @@ def read_images(paths: Sequence[str]) -> list[Image.Image]:
 
 
 def fit_images(pipe: DDIMPipeline, images: Sequence[Image.Image]) -> list[Image.Image]:
-    """Images as the model sees them, to be shown beside what it makes of them."""
+    """Fit images to the model's size and mode, to be shown beside its results.
+
+    Args:
+        pipe: the model.
+        images: of any size and mode.
+
+    Returns:
+        Images of the model's size, gray or RGB.
+    """
     from ddim.io.images import fit_image
 
     channels, height, width = pipe.sample_shape
@@ -54,26 +180,74 @@ def fit_images(pipe: DDIMPipeline, images: Sequence[Image.Image]) -> list[Image.
 
 
 def check_fps(fps: float) -> None:
-    """ValueError for a rate that animations cannot have."""
-    if not 0.1 <= fps <= 50:
-        raise ValueError(f"--fps {fps} is out of range; it must lie from 0.1 to 50")
+    """Check the value of `--fps`.
+
+    Args:
+        fps: frames per second of an animation.
+
+    Raises:
+        ValueError: if it is not a number from 0.1 to 50.
+
+    Example:
+        >>> check_fps(60.0)
+        Traceback (most recent call last):
+        ValueError: --fps must be a number from 0.1 to 50, got 60.0
+    """
+    real("--fps", fps, 0.1, 50)
 
 
-def finish(path: Path, replaced: int, summary: str) -> None:
-    """The last lines of a command that writes: a summary on stderr, where the result is on stdout."""
-    note = f"; {number(replaced, 'earlier file')} replaced" if replaced else ""
+def report_result(path: Path, num_replaced: int, summary: str) -> None:
+    """Print the last lines of a command that writes: the summary on stderr, the path on stdout.
+
+    Args:
+        path: where the result is.
+        num_replaced: how many earlier files were replaced.
+        summary: a line without its end.
+    """
+    note = f"; {pluralize(num_replaced, 'earlier file')} replaced" if num_replaced else ""
     print(f"{summary}{note}", file=sys.stderr)
     print(path)
 
 
-def number(n: int, noun: str) -> str:
-    """`1 picture`, `2 pictures`."""
-    return f"{n} {noun}{'s' * (n != 1)}"
+def pluralize(count: int, noun: str) -> str:
+    """Return a count with its noun.
+
+    Args:
+        count: how many.
+        noun: in the singular.
+
+    Returns:
+        Both, the noun in the plural where the count is not 1.
+
+    Example:
+        >>> pluralize(1, "image"), pluralize(2, "image")
+        ('1 image', '2 images')
+    """
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def parse_timesteps(text: str | None, option: str = "--timesteps") -> list[int] | None:
-    """`900,600,300,0` as a list; ValueError for anything that is no whole number."""
+def parse_integers(text: str, option: str) -> list[int]:
+    """Parse integers separated by commas.
+
+    Args:
+        text: the option's value.
+        option: its name, for the message.
+
+    Returns:
+        The integers.
+
+    Raises:
+        ValueError: if an entry is not an integer.
+
+    Example:
+        >>> parse_integers("900,600,300,0", "--timesteps")
+        [900, 600, 300, 0]
+        >>> parse_integers("noon", "--at")
+        Traceback (most recent call last):
+        ValueError: --at must be integers separated by commas, such as 900,600,300,0, got 'noon'
+    """
     try:
-        return None if text is None else [int(entry) for entry in text.split(",")]
+        return [int(entry) for entry in text.split(",")]
     except ValueError:
-        raise ValueError(f"{option} {text!r} is no list of whole numbers such as 900,600,300,0") from None
+        message = f"{option} must be integers separated by commas, such as 900,600,300,0, got {text!r}"
+        raise ValueError(message) from None

@@ -1,4 +1,4 @@
-"""`ddim convert`: other people's checkpoints as pipeline folders."""
+"""`ddim convert`: checkpoints of other projects as pipeline folders."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import finish
+from ddim.cli.common import report_result
 
-# Of a pipeline's folder, to tell which of them were there before.
-FILES = (
+PIPELINE_FILES = (
     "model_index.json",
     "scheduler/scheduler_config.json",
     "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors",
 )
+"""Of a pipeline's folder; those that exist are counted as replaced."""
 
 
 def convert(
     checkpoint: Annotated[
-        str, typer.Argument(help="A file of PyTorch or safetensors, or a diffusers folder.", show_default=False)
+        str, typer.Argument(help="A PyTorch or safetensors file, or a diffusers folder.", show_default=False)
     ],
-    out: Annotated[str, typer.Option("--out", "-o", help="The folder to write.", show_default=False)],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder to write.", show_default=False)],
     layout: Annotated[
         str,
-        typer.Option(help="Whose names: ddpm, openai or diffusers; auto looks."),
+        typer.Option(help="Naming scheme of the checkpoint: ddpm, openai or diffusers; auto detects it."),
     ] = "auto",
     image_size: Annotated[
-        int | None, typer.Option(help="Of the pictures; told by the only level with attention unless given.")
+        int | None,
+        typer.Option(help="Height and width of the images; defaults to what a single level with attention implies."),
     ] = None,
-    heads: Annotated[int | None, typer.Option(help="openai: num_heads of its training.")] = None,
+    heads: Annotated[int | None, typer.Option(help="openai: num_heads of the training.")] = None,
     head_channels: Annotated[
-        int | None, typer.Option(help="openai: num_head_channels of its training, in place of --heads.")
+        int | None, typer.Option(help="openai: num_head_channels of the training, instead of --heads.")
     ] = None,
     new_attention_order: Annotated[
         bool, typer.Option("--new-attention-order", help="openai: trained with use_new_attention_order.")
@@ -42,34 +43,39 @@ def convert(
         bool | None,
         typer.Option(
             "--rescale-timesteps/--plain-timesteps",
-            help="openai: trained with rescale_timesteps; needed where --steps-trained is not 1000.",
+            help="openai: trained with rescale_timesteps or not; required if --steps-trained is not 1000.",
         ),
     ] = None,
-    steps_trained: Annotated[int | None, typer.Option(help="Timesteps of its training; 1000 unless given.")] = None,
+    steps_trained: Annotated[
+        int | None, typer.Option(help="Number of timesteps of the training; defaults to 1000.")
+    ] = None,
     beta_schedule: Annotated[
-        str | None, typer.Option(help="linear unless given; squaredcos_cap_v2 is the cosine schedule.")
+        str | None,
+        typer.Option(
+            help="Noise schedule of the training; defaults to linear; squaredcos_cap_v2 is the cosine schedule."
+        ),
     ] = None,
     beta_start: Annotated[
-        float | None, typer.Option(help="0.0001 unless given; openai, times 1000 / --steps-trained.")
+        float | None, typer.Option(help="First beta; defaults to 0.0001, for openai times 1000 / --steps-trained.")
     ] = None,
     beta_end: Annotated[
-        float | None, typer.Option(help="0.02 unless given; openai, times 1000 / --steps-trained.")
+        float | None, typer.Option(help="Last beta; defaults to 0.02, for openai times 1000 / --steps-trained.")
     ] = None,
     ema: Annotated[
-        bool, typer.Option("--ema/--raw", help="Take averaged weights where there are some, or the raw ones.")
+        bool, typer.Option("--ema/--raw", help="Use the averaged weights if there are any, or the raw ones.")
     ] = True,
     dtype: options.Dtype = "float32",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a model in a folder that is not empty.")
+        bool, typer.Option("--overwrite", help="Replace the model in a folder that is not empty.")
     ] = False,
 ) -> None:
-    """Turn a checkpoint of ermongroup/ddim, pytorch_diffusion, improved-diffusion or guided-diffusion into a folder
-    that every other command and diffusers load; or write an old diffusers folder as of today.
+    """Convert a checkpoint into a pipeline folder that every other command and diffusers load.
 
-    The folder is printed. Networks that cannot be expressed exactly are refused, and so are files that could run code.
+    Checkpoints are those of ermongroup/ddim, pytorch_diffusion, improved-diffusion and guided-diffusion, and old
+    diffusers folders. The folder is printed. Networks that cannot be expressed exactly are refused, and so are files
+    that could run code.
 
     Examples:
-
       ddim convert ema_diffusion_cifar10_model-790000.ckpt --out cifar10
 
       ddim convert ckpt.pth --raw --out celeba
@@ -90,7 +96,7 @@ def convert(
         "beta_end": beta_end,
     }
     folder = Path(out)
-    replaced = sum((folder / name).is_file() for name in FILES)
+    num_replaced = sum((folder / name).is_file() for name in PIPELINE_FILES)
     pipe = convert_checkpoint(
         checkpoint,
         folder,
@@ -103,4 +109,4 @@ def convert(
         overwrite,
     )
     size = pipe.unet.config.sample_size
-    finish(folder, replaced, f"{pipe.unet.num_parameters():,} parameters, sample_size {size}")
+    report_result(folder, num_replaced, f"{pipe.unet.num_parameters():,} parameters, sample_size {size}")

@@ -1,4 +1,4 @@
-"""`ddim edit`: take images part of the way to noise and paint from there."""
+"""`ddim edit`: take images part of the way to noise and sample from there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import choose_timesteps, finish, load_pipeline, number, parse_timesteps, read_images
+from ddim.cli.common import SamplingOptions, fit_images, load_pipeline, pluralize, read_images, report_result
 
 
 def edit(
@@ -15,14 +15,15 @@ def edit(
     out: Annotated[
         str,
         typer.Option(
-            "--out", "-o", help="x.png has the images above their edits; x.npz and a folder take the edits alone."
+            "--out", "-o", help="x.png shows the images above their edits; x.npz and a folder get the edits alone."
         ),
     ] = "edited.png",
     strength: Annotated[
-        float, typer.Option(help="The share of the steps to go back: 0 keeps the image, 1 keeps nothing.")
+        float, typer.Option(help="Fraction of the steps to go back: 0 keeps the image, 1 keeps nothing.")
     ] = 0.5,
     seed: Annotated[
-        int | None, typer.Option(help="Cover image i with noise from seed + i; without, it is encoded.")
+        int | None,
+        typer.Option(help="Seed of the first image's noise, seed + i for image i; defaults to encoding, not noise."),
     ] = None,
     model: options.Model = "mnist",
     steps: options.Steps = 50,
@@ -31,7 +32,7 @@ def edit(
     timesteps: options.Timesteps = None,
     order: options.Order = None,
     resize: options.Resize = False,
-    batch_size: options.InverseBatch = 8,
+    batch_size: options.LatentBatchSize = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
@@ -41,14 +42,12 @@ def edit(
     The path of the result is printed.
 
     Examples:
-
       ddim edit sketch.png --seed 0 --strength 0.6
 
       ddim edit digits/ --seed 7 --strength 0.4 --out edited/
     """
     from ddim.io.images import (
         check_output_path,
-        fit_image,
         is_folder_path,
         output_files,
         save_images,
@@ -57,25 +56,23 @@ def edit(
     )
 
     target = check_output_path(out)
-    own_timesteps = parse_timesteps(timesteps)
-    pictures = read_images(images)
+    sampling = SamplingOptions.parse(steps, spacing, timesteps, eta=eta, order=order)
+    originals = read_images(images)
     pipe = load_pipeline(model, device, dtype, engine)
     edited = pipe.edit(
-        pictures,
+        originals,
         strength,
         steps,
-        seeds=None if seed is None else range(seed, seed + len(pictures)),
-        eta=eta,
-        timesteps=choose_timesteps(pipe, steps, spacing, own_timesteps),
-        order=order,
+        seeds=None if seed is None else range(seed, seed + len(originals)),
+        eta=sampling.eta,
+        timesteps=sampling.choose_timesteps(pipe),
+        order=sampling.order,
         resize=resize,
         batch_size=batch_size,
     ).images
-    replaced = sum(file.exists() for file in output_files(out, len(edited)))
+    num_replaced = sum(file.exists() for file in output_files(out, len(edited)))
     if target.suffix.lower() == ".png" and not is_folder_path(out):
-        channels, height, width = pipe.sample_shape
-        originals = [fit_image(picture, height, width, channels) for picture in pictures]
-        save_picture(stack_rows([originals, edited]), target)
+        save_picture(stack_rows([fit_images(pipe, originals), edited]), target)
     else:
         save_images(edited, out)
-    finish(target, replaced, number(len(edited), "picture"))
+    report_result(target, num_replaced, pluralize(len(edited), "image"))

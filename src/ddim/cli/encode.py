@@ -1,19 +1,22 @@
-"""`ddim encode` and `ddim decode`: images to latent codes and back."""
+"""`ddim encode` and `ddim decode`: images to latents and back."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import choose_timesteps, finish, load_pipeline, number, parse_timesteps, read_images
+from ddim.cli.common import SamplingOptions, load_pipeline, pluralize, read_images, report_result
 
 
 def encode(
     images: options.Images,
-    out: Annotated[str, typer.Option("--out", "-o", help="codes.npz or codes.safetensors.")] = "codes.npz",
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="File of latents to write: x.npz or x.safetensors.")
+    ] = "codes.npz",
     model: options.Model = "mnist",
     steps: options.Steps = 50,
     spacing: options.Spacing = None,
@@ -22,17 +25,16 @@ def encode(
     tolerance: options.Tolerance = 1e-5,
     max_iterations: options.MaxIterations = 50,
     resize: options.Resize = False,
-    batch_size: options.InverseBatch = 8,
+    batch_size: options.LatentBatchSize = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
 ) -> None:
-    """Turn images into latent codes, from which ddim decode gives them back.
+    """Encode images as latents, from which ddim decode restores them.
 
-    The codes and the settings they were made with are written; the path is printed.
+    The latents are written with the settings that made them; the path is printed.
 
     Examples:
-
       ddim encode digit.png --out digit.npz
 
       ddim encode photos/ --resize --steps 20 --out codes.safetensors
@@ -42,76 +44,78 @@ def encode(
     from ddim.io.latent_files import CODES, CodeSettings, save_codes
 
     target = check_output_path(out, CODES, folder_allowed=False)
-    own_timesteps = parse_timesteps(timesteps)
-    pictures = read_images(images)
+    sampling = SamplingOptions.parse(steps, spacing, timesteps)
+    originals = read_images(images)
     pipe = load_pipeline(model, device, dtype, engine)
     started = time.monotonic()
-    codes = pipe.encode(
-        pictures,
+    result = pipe.encode(
+        originals,
         steps,
         exact,
         tolerance,
         max_iterations=max_iterations,
-        timesteps=choose_timesteps(pipe, steps, spacing, own_timesteps),
+        timesteps=sampling.choose_timesteps(pipe),
         resize=resize,
         batch_size=batch_size,
     )
     seconds = time.monotonic() - started
-    settings = CodeSettings(
-        model, model_sha256(pipe), codes.timesteps, exact, tolerance, [float(r) for r in codes.residual]
-    )
-    replaced = int(target.exists())
-    save_codes(target, codes.latents, settings)
-    cost = float(codes.evaluations.sum(1).float().mean())
-    told = f"{cost:.0f} evaluations an image, mean squared error {float(codes.mse.mean()):.1e}"
-    finish(target, replaced, f"{number(len(pictures), 'code')} in {seconds:.1f} s, {told}")
+    residual = [float(entry) for entry in result.residual]
+    settings = CodeSettings(model, model_sha256(pipe), result.timesteps, exact, tolerance, residual)
+    num_replaced = int(target.exists())
+    save_codes(target, result.latents, settings)
+    nfe = float(result.evaluations.sum(1).float().mean())
+    summary = f"{pluralize(len(originals), 'latent')} in {seconds:.1f} s, {nfe:.0f} function evaluations per image"
+    report_result(target, num_replaced, f"{summary}, mean squared error {float(result.mse.mean()):.1e}")
 
 
 def decode(
-    codes: Annotated[str, typer.Argument(help="What ddim encode wrote.", show_default=False)],
+    codes: Annotated[str, typer.Argument(help="File of latents that ddim encode wrote.", show_default=False)],
     out: Annotated[
         str,
         typer.Option(
-            "--out", "-o", help="x.png is a grid, x.npz holds arr_0 as uint8 NHWC, a folder gets one PNG an image."
+            "--out",
+            "-o",
+            help="x.png is a grid, x.npz holds arr_0 (uint8, NHWC), a folder gets one PNG per image.",
         ),
     ] = "decoded.png",
     model: options.Model = "mnist",
-    steps: Annotated[int | None, typer.Option(help="Those of the codes unless given.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Number of function evaluations per image; defaults to that of the latents.")
+    ] = None,
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
     force: options.Force = False,
-    batch_size: options.InverseBatch = 8,
+    batch_size: options.LatentBatchSize = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
 ) -> None:
-    """Turn latent codes into pictures: the inverse of ddim encode.
+    """Decode latents into images: the inverse of ddim encode.
 
-    Codes mean nothing to another model and little along other timesteps: they are refused unless forced. The path of
-    the result is printed.
+    Latents of another model or of other timesteps are refused without --force: they decode to other images. The path
+    of the result is printed.
 
     Examples:
-
       ddim decode digit.npz --out digit.png
 
-      ddim decode codes.safetensors --steps 20 --force --out pictures/
+      ddim decode codes.safetensors --steps 20 --force --out images/
     """
     from ddim.io.images import check_output_path, output_files, save_images
     from ddim.io.latent_files import check_settings, load_codes
 
     target = check_output_path(out)
-    own_timesteps = parse_timesteps(timesteps)
+    sampling = SamplingOptions.parse(steps, spacing, timesteps)
     latents, settings = load_codes(codes)
     pipe = load_pipeline(model, device, dtype, engine)
-    walked = settings.timesteps
-    if (steps, own_timesteps, spacing) != (None, None, None):
-        steps = len(walked) if steps is None else steps
-        walked = pipe.latent_timesteps(steps, choose_timesteps(pipe, steps, spacing, own_timesteps))
+    chosen = settings.timesteps
+    if sampling != SamplingOptions(None):
+        num_steps = len(chosen) if steps is None else steps
+        chosen = pipe.latent_timesteps(num_steps, replace(sampling, steps=num_steps).choose_timesteps(pipe))
     if not force:
-        check_settings(codes, settings, pipe, walked)
+        check_settings(codes, settings, pipe, chosen)
     started = time.monotonic()
-    pictures = pipe.decode(latents, timesteps=walked, batch_size=batch_size).images
+    images = pipe.decode(latents, timesteps=chosen, batch_size=batch_size).images
     seconds = time.monotonic() - started
-    replaced = sum(file.exists() for file in output_files(out, len(latents)))
-    save_images(pictures, out)
-    finish(target, replaced, f"{number(len(latents), 'picture')} in {seconds:.1f} s")
+    num_replaced = sum(file.exists() for file in output_files(out, len(latents)))
+    save_images(images, out)
+    report_result(target, num_replaced, f"{pluralize(len(latents), 'image')} in {seconds:.1f} s")

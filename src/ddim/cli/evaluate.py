@@ -1,46 +1,60 @@
-"""`ddim evaluate`: how good pictures are, in numbers."""
+"""`ddim evaluate`: the quality of images, in numbers."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import choose_timesteps, load_pipeline, parse_timesteps, with_spacing
+from ddim.cli.common import SamplingOptions, load_pipeline, parse_integers, with_spacing
+
+if TYPE_CHECKING:
+    from ddim.evaluation.image_sets import ImageSet
 
 
 def evaluate(
     samples: Annotated[
         str,
         typer.Argument(
-            help="What is judged: a model (mnist, a folder), which paints --count pictures; or pictures: a folder, an "
+            help="What to evaluate: a model (mnist, a folder), which generates --count images; or images: a folder, an "
             ".npz or parquet file, tar shards, a data set."
         ),
     ],
     reference: Annotated[
         str | None,
-        typer.Option(help="What it is compared with: pictures, or a model. Needed for all but the inception score."),
+        typer.Option(help="What to compare with: images, or a model; required by all metrics but the inception score."),
     ] = None,
-    metrics: Annotated[str, typer.Option(help="Some of fid,kid,is,precision,recall.")] = "fid,kid,precision,recall",
+    metrics: Annotated[
+        str, typer.Option(help="Metrics, separated by commas: fid, kid, is, precision, recall.")
+    ] = "fid,kid,precision,recall",
     features: Annotated[
-        str, typer.Option(help="pixels, mnist (a classifier of digits), inception, or a TorchScript file.")
+        str,
+        typer.Option(
+            help="Features to compare by: pixels, mnist (a classifier of digits), inception, or a TorchScript file."
+        ),
     ] = "inception",
     count: Annotated[
         int | None,
-        typer.Option("--count", "-n", help="How many pictures: of a model, 10000 unless given; of files, all."),
+        typer.Option("--count", "-n", help="Number of images; defaults to 10000 of a model and to all of files."),
     ] = None,
-    reference_count: Annotated[int | None, typer.Option(help="How many of the reference; all unless given.")] = None,
-    split: Annotated[str, typer.Option(help="Of data sets on the hub.")] = "train",
+    reference_count: Annotated[
+        int | None, typer.Option(help="Number of images of the reference; defaults to all.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of data sets on the hub.")] = "train",
     table: Annotated[
         int | None,
-        typer.Option(help="Of the paper: 1 (Fréchet distance by steps and eta) or 2 (error of encoding and decoding)."),
+        typer.Option(
+            help="Table of the paper: 1 (Fréchet distance by steps and eta) or 2 (error of encoding and decoding)."
+        ),
     ] = None,
-    figure: Annotated[int | None, typer.Option(help="Of the paper: 4 (time and quality by steps).")] = None,
+    figure: Annotated[int | None, typer.Option(help="Figure of the paper: 4 (time and quality by steps).")] = None,
     table_steps: Annotated[
-        str | None, typer.Option(help="Numbers of steps of a table, such as 10,20,50; the paper's unless given.")
+        str | None, typer.Option(help="Numbers of steps of the table, such as 10,20,50; defaults to the paper's.")
     ] = None,
     steps: options.Steps = 50,
     eta: options.Eta = 0.0,
@@ -48,31 +62,28 @@ def evaluate(
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
     order: options.Order = None,
-    sigma_hat: Annotated[
-        bool, typer.Option("--sigma-hat", help="Noise with DDPM's larger variance; goes with --eta 1.")
-    ] = False,
+    sigma_hat: options.SigmaHat = False,
     out: Annotated[
         list[str] | None,
         typer.Option(
             "--out",
             "-o",
-            help="Write the result to a .json, .csv or .md file besides, a table to .json, .md or as a plot to .png or "
-            ".svg; can be given again.",
+            help="Also write the result to a .json, .csv or .md file, a table to .json, .md, or as a plot to .png or "
+            ".svg; can be repeated.",
         ),
     ] = None,
     device: options.Device = "auto",
     engine: options.Engine = "auto",
 ) -> None:
-    """Judge pictures by numbers.
+    """Evaluate images by their statistics: Fréchet and kernel distance, inception score, precision and recall.
 
-    A table is printed, with everything that changes the numbers. Figures with other features than inception compare
-    with nobody else's.
+    A table is printed, with everything that changes the numbers. Only numbers of inception features can be compared
+    with published ones.
 
     Examples:
-
       ddim evaluate mnist --reference mnist/test.parquet --features mnist -n 2000
 
-      ddim evaluate pictures/ --reference owner/dataset --metrics fid,kid
+      ddim evaluate images/ --reference owner/dataset --metrics fid,kid
 
       ddim evaluate samples.npz --metrics is --out score.json --out score.md
 
@@ -82,41 +93,41 @@ def evaluate(
     """
     from ddim import distributed
     from ddim.evaluation import report
-    from ddim.evaluation.image_sets import ImageSet, is_model, open_files, sample_image_set
+    from ddim.evaluation.image_sets import is_model
 
+    source = Source(distributed.local_device(device), engine, split, seed)
     if table is not None or figure is not None:
-        chosen = parse_timesteps(table_steps, "--table-steps")
-        where = (samples, distributed.local_device(device), spacing, engine)
-        _paper(where, reference, reference_count, split, features, count, seed, table, figure, chosen, out or [])
+        if (table, figure) not in ((1, None), (2, None), (None, 4)):
+            raise ValueError("give one of --table 1, --table 2 and --figure 4")
+        if reference is None:
+            raise ValueError("--table and --figure require images as the --reference")
+        numbers_of_steps = None if table_steps is None else parse_integers(table_steps, "--table-steps")
+        paper = PaperTable(table, figure, numbers_of_steps, spacing, features)
+        paper.evaluate(source, samples, count, reference, reference_count, out or [])
         return
     if table_steps is not None:
-        raise ValueError("--table-steps goes with --table or --figure")
-    wanted = [name.strip() for name in metrics.split(",")]
+        raise ValueError("--table-steps requires --table or --figure")
+    names = [name.strip() for name in metrics.split(",")]
     outputs = report.check_outputs(out or [])
-    own_timesteps = parse_timesteps(timesteps)
-    settings: dict[str, Any] = {
-        "num_inference_steps": steps,
-        "eta": eta,
-        "order": order,
-        "use_sigma_hat": sigma_hat,
-    }
-
-    def open_set(source: str, number: int | None, shape: tuple[int, int, int] | None) -> ImageSet:
-        if is_model(source):
-            pipe = load_pipeline(source, distributed.local_device(device), engine=engine)
-            walked = choose_timesteps(pipe, steps, spacing, own_timesteps)
-            number = 10_000 if number is None else number
-            return sample_image_set(pipe, number, seed, source, timesteps=walked, **settings)
-        return open_files(source, number, shape, split)
-
-    first = open_set(samples, count, None)
-    second = None if reference is None else open_set(reference, reference_count, first.shape)
+    sampling = SamplingOptions.parse(steps, spacing, timesteps, eta=eta, order=order, sigma_hat=sigma_hat)
+    sample_set = source.open(samples, sampling, count, None)
+    reference_set = None
+    if reference is not None:
+        reference_set = source.open(reference, sampling, reference_count, sample_set.shape)
     with distributed.init() as group:
-        result = report.describe(first, second, features, wanted, group)
+        result = report.describe(sample_set, reference_set, features, names, group)
     if not group.is_main:
         return
     if is_model(samples):
-        result["settings"] |= settings | {"timesteps": own_timesteps, "seed": seed, "spacing": spacing}
+        result["settings"] |= {
+            "num_inference_steps": steps,
+            "eta": eta,
+            "order": order,
+            "use_sigma_hat": sigma_hat,
+            "timesteps": sampling.timesteps,
+            "seed": seed,
+            "spacing": spacing,
+        }
     for path in outputs:
         report.write(result, Path(path))
     print(report.table(result))
@@ -124,59 +135,130 @@ def evaluate(
         print(f"also in {path}", file=sys.stderr)
 
 
-def _paper(
-    where: tuple[str, str, str | None, str],
-    reference: str | None,
-    reference_count: int | None,
-    split: str,
-    features: str,
-    count: int | None,
-    seed: int,
-    table: int | None,
-    figure: int | None,
-    steps: list[int] | None,
-    out: list[str],
-) -> None:
-    """The paper's tables and its figure."""
-    from ddim import distributed
-    from ddim.evaluation import paper_tables as tables
-    from ddim.evaluation.features import load_features
-    from ddim.evaluation.image_sets import is_model, open_files
+@dataclass(frozen=True)
+class Source:
+    """How images are opened or generated.
+
+    Attributes:
+        device: of the process.
+        engine: how networks run.
+        split: of data sets on the hub.
+        seed: of the first generated image.
+    """
+
+    device: str
+    engine: str
+    split: str
+    seed: int
+
+    def open(
+        self, name: str, sampling: SamplingOptions, count: int | None, shape: tuple[int, int, int] | None
+    ) -> ImageSet:
+        """Open a set of images.
+
+        Args:
+            name: a model, or where images are.
+            sampling: how a model samples.
+            count: number of images; `None` for 10000 of a model, for all of files.
+            shape: (C, H, W) to which images of files are fitted; `None` for that of the first.
+
+        Returns:
+            The set.
+
+        Raises:
+            FileNotFoundError: if there are no such images.
+            ValueError: if they cannot be read, or an option is out of range.
+        """
+        from ddim.evaluation.image_sets import is_model, open_files, sample_image_set
+
+        if not is_model(name):
+            return open_files(name, count, shape, self.split)
+        pipe = load_pipeline(name, self.device, engine=self.engine)
+        count = 10_000 if count is None else count
+        return sample_image_set(pipe, count, self.seed, name, **asdict(sampling.config(pipe)))
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table or a figure of the paper.
+
+    Attributes:
+        table: 1, 2, or `None` for the figure.
+        figure: 4, or `None` for a table.
+        numbers_of_steps: of its rows; `None` for the paper's.
+        spacing: of the timesteps; `None` for the model's own, and for quadratic ones on CIFAR's shape.
+        features: by which tables compare, as `ddim.evaluation.features.load_features` takes them.
+    """
+
+    table: int | None
+    figure: int | None
+    numbers_of_steps: list[int] | None
+    spacing: str | None
+    features: str
+
+    def evaluate(
+        self,
+        source: Source,
+        model: str,
+        count: int | None,
+        reference: str,
+        reference_count: int | None,
+        out: Sequence[str],
+    ) -> None:
+        """Compute it, write it to files and print it.
+
+        Args:
+            source: how images are opened.
+            model: a built-in model or a folder.
+            count: number of images; `None` for 256 of table 2 and 50000 of the others.
+            reference: where the data's images are.
+            reference_count: number of images of the data; `None` for all.
+            out: files to write: `.json`, `.md`, `.png` or `.svg`.
+
+        Raises:
+            FileNotFoundError: if there are no such images.
+            ValueError: if an argument is out of range.
+        """
+        from ddim import distributed
+        from ddim.evaluation import paper_tables
+        from ddim.evaluation.features import load_features
+        from ddim.evaluation.image_sets import is_model, open_files
+        from ddim.io.images import check_output_path
+
+        if not is_model(model):
+            raise ValueError(f"the paper's tables require a model, got {model}")
+        for path in out:
+            check_output_path(path, {".json": "", ".md": "Markdown", ".png": "a plot", ".svg": "a plot"}, False)
+        pipe = load_pipeline(model, source.device, engine=source.engine)
+        spacing = "quad" if self.spacing is None and pipe.sample_shape == paper_tables.CIFAR_SHAPE else self.spacing
+        pipe = with_spacing(pipe, spacing)
+        with distributed.init() as group:
+            if self.table == 2:
+                pipe.set_progress_bar_config(disable=True)
+                images = open_files(reference, 256 if count is None else count, pipe.sample_shape, source.split)
+                result = paper_tables.table_2(pipe, images, self.numbers_of_steps or paper_tables.STEPS_2, group)
+            else:
+                data = open_files(reference, reference_count, pipe.sample_shape, source.split)
+                extractor = load_features(self.features, pipe.sample_shape)
+                count = 50_000 if count is None else count
+                numbers_of_steps = self.numbers_of_steps or paper_tables.STEPS
+                make = paper_tables.table_1 if self.table == 1 else paper_tables.figure_4
+                result = make(pipe, data, extractor, count, source.seed, numbers_of_steps, group)
+        if group.is_main:
+            for path in out:
+                _write(result, path)
+            print(result.markdown(), end="")
+
+
+def _write(result: Any, path: str) -> None:
+    """Write a table of the paper in the format of the path's suffix."""
+    from ddim.evaluation import paper_tables
     from ddim.io.atomic import atomic_write
     from ddim.io.config import to_json
-    from ddim.io.images import check_output_path
 
-    if (table, figure) not in ((1, None), (2, None), (None, 4)):
-        raise ValueError("give one of --table 1, --table 2 and --figure 4")
-    model, device, spacing, engine = where
-    if not is_model(model):
-        raise ValueError(f"{model} is no model; the paper's tables are of one")
-    if reference is None:
-        raise ValueError("give the data as --reference: pictures, not a model")
-    for path in out:
-        check_output_path(path, {".json": "", ".md": "Markdown", ".png": "a plot", ".svg": "a plot"}, False)
-    pipe = load_pipeline(model, device, engine=engine)
-    if spacing is None and pipe.sample_shape == tables.CIFAR_SHAPE:
-        spacing = "quad"
-    pipe = with_spacing(pipe, spacing)
-    with distributed.init() as group:
-        if table == 2:
-            pipe.set_progress_bar_config(disable=True)
-            images = open_files(reference, 256 if count is None else count, pipe.sample_shape, split)
-            result = tables.table_2(pipe, images, steps or tables.STEPS_2, group)
-        else:
-            data = open_files(reference, reference_count, pipe.sample_shape, split)
-            extractor = load_features(features, pipe.sample_shape)
-            number = 50_000 if count is None else count
-            make = tables.table_1 if table == 1 else tables.figure_4
-            result = make(pipe, data, extractor, number, seed, steps or tables.STEPS, group)
-    if not group.is_main:
+    if path.endswith((".png", ".svg")):
+        paper_tables.plot(result, Path(path))
         return
-    for path in out:
-        if path.endswith((".png", ".svg")):
-            tables.plot(result, Path(path))
-            continue
-        with atomic_write(Path(path)) as temporary:
-            text = result.markdown() if path.endswith(".md") else to_json(result.json())
-            temporary.write_text(text, encoding="utf-8")
-    print(result.markdown(), end="")
+    with atomic_write(Path(path)) as temporary:
+        text = result.markdown() if path.endswith(".md") else to_json(result.json())
+        temporary.write_text(text, encoding="utf-8")

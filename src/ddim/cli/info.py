@@ -12,10 +12,9 @@ def info(
     model: Annotated[str, typer.Argument(help="A built-in model, a folder, or a hub id.")] = "mnist",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell what a model is: where it was found, its size and cost, its configuration.
+    """Show a model's location, size, cost and configuration.
 
     Examples:
-
       ddim info mnist
 
       ddim info runs/mine/final --json

@@ -1,55 +1,61 @@
-"""`ddim interpolate`: pictures between pictures."""
+"""`ddim interpolate`: images between images."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import check_fps, choose_timesteps, finish, load_pipeline, number, read_images
+from ddim.cli.common import SamplingOptions, check_fps, load_pipeline, pluralize, read_images, report_result
 from ddim.validation import integer
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
+    from ddim.io.latent_files import CodeSettings
     from ddim.pipeline import DDIMPipeline
 
 
 def interpolate(
     points: Annotated[
         list[str],
-        typer.Argument(help="Two or more of: an image, a file of codes, a seed.", show_default=False),
+        typer.Argument(help="Two or more of: an image, a file of latents, a seed.", show_default=False),
     ],
     out: Annotated[
         str,
         typer.Option(
-            "--out", "-o", help="x.png is a strip, a row a leg; x.gif and x.webp are animations; or a folder."
+            "--out",
+            "-o",
+            help="x.png is a strip with one row per leg; x.gif and x.webp are animations; a folder gets one PNG per "
+            "frame.",
         ),
     ] = "interpolation.png",
-    frames: Annotated[int, typer.Option(help="Of each leg from point to point, both ends included.")] = 11,
-    closed: Annotated[bool, typer.Option("--closed", help="Come back to the first point.")] = False,
+    frames: Annotated[int, typer.Option(help="Frames per leg from point to point, both ends included.")] = 11,
+    closed: Annotated[bool, typer.Option("--closed", help="Return to the first point.")] = False,
     grid: Annotated[
-        str | None, typer.Option(help="ROWSxCOLUMNS between four points, the corners, in place of a path.")
+        str | None, typer.Option(help="ROWSxCOLUMNS between four points, the corners, instead of a path.")
     ] = None,
     fps: options.Fps = 10.0,
     model: options.Model = "mnist",
-    steps: Annotated[int | None, typer.Option(help="Those of the codes, or else 50, unless given.")] = None,
+    steps: options.LatentSteps = None,
     spacing: options.Spacing = None,
     resize: options.Resize = False,
     force: options.Force = False,
-    batch_size: options.InverseBatch = 8,
+    batch_size: options.LatentBatchSize = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
 ) -> None:
-    """Walk from point to point in latent space, by spherical interpolation, and paint what lies there.
+    """Interpolate spherically from point to point in latent space, and decode the latents between.
 
-    Images are encoded exactly, so that the walk passes through them. The path of the result is printed.
+    Images are encoded exactly, so that the path passes through them. The path of the result is printed.
 
     Examples:
-
       ddim interpolate 3 14 --out strip.png
 
       ddim interpolate one.png seven.png 3 --frames 25 --closed --out walk.gif
@@ -71,84 +77,163 @@ def interpolate(
     target = check_output_path(out, PICTURES | ANIMATION_SUFFIXES)
     check_fps(fps)
     integer("--frames", frames, 2)
-    shape = parse_grid(grid)
-    if shape is not None and closed:
-        raise ValueError("--closed is for paths; a --grid has no end to close")
+    grid_shape = None if grid is None else parse_grid(grid)
+    if grid_shape is not None and closed:
+        raise ValueError("--closed requires a path, got --grid")
+    given = Points.read(points)
     pipe = load_pipeline(model, device, dtype, engine)
-    codes, timesteps = collect_codes(pipe, points, shape is not None, steps, spacing, resize, force, batch_size)
-    pictures = pipe.interpolate(
-        codes,
-        frames=frames if shape is None else shape,
+    path_timesteps = given.choose_timesteps(pipe, SamplingOptions(steps, spacing))
+    given.check(pipe, path_timesteps, grid_shape is not None, force)
+    images = pipe.interpolate(
+        given.encode(pipe, path_timesteps, resize, batch_size),
+        frames=frames if grid_shape is None else grid_shape,
         closed=closed,
-        timesteps=timesteps,
+        timesteps=path_timesteps,
         batch_size=batch_size,
     ).images
-    replaced = sum(file.exists() for file in output_files(out, len(pictures)))
+    num_replaced = sum(file.exists() for file in output_files(out, len(images)))
     suffix = "" if is_folder_path(out) else target.suffix.lower()
     if suffix in ANIMATION_SUFFIXES:
-        save_animation(pictures, out, fps)
-    elif suffix == ".png" and shape is None:
-        ends = range(0, len(pictures) if closed else len(pictures) - 1, frames - 1)
-        around = [*pictures, pictures[0]]
-        save_picture(stack_rows([around[end : end + frames] for end in ends], frames), target)
+        save_animation(images, out, fps)
+    elif suffix == ".png" and grid_shape is None:
+        starts = range(0, len(images) if closed else len(images) - 1, frames - 1)
+        cycle = [*images, images[0]]
+        save_picture(stack_rows([cycle[start : start + frames] for start in starts], frames), target)
     else:
-        save_images(pictures, out, columns=shape and shape[1])
-    finish(target, replaced, number(len(pictures), "frame"))
+        save_images(images, out, columns=grid_shape and grid_shape[1])
+    report_result(target, num_replaced, pluralize(len(images), "frame"))
 
 
-def parse_grid(text: str | None) -> tuple[int, int] | None:
-    """`8x6` as (8, 6)."""
-    if text is None:
-        return None
+def parse_grid(text: str) -> tuple[int, int]:
+    """Parse the value of `--grid`.
+
+    Args:
+        text: rows and columns, such as `8x6`.
+
+    Returns:
+        (rows, columns), each at least 2.
+
+    Raises:
+        ValueError: for anything else.
+
+    Example:
+        >>> parse_grid("8x6")
+        (8, 6)
+    """
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdecimal() and int(part) >= 2 for part in parts):
-        raise ValueError(f"--grid {text!r} is not ROWSxCOLUMNS, such as 8x8, each at least 2")
+        raise ValueError(f"--grid must be ROWSxCOLUMNS, such as 8x8, each at least 2, got {text!r}")
     return int(parts[0]), int(parts[1])
 
 
-def collect_codes(
-    pipe: DDIMPipeline,
-    points: list[str],
-    grid: bool,
-    steps: int | None,
-    spacing: str | None,
-    resize: bool,
-    force: bool,
-    batch_size: int,
-) -> tuple[list[Tensor], list[int]]:
-    """The codes of all points, in order, and the timesteps that belong to them."""
-    from ddim.diffusion.noise import check_seeds, noise_from_seeds
-    from ddim.io.latent_files import CODES, check_settings, load_codes
-    from ddim.validation import integer
+@dataclass(frozen=True)
+class Points:
+    """The points of an interpolation, read and not yet encoded.
 
-    files = {point: load_codes(point) for point in points if Path(point).suffix.lower() in CODES}
-    seeds = {point: int(point) for point in points if point.removeprefix("-").isdecimal()}
-    check_seeds([integer("a seed", seed, 0) for seed in seeds.values()], len(seeds))
-    names = [point for point in points if point not in files and point not in seeds]
-    images = {name: read_images([name]) for name in names}
-    if steps is None and spacing is None and files:
-        timesteps = next(iter(files.values()))[1].timesteps
-    else:
-        steps = 50 if steps is None else steps
-        timesteps = pipe.latent_timesteps(steps, choose_timesteps(pipe, steps, spacing, None))
-    if not force:
-        for name, (_, settings) in files.items():
-            check_settings(name, settings, pipe, timesteps)
-    for name, (latents, _) in files.items():
-        if latents.shape[1:] != pipe.sample_shape:
-            raise ValueError(
-                f"{name} holds codes of shape {tuple(latents.shape[1:])}; the model takes {pipe.sample_shape}"
-            )
-    count = sum(len(files[p][0]) if p in files else len(images.get(p, "1")) for p in points)
-    if count < 2:
-        raise ValueError("one point was given; an interpolation has at least two")
-    if grid and count != 4:
-        raise ValueError(f"a grid lies between four points, its corners; {count} were given")
-    codes: dict[str, list[Tensor]] = {name: list(latents.to(pipe.device)) for name, (latents, _) in files.items()}
-    if images:
-        flat = [image for group in images.values() for image in group]
-        found = iter(pipe.encode(flat, timesteps=timesteps, resize=resize, batch_size=batch_size).latents)
-        codes |= {name: [next(found) for _ in group] for name, group in images.items()}
-    for name, seed in seeds.items():
-        codes[name] = list(noise_from_seeds((1, *pipe.sample_shape), [seed], pipe.device)())
-    return [code for point in points for code in codes[point]], timesteps
+    Attributes:
+        names: the points as they were given, in order.
+        latents: of files: their latents (N, C, H, W) and the settings that made them, by name.
+        seeds: of seeds, by name.
+        images: of image files and folders, by name.
+    """
+
+    names: Sequence[str]
+    latents: dict[str, tuple[Tensor, CodeSettings]]
+    seeds: dict[str, int]
+    images: dict[str, list[Image.Image]]
+
+    @classmethod
+    def read(cls, names: Sequence[str]) -> Self:
+        """Read the files of the points.
+
+        Args:
+            names: files of latents, seeds, images or folders of images.
+
+        Returns:
+            The points.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if a file is damaged, or a seed is out of range.
+        """
+        from ddim.diffusion.noise import check_seeds
+        from ddim.io.latent_files import CODES, load_codes
+
+        latents = {name: load_codes(name) for name in names if Path(name).suffix.lower() in CODES}
+        seeds = {name: int(name) for name in names if name.removeprefix("-").isdecimal()}
+        check_seeds([integer("a seed", seed, 0) for seed in seeds.values()], len(seeds))
+        others = [name for name in names if name not in latents and name not in seeds]
+        return cls(names, latents, seeds, {name: read_images([name]) for name in others})
+
+    def choose_timesteps(self, pipe: DDIMPipeline, sampling: SamplingOptions) -> list[int]:
+        """Return the timesteps of encoding and decoding.
+
+        Args:
+            pipe: the model.
+            sampling: the options; without steps and spacing, the timesteps are those of the first file of latents.
+
+        Returns:
+            The timesteps, decreasing.
+
+        Raises:
+            ValueError: for an option out of range.
+        """
+        if sampling == SamplingOptions(None) and self.latents:
+            _, settings = next(iter(self.latents.values()))
+            return settings.timesteps
+        num_steps = 50 if sampling.steps is None else sampling.steps
+        return pipe.latent_timesteps(num_steps, replace(sampling, steps=num_steps).choose_timesteps(pipe))
+
+    def check(self, pipe: DDIMPipeline, timesteps: list[int], is_grid: bool, force: bool) -> None:
+        """Check that the points fit the model, the timesteps and each other.
+
+        Args:
+            pipe: the model.
+            timesteps: of encoding and decoding.
+            is_grid: whether the points are the corners of a grid.
+            force: accept latents of another model or other timesteps.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        from ddim.io.latent_files import check_settings
+
+        for name, (latents, settings) in self.latents.items():
+            if not force:
+                check_settings(name, settings, pipe, timesteps)
+            if latents.shape[1:] != pipe.sample_shape:
+                shape = tuple(latents.shape[1:])
+                raise ValueError(f"{name} must hold latents of shape {pipe.sample_shape}, got {shape}")
+        counts = {name: len(latents) for name, (latents, _) in self.latents.items()}
+        counts |= {name: len(images) for name, images in self.images.items()}
+        count = sum(counts.get(name, 1) for name in self.names)
+        if is_grid and count != 4:
+            raise ValueError(f"a grid requires four points, its corners, got {count}")
+        if count < 2:
+            raise ValueError(f"an interpolation requires at least two points, got {count}")
+
+    def encode(self, pipe: DDIMPipeline, timesteps: list[int], resize: bool, batch_size: int) -> list[Tensor]:
+        """Return the latents of all points.
+
+        Args:
+            pipe: encodes the images.
+            timesteps: of encoding.
+            resize: fit images of other sizes and modes; otherwise they are refused.
+            batch_size: images per network call.
+
+        Returns:
+            A latent (C, H, W) per seed and image, and those of each file, in the order of the points.
+
+        Raises:
+            ValueError: for an image that the model does not take.
+        """
+        from ddim.diffusion.noise import noise_from_seeds
+
+        result = {name: list(latents.to(pipe.device)) for name, (latents, _) in self.latents.items()}
+        if self.images:
+            images = [image for group in self.images.values() for image in group]
+            encoded = iter(pipe.encode(images, timesteps=timesteps, resize=resize, batch_size=batch_size).latents)
+            result |= {name: [next(encoded) for _ in group] for name, group in self.images.items()}
+        for name, seed in self.seeds.items():
+            result[name] = list(noise_from_seeds((1, *pipe.sample_shape), [seed], pipe.device)())
+        return [latent for name in self.names for latent in result[name]]

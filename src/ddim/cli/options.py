@@ -12,43 +12,47 @@ Model = Annotated[
         "--model", "-m", help="A built-in model (mnist), a folder, or a hub id such as google/ddpm-cifar10-32."
     ),
 ]
-Steps = Annotated[int, typer.Option(help="Network evaluations a picture: fewer are faster, more are finer.")]
-Eta = Annotated[float, typer.Option(help="0 is DDIM, 1 is DDPM; between them, some noise in each step.")]
+Steps = Annotated[int, typer.Option(help="Number of function evaluations per image: fewer is faster, more is finer.")]
+LatentSteps = Annotated[
+    int | None, typer.Option(help="Number of function evaluations per image; defaults to that of the latents, or 50.")
+]
+Eta = Annotated[float, typer.Option(help="0 is DDIM, 1 is DDPM; values between add some noise in each step.")]
 Spacing = Annotated[
     str | None,
     typer.Option(
-        help="Of the timesteps: leading, trailing, linspace, quad, logsnr, blend; the model's, learned ones before "
-        "others, unless given."
+        help="Spacing of the timesteps: leading, trailing, linspace, quad, logsnr or blend; defaults to the model's "
+        "learned timesteps, or else to the model's spacing."
     ),
 ]
-Timesteps = Annotated[str | None, typer.Option(help="A list of one's own in place of --steps, such as 900,600,300,0.")]
+Timesteps = Annotated[str | None, typer.Option(help="Custom timesteps instead of --steps, such as 900,600,300,0.")]
 Order = Annotated[
     int | None,
     typer.Option(
-        help="Of the method: 1 is DDIM, 2 uses the last two predictions at the same cost (on blend timesteps where the "
-        "model's are leading); the model's own unless given."
+        help="Order of the method: 1 is DDIM, 2 uses the last two predictions at the same cost (with blend timesteps "
+        "if the model's are leading); defaults to the model's."
     ),
 ]
-Count = Annotated[int, typer.Option("--count", "-n", help="How many pictures.")]
-Seed = Annotated[int, typer.Option(help="Picture i is painted from seed + i, whatever the batch.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
+SigmaHat = Annotated[bool, typer.Option("--sigma-hat", help="Add noise with DDPM's larger variance; requires --eta 1.")]
+Count = Annotated[int, typer.Option("--count", "-n", help="Number of images.")]
+Seed = Annotated[int, typer.Option(help="Seed of the first image: image i depends on seed + i alone.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.")]
 Engine = Annotated[
     str,
-    typer.Option(help="auto runs the network as fast as it can, eager as it is, compile by torch.compile."),
+    typer.Option(
+        help="How the network runs: eager is plain PyTorch, compile is torch.compile, auto is the fastest available."
+    ),
 ]
-Dtype = Annotated[str, typer.Option(help="Of the network: float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option(help="Data type of the network: float32, bfloat16 or float16.")]
 
-Images = Annotated[list[str], typer.Argument(help="Images, or folders of them.", show_default=False)]
+Images = Annotated[list[str], typer.Argument(help="Images, or folders of images.", show_default=False)]
 Resize = Annotated[
-    bool, typer.Option("--resize", help="Crop, scale and convert images that are not of the model's size and mode.")
+    bool, typer.Option("--resize", help="Crop, scale and convert images that do not have the model's size and mode.")
 ]
 Exact = Annotated[
     bool, typer.Option("--exact/--euler", help="Solve each step's equation, or take the paper's Euler step.")
 ]
-Tolerance = Annotated[float, typer.Option(help="A step is solved when its residual is at most this.")]
-MaxIterations = Annotated[int, typer.Option(help="Network evaluations a step and image, at most.")]
-InverseBatch = Annotated[
-    int, typer.Option("--batch-size", help="Images the network sees at once; more are faster on a GPU.")
-]
-Fps = Annotated[float, typer.Option(help="Frames a second, of animations.")]
-Force = Annotated[bool, typer.Option("--force", help="Take codes that other settings made.")]
+Tolerance = Annotated[float, typer.Option(help="Largest residual at which a step counts as solved.")]
+MaxIterations = Annotated[int, typer.Option(help="Maximum number of function evaluations per step and image.")]
+LatentBatchSize = Annotated[int, typer.Option("--batch-size", help="Images per network call; more is faster on a GPU.")]
+Fps = Annotated[float, typer.Option(help="Frames per second of animations.")]
+Force = Annotated[bool, typer.Option("--force", help="Accept latents that other settings made.")]

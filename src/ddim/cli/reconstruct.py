@@ -7,21 +7,13 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import (
-    choose_timesteps,
-    finish,
-    fit_images,
-    load_pipeline,
-    number,
-    parse_timesteps,
-    read_images,
-)
+from ddim.cli.common import SamplingOptions, fit_images, load_pipeline, pluralize, read_images, report_result
 
 
 def reconstruct(
     images: options.Images,
     out: Annotated[
-        str, typer.Option("--out", "-o", help="The images above what came back of them, a PNG.")
+        str, typer.Option("--out", "-o", help="PNG to write: the images above their reconstructions.")
     ] = "reconstructed.png",
     model: options.Model = "mnist",
     steps: options.Steps = 50,
@@ -31,18 +23,17 @@ def reconstruct(
     tolerance: options.Tolerance = 1e-5,
     max_iterations: options.MaxIterations = 50,
     resize: options.Resize = False,
-    batch_size: options.InverseBatch = 8,
+    batch_size: options.LatentBatchSize = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
 ) -> None:
-    """Encode images, decode their codes, and tell the error.
+    """Encode images, decode their latents, and report the error.
 
     A table is printed, with the mean squared error per value in [0, 1], the peak signal-to-noise ratio in dB, the
-    network evaluations spent on encoding and the largest residual of a step; then the path of the picture.
+    function evaluations spent on encoding and the largest residual of a step; then the path of the PNG.
 
     Examples:
-
       ddim reconstruct digits/ --out side_by_side.png
 
       ddim reconstruct digits/ --euler --steps 20
@@ -50,27 +41,27 @@ def reconstruct(
     from ddim.io.images import check_output_path, save_picture, stack_rows
 
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
-    own_timesteps = parse_timesteps(timesteps)
-    pictures = read_images(images)
+    sampling = SamplingOptions.parse(steps, spacing, timesteps)
+    originals = read_images(images)
     pipe = load_pipeline(model, device, dtype, engine)
     result = pipe.reconstruct(
-        pictures,
+        originals,
         steps,
         exact,
         tolerance,
         max_iterations=max_iterations,
-        timesteps=choose_timesteps(pipe, steps, spacing, own_timesteps),
+        timesteps=sampling.choose_timesteps(pipe),
         resize=resize,
         batch_size=batch_size,
     )
-    spent, residual = result.codes.evaluations.sum(1), result.codes.residual
+    nfe, residual = result.codes.evaluations.sum(1), result.codes.residual
     print("image       mse   psnr  evaluations  residual")
-    for index in range(len(pictures)):
+    for index in range(len(originals)):
         print(
-            f"{index:5d}  {result.mse[index]:.2e}  {result.psnr[index]:5.1f}  {spent[index]:11d}  {residual[index]:.2e}"
+            f"{index:5d}  {result.mse[index]:.2e}  {result.psnr[index]:5.1f}  {nfe[index]:11d}  {residual[index]:.2e}"
         )
-    mean = result.mse.mean(), result.psnr.mean(), spent.double().mean(), residual.mean()
+    mean = result.mse.mean(), result.psnr.mean(), nfe.double().mean(), residual.mean()
     print(" mean  {:.2e}  {:5.1f}  {:11.0f}  {:.2e}".format(*mean))
-    replaced = int(target.exists())
-    save_picture(stack_rows([fit_images(pipe, pictures), result.images]), target)
-    finish(target, replaced, number(len(pictures), "image"))
+    num_replaced = int(target.exists())
+    save_picture(stack_rows([fit_images(pipe, originals), result.images]), target)
+    report_result(target, num_replaced, pluralize(len(originals), "image"))

@@ -1,15 +1,19 @@
-"""`ddim sample`: paint pictures."""
+"""`ddim sample`: generate images."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import Annotated, Any
+from dataclasses import asdict, replace
+from typing import Annotated
 
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import choose_timesteps, finish, load_pipeline, number, parse_timesteps
+from ddim.cli.common import SamplingOptions, load_pipeline, pluralize, report_result
+
+AUTO_TOLERANCE = 0.001
+"""Default of `--tolerance`: mean squared error in [0, 1]."""
 
 
 def sample(
@@ -19,7 +23,7 @@ def sample(
         typer.Option(
             "--out",
             "-o",
-            help="x.png is a grid, a folder gets one PNG an image, x.npz holds arr_0 as uint8 NHWC, x.tar stands for "
+            help="x.png is a grid, a folder gets one PNG per image, x.npz holds arr_0 (uint8, NHWC), x.tar means "
             "WebDataset shards x-000000.tar, ...",
         ),
     ] = "samples.png",
@@ -27,49 +31,46 @@ def sample(
     steps: Annotated[
         str,
         typer.Option(
-            help="Network evaluations a picture: fewer are faster, more are finer; auto for the fewest that keep to "
-            "--tolerance."
+            help="Number of function evaluations per image: fewer is faster, more is finer; auto finds the smallest "
+            "that meets --tolerance."
         ),
     ] = "50",
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help="Of --steps auto: mean squared error, in [0, 1], to pictures of very many steps; 0.001 unless given."
+            help="Of --steps auto: mean squared error, in [0, 1], to images of very many steps; defaults to 0.001."
         ),
     ] = None,
     eta: options.Eta = 0.0,
     seed: options.Seed = 0,
-    batch_size: Annotated[int, typer.Option(help="Pictures painted at once.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images per network call.")] = 64,
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
     order: options.Order = None,
-    sigma_hat: Annotated[
-        bool, typer.Option("--sigma-hat", help="Noise with DDPM's larger variance; goes with --eta 1.")
-    ] = False,
+    sigma_hat: options.SigmaHat = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the pictures that are in --out and start afresh.")
+        bool, typer.Option("--overwrite", help="Delete the images in --out and start from the first.")
     ] = False,
-    shard_size: Annotated[int, typer.Option(help="Pictures a tar shard, in whole batches.")] = 1000,
+    shard_size: Annotated[int, typer.Option(help="Images per tar shard, rounded to whole batches.")] = 1000,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
 ) -> None:
-    """Paint pictures.
+    """Generate images.
 
-    The path of the result is printed. A folder, x.npz and x.tar get a manifest, and the same command, stopped and
-    started again, goes on where it was; torchrun or accelerate launch share the work among processes.
+    The path of the result is printed. A folder, x.npz and x.tar get a manifest, and the same command resumes after an
+    interruption; torchrun or accelerate launch share the work among processes.
 
     Examples:
-
       ddim sample                                         # 16 digits, 50 steps, samples.png
 
       ddim sample --steps 20 --count 64 --out digits.png
 
-      ddim sample --steps auto --order 2                  # as few steps as keep to the tolerance
+      ddim sample --steps auto --order 2                  # as few steps as meet the tolerance
 
       ddim sample --eta 1 --steps 1000 --sigma-hat        # DDPM
 
-      ddim sample -m google/ddpm-cifar10-32 -n 8 --out pictures/
+      ddim sample -m google/ddpm-cifar10-32 -n 8 --out images/
 
       torchrun --nproc-per-node 8 -m ddim sample -n 50000 --out digits.npz
     """
@@ -78,49 +79,57 @@ def sample(
     from ddim.io.images import PICTURES, check_output_path, is_folder_path, save_images
 
     target = check_output_path(out, PICTURES | {".tar": "WebDataset shards"})
-    own_timesteps = parse_timesteps(timesteps)
-    number_of_steps = None if steps == "auto" else parse_steps(steps)
-    if number_of_steps is None and (own_timesteps is not None or spacing is not None or eta):
-        raise ValueError(
-            "--steps auto is for the model's own timesteps and eta 0; leave out --timesteps, --spacing, --eta"
-        )
-    if number_of_steps is not None and tolerance is not None:
-        raise ValueError("--tolerance goes with --steps auto")
-    rank, world = rank_and_world_size()
+    sampling = SamplingOptions.parse(parse_steps(steps), spacing, timesteps, eta=eta, order=order, sigma_hat=sigma_hat)
+    if sampling.steps is None and (timesteps is not None or spacing is not None or eta):
+        raise ValueError("--steps auto requires the model's own timesteps and --eta 0; omit --timesteps and --spacing")
+    if sampling.steps is not None and tolerance is not None:
+        raise ValueError(f"--tolerance requires --steps auto, got --steps {steps}")
+    rank, world_size = rank_and_world_size()
     pipe = load_pipeline(model, local_device(device), dtype, engine)
-    if number_of_steps is None:
+    if sampling.steps is None:
         from ddim.tuning import enough_steps
 
-        number_of_steps, error = enough_steps(pipe, 0.001 if tolerance is None else tolerance, order)
+        num_steps, error = enough_steps(pipe, AUTO_TOLERANCE if tolerance is None else tolerance, order)
+        sampling = replace(sampling, steps=num_steps)
         if rank == 0:
-            print(f"{number(number_of_steps, 'step')}, mean squared error {error:.1e}", file=sys.stderr)
-    settings: dict[str, Any] = {
-        "eta": eta,
-        "num_inference_steps": number_of_steps,
-        "timesteps": choose_timesteps(pipe, number_of_steps, spacing, own_timesteps),
-        "order": order,
-        "use_sigma_hat": sigma_hat,
-    }
+            print(f"{pluralize(num_steps, 'step')}, mean squared error {error:.1e}", file=sys.stderr)
+    settings = asdict(sampling.config(pipe))
     started = time.monotonic()
     if is_folder_path(out) or target.suffix.lower() in (".npz", ".tar"):
         result = sample_many(pipe, out, count, seed, batch_size, shard_size, overwrite, **settings)
-        summary = f"{number(result.painted, 'picture')} in {time.monotonic() - started:.1f} s"
+        summary = f"{pluralize(result.painted, 'image')} in {time.monotonic() - started:.1f} s"
         if result.done < result.count or result.painted < result.count:
-            summary += f"; {result.done} of {result.count} are there"
+            summary += f"; {result.done} of {result.count} are complete"
         if rank == 0:
-            finish(target, 0, summary)
+            report_result(target, 0, summary)
         return
-    if world > 1:
-        raise ValueError("a grid is painted by one process; many go with a folder, x.npz or x.tar")
-    images = pipe.paint(count, seed, batch_size, **settings)
+    if world_size > 1:
+        raise ValueError("a grid requires a single process; several processes require a folder, x.npz or x.tar")
+    images = pipe.sample_images(count, seed, batch_size, **settings)
     seconds = time.monotonic() - started
-    replaced = int(target.exists())
+    num_replaced = int(target.exists())
     save_images(images, out)
-    finish(target, replaced, f"{number(len(images), 'picture')} in {seconds:.1f} s")
+    report_result(target, num_replaced, f"{pluralize(len(images), 'image')} in {seconds:.1f} s")
 
 
-def parse_steps(text: str) -> int:
-    """The number in `--steps`."""
+def parse_steps(text: str) -> int | None:
+    """Parse the value of `--steps`.
+
+    Args:
+        text: an integer, or `auto`.
+
+    Returns:
+        The number of steps; `None` for `auto`.
+
+    Raises:
+        ValueError: for anything else.
+
+    Example:
+        >>> parse_steps("20"), parse_steps("auto")
+        (20, None)
+    """
+    if text == "auto":
+        return None
     if not text.removeprefix("-").isdecimal():
-        raise ValueError(f"--steps {text!r} is neither a whole number nor auto")
+        raise ValueError(f"--steps must be an integer or auto, got {text!r}")
     return int(text)

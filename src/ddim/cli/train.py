@@ -1,4 +1,4 @@
-"""`ddim train`: train a model from images."""
+"""`ddim train`: train a model on images."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import typer
 from ddim.cli import options
 
 if TYPE_CHECKING:
-    from ddim.training.plan import Plan
+    from ddim.training.costs import RunCosts
 
-NEEDED = (
+REQUIRED_MODULES = (
     "accelerate",
     "datasets",
     "matplotlib",
@@ -27,70 +27,69 @@ NEEDED = (
     "torchmetrics",
     "yaml",
 )
-"""Modules that come with `ddim[train]`; some are imported only when the run is over."""
+"""Modules that come with `ddim[train]`; some are imported only when the run ends."""
 
 
 def train(
-    out: Annotated[Path | None, typer.Option(help="The run's folder; the result is its subfolder final.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; the result is its subfolder final.")] = None,
     data: Annotated[
         str | None,
         typer.Option(
             help="A folder of images or parquet files, a .parquet or .npz file, the id of a data set on the hub, or "
-            "digits; the preset's unless given."
+            "digits; defaults to the preset's."
         ),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="Start from settings that ship with the package.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Start from settings that come with the package.")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file with settings.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="One setting, such as optim.lr=2e-4; may be repeated.")
+        list[str] | None, typer.Option("--set", help="One setting, such as optim.lr=2e-4; can be repeated.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, data order, timesteps and noise.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Where the run ends.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images a step, of all processes together.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, data order, timesteps and noise.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Number of steps after which the run ends.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step, over all processes.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     resume: Annotated[
         str,
         typer.Option(
-            help="auto goes on with the run in --out; never wants an empty folder; or the folder of a checkpoint."
+            help="auto resumes the run in --out; never requires an empty folder; or the folder of a checkpoint."
         ),
     ] = "auto",
     max_minutes: Annotated[
-        float | None, typer.Option(help="End after so much time; the same command goes on from there.")
+        float | None, typer.Option(help="Stop after this time; the same command resumes from there.")
     ] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(help="Publish the result on the Hugging Face hub under this id, owner/name.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Take a few steps, tell what the run would cost, write nothing.")
+        bool, typer.Option("--dry-run", help="Take a few steps, report what the run would cost, write nothing.")
     ] = False,
     list_presets: Annotated[bool, typer.Option("--list-presets", help="List the presets and exit.")] = False,
     device: options.Device = "auto",
 ) -> None:
-    """Train a model with the DDPM objective. Stopped and started again, it goes on from its last checkpoint.
+    """Train a model with the DDPM objective. The same command resumes from the last checkpoint.
 
-    The path of the finished pipeline is printed. Several processes and machines train together when the command is
+    The path of the trained pipeline is printed. Several processes and machines train together when the command is
     started by `accelerate launch -m ddim train ...` or `torchrun --nproc-per-node 8 -m ddim train ...`.
 
     Examples:
-
       ddim train --preset digits --out runs/digits
 
       ddim train --preset mnist --data mnist/train.parquet --out runs/mnist
 
-      ddim train --config mine.yaml --data pictures/ --out runs/mine --set optim.lr=1e-4
+      ddim train --config mine.yaml --data images/ --out runs/mine --set optim.lr=1e-4
     """
     if out is None and not dry_run and not list_presets:
         raise typer.BadParameter("give a folder for the run, such as --out runs/mine", param_hint="--out")
     if max_minutes is not None and not max_minutes > 0:
-        raise typer.BadParameter(f"{max_minutes} minutes are no time; give more than 0", param_hint="--max-minutes")
-    for name in NEEDED:
+        raise typer.BadParameter(f"must be positive, got {max_minutes:g}", param_hint="--max-minutes")
+    for name in REQUIRED_MODULES:
         if find_spec(name) is None:
-            raise RuntimeError(f"training needs {name}; install it with: pip install 'ddim[train]'")
+            raise RuntimeError(f"training requires {name}; install it with: pip install 'ddim[train]'")
     from accelerate import PartialState
 
     from ddim.io.hub import check_hub_id, push_folder
     from ddim.training.config import load_config
-    from ddim.training.plan import plan, preset_table
+    from ddim.training.costs import estimate_costs, preset_table
     from ddim.training.run import train as run
 
     if list_presets:
@@ -103,15 +102,15 @@ def train(
         "batch_size": batch_size,
         "checkpoints.every": checkpoint_every,
     }
-    checked = load_config(preset, config, settings or (), overrides)
+    resolved = load_config(preset, config, settings or (), overrides)
     if out is None or dry_run:
-        print(_table(plan(checked, device)))
+        print(_cost_table(estimate_costs(resolved, device)))
         return
     if push_to_hub is not None:
         check_hub_id(push_to_hub)
     logging.getLogger("ddim.training").setLevel(logging.INFO)
-    how: Any = resume if resume in ("auto", "never") else Path(resume)
-    final = run(checked, out, device, how, max_minutes)
+    resume_from: Any = resume if resume in ("auto", "never") else Path(resume)
+    final = run(resolved, out, device, resume_from, max_minutes)
     if not PartialState().is_main_process:
         return
     if push_to_hub is not None:
@@ -126,17 +125,17 @@ def train(
     print(final)
 
 
-def _table(costs: Plan) -> str:
-    """A line a cost."""
+def _cost_table(costs: RunCosts) -> str:
+    """Format the costs, one line each."""
     rows = {
         "images": f"{costs.images:,}",
         "parameters": f"{costs.parameters:,}",
-        "GFLOP a step": f"{costs.gflop_per_step:,.1f}",
+        "GFLOP per step": f"{costs.gflop_per_step:,.1f}",
         "weights, average, gradients, moments": f"{costs.state_mib:,.0f} MiB",
         "memory in use": f"{costs.peak_mib:,.0f} MiB",
         "loader": f"{costs.loader_images_per_second:,.0f} images/s",
-        "a step": f"{costs.seconds_per_step:.3f} s",
-        "all steps": f"{costs.hours:,.1f} h",
+        "time per step": f"{costs.seconds_per_step:.3f} s",
+        "time of all steps": f"{costs.hours:,.1f} h",
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

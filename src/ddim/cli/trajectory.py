@@ -1,4 +1,4 @@
-"""`ddim trajectory` and `ddim consistency`: one code, looked at over time and over numbers of steps."""
+"""`ddim trajectory` and `ddim consistency`: the same latents over the timesteps and over numbers of steps."""
 
 from __future__ import annotations
 
@@ -7,22 +7,34 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import check_fps, choose_timesteps, finish, load_pipeline, number, parse_timesteps, with_spacing
+from ddim.cli.common import (
+    SamplingOptions,
+    check_fps,
+    load_pipeline,
+    parse_integers,
+    pluralize,
+    report_result,
+    with_spacing,
+)
 from ddim.validation import integer
 
 
 def trajectory(
     out: Annotated[
         str,
-        typer.Option("--out", "-o", help="x.png has a row of x_t and one of the predicted x_0; x.gif and x.webp move."),
+        typer.Option(
+            "--out",
+            "-o",
+            help="x.png has a row of x_t and one of the predicted x_0 per seed; x.gif and x.webp are animations.",
+        ),
     ] = "trajectory.png",
     model: options.Model = "mnist",
     count: options.Count = 4,
     seed: options.Seed = 0,
     steps: options.Steps = 50,
     eta: options.Eta = 0.0,
-    frames: Annotated[int, typer.Option(help="How many of the steps to show, evenly spread.")] = 10,
-    at: Annotated[str | None, typer.Option(help="The timesteps to show, in place of --frames.")] = None,
+    frames: Annotated[int, typer.Option(help="Number of steps to show, evenly spaced.")] = 10,
+    at: Annotated[str | None, typer.Option(help="Timesteps to show instead of --frames, such as 900,500,0.")] = None,
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
     order: options.Order = None,
@@ -31,12 +43,11 @@ def trajectory(
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
 ) -> None:
-    """Watch pictures appear: x_t and the x_0 predicted from it, step by step, and the end.
+    """Show how images form: x_t and the x_0 predicted from it, step by step, and the result.
 
     The path of the result is printed.
 
     Examples:
-
       ddim trajectory --count 2 --frames 8
 
       ddim trajectory --count 16 --frames 50 --out appear.gif
@@ -52,41 +63,48 @@ def trajectory(
 
     target = check_output_path(out, {".png": ""} | ANIMATION_SUFFIXES, folder_allowed=False)
     check_fps(fps)
-    own_timesteps, own_frames = parse_timesteps(timesteps), parse_timesteps(at, "--at")
+    sampling = SamplingOptions.parse(steps, spacing, timesteps, eta=eta, order=order)
+    frame_timesteps = None if at is None else parse_integers(at, "--at")
     integer("--count", count, 1)
     pipe = load_pipeline(model, device, dtype, engine)
-    seeds = range(seed, seed + count)
-    walked = choose_timesteps(pipe, steps, spacing, own_timesteps)
-    shown = pipe.trajectory(count, steps, frames, seeds=seeds, eta=eta, timesteps=walked, order=order, at=own_frames)
-    replaced = int(target.exists())
-    samples, predicted = [*shown.samples, shown.images], [*shown.pred_original_samples, shown.images]
+    result = pipe.trajectory(
+        count,
+        steps,
+        frames,
+        seeds=range(seed, seed + count),
+        eta=sampling.eta,
+        timesteps=sampling.choose_timesteps(pipe),
+        order=sampling.order,
+        at=frame_timesteps,
+    )
+    num_replaced = int(target.exists())
+    samples, predicted = [*result.samples, result.images], [*result.pred_original_samples, result.images]
     if is_animation_path(out):
         save_animation([stack_rows(pair) for pair in zip(samples, predicted, strict=True)], out, fps)
     else:
         rows = [[frame[i] for frame in part] for i in range(count) for part in (samples, predicted)]
         save_picture(stack_rows(rows, len(samples)), target)
-    finish(target, replaced, f"timesteps {', '.join(map(str, shown.timesteps))}, then the end")
+    report_result(target, num_replaced, f"timesteps {', '.join(map(str, result.timesteps))}, then the result")
 
 
 def consistency(
     out: Annotated[
-        str, typer.Option("--out", "-o", help="A PNG: a row a number of steps, a column a seed.")
+        str, typer.Option("--out", "-o", help="PNG to write: one row per number of steps, one column per seed.")
     ] = "consistency.png",
     model: options.Model = "mnist",
     count: options.Count = 8,
     seed: options.Seed = 0,
-    steps: Annotated[str, typer.Option(help="Numbers of steps.")] = "10,20,50,100",
+    steps: Annotated[str, typer.Option(help="Numbers of steps, separated by commas.")] = "10,20,50,100",
     spacing: options.Spacing = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
 ) -> None:
-    """Paint the same codes with different numbers of steps: the code decides the picture.
+    """Sample the same latents with different numbers of steps: the latent decides the image.
 
     The path of the result is printed.
 
     Examples:
-
       ddim consistency
 
       ddim consistency --count 12 --steps 5,10,100
@@ -96,11 +114,12 @@ def consistency(
 
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     integer("--count", count, 1)
-    numbers = parse_timesteps(steps, "--steps") or []
+    numbers_of_steps = parse_integers(steps, "--steps")
     pipe = with_spacing(load_pipeline(model, device, dtype, engine), spacing)
     seeds = check_seeds(range(seed, seed + count), count)
     latents = noise_from_seeds((count, *pipe.sample_shape), seeds, pipe.device)()
-    rows = pipe.consistency(latents, numbers)
-    replaced = int(target.exists())
+    rows = pipe.consistency(latents, numbers_of_steps)
+    num_replaced = int(target.exists())
     save_picture(stack_rows(rows), target)
-    finish(target, replaced, f"{number(count, 'code')}, rows of {', '.join(map(str, numbers))} steps")
+    summary = f"{pluralize(count, 'latent')}, rows of {', '.join(map(str, numbers_of_steps))} steps"
+    report_result(target, num_replaced, summary)

@@ -9,32 +9,36 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import finish, load_pipeline, number, parse_timesteps
+from ddim.cli.common import load_pipeline, parse_integers, pluralize, report_result
 
 
 def tune(
     model: Annotated[str, typer.Argument(help="A built-in model (mnist), a folder, or a hub id.", show_default=False)],
     out: Annotated[
-        str, typer.Option("--out", "-o", help="The folder for the pipeline with the timesteps; MODEL to add to it.")
+        str,
+        typer.Option(
+            "--out", "-o", help="Folder for the pipeline with the timesteps; the MODEL's own folder to add to it."
+        ),
     ],
     steps: Annotated[str, typer.Option(help="Numbers of steps, such as 10 or 5,10,20.")] = "10",
-    order: Annotated[int, typer.Option(help="Of the method: 1 is DDIM, 2 uses the last two predictions.")] = 2,
+    order: Annotated[int, typer.Option(help="Order of the method: 1 is DDIM, 2 uses the last two predictions.")] = 2,
     eta: options.Eta = 0.0,
-    codes: Annotated[int, typer.Option(help="Codes that the search looks at; as many others judge the result.")] = 64,
+    codes: Annotated[
+        int, typer.Option(help="Number of latents for the search; as many others measure its result.")
+    ] = 64,
     seed: options.Seed = 0,
-    plot: Annotated[str | None, typer.Option(help="Draw the timesteps into a .png or .svg besides.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Codes that the network sees at once.")] = 64,
+    plot: Annotated[str | None, typer.Option(help="Plot the timesteps into this .png or .svg file as well.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Latents per network call.")] = 64,
     device: options.Device = "auto",
     engine: options.Engine = "auto",
 ) -> None:
-    """Find the timesteps with the least error, and save the model with them.
+    """Search for the timesteps with the smallest error, and save the model with them.
 
-    For each number of steps a table is printed: the mean squared error, in [0, 1], of pictures to those of very many
-    steps, with the spacings and with the timesteps found, on codes that the search has not seen; then the timesteps.
-    The last line is the folder. A search that was stopped goes on.
+    For each number of steps a table is printed: the mean squared error, in [0, 1], to images of very many steps, with
+    each spacing and with the learned timesteps, on latents that the search has not seen; then the timesteps. The last
+    line is the folder. An interrupted search resumes.
 
     Examples:
-
       ddim tune mnist --steps 10 --out mnist-tuned
 
       ddim tune my-model --steps 5,10,20 --out my-model --plot timesteps.png
@@ -46,28 +50,31 @@ def tune(
     from ddim.tuning import draw_timesteps, plot_timesteps
     from ddim.tuning import tune as search
 
-    numbers = parse_timesteps(steps, "--steps") or []
+    numbers_of_steps = parse_integers(steps, "--steps")
     folder = Path(out)
     if (folder / MODEL_INDEX).exists() and not (Path(model).is_dir() and folder.samefile(model)):
         raise FileExistsError(f"{out} holds a pipeline; give another --out, or give it as the MODEL to add to it")
-    drawing = None if plot is None else check_output_path(plot, {".png": "", ".svg": ""}, folder_allowed=False)
+    plot_path = None
+    if plot is not None:
+        plot_path = check_output_path(plot, {".png": "", ".svg": ""}, folder_allowed=False, name="plot")
     pipe = load_pipeline(model, device, engine=engine)
-    lists: dict[str, list[int]] = {}
-    for count in numbers:
-        found = search(pipe, count, order, eta, num_latents=codes, seed=seed, batch_size=batch_size)
-        best = min(found.classic.values())
-        print(f"{number(count, 'step')}, order {order}, eta {eta:g}")
-        for name, error in sorted({"learned": found.error, **found.classic}.items(), key=lambda entry: entry[1]):
+    plotted: dict[str, list[int]] = {}
+    for num_steps in numbers_of_steps:
+        result = search(pipe, num_steps, order, eta, num_latents=codes, seed=seed, batch_size=batch_size)
+        smallest = min(result.classic.values())
+        print(f"{pluralize(num_steps, 'step')}, order {order}, eta {eta:g}")
+        errors = {"learned": result.error, **result.classic}
+        for name, error in sorted(errors.items(), key=lambda entry: entry[1]):
             print(f"  {name:<10}{error:.3e}")
-        print(f"  learned timesteps have {found.error / best:.0%} of the least error of the others")
-        learned = {"learned": found.timesteps}
-        drawn = learned | {name: pipe.scheduler.make_timesteps(count, name) for name in found.classic}
-        print(draw_timesteps(drawn, len(pipe.scheduler)))
-        print(f"timesteps {','.join(map(str, found.timesteps))}", flush=True)
-        lists |= {f"{name}, {count}": chosen for name, chosen in drawn.items()}
-        pipe.scheduler = found.added_to(pipe.scheduler)
-    if drawing is not None:
-        plot_timesteps(lists, drawing)
-        print(f"also in {drawing}", file=sys.stderr)
+        print(f"  learned timesteps have {result.error / smallest:.0%} of the smallest error of the spacings")
+        by_name = {"learned": result.timesteps}
+        by_name |= {name: pipe.scheduler.make_timesteps(num_steps, name) for name in result.classic}
+        print(draw_timesteps(by_name, len(pipe.scheduler)))
+        print(f"timesteps {','.join(map(str, result.timesteps))}", flush=True)
+        plotted |= {f"{name}, {num_steps}": timesteps for name, timesteps in by_name.items()}
+        pipe.scheduler = result.added_to(pipe.scheduler)
+    if plot_path is not None:
+        plot_timesteps(plotted, plot_path)
+        print(f"also in {plot_path}", file=sys.stderr)
     pipe.save_pretrained(folder)
-    finish(folder, 0, f"{number(len(numbers), 'list')} of timesteps")
+    report_result(folder, 0, f"{pluralize(len(numbers_of_steps), 'list')} of timesteps")

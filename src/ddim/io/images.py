@@ -288,13 +288,16 @@ def is_animation_path(path: str | Path) -> bool:
     return Path(path).suffix.lower() in ANIMATION_SUFFIXES
 
 
-def check_output_path(path: str | Path, allowed: Mapping[str, str] = PICTURES, folder_allowed: bool = True) -> Path:
+def check_output_path(
+    path: str | Path, allowed: Mapping[str, str] = PICTURES, folder_allowed: bool = True, name: str = "out"
+) -> Path:
     """Find out, before any work, whether a result can be written here.
 
     Args:
         path: as for `save_images`, for one.
         allowed: suffixes, and what they mean.
         folder_allowed: whether a folder is meant by a path without a suffix.
+        name: the argument's name, for the message.
 
     Returns:
         The path.
@@ -308,9 +311,8 @@ def check_output_path(path: str | Path, allowed: Mapping[str, str] = PICTURES, f
     target = Path(path)
     if target.suffix.lower() not in allowed if not is_folder_path(path) else not folder_allowed:
         names = [f"{suffix} ({meaning})" if meaning else suffix for suffix, meaning in allowed.items()]
-        choices = join_choices([*names, "a folder"] if folder_allowed else names)
-        ends = f"ends in {target.suffix}" if target.suffix and not target.is_dir() else "is a folder or has no suffix"
-        raise ValueError(f"--out {path} {ends}; give a name in {choices}")
+        choices = join_choices([*names, "be a folder"] if folder_allowed else names)
+        raise ValueError(f"{name} must end in {choices}, got {str(path)!r}")
     folder = target if target.is_dir() else target.parent
     if not folder.exists():
         raise FileNotFoundError(f"the folder {folder} does not exist; make it, or write {target.name} elsewhere")

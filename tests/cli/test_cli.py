@@ -1,19 +1,19 @@
-"""The command line: help, files, what goes to which stream, exit codes, and a line for every mistake.
+"""The command line: help, files, streams, exit codes, and a message of one line for every mistake.
 
-Three kinds of process: programs of their own where start-up matters, one for a whole table of commands (`cli_batch`),
-and none at all for what `info` counts.
+Commands run in one process (`cli_batch`), each when a test first needs it; where start-up matters, as separate
+programs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ import typer
 import yaml
 from PIL import Image
 
-import cli_batch
+from cli_batch import Commands, Result, environment
 from ddim.cli import app
 from ddim.info import count_flop
 from ddim.pipeline import DDIMPipeline
@@ -32,31 +32,14 @@ from digits import TINY_MODEL, write_digits
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
-class Result(NamedTuple):
-    code: int
-    stdout: str
-    stderr: str
-    evaluations: list[tuple[int, int, str]]
-
-
-def environment(home: Path) -> dict[str, str]:
-    return os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "COLUMNS": "200",
-    }
-
-
 def program(folder: Path, *command: str) -> Result:
-    """A process of its own."""
+    """The result of a separate program."""
     done = subprocess.run(command, cwd=folder, env=environment(folder / "home"), capture_output=True, text=True)
     return Result(done.returncode, done.stdout, done.stderr, [])
 
 
 DDIM = str(Path(sys.executable).parent / "ddim")
-TRAIN = ["train", "--config", "mine.yaml", "--data", "pictures", "--device", "cpu"]
+TRAIN = ["train", "--config", "mine.yaml", "--data", "images", "--device", "cpu"]
 QUICK = ["sample", "-n", "2", "--steps", "2", "--device", "cpu"]
 
 GOOD = {
@@ -66,12 +49,12 @@ GOOD = {
     "grid": ["sample", "-n", "5", "--steps", "2", "--out", "grid.png"],
     "grid again": ["sample", "-n", "5", "--steps", "2", "--out", "again.png"],
     "npz": ["sample", "--count", "5", "--steps", "2", "-o", "x.npz"],
-    "folder": ["sample", "-n", "5", "--steps", "2", "--out", "pictures of digits/"],
+    "folder": ["sample", "-n", "5", "--steps", "2", "--out", "images of digits/"],
     "third": ["sample", "-n", "1", "--seed", "3", "--steps", "2", "--out", "third.npz"],
     "batches": ["sample", "-n", "5", "--batch-size", "2", "--steps", "2", "--out", "batches.npz"],
     "replaced": ["sample", "-n", "1", "--steps", "1", "--out", "old.png"],
-    "folder again": ["sample", "-n", "6", "--steps", "1", "--out", "pictures again", "--overwrite"],
-    "gone on with": ["sample", "-n", "6", "--steps", "1", "--out", "pictures again"],
+    "folder again": ["sample", "-n", "6", "--steps", "1", "--out", "images again", "--overwrite"],
+    "resumed": ["sample", "-n", "6", "--steps", "1", "--out", "images again"],
     "shards": ["sample", "-n", "6", "--steps", "1", "--out", "shards.tar", "--batch-size", "2", "--shard-size", "5"],
     "default name": ["sample", "-n", "1", "--steps", "1"],
     "timesteps": [*QUICK, "--timesteps", "900,600,300,0", "-o", "timesteps.npz"],
@@ -88,84 +71,109 @@ GOOD = {
     "sample trained": ["sample", "-m", "runs/one/final", "-n", "3", "--steps", "3", "-o", "trained.npz"],
 }
 
+REQUIRES = {
+    "resumed": ["folder again"],
+    "train again": ["train"],
+    "bad other images": ["resumed"],
+    "bad other settings": ["train"],
+    "bad never resume": ["train"],
+}
+"""What has to run before, where it cannot be seen from the arguments."""
+
 BAD: dict[str, tuple[list[str], int, str]] = {
-    "no steps": (["sample", "--steps", "0"], 1, "num_inference_steps is 0; .* at least 1"),
-    "negative steps": (["sample", "--steps", "-5"], 1, "num_inference_steps is -5"),
-    "too many steps": (["sample", "--steps", "2000"], 1, "num_inference_steps is 2000; .* 1000 timesteps"),
-    "half a step": (["sample", "--steps", "2.5"], 1, "--steps '2.5' is neither a whole number nor auto"),
-    "eta -1": (["sample", "--eta", "-1"], 1, r"eta is -1\.0"),
-    "eta nan": (["sample", "--eta", "nan"], 1, "eta is nan"),
-    "eta inf": (["sample", "--eta", "inf"], 1, "eta is inf"),
+    "no steps": (["sample", "--steps", "0"], 1, "^ddim: --steps must be an integer of at least 1, got 0"),
+    "negative steps": (["sample", "--steps", "-5"], 1, "^ddim: --steps must be an integer of at least 1, got -5"),
+    "too many steps": (
+        ["sample", "--steps", "2000"],
+        1,
+        "^ddim: --steps .*2000.* 1000 timesteps|^ddim: --steps .* 1000.* 2000",
+    ),
+    "fractional steps": (["sample", "--steps", "2.5"], 1, "^ddim: --steps must be an integer or auto, got '2.5'"),
+    "eta -1": (["sample", "--eta", "-1"], 1, r"^ddim: --eta must be a number of at least 0, got -1\.0"),
+    "eta nan": (["sample", "--eta", "nan"], 1, "^ddim: --eta must be a number of at least 0, got nan"),
+    "eta inf": (["sample", "--eta", "inf"], 1, "^ddim: --eta must be a number of at least 0, got inf"),
     "eta much": (["sample", "--eta", "much"], 2, "Invalid value for '--eta'"),
-    "count": (["sample", "--count", "0"], 1, "count is 0; .* at least 1"),
-    "batch size": (["sample", "--batch-size", "0"], 1, "batch_size is 0; .* at least 1"),
-    "order": (["sample", "--order", "3"], 1, "order is 3; it must be 1 .DDIM. or 2"),
-    "order and eta": (["sample", "--order", "2", "--eta", "1"], 1, "order 2 is of the process without noise"),
-    "seed": (["sample", "--seed", "-1"], 1, "seed is -1; .* at least 0"),
+    "count": (["sample", "--count", "0"], 1, "^ddim: --count must be an integer of at least 1, got 0"),
+    "batch size": (["sample", "--batch-size", "0"], 1, "^ddim: --batch-size must be an integer of at least 1, got 0"),
+    "order": (["sample", "--order", "3"], 1, r"^ddim: --order must be 1 \(DDIM\) or 2 .*, got 3"),
+    "order and eta": (["sample", "--order", "2", "--eta", "1"], 1, "^ddim: --order 2 requires --eta 0 .*, got --eta 1"),
+    "seed": (["sample", "--seed", "-1"], 1, "^ddim: --seed must be an integer of at least 0, got -1"),
     "large seed": (["sample", "--seed", str(2**63)], 1, "seed"),
-    "spacing": (["sample", "--spacing", "even"], 1, "timestep_spacing is 'even'; it must be one of leading, "),
-    "rising timesteps": (["sample", "--timesteps", "10,20"], 1, "20 after 10; they must be strictly decreasing"),
-    "words as timesteps": (["sample", "--timesteps", "a,b"], 1, "--timesteps 'a,b' is no list of whole numbers"),
-    "no timesteps": (["sample", "--timesteps", ""], 1, "--timesteps '' is no list of whole numbers"),
-    "large timesteps": (["sample", "--timesteps", "2000,0"], 1, "holds 2000; .* between 0 and 999"),
+    "spacing": (["sample", "--spacing", "even"], 1, "^ddim: --spacing .*must be one of leading, "),
+    "rising timesteps": (
+        ["sample", "--timesteps", "10,20"],
+        1,
+        "^ddim: --timesteps must be strictly decreasing, got 20 after 10",
+    ),
+    "words as timesteps": (
+        ["sample", "--timesteps", "a,b"],
+        1,
+        "^ddim: --timesteps must be integers separated by commas, .*'a,b'",
+    ),
+    "no timesteps": (["sample", "--timesteps", ""], 1, "^ddim: --timesteps must be integers separated by commas, .*''"),
+    "large timesteps": (
+        ["sample", "--timesteps", "2000,0"],
+        1,
+        "^ddim: --timesteps must be integers from 0 to 999, got 2000",
+    ),
     "model": (["sample", "-m", "monalisa"], 1, r"there is no model 'monalisa': it is not built in \(mnist\)"),
     "hub model": (
         ["sample", "-m", "nobody/nothing"],
         1,
         "the model nobody/nothing is neither a folder nor in the cache",
     ),
-    "unknown pictures": (
+    "unknown images": (
         ["sample", "-n", "2", "--steps", "1", "--out", "unknown"],
         1,
         r"unknown/00000\.png is there, and no manifest\.json .*--overwrite",
     ),
-    "other pictures": (
-        ["sample", "-n", "6", "--steps", "2", "--out", "pictures again"],
+    "other images": (
+        ["sample", "-n", "6", "--steps", "2", "--out", "images again"],
         1,
         r"other settings \(timesteps is \[500, 0\], was \[0\]\)",
     ),
-    "empty folder": (["sample", "-m", "empty"], 1, "empty holds no model: looked for .*config.json"),
+    "empty folder": (["sample", "-m", "empty"], 1, r"empty is not a model: neither unet/config\.json nor config\.json"),
     "file": (["sample", "-m", "mine.yaml"], 1, "there is no model 'mine.yaml'"),
     "missing folder": (["sample", "--out", "missing/x.png"], 1, "the folder missing does not exist"),
-    "suffix": (["sample", "--out", "x.jpg"], 1, r"--out x\.jpg ends in \.jpg; give a name in \.png"),
+    "suffix": (["sample", "--out", "x.jpg"], 1, r"^ddim: --out must end in \.png .* or be a folder, got 'x\.jpg'"),
     "file as folder": (["sample", "--out", "mine.yaml/x.png"], 1, r"mine\.yaml is a file, not a folder"),
     "device": (["sample", "--device", "cuda"], 1, "there is no device 'cuda' here|no CUDA device"),
     "unknown device": (["sample", "--device", "abacus"], 1, "there is no device 'abacus' here"),
     "engine": (["sample", "--engine", "steam"], 1, "engine must be one of auto, eager, or compile, got 'steam'"),
     "dtype": (["sample", "--dtype", "float99"], 1, "dtype is 'float99'; it must be one of float32, bfloat16, float16"),
-    "sigma-hat": (["sample", "--sigma-hat"], 1, "sigma.hat .* eta=1"),
+    "sigma-hat": (["sample", "--sigma-hat"], 1, "--sigma-hat .*--eta 1"),
     "unknown option": (["sample", "--stepz", "3"], 2, "No such option: --stepz"),
-    "unknown command": (["paint"], 2, "No such command 'paint'"),
+    "unknown command": (["draw"], 2, "No such command 'draw'"),
     "app model": (["app", "monalisa"], 1, "there is no model 'monalisa'"),
-    "app port": (["app", "--port", "70000"], 1, "--port is 70000; it must be a number from 0 to 65535"),
-    "app host": (["app", "--host", "192.0.2.1"], 1, r"cannot listen at 192\.0\.2\.1, port 7860: .*try another"),
+    "app port": (["app", "--port", "70000"], 1, "^ddim: --port must be an integer from 0 to 65535, got 70000"),
+    "app host": (["app", "--host", "192.0.2.1"], 1, r"cannot listen on 192\.0\.2\.1, port 7860: .*choose another port"),
     "app device": (["app", "--device", "abacus"], 1, "there is no device 'abacus' here"),
     "info": (["info", "monalisa"], 1, "there is no model 'monalisa'"),
     "info empty": (["info", "empty"], 1, "empty"),
-    "no data": ([*TRAIN, "--data", "missing", "--out", "run"], 1, "there is no missing; give a folder of images"),
+    "no data": ([*TRAIN, "--data", "missing", "--out", "run"], 1, "missing does not exist"),
     "data without images": ([*TRAIN, "--data", "empty", "--out", "run"], 1, "there is no image in empty"),
     "train without data": (["train", "--config", "mine.yaml", "--out", "run"], 1, "data: Field required"),
     "train without out": (TRAIN, 2, "give a folder for the run, such as --out runs/mine"),
-    "preset": ([*TRAIN, "--preset", "imagenet", "--out", "run"], 1, "no preset 'imagenet'; there are .*mnist"),
+    "preset": ([*TRAIN, "--preset", "imagenet", "--out", "run"], 1, "preset must be one of .*mnist"),
     "unknown key": ([*TRAIN, "--set", "optim.rate=1", "--out", "run"], 1, r"optim\.rate: Extra inputs"),
     "no key": ([*TRAIN, "--set", "optim.lr", "--out", "run"], 1, "--set 'optim.lr' is no key=value"),
     "wrong value": ([*TRAIN, "--set", "batch_size=none", "--out", "run"], 1, "batch_size: .*integer"),
-    "unknown model key": ([*TRAIN, "--set", "model.colour=1", "--out", "run"], 1, "colour"),
-    "no such config": (["train", "--config", "none.yaml", "--data", "pictures", "--out", "run"], 1, "none.yaml"),
+    "unknown model key": ([*TRAIN, "--set", "model.color=1", "--out", "run"], 1, "color"),
+    "no such config": (["train", "--config", "none.yaml", "--data", "images", "--out", "run"], 1, "none.yaml"),
     "max steps": ([*TRAIN, "--max-steps", "0", "--out", "run"], 1, "max_steps: .*greater than 0"),
     "resume": ([*TRAIN, "--resume", "maybe", "--out", "run"], 1, "there is no checkpoint maybe"),
-    "other settings": ([*TRAIN, "--seed", "9", "--out", "runs/one"], 1, "begun with other settings .*seed: 0 there"),
+    "other settings": ([*TRAIN, "--seed", "9", "--out", "runs/one"], 1, "another configuration .*seed: expected 0"),
     "never resume": ([*TRAIN, "--resume", "never", "--out", "runs/one"], 1, "runs/one is not empty"),
-    "no run": ([*TRAIN, "--out", "pictures"], 1, "pictures is not empty and holds no run"),
+    "no run": ([*TRAIN, "--out", "images"], 1, "images is not empty and holds no run"),
     "train device": ([*TRAIN, "--device", "cuda", "--out", "run"], 1, "there is no device 'cuda' here"),
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where everything runs: digits, a configuration, an old picture, an empty folder."""
+    """Where the commands run: digits, a configuration, an old image, an empty folder."""
     folder = tmp_path_factory.mktemp("cli")
-    write_digits(folder / "pictures", 30)
+    write_digits(folder / "images", 30)
     config: dict[str, Any] = {
         "model": TINY_MODEL,
         "batch_size": 8,
@@ -176,31 +184,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mine.yaml").write_text(yaml.safe_dump(config))
     Image.new("L", (3, 3)).save(folder / "old.png")
     (folder / "empty").mkdir()
-    (folder / "pictures again").mkdir()
+    (folder / "images again").mkdir()
     (folder / "unknown").mkdir()
     (folder / "unknown" / "00000.png").write_text("mine")
     for name in ("00000.png", "00005.png", "00006.png"):
-        (folder / "pictures again" / name).write_text("old")
+        (folder / "images again" / name).write_text("old")
     return folder
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path) -> dict[str, Result]:
-    """Of all commands above, good ones first."""
-    table = GOOD | {f"bad {name}": arguments for name, (arguments, _, _) in BAD.items()}
-    done = subprocess.run(
-        [sys.executable, cli_batch.__file__],
-        input=json.dumps(list(table.values())),
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment(folder / "home"),
-        check=True,
-    )
-    return {name: Result(**result) for name, result in zip(table, json.loads(done.stdout), strict=True)}
+def results(folder: Path) -> Iterator[Commands]:
+    """Of all commands above; each runs when a test first needs it."""
+    mistakes = {f"bad {name}": arguments for name, (arguments, _, _) in BAD.items()}
+    with Commands(folder, GOOD | mistakes, REQUIRES) as commands:
+        yield commands
 
 
-def pictures(path: Path) -> np.ndarray:
+def pixels(path: Path) -> np.ndarray:
     with np.load(path) as file:
         return file["arr_0"].astype(int)
 
@@ -213,7 +213,7 @@ def test_version(tmp_path: Path) -> None:
         assert program(tmp_path, *command, "--version") == Result(0, f"ddim {__version__}\n", "", [])
 
 
-def test_help_of_the_whole(results: dict[str, Result]) -> None:
+def test_help_lists_every_command(results: Commands) -> None:
     code, stdout, stderr, _ = results["help"]
     assert (code, stderr) == (0, "")
     assert "Usage: ddim [OPTIONS] COMMAND" in stdout
@@ -225,7 +225,7 @@ def test_help_of_the_whole(results: dict[str, Result]) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_a_command(results: dict[str, Result], name: str) -> None:
+def test_help_names_every_option(results: Commands, name: str) -> None:
     code, stdout, stderr, evaluations = results[f"help {name}"]
     assert (code, stderr, evaluations) == (0, "", [])
     for parameter in COMMANDS[name].params:
@@ -236,106 +236,106 @@ def test_help_of_a_command(results: dict[str, Result], name: str) -> None:
     assert len([line for line in examples if line.strip().startswith(f"ddim {name}")]) >= 2
 
 
-# --- pictures
+# --- images
 
 
-def test_a_grid(results: dict[str, Result], folder: Path) -> None:
+def test_sample_writes_a_grid(results: Commands, folder: Path) -> None:
     code, stdout, stderr, evaluations = results["grid"]
     assert (code, stdout) == (0, "grid.png\n")
     assert "2/2" in stderr
-    assert re.search(r"^5 pictures in \d+\.\d s$", stderr, re.MULTILINE)
+    assert re.search(r"^5 images in \d+\.\d s$", stderr, re.MULTILINE)
     assert evaluations == [[500, 5, "torch.float32"], [0, 5, "torch.float32"]]
-    with Image.open(folder / "grid.png") as grid:
+    with Image.open(results.output("grid")) as grid:
         assert (grid.mode, grid.size) == ("L", (3 * 30 + 2, 2 * 30 + 2))
 
 
-def test_the_same_command_gives_the_same_bytes(results: dict[str, Result], folder: Path) -> None:
+def test_the_same_command_gives_the_same_bytes(results: Commands, folder: Path) -> None:
     assert results["grid again"].code == 0
-    assert (folder / "grid.png").read_bytes() == (folder / "again.png").read_bytes()
+    assert results.output("grid").read_bytes() == results.output("grid again").read_bytes()
 
 
-def test_the_same_pictures_in_every_form(results: dict[str, Result], folder: Path) -> None:
+def test_formats_hold_the_same_images(results: Commands, folder: Path) -> None:
     assert results["npz"].stdout == "x.npz\n"
-    arrays = pictures(folder / "x.npz")
+    arrays = pixels(results.output("npz"))
     assert arrays.shape == (5, 28, 28, 1)
-    with np.load(folder / "x.npz") as file:
+    with np.load(results.output("npz")) as file:
         assert file["arr_0"].dtype == np.uint8
 
-    assert results["folder"].stdout.strip() == "pictures of digits"
-    files = sorted((folder / "pictures of digits").glob("*.png"))
+    assert results["folder"].stdout.strip() == "images of digits"
+    files = sorted(results.output("folder").glob("*.png"))
     assert [path.name for path in files] == [f"{index:05d}.png" for index in range(5)]
-    with Image.open(folder / "grid.png") as grid:
+    with Image.open(results.output("grid")) as grid:
         for index, (path, array) in enumerate(zip(files, arrays, strict=True)):
             with Image.open(path) as image:
                 assert np.array_equal(np.asarray(image), array[..., 0])
             left, top = index % 3 * 30 + 2, index // 3 * 30 + 2
-            # A grid is painted by the network itself, files by its engine.
+            # A grid is sampled by the network itself, files by its engine.
             cut = np.asarray(grid.crop((left, top, left + 28, top + 28)), int)
             assert np.abs(cut - array[..., 0]).max() <= 1
     assert len({array.tobytes() for array in arrays}) == 5
 
 
-def test_picture_i_is_that_of_seed_plus_i(results: dict[str, Result], folder: Path) -> None:
-    expected = pictures(folder / "x.npz")
-    third = pictures(folder / "third.npz")
+def test_image_i_depends_on_seed_plus_i(results: Commands, folder: Path) -> None:
+    expected = pixels(results.output("npz"))
+    third = pixels(results.output("third"))
     assert third.shape == (1, 28, 28, 1)
     # To within the rounding of another batch size.
     assert np.abs(third[0] - expected[3]).max() <= 1
-    assert np.abs(pictures(folder / "batches.npz") - expected).max() <= 1
+    assert np.abs(pixels(results.output("batches")) - expected).max() <= 1
     assert [size for _, size, _ in results["batches"].evaluations] == [2] * 6
 
 
-def test_old_files_are_replaced_and_told(results: dict[str, Result], folder: Path) -> None:
-    assert re.search("^1 picture .*; 1 earlier file replaced$", results["replaced"].stderr, re.MULTILINE)
+def test_replaced_files_are_reported(results: Commands, folder: Path) -> None:
+    assert re.search("^1 image .*; 1 earlier file replaced$", results["replaced"].stderr, re.MULTILINE)
     assert "replaced" not in results["folder"].stderr
-    assert len(list((folder / "pictures again").glob("*.png"))) == 6
-    with Image.open(folder / "old.png") as image:
+    assert len(list(results.output("folder again").glob("*.png"))) == 6
+    with Image.open(results.output("replaced")) as image:
         assert image.size == (32, 32)
 
 
-def test_the_same_command_again_has_nothing_to_do(results: dict[str, Result]) -> None:
-    assert results["gone on with"].evaluations == []
-    assert re.search("^0 pictures .*; 6 of 6 are there$", results["gone on with"].stderr, re.MULTILINE)
+def test_completed_command_samples_nothing(results: Commands) -> None:
+    assert results["resumed"].evaluations == []
+    assert re.search("^0 images .*; 6 of 6 are complete$", results["resumed"].stderr, re.MULTILINE)
 
 
-def test_shards(results: dict[str, Result], folder: Path) -> None:
+def test_tar_shards(results: Commands, folder: Path) -> None:
     assert results["shards"].stdout == "shards.tar\n"
     assert sorted(path.name for path in folder.glob("shards*")) == [
         *("shards-000000.tar", "shards-000001.tar", "shards.tar.manifest.json"),
     ]
 
 
-def test_the_default_name(results: dict[str, Result], folder: Path) -> None:
+def test_default_output_path(results: Commands, folder: Path) -> None:
     assert results["default name"].stdout == "samples.png\n"
     assert (folder / "samples.png").is_file()
 
 
-def test_timesteps_and_spacing(results: dict[str, Result]) -> None:
+def test_timesteps_and_spacing_choose_the_timesteps(results: Commands) -> None:
     assert [t for t, _, _ in results["timesteps"].evaluations] == [900, 600, 300, 0]
     assert [t for t, _, _ in results["trailing"].evaluations] == [999, 499]
 
 
-def test_noise_and_its_size(results: dict[str, Result], folder: Path) -> None:
+def test_eta_and_sigma_hat_add_noise(results: Commands, folder: Path) -> None:
     names = ("ten", "eta", "sigma-hat")
     for name in names:
         assert results[name].code == 0
         assert [t for t, _, _ in results[name].evaluations] == list(range(900, -1, -100))
-    arrays = [pictures(folder / f"{name}.npz") for name in names]
+    arrays = [pixels(results.output(name)) for name in names]
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert np.abs(arrays[a] - arrays[b]).mean() > 5
     pipe = DDIMPipeline.from_pretrained("mnist")
     pipe.set_progress_bar_config(disable=True)
-    images = pipe.paint(2, num_inference_steps=10, eta=1.0, use_sigma_hat=True)
+    images = pipe.sample_images(2, num_inference_steps=10, eta=1.0, use_sigma_hat=True)
     assert np.abs(np.stack([np.asarray(image) for image in images])[..., None] - arrays[2]).max() <= 1
 
 
-def test_half_precision(results: dict[str, Result], folder: Path) -> None:
+def test_dtype_sets_the_precision(results: Commands, folder: Path) -> None:
     assert {dtype for _, _, dtype in results["bfloat16"].evaluations} == {"torch.bfloat16"}
-    difference = np.abs(pictures(folder / "bfloat16.npz") - pictures(folder / "ten.npz"))
+    difference = np.abs(pixels(results.output("bfloat16")) - pixels(results.output("ten")))
     assert 0 < difference.mean() < 8
 
 
-def test_results_go_to_stdout_and_nothing_else_does(results: dict[str, Result]) -> None:
+def test_only_results_go_to_stdout(results: Commands) -> None:
     for name, arguments in GOOD.items():
         assert results[name].code == 0, results[name].stderr
         assert "Traceback" not in results[name].stderr
@@ -346,7 +346,7 @@ def test_results_go_to_stdout_and_nothing_else_does(results: dict[str, Result]) 
 # --- facts
 
 
-def test_info(results: dict[str, Result]) -> None:
+def test_info_describes_the_model(results: Commands) -> None:
     lines = results["info"].stdout.splitlines()
     assert {"model: mnist", "layout: diffusers", "parameters: 1,805,121", "unet:", "  sample_size: 28"} <= set(lines)
     assert "  prediction_type: epsilon" in lines
@@ -372,7 +372,7 @@ def flop(**settings: Any) -> int:
 CONVOLUTIONS = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
 
 
-def test_flop_of_convolutions_equal_a_count_by_hand() -> None:
+def test_flop_of_convolutions_match_a_count_by_hand() -> None:
     def convolution(inputs: int, outputs: int, size: int, kernel: int = 3) -> int:
         return 2 * inputs * outputs * kernel**2 * size**2
 
@@ -390,7 +390,7 @@ def test_flop_of_convolutions_equal_a_count_by_hand() -> None:
     assert flop(**CONVOLUTIONS, mid_block_type=None) == expected
 
 
-def test_flop_of_attention_are_counted() -> None:
+def test_flop_include_attention() -> None:
     # The middle block has 4x4 positions and 8 channels: four projections, Q K^T and its product with V.
     attention = 2 * 16 * 8 * 8 * 4 + 2 * 16 * 16 * 8 * 2
     assert flop(**CONVOLUTIONS, add_attention=True) - flop(**CONVOLUTIONS, add_attention=False) == attention
@@ -399,31 +399,31 @@ def test_flop_of_attention_are_counted() -> None:
 # --- training
 
 
-def test_train_and_sample_from_the_result(results: dict[str, Result], folder: Path) -> None:
+def test_trained_model_can_be_sampled(results: Commands, folder: Path) -> None:
     code, stdout, stderr, _ = results["train"]
     assert (code, stdout) == (0, "runs/one/final\n")
     assert "12/12" in stderr
     run = folder / "runs" / "one"
     record = yaml.safe_load((run / "config.yaml").read_text())["config"]
-    assert (record["optim"]["lr"], record["max_steps"], record["data"]["source"]) == (1e-3, 12, "pictures")
+    assert (record["optim"]["lr"], record["max_steps"], record["data"]["source"]) == (1e-3, 12, "images")
     assert sorted(p.name for p in (run / "samples").iterdir()) == ["step-00000006.png", "step-00000012.png"]
     assert json.loads(results["info trained"].stdout)["unet"]["sample_size"] == 8
     assert results["sample trained"].stdout == "trained.npz\n"
-    assert pictures(folder / "trained.npz").shape == (3, 8, 8, 1)
+    assert pixels(results.output("sample trained")).shape == (3, 8, 8, 1)
 
 
-def test_training_what_is_finished_changes_nothing(results: dict[str, Result]) -> None:
+def test_finished_training_takes_no_step(results: Commands) -> None:
     assert results["train again"].stdout == "runs/one/final\n"
-    # Only the grid at the end is painted again.
+    # Only the grid at the end is sampled again.
     assert {t for t, _, _ in results["train again"].evaluations} <= {0, 500}
 
 
-def test_what_training_lacks_is_told_before_it_begins(folder: Path) -> None:
+def test_missing_training_modules_are_reported(folder: Path) -> None:
     for name in ("accelerate", "matplotlib", "yaml"):
         code = f"import sys; sys.modules[{name!r}] = None; from ddim.cli import main; main()"
         got = program(folder, sys.executable, "-c", code, *TRAIN, "--out", "run")
         assert (got.code, got.stdout) == (1, "")
-        assert got.stderr.startswith(f"ddim: training needs {name}")
+        assert got.stderr.startswith(f"ddim: training requires {name}")
         assert got.stderr.endswith("install it with: pip install 'ddim[train]'\n")
 
 
@@ -431,7 +431,7 @@ def test_what_training_lacks_is_told_before_it_begins(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_mistake_gets_a_line(results: dict[str, Result], name: str) -> None:
+def test_mistakes_are_reported_in_one_line(results: Commands, name: str) -> None:
     _, code, message = BAD[name]
     got = results[f"bad {name}"]
     assert (got.code, got.stdout) == (code, ""), got.stderr
@@ -440,27 +440,26 @@ def test_a_mistake_gets_a_line(results: dict[str, Result], name: str) -> None:
     if code == 1:
         assert len(got.stderr.splitlines()) == 1
         assert got.stderr.startswith("ddim: ")
-        # One picture of zeros tells whether a model fits its images; nothing is sampled or trained.
+        # An image of zeros is passed through the network to check its shapes; nothing is sampled or trained.
         assert [size for _, size, _ in got.evaluations] in ([], [1])
     else:
         assert "Usage: ddim" in got.stderr
         assert not got.evaluations
 
 
-def test_mistakes_leave_nothing_behind(results: dict[str, Result], folder: Path) -> None:
-    assert results
+def test_mistakes_leave_nothing_behind(results: Commands, folder: Path) -> None:
     assert not (folder / "run").exists()
     assert not (folder / "missing").exists()
     assert not (folder / "x.jpg").exists()
     assert not list((folder / "empty").iterdir())
 
 
-def test_programs_of_their_own(results: dict[str, Result], folder: Path) -> None:
-    """The table's process is no special case."""
-    for name in ("too many steps", "half a step"):
+def test_separate_programs_behave_alike(results: Commands, folder: Path) -> None:
+    """As in the process of the other tests."""
+    for name in ("too many steps", "fractional steps"):
         assert program(folder, DDIM, *BAD[name][0])[:3] == results[f"bad {name}"][:3]
-    before = hashlib.sha256((folder / "grid.png").read_bytes()).digest()
+    before = hashlib.sha256(results.output("grid").read_bytes()).digest()
     code, stdout, stderr, _ = program(folder, sys.executable, "-m", "ddim", *GOOD["grid"])
     assert (code, stdout) == (0, "grid.png\n")
     assert "1 earlier file replaced" in stderr
-    assert hashlib.sha256((folder / "grid.png").read_bytes()).digest() == before
+    assert hashlib.sha256(results.output("grid").read_bytes()).digest() == before

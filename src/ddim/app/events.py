@@ -1,0 +1,221 @@
+"""How an event of the page becomes a run, and what the tabs share: the models and the state of a session."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import gradio as gr
+from PIL import Image
+
+from ddim.app import page
+from ddim.app.models import ModelCache
+from ddim.app.rendering import Cell, grid
+from ddim.app.runs import Run, RunPreview, RunProgress, RunResult, run_events
+from ddim.io.images import fit_image
+from ddim.pipeline import DDIMPipeline
+
+T = TypeVar("T")
+
+Updates = dict[Any, Any]
+"""New values of components."""
+
+REPORTED_ERRORS = (ValueError, TypeError, OSError, RuntimeError, MemoryError)
+"""Failures whose message is shown to the user, as on the command line."""
+
+DEVICE_QUEUE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
+"""Arguments of events that run the network: all wait in one queue."""
+
+INSTANT_EVENT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+"""Arguments of events that do not run the network."""
+
+DOWNLOAD_SECONDS = 60
+"""Age at which folders of downloads are deleted; Gradio copies files as soon as they are named to it."""
+
+
+@dataclass(frozen=True, eq=False)  # Gradio hashes the values of a session, and images have no hash.
+class Endpoint:
+    """A point that an interpolation passes through: the latent of a seed, or an image, which will be encoded.
+
+    Attributes:
+        image: of the model's size and mode; `None` for a seed that has not been sampled.
+        seed: of the latent; `None` for an image.
+    """
+
+    image: Image.Image | None
+    seed: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The text below the endpoint."""
+        return "image" if self.seed is None else f"seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What every tab is given.
+
+    Attributes:
+        models: the models that may be opened.
+        model: the name of the session's model.
+        endpoints: a list of `Endpoint`s: what the user pinned.
+        endpoint_list: the endpoints as HTML, in the tab Interpolate; updated together with `endpoints`.
+        uploads: the folder of uploaded files.
+        downloads: the folder of files that are offered for download.
+    """
+
+    models: ModelCache
+    model: gr.State
+    endpoints: gr.State
+    endpoint_list: gr.HTML
+    uploads: str
+    downloads: str
+
+
+@dataclass(frozen=True)
+class Task(Generic[T]):
+    """A run that an event handler asks for.
+
+    Attributes:
+        description: shown on the page while it runs.
+        work: called with the run, as for `ddim.app.runs.run_events`.
+        show_preview: returns the updates for the value of a `RunPreview`.
+        show_result: returns the updates for the result.
+    """
+
+    description: str
+    work: Callable[[Run], T]
+    show_preview: Callable[[Any], Updates]
+    show_result: Callable[[RunResult[T]], Updates]
+
+
+def follow_run(prepare: Callable[..., Task[Any]], status: gr.HTML) -> Callable[..., AsyncIterator[Updates]]:
+    """Make an event handler that runs a task and follows it on the page.
+
+    Args:
+        prepare: takes the event's inputs, checks them, and returns the task.
+        status: shows the state of the run, or the reason of its failure.
+
+    Returns:
+        The handler.
+    """
+
+    async def handle(*values: Any) -> AsyncIterator[Updates]:
+        try:
+            task = prepare(*values)
+            yield {status: page.status(task.description, 0)}
+            async with aclosing(run_events(task.work)) as events:
+                async for event in events:
+                    if isinstance(event, RunProgress):
+                        details = f"step {event.done} of {event.total}, {event.seconds:.1f} s"
+                        yield {status: page.status(task.description, event.done / max(1, event.total), details)}
+                    elif isinstance(event, RunPreview):
+                        yield task.show_preview(event.value)
+                    else:
+                        yield task.show_result(event)
+        except REPORTED_ERRORS as error:
+            yield {status: page.failed(error)}
+
+    return handle
+
+
+def run_event(status: gr.HTML) -> dict[str, Any]:
+    """Return the arguments of an event that becomes a run.
+
+    Args:
+        status: shows the event's position in the queue.
+
+    Returns:
+        The arguments.
+    """
+    return DEVICE_QUEUE | {"show_progress": "minimal", "show_progress_on": status, "api_visibility": "private"}
+
+
+def report_errors(answer: Callable[..., Updates], status: gr.HTML) -> Callable[..., Updates]:
+    """Make an event handler of a function that does not run the network.
+
+    Args:
+        answer: takes the event's inputs and returns the updates.
+        status: shows the reason of a failure.
+
+    Returns:
+        The handler.
+    """
+
+    # Gradio passes the event where it finds the annotation, which `wraps` keeps.
+    @wraps(answer)
+    def handle(*values: Any) -> Updates:
+        try:
+            return answer(*values)
+        except REPORTED_ERRORS as error:
+            return {status: page.failed(error)}
+
+    return handle
+
+
+def show_endpoints(endpoints: Sequence[Endpoint]) -> str:
+    """Return endpoints as HTML; a click removes one.
+
+    Args:
+        endpoints: the endpoints, in order.
+    """
+    if not endpoints:
+        return "<p>No endpoints yet: pin images in the tab Sample, or add seeds and files below.</p>"
+    cells = [
+        Cell(endpoint.image, endpoint.label, endpoint.label, action="Remove", value=index)
+        for index, endpoint in enumerate(endpoints)
+    ]
+    return grid(cells, (1, 1), "Endpoints")
+
+
+def fit(base: DDIMPipeline, image: Image.Image) -> Image.Image:
+    """Fit an image to the model's size and mode.
+
+    Args:
+        base: the model.
+        image: of any size and mode.
+
+    Returns:
+        The image, cropped, scaled and converted.
+    """
+    channels, height, width = base.sample_shape
+    return fit_image(image, height, width, channels)
+
+
+def make_download_folder(parent: str | Path) -> Path:
+    """Make a folder for files that are offered for download, and delete those older than `DOWNLOAD_SECONDS`.
+
+    Args:
+        parent: the folder of all downloads.
+
+    Returns:
+        The new folder.
+    """
+    for folder in Path(parent).iterdir():
+        if time.time() - folder.stat().st_mtime > DOWNLOAD_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
+    return Path(tempfile.mkdtemp(dir=parent))
+
+
+def pluralize(count: int, noun: str) -> str:
+    """Return a count with its noun.
+
+    Args:
+        count: how many.
+        noun: in the singular.
+
+    Returns:
+        Both, the noun in the plural where the count is not 1.
+
+    Example:
+        >>> pluralize(1, "image"), pluralize(2, "image")
+        ('1 image', '2 images')
+    """
+    return f"{count} {noun}{'s' * (count != 1)}"

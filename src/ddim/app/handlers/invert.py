@@ -1,0 +1,384 @@
+"""The tab Invert: the latent of an image, found exactly and by Euler's steps, what it decodes to, and edits."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from ddim import validation
+from ddim.app import inputs, page
+from ddim.app.events import Endpoint, Shared, Task, Updates, fit, pluralize
+from ddim.app.rendering import Cell, grid
+from ddim.app.runs import Run, RunResult
+from ddim.io.images import to_output
+from ddim.pipeline import DDIMPipeline
+
+NUM_EDITS = 8
+"""Edits of one image, side by side."""
+
+MAX_DRAWING_CHARACTERS = 1_000_000
+"""Length of the `data:` URL of a drawing."""
+
+LATENT_RANGE = 3
+"""Standard deviations from black to gray, and from gray to white, in the image of a latent."""
+
+
+@dataclass(frozen=True)
+class InversionResult:
+    """The latent of an image, and the image that it decodes to.
+
+    Attributes:
+        method: `exact` or `Euler`.
+        latent: the latent as an image.
+        mean: of the latent's values.
+        deviation: standard deviation of the latent's values.
+        image: what the latent decodes to.
+        mse: mean squared error per value in [0, 1].
+        psnr: in dB.
+        nfe: function evaluations spent on encoding.
+    """
+
+    method: str
+    latent: Image.Image
+    mean: float
+    deviation: float
+    image: Image.Image
+    mse: float
+    psnr: float
+    nfe: int
+
+
+@dataclass(frozen=True)
+class InversionComparison:
+    """An image of the model's size and mode, and its inversions by different methods."""
+
+    image: Image.Image
+    results: list[InversionResult]
+
+
+def invert(run: Run, base: DDIMPipeline, image: Image.Image, steps: int) -> InversionComparison:
+    """Encode an image exactly and by Euler's steps, and decode both latents.
+
+    Args:
+        run: the run.
+        base: the model.
+        image: of any size and mode.
+        steps: of encoding and decoding.
+
+    Returns:
+        The fitted image and both results.
+    """
+    pipe = run.pipeline(base)
+    fitted = fit(pipe, image)
+    results = []
+    for method, exact in (("exact", True), ("Euler", False)):
+        output = pipe.reconstruct([fitted], steps, exact)
+        latents = output.codes.latents
+        latent_images: Any = to_output(latents / LATENT_RANGE, "pil")
+        results.append(
+            InversionResult(
+                method,
+                latent_images[0],
+                float(latents.mean()),
+                float(latents.std()),
+                output.images[0],
+                float(output.mse[0]),
+                float(output.psnr[0]),
+                int(output.codes.evaluations.sum()),
+            )
+        )
+        run.show(InversionComparison(fitted, list(results)))
+    return InversionComparison(fitted, results)
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """How an image is edited, once per seed; the names are those of `DDIMPipeline.edit`.
+
+    Attributes:
+        strength: fraction of the steps to go back, from 0 to 1.
+        num_inference_steps: of a whole process.
+        seeds: of the noise of each edit.
+    """
+
+    strength: float
+    num_inference_steps: int
+    seeds: range
+
+    @classmethod
+    def checked(cls, strength: Any, steps: Any, seed: Any, count: Any) -> EditSettings:
+        """Check what a client sent.
+
+        Args:
+            strength: a number from 0 to 1.
+            steps: an integer from 1 to `inputs.MAX_STEPS`.
+            seed: an integer from 0 to `inputs.MAX_SEED`.
+            count: an integer from 1 to `inputs.MAX_COUNT`.
+
+        Returns:
+            The settings.
+
+        Raises:
+            ValueError: naming the first argument that is not allowed.
+            TypeError: if `strength` is not a number.
+
+        Example:
+            >>> EditSettings.checked(0.5, 50, 7, 2).seeds
+            range(7, 9)
+        """
+        first_seed, num_edits = inputs.seed(seed), inputs.integer("count", count, 1, inputs.MAX_COUNT)
+        return cls(
+            validation.real("strength", strength, 0, 1),
+            inputs.integer("steps", steps, 1, inputs.MAX_STEPS),
+            range(first_seed, first_seed + num_edits),
+        )
+
+
+def edit(run: Run, base: DDIMPipeline, image: Image.Image, settings: EditSettings) -> list[Image.Image]:
+    """Add noise to an image up to a strength and sample from there, once per seed.
+
+    Args:
+        run: the run.
+        base: the model.
+        image: of any size and mode.
+        settings: how it is edited.
+
+    Returns:
+        An edit per seed.
+    """
+    pipe = run.pipeline(base)
+    images = [fit(pipe, image)] * len(settings.seeds)
+    return pipe.edit(images, settings.strength, settings.num_inference_steps, seeds=settings.seeds).images
+
+
+def check_image(image: Image.Image | None) -> Image.Image:
+    """Check that there is an image.
+
+    Args:
+        image: the image of the tab.
+
+    Returns:
+        The image.
+
+    Raises:
+        ValueError: if there is none.
+
+    Example:
+        >>> check_image(None)
+        Traceback (most recent call last):
+        ValueError: there is no image yet; upload one, draw one, or use a pinned one
+    """
+    if image is None:
+        raise ValueError("there is no image yet; upload one, draw one, or use a pinned one")
+    return image
+
+
+def decode_drawing(url: Any) -> Image.Image:
+    """Decode a drawing.
+
+    Args:
+        url: the `data:` URL of a PNG, as the canvas sends it.
+
+    Returns:
+        The image.
+
+    Raises:
+        ValueError: for anything else, or a URL of more than `MAX_DRAWING_CHARACTERS`.
+
+    Example:
+        >>> decode_drawing("http://example.org/x.png")
+        Traceback (most recent call last):
+        ValueError: the drawing must be a PNG of at most 1 MB
+    """
+    prefix = "data:image/png;base64,"
+    message = "the drawing must be a PNG of at most 1 MB"
+    if not isinstance(url, str) or not url.startswith(prefix) or len(url) > MAX_DRAWING_CHARACTERS:
+        raise ValueError(message)
+    try:
+        data = base64.b64decode(url.removeprefix(prefix), validate=True)
+    except binascii.Error:
+        raise ValueError(message) from None
+    return inputs.decode(io.BytesIO(data), "the drawing")
+
+
+def show_comparison(comparison: InversionComparison) -> str:
+    """Return inversions as HTML: a row per method, of the image, its latent and what the latent decodes to.
+
+    Args:
+        comparison: of `invert`.
+    """
+    sections = []
+    shape = comparison.image.size[::-1]
+    for result in comparison.results:
+        cells = [
+            Cell(comparison.image, "image", "the image at the model's size"),
+            Cell(result.latent, "latent", f"its latent, found by {result.method} steps"),
+            Cell(result.image, "decoded", f"what the {result.method} latent decodes to"),
+        ]
+        facts = {
+            "latent: mean": f"{result.mean:+.3f}",
+            "latent: deviation": f"{result.deviation:.3f}",
+            "mean squared error": f"{result.mse:.1e}",
+            "PSNR": f"{result.psnr:.1f} dB",
+            "function evaluations": f"{result.nfe:,}",
+        }
+        name = result.method[:1].upper() + result.method[1:]
+        sections.append(
+            f'<section class="way"><h3>{name}</h3>{grid(cells, shape, name, 3)}{page.table(facts)}</section>'
+        )
+    return f'<div class="ways">{"".join(sections)}</div>'
+
+
+def show_image(image: Image.Image | None) -> str:
+    """Return the image of the tab as HTML, or an empty box.
+
+    Args:
+        image: of the model's size and mode.
+    """
+    if image is None:
+        return grid([Cell(None, "no image yet")], (1, 1), "Image", 1)
+    label = f"{image.width} x {image.height}, the model's size"
+    return grid([Cell(image, label, "the image at the model's size")], image.size[::-1], "Image", 1)
+
+
+@dataclass(frozen=True, eq=False)
+class InvertHandlers:
+    """The event handlers of the tab, and the components that they update."""
+
+    shared: Shared
+    status: gr.HTML
+    image: gr.State
+    shown_image: gr.HTML
+    inverted: gr.HTML
+    edited: gr.HTML
+
+    def use_upload(self, model: str, path: str) -> Updates:
+        """Use an uploaded image.
+
+        Args:
+            model: the model's name.
+            path: of the upload.
+
+        Returns:
+            The updates.
+
+        Raises:
+            ValueError: if it is not an image.
+        """
+        return self._use(model, inputs.upload(path, self.shared.uploads))
+
+    def use_drawing(self, model: str, event: gr.EventData) -> Updates:
+        """Use the drawing.
+
+        Args:
+            model: the model's name.
+            event: its value is the drawing's `data:` URL.
+
+        Returns:
+            The updates.
+
+        Raises:
+            ValueError: if it is not a drawing.
+        """
+        return self._use(model, decode_drawing(event.value))
+
+    def use_last_pinned(self, model: str, endpoints: Sequence[Endpoint]) -> Updates:
+        """Use the image that was pinned last.
+
+        Args:
+            model: the model's name.
+            endpoints: those of the session.
+
+        Returns:
+            The updates.
+
+        Raises:
+            ValueError: if no image is pinned.
+        """
+        if not endpoints:
+            raise ValueError("no image is pinned; click one in the tab Sample first")
+        return self._use(model, check_image(endpoints[-1].image))
+
+    def _use(self, model: str, image: Image.Image) -> Updates:
+        fitted = fit(self.shared.models.open(model), image)
+        return {
+            self.image: fitted,
+            self.shown_image: show_image(fitted),
+            self.status: page.status("The image is ready."),
+        }
+
+    def clear(self) -> tuple[None, str]:
+        """Remove the image, which has the size of another model.
+
+        Returns:
+            No image, and the empty box.
+        """
+        return None, show_image(None)
+
+    def invert(self, model: str, image: Image.Image | None, steps: Any) -> Task[InversionComparison]:
+        """Return the task of the inversion.
+
+        Args:
+            model: the model's name.
+            image: the image of the tab.
+            steps: of encoding and decoding.
+
+        Raises:
+            ValueError: if an input is not allowed.
+        """
+        checked, S = check_image(image), inputs.integer("steps", steps, 2, inputs.MAX_STEPS)
+
+        def show_result(result: RunResult[InversionComparison]) -> Updates:
+            text = f"Encoded and decoded in {result.seconds:.2f} s."
+            return {self.status: page.status(text, 1), self.inverted: show_comparison(result.value)}
+
+        return Task(
+            "Inverting",
+            lambda run: invert(run, self.shared.models.open(model), checked, S),
+            lambda comparison: {self.inverted: show_comparison(comparison)},
+            show_result,
+        )
+
+    def edit(
+        self, model: str, image: Image.Image | None, strength: Any, steps: Any, seed: Any
+    ) -> Task[list[Image.Image]]:
+        """Return the task of `NUM_EDITS` edits.
+
+        Args:
+            model: the model's name.
+            image: the image of the tab.
+            strength: fraction of the steps to go back.
+            steps: of a whole process.
+            seed: of the first edit's noise.
+
+        Raises:
+            ValueError: if an input is not allowed.
+            TypeError: if the strength is not a number.
+        """
+        checked, settings = check_image(image), EditSettings.checked(strength, steps, seed, NUM_EDITS)
+
+        def show_result(result: RunResult[list[Image.Image]]) -> Updates:
+            cells = [
+                Cell(edited, f"seed {seed}", f"edit with noise of seed {seed}", f"edit-{seed}.png")
+                for edited, seed in zip(result.value, settings.seeds, strict=True)
+            ]
+            images = grid(cells, checked.size[::-1], "Edits")
+            text = f"{pluralize(len(cells), 'edit')} in {result.seconds:.2f} s."
+            return {
+                self.status: page.status(text, 1),
+                self.edited: f"<h3>Edits of strength {settings.strength:g}</h3>{images}",
+            }
+
+        return Task(
+            "Editing",
+            lambda run: edit(run, self.shared.models.open(model), checked, settings),
+            lambda _: {},
+            show_result,
+        )

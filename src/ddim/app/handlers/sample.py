@@ -1,0 +1,285 @@
+"""The tab Sample: sampling, its images as HTML, and the same run in Python and on the command line."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from ddim import validation
+from ddim.app import inputs, page
+from ddim.app.events import Endpoint, Shared, Task, Updates, make_download_folder, pluralize, show_endpoints
+from ddim.app.rendering import Cell, grid
+from ddim.app.runs import Run, RunResult
+from ddim.diffusion.sampling_config import SamplingConfig
+from ddim.diffusion.schedule import SPACINGS
+from ddim.io.images import save_images
+from ddim.pipeline import DDIMPipeline
+
+MODELS_OWN = "the model's own"
+"""The spacing that leaves the timesteps to the model."""
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """What to sample; image i is that of seed `seed + i`.
+
+    Attributes:
+        num_inference_steps: number of steps.
+        eta: 0 for DDIM, 1 for DDPM.
+        order: of the method, 1 or 2.
+        spacing: of the timesteps.
+        count: number of images.
+        seed: of the first image.
+    """
+
+    num_inference_steps: int = 20
+    eta: float = 0.0
+    order: int = 1
+    spacing: str = MODELS_OWN
+    count: int = 16
+    seed: int = 0
+
+    @classmethod
+    def checked(cls, steps: Any, eta: Any, order: Any, spacing: Any, count: Any, seed: Any) -> SampleSettings:
+        """Check what a client sent.
+
+        Args:
+            steps: an integer from 1 to `inputs.MAX_STEPS`.
+            eta: a number from 0 to `inputs.MAX_ETA`.
+            order: 1 or 2.
+            spacing: `MODELS_OWN` or one of `SPACINGS`.
+            count: an integer from 1 to `inputs.MAX_COUNT`.
+            seed: an integer from 0 to `inputs.MAX_SEED`.
+
+        Returns:
+            The settings.
+
+        Raises:
+            ValueError: naming the first argument that is not allowed.
+            TypeError: if `eta` is not a number.
+        """
+        return cls(
+            inputs.integer("steps", steps, 1, inputs.MAX_STEPS),
+            validation.real("eta", eta, 0, inputs.MAX_ETA),
+            inputs.integer("order", order, 1, 2),
+            validation.choice("spacing", spacing, [MODELS_OWN, *SPACINGS]),
+            inputs.integer("count", count, 1, inputs.MAX_COUNT),
+            inputs.seed(seed),
+        )
+
+    @property
+    def seeds(self) -> range:
+        """The seed of each image."""
+        return range(self.seed, self.seed + self.count)
+
+    def config(self, pipe: DDIMPipeline) -> SamplingConfig:
+        """Return the settings of the sampler.
+
+        Args:
+            pipe: has the scheduler whose timesteps are spaced.
+
+        Returns:
+            The settings.
+
+        Raises:
+            ValueError: if two of them exclude each other.
+        """
+        steps = self.num_inference_steps
+        timesteps = None if self.spacing == MODELS_OWN else pipe.scheduler.make_timesteps(steps, self.spacing)
+        return SamplingConfig(steps, self.eta, timesteps, self.order)
+
+    def as_python(self, model: str) -> str:
+        """Return a program that samples the same images.
+
+        Args:
+            model: the model's name.
+        """
+        lines = ["from ddim import DDIMPipeline", "", f"pipe = DDIMPipeline.from_pretrained({model!r})"]
+        steps = f"num_inference_steps={self.num_inference_steps}"
+        if self.spacing != MODELS_OWN:
+            lines.append(f"timesteps = pipe.scheduler.make_timesteps({self.num_inference_steps}, {self.spacing!r})")
+            steps = "timesteps=timesteps"
+        lines.append(
+            f"images = pipe.sample_images({self.count}, seed={self.seed}, {steps}, eta={self.eta}, order={self.order})"
+        )
+        return "\n".join(lines)
+
+    def as_command(self, model: str) -> str:
+        """Return a command that samples the same images.
+
+        Args:
+            model: the model's name.
+        """
+        spacing = "" if self.spacing == MODELS_OWN else f" --spacing {self.spacing}"
+        return (
+            f"ddim sample --model {shlex.quote(model)} --count {self.count} --seed {self.seed} "
+            f"--steps {self.num_inference_steps} --eta {self.eta} --order {self.order}{spacing} --out samples.png"
+        )
+
+
+@dataclass(frozen=True, eq=False)  # as `Endpoint`
+class SampledImages:
+    """Images, and the settings that they were sampled with."""
+
+    settings: SampleSettings
+    images: list[Image.Image]
+
+    def endpoint(self, index: int) -> Endpoint:
+        """Return an image as the endpoint of a path.
+
+        Args:
+            index: of the image.
+
+        Returns:
+            Its seed; or, if noise was added on the way, the image itself.
+        """
+        seed = self.settings.seeds[index] if self.settings.eta == 0 else None
+        return Endpoint(self.images[index], seed)
+
+
+def sample(run: Run, base: DDIMPipeline, settings: SampleSettings) -> SampledImages:
+    """Sample the images of `ddim sample` with the same settings.
+
+    Args:
+        run: the run.
+        base: the model.
+        settings: what to sample.
+
+    Returns:
+        The images.
+
+    Raises:
+        ValueError: if two settings exclude each other, or the model was trained with fewer timesteps.
+    """
+    pipe = run.pipeline(base)
+    config = asdict(settings.config(pipe))
+    output: Any = pipe(settings.count, seeds=settings.seeds, callback_on_step_end=run.preview, **config)
+    return SampledImages(settings, output.images)
+
+
+def show_preview(images: Sequence[Image.Image], settings: SampleSettings) -> str:
+    """Return unfinished images as HTML.
+
+    Args:
+        images: the predicted x_0.
+        settings: what is sampled.
+    """
+    cells = [
+        Cell(image, f"seed {seed}", f"image of seed {seed}, unfinished")
+        for image, seed in zip(images, settings.seeds, strict=True)
+    ]
+    return grid(cells, images[0].size[::-1], "Images")
+
+
+def show_images(sampled: SampledImages, endpoints: Sequence[Endpoint] = ()) -> str:
+    """Return images as HTML; each can be pinned and saved, and the pinned ones are marked.
+
+    Args:
+        sampled: the images.
+        endpoints: what is pinned.
+    """
+    pinned = {id(endpoint.image) for endpoint in endpoints}
+    cells = [
+        Cell(image, f"seed {seed}", f"image of seed {seed}", f"seed-{seed}.png", "Pin", index, id(image) in pinned)
+        for index, (image, seed) in enumerate(zip(sampled.images, sampled.settings.seeds, strict=True))
+    ]
+    return grid(cells, sampled.images[0].size[::-1], "Images")
+
+
+def save(sampled: SampledImages, downloads: str | Path) -> tuple[str, str]:
+    """Write images as `ddim sample` does.
+
+    Args:
+        sampled: the images.
+        downloads: the folder of all downloads.
+
+    Returns:
+        The paths of the grid and of the array.
+    """
+    folder = make_download_folder(downloads)
+    grid_path, array_path = folder / "samples.png", folder / "samples.npz"
+    return str(save_images(sampled.images, grid_path)), str(save_images(sampled.images, array_path))
+
+
+@dataclass(frozen=True, eq=False)
+class SampleHandlers:
+    """The event handlers of the tab, and the components that they update."""
+
+    shared: Shared
+    status: gr.HTML
+    images: gr.HTML
+    sampled: gr.State
+    grid_file: gr.DownloadButton
+    array_file: gr.DownloadButton
+    python: gr.Code
+    command: gr.Code
+
+    def sample(self, model: str, *values: Any) -> Task[SampledImages]:
+        """Return the task of sampling.
+
+        Args:
+            model: the model's name.
+            values: the arguments of `SampleSettings.checked`.
+
+        Raises:
+            ValueError: if an input is not allowed.
+            TypeError: if an input is not a number.
+        """
+        settings = SampleSettings.checked(*values)
+
+        def show_result(result: RunResult[SampledImages]) -> Updates:
+            S, images = settings.num_inference_steps, result.value.images
+            grid_path, array_path = save(result.value, self.shared.downloads)
+            text = (
+                f"{pluralize(len(images), 'image')} in {result.seconds:.2f} s: {pluralize(S, 'function evaluation')} "
+                f"per image, {S * len(images)} in all. Click an image to pin it for the other tabs."
+            )
+            return {
+                self.status: page.status(text, 1),
+                self.images: show_images(result.value),
+                self.sampled: result.value,
+                self.grid_file: gr.DownloadButton(value=grid_path, interactive=True),
+                self.array_file: gr.DownloadButton(value=array_path, interactive=True),
+                self.python: settings.as_python(model),
+                self.command: settings.as_command(model),
+            }
+
+        return Task(
+            "Sampling",
+            lambda run: sample(run, self.shared.models.open(model), settings),
+            lambda images: {self.images: show_preview(images, settings)},
+            show_result,
+        )
+
+    def pin(self, sampled: SampledImages | None, endpoints: list[Endpoint], event: gr.EventData) -> Updates:
+        """Pin the image that was clicked, or unpin it.
+
+        Args:
+            sampled: the images of the last run.
+            endpoints: what is pinned.
+            event: the click; its value is the image's index.
+
+        Returns:
+            The updates.
+
+        Raises:
+            ValueError: if as many images are pinned as can be.
+        """
+        if sampled is None:
+            return {}
+        index = inputs.integer("image", event.value, 0, len(sampled.images) - 1)
+        others = [endpoint for endpoint in endpoints if endpoint.image is not sampled.images[index]]
+        if len(others) == len(endpoints) == inputs.MAX_LATENTS:
+            raise ValueError(f"at most {inputs.MAX_LATENTS} images can be pinned; click a pinned one to unpin it")
+        endpoints = others if len(others) < len(endpoints) else [*endpoints, sampled.endpoint(index)]
+        return {
+            self.shared.endpoints: endpoints,
+            self.shared.endpoint_list: show_endpoints(endpoints),
+            self.images: show_images(sampled, endpoints),
+        }

@@ -1,0 +1,97 @@
+"""The layout of the tab Invert: an image that is uploaded, drawn or pinned, its inversions, and its edits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from ddim.app import inputs, page
+from ddim.app.events import INSTANT_EVENT, Shared, follow_run, report_errors, run_event
+from ddim.app.handlers.invert import InvertHandlers, show_image
+
+DRAW = """
+const canvas = element.querySelector('canvas');
+const brush = canvas.getContext('2d');
+const clear = () => { brush.fillStyle = '#000'; brush.fillRect(0, 0, canvas.width, canvas.height); };
+const position = (event) => {
+  const box = canvas.getBoundingClientRect();
+  const scale = canvas.width / box.width;
+  return [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
+};
+let last = null;
+const line = (event) => {
+  const next = position(event);
+  brush.beginPath(); brush.moveTo(...(last || next)); brush.lineTo(...next); brush.stroke();
+  last = next;
+};
+clear();
+Object.assign(brush, { strokeStyle: '#fff', lineWidth: 22, lineCap: 'round', lineJoin: 'round' });
+canvas.addEventListener('pointerdown', (event) => { canvas.setPointerCapture(event.pointerId); line(event); });
+canvas.addEventListener('pointermove', (event) => { if (last) line(event); });
+for (const end of ['pointerup', 'pointercancel']) canvas.addEventListener(end, () => { last = null; });
+element.addEventListener('click', (event) => {
+  if (event.target.closest('[data-clear]')) clear();
+  if (event.target.closest('[data-use]')) trigger('select', { value: canvas.toDataURL('image/png') });
+});
+"""
+"""White strokes on black; the drawing is sent when its button is pressed."""
+
+CANVAS = """<div class="draw"><canvas width="280" height="280" role="img" aria-label="Draw here"></canvas>
+<button type="button" data-use>Use the drawing</button> <button type="button" data-clear>Clear</button></div>"""
+
+
+def tab(shared: Shared) -> None:
+    """Lay out the tab and connect its events.
+
+    Args:
+        shared: what every tab is given.
+    """
+    image = gr.State(None)
+    page.lead(
+        "Without noise on the way each step can be inverted, so that an image has a latent, and the latent decodes to "
+        "the image. The paper takes Euler's step backwards, which is approximate; here each step's equation is "
+        "solved, which is exact up to rounding. A good latent looks like noise: mean 0, deviation 1.",
+    )
+    with gr.Row(equal_height=False):
+        with gr.Column(min_width=240):
+            file = gr.File(label="Image", type="filepath", height=140)
+            use_pinned = gr.Button("Use the image pinned last")
+        with gr.Column(min_width=240):
+            canvas = gr.HTML(CANVAS, js_on_load=DRAW, elem_id="draw")
+        with gr.Column(min_width=160):
+            shown_image = gr.HTML(show_image(None), elem_id="seen")
+    with gr.Row(equal_height=True):
+        steps = gr.Slider(2, 200, 50, step=1, label="Steps", min_width=200)
+        strength = gr.Slider(0, 1, 0.5, step=0.05, label="Strength", min_width=200,
+                             info="Of an edit: how far the image goes back to noise.")  # fmt: skip
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=inputs.MAX_SEED, min_width=120,
+                         info="Of an edit's noise.")  # fmt: skip
+    with gr.Row():
+        start_inversion = gr.Button("Invert", variant="primary", min_width=120)
+        start_edit = gr.Button("Edit", variant="primary", min_width=120)
+        stop = gr.Button("Stop", min_width=96)
+    status = gr.HTML(page.status("Upload an image, draw one, or use a pinned one."))
+    inverted = gr.HTML(elem_id="inverted", min_height=300)
+    edited = gr.HTML(elem_id="edited")
+
+    handlers = InvertHandlers(shared, status, image, shown_image, inverted, edited)
+    outputs = [image, shown_image, status]
+    file.upload(report_errors(handlers.use_upload, status), [shared.model, file], outputs, **INSTANT_EVENT)
+    canvas.select(report_errors(handlers.use_drawing, status), shared.model, outputs, **INSTANT_EVENT)
+    use_pinned.click(
+        report_errors(handlers.use_last_pinned, status), [shared.model, shared.endpoints], outputs, **INSTANT_EVENT
+    )
+    runs: list[Any] = [
+        start_inversion.click(
+            follow_run(handlers.invert, status), [shared.model, image, steps], [status, inverted], **run_event(status)
+        ),
+        start_edit.click(
+            follow_run(handlers.edit, status),
+            [shared.model, image, strength, steps, seed],
+            [status, edited],
+            **run_event(status),
+        ),
+    ]
+    stop.click(lambda: page.status("Stopped."), None, status, cancels=runs, **INSTANT_EVENT)
+    shared.model.change(handlers.clear, None, [image, shown_image], **INSTANT_EVENT)

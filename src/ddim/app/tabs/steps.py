@@ -1,0 +1,40 @@
+"""The layout of the tab Steps: few steps suffice, and the latent decides the image."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+from ddim.app import inputs, page
+from ddim.app.events import INSTANT_EVENT, Shared, follow_run, run_event
+from ddim.app.handlers.steps import StepsHandlers
+
+
+def tab(shared: Shared) -> None:
+    """Lay out the tab and connect its events.
+
+    Args:
+        shared: what every tab is given.
+    """
+    page.lead(
+        "The paper's two claims. <b>Speed</b>: DDIM needs 10 to 100 steps where DDPM takes 1000. <b>Consistency</b>: "
+        "without noise on the way the latent decides the image, so that a column shows the same digit however many "
+        "steps are taken; DDPM draws noise in each step and ends at another image.",
+    )
+    with gr.Row(equal_height=True):
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=inputs.MAX_SEED, min_width=120)
+        count = gr.Slider(1, inputs.MAX_LATENTS, 4, step=1, label="Latents", min_width=200)
+    with gr.Row():
+        start = gr.Button("Compare", variant="primary", min_width=120)
+        stop = gr.Button("Stop", min_width=96)
+    status = gr.HTML(page.status("Nothing has been sampled yet. DDPM comes last and takes longest."))
+    images = gr.HTML(elem_id="steps-images", min_height=420)
+
+    handlers = StepsHandlers(shared, status, images)
+    run = gr.on(
+        [start.click, seed.submit],
+        follow_run(handlers.compare, status),
+        [shared.model, seed, count],
+        [status, images],
+        **run_event(status),
+    )
+    stop.click(lambda: page.status("Stopped."), None, status, cancels=run, **INSTANT_EVENT)
