@@ -1,9 +1,10 @@
 # make demo   sample 16 digits with the built-in model
-# make test   lint, formatting, types and the whole test suite
+# make test   lint, formatting, spelling, types, the import contract and the whole test suite
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CODE := src tests benchmarks scripts examples
 
 .PHONY: demo test clean
 
@@ -11,9 +12,11 @@ demo: $(VENV)/core
 	$(BIN)/ddim sample --model mnist --count 16 --steps 50 --out demo.png
 
 test: $(VENV)/dev
-	$(BIN)/ruff check src tests benchmarks scripts
-	$(BIN)/ruff format --check src tests benchmarks scripts
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/codespell $(CODE) docs README.md CONTRIBUTING.md CHANGELOG.md
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 clean:

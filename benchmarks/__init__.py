@@ -1,1 +1,1 @@
-"""Measurements side by side with the peer, `diffusers`, in one run. Each module runs as `python -m benchmarks.NAME`."""
+"""Measurements side by side with `diffusers`, in one run. Each module runs as `python -m benchmarks.NAME`."""

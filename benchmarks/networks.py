@@ -1,4 +1,4 @@
-"""The networks whose speed is measured, and folders with pipelines of them that `ddim` and `diffusers` both load.
+"""Networks to measure, and folders with their pipelines, which `ddim` and `diffusers` both load.
 
 Speed does not depend on what a network has learned: the larger two have the architectures of published models and
 random weights, the same in every run.
@@ -15,13 +15,13 @@ from ddim.io.hub import builtin_models
 from ddim.training.config import read_preset
 
 PRESETS = {"cifar10": "cifar10", "lsun": "lsun-bedroom"}
-"""Which of training's presets have them: those of google/ddpm-cifar10-32 and google/ddpm-bedroom-256."""
+"""Training presets with the architectures of google/ddpm-cifar10-32 and google/ddpm-bedroom-256."""
 
 NETWORKS = ("cifar10", "mnist", "lsun")
 
 
 def make_unet(name: str) -> UNet2DModel:
-    """One of `NETWORKS`, float32 and in evaluation mode; `mnist` is the built-in model."""
+    """Create one of `NETWORKS`, float32 and in evaluation mode; `mnist` is the built-in model."""
     if name not in PRESETS:
         return UNet2DModel.from_pretrained(builtin_models()[name] / "unet")
     torch.manual_seed(0)
@@ -29,7 +29,7 @@ def make_unet(name: str) -> UNet2DModel:
 
 
 def save_pipeline(name: str, folder: Path) -> Path:
-    """A folder with a pipeline of that network: the built-in model's own, or one that is made in `folder`."""
+    """Return a folder with a pipeline of one of `NETWORKS`: the built-in model's, or one written into `folder`."""
     if name not in PRESETS:
         return builtin_models()[name]
     DDIMPipeline(make_unet(name), DDIMScheduler()).save_pretrained(folder / name)

@@ -4,19 +4,19 @@
 
 - ddim: the engine, `ddim.engine.get_engine(unet)`; ddim eager: `UNet2DModel` itself.
 - diffusers eager: its `UNet2DModel` with the same weights, in either memory format.
-- diffusers compiled, with `--compile`: `torch.compile`, the weights frozen into it, anew for each batch size.
-- OpenVINO, where it can be imported: the network of `diffusers`, converted for each batch size, float32.
+- diffusers compiled, with `--compile`: `torch.compile` with frozen weights, for each batch size.
+- OpenVINO, if it can be imported: the network of `diffusers`, converted for each batch size, float32.
 
 Before timing, every row is compared with ddim eager, at single timesteps and at a different one for each image; a row
-that is off by more than 1e-3 of the largest number ends the run with status 1.
+that is off by more than 1e-3 of the largest value ends the run with status 1.
 
-A round times every row once, forwards and backwards in turn, so that a machine whose speed drifts treats all alike; the
-first one is dropped. Short evaluations are repeated, after one that is not timed: the threads of the row before may
-still be spinning. Set OMP_NUM_THREADS for another number of threads.
+A round times every row once, in alternating order, so that drifts of the machine's speed affect all alike; the
+first is dropped. Short evaluations are repeated, after one that is not timed, because threads of the previous row may
+still busy-wait. Set OMP_NUM_THREADS for another number of threads.
 
-Memory is the largest resident size of a process that loads the saved pipeline and paints a batch in 2 steps, the median
-of three: allocators waste more at some times than at others. It is read from /proc, since `ru_maxrss` begins with the
-size of the process that started it.
+Memory is the peak resident size of a process that loads the saved pipeline and samples a batch in 2 steps, the median
+of three, because fragmentation varies. It is read from /proc, because `ru_maxrss` starts with the size of the parent
+process.
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ from torch import Tensor
 
 import ddim
 from benchmarks.networks import NETWORKS, make_unet, save_pipeline
-from benchmarks.tables import table, write_files
+from benchmarks.report import markdown_table, write_files
 from ddim.engine import get_engine
 from ddim.engine.base import EagerEngine
 from ddim.io.atomic import atomic_write
 from ddim.io.json_files import to_json
 
 BATCHES = {"cifar10": (1, 8, 32), "mnist": (1, 16, 32), "lsun": (1,)}
-MOST_ROUNDS = {"lsun": 3}
-"""Of networks that take seconds an evaluation."""
+MAX_ROUNDS = {"lsun": 3}
+"""Of networks that take seconds per evaluation."""
 
-PROCESSES = 3
-"""Whose memory is looked at."""
-LEAST = 0.25
-"""Seconds that a row is timed for in a round."""
+MEMORY_PROCESSES = 3
+"""Processes per row whose memory is measured."""
+MIN_ROUND_SECONDS = 0.25
+"""A row is repeated in a round for at least this time."""
 
 TOLERANCE = 1e-3
-OURS, EAGER, PEER, PEER_NHWC = "ddim", "ddim eager", "diffusers eager", "diffusers eager, channels_last"
+DDIM, EAGER, DIFFUSERS, DIFFUSERS_NHWC = "ddim", "ddim eager", "diffusers eager", "diffusers eager, channels_last"
 COMPILED, OPENVINO = "diffusers compiled", "OpenVINO"
 
 Run = Callable[[Tensor, Tensor], Tensor]
 """A sample (N, C, H, W) and a timestep () or (N,) -> the prediction."""
 
-PAINT = """
+SAMPLE_SCRIPT = """
 import sys
 from {library} import DDIMPipeline
 pipe = DDIMPipeline.from_pretrained(sys.argv[1]{arguments})
@@ -77,14 +77,14 @@ pipe(batch_size=int(sys.argv[2]), num_inference_steps=2)
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 NHWC = "import torch\npipe.unet.to(memory_format=torch.channels_last)"
-PAINTERS = {
-    OURS: PAINT.format(library="ddim", arguments="", change=""),
-    EAGER: PAINT.format(library="ddim", arguments=', engine="eager"', change=""),
-    PEER: PAINT.format(library="diffusers", arguments="", change=""),
-    PEER_NHWC: PAINT.format(library="diffusers", arguments="", change=NHWC),
+SAMPLE_SCRIPTS = {
+    DDIM: SAMPLE_SCRIPT.format(library="ddim", arguments="", change=""),
+    EAGER: SAMPLE_SCRIPT.format(library="ddim", arguments=', engine="eager"', change=""),
+    DIFFUSERS: SAMPLE_SCRIPT.format(library="diffusers", arguments="", change=""),
+    DIFFUSERS_NHWC: SAMPLE_SCRIPT.format(library="diffusers", arguments="", change=NHWC),
 }
 
-PREPARE = """
+PREPARE_SCRIPT = """
 import sys, time, torch
 from ddim import UNet2DModel
 from ddim.engine import get_engine
@@ -100,46 +100,48 @@ print(time.perf_counter() - started)
 
 @dataclass
 class Row:
-    """A way to evaluate a network, and what was found."""
+    """A method to evaluate a network, and its measurements."""
 
     name: str
     run: Run | None = None
     preparation: float | None = None
-    why_not: str = ""
+    skip_reason: str = ""
     error: float | None = None
     seconds: list[float] = field(default_factory=list)
     peak_mib: float | None = None
 
 
-def child(script: str, *arguments: Any) -> list[float]:
-    """The numbers that a process of its own prints."""
+def run_script(script: str, *arguments: Any) -> list[float]:
+    """Run a script in a fresh process; return the numbers that it prints."""
     process = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True)
     if process.returncode:
         raise RuntimeError(process.stderr)
     return [float(word) for word in process.stdout.split()]
 
 
-def compiled_run(peer: Any, x: Tensor, t: Tensor) -> Run:
+def compiled_run(unet: Any, x: Tensor, t: Tensor) -> Run:
+    """Compile a U-Net of `diffusers` for the shapes of `x` and `t`."""
     torch._dynamo.reset()
-    network = torch.compile(peer, dynamic=False, options={"freezing": True})
+    network = torch.compile(unet, dynamic=False, options={"freezing": True})
     network(x, t)
     return lambda x, t: network(x, t.expand(len(x))).sample
 
 
-def openvino_run(peer: Any, x: Tensor, t: Tensor) -> Run:
+def openvino_run(unet: Any, x: Tensor, t: Tensor) -> Run:
+    """Convert a U-Net of `diffusers` for the shapes of `x` and `t`."""
     import openvino as ov
 
     class Network(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.network = peer
+            self.network = unet
 
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return self.network(x, t, return_dict=False)[0]
 
     shapes = [ov.PartialShape(list(tensor.shape)) for tensor in (x, t)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Each check of a shape is one, and shapes are fixed.
+        warnings.simplefilter("ignore")  # Checks of shapes warn, and shapes are fixed.
         model = ov.convert_model(Network().eval(), example_input=(x, t), input=shapes)
     threads = torch.get_num_threads()
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
@@ -147,52 +149,55 @@ def openvino_run(peer: Any, x: Tensor, t: Tensor) -> Run:
     return lambda x, t: torch.from_numpy(network([x.numpy(), t.expand(len(x)).contiguous().numpy()])[0])
 
 
-def batch_row(name: str, make: Callable[[Any, Tensor, Tensor], Run], peer: Any, x: Tensor) -> Row:
-    """A row that is made for one batch size; what keeps it from being made is told in the table."""
+def batch_row(name: str, make: Callable[[Any, Tensor, Tensor], Run], unet: Any, x: Tensor) -> Row:
+    """Build a row for one batch size; a failure becomes its `skip_reason`."""
     started = time.perf_counter()
     try:
-        run = make(peer, x, torch.full((len(x),), 999))
+        run = make(unet, x, torch.full((len(x),), 999))
     except Exception as error:
-        return Row(name, why_not=next(iter(str(error).splitlines()), type(error).__name__))
+        return Row(name, skip_reason=next(iter(str(error).splitlines()), type(error).__name__))
     return Row(name, run, time.perf_counter() - started)
 
 
 def make_rows(unet: ddim.UNet2DModel, engine: Any, prepared: float, x: Tensor, compiled: bool) -> list[Row]:
-    peer = diffusers.UNet2DModel(**unet.config).eval()
-    peer.load_state_dict(unet.state_dict())
-    peer_nhwc: Any = copy.deepcopy(peer).to(memory_format=torch.channels_last)
-    ours = Row(OURS, lambda x, t: engine.predict(x, t), prepared)
+    """Build all rows for the batch size of `x`; `prepared` is the engine's preparation in seconds."""
+    theirs = diffusers.UNet2DModel(**unet.config).eval()
+    theirs.load_state_dict(unet.state_dict())
+    theirs_nhwc: Any = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
+    ours = Row(DDIM, lambda x, t: engine.predict(x, t), prepared)
     rows = [
-        ours if not isinstance(engine, EagerEngine) else Row(OURS, why_not="there is no engine here"),
+        ours
+        if not isinstance(engine, EagerEngine)
+        else Row(DDIM, skip_reason="no engine supports this network on this machine"),
         Row(EAGER, lambda x, t: unet(x, t).sample),
-        Row(PEER, lambda x, t: peer(x, t).sample),
-        Row(PEER_NHWC, lambda x, t: peer_nhwc(x.to(memory_format=torch.channels_last), t).sample),
+        Row(DIFFUSERS, lambda x, t: theirs(x, t).sample),
+        Row(DIFFUSERS_NHWC, lambda x, t: theirs_nhwc(x.to(memory_format=torch.channels_last), t).sample),
     ]
-    rows += [batch_row(COMPILED, compiled_run, peer, x)] if compiled else []
-    return [*rows, batch_row(OPENVINO, openvino_run, peer, x)]
+    rows += [batch_row(COMPILED, compiled_run, theirs, x)] if compiled else []
+    return [*rows, batch_row(OPENVINO, openvino_run, theirs, x)]
 
 
 def compare(rows: list[Row], x: Tensor) -> None:
-    """Set the rows' errors, relative to the largest number of the prediction.
+    """Set the rows' errors, relative to the largest value of the prediction.
 
     Raises:
-        SystemExit: naming a row that is off.
+        SystemExit: if the error of a row is above `TOLERANCE`.
     """
     runs = {row.name: row.run for row in rows if row.run}
     errors: dict[str, list[Tensor]] = {name: [] for name in runs}
     for t in (torch.tensor(999), torch.tensor(500), torch.tensor(0), torch.linspace(0, 999, len(x)).long()):
-        right = runs[EAGER](x, t).clone()
+        expected = runs[EAGER](x, t).clone()
         for name, run in runs.items():
-            errors[name].append((run(x, t) - right).abs().max() / right.abs().max())
+            errors[name].append((run(x, t) - expected).abs().max() / expected.abs().max())
     for row in rows:
         if row.run and row.name != EAGER:
-            row.error = float(torch.stack(errors[row.name]).max())  # max() of PyTorch keeps NaN.
+            row.error = float(torch.stack(errors[row.name]).max())  # PyTorch's max() propagates NaN.
             if not row.error <= TOLERANCE:
                 raise SystemExit(f"{row.name}, batch {len(x)}: off by {row.error:.1e}; {TOLERANCE:g} is allowed")
 
 
 def measure(rows: list[Row], x: Tensor, rounds: int) -> None:
-    """Set the rows' seconds an evaluation, one number a round."""
+    """Set the rows' seconds per evaluation, one value per round."""
     timesteps = torch.linspace(999, 0, 20).long()
 
     def timed(run: Run, first: int, count: int) -> float:
@@ -201,8 +206,10 @@ def measure(rows: list[Row], x: Tensor, rounds: int) -> None:
             run(x, timesteps[index % len(timesteps)])
         return (time.perf_counter() - started) / count
 
-    # The round that is dropped: it tells how many evaluations are to be timed in the others.
-    counts = {row.name: math.ceil(LEAST / min(timed(row.run, i, 1) for i in (0, 1))) for row in rows if row.run}
+    # The round that is dropped sets how many evaluations the others time.
+    counts = {
+        row.name: math.ceil(MIN_ROUND_SECONDS / min(timed(row.run, i, 1) for i in (0, 1))) for row in rows if row.run
+    }
     for number in range(rounds):
         for row in rows[:: 1 if number % 2 else -1]:
             if row.run:
@@ -212,28 +219,28 @@ def measure(rows: list[Row], x: Tensor, rounds: int) -> None:
 
 
 def numbers(name: str, batch: int, rows: list[Row]) -> list[dict[str, Any]]:
-    """The rows with what follows from their medians."""
+    """Return the rows with what follows from their medians."""
     medians = {row.name: statistics.median(row.seconds) for row in rows if row.seconds}
-    peers = {"diffusers": min(medians[PEER], medians[PEER_NHWC]), "openvino": medians.get(OPENVINO)}
-    found = []
+    baselines = {"diffusers": min(medians[DIFFUSERS], medians[DIFFUSERS_NHWC]), "openvino": medians.get(OPENVINO)}
+    results = []
     for row in rows:
         values = {"network": name, "batch": batch} | {key: value for key, value in vars(row).items() if key != "run"}
         if row.seconds:
             times = {"median": medians[row.name], "fastest": min(row.seconds), "slowest": max(row.seconds)}
             values |= {f"{key}_ms": 1000 * value for key, value in times.items()}
             values["images_per_second"] = batch / medians[row.name]
-            values |= {f"times_{peer}": other and other / medians[row.name] for peer, other in peers.items()}
-        found.append(values)
-    return found
+            values |= {f"times_{key}": other and other / medians[row.name] for key, other in baselines.items()}
+        results.append(values)
+    return results
 
 
 LEGEND = (
-    "Medians. `/ diffusers eager`: how many times as fast as the better of its two rows. `error`: largest difference "
-    "from `ddim eager`, relative to the largest number. `preparation`: `get_engine` as above the table; conversion; "
+    "Medians. `/ diffusers eager`: speed relative to the better of its two rows. `error`: largest difference from "
+    "`ddim eager`, relative to the largest value. `preparation`: of the engine, as above the table; conversion; "
     "compilation by the first call."
 )
 COLUMNS = {
-    "ms an evaluation": ("median_ms", ",.1f"),
+    "ms per evaluation": ("median_ms", ",.1f"),
     "fastest": ("fastest_ms", ",.1f"),
     "slowest": ("slowest_ms", ",.1f"),
     "images/s": ("images_per_second", ",.2f"),
@@ -245,7 +252,8 @@ COLUMNS = {
 }
 
 
-def machine() -> str:
+def describe_machine() -> str:
+    """Return a line on the processor, its load and the versions."""
     info = Path("/proc/cpuinfo")
     models = [line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
     versions = [f"ddim {ddim.__version__}", f"torch {torch.__version__}", f"diffusers {diffusers.__version__}"]
@@ -258,26 +266,26 @@ def machine() -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of images/s relative to the better eager row of `diffusers`, a group for each network and batch."""
+    """Plot images/s relative to the better eager row of `diffusers`, a group of bars per network and batch."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["seconds"]]
     names = list(dict.fromkeys(row["name"] for row in rows))
-    # A bar is 1 high, and 1 lies between groups.
+    # A bar has height 1, as the gap between groups.
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         groups.setdefault(f"{row['network']}, batch {row['batch']}", []).append(index + len(groups))
-    places = [place for group in groups.values() for place in group]
-    figure = Figure(figsize=(6.4, 1 + 0.16 * places[-1]), layout="constrained")
+    positions = [position for group in groups.values() for position in group]
+    figure = Figure(figsize=(6.4, 1 + 0.16 * positions[-1]), layout="constrained")
     axes = figure.subplots()
     for name in names:
-        found = {p: row["times_diffusers"] for p, row in zip(places, rows, strict=True) if row["name"] == name}
-        bars = axes.barh(list(found), list(found.values()), height=0.9, label=name)
+        lengths = {p: row["times_diffusers"] for p, row in zip(positions, rows, strict=True) if row["name"] == name}
+        bars = axes.barh(list(lengths), list(lengths.values()), height=0.9, label=name)
         axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
     axes.set_yticks([statistics.mean(group) for group in groups.values()], list(groups), fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.1, y=0.01)
-    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.axvline(1, color="gray", linewidth=0.8)
     axes.set_xlabel("images/s relative to diffusers eager, the better of its rows", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, fontsize=7, frameon=False)
@@ -287,50 +295,51 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 @torch.no_grad()
 def measure_network(name: str, folder: Path, options: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
-    """A network's part of the report, and its rows."""
+    """Measure a network; return its section of the report, and its rows."""
     unet, saved = make_unet(name), save_pipeline(name, folder)
-    # The first of the two processes may have to compile.
-    prepared, first = [child(PREPARE, saved / "unet") for _ in range(2)][-1]
+    # The first of the two processes may compile.
+    prepared, first = [run_script(PREPARE_SCRIPT, saved / "unet") for _ in range(2)][-1]
     engine = get_engine(unet)
     size, channels = unet.config.sample_size, unet.config.in_channels
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for batch in options.batches or BATCHES[name]:
         print(f"{name}, batch {batch}", file=sys.stderr)
         x = torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0))
         rows = make_rows(unet, engine, prepared, x, options.compile)
         compare(rows, x)
-        measure(rows, x, min(options.rounds, MOST_ROUNDS.get(name, options.rounds)))
+        measure(rows, x, min(options.rounds, MAX_ROUNDS.get(name, options.rounds)))
         for row in rows:
-            if options.memory and row.name in PAINTERS:
-                peaks = [child(PAINTERS[row.name], saved, batch)[0] for _ in range(PROCESSES)]
+            if options.memory and row.name in SAMPLE_SCRIPTS:
+                peaks = [run_script(SAMPLE_SCRIPTS[row.name], saved, batch)[0] for _ in range(MEMORY_PROCESSES)]
                 row.peak_mib = statistics.median(peaks) / 1024
-        found += numbers(name, batch, rows)
+        results += numbers(name, batch, rows)
     parameters = sum(p.numel() for p in unet.parameters()) / 1e6
     text = (
-        f"## {name}: {parameters:.1f} million parameters, {channels}x{size}x{size}\n\n`get_engine` in a new process "
-        f"whose compiled loops are cached: {prepared:.2f} s, with the first evaluation {first:.2f} s."
+        f"## {name}: {parameters:.1f} million parameters, {channels}x{size}x{size}\n\nPreparation in a new process "
+        f"whose kernels are cached: {prepared:.2f} s, with the first evaluation {first:.2f} s."
     )
-    return f"{text}\n\n{table(found, {'batch': 'batch', 'row': 'name'}, COLUMNS)}", found
+    return f"{text}\n\n{markdown_table(results, {'batch': 'batch', 'row': 'name'}, COLUMNS)}", results
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time and memory of a network evaluation.")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--batches", type=int, nargs="+", help="for all networks, in place of their own")
-    parser.add_argument("--rounds", type=int, default=9, help="that count; lsun gets 3 at most")
-    parser.add_argument("--compile", action="store_true", help="measure torch.compile, which takes minutes")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="measure no memory")
+    """Measure the networks; print the report and write it to the folder `--out`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="networks to measure")
+    parser.add_argument("--batches", type=int, nargs="+", help="batch sizes of all networks")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds after a warm-up (at most 3 for lsun)")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile, which takes minutes")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure memory")
     parser.add_argument("--out", type=Path, help="a folder for speed.md, speed.json and speed.png")
     options = parser.parse_args()
-    host = machine()
-    report, rows = f"# A network evaluation\n\n{host}\n\n{LEGEND}\n", []
+    host = describe_machine()
+    report, rows = f"# Network evaluation\n\n{host}\n\n{LEGEND}\n", []
     print(report)
     with tempfile.TemporaryDirectory() as folder:
         for name in options.networks:
-            text, found = measure_network(name, Path(folder), options)
+            text, results = measure_network(name, Path(folder), options)
             print(f"{text}\n", flush=True)
             report += f"\n{text}\n"
-            rows += found
+            rows += results
     if options.out is not None:
         write_files(options.out, {"speed.md": report, "speed.json": to_json({"machine": host, "rows": rows})})
         plot(rows, options.out / "speed.png")

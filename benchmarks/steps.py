@@ -2,15 +2,15 @@
 
     python -m benchmarks.steps --data mnist/test.parquet --out benchmarks/results
 
-1. Mean squared error per value in [0, 1] of the pictures of 512 codes to those of 1,000 steps of DDIM from the same
-codes. Nothing is clipped: with clipping more steps tend to no limit (docs/fewer-steps.md).
-2. Fréchet distance of 5,000 pictures to the images of `--data`, on the features of the classifier of digits.
+1. Mean squared error per value in [0, 1] of the images of 512 latents to those of 1,000 steps of DDIM from the same
+   latents. Nothing is clipped: with clipping more steps do not converge (docs/fewer-steps.md).
+2. Fréchet distance of 5,000 images to those of `--data`, on the features of the classifier of digits.
 
-With `--clipping` instead: mean squared differences between the pictures of S steps of DDIM and of the next larger S,
-for three ways to clip.
+With `--clipping` instead: mean squared differences between the images of S steps of DDIM and of the next larger S, for
+three kinds of clipping.
 
-Timesteps are learned with `ddim.tuning.tune` from other codes. What is known already is read from `steps.json` in
-`--out`, so that a run that was stopped goes on; delete it for a new one.
+Timesteps are learned with `ddim.tuning.tune` from other latents. Results that `steps.json` in `--out` has are not
+measured again, so that an interrupted run resumes; delete it for a new run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.tables import write_files
+from benchmarks.report import write_files
 from ddim import DDIMPipeline, DDIMScheduler
 from ddim.diffusion.noise import noise_from_seeds
 from ddim.evaluation.features import load_features
@@ -37,19 +37,19 @@ from ddim.tuning import tune
 STEPS = (5, 7, 10, 15, 20)
 METHODS = ("DDIM", "order 2", "order 2, learned timesteps")
 SEED = 100_000
-"""Of the codes: far from those that timesteps are learned with."""
-BATCH = 64
+"""Of the first latent: far from those that timesteps are learned with."""
+BATCH_SIZE = 64
 
 
 class Results:
-    """Numbers by name, kept in a file."""
+    """Numbers by name, cached in a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
 
     def get(self, name: str, measure: Callable[[], Any]) -> Any:
-        """What is known, or measured now."""
+        """Return a cached number, or measure and cache it."""
         if name not in self.values:
             self.values[name] = measure()
             write_files(self.path.parent, {self.path.name: to_json(self.values)})
@@ -57,26 +57,26 @@ class Results:
         return self.values[name]
 
 
-def settings(method: str, number: int, results: Results, pipe: DDIMPipeline) -> dict[str, Any]:
-    """Arguments of a call of the pipeline."""
+def call_arguments(method: str, number: int, results: Results, pipe: DDIMPipeline) -> dict[str, Any]:
+    """Return the arguments of a call of the pipeline for a method and a number of steps."""
     arguments: dict[str, Any] = {"num_inference_steps": number, "order": 1 if method == "DDIM" else 2}
     if "learned" in method:
         arguments["timesteps"] = results.get(f"timesteps, {number}", lambda: tune(pipe, number).timesteps)
     return arguments
 
 
-def paint(pipe: DDIMPipeline, count: int, **arguments: Any) -> Tensor:
-    """Pictures of the first codes, (count, C, H, W) in [0, 1]."""
+def sample_latents(pipe: DDIMPipeline, count: int, **arguments: Any) -> Tensor:
+    """Sample from the first `count` latents; return (count, C, H, W) in [0, 1]."""
     batches = []
-    for first in range(0, count, BATCH):
-        seeds = range(SEED + first, SEED + first + BATCH)
-        latents = noise_from_seeds((BATCH, *pipe.sample_shape), seeds, pipe.device)()
+    for first in range(0, count, BATCH_SIZE):
+        seeds = range(SEED + first, SEED + first + BATCH_SIZE)
+        latents = noise_from_seeds((BATCH_SIZE, *pipe.sample_shape), seeds, pipe.device)()
         batches.append(pipe(latents=latents, output_type="pt", **arguments).images)
     return torch.cat(batches)[:count]
 
 
 def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Both numbers over the number of steps."""
+    """Plot both results over the number of steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -92,63 +92,66 @@ def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
     figure.savefig(path)
 
 
-def clipping(pipe: DDIMPipeline, codes: int) -> str:
-    """Whether more steps tend to a limit, as a table."""
+def compare_clipping(pipe: DDIMPipeline, count: int) -> str:
+    """Measure whether more steps converge for three kinds of clipping; return a table."""
     numbers = (10, 20, 50, 100, 200, 500)
-    ways = {
+    kinds = {
         "not at all": (False, False),
         "the predicted x_0 (`clip_sample`)": (True, False),
         "and epsilon with it (`use_clipped_model_output`)": (True, True),
     }
     pairs = list(itertools.pairwise(numbers))
     lines = [f"| clipped | {' | '.join(f'{a} to {b}' for a, b in pairs)} |", "|---" * (1 + len(pairs)) + "|"]
-    for name, (clip, whole) in ways.items():
+    for name, (clip, use_clipped) in kinds.items():
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=clip)
-        settings = {"seeds": range(codes), "use_clipped_model_output": whole, "output_type": "pt"}
-        found = {S: pipe(num_inference_steps=S, **settings).images for S in numbers}
-        values = [float((found[a] - found[b]).double().square().mean()) for a, b in pairs]
+        settings = {"seeds": range(count), "use_clipped_model_output": use_clipped, "output_type": "pt"}
+        images = {S: pipe(num_inference_steps=S, **settings).images for S in numbers}
+        values = [float((images[a] - images[b]).double().square().mean()) for a, b in pairs]
         lines.append(f"| {name} | {' | '.join(f'{value:.1e}' for value in values)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
+    """Measure what is not cached; write and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="images: a parquet file, a folder, ...")
-    parser.add_argument("--clipping", action="store_true", help="look at that alone")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--codes", type=int, default=512)
-    parser.add_argument("--pictures", type=int, default=5000)
+    parser.add_argument("--clipping", action="store_true", help="compare kinds of clipping instead")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results"), help="a folder for steps.json, steps.md, steps.png"
+    )
+    parser.add_argument("--latents", type=int, default=512, help="of the mean squared error")
+    parser.add_argument("--images", type=int, default=5000, help="of the Fréchet distance")
     arguments = parser.parse_args()
 
     pipe = DDIMPipeline.from_pretrained("mnist")
     pipe.set_progress_bar_config(disable=True)
     if arguments.clipping:
-        print(clipping(pipe, BATCH))
+        print(compare_clipping(pipe, BATCH_SIZE))
         return
     if arguments.data is None:
-        parser.error("--data is missing")
+        parser.error("--data is required")
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     results = Results(arguments.out / "steps.json")
     limit: list[Tensor] = []
 
     def error(method: str, number: int) -> float:
         if not limit:
-            limit.append(paint(pipe, arguments.codes, num_inference_steps=1000))
-        found = paint(pipe, arguments.codes, **settings(method, number, results, pipe))
-        return float((found - limit[0]).double().square().mean())
+            limit.append(sample_latents(pipe, arguments.latents, num_inference_steps=1000))
+        images = sample_latents(pipe, arguments.latents, **call_arguments(method, number, results, pipe))
+        return float((images - limit[0]).double().square().mean())
 
     extractor = load_features("mnist", pipe.sample_shape)
     real = compute_features(open_files(arguments.data, shape=pipe.sample_shape), extractor)
 
     def distance(method: str, number: int) -> float:
-        painted = sample_image_set(
-            pipe, arguments.pictures, name=f"{method}, {number}", **settings(method, number, results, pipe)
+        generated = sample_image_set(
+            pipe, arguments.images, name=f"{method}, {number}", **call_arguments(method, number, results, pipe)
         )
-        return frechet(compute_features(painted, extractor).values, real.values)
+        return frechet(compute_features(generated, extractor).values, real.values)
 
     titles = {
-        f"mean squared error to 1,000 steps, {arguments.codes} codes": error,
-        f"Fréchet distance, {arguments.pictures:,} pictures": distance,
+        f"mean squared error to 1,000 steps, {arguments.latents} latents": error,
+        f"Fréchet distance, {arguments.images:,} images": distance,
     }
     rows = {
         title: {

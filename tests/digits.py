@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, 8x8 and grey: real pictures that need no download."""
+"""scikit-learn's handwritten digits, 8x8 and gray: real images that require no download."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TINY_MODEL: dict[str, Any] = {
     "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
     "norm_num_groups": 4,
 }
-"""Arguments of a U-Net for them, of about 30 000 parameters."""
+"""Arguments of a U-Net for them, with about 30 000 parameters."""
 
 
 def digits(count: int | None = None) -> np.ndarray:
@@ -28,7 +28,7 @@ def digits(count: int | None = None) -> np.ndarray:
 
 
 def write_digits(folder: Path, count: int) -> Path:
-    """A PNG a digit; the folder."""
+    """Write one PNG per digit; the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, pixels in enumerate(digits(count)):
         Image.fromarray(pixels).save(folder / f"{index:04d}.png")

@@ -75,11 +75,11 @@ def load_with_scheduler(model: str, **config: Any) -> dict[str, Any]:
 
 def load_images(source: str, **arguments: Any) -> tuple[str, str, list[NDArray[np.uint8]]]:
     """The name and identity of a collection of images, and all of them."""
-    # `datasets` is slow to import, and no other function here wants it.
+    # `datasets` is slow to import, and no other function requires it.
     from ddim.data.sources import open_source
 
-    found = open_source(source, **arguments)
-    return found.name, found.identity, [np.asarray(read()) for read in found.fetch(range(found.count))]
+    images = open_source(source, **arguments)
+    return images.name, images.identity, [np.asarray(decode()) for decode in images.fetch(range(images.count))]
 
 
 def push(folder: Path, repo_id: str, **arguments: Any) -> str:

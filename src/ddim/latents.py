@@ -146,8 +146,8 @@ class LatentSpace:
             >>> from ddim import DDIMPipeline
             >>> pipe = DDIMPipeline.from_pretrained("mnist")
             >>> pipe.set_progress_bar_config(disable=True)
-            >>> images = pipe(seeds=[3], num_inference_steps=4).images
-            >>> encoded = pipe.encode(images, num_inference_steps=4)
+            >>> images = pipe(seeds=[3], num_inference_steps=10).images
+            >>> encoded = pipe.encode(images, num_inference_steps=10)
             >>> encoded.latents.shape, bool(encoded.mse < 1e-4)
             (torch.Size([1, 1, 28, 28]), True)
         """
@@ -250,8 +250,8 @@ class LatentSpace:
             >>> from ddim import DDIMPipeline
             >>> pipe = DDIMPipeline.from_pretrained("mnist")
             >>> pipe.set_progress_bar_config(disable=True)
-            >>> images = pipe(seeds=[3], num_inference_steps=4).images
-            >>> bool(pipe.reconstruct(images, num_inference_steps=4).mse < 1e-4)
+            >>> images = pipe(seeds=[3], num_inference_steps=10).images
+            >>> bool(pipe.reconstruct(images, num_inference_steps=10).mse < 1e-4)
             True
         """
         check_output_type(output_type)

@@ -1,4 +1,6 @@
-"""Checks of arguments, one primitive each, whose messages follow from the check and therefore read alike.
+"""Checks of arguments: one primitive per kind of value.
+
+Messages are made from the check, so that every one reads alike:
 
     num_inference_steps must be an integer from 1 to 1000, got 0
 

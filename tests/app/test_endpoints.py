@@ -134,7 +134,7 @@ def test_info(server: AppServer) -> None:
 
 
 def test_documented_example_runs(server: AppServer, tmp_path: Path, monkeypatch: Any) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "app.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "web-page.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     digit = Image.new("L", (28, 28))
     digit.paste(255, (12, 4, 16, 24))

@@ -78,7 +78,7 @@ def test_two_processes_report_equal_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing", "--reference", "mnist"], "there is no missing"),
+        (["missing", "--reference", "mnist"], "missing does not exist"),
         (["real", "--features", "pixels"], "reference must be given"),
         (["real", "--reference", "real", "--metrics", "fid,fad", "--features", "pixels"], "recall, got 'fad'"),
         (["real", "--metrics", "is", "--features", "pixels"], "must be mnist or inception for the inception score"),

@@ -1,4 +1,4 @@
-"""What the tests of training share: pictures, and a configuration that takes a few milliseconds a step."""
+"""What the tests of training share: images, and a configuration whose steps take a few milliseconds."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ONE_LEVEL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 40 digits."""
-    return write_digits(tmp_path_factory.mktemp("pictures"), 40)
+    return write_digits(tmp_path_factory.mktemp("images"), 40)
 
 
 @pytest.fixture(scope="session")
@@ -32,10 +32,10 @@ def images() -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
-def make_config(pictures: Path) -> Callable[..., TrainConfig]:
+def make_config(image_folder: Path) -> Callable[..., TrainConfig]:
     """A configuration with entries replaced; those of `data`, `model`, `optim` and `samples` one by one."""
     base: dict[str, Any] = {
-        "data": {"source": str(pictures)},
+        "data": {"source": str(image_folder)},
         "model": TINY_MODEL | ONE_LEVEL,
         "batch_size": 8,
         "max_steps": 12,

@@ -1,5 +1,5 @@
-"""Training configurations: presets against the papers and against `diffusers`, precedence of their sources, that every
-wrong entry is named in a sentence, and what may change when a run goes on.
+"""Training configurations: presets against the papers and `diffusers`, precedence, invalid entries, and which entries
+may change when a run resumes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ddim.scheduler import DDIMScheduler
 from ddim.training.config import (
     PRESETS,
     describe_preset,
-    differences,
+    incompatible_changes,
     load_config,
     preset_names,
     read_preset,
@@ -25,8 +25,8 @@ from ddim.training.config import (
 )
 from ddim.unet import UNet2DModel
 
-MINIMAL: dict[str, Any] = {"data": {"source": "pictures"}, "model": {"sample_size": 8}}
-DATA = {"data.source": "pictures"}
+MINIMAL: dict[str, Any] = {"data": {"source": "images"}, "model": {"sample_size": 8}}
+DATA = {"data.source": "images"}
 
 # Of google/ddpm-cifar10-32, google/ddpm-bedroom-256 and google/ddpm-church-256; the DDIM paper's CelebA model.
 PAPER = {"cifar10": 35_746_307, "celeba64": 78_700_803, "lsun-bedroom": 113_673_219, "lsun-church": 113_673_219}
@@ -52,7 +52,7 @@ def count(config: dict[str, Any], network: Any = UNet2DModel) -> int:
 # --- presets
 
 
-def test_the_presets_are_the_files_that_ship() -> None:
+def test_preset_names_match_files() -> None:
     files = {Path(entry.name).stem for entry in PRESETS.iterdir()}
     assert preset_names() == sorted(files)
     assert {"mnist", "digits", "cifar10-small", *PAPER} == files
@@ -73,7 +73,7 @@ def test_presets_load_and_build(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_presets_are_read_as_they_are_written_and_described_by_their_first_line(name: str) -> None:
+def test_presets_are_read_afresh_and_described_by_their_first_line(name: str) -> None:
     tree = read_preset(name)
     text = (PRESETS / f"{name}.yaml").read_text()
     assert tree == yaml.safe_load(text)
@@ -85,11 +85,11 @@ def test_presets_are_read_as_they_are_written_and_described_by_their_first_line(
 
 
 @pytest.mark.parametrize(("name", "parameters"), PAPER.items())
-def test_the_networks_of_the_papers_are_those_that_were_published(name: str, parameters: int) -> None:
+def test_paper_presets_match_published_networks(name: str, parameters: int) -> None:
     model = read_preset(name)["model"]
     assert count(model) == parameters
     assert count(model, diffusers.UNet2DModel) == parameters
-    # The channels a level and the attention are in the count only together.
+    # The number of parameters alone does not fix channels and attention.
     multiples = [channels // 128 for channels in model["block_out_channels"]]
     assert multiples == {32: [1, 2, 2, 2], 64: [1, 2, 2, 2, 4], 256: [1, 1, 2, 2, 4, 4]}[model["sample_size"]]
     assert model["layers_per_block"] == 2
@@ -97,7 +97,7 @@ def test_the_networks_of_the_papers_are_those_that_were_published(name: str, par
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_papers_attend_at_16_by_16_alone(name: str) -> None:
+def test_paper_presets_attend_at_16_by_16_only(name: str) -> None:
     model = read_preset(name)["model"]
     levels = range(len(model["block_out_channels"]))
     down = [model["sample_size"] // 2**level for level in levels if "Attn" in model["down_block_types"][level]]
@@ -106,7 +106,7 @@ def test_the_papers_attend_at_16_by_16_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_settings_of_the_papers(name: str) -> None:
+def test_paper_presets_match_published_settings(name: str) -> None:
     """DDPM (arXiv 2006.11239), appendix B, and its code; DDIM (arXiv 2010.02502), appendix D.1."""
     config = load_config(name, overrides=DATA)
     large = config.model["sample_size"] == 256
@@ -123,7 +123,7 @@ def test_the_settings_of_the_papers(name: str) -> None:
     assert config.precision == "fp32"
 
 
-def test_the_mnist_preset() -> None:
+def test_mnist_preset() -> None:
     config = load_config("mnist")
     assert count(config.model) == 1_805_121
     assert 2 * count(config.model) <= 4e6
@@ -131,30 +131,30 @@ def test_the_mnist_preset() -> None:
     assert not config.data.horizontal_flip
 
 
-def test_the_small_cifar10_preset_is_small() -> None:
+def test_small_cifar10_preset_is_small() -> None:
     parameters = count(load_config("cifar10-small").model)
     assert 8e6 < parameters < 10e6
     assert 2 * parameters <= 20e6
     assert parameters < count(read_preset("cifar10")["model"]) / 3
 
 
-def test_the_built_in_model_has_the_preset_configuration() -> None:
+def test_built_in_model_matches_its_preset() -> None:
     config = load_config("mnist")
     built_in = UNet2DModel.from_pretrained("mnist", subfolder="unet").config
     assert {key: built_in[key] for key in config.model} == config.model
 
 
 @pytest.mark.parametrize("name", ["imagenet", "", "mnist.yaml", "../presets/mnist"])
-def test_unknown_preset(name: str) -> None:
-    with pytest.raises(ValueError, match=r"there is no preset '.*'; there are celeba64, .*mnist") as caught:
+def test_unknown_preset_raises(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^preset must be one of celeba64, .*mnist, got '.*'$") as caught:
         load_config(name, overrides=DATA)
-    assert all(there in str(caught.value) for there in preset_names())
-    with pytest.raises(ValueError, match="there is no preset"):
+    assert all(preset in str(caught.value) for preset in preset_names())
+    with pytest.raises(ValueError, match="preset must be one of"):
         read_preset(name)
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_a_preset_without_data_of_its_own_asks_for_it(name: str) -> None:
+def test_preset_without_source_requires_one(name: str) -> None:
     if "source" in read_preset(name)["data"]:
         assert load_config(name).data.source == read_preset(name)["data"]["source"]
     else:
@@ -165,7 +165,7 @@ def test_a_preset_without_data_of_its_own_asks_for_it(name: str) -> None:
 # --- precedence
 
 
-def test_later_sources_replace_earlier_ones(tmp_path: Path) -> None:
+def test_precedence(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"optim": {"lr": 3e-4}, "batch_size": 7, "seed": 1, "model": {"dropout": 0.1}}))
     preset = load_config("mnist")
@@ -184,11 +184,11 @@ def test_later_sources_replace_earlier_ones(tmp_path: Path) -> None:
     overrides = DATA | {"seed": 4, "batch_size": None, "checkpoints.every": 7, "ema.decay": None}
     all_four = load_config("mnist", file, settings, overrides)
     assert (all_four.batch_size, all_four.seed, all_four.ema.decay) == (9, 4, 0.5)
-    assert (all_four.data.source, all_four.data.crop) == ("pictures", "none")
+    assert (all_four.data.source, all_four.data.crop) == ("images", "none")
     assert all_four.checkpoints.model_dump() == preset.checkpoints.model_dump() | {"every": 7}
 
 
-def test_a_file_alone_is_enough(tmp_path: Path) -> None:
+def test_file_alone_suffices(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(MINIMAL))
     assert load_config(config_file=file) == validate(MINIMAL)
@@ -210,7 +210,7 @@ def test_a_file_alone_is_enough(tmp_path: Path) -> None:
         ("objective.weighting=min_snr", "min_snr"),
     ],
 )
-def test_values_of_settings_are_yaml(setting: str, value: Any) -> None:
+def test_settings_are_parsed_as_yaml(setting: str, value: Any) -> None:
     tree: Any = load_config("mnist", settings=[setting]).model_dump()
     for key in setting.split("=")[0].split("."):
         tree = tree[key]
@@ -218,7 +218,7 @@ def test_values_of_settings_are_yaml(setting: str, value: Any) -> None:
     assert type(tree) is type(value)
 
 
-def test_defaults_are_those_of_the_paper() -> None:
+def test_defaults_match_the_paper() -> None:
     config = validate(MINIMAL)
     assert config.optim.lr == 2e-4
     assert config.ema.decay == 0.9999
@@ -227,7 +227,7 @@ def test_defaults_are_those_of_the_paper() -> None:
     assert (config.optim.decay, config.objective.weighting, config.precision) == ("constant", "simple", "fp32")
 
 
-def test_a_configuration_cannot_be_changed() -> None:
+def test_configuration_is_frozen() -> None:
     config = validate(MINIMAL)
     for section, entry in ((config, "seed"), (config.data, "source"), (config.optim, "lr"), (config.ema, "decay")):
         with pytest.raises(ValidationError, match="frozen"):
@@ -235,14 +235,14 @@ def test_a_configuration_cannot_be_changed() -> None:
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_a_configuration_survives_yaml(name: str) -> None:
+def test_yaml_round_trip(name: str) -> None:
     config = load_config(name, overrides=DATA)
     again = validate(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))))
     assert again == config
-    assert differences(config, again) == []
+    assert incompatible_changes(config, again) == []
 
 
-# --- wrong entries
+# --- invalid entries
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_a_configuration_survives_yaml(name: str) -> None:
         ("log_every", 0, "greater than 0"),
         ("init", 5, "string"),
         ("data", 5, "dictionary"),
-        ("data", "pictures", "dictionary"),
+        ("data", "images", "dictionary"),
         ("data.source", 5, "string"),
         ("data.source", "", "at least 1 character"),
         ("data.split", None, "string"),
@@ -268,7 +268,7 @@ def test_a_configuration_survives_yaml(name: str) -> None:
         ("data.cache", "cloud", "'auto', 'memory', 'disk' or 'none'"),
         ("data.holdout", -1, "greater than or equal to 0"),
         ("data.max_unreadable", -1, "greater than or equal to 0"),
-        ("data.folder", "pictures", "not permitted"),
+        ("data.folder", "images", "not permitted"),
         ("objective.weighting", "p2", "'simple', 'min_snr' or 'truncated_snr'"),
         ("objective.gamma", 0, "greater than 0"),
         ("objective.gamma", float("inf"), "finite"),
@@ -311,43 +311,44 @@ def test_a_configuration_survives_yaml(name: str) -> None:
         ("scheduler", "linear", "dictionary"),
     ],
 )
-def test_wrong_entries_are_named(key: str, value: Any, allowed: str) -> None:
+def test_invalid_entry_is_named(key: str, value: Any, allowed: str) -> None:
     with pytest.raises(ValueError, match=rf"^training configuration, {key}: .*({allowed})") as caught:
         validate(with_entry(key, value))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("betas", "index"), [([0.9, 1.0], 1), ([1.5, 0.9], 0), ([0.9, -0.1], 1)])
-def test_a_wrong_beta_is_named(betas: list[float], index: int) -> None:
+def test_invalid_beta_is_named(betas: list[float], index: int) -> None:
     with pytest.raises(ValueError, match=rf"^training configuration, optim\.betas\.{index}: .*(less|greater) than"):
         validate(with_entry("optim.betas", betas))
 
 
 @pytest.mark.parametrize("size", [None, 0, -8, 8.0, [8, 8], True, "8"])
-def test_sample_size_is_one_positive_number(size: Any) -> None:
-    with pytest.raises(ValueError, match=r"model\.sample_size: give the height and width .* as one positive number"):
+def test_sample_size_must_be_a_positive_integer(size: Any) -> None:
+    with pytest.raises(ValueError, match=r"model\.sample_size: must be a positive integer \(height and width\), got "):
         validate(with_entry("model.sample_size", size))
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(2, 2), (4, 4), (1, None), (1, 3), (None, 1), ("one", "one")])
-def test_channels_are_grey_or_colour_on_both_sides(inputs: Any, outputs: Any) -> None:
+@pytest.mark.parametrize(("inputs", "outputs"), [(2, 2), (4, 4), (1, None), (1, 3), (None, 1), ("gray", "gray")])
+def test_channels_must_be_gray_or_color_on_both_sides(inputs: Any, outputs: Any) -> None:
     model = {"sample_size": 8, "in_channels": inputs, "out_channels": outputs}
-    with pytest.raises(ValueError, match=r"model\.in_channels: it and model\.out_channels must both be 1 .* or 3"):
+    message = r"model\.in_channels: must be equal to model\.out_channels, both 1 \(gray\) or 3 \(color\), got "
+    with pytest.raises(ValueError, match=message):
         validate(MINIMAL | {"model": {key: value for key, value in model.items() if value is not None}})
 
 
-def test_missing_entries_are_named() -> None:
+def test_missing_entry_is_named() -> None:
     with pytest.raises(ValueError, match=r"^training configuration, data: Field required$"):
         validate({"model": {"sample_size": 8}})
     with pytest.raises(ValueError, match=r"^training configuration, data\.source: Field required$"):
         validate(MINIMAL | {"data": {"crop": "none"}})
     for model in ({}, {"model": {}}):
         with pytest.raises(ValueError, match=r"^training configuration, model\.sample_size: "):
-            validate({"data": {"source": "pictures"}} | model)
+            validate({"data": {"source": "images"}} | model)
 
 
-def test_the_model_may_be_left_to_the_weights_that_a_run_starts_from() -> None:
-    config = validate({"data": {"source": "pictures"}, "init": "mnist"})
+def test_model_is_optional_with_init() -> None:
+    config = validate({"data": {"source": "images"}, "init": "mnist"})
     assert (config.init, config.model) == ("mnist", {})
     assert validate(MINIMAL | {"init": "mnist"}).model == {"sample_size": 8}
     with pytest.raises(ValueError, match=r"model\.sample_size"):
@@ -357,43 +358,49 @@ def test_the_model_may_be_left_to_the_weights_that_a_run_starts_from() -> None:
 @pytest.mark.parametrize(
     ("batch_size", "accumulate", "good"), [(8, 2, True), (8, 8, True), (8, 3, False), (4, 8, False)]
 )
-def test_accumulate_divides_the_batch(batch_size: int, accumulate: int, good: bool) -> None:
+def test_accumulate_must_divide_the_batch(batch_size: int, accumulate: int, good: bool) -> None:
     tree = MINIMAL | {"batch_size": batch_size, "optim": {"accumulate": accumulate}}
     if good:
         assert validate(tree).optim.accumulate == accumulate
     else:
-        said = rf"^training configuration, optim\.accumulate: {accumulate} does not divide batch_size, {batch_size}$"
-        with pytest.raises(ValueError, match=said):
+        message = (
+            rf"^training configuration, optim\.accumulate: must divide batch_size \({batch_size}\), got {accumulate}$"
+        )
+        with pytest.raises(ValueError, match=message):
             validate(tree)
 
 
-def test_decay_steps_want_a_decay() -> None:
+def test_decay_steps_require_a_decay() -> None:
     for decay in ("linear", "cosine"):
         assert validate(MINIMAL | {"optim": {"decay": decay, "decay_steps": 10}}).optim.decay_steps == 10
         assert validate(MINIMAL | {"optim": {"decay": decay}}).optim.decay_steps is None
     for optim in ({"decay_steps": 10}, {"decay": "constant", "decay_steps": 10}):
-        with pytest.raises(ValueError, match=r"optim\.decay_steps: .* unless optim\.decay is linear or cosine$"):
+        with pytest.raises(
+            ValueError, match=r"optim\.decay_steps: requires optim\.decay to be linear or cosine, got constant$"
+        ):
             validate(MINIMAL | {"optim": optim})
 
 
 @pytest.mark.parametrize("setting", ["optim.lr", "", "batch_size:4", "=1"])
-def test_a_setting_without_a_key_or_a_value(setting: str) -> None:
-    with pytest.raises(ValueError, match=rf"--set '{setting}' is no key=value, such as optim\.lr=2e-4"):
+def test_setting_without_key_or_value_raises(setting: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"settings must be of the form key=value, such as optim\.lr=2e-4, got '{setting}'"
+    ):
         load_config("mnist", settings=[setting])
 
 
 @pytest.mark.parametrize(
     ("setting", "named"),
     [
-        ("optim.lr=[1", r"'\[1' is no YAML value"),
+        ("optim.lr=[1", r"'\[1' is not a valid YAML value"),
         ("optim.lrate=1", r"optim\.lrate: "),
         ("optim.lr.first=1", r"optim\.lr: "),
-        ("data=pictures", "data: "),
+        ("data=images", "data: "),
         ("data.source=", r"data\.source: .*string"),
         ("data.source=[a, b]", r"data\.source: .*string"),
     ],
 )
-def test_a_wrong_setting(setting: str, named: str) -> None:
+def test_invalid_setting_raises(setting: str, named: str) -> None:
     with pytest.raises(ValueError, match=named) as caught:
         load_config("mnist", settings=[setting])
     assert "\n" not in str(caught.value)
@@ -402,14 +409,14 @@ def test_a_wrong_setting(setting: str, named: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("batch_size: [", "is no YAML"),
+        ("batch_size: [", "is not valid YAML"),
         ("- 1", "must hold entries such as 'batch_size: 64'"),
         ("", "must hold entries"),
         ("just words", "must hold entries"),
-        ("!!python/object/apply:os.system ['true']", "is no YAML"),
+        ("!!python/object/apply:os.system ['true']", "is not valid YAML"),
     ],
 )
-def test_a_wrong_file(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_file_raises(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match=rf"the configuration .*mine\.yaml {message}") as caught:
@@ -417,18 +424,18 @@ def test_a_wrong_file(tmp_path: Path, text: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_file_raises(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
     for name in ("missing.yaml", "binary.yaml", "."):
         with pytest.raises(FileNotFoundError, match="cannot be read"):
             load_config("mnist", tmp_path / name)
 
 
-# --- going on with other settings
+# --- resuming with another configuration
 
 
-# Every leaf of the configuration, and whether a run goes on with another value. Written out: a new entry fails here
-# until it is decided what it is.
+# Every leaf of the configuration, and whether a run resumes with another value. A new entry fails the test below until
+# it is classified.
 OTHER = {
     "data.source": ("elsewhere", True),
     "data.split": ("test", True),
@@ -476,7 +483,7 @@ OTHER = {
 NEITHER = {"optim.decay_steps", "evaluate.features", "log_every"}
 
 
-def test_every_entry_is_decided_on() -> None:
+def test_every_entry_is_classified() -> None:
     def leaves(tree: dict[str, Any], prefix: str = "") -> set[str]:
         return set().union(
             *(
@@ -485,45 +492,47 @@ def test_every_entry_is_decided_on() -> None:
             )
         )
 
-    there = leaves(validate(MINIMAL).model_dump()) - {"scheduler"}
-    assert there == (OTHER.keys() | NEITHER) - {"model.dropout", "scheduler.prediction_type"}
+    entries = leaves(validate(MINIMAL).model_dump()) - {"scheduler"}
+    assert entries == (OTHER.keys() | NEITHER) - {"model.dropout", "scheduler.prediction_type"}
 
 
 @pytest.mark.parametrize("key", OTHER)
-def test_entries_that_decide_what_a_run_computes_are_named(key: str) -> None:
+def test_incompatible_changes(key: str) -> None:
     value, free = OTHER[key]
     old, new = validate(MINIMAL), validate(with_entry(key, value))
     assert old != new
-    found = differences(old, new)
-    assert [sentence.split(":")[0] for sentence in found] == ([] if free else [key])
-    assert all(sentence.endswith(f" there, {value} here") for sentence in found)
-    back = differences(new, old)
-    assert [sentence.split(":")[0] for sentence in back] == ([] if free else [key])
+    changes = incompatible_changes(old, new)
+    assert [change.split(":")[0] for change in changes] == ([] if free else [key])
+    assert all(change.endswith(f", got {value}") for change in changes)
+    back = incompatible_changes(new, old)
+    assert [change.split(":")[0] for change in back] == ([] if free else [key])
 
 
-def test_all_differences_are_named_at_once() -> None:
+def test_all_incompatible_changes_are_listed() -> None:
     changed = MINIMAL | {"seed": 1, "optim": {"lr": 1e-3, "decay": "linear", "decay_steps": 9}, "batch_size": 64}
-    assert differences(validate(MINIMAL), validate(changed)) == [
-        "batch_size: 128 there, 64 here",
-        "optim.decay: constant there, linear here",
-        "optim.decay_steps: None there, 9 here",
-        "optim.lr: 0.0002 there, 0.001 here",
-        "seed: 0 there, 1 here",
+    assert incompatible_changes(validate(MINIMAL), validate(changed)) == [
+        "batch_size: expected 128, got 64",
+        "optim.decay: expected constant, got linear",
+        "optim.decay_steps: expected None, got 9",
+        "optim.lr: expected 0.0002, got 0.001",
+        "seed: expected 0, got 1",
     ]
 
 
-def test_arguments_of_the_network_that_one_side_lacks_are_named() -> None:
-    there = validate(with_entry("model.block_out_channels", [8, 16]))
-    here = validate(with_entry("model.dropout", 0.1))
-    assert differences(there, here) == [
-        "model.block_out_channels: [8, 16] there, None here",
-        "model.dropout: None there, 0.1 here",
+def test_model_arguments_that_one_side_lacks_are_listed() -> None:
+    old = validate(with_entry("model.block_out_channels", [8, 16]))
+    new = validate(with_entry("model.dropout", 0.1))
+    assert incompatible_changes(old, new) == [
+        "model.block_out_channels: expected [8, 16], got None",
+        "model.dropout: expected None, got 0.1",
     ]
 
 
 @pytest.mark.parametrize("decay", ["linear", "cosine"])
 @pytest.mark.parametrize("decay_steps", [None, 10])
-def test_the_end_of_a_run_that_decays_towards_it_is_fixed(decay: str, decay_steps: int | None) -> None:
+def test_max_steps_is_fixed_with_decay(decay: str, decay_steps: int | None) -> None:
     decaying = MINIMAL | {"optim": {"decay": decay, "decay_steps": decay_steps}, "max_steps": 20}
-    assert differences(validate(decaying), validate(decaying | {"max_steps": 30})) == ["max_steps: 20 there, 30 here"]
-    assert differences(validate(decaying), validate(decaying | {"samples": {"every": 0}})) == []
+    assert incompatible_changes(validate(decaying), validate(decaying | {"max_steps": 30})) == [
+        "max_steps: expected 20, got 30"
+    ]
+    assert incompatible_changes(validate(decaying), validate(decaying | {"samples": {"every": 0}})) == []

@@ -1,4 +1,4 @@
-"""Training learns: on scikit-learn's digits, measured on digits that it was not shown."""
+"""Training learns: on scikit-learn's digits, evaluated on held-out digits."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from ddim.data.dataset import split_holdout
+from ddim.data.loader import split_holdout
 from ddim.pipeline import DDIMPipeline
-from ddim.scheduler import DDIMScheduler
 from ddim.training.config import load_config
 from ddim.training.run import train
 from digits import TINY_MODEL, digits
+from helpers import ALPHAS
 
 HELD_OUT, STEPS = 297, 300
-ALPHAS = DDIMScheduler().alphas_cumprod.double().numpy()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def measured(learned: Path) -> dict[str, float]:
 
 
 def halves() -> tuple[np.ndarray, np.ndarray]:
-    """The digits that are trained on, and those that are not, as float64 (n, 64) in [0, 1]."""
+    """The trained and the held-out digits, as float64 (n, 64) in [0, 1]."""
     pixels = digits().reshape(-1, 64) / 255
     training, held_out = split_holdout(len(pixels), HELD_OUT, seed=0)
     return pixels[training.numpy()], pixels[held_out.numpy()]
@@ -70,13 +69,13 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.square(a.mean(0) - b.mean(0)).sum() + np.square(x).sum() + np.square(y).sum() - 2 * root)
 
 
-def test_the_loss_on_digits_not_shown_is_below_that_of_any_linear_denoiser(measured: dict[str, float]) -> None:
+def test_held_out_loss_beats_any_linear_denoiser(measured: dict[str, float]) -> None:
     linear = linear_denoiser_loss(*halves())
     assert 0.1 < linear < 0.14
     assert measured["held_out_loss"] < 0.11 < linear
 
 
-def test_samples_are_near_the_digits_not_shown(learned: Path, measured: dict[str, float]) -> None:
+def test_samples_are_close_to_held_out_digits(learned: Path, measured: dict[str, float]) -> None:
     training, held_out = halves()
     noise = torch.randn(HELD_OUT, 64, generator=torch.Generator().manual_seed(0)).double().numpy()
     far = frechet(((noise + 1) / 2).clip(0, 1), held_out)
@@ -84,6 +83,8 @@ def test_samples_are_near_the_digits_not_shown(learned: Path, measured: dict[str
     # And of those, most is the sets' being small: digits against other digits.
     assert measured["frechet_distance"] < 5 * frechet(training[:HELD_OUT], held_out)
 
-    painted = DDIMPipeline.from_pretrained(learned / "final").paint(HELD_OUT, batch_size=256, num_inference_steps=20)
-    pixels = np.stack([np.asarray(image) for image in painted]).reshape(-1, 64) / 255
+    samples = DDIMPipeline.from_pretrained(learned / "final").sample_images(
+        HELD_OUT, batch_size=256, num_inference_steps=20
+    )
+    pixels = np.stack([np.asarray(image) for image in samples]).reshape(-1, 64) / 255
     assert measured["frechet_distance"] == pytest.approx(frechet(pixels, held_out), rel=1e-3)

@@ -10,15 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import helpers
 from ddim.scheduler import DDIMScheduler
 from ddim.training.objective import QUARTILES, by_quartile, draw_timesteps, loss_weights
+from helpers import seeded
 
-ALPHAS = DDIMScheduler().alphas_cumprod.double()
+ALPHAS = torch.from_numpy(helpers.ALPHAS)
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 # --- timesteps
@@ -59,7 +57,7 @@ def test_antithetic_timesteps_come_in_pairs(count: int) -> None:
         assert abs(early - (count - early)) <= (2 if count % 2 == 0 else 1)
 
 
-def test_the_pairs_lower_the_variance() -> None:
+def test_antithetic_timesteps_lower_the_variance() -> None:
     """Of the mean of anything that is monotonous in t, as the loss is."""
     variance = {}
     for antithetic in (True, False):
@@ -77,7 +75,7 @@ def test_independent_timesteps_are_independent() -> None:
 
 
 @pytest.mark.parametrize("antithetic", [True, False])
-def test_the_generator_decides_the_timesteps(antithetic: bool) -> None:
+def test_generator_decides_the_timesteps(antithetic: bool) -> None:
     first = draw_timesteps(64, 1000, antithetic, seeded(3))
     torch.manual_seed(9)
     assert torch.equal(draw_timesteps(64, 1000, antithetic, seeded(3)), first)
@@ -94,7 +92,7 @@ def convert(x0: Tensor, noisy: Tensor, alpha: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("weighting", "gamma"), [("min_snr", 5.0), ("min_snr", 0.3), ("truncated_snr", 5.0)])
-def test_a_weighted_error_is_the_same_whatever_is_predicted(weighting: str, gamma: float) -> None:
+def test_weighted_error_does_not_depend_on_prediction_type(weighting: str, gamma: float) -> None:
     x0, noise, wrong = torch.randn(3, len(ALPHAS), 12, generator=seeded(), dtype=torch.float64)
     alpha = ALPHAS[:, None]
     noisy = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
@@ -115,7 +113,7 @@ def test_a_weighted_error_is_the_same_whatever_is_predicted(weighting: str, gamm
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
-def test_simple_weighs_all_timesteps_equally(prediction_type: str) -> None:
+def test_simple_weighting_is_constant(prediction_type: str) -> None:
     assert torch.equal(loss_weights(ALPHAS, prediction_type, "simple", 5.0), torch.ones(1000))
 
 
@@ -131,7 +129,7 @@ def test_simple_weighs_all_timesteps_equally(prediction_type: str) -> None:
         ("v_prediction", "truncated_snr", [3 / 4, 1 / 2, 3 / 4]),
     ],
 )
-def test_weights_by_hand(prediction_type: str, weighting: str, expected: list[float]) -> None:
+def test_weights_match_hand_computed_values(prediction_type: str, weighting: str, expected: list[float]) -> None:
     alphas = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     torch.testing.assert_close(loss_weights(alphas, prediction_type, weighting, 2.0), torch.tensor(expected).float())
 
@@ -150,26 +148,24 @@ def test_weights_by_hand(prediction_type: str, weighting: str, expected: list[fl
         ("v_prediction", "simple", 1, 1),
     ],
 )
-def test_infinite_weights_are_refused(
-    prediction_type: str, weighting: str, at_0: float | None, at_1: float | None
-) -> None:
+def test_infinite_weights_raise(prediction_type: str, weighting: str, at_0: float | None, at_1: float | None) -> None:
     for alpha, expected in ((0.0, at_0), (1.0, at_1)):
         alphas = torch.tensor([0.5, alpha], dtype=torch.float64)
         if expected is None:
-            said = rf"^the weighting {weighting} of {prediction_type} is infinite where alphas_cumprod is 0 or 1"
-            with pytest.raises(ValueError, match=said) as caught:
+            message = rf"^objective\.weighting={weighting} is infinite for prediction_type={prediction_type} where "
+            with pytest.raises(ValueError, match=message) as caught:
                 loss_weights(alphas, prediction_type, weighting, 5.0)
             assert "\n" not in str(caught.value)
         else:
             assert float(loss_weights(alphas, prediction_type, weighting, 5.0)[1]) == expected
 
 
-def test_the_weights_of_a_schedule_that_ends_in_noise_alone() -> None:
+def test_weights_with_zero_terminal_snr() -> None:
     alphas = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction").alphas_cumprod
     assert float(alphas[-1]) == 0
     for weighting in ("simple", "min_snr", "truncated_snr"):
         assert bool(loss_weights(alphas, "v_prediction", weighting, 5.0).isfinite().all())
-    with pytest.raises(ValueError, match="truncated_snr of epsilon is infinite"):
+    with pytest.raises(ValueError, match="weighting=truncated_snr is infinite for prediction_type=epsilon"):
         loss_weights(alphas, "epsilon", "truncated_snr", 5.0)
 
 
@@ -177,7 +173,7 @@ def test_the_weights_of_a_schedule_that_ends_in_noise_alone() -> None:
 
 
 @pytest.mark.parametrize("T", [4, 7, 10, 1000])
-def test_sums_by_quartile_are_those_of_a_plain_loop(T: int) -> None:
+def test_quartile_sums_match_a_plain_loop(T: int) -> None:
     losses = torch.rand(200, generator=seeded())
     timesteps = torch.randint(T, (200,), generator=seeded(1))
     expected_sums, expected_counts = [0.0] * QUARTILES, [0] * QUARTILES
@@ -192,7 +188,7 @@ def test_sums_by_quartile_are_those_of_a_plain_loop(T: int) -> None:
     assert math.isclose(float(sums.sum()), float(losses.sum()), rel_tol=1e-5)
 
 
-def test_quartiles_begin_and_end_where_they_should() -> None:
+def test_quartile_boundaries() -> None:
     timesteps = torch.tensor([0, 249, 250, 499, 500, 749, 750, 999])
     losses = 2.0 ** torch.arange(8)
     sums, counts = by_quartile(losses, timesteps, 1000)

@@ -1,5 +1,5 @@
-"""The optimiser, the learning rate and the averaged weights, each against its definition written out in plain Python;
-and what a network starts as.
+"""The optimizer, the learning rate and the averaged weights, each against its definition in plain Python; and the
+initialization of the network.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ RUNS = [
 ]
 
 
-def restated(warmup: int, decay: str, decay_steps: int | None, max_steps: int, step: int) -> float:
-    """The rate of the step that follows `step` steps."""
+def expected_rate(warmup: int, decay: str, decay_steps: int | None, max_steps: int, step: int) -> float:
+    """The learning rate of the step after `step` steps."""
     rising = LR if step + 1 >= warmup else LR * (step + 1) / warmup
     if decay == "constant":
         return rising
@@ -58,16 +58,16 @@ def restated(warmup: int, decay: str, decay_steps: int | None, max_steps: int, s
 
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize(("warmup", "decay_steps", "max_steps"), RUNS)
-def test_the_learning_rate_is_its_definition(decay: str, warmup: int, decay_steps: int | None, max_steps: int) -> None:
+def test_learning_rate_matches_its_definition(decay: str, warmup: int, decay_steps: int | None, max_steps: int) -> None:
     config = OptimConfig(lr=LR, warmup_steps=warmup, decay=decay, decay_steps=decay_steps)
     for step in range(max_steps):
         rate = learning_rate(config, step, max_steps)
-        assert rate == pytest.approx(restated(warmup, decay, decay_steps, max_steps, step), rel=1e-12)
+        assert rate == pytest.approx(expected_rate(warmup, decay, decay_steps, max_steps, step), rel=1e-12)
         assert 0 < rate <= LR
 
 
 @pytest.mark.parametrize(("decay", "at_half", "at_last"), [("linear", 0.5, 0.1), ("cosine", 0.5, 0.0244717418524232)])
-def test_the_learning_rate_by_hand(decay: str, at_half: float, at_last: float) -> None:
+def test_learning_rate_matches_hand_computed_values(decay: str, at_half: float, at_last: float) -> None:
     config = OptimConfig(lr=LR, warmup_steps=4, decay=decay, decay_steps=10)
     rates = [learning_rate(config, step, 100) / LR for step in range(101)]
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1])
@@ -81,14 +81,14 @@ def test_the_learning_rate_by_hand(decay: str, at_half: float, at_last: float) -
 
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize(("warmup", "decay_steps"), [(0, None), (50, None), (50, 100), (50, 400), (150, 400)])
-def test_the_learning_rate_makes_no_jumps(decay: str, warmup: int, decay_steps: int | None) -> None:
+def test_learning_rate_is_continuous(decay: str, warmup: int, decay_steps: int | None) -> None:
     max_steps = 300
     config = OptimConfig(lr=LR, warmup_steps=warmup, decay=decay, decay_steps=decay_steps)
     rates = [learning_rate(config, step, max_steps) for step in range(max_steps)]
     steepest = max(1 / max(warmup, max_steps), 1 / warmup if warmup else 0)
     if decay != "constant":
         steepest = max(steepest, math.pi / 2 / (decay_steps or max_steps - warmup))
-        # And it goes on to zero.
+        # And it decays to zero.
         assert rates[-1] <= 1.0001 * LR * steepest
     differences = [abs(after - before) for before, after in itertools.pairwise(rates)]
     assert max(differences) <= 1.0001 * LR * steepest
@@ -106,7 +106,7 @@ class Tiny(nn.Module):
 
 
 def follow(config: EmaConfig, steps: int) -> tuple[list[list[float]], list[list[float]]]:
-    """Weights after each of some steps, and what a plain loop makes of their average; both flat."""
+    """The weights after each step, and their average; both flat."""
     model = Tiny()
     average = AveragedModel(model, multi_avg_fn=ema_update(config))
     generator = torch.Generator().manual_seed(1)
@@ -114,44 +114,44 @@ def follow(config: EmaConfig, steps: int) -> tuple[list[list[float]], list[list[
     def flat(module: nn.Module) -> list[float]:
         return torch.cat([parameter.detach().flatten() for parameter in module.parameters()]).tolist()
 
-    found, history = [], []
+    averages, history = [], []
     for _ in range(steps):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
         average.update_parameters(model)
         history.append(flat(model))
-        found.append(flat(average.module))
-    return history, found
+        averages.append(flat(average.module))
+    return history, averages
 
 
 @pytest.mark.parametrize("warmup", [True, False])
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.9, 0.9999])
-def test_the_average_is_its_recursion(decay: float, warmup: bool) -> None:
-    history, found = follow(EmaConfig(decay=decay, warmup=warmup), 120)
+def test_average_follows_its_recursion(decay: float, warmup: bool) -> None:
+    history, averages = follow(EmaConfig(decay=decay, warmup=warmup), 120)
     # The first weights are taken over as they are.
     average = history[0]
-    for n, (weights, there) in enumerate(zip(history, found, strict=True)):
+    for n, (weights, actual) in enumerate(zip(history, averages, strict=True)):
         if n > 0:
             d = decay
             if warmup and (1 + n) / (10 + n) < decay:
                 d = (1 + n) / (10 + n)
             average = [d * a + (1 - d) * w for a, w in zip(average, weights, strict=True)]
-        assert there == pytest.approx(average, rel=1e-10, abs=1e-12)
+        assert actual == pytest.approx(average, rel=1e-10, abs=1e-12)
 
 
-def test_the_average_without_a_warm_up_in_closed_form() -> None:
+def test_average_without_warmup_matches_closed_form() -> None:
     decay, steps = 0.9, 30
-    history, found = follow(EmaConfig(decay=decay, warmup=False), steps)
+    history, averages = follow(EmaConfig(decay=decay, warmup=False), steps)
     weights = torch.tensor(history, dtype=torch.float64)
     share = torch.tensor([(1 - decay) * decay ** (steps - 1 - k) for k in range(steps)], dtype=torch.float64)
     share[0] = decay ** (steps - 1)
     assert float(share.sum()) == pytest.approx(1)
-    assert found[-1] == pytest.approx((share[:, None] * weights).sum(0).tolist(), rel=1e-10, abs=1e-12)
+    assert averages[-1] == pytest.approx((share[:, None] * weights).sum(0).tolist(), rel=1e-10, abs=1e-12)
 
 
-def test_the_warm_up_forgets_the_first_weights() -> None:
-    """Their share after 100 steps is the product of (1 + n) / (10 + n), about 1e-9, instead of 0.99."""
+def test_ema_warmup_forgets_the_first_weights() -> None:
+    """Their weight after 100 steps is the product of (1 + n) / (10 + n), about 1e-9, instead of 0.99."""
     shares = {}
     for warmup in (True, False):
         model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
@@ -165,7 +165,7 @@ def test_the_warm_up_forgets_the_first_weights() -> None:
     assert shares[True] < 1e-8
 
 
-# --- where a network starts
+# --- initialization
 
 MODELS: dict[str, dict[str, Any]] = {
     "as the presets": {},
@@ -190,7 +190,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_new_network_predicts_zero(name: str) -> None:
+def test_new_network_predicts_zero(name: str) -> None:
     model = make_model(name)
     with torch.no_grad():
         assert float(model(*inputs()).sample.abs().max()) > 0
@@ -199,7 +199,7 @@ def test_a_new_network_predicts_zero(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_residual_branches_of_a_new_network_add_nothing(name: str) -> None:
+def test_residual_branches_of_a_new_network_are_zero(name: str) -> None:
     model = make_model(name)
     zero_last_layers(model)
     seen = {ResnetBlock2D: 0, Attention: 0}
@@ -224,7 +224,7 @@ def test_residual_branches_of_a_new_network_add_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_new_network_can_learn_and_keeps_its_other_layers(name: str) -> None:
+def test_only_last_layers_are_zeroed_and_gradients_flow(name: str) -> None:
     model, untouched = make_model(name), make_model(name).state_dict()
     zero_last_layers(model)
     for key, value in model.state_dict().items():
@@ -236,10 +236,10 @@ def test_a_new_network_can_learn_and_keeps_its_other_layers(name: str) -> None:
     assert float(model.conv_out.weight.grad.abs().max()) > 0
 
 
-# --- the optimiser
+# --- the optimizer
 
 
-def test_the_optimiser_takes_the_settings_over() -> None:
+def test_optimizer_uses_the_configuration() -> None:
     model = make_model("as the presets")
     config = OptimConfig(lr=3e-3, betas=(0.8, 0.95), eps=1e-5, weight_decay=0.02)
     optimizer = make_optimizer(model, config)
@@ -250,7 +250,7 @@ def test_the_optimiser_takes_the_settings_over() -> None:
     assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in model.parameters()]
 
 
-def test_a_few_steps_are_those_of_adamw_written_out() -> None:
+def test_steps_match_adamw_written_out() -> None:
     model = Tiny()
     config = OptimConfig(lr=3e-3, betas=(0.8, 0.95), eps=1e-5, weight_decay=0.02)
     optimizer = make_optimizer(model, config)

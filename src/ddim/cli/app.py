@@ -38,7 +38,6 @@ def app(
     The page's address is printed. It works without internet and sends nothing anywhere; Ctrl+C stops it.
 
     Examples:
-
       ddim app
 
       ddim app runs/mnist/final --port 8000 --no-open

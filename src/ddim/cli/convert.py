@@ -76,7 +76,6 @@ def convert(
     that could run code.
 
     Examples:
-
       ddim convert ema_diffusion_cifar10_model-790000.ckpt --out cifar10
 
       ddim convert ckpt.pth --raw --out celeba

@@ -42,7 +42,6 @@ def edit(
     The path of the result is printed.
 
     Examples:
-
       ddim edit sketch.png --seed 0 --strength 0.6
 
       ddim edit digits/ --seed 7 --strength 0.4 --out edited/

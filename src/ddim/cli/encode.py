@@ -35,7 +35,6 @@ def encode(
     The latents are written with the settings that made them; the path is printed.
 
     Examples:
-
       ddim encode digit.png --out digit.npz
 
       ddim encode photos/ --resize --steps 20 --out codes.safetensors
@@ -97,7 +96,6 @@ def decode(
     of the result is printed.
 
     Examples:
-
       ddim decode digit.npz --out digit.png
 
       ddim decode codes.safetensors --steps 20 --force --out images/

@@ -81,7 +81,6 @@ def evaluate(
     with published ones.
 
     Examples:
-
       ddim evaluate mnist --reference mnist/test.parquet --features mnist -n 2000
 
       ddim evaluate images/ --reference owner/dataset --metrics fid,kid

@@ -15,7 +15,6 @@ def info(
     """Show a model's location, size, cost and configuration.
 
     Examples:
-
       ddim info mnist
 
       ddim info runs/mine/final --json

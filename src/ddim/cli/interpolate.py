@@ -56,7 +56,6 @@ def interpolate(
     Images are encoded exactly, so that the path passes through them. The path of the result is printed.
 
     Examples:
-
       ddim interpolate 3 14 --out strip.png
 
       ddim interpolate one.png seven.png 3 --frames 25 --closed --out walk.gif
@@ -154,7 +153,7 @@ class Points:
             The points.
 
         Raises:
-            FileNotFoundError: if there is no such file.
+            FileNotFoundError: if no such file exists.
             ValueError: if a file is damaged, or a seed is out of range.
         """
         from ddim.diffusion.noise import check_seeds

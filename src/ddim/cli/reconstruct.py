@@ -34,7 +34,6 @@ def reconstruct(
     function evaluations spent on encoding and the largest residual of a step; then the path of the PNG.
 
     Examples:
-
       ddim reconstruct digits/ --out side_by_side.png
 
       ddim reconstruct digits/ --euler --steps 20

@@ -62,7 +62,6 @@ def sample(
     interruption; torchrun or accelerate launch share the work among processes.
 
     Examples:
-
       ddim sample                                         # 16 digits, 50 steps, samples.png
 
       ddim sample --steps 20 --count 64 --out digits.png

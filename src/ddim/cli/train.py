@@ -14,7 +14,7 @@ import typer
 from ddim.cli import options
 
 if TYPE_CHECKING:
-    from ddim.training.plan import Plan
+    from ddim.training.costs import RunCosts
 
 REQUIRED_MODULES = (
     "accelerate",
@@ -72,7 +72,6 @@ def train(
     started by `accelerate launch -m ddim train ...` or `torchrun --nproc-per-node 8 -m ddim train ...`.
 
     Examples:
-
       ddim train --preset digits --out runs/digits
 
       ddim train --preset mnist --data mnist/train.parquet --out runs/mnist
@@ -90,7 +89,7 @@ def train(
 
     from ddim.io.hub import check_hub_id, push_folder
     from ddim.training.config import load_config
-    from ddim.training.plan import plan, preset_table
+    from ddim.training.costs import estimate_costs, preset_table
     from ddim.training.run import train as run
 
     if list_presets:
@@ -105,7 +104,7 @@ def train(
     }
     resolved = load_config(preset, config, settings or (), overrides)
     if out is None or dry_run:
-        print(_cost_table(plan(resolved, device)))
+        print(_cost_table(estimate_costs(resolved, device)))
         return
     if push_to_hub is not None:
         check_hub_id(push_to_hub)
@@ -126,7 +125,7 @@ def train(
     print(final)
 
 
-def _cost_table(costs: Plan) -> str:
+def _cost_table(costs: RunCosts) -> str:
     """Format the costs, one line each."""
     rows = {
         "images": f"{costs.images:,}",

@@ -48,7 +48,6 @@ def trajectory(
     The path of the result is printed.
 
     Examples:
-
       ddim trajectory --count 2 --frames 8
 
       ddim trajectory --count 16 --frames 50 --out appear.gif
@@ -106,7 +105,6 @@ def consistency(
     The path of the result is printed.
 
     Examples:
-
       ddim consistency
 
       ddim consistency --count 12 --steps 5,10,100

@@ -39,7 +39,6 @@ def tune(
     line is the folder. An interrupted search resumes.
 
     Examples:
-
       ddim tune mnist --steps 10 --out mnist-tuned
 
       ddim tune my-model --steps 5,10,20 --out my-model --plot timesteps.png

@@ -1,1 +1,1 @@
-"""Training and evaluation data: where images come from, and how they are decoded, cropped and batched."""
+"""Images for training and evaluation: where they come from, and how they are decoded, cropped, cached and batched."""

@@ -1,6 +1,6 @@
-"""Sources that are tables: parquet files, and data sets on the hub, through `datasets`.
+"""Sources that are tables: parquet files, and datasets on the hub, through `datasets`.
 
-A table is read, never run. A path that stands in one is followed only into the cache of this machine's own downloads.
+A table is read, never run. A path in a table is followed only into this machine's cache of downloads.
 """
 
 from __future__ import annotations
@@ -15,57 +15,72 @@ import datasets
 import huggingface_hub.constants
 from PIL import Image
 
-from ddim.data.sources import Source, first_line
+from ddim.data.base import Source, first_line
 from ddim.io.images import decode_image
 
 
 def read_parquet(files: list[str], name: str, column: str | None, identity: str) -> Source:
-    """A source of parquet files; ValueError if they are damaged or have no such column.
+    """Open parquet files as one source.
 
     Args:
-        files: their paths.
-        name: how messages call them.
-        column: of encoded images; found by itself unless given.
-        identity: changes when they do.
+        files: paths of the files, in order.
+        name: how messages refer to them.
+        column: name of the column of encoded images; defaults to the first column of images.
+        identity: a string that changes whenever the files do.
+
+    Returns:
+        The source, with nothing decoded yet.
+
+    Raises:
+        ValueError: if the files are damaged, have no rows or no such column.
     """
-    _be_quiet()
+    _silence_datasets()
     try:
         rows = datasets.Dataset.from_parquet(files)
-    except Exception as error:  # every reader underneath has errors of its own
+    except Exception as error:  # every reader underneath has its own error types
         raise ValueError(f"{name} cannot be read as parquet: {first_line(error.__cause__ or error)}") from None
     return _from_rows(rows, name, column, identity)
 
 
-def download(name: str, split: str, column: str | None) -> Source:
-    """A source of a data set on the hub.
+def read_hub_dataset(name: str, split: str, column: str | None) -> Source:
+    """Open a dataset on the hub, downloading what the cache lacks.
+
+    Args:
+        name: id of the dataset, `owner/name`.
+        split: name of the split.
+        column: name of the column of encoded images; defaults to the first column of images.
+
+    Returns:
+        The source, with nothing decoded yet.
 
     Raises:
-        FileNotFoundError: if there is no such data set.
+        FileNotFoundError: if no such dataset exists.
         ValueError: if it has no such split or column.
         RuntimeError: if the hub cannot be reached or refuses.
     """
-    _be_quiet()
+    _silence_datasets()
     try:
         rows = datasets.load_dataset(name, split=split)
     except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
         raise FileNotFoundError(
-            f"there is no file {name} here and no such data set on the hub: {first_line(error)}"
+            f"{name} is neither a local path nor a dataset on the hub: {first_line(error)}"
         ) from None
     except ValueError as error:
-        raise ValueError(f"the data set {name} cannot be used: {first_line(error)}") from None
+        raise ValueError(f"the dataset {name} cannot be used: {first_line(error)}") from None
     except Exception as error:  # the network, the hub, the disk
-        raise RuntimeError(f"the data set {name} cannot be loaded: {first_line(error)}") from None
+        raise RuntimeError(f"the dataset {name} cannot be loaded: {first_line(error)}") from None
     return _from_rows(rows, f"{name} ({split})", column, str(rows._fingerprint))
 
 
-def _be_quiet() -> None:
+def _silence_datasets() -> None:
     datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # errors come as exceptions as well
+    # Whatever it logs as an error it raises as well.
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
 
 
 def _from_rows(rows: datasets.Dataset, name: str, column: str | None, identity: str) -> Source:
-    columns = [key for key, feature in rows.features.items() if isinstance(feature, datasets.Image)]
-    chosen = column or next(iter(columns), "image")
+    image_columns = [key for key, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    chosen = column or next(iter(image_columns), "image")
     if not len(rows):
         raise ValueError(f"{name} has no rows")
     if chosen not in rows.column_names:
@@ -74,7 +89,7 @@ def _from_rows(rows: datasets.Dataset, name: str, column: str | None, identity: 
     try:
         encoded = rows.select_columns(chosen).cast_column(chosen, datasets.Image(decode=False))
         encoded[0]
-    except Exception as error:  # every reader underneath has errors of its own
+    except Exception as error:  # every reader underneath has its own error types
         raise ValueError(f"the column {chosen} of {name} holds no images: {first_line(error)}") from None
 
     def fetch(indices: Sequence[int]) -> list[Callable[[], Image.Image]]:
@@ -94,7 +109,7 @@ def _decode_row(row: dict[str, Any] | None, name: str) -> Image.Image:
 
 
 def _is_download(path: Path) -> bool:
-    """Whether a file is in a cache of the hub's clients; a path in a table could lead anywhere."""
+    """Return whether a file is in a cache of the hub's clients; a path in a table could lead anywhere."""
     caches = (huggingface_hub.constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
-    # The hub's cache links from readable names to content, so that the name itself is what counts.
+    # The hub's cache links readable names to content, so the name itself is compared, not what it resolves to.
     return any(path.is_relative_to(cache) for cache in caches) and ".." not in path.parts

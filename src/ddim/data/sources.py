@@ -1,20 +1,21 @@
-"""Where training images come from: folders, parquet files, data sets on the hub, arrays. A source has a length and
-gives the image at an index; it is decoded, fitted and cached by `ddim.data.dataset`.
+"""Where images come from: folders, parquet files, arrays, datasets on the hub.
 
-Nothing that is read can run code: arrays are read without pickles, data sets as tables (`ddim.data.parquet`).
+A source has a length and returns the image at an index; `ddim.data.dataset` decodes, fits and caches it.
+
+Nothing that is read can run code: arrays are read without pickles, datasets as tables (`ddim.data.parquet`).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from ddim.data.base import Source, first_line
 from ddim.io.hub import HUB_ID
 from ddim.io.image_files import find_images, read_image
 from ddim.io.images import as_pil
@@ -22,38 +23,30 @@ from ddim.io.images import as_pil
 DIGITS = "digits"
 
 
-@dataclass(frozen=True)
-class Source:
-    """A collection of encoded images.
-
-    Attributes:
-        name: how messages call it.
-        count: how many images there are, readable or not.
-        fetch: takes indices, and returns for each a function that decodes the image, or raises a ValueError that names
-            it. Fetching is quick and done by one thread; decoding may be done by many.
-        identity: changes when the images do, as far as can be told without decoding them.
-    """
-
-    name: str
-    count: int
-    fetch: Callable[[Sequence[int]], list[Callable[[], Image.Image]]]
-    identity: str
-
-
 def open_source(source: str, split: str = "train", column: str | None = None) -> Source:
-    """Find a collection of images.
+    """Open a collection of images.
 
     Args:
-        source: a folder of images (searched through and through) or of parquet files; a parquet file with a column of
-            encoded images; an `.npz` file with an array of uint8 (N, H, W, C) or (N, H, W); `owner/name`, a data set on
-            the hub; or `digits`, the 1,797 handwritten digits of scikit-learn, 8x8.
-        split: of a data set on the hub.
-        column: of images in a table; found by itself unless given.
+        source: a folder of images (searched recursively) or of parquet files; a parquet file with a column of encoded
+            images; an `.npz` file with an array of uint8 (N, H, W, C) or (N, H, W); `owner/name`, a dataset on the hub;
+            or `digits`, the 1,797 handwritten digits of scikit-learn, 8x8.
+        split: split of a dataset on the hub.
+        column: name of the column of images in a table; defaults to the first column of images.
+
+    Returns:
+        The source, with nothing decoded yet.
 
     Raises:
-        FileNotFoundError: if there is nothing there, or no image in it.
+        FileNotFoundError: if it does not exist or holds no image.
         ValueError: if it is of another kind, or has no such column.
         RuntimeError: if the hub cannot be reached or refuses.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(f"{folder}/images.npz", np.zeros((5, 8, 8), np.uint8))
+        ...     open_source(f"{folder}/images.npz").count
+        5
     """
     path = Path(source)
     if source == DIGITS:
@@ -75,12 +68,12 @@ def open_source(source: str, split: str = "train", column: str | None = None) ->
             return _from_array(_read_npz(path), source)
         raise ValueError(f"{source} is neither a folder of images nor a .parquet or .npz file")
     if path.suffix not in (".parquet", ".npz") and HUB_ID.fullmatch(source):
-        from ddim.data.parquet import download
+        from ddim.data.parquet import read_hub_dataset
 
-        return download(source, split, column)
+        return read_hub_dataset(source, split, column)
     raise FileNotFoundError(
-        f"there is no {source}; give a folder of images, a .parquet or .npz file, the id of a data set on the hub such "
-        f"as owner/name, or {DIGITS}"
+        f"{source} does not exist; expected a folder of images, a .parquet or .npz file, the id of a dataset on the "
+        f"hub such as owner/name, or {DIGITS}"
     )
 
 
@@ -109,10 +102,11 @@ def _from_array(pixels: np.ndarray, name: str) -> Source:
 
 
 def _read_npz(path: Path) -> np.ndarray:
+    """Return the first array of an `.npz` file that can be images, without reading pickles."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except Exception as error:  # a damaged archive fails in whatever it is taken for
+    except Exception as error:  # a damaged archive raises errors of many types
         raise ValueError(f"{path} cannot be read as .npz: {first_line(error)}") from None
     for array in arrays.values():
         if (
@@ -121,19 +115,16 @@ def _read_npz(path: Path) -> np.ndarray:
             and (array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3)))
         ):
             return array
-    found = ", ".join(f"{key}: {array.dtype} {array.shape}" for key, array in arrays.items())
-    raise ValueError(f"{path} has no array of images, uint8 (N, H, W, C) with C 1 or 3; it holds {found or 'nothing'}")
+    content = ", ".join(f"{key}: {array.dtype} {array.shape}" for key, array in arrays.items())
+    raise ValueError(
+        f"{path} must hold images as a uint8 array (N, H, W) or (N, H, W, C) with C 1 or 3, got {content or 'nothing'}"
+    )
 
 
 def _stamp(files: Sequence[Path]) -> str:
-    """A hash of files' paths, sizes and times."""
+    """Hash the paths, sizes and modification times of files."""
     digest = hashlib.sha256()
     for file in files:
         status = file.stat()
         digest.update(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of a library says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,5 +1,6 @@
-"""Solvers of higher order than DDIM's, as coefficients: each step is one of DDIM plus a combination of the last
-predictions (`Step.correction`).
+"""Solvers of higher order than DDIM's, as coefficients of its steps.
+
+A step of theirs is one of DDIM plus a combination of the last predictions (`Step.correction`).
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddim.data.sources import Source, open_source
+from ddim.data.base import Source
+from ddim.data.sources import open_source
 from ddim.io.hub import MODEL_INDEX, builtin_models
 from ddim.io.image_files import is_folder_path
 from ddim.io.images import decode_image, fit_image, to_bytes

@@ -1,1 +1,1 @@
-"""Training as in DDPM: configuration, data, checkpoints and the loop. Needs `pip install ddim[train]`."""
+"""Training as in DDPM: configuration, checkpoints and the training loop. Requires `pip install ddim[train]`."""

@@ -1,6 +1,4 @@
-"""The model card of a run's result: what it is, what it was trained on and how, and what came of it, from the run's own
-records.
-"""
+"""The model card of a run's result: the network, the data, the training and its metrics, from the run's records."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ tags:
 
 # {name}
 
-A denoising diffusion model of {size}x{size} {colour} images, trained with `ddim`.
+A denoising diffusion model of {size}x{size} {color} images, trained with `ddim`.
 
 ![{count} samples, {steps} steps](samples.png)
 
@@ -51,17 +49,20 @@ The losses of training, by quarter of the timesteps.
 
 
 def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
-    """The card as Markdown.
+    """Write the model card of a run.
 
     Args:
-        trainer: at the end of the run.
-        out: the run's folder; its name is the model's.
-        record: as in the run's `config.yaml`.
+        trainer: the run, at its end.
+        out: folder of the run; its name becomes the model's.
+        record: content of the run's `config.yaml`.
+
+    Returns:
+        Markdown with a YAML header, as the hub reads it.
     """
     config, scheduler = trainer.config, trainer.scheduler
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line][-10:]
-    measured = [line for line in lines if "held_out_loss" in line or "frechet_distance" in line][-1:]
+    evaluations = [line for line in lines if "held_out_loss" in line or "frechet_distance" in line][-1:]
     images, processes = len(trainer.batches.indices), trainer.accelerator.num_processes
     passes = trainer.step * config.batch_size / images
     held_out = f", {len(trainer.held_out):,} more held out" if len(trainer.held_out) else ""
@@ -76,7 +77,7 @@ def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
     }
     if losses:
         facts["final loss"] = f"{sum(losses) / len(losses):.4f}, mean over the last {len(losses)} lines of the metrics"
-    for line in measured:
+    for line in evaluations:
         step = line.pop("step")
         facts |= {key.replace("_", " "): f"{value:.4g}, at step {step:,}" for key, value in line.items()}
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
@@ -84,7 +85,7 @@ def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
     return CARD.format(
         name=out.resolve().name,
         size=model["sample_size"],
-        colour="grey" if model.get("in_channels", 3) == 1 else "colour",
+        color="gray" if model.get("in_channels", 3) == 1 else "color",
         count=config.samples.count,
         last=config.samples.count - 1,
         steps=config.samples.num_inference_steps,

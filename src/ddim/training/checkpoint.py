@@ -1,15 +1,15 @@
-"""Checkpoints: everything that decides the future of a run, a folder a step, written whole or not at all.
+"""Checkpoints: everything that decides the future of a run, one folder per step, written atomically.
 
     RUN/checkpoints/step-00001000/
         model.safetensors        the weights being trained, under the names of `diffusers`
         ema.safetensors          their moving average
         optimizer.safetensors    the moments of AdamW
-        state.json               the step, the loss scale, the losses that no line of the metrics has counted yet
+        state.json               the step, the loss scale, the metrics that no line of `metrics.jsonl` covers yet
         SHA256SUMS               of all of these, as `sha256sum --check` reads it
 
-Data order, augmentation, timesteps, noise and dropout are functions of the seed and the step, so that there is no state
-of theirs to keep. Nothing here is pickled: reading a checkpoint cannot run code. A folder is taken only if `SHA256SUMS`
-is, to the byte, what its files would be given.
+Data order, augmentation, timesteps, noise and dropout are functions of the seed and the step, so that they have no
+state to save. Nothing here is pickled: reading a checkpoint cannot run code. A folder is accepted only if its
+`SHA256SUMS` matches its files to the byte.
 """
 
 from __future__ import annotations
@@ -32,18 +32,22 @@ from ddim.io.json_files import read_json, to_json
 
 logger = logging.getLogger(__name__)
 
-NAME = re.compile(r"step-(\d{8,})")
-TENSORS = ("model", "ema", "optimizer")
-STATE, SUMS = "state.json", "SHA256SUMS"
+FOLDER_NAME = re.compile(r"step-(\d{8,})")
+TENSOR_GROUPS = ("model", "ema", "optimizer")
+STATE_FILE, SUMS_FILE = "state.json", "SHA256SUMS"
 
 
 class Checkpoint(NamedTuple):
-    """What is in a checkpoint.
+    """Content of a checkpoint.
 
     Attributes:
-        step: how many steps had been taken.
-        tensors: `model`, `ema` and `optimizer`: name -> tensor on the CPU.
+        step: number of steps taken.
+        tensors: `model`, `ema` and `optimizer`, each a mapping from names to tensors on the CPU.
         state: plain values.
+
+    Example:
+        >>> Checkpoint(5, {"model": {}, "ema": {}, "optimizer": {}}, {"seconds": 1.0}).step
+        5
     """
 
     step: int
@@ -59,65 +63,92 @@ def save_checkpoint(
     keep: int,
     keep_every: int = 0,
 ) -> Path:
-    """Write the checkpoint of a step, then delete older ones.
+    """Write the checkpoint of a step atomically, then delete older ones.
 
     Args:
-        folder: made where it is missing.
-        step: how many steps have been taken.
+        folder: folder of all checkpoints; created where it is missing.
+        step: number of steps taken.
         tensors: `model`, `ema` and `optimizer`.
         state: values that JSON can hold.
-        keep: the newest so many, up to this step, stay.
-        keep_every: those of multiples of this stay as well; 0 for none.
+        keep: number of checkpoints to keep, the newest up to this step.
+        keep_every: keep checkpoints of multiples of this step as well; 0 for none.
 
     Returns:
-        The checkpoint's own folder.
+        The folder of the checkpoint.
 
     Raises:
-        OSError: if it cannot be written; the checkpoints there are stay.
+        OSError: if it cannot be written; earlier checkpoints stay.
+
+    Example:
+        >>> import tempfile, torch
+        >>> tensors = {name: {"w": torch.zeros(2)} for name in TENSOR_GROUPS}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save_checkpoint(Path(folder), 7, tensors, {}, keep=1)
+        ...     path.name, load_checkpoint(path).step
+        ('step-00000007', 7)
     """
     path = folder / f"step-{step:08d}"
     with replace_folder(path) as temporary:
-        for name in TENSORS:
+        for name in TENSOR_GROUPS:
             content = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors[name].items()}
             try:
                 save_file(content, temporary / f"{name}.safetensors")
             except SafetensorError as error:
                 raise OSError(f"cannot write {path}: {error}") from error
-        (temporary / STATE).write_text(to_json({"step": step, **state}), encoding="utf-8")
-        (temporary / SUMS).write_text(checksums(temporary), encoding="utf-8")
-    there = newest_first(folder)
-    # One of a later step could not be read when the run was taken up, and is no replacement for this one.
-    for old in there[there.index(path) + keep :]:
-        if not keep_every or step_of(old) % keep_every:
+        (temporary / STATE_FILE).write_text(to_json({"step": step, **state}), encoding="utf-8")
+        (temporary / SUMS_FILE).write_text(checksums(temporary), encoding="utf-8")
+    checkpoints = list_checkpoints(folder)
+    # A later checkpoint was unreadable when the run resumed before it, and does not replace this one.
+    for old in checkpoints[checkpoints.index(path) + keep :]:
+        if not keep_every or checkpoint_step(old) % keep_every:
             _delete(old)
     return path
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint and hold it against its checksums.
+    """Read a checkpoint and verify its checksums.
 
     Args:
-        path: the folder of a step.
+        path: folder of the checkpoint, `step-...`.
+
+    Returns:
+        Its content, on the CPU.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if it is not, to the byte, what was written.
+        FileNotFoundError: if the folder does not exist.
+        ValueError: if its content is not, to the byte, what was written.
+
+    Example:
+        >>> load_checkpoint(Path("step-00000001"))
+        Traceback (most recent call last):
+        FileNotFoundError: the checkpoint step-00000001 does not exist
     """
     if not path.is_dir():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+        raise FileNotFoundError(f"the checkpoint {path} does not exist")
     try:
-        if (path / SUMS).read_bytes() != checksums(path).encode():
-            raise ValueError(f"its files are not those that {SUMS} tells")
-        state = read_json(path / STATE)
-        tensors = {name: load_file(path / f"{name}.safetensors") for name in TENSORS}
+        if (path / SUMS_FILE).read_bytes() != checksums(path).encode():
+            raise ValueError(f"its files do not match {SUMS_FILE}")
+        state = read_json(path / STATE_FILE)
+        tensors = {name: load_file(path / f"{name}.safetensors") for name in TENSOR_GROUPS}
         return Checkpoint(state.pop("step"), tensors, state)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"the checkpoint {path} is damaged or not whole: {' '.join(str(error).split())}") from None
+        raise ValueError(f"the checkpoint {path} is damaged or incomplete: {' '.join(str(error).split())}") from None
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole, with a warning for each that is not; `None` where there is none."""
-    for path in newest_first(folder):
+    """Read the newest complete checkpoint, and log a warning for each newer one that is damaged.
+
+    Args:
+        folder: folder of all checkpoints; may be missing.
+
+    Returns:
+        The checkpoint; `None` if there is none.
+
+    Example:
+        >>> load_newest(Path("missing")) is None
+        True
+    """
+    for path in list_checkpoints(folder):
         try:
             return load_checkpoint(path)
         except ValueError as error:
@@ -125,35 +156,75 @@ def load_newest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, whole or not, by step."""
-    found = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of, reverse=True)
+def list_checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints in a folder, the newest first, complete or not.
+
+    Args:
+        folder: folder of all checkpoints; may be missing.
+
+    Returns:
+        Folders, in descending order of their steps.
+
+    Example:
+        >>> list_checkpoints(Path("missing"))
+        []
+    """
+    folders = [path for path in folder.glob("step-*") if FOLDER_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=checkpoint_step, reverse=True)
 
 
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
+def checkpoint_step(path: Path) -> int:
+    """Return the step in a checkpoint's name.
+
+    Args:
+        path: folder of the checkpoint, `step-...`.
+
+    Example:
+        >>> checkpoint_step(Path("checkpoints/step-00001000"))
+        1000
+    """
     return int(path.name.removeprefix("step-"))
 
 
 def checksums(path: Path) -> str:
-    """A line for each file in a folder except the list itself: SHA-256, two spaces, name."""
+    """Compute the content of a folder's `SHA256SUMS`: per file, SHA-256, two spaces, name.
+
+    Args:
+        path: the folder.
+
+    Returns:
+        One line per file except `SHA256SUMS`, sorted by name.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "empty").write_text("")
+        ...     checksums(Path(folder))[:8]
+        'e3b0c442'
+    """
     lines = []
-    for file in sorted(p for p in path.iterdir() if p.name != SUMS):
+    for file in sorted(p for p in path.iterdir() if p.name != SUMS_FILE):
         with file.open("rb") as content:
             lines.append(f"{hashlib.file_digest(content, 'sha256').hexdigest()}  {file.name}\n")
     return "".join(lines)
 
 
-def clean(folder: Path) -> None:
-    """Remove what a process that died has left half written or half deleted."""
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed process left half written or half deleted.
+
+    Args:
+        folder: folder of all checkpoints; may be missing.
+
+    Example:
+        >>> remove_partial(Path("missing"))
+    """
     for pattern in (".step-*", ".deleted-*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _delete(path: Path) -> None:
-    """Out of sight at once, so that none is ever found half deleted."""
-    gone = path.rename(path.with_name(f".deleted-{path.name}"))
+    """Delete a checkpoint: hidden by a rename first, so that a reader never meets it half deleted."""
+    hidden = path.rename(path.with_name(f".deleted-{path.name}"))
     with contextlib.suppress(OSError):
-        shutil.rmtree(gone)
+        shutil.rmtree(hidden)

@@ -1,5 +1,6 @@
-"""The configuration of a training run: one checked tree of values, from a preset, a YAML file and the command line,
-later ones first.
+"""The configuration of a training run: one checked tree of values.
+
+It is merged from a preset, a YAML file, settings and overrides, later ones replacing earlier ones.
 """
 
 from __future__ import annotations
@@ -10,58 +11,30 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+from ddim.data.config import DataConfig, Section
+from ddim.validation import as_integer, choice
 
 PRESETS = resources.files("ddim.training") / "presets"
 
-MOST_FEATURES = 4096
-"""Of a Fréchet distance, whose covariances grow with the square."""
+MAX_FEATURES = 4096
+"""Most features of a Fréchet distance, whose covariances grow with their square."""
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Section(BaseModel):
-    """Base of the sections below: entries that do not exist are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataConfig(Section):
-    """What is learned from, see `ddim.data.dataset`.
-
-    Attributes:
-        source: a folder of images or of parquet files, a parquet or `.npz` file, the id of a data set on the hub, or
-            `digits`.
-        split: of a data set on the hub.
-        column: of images in a data set; found by itself unless given.
-        crop: how images become square: `center` cuts the largest centred square, `none` squeezes, `random` cuts, at
-            each visit, a window at random from a centred square an eighth larger than the model's size.
-        horizontal_flip: mirror each image with probability 1/2.
-        cache: where decoded images are kept: `memory`, `disk` (a memory map), `none` (decode at each visit), or `auto`
-            by their size.
-        on_device: keep the decoded images on the training device.
-        holdout: so many images, drawn by the seed, are not trained on; the averaged weights are measured on them.
-        max_unreadable: more images than this that cannot be decoded stop the run.
-    """
-
-    source: str = Field(min_length=1)
-    split: str = "train"
-    column: str | None = None
-    crop: Literal["center", "random", "none"] = "center"
-    horizontal_flip: bool = False
-    cache: Literal["auto", "memory", "disk", "none"] = "auto"
-    on_device: bool = False
-    holdout: NonNegativeInt = 0
-    max_unreadable: NonNegativeInt = 10
-
-
 class ObjectiveConfig(Section):
-    """The loss, see `ddim.training.objective`. What the network predicts is `scheduler.prediction_type`.
+    """The loss; see `ddim.training.objective`. What the network predicts is `scheduler.prediction_type`.
 
     Attributes:
-        weighting: of timesteps: `simple` (DDPM's), `min_snr` or `truncated_snr`.
-        gamma: of `min_snr`.
-        antithetic: timesteps in pairs t, T - 1 - t.
+        weighting: weights of timesteps: `simple` (DDPM's), `min_snr` or `truncated_snr`.
+        gamma: bound of the signal-to-noise ratio for `min_snr`.
+        antithetic: draw timesteps in pairs t, T - 1 - t.
+
+    Example:
+        >>> ObjectiveConfig(weighting="min_snr").gamma
+        5.0
     """
 
     weighting: Literal["simple", "min_snr", "truncated_snr"] = "simple"
@@ -70,13 +43,24 @@ class ObjectiveConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW with clipped gradients.
+    """AdamW with gradient clipping and a learning-rate schedule.
 
-    The learning rate rises linearly for `warmup_steps`, stays at `lr`, and over the last `decay_steps` (everything
-    after the warm-up unless given) follows `decay` down to zero.
+    The learning rate rises linearly for `warmup_steps`, stays at `lr`, and falls to zero over the last `decay_steps`.
 
     Attributes:
-        accumulate: so many backward passes share a step's batch, to save memory.
+        lr: peak learning rate.
+        betas: decay rates of AdamW's two moments.
+        eps: AdamW's epsilon.
+        weight_decay: AdamW's decoupled weight decay.
+        warmup_steps: steps of the linear warm-up.
+        decay: shape of the decay: `constant` (none), `linear` or `cosine`.
+        decay_steps: steps of the decay; defaults to all steps after the warm-up.
+        grad_clip: largest norm of the gradient.
+        accumulate: backward passes that a batch is divided into, to save memory.
+
+    Example:
+        >>> OptimConfig(lr=1e-4).warmup_steps
+        5000
     """
 
     lr: PositiveFloat = Field(default=2e-4, allow_inf_nan=False)
@@ -91,11 +75,15 @@ class OptimConfig(Section):
 
 
 class EmaConfig(Section):
-    """The exponential moving average of the weights, which is what is sampled from and what a run results in.
+    """The exponential moving average of the weights, which is sampled from and which a run results in.
 
     Attributes:
-        decay: of the average.
-        warmup: decay no faster than (1 + n) / (10 + n) after n steps, so that the first weights fade quickly.
+        decay: decay rate per step.
+        warmup: use at most (1 + n) / (10 + n) as the decay after n steps, so that the first weights fade quickly.
+
+    Example:
+        >>> EmaConfig().decay
+        0.9999
     """
 
     decay: float = Field(default=0.9999, ge=0, lt=1)
@@ -103,7 +91,17 @@ class EmaConfig(Section):
 
 
 class SampleConfig(Section):
-    """The grid of samples that is painted from the averaged weights every `every` steps (0: never)."""
+    """Grids of samples that are generated from the averaged weights during training.
+
+    Attributes:
+        every: steps between grids; 0 disables them.
+        count: samples per grid.
+        num_inference_steps: sampling steps.
+
+    Example:
+        >>> SampleConfig().count
+        64
+    """
 
     every: NonNegativeInt = 1000
     count: PositiveInt = 64
@@ -111,12 +109,17 @@ class SampleConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Measuring the averaged weights every `every` steps (0: never), see `ddim.training.evaluate`.
+    """Evaluation of the averaged weights during training; see `ddim.training.evaluate`.
 
     Attributes:
-        count: samples painted for the Fréchet distance; 0 leaves it out.
-        num_inference_steps: of those samples.
-        features: what the distance is measured on: `pixels`.
+        every: steps between evaluations; 0 disables them.
+        count: samples generated for the Fréchet distance; 0 disables it.
+        num_inference_steps: sampling steps.
+        features: features that the distance is measured on: `pixels`.
+
+    Example:
+        >>> EvaluateConfig().every
+        0
     """
 
     every: NonNegativeInt = 0
@@ -126,7 +129,17 @@ class EvaluateConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """A checkpoint every `every` steps; the newest `keep` stay, and those of multiples of `keep_every` (0: none)."""
+    """When checkpoints are written, and which are kept.
+
+    Attributes:
+        every: steps between checkpoints.
+        keep: number of checkpoints to keep, the newest.
+        keep_every: keep checkpoints of multiples of this step as well; 0 for none.
+
+    Example:
+        >>> CheckpointConfig().keep
+        2
+    """
 
     every: PositiveInt = 1000
     keep: PositiveInt = 2
@@ -137,30 +150,35 @@ class TrainConfig(Section):
     """Everything that decides what a run computes.
 
     Attributes:
-        data: what is learned from.
-        model: arguments of `UNet2DModel`, `sample_size` among them; may be left out where `init` is given.
-        init: weights to start from, as for `DDIMPipeline.from_pretrained`: a built-in model, a folder, a hub id.
+        data: the images.
+        model: arguments of `UNet2DModel`, `sample_size` among them; may be empty where `init` is set.
+        init: weights to start from, as `DDIMPipeline.from_pretrained` takes them: a built-in model, a folder, a hub id.
         scheduler: arguments of `DDIMScheduler`: the betas and the prediction type.
         objective: the loss.
-        optim: the optimiser.
+        optim: the optimizer.
         ema: the averaged weights.
-        samples: the grids on the way.
-        evaluate: the measurements on the way.
-        checkpoints: when, and how many.
-        batch_size: images a step, of all processes together.
-        max_steps: where the run ends.
-        seed: of weights, data order, timesteps and noise.
-        precision: `fp32`; `bf16` or `fp16` (with loss scaling) for autocast. Weights stay in float32.
-        channels_last: keep feature maps as NHWC, the faster layout on CPUs and GPUs alike.
-        gradient_checkpointing: save memory, at the price of computing residual blocks twice.
-        compile: `torch.compile` the network.
+        samples: grids of samples during training.
+        evaluate: evaluation during training.
+        checkpoints: when checkpoints are written, and which are kept.
+        batch_size: images per step, over all processes.
+        max_steps: step at which the run ends.
+        seed: decides weights, data order, timesteps and noise.
+        precision: `fp32`, or `bf16` or `fp16` (with loss scaling) for autocast. Weights stay in float32.
+        channels_last: keep feature maps in NHWC, the faster layout on CPUs and GPUs alike.
+        gradient_checkpointing: save memory by computing residual blocks twice.
+        compile: compile the network by `torch.compile`.
         log_every: steps between lines of the metrics.
+
+    Example:
+        >>> config = TrainConfig(data=DataConfig(source="digits"), model={"sample_size": 8})
+        >>> config.batch_size
+        128
     """
 
     data: DataConfig
-    model: dict[str, Any] = {}
+    model: dict[str, Any] = Field(default_factory=dict)
     init: str | None = None
-    scheduler: dict[str, Any] = {}
+    scheduler: dict[str, Any] = Field(default_factory=dict)
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
@@ -192,26 +210,55 @@ RESUME_MAY_CHANGE = (
     "gradient_checkpointing",
     "compile",
 )
-"""Entries that may differ when a run goes on: none of them changes, beyond rounding, what an earlier step has computed.
+"""Entries that may differ when a run resumes: none of them changes, beyond rounding, what an earlier step has computed.
 
-The data's content is compared, not where it is. `max_steps` may not differ where the learning rate decays towards it.
+The content of the data is compared, not its location. `max_steps` must stay where the learning rate decays towards it.
 """
 
 
 def preset_names() -> list[str]:
-    """The presets that ship with the package."""
+    """Return the names of the presets that ship with the package.
+
+    Returns:
+        Names in alphabetical order.
+
+    Example:
+        >>> "mnist" in preset_names()
+        True
+    """
     return sorted(Path(entry.name).stem for entry in PRESETS.iterdir() if entry.name.endswith(".yaml"))
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """A preset's tree of values; ValueError, with those there are, for an unknown name."""
-    if name not in preset_names():
-        raise ValueError(f"there is no preset {name!r}; there are {', '.join(preset_names())}")
+    """Read a preset as a tree of values.
+
+    Args:
+        name: one of `preset_names()`.
+
+    Returns:
+        Nested dictionaries, as in the preset's YAML file.
+
+    Raises:
+        ValueError: if no such preset exists.
+
+    Example:
+        >>> read_preset("mnist")["model"]["sample_size"]
+        28
+    """
+    choice("preset", name, preset_names())
     return yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
 
 
 def describe_preset(name: str) -> str:
-    """The sentence that a preset's file opens with, in a comment."""
+    """Return the sentence in the first line of a preset's file.
+
+    Args:
+        name: one of `preset_names()`.
+
+    Example:
+        >>> describe_preset("digits").startswith("scikit-learn's 1,797 digits")
+        True
+    """
     return (PRESETS / f"{name}.yaml").read_text().partition("\n")[0].removeprefix("# ")
 
 
@@ -221,17 +268,24 @@ def load_config(
     settings: Iterable[str] = (),
     overrides: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
-    """Put a configuration together.
+    """Merge a configuration from its parts, and check it.
 
     Args:
-        preset: one of `preset_names()`.
+        preset: one of `preset_names()`; `None` starts from nothing.
         config_file: a YAML file whose entries replace the preset's.
-        settings: `key=value` with a dotted key and a YAML value (`optim.lr=2e-4`), which replace both.
-        overrides: values by dotted keys that replace all others; `None` values are skipped.
+        settings: `key=value` strings with a dotted key and a YAML value (`optim.lr=2e-4`); they replace both.
+        overrides: values by dotted key that replace all others; `None` values are skipped.
+
+    Returns:
+        The checked configuration.
 
     Raises:
-        ValueError: naming the entry that is wrong and what is allowed.
-        FileNotFoundError: if there is no such file.
+        ValueError: naming the wrong entry and what is allowed.
+        FileNotFoundError: if the file cannot be read.
+
+    Example:
+        >>> load_config("digits", settings=["optim.lr=1e-3"], overrides={"seed": 7}).optim.lr
+        0.001
     """
     tree: dict[str, Any] = {} if preset is None else read_preset(preset)
     if config_file is not None:
@@ -239,7 +293,7 @@ def load_config(
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:
-            raise ValueError(f"--set {setting!r} is no key=value, such as optim.lr=2e-4")
+            raise ValueError(f"settings must be of the form key=value, such as optim.lr=2e-4, got {setting!r}")
         _merge(tree, _nested(key.split("."), _yaml_value(value)))
     for key, value in (overrides or {}).items():
         if value is not None:
@@ -248,78 +302,138 @@ def load_config(
 
 
 def validate(tree: Mapping[str, Any]) -> TrainConfig:
-    """Check a tree of values; ValueError in one sentence that names the first wrong entry."""
+    """Check a tree of values.
+
+    Args:
+        tree: nested mappings, as in a YAML file.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: in one sentence that names the first wrong entry.
+
+    Example:
+        >>> validate({"data": {"source": "digits"}, "model": {"sample_size": 8}, "seed": -1})
+        Traceback (most recent call last):
+        ValueError: training configuration, seed: Input should be greater than or equal to 0
+    """
+    # Types and bounds of single entries.
     try:
         config = TrainConfig.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"training configuration, {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise _invalid(".".join(map(str, first["loc"])), first["msg"]) from None
+    # Entries that depend on each other.
     if config.model or config.init is None:
         check_model(config.model)
     optim = config.optim
     if config.batch_size % optim.accumulate:
-        raise ValueError(
-            f"training configuration, optim.accumulate: {optim.accumulate} does not divide batch_size, "
-            f"{config.batch_size}"
-        )
+        raise _invalid("optim.accumulate", f"must divide batch_size ({config.batch_size}), got {optim.accumulate}")
     size, channels = config.model.get("sample_size", 1), config.model.get("in_channels", 3)
-    measures = config.evaluate.every and config.evaluate.count
-    if measures and (config.evaluate.count < 2 or channels * size**2 > MOST_FEATURES):
-        raise ValueError(
-            f"training configuration, evaluate.count: the Fréchet distance of pixels takes two samples or more, of at "
-            f"most {MOST_FEATURES} numbers each; 0 leaves it out"
+    measures_distance = config.evaluate.every and config.evaluate.count
+    if measures_distance and (config.evaluate.count < 2 or channels * size**2 > MAX_FEATURES):
+        raise _invalid(
+            "evaluate.count",
+            f"the Fréchet distance of pixels requires at least 2 samples of at most {MAX_FEATURES} values each, got "
+            f"{config.evaluate.count} of {channels * size**2}; 0 disables it",
         )
     if optim.decay_steps is not None and optim.decay == "constant":
-        raise ValueError(
-            "training configuration, optim.decay_steps: the learning rate stays constant unless optim.decay is linear "
-            "or cosine"
-        )
+        raise _invalid("optim.decay_steps", "requires optim.decay to be linear or cosine, got constant")
     return config
 
 
 def check_model(model: Mapping[str, Any]) -> None:
-    """What training asks of the network's arguments; ValueError naming the wrong one."""
+    """Check what training requires of the network's arguments.
+
+    Args:
+        model: arguments of `UNet2DModel`.
+
+    Raises:
+        ValueError: naming the wrong argument.
+
+    Example:
+        >>> check_model({"sample_size": (8, 8)})
+        Traceback (most recent call last):
+        ValueError: training configuration, model.sample_size: must be a positive integer (height and width), got (8, 8)
+    """
     size, channels = model.get("sample_size"), model.get("in_channels", 3)
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(
-            "training configuration, model.sample_size: give the height and width of the images as one positive number"
-        )
-    if channels not in (1, 3) or channels != model.get("out_channels", 3):
-        raise ValueError(
-            "training configuration, model.in_channels: it and model.out_channels must both be 1 (grey) or 3 (colour)"
+    integer_size = as_integer(size)
+    if integer_size is None or integer_size < 1:
+        raise _invalid("model.sample_size", f"must be a positive integer (height and width), got {size!r}")
+    outputs = model.get("out_channels", 3)
+    if channels not in (1, 3) or channels != outputs:
+        raise _invalid(
+            "model.in_channels",
+            f"must be equal to model.out_channels, both 1 (gray) or 3 (color), got {channels!r} and {outputs!r}",
         )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping; ValueError if it does not, FileNotFoundError if it is not there."""
+    """Read a YAML file that holds a mapping.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Nested dictionaries.
+
+    Raises:
+        FileNotFoundError: if the file cannot be read.
+        ValueError: if it is not valid YAML, or not a mapping.
+
+    Example:
+        >>> read_yaml(Path("missing.yaml"))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        FileNotFoundError: the configuration missing.yaml cannot be read: ...
+    """
     try:
         tree = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise FileNotFoundError(f"the configuration {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"the configuration {path} is no YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"the configuration {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"the configuration {path} must hold entries such as 'batch_size: 64'")
     return tree
 
 
-def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """What keeps `new` from continuing a run of `old`: sentences such as `seed: 0 there, 1 here`."""
-    before, after = dict(_leaves(old.model_dump())), dict(_leaves(new.model_dump()))
+def incompatible_changes(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """List the changed entries that keep a run from resuming.
+
+    Args:
+        old: the configuration that the run started with.
+        new: the configuration to resume it with.
+
+    Returns:
+        One phrase per entry, such as `seed: expected 0, got 1`; empty if the run can resume.
+
+    Example:
+        >>> old = load_config("digits")
+        >>> incompatible_changes(old, old.model_copy(update={"seed": 1, "compile": True}))
+        ['seed: expected 0, got 1']
+    """
+    old_values, new_values = dict(_leaves(old.model_dump())), dict(_leaves(new.model_dump()))
     free = [key for key in RESUME_MAY_CHANGE if key != "max_steps" or old.optim.decay == "constant"]
     return [
-        f"{key}: {before.get(key)} there, {after.get(key)} here"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not any(key == entry or key.startswith(f"{entry}.") for entry in free)
+        f"{key}: expected {old_values.get(key)}, got {new_values.get(key)}"
+        for key in sorted(old_values.keys() | new_values.keys())
+        if old_values.get(key) != new_values.get(key)
+        and not any(key == entry or key.startswith(f"{entry}.") for entry in free)
     ]
 
 
+def _invalid(entry: str, reason: str) -> ValueError:
+    return ValueError(f"training configuration, {entry}: {reason}")
+
+
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            # YAML knows no tuples.
+            # A tuple becomes a list when it is written to YAML and read back.
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
@@ -327,7 +441,7 @@ def _yaml_value(text: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ValueError(f"{text!r} is no YAML value") from None
+        raise ValueError(f"{text!r} is not a valid YAML value") from None
     try:
         # YAML 1.1 reads 2e-4, without a dot, as a string.
         return float(value) if isinstance(value, str) else value
@@ -340,6 +454,7 @@ def _nested(keys: list[str], value: Any) -> dict[str, Any]:
 
 
 def _merge(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Replace entries of a tree in place, section by section."""
     for key, value in changes.items():
         if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
             _merge(tree[key], value)

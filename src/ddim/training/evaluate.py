@@ -1,70 +1,100 @@
-"""Measuring the averaged weights on the way: the loss on images that are not trained on, and the Fréchet distance."""
+"""Evaluation of the averaged weights during training: the loss on held-out images, and the Fréchet distance."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ddim.data.dataset import ImageDataset, generator_for
+from ddim.data.seeding import generator_for
 from ddim.evaluation.features import Pixels
 from ddim.evaluation.image_sets import sample_image_set
 from ddim.evaluation.metrics import frechet
 from ddim.pipeline import DDIMPipeline
-from ddim.training.config import EvaluateConfig
 from ddim.training.trainer import Trainer
 
-BATCH = 256
+BATCH_SIZE = 256
 
 
 def evaluate(trainer: Trainer, pipe: DDIMPipeline) -> dict[str, float]:
-    """What there is to measure: `held_out_loss` where images are held out, `frechet_distance` where samples are wanted.
+    """Compute the metrics that the configuration enables.
 
     Args:
         trainer: the run.
-        pipe: of its averaged weights.
+        pipe: a pipeline with its averaged weights.
+
+    Returns:
+        `held_out_loss` where images are held out, `frechet_distance` where `evaluate.count` is not 0.
     """
-    settings, values = trainer.config.evaluate, {}
+    values = {}
     if len(trainer.held_out):
         values["held_out_loss"] = held_out_loss(trainer)
-    if settings.count:
-        values["frechet_distance"] = sample_distance(trainer, pipe, settings)
+    if trainer.config.evaluate.count:
+        values["frechet_distance"] = sample_distance(trainer, pipe)
     return values
 
 
 @torch.no_grad()
 def held_out_loss(trainer: Trainer) -> float:
-    """The simple loss of the averaged weights on the held-out images: timesteps spread evenly, always one noise."""
+    """Compute the simple loss of the averaged weights on the held-out images.
+
+    Timesteps are evenly spaced and the noise is the same at every call, so that values can be compared.
+
+    Args:
+        trainer: the run, with at least one held-out image.
+
+    Returns:
+        Mean squared error of what the network predicts.
+    """
     scheduler, total = trainer.scheduler, 0.0
     count = len(trainer.held_out)
     timesteps = torch.arange(count) * len(scheduler) // count
-    images = square(trainer.pictures, trainer.held_out, trainer.config.model["sample_size"])
+    images = center_crop(trainer.dataset.read(trainer.held_out).cpu(), trainer.config.model["sample_size"])
     x0 = images.float() / 127.5 - 1
     noise = torch.randn(x0.shape, generator=generator_for(trainer.config.seed, "held-out noise", 0))
-    for part in (slice(first, first + BATCH) for first in range(0, count, BATCH)):
+    for part in (slice(start, start + BATCH_SIZE) for start in range(0, count, BATCH_SIZE)):
         x, e, t = (tensor[part].to(trainer.device) for tensor in (x0, noise, timesteps))
         predicted = trainer.ema(scheduler.add_noise(x, e, t), t).sample
         total += float((predicted - scheduler.training_target(x, e, t)).square().flatten(1).mean(1).sum())
     return total / count
 
 
-def sample_distance(trainer: Trainer, pipe: DDIMPipeline, settings: EvaluateConfig) -> float:
-    """The Fréchet distance of samples from seeds 0, 1, 2, ... to the held-out images, or, where there are fewer than
-    samples, to as many of those that are trained on.
+def sample_distance(trainer: Trainer, pipe: DDIMPipeline) -> float:
+    """Compute the Fréchet distance of samples from seeds 0, 1, 2, ... to real images.
+
+    The real images are the held-out ones, or, where these are fewer than the samples, as many trained ones.
+
+    Args:
+        trainer: the run.
+        pipe: a pipeline with its averaged weights.
+
+    Returns:
+        The distance of their pixels in [0, 1].
     """
+    settings, size = trainer.config.evaluate, trainer.config.model["sample_size"]
     indices = trainer.held_out
     if len(indices) < settings.count:
         trained = trainer.batches.indices
-        chosen = torch.randperm(len(trained), generator=generator_for(trainer.config.seed, "reference", 0))
-        indices = trained[chosen[: settings.count]]
-    size = trainer.config.model["sample_size"]
-    painted = sample_image_set(pipe, settings.count, num_inference_steps=settings.num_inference_steps)
-    features = Pixels(painted.shape)
-    real = [square(trainer.pictures, part, size) for part in torch.split(indices, BATCH)]
-    return frechet(*(torch.cat([features(batch) for batch in batches]) for batches in (painted.batches(), real)))
+        order = torch.randperm(len(trained), generator=generator_for(trainer.config.seed, "reference", 0))
+        indices = trained[order[: settings.count]]
+    samples = sample_image_set(pipe, settings.count, num_inference_steps=settings.num_inference_steps)
+    real = [center_crop(trainer.dataset.read(part).cpu(), size) for part in torch.split(indices, BATCH_SIZE)]
+    features = Pixels(samples.shape)
+    return frechet(*(torch.cat([features(batch) for batch in batches]) for batches in (samples.batches(), real)))
 
 
-def square(pictures: ImageDataset, indices: Tensor, size: int) -> Tensor:
-    """Images as the model takes them, those stored larger cut in the middle: uint8 (n, C, size, size) on the CPU."""
-    images = pictures.take(indices).cpu()
+def center_crop(images: Tensor, size: int) -> Tensor:
+    """Cut the central square out of images that are stored larger than the model takes.
+
+    Args:
+        images: (n, C, H, H) with H at least `size`.
+        size: height and width of the result, in pixels.
+
+    Returns:
+        (n, C, size, size), a view.
+
+    Example:
+        >>> center_crop(torch.arange(9).reshape(1, 1, 3, 3), 1)
+        tensor([[[[4]]]])
+    """
     margin = (images.shape[2] - size) // 2
     return images[:, :, margin : margin + size, margin : margin + size]

@@ -1,8 +1,8 @@
-"""Watching a run: `metrics.jsonl`, TensorBoard, the curve.
+"""Metrics of a run: `metrics.jsonl`, TensorBoard, the loss curve.
 
-RUN/metrics.jsonl      what the run computed: a line every so many steps, equal to the byte however often the run was
-                       stopped and taken up again
-RUN/tensorboard/       the same, and what a run computes differently each time: images a second, memory; and the grids
+RUN/metrics.jsonl      what the run computes: a line every `log_every` steps, equal to the byte however often the run
+                       was stopped and resumed
+RUN/tensorboard/       the same, what differs between executions (images per second, memory), and the grids of samples
 RUN/loss.png           the losses of metrics.jsonl as a curve
 """
 
@@ -16,92 +16,145 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from PIL import Image
 
 from ddim.io.atomic import atomic_write
-from ddim.training.trainer import Progress, Record
+from ddim.training.progress import Progress, StepMetrics
 
 
 class MetricsLogger:
-    """Writes down what a run comes to.
+    """Writes the metrics of a run.
 
     Args:
-        out: the run's folder.
-        step: where the run is taken up; what was written of later steps, by a run that died since, is dropped, and so
-            is a line that it left unfinished.
+        out: folder of the run.
+        step: step at which the run starts or resumes. Lines of later steps, written by a process that was killed before
+            its next checkpoint, are dropped, and so is an incomplete line.
         log_every: steps between lines.
-        device: whose memory is told.
+        device: device whose memory is reported.
     """
 
     def __init__(self, out: Path, step: int, log_every: int, device: torch.device) -> None:
         self.path, self.log_every, self.device = out / "metrics.jsonl", log_every, device
         self.path.touch()
         text = self.path.read_text(errors="replace")
-        kept = "".join(line for line in text.splitlines(keepends=True) if _step_of(line) <= step)
-        if kept != text:
+        valid = "".join(line for line in text.splitlines(keepends=True) if _line_step(line) <= step)
+        if valid != text:
             with atomic_write(self.path) as temporary:
-                temporary.write_text(kept)
+                temporary.write_text(valid)
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
-    def add(self, progress: Progress, learning_rate: float) -> None:
-        """Take in a step."""
+    def log_step(self, progress: Progress, learning_rate: float) -> None:
+        """Log the metrics since the last line, and clear them, every `log_every` steps; otherwise do nothing.
+
+        Args:
+            progress: state of the run after a step.
+            learning_rate: learning rate of that step.
+        """
         if progress.step % self.log_every:
             return
-        self.write(progress.step, summary(progress.records) | {"learning_rate": learning_rate})
-        self.show(progress.step, images_per_second=progress.images_per_second, memory_mib=memory_mib(self.device))
-        progress.records.clear()
+        self.log(progress.step, summarize(progress.pending_metrics) | {"learning_rate": learning_rate})
+        self.log_scalars(
+            progress.step, images_per_second=progress.images_per_second, memory_mib=memory_mib(self.device)
+        )
+        progress.pending_metrics.clear()
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """A line of the metrics, and the same in TensorBoard."""
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Append a line to `metrics.jsonl`, and write the same to TensorBoard.
+
+        Args:
+            step: number of steps taken.
+            values: numbers, lists of numbers, or `None`, by name.
+        """
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             if isinstance(value, list):
-                self.show(step, **{f"{name}/{index + 1}": entry for index, entry in enumerate(value)})
+                self.log_scalars(step, **{f"{name}/{index + 1}": entry for index, entry in enumerate(value)})
             else:
-                self.show(step, **{name: value})
+                self.log_scalars(step, **{name: value})
 
-    def show(self, step: int, **values: float | None) -> None:
-        """Numbers for TensorBoard alone."""
+    def log_scalars(self, step: int, **values: float | None) -> None:
+        """Write numbers to TensorBoard alone.
+
+        Args:
+            step: number of steps taken.
+            values: numbers by name; `None` values are skipped.
+        """
         for name, value in values.items():
             if value is not None:
                 self._board.add_scalar(name, value, step)
         self._board.flush()
 
-    def picture(self, step: int, picture: Any) -> None:
-        """A PIL image for TensorBoard."""
-        pixels = np.asarray(picture)
+    def log_image(self, step: int, image: Image.Image) -> None:
+        """Write an image to TensorBoard.
+
+        Args:
+            step: number of steps taken.
+            image: a gray or RGB image.
+        """
+        pixels = np.asarray(image)
         self._board.add_image("samples", pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC")
 
     def close(self) -> None:
-        """Let TensorBoard's file go."""
+        """Close TensorBoard's file."""
         self._board.close()
 
 
-def summary(records: list[Record]) -> dict[str, Any]:
-    """Means over steps: the loss, the loss without weights by quartile of the timestep (the least noisy first; `None`
-    where no sample fell), the gradient's norm (`None` where all were infinite: steps that loss scaling has skipped).
+def summarize(metrics: list[StepMetrics]) -> dict[str, Any]:
+    """Average the metrics of several steps.
+
+    Args:
+        metrics: at least one.
+
+    Returns:
+        `loss`; `loss_by_quartile`, unweighted, by quartile of the timestep, the least noisy first (`None` for a
+        quartile without samples); `grad_norm` (`None` where all are infinite: steps that loss scaling skipped).
+
+    Example:
+        >>> steps = [StepMetrics(1.0, 2.0, (3.0,), (2.0,)), StepMetrics(3.0, 4.0, (1.0,), (2.0,))]
+        >>> summarize(steps)
+        {'loss': 2.0, 'loss_by_quartile': [1.0], 'grad_norm': 3.0}
     """
-    norms = [record.grad_norm for record in records if math.isfinite(record.grad_norm)]
-    sums = [math.fsum(column) for column in zip(*(record.quartile_sums for record in records), strict=True)]
-    counts = [math.fsum(column) for column in zip(*(record.quartile_counts for record in records), strict=True)]
+    norms = [step.grad_norm for step in metrics if math.isfinite(step.grad_norm)]
+    sums = [math.fsum(column) for column in zip(*(step.quartile_sums for step in metrics), strict=True)]
+    counts = [math.fsum(column) for column in zip(*(step.quartile_counts for step in metrics), strict=True)]
     return {
-        "loss": math.fsum(record.loss for record in records) / len(records),
+        "loss": math.fsum(step.loss for step in metrics) / len(metrics),
         "loss_by_quartile": [s / c if c else None for s, c in zip(sums, counts, strict=True)],
         "grad_norm": math.fsum(norms) / len(norms) if norms else None,
     }
 
 
 def memory_mib(device: torch.device) -> float:
-    """Memory in use, in MiB: the most so far of the GPU, or what this process holds."""
+    """Measure the memory in use.
+
+    Args:
+        device: a GPU, or the CPU.
+
+    Returns:
+        MiB: the peak of the GPU, or what this process holds now.
+
+    Example:
+        >>> memory_mib(torch.device("cpu")) > 1
+        True
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return psutil.Process().memory_info().rss / 2**20
 
 
 def plot_loss(metrics: Path, path: Path) -> None:
-    """Draw the losses of a `metrics.jsonl`, those by quartile as well, on a logarithmic scale, into a PNG."""
+    """Plot the losses of a `metrics.jsonl`, in total and by quartile, on a logarithmic scale.
+
+    Args:
+        metrics: the `metrics.jsonl`.
+        path: PNG file to write.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -121,8 +174,8 @@ def plot_loss(metrics: Path, path: Path) -> None:
         figure.savefig(temporary, dpi=100)
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of the metrics; infinity if it is not whole."""
+def _line_step(line: str) -> float:
+    """Return the step of a line of the metrics; infinity if the line is damaged or incomplete."""
     try:
         return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError):

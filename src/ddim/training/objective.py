@@ -1,4 +1,4 @@
-"""The objective: equation (5) of the paper,
+"""The training objective: equation (5) of the DDIM paper (arXiv 2010.02502).
 
     L = E_t,x0,epsilon  w(t) || target - f_theta(sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) epsilon, t) ||^2
 
@@ -18,17 +18,26 @@ import torch
 from torch import Tensor
 
 QUARTILES = 4
+"""Ranges of timesteps that losses are reported for."""
 
 
 def draw_timesteps(count: int, num_train_timesteps: int, antithetic: bool, generator: torch.Generator) -> Tensor:
-    """Timesteps of a batch, int64 (count,), uniform over 0 .. T-1.
+    """Draw the timesteps of a batch, uniform over 0 .. T-1.
 
     Args:
-        count: how many.
+        count: number of timesteps.
         num_train_timesteps: T.
-        antithetic: draw count // 2 + 1 of them and take T - 1 - t of the first ones for the others, as the original
-            code does: a batch then has about as many early as late timesteps, which lowers the variance of the loss.
-        generator: decides them, and the device they are on.
+        antithetic: draw count // 2 + 1 timesteps t and take T - 1 - t of the first ones for the others, as the original
+            code does. A batch then has about as many early as late timesteps, which lowers the variance of the loss.
+        generator: draws them, on its device.
+
+    Returns:
+        int64 (count,).
+
+    Example:
+        >>> t = draw_timesteps(4, 1000, antithetic=True, generator=torch.Generator().manual_seed(0))
+        >>> int(t[0] + t[3])
+        999
     """
     drawn = count // 2 + 1 if antithetic else count
     t = torch.randint(num_train_timesteps, (drawn,), generator=generator, device=generator.device)
@@ -36,48 +45,61 @@ def draw_timesteps(count: int, num_train_timesteps: int, antithetic: bool, gener
 
 
 def loss_weights(alphas_cumprod: Tensor, prediction_type: str, weighting: str, gamma: float) -> Tensor:
-    """w(t) for every timestep, on the error of what is predicted.
+    """Compute w(t) for every timestep, on the error of what the network predicts.
 
     Args:
         alphas_cumprod: (T,) float64.
         prediction_type: `epsilon`, `sample` or `v_prediction`.
         weighting: `simple`, `min_snr` or `truncated_snr`.
-        gamma: of `min_snr`.
+        gamma: bound of the signal-to-noise ratio for `min_snr`.
 
     Returns:
         (T,) float32.
 
     Raises:
-        ValueError: if a weight would be infinite: `truncated_snr` of epsilon where alpha is 0.
+        ValueError: if a weight is infinite, as for `truncated_snr` of epsilon where alpha is 0.
+
+    References:
+        Hang et al., arXiv 2303.09556 (`min_snr`); Salimans and Ho, arXiv 2202.00512 (`truncated_snr`).
+
+    Example:
+        >>> alphas = torch.tensor([0.9, 0.5], dtype=torch.float64)  # signal-to-noise ratios 9 and 1
+        >>> loss_weights(alphas, "sample", "min_snr", gamma=5.0)
+        tensor([5., 1.])
     """
     if weighting == "simple":
         return torch.ones(len(alphas_cumprod))
     snr = alphas_cumprod.double() / (1 - alphas_cumprod.double())
-    limited = snr.clamp_max(gamma) if weighting == "min_snr" else snr.clamp_min(1.0)
+    bounded_snr = snr.clamp_max(gamma) if weighting == "min_snr" else snr.clamp_min(1.0)
     if prediction_type == "sample":
-        weights = limited
+        weights = bounded_snr
     elif prediction_type == "v_prediction":
-        weights = limited / (snr + 1)
+        weights = bounded_snr / (snr + 1)
     else:
+        # bounded_snr / snr would be 0 / 0 where alpha is 0.
         weights = (gamma / snr).clamp_max(1.0) if weighting == "min_snr" else (1 / snr).clamp_min(1.0)
     if not bool(weights.isfinite().all()):
         raise ValueError(
-            f"the weighting {weighting} of {prediction_type} is infinite where alphas_cumprod is 0 or 1, as this "
-            "schedule is; predict v, or take the weighting min_snr or simple"
+            f"objective.weighting={weighting} is infinite for prediction_type={prediction_type} where alphas_cumprod "
+            "is 0 or 1, as in this schedule; use v_prediction, or the weighting min_snr or simple"
         )
     return weights.float()
 
 
 def by_quartile(losses: Tensor, timesteps: Tensor, num_train_timesteps: int) -> tuple[Tensor, Tensor]:
-    """Sums of losses, and how many there are, by quartile of the timestep, the least noisy first.
+    """Sum and count losses by quartile of the timestep, the least noisy first.
 
     Args:
-        losses: (N,) a sample.
-        timesteps: (N,).
+        losses: (N,), one per sample.
+        timesteps: int64 (N,).
         num_train_timesteps: T.
 
     Returns:
-        Two float32 tensors (4,).
+        Sums and counts, two float32 tensors (4,).
+
+    Example:
+        >>> by_quartile(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 9, 999]), 1000)
+        (tensor([3., 0., 0., 4.]), tensor([2., 0., 0., 1.]))
     """
     quartile = timesteps * QUARTILES // num_train_timesteps
     member = torch.nn.functional.one_hot(quartile, QUARTILES).float()

@@ -1,11 +1,11 @@
 """A whole training run, from data to a pipeline folder.
 
-RUN/config.yaml       the configuration, the data's fingerprint and the versions of everything
-RUN/metrics.jsonl     what it computed, see `ddim.training.metrics_logger`
+RUN/config.yaml       the configuration, the data's fingerprint and the versions of packages
+RUN/metrics.jsonl     what the run computed, see `ddim.training.metrics_logger`
 RUN/tensorboard/      the same and more, for TensorBoard
 RUN/loss.png          the losses as a curve
-RUN/samples/          a grid every so many steps, always from the same seeds
-RUN/checkpoints/      what is needed to go on; the raw weights are in the last one
+RUN/samples/          a grid of samples every so many steps, always from the same seeds
+RUN/checkpoints/      what resuming requires; the raw weights are in the last one
 RUN/final/            the result: a pipeline folder for `ddim` and `diffusers`, with the averaged weights and a card
 """
 
@@ -22,25 +22,30 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from PIL import Image
 
-from ddim.data.dataset import CachedPictures, ImageDataset, loader_rate, open_pictures
+from ddim.data.dataset import CachedImageDataset, ImageDataset, open_dataset
+from ddim.data.loader import loader_rate
 from ddim.devices import choose_device
 from ddim.io.atomic import atomic_write
 from ddim.io.image_files import make_grid, save_images
 from ddim.pipeline import DDIMPipeline
 from ddim.training.card import model_card
-from ddim.training.checkpoint import Checkpoint, clean, load_checkpoint, load_newest
-from ddim.training.config import TrainConfig, check_model, differences, validate
+from ddim.training.checkpoint import Checkpoint, load_checkpoint, load_newest, remove_partial
+from ddim.training.config import TrainConfig, check_model, incompatible_changes, validate
 from ddim.training.evaluate import evaluate
 from ddim.training.metrics_logger import MetricsLogger, plot_loss
 from ddim.training.optim import learning_rate
-from ddim.training.trainer import Progress, Trainer
+from ddim.training.progress import Progress
+from ddim.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("ddim", "torch", "numpy", "pillow", "datasets", "accelerate", "safetensors", "pydantic")
-# The main process paints and measures while the others wait.
+"""Packages whose versions a run records."""
+
 PROCESS_GROUP_TIMEOUT = timedelta(hours=6)
+"""How long processes wait for each other: the main process generates samples and evaluates while the others wait."""
 
 
 def train(
@@ -50,60 +55,75 @@ def train(
     resume: Literal["auto", "never"] | Path = "auto",
     max_minutes: float | None = None,
 ) -> Path:
-    """Run to the end, or go on with a run that was begun. Each of several processes calls this.
+    """Train to the end, or resume a run. Each of several processes calls this.
 
     Args:
         config: the checked configuration.
-        out: the run's folder.
-        device: where to train; several processes take a GPU each, or, with `cpu`, none.
-        resume: `auto` takes up the newest checkpoint in `out` that is whole; `never` wants `out` empty or not there; a
-            path is that of a checkpoint to go on from.
-        max_minutes: end after so much time; the same call goes on from there.
+        out: folder of the run.
+        device: device to train on; several processes take one GPU each, or none with `cpu`.
+        resume: `auto` resumes from the newest complete checkpoint in `out`, if any; `never` requires `out` to be empty
+            or missing; a path is the checkpoint to resume from.
+        max_minutes: stop after this time; the same call resumes. `None` for no limit.
 
     Returns:
         `out/final`.
 
     Raises:
-        FileNotFoundError: if there is no data, or no such checkpoint.
-        ValueError: if the data, a run that is there, or the checkpoint does not fit the configuration.
-        FileExistsError: if `out` has something in it and `resume` is `never`, or it is no run.
-        TrainingStopped: on a signal or a loss that is no number.
+        FileNotFoundError: if the data or the checkpoint does not exist.
+        ValueError: if the data, the run in `out`, or the checkpoint does not fit the configuration.
+        FileExistsError: if `out` is not empty and `resume` is `never`, or it is not a run.
+        TrainingStopped: on a signal, or a non-finite loss or gradient.
     """
-    config = complete(config)
-    accelerator, where = start_processes(device)
-    pictures = load(config, accelerator, where)
-    record = _record(config, pictures, where)
-    # The main process alone looks into the folder, which need not be on the other machines.
-    found: list[Checkpoint | None] = [None]
+    # Check everything before anything is written.
+    config = complete_config(config)
+    accelerator, local_device = start_processes(device)
+    dataset = prepare_dataset(config, accelerator, local_device)
+    record = _make_record(config, dataset, local_device)
+    # Only the main process reads `out`, which other machines need not have.
+    loaded: list[Checkpoint | None] = [None]
     if accelerator.is_main_process:
         _check_run(record, config, out, resume)
-        found = [load_checkpoint(resume) if isinstance(resume, Path) else load_newest(out / "checkpoints")]
-    trainer = Trainer(config, pictures, out, where, accelerator)
-    painted = [config.samples.num_inference_steps]
-    if config.evaluate.every and config.evaluate.count:
-        painted.append(config.evaluate.num_inference_steps)
-    for steps in painted:
-        # A number of steps that cannot be taken shall be told now.
-        trainer.scheduler.make_steps(trainer.scheduler.make_timesteps(steps))
-    (checkpoint,) = broadcast_object_list(found)
+        loaded = [load_checkpoint(resume) if isinstance(resume, Path) else load_newest(out / "checkpoints")]
+    trainer = Trainer(config, dataset, out, local_device, accelerator)
+    _check_sampling(trainer)
+    (checkpoint,) = broadcast_object_list(loaded)
     if checkpoint is not None:
         trainer.restore(checkpoint)
+
+    # Train; the main process also writes.
     if not accelerator.is_main_process:
-        trainer.train(lambda progress: progress.records.clear(), max_minutes)
+        trainer.train(lambda progress: progress.pending_metrics.clear(), max_minutes)
         accelerator.wait_for_everyone()
         return out / "final"
     out.mkdir(parents=True, exist_ok=True)
-    clean(out / "checkpoints")
+    remove_partial(out / "checkpoints")
     with atomic_write(out / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(record, sort_keys=False))
-    _run(trainer, out, max_minutes)
-    final = _finish(trainer, out, record)
+    _train_and_log(trainer, out, max_minutes)
+    final = _write_result(trainer, out, record)
     accelerator.wait_for_everyone()
     return final
 
 
-def complete(config: TrainConfig) -> TrainConfig:
-    """The configuration with the network's arguments of `init`, where it has none of its own."""
+def complete_config(config: TrainConfig) -> TrainConfig:
+    """Fill in the network's arguments from `init` where the configuration has none.
+
+    Args:
+        config: the checked configuration.
+
+    Returns:
+        A configuration with `model`.
+
+    Raises:
+        FileNotFoundError: if the model `config.init` does not exist.
+        ValueError: if training does not support its network.
+
+    Example:
+        >>> from ddim.training.config import load_config
+        >>> config = load_config("digits")
+        >>> complete_config(config) is config
+        True
+    """
     if config.init is None or config.model:
         return config
     unet = DDIMPipeline.from_pretrained(config.init).unet.config
@@ -113,69 +133,93 @@ def complete(config: TrainConfig) -> TrainConfig:
 
 
 def start_processes(device: str | torch.device) -> tuple[Accelerator, torch.device]:
-    """Join the other processes, where `accelerate launch` or `torchrun` has started several; and this one's device."""
-    wanted = choose_device(device)
+    """Join the processes that `accelerate launch` or `torchrun` has started, if any.
+
+    Args:
+        device: `auto`, or a device's name.
+
+    Returns:
+        The processes, and the device of this one.
+
+    Example:
+        >>> accelerator, device = start_processes("cpu")
+        >>> accelerator.num_processes, device
+        (1, device(type='cpu'))
+    """
+    chosen = choose_device(device)
     accelerator = Accelerator(
-        cpu=wanted.type == "cpu",
-        mixed_precision="no",  # the trainer's own, by the configuration
+        cpu=chosen.type == "cpu",
+        mixed_precision="no",  # the trainer applies autocast itself, as the configuration says
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)],
     )
-    if wanted.type == "cuda":
+    if chosen.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    return accelerator, accelerator.device if accelerator.num_processes > 1 else wanted
+    return accelerator, accelerator.device if accelerator.num_processes > 1 else chosen
 
 
-def load(config: TrainConfig, accelerator: Accelerator, device: torch.device) -> ImageDataset:
-    """The images; several processes of a machine share what the first of them decodes.
+def prepare_dataset(config: TrainConfig, accelerator: Accelerator, device: torch.device) -> ImageDataset:
+    """Open the images of a run; processes of one machine share what the first of them decodes.
+
+    Args:
+        config: the configuration, with `model`.
+        accelerator: the processes.
+        device: device of this process.
+
+    Returns:
+        The images, on the device where `data.on_device` is set.
 
     Raises:
-        ValueError: besides what `open_pictures` raises, if there are fewer images than a batch takes.
+        FileNotFoundError: if the source does not exist or holds no image.
+        ValueError: if more images than allowed cannot be read, or there are fewer images than a batch.
+        RuntimeError: if the hub cannot be reached or refuses.
+        OSError: if the cache cannot be written.
     """
     with accelerator.local_main_process_first():
         size, channels = config.model["sample_size"], config.model.get("in_channels", 3)
-        pictures = open_pictures(config.data, size, channels, shared=accelerator.num_processes > 1)
-    left = pictures.shape[0] - config.data.holdout
-    if left < config.batch_size:
+        dataset = open_dataset(config.data, size, channels, shared=accelerator.num_processes > 1)
+    count, holdout = dataset.shape[0], config.data.holdout
+    if count - holdout < config.batch_size:
         raise ValueError(
-            f"{config.data.source} has {pictures.shape[0]} images, of which {config.data.holdout} are held out; that "
-            f"is too few for a batch_size of {config.batch_size}"
+            f"batch_size must be at most the number of images to train on, {count - holdout} ({config.data.source} has "
+            f"{count}, data.holdout is {holdout}), got {config.batch_size}"
         )
-    if config.data.on_device and isinstance(pictures, CachedPictures):
-        pictures = CachedPictures(pictures.pixels.to(device), str(device), pictures.fingerprint)
-    return pictures
+    if config.data.on_device and isinstance(dataset, CachedImageDataset):
+        dataset = CachedImageDataset(dataset.pixels.to(device), str(device), dataset.fingerprint)
+    return dataset
 
 
-def _run(trainer: Trainer, out: Path, max_minutes: float | None) -> None:
-    """Train, and write down what comes of it."""
+def _train_and_log(trainer: Trainer, out: Path, max_minutes: float | None) -> None:
     config = trainer.config
-    N, C, H, W = trainer.pictures.shape
+    N, C, H, W = trainer.dataset.shape
     logger.info(
-        "%s: %d images, %d x %d x %d, in %s; the loader gives %.0f images/s",
-        *(config.data.source, N, C, H, W, trainer.pictures.place, loader_rate(trainer.batches)),
+        "%s: %d images, %d x %d x %d, in %s; the loader delivers %.0f images/s",
+        *(config.data.source, N, C, H, W, trainer.dataset.location, loader_rate(trainer.batches)),
     )
-    watch = MetricsLogger(out, trainer.step, config.log_every, trainer.device)
+    metrics_logger = MetricsLogger(out, trainer.step, config.log_every, trainer.device)
 
     def after_step(progress: Progress) -> None:
-        watch.add(progress, learning_rate(config.optim, progress.step - 1, config.max_steps))
-        if config.samples.every and progress.step % config.samples.every == 0:
-            watch.picture(progress.step, _paint(trainer, out / "samples" / f"step-{progress.step:08d}.png"))
-        measures = config.evaluate.every and progress.step % config.evaluate.every == 0
-        if measures and (values := evaluate(trainer, _pipeline(trainer))):
-            watch.write(progress.step, values)
+        step = progress.step
+        metrics_logger.log_step(progress, learning_rate(config.optim, step - 1, config.max_steps))
+        if config.samples.every and step % config.samples.every == 0:
+            metrics_logger.log_image(step, _write_samples(trainer, out / "samples" / f"step-{step:08d}.png"))
+        evaluates = config.evaluate.every and step % config.evaluate.every == 0
+        if evaluates and (values := evaluate(trainer, _make_pipeline(trainer))):
+            metrics_logger.log(step, values)
 
     try:
         if not trainer.train(after_step, max_minutes):
-            said = "the time is up after step %d of %d; the same command goes on from there"
-            logger.warning(said, trainer.step, config.max_steps)
+            logger.warning(
+                "time limit reached after step %d of %d; run again to resume", trainer.step, config.max_steps
+            )
     finally:
-        watch.close()
+        metrics_logger.close()
 
 
-def _finish(trainer: Trainer, out: Path, record: dict[str, Any]) -> Path:
-    """Write the result: the pipeline, then what describes it."""
+def _write_result(trainer: Trainer, out: Path, record: dict[str, Any]) -> Path:
+    """Write the pipeline, then what describes it."""
     final = out / "final"
-    _pipeline(trainer).save_pretrained(final)
-    _paint(trainer, final / "samples.png")
+    _make_pipeline(trainer).save_pretrained(final)
+    _write_samples(trainer, final / "samples.png")
     plot_loss(out / "metrics.jsonl", out / "loss.png")
     for name, content in (
         ("loss.png", (out / "loss.png").read_bytes()),
@@ -186,27 +230,28 @@ def _finish(trainer: Trainer, out: Path, record: dict[str, Any]) -> Path:
     return final
 
 
-def _pipeline(trainer: Trainer) -> DDIMPipeline:
+def _make_pipeline(trainer: Trainer) -> DDIMPipeline:
+    """Wrap the averaged weights, without a copy."""
     pipe = DDIMPipeline(trainer.ema, trainer.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _paint(trainer: Trainer, path: Path) -> Any:
-    """A grid from the averaged weights, always from seeds 0, 1, 2, ...; in a file, and returned."""
+def _write_samples(trainer: Trainer, path: Path) -> Image.Image:
+    """Write a grid of samples of the averaged weights, from seeds 0, 1, 2, ..., and return it."""
     samples = trainer.config.samples
-    images = _pipeline(trainer).paint(samples.count, num_inference_steps=samples.num_inference_steps)
+    images = _make_pipeline(trainer).sample_images(samples.count, num_inference_steps=samples.num_inference_steps)
     path.parent.mkdir(exist_ok=True)
     save_images(images, path)
     return make_grid(images)
 
 
-def _record(config: TrainConfig, pictures: ImageDataset, device: torch.device) -> dict[str, Any]:
-    """What goes into `config.yaml`."""
+def _make_record(config: TrainConfig, dataset: ImageDataset, device: torch.device) -> dict[str, Any]:
+    """Return the content of `config.yaml`."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "config": config.model_dump(mode="json"),
-        "data": {"images": pictures.shape[0], "sha256": pictures.fingerprint},
+        "data": {"images": dataset.shape[0], "sha256": dataset.fingerprint},
         "device": f"{device.type} ({name})",
         "versions": {
             **{package: _version(package) for package in PACKAGES},
@@ -223,25 +268,42 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _check_sampling(trainer: Trainer) -> None:
+    """Raise for a number of sampling steps that the scheduler cannot take, before training starts."""
+    config, scheduler = trainer.config, trainer.scheduler
+    counts = {"samples": config.samples.num_inference_steps}
+    if config.evaluate.every and config.evaluate.count:
+        counts["evaluate"] = config.evaluate.num_inference_steps
+    for section, num_inference_steps in counts.items():
+        try:
+            scheduler.make_steps(scheduler.make_timesteps(num_inference_steps))
+        except ValueError as error:
+            raise ValueError(f"training configuration, {section}.num_inference_steps: {error}") from None
+
+
 def _check_run(record: dict[str, Any], config: TrainConfig, out: Path, resume: Literal["auto", "never"] | Path) -> None:
-    """Compare with the run that is in the folder, if there is one."""
-    # A process that died at once may have left no more than the beginning of config.yaml.
+    """Compare with the run in `out`, if there is one."""
+    # A process that was killed early may have left only a temporary config.yaml.
     if not out.exists() or all(path.name.startswith(".config-") for path in out.iterdir()):
         return
     path = out / "config.yaml"
     if resume == "never":
-        raise FileExistsError(f"{out} is not empty; give another folder, or --resume auto to go on with the run in it")
+        raise FileExistsError(f"{out} is not empty; use resume='auto' to resume the run in it, or another folder")
     if not path.is_file():
-        raise FileExistsError(f"{out} is not empty and holds no run (no config.yaml); give another folder")
+        raise FileExistsError(f"{out} is not empty and does not hold a run (no config.yaml); use another folder")
     try:
-        there = yaml.safe_load(path.read_text())
-        changed = differences(validate(there["config"]), config)
-        if there["data"] != record["data"]:
-            changed.append(f"data: {there['data']['images']} other images there, {record['data']['images']} here")
+        old = yaml.safe_load(path.read_text())
+        changes = incompatible_changes(validate(old["config"]), config)
+        if old["data"] != record["data"]:
+            changes.append(f"data: expected {_describe(old['data'])}, got {_describe(record['data'])}")
     except (yaml.YAMLError, ValueError, KeyError, TypeError):
-        raise FileExistsError(f"{path} is no record of a run; give another folder") from None
-    if changed:
+        raise FileExistsError(f"{path} is not the record of a run; use another folder") from None
+    if changes:
         raise ValueError(
-            f"the run in {out} was begun with other settings ({'; '.join(changed)}); "
-            "go on with those, or give another folder"
+            f"the run in {out} has another configuration ({'; '.join(changes)}); resume it with its own, or use "
+            "another folder"
         )
+
+
+def _describe(data: dict[str, Any]) -> str:
+    return f"{data['images']} images (SHA-256 {str(data['sha256'])[:16]})"

@@ -1,14 +1,13 @@
 """The training loop.
 
 Each step draws x_0 from the data, t and epsilon, and takes a step of AdamW down the gradient of the objective
-(`ddim.training.objective`). Samples are drawn from an exponential moving average of the weights.
+(`ddim.training.objective`). Samples are generated from an exponential moving average of the weights.
 
 Every random number of step n is a function of (seed, n), so that a resumed run computes what an uninterrupted one
-would.
-All processes draw the numbers of the whole batch and take their part: how many there are changes nothing but the order
-of sums (and dropout, which each process draws for its own part).
+would. All processes draw the numbers of the whole batch and use their part: the number of processes changes nothing but
+the order of sums (and dropout, which each process draws for its own part).
 
-Losses stay on the device until they are needed, so that a GPU is never waited for in between.
+Losses stay on the device until they are needed, so that the loop does not wait for a GPU at every step.
 """
 
 from __future__ import annotations
@@ -18,10 +17,9 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -29,68 +27,45 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from ddim.data.dataset import Batches, ImageDataset, Prefetcher, generator_for, split_holdout
+from ddim.data.dataset import ImageDataset
+from ddim.data.loader import Batches, Prefetcher, split_holdout
+from ddim.data.seeding import generator_for
+from ddim.distributed import ProcessGroup
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
-from ddim.training.checkpoint import Checkpoint, newest_first, save_checkpoint
+from ddim.training.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
 from ddim.training.config import TrainConfig
 from ddim.training.objective import QUARTILES, by_quartile, draw_timesteps, loss_weights
 from ddim.training.optim import ema_update, learning_rate, make_optimizer, zero_last_layers
+from ddim.training.progress import Progress, StepMetrics, TrainingStopped
 from ddim.unet import UNet2DModel
 
 SYNC_EVERY = 10
-"""Steps between looks at losses and signals, on devices that would have to be waited for."""
+"""Steps between synchronizations with a GPU: losses are checked and signals exchanged."""
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class TrainingStopped(RuntimeError):
-    """A run that cannot or shall not go on; the message says why and where it can be taken up again."""
-
-
-class Record(NamedTuple):
-    """What a step came to: its loss, the gradient's norm before clipping, and, by quartile of the timestep, the sum and
-    number of its samples' losses without weights.
-    """
-
-    loss: float
-    grad_norm: float
-    quartile_sums: tuple[float, ...]
-    quartile_counts: tuple[float, ...]
-
-
-@dataclass
-class Progress:
-    """Where a run stands after a step.
-
-    Attributes:
-        step: how many steps have been taken.
-        records: of the steps that no line of the metrics has counted yet, the latest last; a consumer clears the list.
-            On a GPU it lags behind, but for the steps that `Trainer` reads.
-        images_per_second: since the run was started or taken up.
-    """
-
-    step: int
-    records: list[Record]
-    images_per_second: float
-
-
 class Trainer:
-    """A run in a folder: builds the model, trains, writes checkpoints.
+    """A run in a folder: builds the model, trains it, writes checkpoints.
 
     Args:
         config: the checked configuration.
-        pictures: the images, fitting the model.
-        out: the run's folder.
-        device: where this process trains.
-        accelerator: the processes; one of its own unless given.
+        dataset: the images, of the size and channels of the model.
+        out: folder of the run; nothing is written before the first checkpoint.
+        device: device of this process.
+        accelerator: the processes; defaults to this one alone.
 
     Attributes:
         model: the network being trained.
-        ema: the moving average of its weights, a `UNet2DModel`; use this one.
-        step: how many steps have been taken.
-        records: of the steps that no line of the metrics has counted yet; they are saved with the rest.
-        seconds: spent in `train`, over all pieces of the run.
+        ema: the moving average of its weights, a `UNet2DModel`; the one to sample from.
+        scheduler: the noise schedule.
+        optimizer: AdamW.
+        grad_scaler: loss scaling, enabled for fp16.
+        batches: this process's images of each step.
+        step: number of steps taken.
+        pending_metrics: metrics of the steps that no line of `metrics.jsonl` covers yet; checkpoints save them.
+        seconds: time spent in `train`, over all parts of the run.
         held_out: indices of the images that are not trained on.
 
     Raises:
@@ -100,26 +75,31 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        pictures: ImageDataset,
+        dataset: ImageDataset,
         out: Path,
         device: torch.device,
         accelerator: Accelerator | None = None,
     ) -> None:
-        self.config, self.out, self.device = config, out, device
+        self.config, self.dataset, self.out, self.device = config, dataset, out, device
         self.accelerator = accelerator or Accelerator(cpu=device.type == "cpu")
         processes = self.accelerator.num_processes
-        if config.batch_size % (processes * config.optim.accumulate):
+        multiple = processes * config.optim.accumulate
+        if config.batch_size % multiple:
             raise ValueError(
-                f"batch_size is {config.batch_size}; {processes} processes and optim.accumulate "
-                f"{config.optim.accumulate} want a multiple of {processes * config.optim.accumulate}"
+                f"batch_size must be a multiple of {multiple} (processes: {processes}, optim.accumulate: "
+                f"{config.optim.accumulate}), got {config.batch_size}"
             )
+
+        # The objective.
         self.scheduler = DDIMScheduler.from_config({}, **config.scheduler)
-        self._weights = loss_weights(
+        self._loss_weights = loss_weights(
             self.scheduler.alphas_cumprod,
             self.scheduler.config.prediction_type,
             config.objective.weighting,
             config.objective.gamma,
         ).to(device)
+
+        # The network, its average, and the optimizer.
         self.model = build_model(config).to(device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -130,32 +110,39 @@ class Trainer:
         self.ema.disable_gradient_checkpointing()
         self.ema.requires_grad_(False).eval()
         self.optimizer = make_optimizer(self.model, config.optim)
-        self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        training, self.held_out = split_holdout(pictures.shape[0], config.data.holdout, config.seed)
-        self.pictures = pictures
+        self.grad_scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+
+        # The data.
+        size = config.model["sample_size"]
+        trained, self.held_out = split_holdout(dataset.shape[0], config.data.holdout, config.seed)
+        group = ProcessGroup(self.accelerator.process_index, processes)
         self.batches = Batches(
-            pictures,
-            training,
-            config.batch_size,
-            config.seed,
-            config.model["sample_size"],
-            config.data.horizontal_flip,
-            (self.accelerator.process_index, processes),
+            dataset, trained, config.batch_size, config.seed, size, config.data.horizontal_flip, group
         )
+
+        # Progress.
         self.step = 0
         self.seconds = 0.0
-        self.records: list[Record] = []
-        self._unread: list[Tensor] = []
+        self.pending_metrics: list[StepMetrics] = []
+        self._device_metrics: list[Tensor] = []
+
+        # What a step calls: the model, wrapped for several processes and compiled where asked.
         self._network: Any = self.accelerator.prepare_model(self.model, device_placement=False)
         if config.compile:
             self._network = torch.compile(self._network)
         with torch.no_grad():
-            # The network itself says best what does not fit, before anything is written.
-            size = config.model["sample_size"]
-            self.model(torch.zeros(1, pictures.shape[1], size, size, device=device), 0)
+            # A trial run raises the model's own errors for images that do not fit, before anything is written.
+            self.model(torch.zeros(1, dataset.shape[1], size, size, device=device), 0)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take up a run where a checkpoint left it; ValueError if it is of another model."""
+        """Continue from a checkpoint.
+
+        Args:
+            checkpoint: of a run with the same model.
+
+        Raises:
+            ValueError: if it is of another model.
+        """
         try:
             self.model.load_state_dict(checkpoint.tensors["model"])
             self.ema.load_state_dict(checkpoint.tensors["ema"])
@@ -167,19 +154,27 @@ class Trainer:
         for name, tensor in checkpoint.tensors["optimizer"].items():
             index, _, key = name.partition(".")
             like = parameters[int(index)]
-            # The fused kernel wants moments that lie in memory as the weights do.
-            fitted = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor.to(like.device)
-            moments.setdefault(int(index), {})[key] = fitted
+            # The fused kernel requires moments in the memory layout of the weights.
+            aligned = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor.to(like.device)
+            moments.setdefault(int(index), {})[key] = aligned
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         if checkpoint.state["scaler"]:
-            self._scaler.load_state_dict(checkpoint.state["scaler"])
+            self.grad_scaler.load_state_dict(checkpoint.state["scaler"])
         self.step, self.seconds = checkpoint.step, checkpoint.state["seconds"]
-        self.records = [
-            Record(loss, norm, tuple(sums), tuple(counts)) for loss, norm, sums, counts in checkpoint.state["records"]
+        self.pending_metrics = [
+            StepMetrics(loss, norm, tuple(sums), tuple(counts))
+            for loss, norm, sums, counts in checkpoint.state["records"]
         ]
 
     def save(self) -> Path:
-        """Write a checkpoint of this step, in the main process."""
+        """Write a checkpoint of this step; called in the main process.
+
+        Returns:
+            The folder of the checkpoint.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
         moments = {
             f"{index}.{key}": tensor
             for index, state in self.optimizer.state_dict()["state"].items()
@@ -188,176 +183,233 @@ class Trainer:
         tensors = {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": moments}
         state = {
             "averaged": int(self._average.n_averaged),
-            "scaler": self._scaler.state_dict(),
+            "scaler": self.grad_scaler.state_dict(),
             "seconds": self.seconds,
-            "records": self.records,
+            "records": self.pending_metrics,
         }
-        kept = self.config.checkpoints
-        return save_checkpoint(self.out / "checkpoints", self.step, tensors, state, kept.keep, kept.keep_every)
+        keep, keep_every = self.config.checkpoints.keep, self.config.checkpoints.keep_every
+        return save_checkpoint(self.out / "checkpoints", self.step, tensors, state, keep, keep_every)
 
     def train(self, after_step: Callable[[Progress], None], max_minutes: float | None = None) -> bool:
-        """Train from the current step to `max_steps`, with a checkpoint every so many steps and at the end.
+        """Train from the current step to `max_steps`, with checkpoints on the way and at the end.
 
-        SIGINT and SIGTERM let the current step finish, save, and stop; a second one stops at once.
+        SIGINT and SIGTERM let the current step finish, save, and stop; a second signal ends the program at once.
 
         Args:
             after_step: called after each step, before its checkpoint.
-            max_minutes: stop, with a checkpoint, when so much time has passed.
+            max_minutes: stop, with a checkpoint, after this time; `None` for no limit.
 
         Returns:
             Whether `max_steps` is reached.
 
         Raises:
-            TrainingStopped: on a signal, or a loss or gradient that is no number.
+            TrainingStopped: on a signal, or a non-finite loss or gradient.
         """
-        config, main = self.config, self.accelerator.is_main_process
-        started, first, before = time.monotonic(), self.step, self.seconds
-        deadline = math.inf if max_minutes is None else started + 60 * max_minutes
-        ahead = Prefetcher(self._fetch, config.max_steps - 1)
+        config, is_main = self.config, self.accelerator.is_main_process
+        start, first_step, earlier_seconds = time.monotonic(), self.step, self.seconds
+        deadline = math.inf if max_minutes is None else start + 60 * max_minutes
+        prefetcher = Prefetcher(self._fetch, config.max_steps - 1)
         bar = tqdm(
-            total=config.max_steps, initial=first, desc="training", unit="step", dynamic_ncols=True, disable=not main
+            total=config.max_steps,
+            initial=first_step,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not is_main,
         )
         self.model.train()
         try:
-            with stop_signals() as received:
+            with stop_signals() as signals:
                 while self.step < config.max_steps:
                     step = self.step + 1
                     saves = step % config.checkpoints.every == 0 or step == config.max_steps
-                    stops = late = False
-                    self._compute_gradients(ahead[self.step])
-                    if saves or self._reads(step):
-                        stops, late = self._read(bool(received), time.monotonic() > deadline)
+                    stops = is_late = False
+
+                    # Gradients, while the next batch is fetched.
+                    self.compute_gradients(prefetcher[self.step])
+
+                    # Check losses before the update, so that no non-finite gradient reaches a checkpoint; all processes
+                    # agree whether to stop.
+                    if saves or self._synchronizes(step):
+                        stops, is_late = self._synchronize(bool(signals), time.monotonic() > deadline)
+
+                    # Update the weights and their average.
                     self._apply_gradients()
                     self.step = step
-                    self.seconds = before + time.monotonic() - started
-                    rate = (step - first) * config.batch_size / (time.monotonic() - started)
+
+                    # Report.
+                    self.seconds = earlier_seconds + time.monotonic() - start
+                    rate = (step - first_step) * config.batch_size / (time.monotonic() - start)
                     bar.update()
-                    if self.records:
-                        bar.set_postfix(loss=f"{self.records[-1].loss:.4f}", images=f"{rate:.0f}/s", refresh=False)
-                    after_step(Progress(step, self.records, rate))
-                    if (saves or stops or late) and main:
+                    if self.pending_metrics:
+                        loss = f"{self.pending_metrics[-1].loss:.4f}"
+                        bar.set_postfix(loss=loss, images=f"{rate:.0f}/s", refresh=False)
+                    after_step(Progress(step, self.pending_metrics, rate))
+
+                    # Save, and stop where asked.
+                    if (saves or stops or is_late) and is_main:
                         path = self.save()
                     if stops:
-                        name = signal.Signals(received[0]).name if received else "a signal to another process"
-                        saved = f"{path} is saved, " if main else ""
-                        raise TrainingStopped(
-                            f"stopped by {name} after step {step}; {saved}the same command goes on from there"
-                        )
-                    if late:
+                        name = signal.Signals(signals[0]).name if signals else "a signal to another process"
+                        checkpoint = f"saved {path}; " if is_main else ""
+                        raise TrainingStopped(f"stopped by {name} after step {step}; {checkpoint}run again to resume")
+                    if is_late:
                         break
         finally:
             bar.close()
-            ahead.close()
+            prefetcher.close()
         return self.step >= config.max_steps
 
-    def take_step(self) -> Record:
-        """One step, with nothing around it: no checkpoint, no signals; TrainingStopped as in `train`."""
+    def take_step(self) -> StepMetrics:
+        """Take a single step, without checkpoints and signals.
+
+        Returns:
+            Its metrics.
+
+        Raises:
+            TrainingStopped: on a non-finite loss or gradient.
+        """
         self.model.train()
-        self._compute_gradients(self._fetch(self.step))
-        self._read(False, False)
+        self.compute_gradients(self._fetch(self.step))
+        self._synchronize(False, False)
         self._apply_gradients()
         self.step += 1
-        return self.records.pop()
-
-    def _fetch(self, step: int) -> Tensor:
-        """This process's images of a step, uint8, on their way to the device."""
-        images = self.batches[step]
-        if self.device.type == "cuda" and images.device.type == "cpu":
-            images = images.pin_memory()
-        return images.to(self.device, non_blocking=True)
+        return self.pending_metrics.pop()
 
     def draw(self, images: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """x_0 in [-1, 1], epsilon and timesteps of this process's part of a step.
+        """Draw the random numbers of this process's part of a step.
 
         Args:
             images: uint8 (n, C, H, W) on the device.
-            step: how many steps were taken before.
+            step: number of steps taken before.
+
+        Returns:
+            x_0 in [-1, 1], epsilon, both float32 (n, C, H, W), and timesteps, int64 (n,).
         """
-        local, whole = self.batches.local, self.config.batch_size
+        local, batch_size = self.batches.local, self.config.batch_size
         generator = generator_for(self.config.seed, "step", step, self.device)
-        timesteps = draw_timesteps(whole, len(self.scheduler), self.config.objective.antithetic, generator)
-        noise = torch.randn((whole, *images.shape[1:]), generator=generator, device=self.device)
+        timesteps = draw_timesteps(batch_size, len(self.scheduler), self.config.objective.antithetic, generator)
+        noise = torch.randn((batch_size, *images.shape[1:]), generator=generator, device=self.device)
         return images.float() / 127.5 - 1, noise[local], timesteps[local]
 
-    def _compute_gradients(self, images: Tensor) -> None:
+    def compute_gradients(self, images: Tensor) -> None:
+        """Compute the clipped gradients of this step, averaged over all processes, and queue its metrics.
+
+        Args:
+            images: this process's part of the batch, uint8 (n, C, H, W) on the device.
+        """
         config = self.config
+
+        # Draw x_0, epsilon and t; noise x_0 to x_t.
         x0, noise, timesteps = self.draw(images, self.step)
-        # Dropout draws from the global generators.
-        part = f"dropout {self.accelerator.process_index}"
-        torch.manual_seed(generator_for(config.seed, part, self.step).initial_seed())
         noisy = self.scheduler.add_noise(x0, noise, timesteps)
         if config.channels_last:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
         target = self.scheduler.training_target(x0, noise, timesteps)
+        # Dropout draws from the global generators; each process seeds its own.
+        purpose = f"dropout {self.accelerator.process_index}"
+        torch.manual_seed(generator_for(config.seed, purpose, self.step).initial_seed())
+
+        # Forward and backward, in `accumulate` passes over parts of the batch.
         self.optimizer.zero_grad(set_to_none=True)
         passes = config.optim.accumulate
         losses = []
         for index, (x, t, y) in enumerate(
             zip(*(part.chunk(passes) for part in (noisy, timesteps, target)), strict=True)
         ):
-            last = index == passes - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self._network):
+            # The processes exchange gradients once, in the last pass.
+            is_last = index == passes - 1
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self._network):
                 with torch.autocast(self.device.type, PRECISIONS[config.precision], config.precision != "fp32"):
                     predicted = self._network(x, t).sample
-                each = (predicted.float() - y).square().flatten(1).mean(1)
-                loss = (self._weights[t] * each).mean() / passes
-                self._scaler.scale(loss).backward()
-            losses.append(each.detach())
-        self._scaler.unscale_(self.optimizer)
+                sample_losses = (predicted.float() - y).square().flatten(1).mean(1)
+                loss = (self._loss_weights[t] * sample_losses).mean() / passes
+                self.grad_scaler.scale(loss).backward()
+            losses.append(sample_losses.detach())
+
+        # Clip.
+        self.grad_scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.grad_clip)
-        each = torch.cat(losses)
-        loss = (self._weights[timesteps] * each).mean()
-        sums, counts = by_quartile(each, timesteps, len(self.scheduler))
-        self._unread.append(torch.cat([loss[None], grad_norm.detach()[None], sums, counts]))
+
+        # Queue the metrics without waiting for the device.
+        sample_losses = torch.cat(losses)
+        loss = (self._loss_weights[timesteps] * sample_losses).mean()
+        sums, counts = by_quartile(sample_losses, timesteps, len(self.scheduler))
+        self._device_metrics.append(torch.cat([loss[None], grad_norm.detach()[None], sums, counts]))
+
+    def _fetch(self, step: int) -> Tensor:
+        """Read this process's images of a step, uint8, and start their copy to the device."""
+        images = self.batches[step]
+        if self.device.type == "cuda" and images.device.type == "cpu":
+            images = images.pin_memory()
+        return images.to(self.device, non_blocking=True)
 
     def _apply_gradients(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optim, self.step, self.config.max_steps)
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
         self._average.update_parameters(self.model)
 
-    def _reads(self, step: int) -> bool:
-        """Whether losses and signals are looked at in a step: always where that costs nothing."""
+    def _synchronizes(self, step: int) -> bool:
+        """Return whether losses and signals are checked in a step: always where that costs nothing."""
         return self.device.type == "cpu" or step % SYNC_EVERY == 0 or step % self.config.log_every == 0
 
-    def _read(self, stops: bool, late: bool) -> tuple[bool, bool]:
-        """Bring the losses of all processes to the CPU, and tell whether any process wants to stop or is late.
+    def _synchronize(self, stops: bool, is_late: bool) -> tuple[bool, bool]:
+        """Move the queued metrics of all processes to the CPU, and exchange what each process has noticed.
+
+        Args:
+            stops: whether this process has received a signal.
+            is_late: whether this process has passed the time limit.
+
+        Returns:
+            Whether any process has received a signal, and whether any has passed the time limit.
 
         Raises:
-            TrainingStopped: if a loss or gradient is no number.
+            TrainingStopped: if a loss or gradient is not finite.
         """
-        rows = torch.stack(self._unread)
-        flags = torch.tensor([[stops, late]], device=self.device).expand(len(rows), 2)
+        # One reduction for everything: a row per step, its metrics and the two flags.
+        rows = torch.stack(self._device_metrics)
+        flags = torch.tensor([[stops, is_late]], device=self.device).expand(len(rows), 2)
         rows = self.accelerator.reduce(torch.cat([rows, flags], 1), "sum").double().cpu()
         rows[:, :2] /= self.accelerator.num_processes
-        self._unread.clear()
-        for ago, row in zip(reversed(range(len(rows))), rows.tolist(), strict=True):
+        self._device_metrics.clear()
+        for steps_ago, row in zip(reversed(range(len(rows))), rows.tolist(), strict=True):
             loss, grad_norm = row[:2]
-            # Loss scaling makes infinite gradients on purpose, and skips such steps.
-            finite = math.isfinite(loss) and (math.isfinite(grad_norm) or self._scaler.is_enabled())
-            if not finite:
-                step = self.step - ago
-                rate = learning_rate(self.config.optim, step, self.config.max_steps)
-                raise TrainingStopped(
-                    f"the loss became {loss}, its gradient's norm {grad_norm}, in step {step + 1} at a learning rate "
-                    f"of {rate:.3g}; {self._last_checkpoint()} is from before, a lower optim.lr may help"
-                )
+            # Loss scaling provokes infinite gradients, and skips such steps.
+            is_finite = math.isfinite(loss) and (math.isfinite(grad_norm) or self.grad_scaler.is_enabled())
+            if not is_finite:
+                raise self._non_finite(self.step - steps_ago, loss, grad_norm)
             sums, counts = row[2 : 2 + QUARTILES], row[2 + QUARTILES : 2 + 2 * QUARTILES]
-            self.records.append(Record(loss, grad_norm, tuple(sums), tuple(counts)))
+            self.pending_metrics.append(StepMetrics(loss, grad_norm, tuple(sums), tuple(counts)))
         return bool(rows[-1, -2] > 0), bool(rows[-1, -1] > 0)
 
-    def _last_checkpoint(self) -> str:
-        there = newest_first(self.out / "checkpoints")
-        return f"the last checkpoint, {there[0]}," if there else "no checkpoint"
+    def _non_finite(self, step: int, loss: float, grad_norm: float) -> TrainingStopped:
+        rate = learning_rate(self.config.optim, step, self.config.max_steps)
+        checkpoints = list_checkpoints(self.out / "checkpoints")
+        return TrainingStopped(
+            f"loss {loss} or gradient norm {grad_norm} is not finite in step {step + 1} at learning rate {rate:.3g}; "
+            f"last checkpoint: {checkpoints[0] if checkpoints else 'none'}; a lower optim.lr may help"
+        )
 
 
 def build_model(config: TrainConfig) -> UNet2DModel:
-    """The network that a run starts from, on the CPU: new, or with the weights of `config.init`.
+    """Build the network that a run starts from, on the CPU: new, or with the weights of `config.init`.
+
+    Args:
+        config: the checked configuration.
+
+    Returns:
+        The network.
 
     Raises:
         ValueError: if the arguments or the weights do not fit.
-        FileNotFoundError: if there is no model `config.init`.
+        FileNotFoundError: if the model `config.init` does not exist.
+
+    Example:
+        >>> from ddim.training.config import load_config
+        >>> build_model(load_config("digits", settings=["model.block_out_channels=[8, 8]"])).num_parameters()
+        18521
     """
     torch.manual_seed(config.seed)
     model = UNet2DModel.from_config({}, **config.model)
@@ -368,13 +420,24 @@ def build_model(config: TrainConfig) -> UNet2DModel:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"init: {config.init} is another model: {str(error).splitlines()[-1].strip()}") from None
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"init: the weights of {config.init} do not fit the model: {reason}") from None
     return model
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list of the SIGINT or SIGTERM that comes in the block; a second one ends the program at once."""
+    """Collect the first SIGINT or SIGTERM of a `with` block; a second one ends the program at once.
+
+    Yields:
+        A list that the signal's number is appended to.
+
+    Example:
+        >>> with stop_signals() as signals:
+        ...     signal.raise_signal(signal.SIGTERM)
+        >>> signals == [signal.SIGTERM]
+        True
+    """
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:

@@ -1,0 +1,48 @@
+"""What all image sources share: the `Source` type, and the wording of other libraries' errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Source:
+    """A collection of encoded images, read by index.
+
+    Attributes:
+        name: how messages refer to the collection.
+        count: number of images, readable or not.
+        fetch: returns, for a sequence of indices, one decoder per image: a function that returns the decoded image or
+            raises a `ValueError` that names it. `fetch` is quick and called by one thread; decoders may run in many.
+        identity: changes whenever the images do, as far as that shows without decoding them.
+
+    Example:
+        >>> pixel = Image.new("L", (1, 1))
+        >>> source = Source("black", 3, lambda indices: [lambda: pixel for _ in indices], identity="v1")
+        >>> [decode().size for decode in source.fetch([0, 2])]
+        [(1, 1), (1, 1)]
+    """
+
+    name: str
+    count: int
+    fetch: Callable[[Sequence[int]], list[Callable[[], Image.Image]]]
+    identity: str
+
+
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of an error's message, or the name of its type where the message is empty.
+
+    Args:
+        error: an exception of any library.
+
+    Returns:
+        One line of text.
+
+    Example:
+        >>> first_line(ValueError("bad header\nat byte 3"))
+        'bad header'
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

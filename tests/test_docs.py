@@ -1,0 +1,126 @@
+"""README and docs: Python blocks run in order, links and files exist, lines are short, words are those of the field."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "src" / "ddim" / "models").glob("*/README.md")),
+]
+NOT_RUN = re.compile(r"<!-- not run: .+ -->\n\Z")
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+MAX_LINE = 120
+UNWANTED = re.compile(
+    r"\b(paint\w*|pictures?|unless given|in place of|goes on|gone on|tells?|told|the peer|of one's own|wants|"
+    r"(?<!there )is no|evaluations? an?|images? a|steps? an?)\b",
+    re.IGNORECASE,
+)
+
+
+def python_blocks(text: str) -> list[str]:
+    """Return the Python blocks of a page, without those that a comment excludes."""
+    return [match[1] for match in BLOCK.finditer(text) if not NOT_RUN.search(text[: match.start()])]
+
+
+def prose(text: str) -> str:
+    """Return a page without code, which may hold names that are part of the interface."""
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def by_name(path: Path) -> str:
+    """Name a page in a test's id."""
+    return str(path.relative_to(ROOT))
+
+
+def test_blocks_are_extracted() -> None:
+    text = "a\n```python\nx = 1\n```\n\n<!-- not run: network -->\n```python\ny\n```\n```python\nz = 2\n```\n"
+    assert python_blocks(text) == ["x = 1\n", "z = 2\n"]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page.read_text())], ids=by_name)
+def test_python_blocks_run_in_order(page: Path, tmp_path: Path) -> None:
+    script = "\n".join(python_blocks(page.read_text()))
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    for target in targets:
+        if re.match(r"https?:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path.read_text()), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_lines_are_short(page: Path) -> None:
+    long = [
+        line
+        for line in page.read_text().splitlines()
+        if len(line) > MAX_LINE and not line.startswith("|") and "](" not in line
+    ]
+    assert not long
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_words(page: Path) -> None:
+    assert UNWANTED.findall(prose(page.read_text())) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_named_files_and_modules_exist(page: Path) -> None:
+    text = page.read_text()
+    for name in re.findall(r"python -m (benchmarks\.\w+)", text):
+        if name != "benchmarks.NAME":
+            assert (ROOT / name.replace(".", "/")).with_suffix(".py").exists(), name
+    for name in re.findall(r"(?:src/ddim|tests|scripts|examples|docs)/[\w./-]*\w", text):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_benchmarks_are_documented(path: Path) -> None:
+    if "def main(" in path.read_text():
+        assert f"python -m benchmarks.{path.stem}`" in (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def test_map_of_the_code_is_complete() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    tree = text[text.index("src/ddim/\n") : text.index("tests/ ")]
+    described = set(re.findall(r"^  (\w+(?:\.py|/))", tree, re.MULTILINE))
+    package = ROOT / "src" / "ddim"
+    present = {f"{path.name}/" for path in package.iterdir() if path.is_dir()} - {"__pycache__/"}
+    present |= {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py", "version.py"}
+    assert described == present
+
+
+def test_layers_are_those_that_are_enforced() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract["layers"] for contract in contracts if contract["id"] == "layers"]
+    assert "```\n{}\n```".format("\n".join(layers[1:])) in (ROOT / "CONTRIBUTING.md").read_text()
