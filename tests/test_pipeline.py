@@ -296,7 +296,7 @@ def test_eta_above_one_is_a_warning(zero, caplog) -> None:
 def test_from_pretrained_refuses_unknown_arguments() -> None:
     with pytest.raises(TypeError, match="unet or scheduler, got 'device_map'"):
         DDIMPipeline.from_pretrained("mnist", device_map="auto")
-    with pytest.raises(FileNotFoundError, match="no model 'mnits'"):
+    with pytest.raises(FileNotFoundError, match="the model 'mnits' does not exist"):
         DDIMPipeline.from_pretrained("mnits")
 
 

@@ -29,7 +29,7 @@ def describe(model: str | Path) -> dict[str, Any]:
         two), `unet` and `scheduler` (their configurations).
 
     Raises:
-        FileNotFoundError: if there is no such model, or files are missing in it.
+        FileNotFoundError: if the model does not exist, or files are missing in it.
         ValueError: if a file is damaged or does not fit the others.
 
     Example:

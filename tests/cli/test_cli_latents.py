@@ -130,11 +130,11 @@ BETWEEN = ["interpolate", "digits/1.png", "3"]
 BAD: dict[str, tuple[list[str], int, str]] = {
     # images
     "no image": (["encode"], 2, "Missing argument .*images"),
-    "missing image": (["encode", "nobody.png"], 1, r"there is no file nobody\.png"),
-    "one missing image": (["reconstruct", "digits", "nobody.png"], 1, r"there is no file nobody\.png"),
-    "empty folder": (["encode", "empty"], 1, r"there is no image in empty; looked for \.bmp, "),
-    "empty folder to edit": (["edit", "empty", "--seed", "1"], 1, "there is no image in empty; looked for"),
-    "empty folder to reconstruct": (["reconstruct", "empty"], 1, "there is no image in empty; looked for"),
+    "missing image": (["encode", "nobody.png"], 1, r"the file nobody\.png does not exist"),
+    "one missing image": (["reconstruct", "digits", "nobody.png"], 1, r"the file nobody\.png does not exist"),
+    "empty folder": (["encode", "empty"], 1, r"empty contains no images; looked for \.bmp, "),
+    "empty folder to edit": (["edit", "empty", "--seed", "1"], 1, "empty contains no images; looked for"),
+    "empty folder to reconstruct": (["reconstruct", "empty"], 1, "empty contains no images; looked for"),
     "text": (["encode", "text.png"], 1, r"text\.png cannot be read: not an image of a known format"),
     "truncated": (["encode", "cut.png"], 1, r"cut\.png cannot be read: \w+"),
     "animation": (
@@ -193,7 +193,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
         1,
         "^ddim: --batch-size must be an integer of at least 1, got 0",
     ),
-    "model": (["encode", "digits", "-m", "monalisa"], 1, "there is no model 'monalisa'"),
+    "model": (["encode", "digits", "-m", "monalisa"], 1, "the model 'monalisa' does not exist"),
     "device": (["encode", "digits", "--device", "abacus"], 1, "^ddim: --device must be .*, got 'abacus'"),
     "dtype": (
         ["encode", "digits", "--dtype", "float99"],
@@ -201,7 +201,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
         "^ddim: --dtype must be one of float32, .*, got 'float99'",
     ),
     # latents
-    "missing latents": (["decode", "nobody.npz"], 1, r"there is no file nobody\.npz"),
+    "missing latents": (["decode", "nobody.npz"], 1, r"the file nobody\.npz does not exist"),
     "image as latents": (["decode", "digits/1.png"], 1, r"digits/1\.png is not a latent file; those end in \.npz or"),
     "two files": (["decode", "three.npz", "along.npz"], 2, "Got unexpected extra argument"),
     "truncated latents": (["decode", "cut.npz"], 1, r"cut\.npz is damaged or not a latent file: \w+"),
@@ -237,15 +237,15 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "no point": (["interpolate"], 2, "Missing argument .*points"),
     "one point": (["interpolate", "3"], 1, "an interpolation requires at least two points, got 1"),
     "one image": (["interpolate", "digits/1.png"], 1, "an interpolation requires at least two points, got 1"),
-    "missing point": (["interpolate", "3", "nobody.png"], 1, r"there is no file nobody\.png"),
-    "missing latents between": (["interpolate", "3", "nobody.npz"], 1, r"there is no file nobody\.npz"),
-    "empty folder between": (["interpolate", "3", "empty"], 1, "there is no image in empty"),
+    "missing point": (["interpolate", "3", "nobody.png"], 1, r"the file nobody\.png does not exist"),
+    "missing latents between": (["interpolate", "3", "nobody.npz"], 1, r"the file nobody\.npz does not exist"),
+    "empty folder between": (["interpolate", "3", "empty"], 1, "empty contains no images"),
     "negative seed between": (
         ["interpolate", "--", "digits/1.png", "-1"],
         1,
         "a seed must be an integer of at least 0, got -1",
     ),
-    "dashes": (["interpolate", "--", "3", "--5"], 1, "there is no file --5"),
+    "dashes": (["interpolate", "--", "3", "--5"], 1, "the file --5 does not exist"),
     "large seed between": (
         ["interpolate", "3", str(2**63)],
         1,

@@ -505,7 +505,7 @@ def test_invalid_checkpoint_files_raise(tmp_path: Path) -> None:
 
 
 def test_invalid_arguments_raise(tmp_path: Path, saved_pipeline: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*missing\.pt"):
+    with pytest.raises(FileNotFoundError, match=r"the checkpoint .*missing\.pt does not exist"):
         convert(tmp_path / "missing.pt", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="is a folder, not a file"):
         convert(saved_pipeline, tmp_path / "out", layout="ddpm")

@@ -77,7 +77,7 @@ def test_random_crop_stores_an_eighth_more(folder: Path, mixed_images: list[Imag
 
 def test_missing_and_empty_sources_raise(folder: Path) -> None:
     for cache in CACHES:
-        with pytest.raises(FileNotFoundError, match="there is no image in "):
+        with pytest.raises(FileNotFoundError, match="contains no images; looked for "):
             open_dataset(DataConfig(source=str(folder), cache=cache), 8, 1)
         with pytest.raises(FileNotFoundError, match="missing does not exist; expected a folder of images"):
             open_dataset(DataConfig(source=str(folder / "missing"), cache=cache), 8, 1)

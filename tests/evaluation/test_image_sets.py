@@ -41,7 +41,7 @@ def test_invalid_files_raise(tmp_path: Path) -> None:
     write_digits(tmp_path, 3)
     with pytest.raises(ValueError, match=r"count must be at most 3, .*, got 4"):
         open_files(str(tmp_path), 4)
-    with pytest.raises(FileNotFoundError, match=r"nor x-000000\.tar"):
+    with pytest.raises(FileNotFoundError, match=r"nor x-000000\.tar exists"):
         open_files(str(tmp_path / "x.tar"))
     (tmp_path / "bad.tar").write_bytes(b"not an archive" * 100)
     with pytest.raises(ValueError, match="cannot be read as tar"):

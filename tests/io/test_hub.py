@@ -380,5 +380,5 @@ def test_file_is_not_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/model.ckpt").touch()
-    with pytest.raises(FileNotFoundError, match=r"no model 'runs/model.ckpt'.*not a folder"):
+    with pytest.raises(FileNotFoundError, match=r"the model 'runs/model.ckpt' does not exist: .*not a folder"):
         find_model("runs/model.ckpt")

@@ -564,7 +564,7 @@ def test_missing_file_raises(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     with pytest.raises(FileNotFoundError) as caught:
         read_image(path)
-    assert str(caught.value) == f"there is no file {path}"
+    assert str(caught.value) == f"the file {path} does not exist"
 
 
 # --- folders
@@ -599,6 +599,6 @@ def test_folders_without_images_raise(tmp_path: Path, kind: str) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         find_images(folder)
     message = str(caught.value)
-    assert message.startswith(f"there is no image in {folder}; looked for .bmp, ")
+    assert message.startswith(f"{folder} contains no images; looked for .bmp, ")
     assert ".png" in message
     assert len(message.splitlines()) == 1

@@ -268,7 +268,7 @@ def test_earlier_file_is_replaced(tmp_path: Path, suffix: str) -> None:
 def test_missing_file_raises(tmp_path: Path) -> None:
     (tmp_path / "folder.npz").mkdir()
     for name in ("latents.npz", "latents.safetensors", "latents.txt", "folder.npz"):
-        with pytest.raises(FileNotFoundError, match=f"there is no file .*{name}"):
+        with pytest.raises(FileNotFoundError, match=f"the file .*{name} does not exist"):
             load_latents(tmp_path / name)
 
 

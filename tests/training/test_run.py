@@ -497,7 +497,7 @@ def test_folder_without_a_run_raises(make_config: MakeConfig, started: Path, tmp
         ({"model": TINY_MODEL | {"sample_size": 7}}, "multiples of 2"),
         ({"batch_size": 41}, r"batch_size must be at most .* 40 \(.* has 40, data.holdout is 0\), got 41"),
         ({"data": {"holdout": 33}}, r"batch_size must be at most .* 7 \(.* has 40, data.holdout is 33\), got 8"),
-        ({"init": "missing"}, "there is no model 'missing'"),
+        ({"init": "missing"}, "the model 'missing' does not exist"),
         ({"init": "mnist"}, "init: the weights of mnist do not fit the model: "),
         (
             {"samples": {"num_inference_steps": 50}, "scheduler": {"num_train_timesteps": 20}},

@@ -439,7 +439,7 @@ def test_init_of_another_model_raises(
 
 
 def test_missing_init_raises(make_config: MakeConfig, images: Tensor, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no model '.*/missing'"):
+    with pytest.raises(FileNotFoundError, match=r"the model '.*/missing' does not exist"):
         start(make_config(init=str(tmp_path / "missing")), images, tmp_path / "run")
 
 

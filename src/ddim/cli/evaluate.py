@@ -166,7 +166,7 @@ class Source:
             The set.
 
         Raises:
-            FileNotFoundError: if there are no such images.
+            FileNotFoundError: if the images do not exist.
             ValueError: if they cannot be read, or an option is out of range.
         """
         from ddim.evaluation.image_sets import is_model, open_files, sample_image_set
@@ -216,7 +216,7 @@ class PaperTable:
             out: files to write: `.json`, `.md`, `.png` or `.svg`.
 
         Raises:
-            FileNotFoundError: if there are no such images.
+            FileNotFoundError: if the images do not exist.
             ValueError: if an argument is out of range.
         """
         from ddim import distributed

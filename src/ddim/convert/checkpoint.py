@@ -34,7 +34,7 @@ def read_checkpoint(path: Path, ema: bool = True) -> dict[str, Tensor]:
         Tensors on the CPU by their original names.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the file does not exist.
         ValueError: if it is damaged, is not a checkpoint of a network, or loading it could run code.
 
     Example:
@@ -48,7 +48,7 @@ def read_checkpoint(path: Path, ema: bool = True) -> dict[str, Tensor]:
     if path.is_dir():
         raise FileNotFoundError(f"the checkpoint {path} is a folder, not a file; layout='diffusers' converts folders")
     if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+        raise FileNotFoundError(f"the checkpoint {path} does not exist")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     if isinstance(content, list | tuple):
         content = _choose_state(content, path, ema)

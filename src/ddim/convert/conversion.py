@@ -74,7 +74,7 @@ def convert(
         The pipeline as written, in evaluation mode.
 
     Raises:
-        FileNotFoundError: if there is no such checkpoint.
+        FileNotFoundError: if the checkpoint does not exist.
         FileExistsError: if the folder is not empty and `overwrite` is false.
         NotADirectoryError: if `out` is a file.
         ValueError: if the checkpoint is damaged, incomplete, of an unrecognized layout, or of a network that

@@ -81,7 +81,7 @@ def open_files(source: str, count: int | None = None, shape: Shape | None = None
         The set.
 
     Raises:
-        FileNotFoundError: if there are no such images.
+        FileNotFoundError: if the images do not exist.
         ValueError: if `source` is of another kind, or has fewer images than `count`.
 
     Example:
@@ -159,7 +159,7 @@ def _open_shards(path: Path) -> Source:
     """Open the images of tar files; members are located once and read from their offsets."""
     shards = [path] if path.is_file() else sorted(path.parent.glob(f"{path.stem}-*.tar"))
     if not shards:
-        raise FileNotFoundError(f"there is no {path}, nor {path.stem}-000000.tar")
+        raise FileNotFoundError(f"neither {path} nor {path.stem}-000000.tar exists")
     members: list[tuple[Path, int, int, str]] = []
     for shard in shards:
         try:
@@ -170,7 +170,7 @@ def _open_shards(path: Path) -> Source:
         images = [entry for entry in entries if entry.name.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))]
         members += [(shard, entry.offset_data, entry.size, entry.name) for entry in images]
     if not members:
-        raise FileNotFoundError(f"there is no image in {path}")
+        raise FileNotFoundError(f"{path} contains no images")
 
     def decode(shard: Path, offset: int, size: int, name: str) -> Image.Image:
         with shard.open("rb") as stream:

@@ -121,8 +121,8 @@ def find_model(
         return Path(name)
     if isinstance(model, Path) or Path(name).exists() or not HUB_ID.fullmatch(name):
         raise FileNotFoundError(
-            f"there is no model {name!r}: it is not built in ({', '.join(builtin)}), not a folder, and not a hub id "
-            "such as google/ddpm-cifar10-32"
+            f"the model {name!r} does not exist: it is not built in ({', '.join(builtin)}), not a folder, and not a "
+            "hub id such as google/ddpm-cifar10-32"
         )
     select = partial(_required_files, variant=variant, weights_in=weights_in, use_safetensors=use_safetensors)
     return _download(name, select, options)
@@ -255,7 +255,7 @@ def _build(cls: Any, path: Path, **overrides: Any) -> Any:
     """Build an instance of a class with `from_config` from a configuration file.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the file does not exist.
         ValueError: if it does not describe an instance of the class.
         TypeError: for an override that the constructor does not accept.
     """
@@ -334,7 +334,7 @@ class SchedulerFiles:
             The scheduler.
 
         Raises:
-            FileNotFoundError: if there is no such model, or no configuration in it.
+            FileNotFoundError: if the model does not exist, or has no configuration.
             ValueError: if the configuration is not valid.
             TypeError: for an override that the constructor does not accept.
 
@@ -401,7 +401,7 @@ class ModelFiles:
             The network.
 
         Raises:
-            FileNotFoundError: if there is no such model, or no configuration or weights in it.
+            FileNotFoundError: if the model does not exist, or has no configuration or weights.
             ValueError: if the configuration or the weights are damaged, or do not fit each other, or if `torch_dtype`
                 is not a floating dtype.
 

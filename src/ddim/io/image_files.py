@@ -43,7 +43,7 @@ def find_images(path: str | Path) -> list[Path]:
     """
     files = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not files:
-        raise FileNotFoundError(f"there is no image in {path}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
+        raise FileNotFoundError(f"{path} contains no images; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
     return files
 
 
@@ -57,7 +57,7 @@ def read_image(path: str | Path) -> Image.Image:
         The image, in its own mode and size.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the file does not exist.
         ValueError: if it cannot be decoded, is animated or too large.
 
     Example:
@@ -67,7 +67,7 @@ def read_image(path: str | Path) -> Image.Image:
         (4, 4)
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"the file {path} does not exist")
     return decode_image(path, str(path))
 
 

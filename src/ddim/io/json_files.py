@@ -18,7 +18,7 @@ def read_json(path: Path) -> dict[str, Any]:
         The object's entries.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the file does not exist.
         ValueError: if it is not valid JSON, or holds something other than an object.
 
     Example:
@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
         {'in_channels': 3}
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}")
+        raise FileNotFoundError(f"{path} does not exist")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -105,17 +105,17 @@ def load_latents(path: str | Path) -> tuple[Tensor, LatentSettings]:
         float32 (N, C, H, W), N at least 1, and the settings of the encoding.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the file does not exist.
         ValueError: if it is damaged, not a latent file, or holds non-finite values.
 
     Example:
         >>> load_latents("photo.jpg")
         Traceback (most recent call last):
-        FileNotFoundError: there is no file photo.jpg
+        FileNotFoundError: the file photo.jpg does not exist
     """
     source = Path(path)
     if not source.is_file():
-        raise FileNotFoundError(f"there is no file {source}")
+        raise FileNotFoundError(f"the file {source} does not exist")
     _check_suffix(source)
     try:
         latents, text = _read_npz(source) if source.suffix.lower() == ".npz" else _read_safetensors(source)

@@ -109,7 +109,7 @@ def read_weights(folder: Path, variant: str | None = None, use_safetensors: bool
         Tensors on the CPU by their names in `UNet2DModel`.
 
     Raises:
-        FileNotFoundError: if there are no such weights, or a shard is missing.
+        FileNotFoundError: if the weights do not exist, or a shard is missing.
         ValueError: if a file is truncated, holds anything but tensors, or does not match the SHA-256 in its metadata.
 
     Example:
