@@ -609,7 +609,7 @@ def test_dry_run_reports_costs_and_writes_nothing(results: dict[str, Result], fo
     assert rows["images"] == "40"
     assert rows["parameters"] == f"{parameters:,}"
     assert rows["weights, average, gradients, moments"] == f"{20 * parameters / 2**20:,.0f} MiB"
-    assert float(rows["a step"].removesuffix(" s")) > 0
+    assert float(rows["time per step"].removesuffix(" s")) > 0
     assert float(rows["memory in use"].removesuffix(" MiB").replace(",", "")) > 50
     assert not (folder / "dry").exists()
     assert not (folder / "cache" / "ddim").exists()
