@@ -76,7 +76,7 @@ def get_engine(unet: Any, name: str = "auto") -> Engine:
         return EagerEngine(compile_network(unet))
     reason = unsupported_reason(unet)
     if reason is None:
-        fingerprint = _fingerprint(unet)
+        fingerprint = _unet_fingerprint(unet)
         previous, engine = _cache.get(unet, (None, None))
         if engine is not None and previous == fingerprint:
             return engine
@@ -102,7 +102,7 @@ def _build(unet: UNet2DModel) -> tuple[Engine | None, str | None]:
         return None, str(error)
 
 
-def _fingerprint(unet: nn.Module) -> Any:
+def _unet_fingerprint(unet: nn.Module) -> Any:
     """Return a value that changes whenever a weight does, in whatever way: addresses, versions and sums of the bits."""
     identities = [(p.data_ptr(), p._version, p.dtype) for p in unet.parameters()]
     sums = [_sum_bits(p.detach()) for p in unet.parameters()]
