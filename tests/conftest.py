@@ -32,7 +32,7 @@ TINY: dict[str, Any] = {
 # equal in every process. It is the tests that run side by side.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-# Loops are compiled once, not by each process with a cache folder of its own.
+# Kernels are compiled once, not by each process with a cache folder of its own.
 os.environ.setdefault("DDIM_KERNEL_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "kernels"))
 
 

@@ -10,6 +10,7 @@ all blocks of a path.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from ddim.nn.layers import (
     Downsample2D,
     GaussianFourierProjection,
     ResnetBlock2D,
+    ResnetConfig,
     TimestepEmbedding,
     Timesteps,
     Upsample2D,
@@ -175,14 +177,14 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
         elif num_class_embeds is not None:
             self.class_embedding = nn.Embedding(num_class_embeds, temb_channels)
 
-        resnet: dict[str, Any] = {
-            "temb_channels": temb_channels,
-            "groups": norm_num_groups,
-            "eps": norm_eps,
-            "act_fn": act_fn,
-            "dropout": dropout,
-            "time_embedding_norm": resnet_time_scale_shift,
-        }
+        resnet = ResnetConfig(
+            temb_channels=temb_channels,
+            groups=norm_num_groups,
+            eps=norm_eps,
+            act_fn=act_fn,
+            dropout=dropout,
+            time_embedding_norm=resnet_time_scale_shift,
+        )
 
         self.down_blocks = nn.ModuleList()
         for level, kind in enumerate(down_types):
@@ -207,7 +209,7 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
                 channels=channels[-1],
                 head_dim=(attention_head_dim or channels[-1]) if add_attention else None,
                 attention_groups=mid_groups,
-                resnet=resnet | {"output_scale_factor": mid_block_scale_factor},
+                resnet=replace(resnet, output_scale_factor=mid_block_scale_factor),
             )
 
         self.up_blocks = nn.ModuleList()
@@ -371,7 +373,7 @@ class DownBlock2D(nn.Module):
         head_dim: channels per attention head; `None` for no attention.
         downsample: how the size is halved: `conv`, `resnet`, or `None` for the last level.
         padding: of the strided convolution (`Downsample2D`).
-        resnet: arguments of all residual blocks.
+        resnet: settings of all residual blocks.
     """
 
     def __init__(
@@ -382,17 +384,17 @@ class DownBlock2D(nn.Module):
         head_dim: int | None,
         downsample: str | None,
         padding: int,
-        resnet: dict[str, Any],
+        resnet: ResnetConfig,
     ) -> None:
         super().__init__()
         inputs = [in_channels] + [out_channels] * (num_layers - 1)
-        self.resnets = nn.ModuleList(ResnetBlock2D(channels, out_channels, **resnet) for channels in inputs)
-        self.attentions = _attentions(num_layers, out_channels, head_dim, resnet["groups"], resnet["eps"])
+        self.resnets = nn.ModuleList(ResnetBlock2D(channels, out_channels, resnet) for channels in inputs)
+        self.attentions = _attentions(num_layers, out_channels, head_dim, resnet.groups, resnet.eps)
         self.downsamplers: nn.ModuleList | None = None
         if downsample == "conv":
             self.downsamplers = nn.ModuleList([Downsample2D(out_channels, padding)])
         elif downsample == "resnet":
-            self.downsamplers = nn.ModuleList([ResnetBlock2D(out_channels, out_channels, **resnet, resample="down")])
+            self.downsamplers = nn.ModuleList([ResnetBlock2D(out_channels, out_channels, resnet, resample="down")])
 
     def forward(self, hidden_states: Tensor, emb: Tensor, save_memory: bool) -> tuple[Tensor, list[Tensor]]:
         """Return the last feature map, and all of them in order as skip connections.
@@ -421,17 +423,13 @@ class MidBlock2D(nn.Module):
         channels: of the feature map.
         head_dim: channels per attention head; `None` for no attention.
         attention_groups: groups of the attention's norm; `None` for no norm.
-        resnet: arguments of both residual blocks.
+        resnet: settings of both residual blocks.
     """
 
-    def __init__(
-        self, channels: int, head_dim: int | None, attention_groups: int | None, resnet: dict[str, Any]
-    ) -> None:
+    def __init__(self, channels: int, head_dim: int | None, attention_groups: int | None, resnet: ResnetConfig) -> None:
         super().__init__()
-        self.attentions = _attentions(
-            1, channels, head_dim, attention_groups, resnet["eps"], resnet["output_scale_factor"]
-        )
-        self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, **resnet) for _ in range(2))
+        self.attentions = _attentions(1, channels, head_dim, attention_groups, resnet.eps, resnet.output_scale_factor)
+        self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, resnet) for _ in range(2))
 
     def forward(self, hidden_states: Tensor, emb: Tensor, save_memory: bool) -> Tensor:
         """Return the feature map after both residual blocks.
@@ -456,7 +454,7 @@ class UpBlock2D(nn.Module):
         out_channels: channels of the level.
         head_dim: channels per attention head; `None` for no attention.
         upsample: how the size is doubled: `conv`, `resnet`, or `None` for the last level.
-        resnet: arguments of all residual blocks.
+        resnet: settings of all residual blocks.
     """
 
     def __init__(
@@ -466,20 +464,20 @@ class UpBlock2D(nn.Module):
         out_channels: int,
         head_dim: int | None,
         upsample: str | None,
-        resnet: dict[str, Any],
+        resnet: ResnetConfig,
     ) -> None:
         super().__init__()
         inputs = [in_channels] + [out_channels] * (len(skip_channels) - 1)
         self.resnets = nn.ModuleList(
-            ResnetBlock2D(channels + skip, out_channels, **resnet)
+            ResnetBlock2D(channels + skip, out_channels, resnet)
             for channels, skip in zip(inputs, skip_channels, strict=True)
         )
-        self.attentions = _attentions(len(inputs), out_channels, head_dim, resnet["groups"], resnet["eps"])
+        self.attentions = _attentions(len(inputs), out_channels, head_dim, resnet.groups, resnet.eps)
         self.upsamplers: nn.ModuleList | None = None
         if upsample == "conv":
             self.upsamplers = nn.ModuleList([Upsample2D(out_channels)])
         elif upsample == "resnet":
-            self.upsamplers = nn.ModuleList([ResnetBlock2D(out_channels, out_channels, **resnet, resample="up")])
+            self.upsamplers = nn.ModuleList([ResnetBlock2D(out_channels, out_channels, resnet, resample="up")])
 
     def forward(self, hidden_states: Tensor, skips: list[Tensor], emb: Tensor, save_memory: bool) -> Tensor:
         """Return the last feature map; skip connections are removed from the end of `skips`.

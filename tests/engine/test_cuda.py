@@ -1,7 +1,7 @@
-"""The CUDA engine against the network and the loop that it stands in for.
+"""The CUDA engine against the network and the loop that it replaces.
 
-On a CPU a step is either run anew each time or recorded by `Tape`, which like a CUDA graph remembers operations and
-their tensors and nothing of the Python around them. What only a GPU can show is skipped without one.
+On a CPU a step is either run anew each time or recorded by `Tape`, which like a CUDA graph records operations and their
+tensors, and nothing of the Python around them. What only a GPU can show is skipped without one.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ ALPHAS = torch.linspace(0.999, 0.001, 1000, dtype=torch.float64).numpy()
 TIMESTEPS = [999, 800, 500, 200, 1]
 
 
-def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def apart(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max())
+def max_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max())
 
 
 class Tape(TorchDispatchMode):
@@ -71,7 +71,7 @@ class Tape(TorchDispatchMode):
         return None
 
 
-@pytest.fixture(params=["run anew", "recorded"])
+@pytest.fixture(params=["rerun", "recorded"])
 def recording(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both kinds of graph, one after the other; whether it records."""
     if request.param == "recorded":
@@ -85,32 +85,31 @@ products in another order in each memory format."""
 
 
 class FastPipeline(DDIMPipeline):
-    """A pipeline that takes the steps of this engine, on whatever device it is."""
+    """A pipeline that runs on the CUDA engine, on whatever device it is."""
 
-    fast: CUDAEngine
-
-    def _network(self) -> CUDAEngine:
-        return self.fast
+    def __init__(self, unet: UNet2DModel, scheduler: DDIMScheduler) -> None:
+        super().__init__(unet, scheduler)
+        self.fast = CUDAEngine(unet)
+        self.sampler.get_engine = lambda: self.fast
 
 
 def pair(unet: UNet2DModel, **settings: Any) -> tuple[DDIMPipeline, FastPipeline]:
     """The network's pipeline, and one of its engine."""
     scheduler = DDIMScheduler(**settings)
     pipes = DDIMPipeline(unet, scheduler, "eager"), FastPipeline(unet, scheduler)
-    pipes[1].fast = CUDAEngine(unet)
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
     return pipes
 
 
-def same(pipes: tuple[DDIMPipeline, DDIMPipeline], tolerance: float = 1e-5, **arguments: Any) -> None:
+def assert_same(pipes: tuple[DDIMPipeline, DDIMPipeline], tolerance: float = 1e-5, **arguments: Any) -> None:
     images = []
     for pipe in pipes:
         if generator := arguments.get("generator"):
             generator.manual_seed(1)
         images.append(pipe(output_type="pt", **arguments).images)
-    expected, found = images
-    assert apart(found, expected) < tolerance
+    expected, actual = images
+    assert max_error(actual, expected) < tolerance
 
 
 class TestCoefficients:
@@ -131,17 +130,17 @@ class TestCoefficients:
         dtype: torch.dtype,
     ) -> None:
         shape = (2, 3, 4, 4)
-        output, x, noise = (drawn(*shape, seed=seed, dtype=dtype) for seed in range(3))
+        output, x, noise = (randn(*shape, seed=seed, dtype=dtype) for seed in range(3))
         settings = (prediction_type, clip, use_clipped_model_output, noise if eta else None)
         for step in make_steps(TIMESTEPS, ALPHAS, eta=eta, use_sigma_hat=hat):
             coefficients = Coefficients(*torch.tensor(step.coefficients(), dtype=dtype))
-            for found, expected in zip(
+            for actual, expected in zip(
                 ddim_step(output, x, coefficients, *settings), ddim_step(output, x, step, *settings), strict=True
             ):
-                assert found.dtype == dtype
-                assert apart(found, expected) <= 1e-6 * max(1.0, float(expected.abs().max()))
+                assert actual.dtype == dtype
+                assert max_error(actual, expected) <= 1e-6 * max(1.0, float(expected.abs().max()))
 
-    def test_the_last_step_ends_in_a_clean_picture(self) -> None:
+    def test_last_step_ends_in_a_clean_image(self) -> None:
         step = make_steps(TIMESTEPS, ALPHAS, eta=1.0)[-1]
         assert step.coefficients()[2:] == (1.0, 0.0, 0.0, 0.0)
 
@@ -169,62 +168,62 @@ class TestNetwork:
         unet = make_unet(**changes)
         engine = CUDAEngine(unet)
         with torch.no_grad():
-            for x, t in [(drawn(3, 3, 16, 16), torch.tensor([7, 400, 999])), (drawn(1, 3, 8, 24), 20)]:
-                found = engine.predict(x, t)
-                assert apart(found, unet(x, t).sample) < 1e-5
-                assert found.is_contiguous()
+            for x, t in [(randn(3, 3, 16, 16), torch.tensor([7, 400, 999])), (randn(1, 3, 8, 24), 20)]:
+                actual = engine.predict(x, t)
+                assert max_error(actual, unet(x, t).sample) < 1e-5
+                assert actual.is_contiguous()
 
     def test_classes(self, make_unet: Callable[..., UNet2DModel]) -> None:
         unet = make_unet(num_class_embeds=5)
-        x, labels = drawn(2, 3, 16, 16), torch.tensor([4, 1])
+        x, labels = randn(2, 3, 16, 16), torch.tensor([4, 1])
         with torch.no_grad():
-            assert apart(CUDAEngine(unet).predict(x, 3, labels), unet(x, 3, labels).sample) < 1e-5
+            assert max_error(CUDAEngine(unet).predict(x, 3, labels), unet(x, 3, labels).sample) < 1e-5
 
-    def test_leaves_the_network_alone(self, tiny_unet: UNet2DModel) -> None:
+    def test_network_is_not_changed(self, tiny_unet: UNet2DModel) -> None:
         tiny_unet.train()
         before = {name: (p.data_ptr(), p.stride(), p.requires_grad) for name, p in tiny_unet.named_parameters()}
         engine = CUDAEngine(tiny_unet)
-        assert not engine.predict(drawn(1, 3, 16, 16), 3).requires_grad
+        assert not engine.predict(randn(1, 3, 16, 16), 3).requires_grad
         after = {name: (p.data_ptr(), p.stride(), p.requires_grad) for name, p in tiny_unet.named_parameters()}
         assert after == before
         assert all(module.training for module in tiny_unet.modules())
         weights = [p for p in engine.network.parameters() if p.ndim == 4]
         assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
 
-    def test_refuses_what_the_network_refuses(self, tiny_unet: UNet2DModel) -> None:
+    def test_raises_as_the_network(self, tiny_unet: UNet2DModel) -> None:
         engine = CUDAEngine(tiny_unet)
-        with pytest.raises(ValueError, match="the model takes"):
-            engine.predict(drawn(1, 4, 16, 16), 3)
-        with pytest.raises(ValueError, match="2 timesteps"):
-            engine.predict(drawn(3, 3, 16, 16), torch.tensor([3, 4]))
+        with pytest.raises(ValueError, match="sample: expected shape"):
+            engine.predict(randn(1, 4, 16, 16), 3)
+        with pytest.raises(ValueError, match="got 2 for 3 samples"):
+            engine.predict(randn(3, 3, 16, 16), torch.tensor([3, 4]))
 
 
 @pytest.mark.usefixtures("recording")
 class TestLoop:
     @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
     @pytest.mark.parametrize("eta", [0.0, 1.0])
-    def test_pictures(self, tiny_unet: UNet2DModel, prediction_type: str, eta: float) -> None:
-        same(pair(tiny_unet, prediction_type=prediction_type), seeds=[5, 6, 7], num_inference_steps=10, eta=eta)
+    def test_images(self, tiny_unet: UNet2DModel, prediction_type: str, eta: float) -> None:
+        assert_same(pair(tiny_unet, prediction_type=prediction_type), seeds=[5, 6, 7], num_inference_steps=10, eta=eta)
 
     @pytest.mark.parametrize("clip", [{"clip_sample": False}, {"clip_sample_range": 0.4}, {"thresholding": True}])
     def test_clipping(self, tiny_unet: UNet2DModel, clip: dict[str, Any]) -> None:
         pipes = pair(tiny_unet, **clip)
-        same(pipes, seeds=[5, 6], num_inference_steps=6)
-        same(pipes, seeds=[5, 6], num_inference_steps=6, eta=0.7, use_clipped_model_output=True)
+        assert_same(pipes, seeds=[5, 6], num_inference_steps=6)
+        assert_same(pipes, seeds=[5, 6], num_inference_steps=6, eta=0.7, use_clipped_model_output=True)
 
     def test_zero_terminal_snr(self, tiny_unet: UNet2DModel) -> None:
         schedule = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
-        same(pair(tiny_unet, **schedule), seeds=[5], num_inference_steps=8, eta=1.0)
+        assert_same(pair(tiny_unet, **schedule), seeds=[5], num_inference_steps=8, eta=1.0)
 
     def test_sigma_hat(self, tiny_unet: UNet2DModel) -> None:
-        same(pair(tiny_unet), seeds=[5], num_inference_steps=10, eta=1.0, use_sigma_hat=True)
+        assert_same(pair(tiny_unet), seeds=[5], num_inference_steps=10, eta=1.0, use_sigma_hat=True)
 
     @pytest.mark.parametrize("clip", [{}, {"clip_sample": False}, {"thresholding": True}], ids=str)
     def test_second_order(self, tiny_unet: UNet2DModel, recording: bool, clip: dict[str, Any]) -> None:
         """The correction is part of the recorded step; its first step, which has none, shares the recording."""
         pipes = pair(tiny_unet, **clip)
         for seeds in ([5, 6], [7, 8]):
-            same(pipes, seeds=seeds, num_inference_steps=8, order=2)
+            assert_same(pipes, seeds=seeds, num_inference_steps=8, order=2)
         (runner,) = pipes[1].fast.runners.values()
         assert isinstance(runner.graph, Tape) == recording
         assert runner.previous_epsilon is not None
@@ -235,7 +234,7 @@ class TestLoop:
         engine = CUDAEngine(tiny_unet)
 
         def run(seed: int) -> Iterator[State]:
-            latents = drawn(1, 3, 16, 16, seed=seed)
+            latents = randn(1, 3, 16, 16, seed=seed)
             return run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings()))
 
         expected = [list(run(seed))[-1].sample for seed in (0, 1)]
@@ -244,13 +243,15 @@ class TestLoop:
 
     def test_half_precision(self, tiny_unet: UNet2DModel) -> None:
         pipes = pair(tiny_unet.to(torch.bfloat16))
-        same(pipes, HALF_PRECISION, seeds=[5, 6], num_inference_steps=6)
-        same(pipes, HALF_PRECISION, batch_size=2, generator=torch.Generator().manual_seed(1), num_inference_steps=1)
+        assert_same(pipes, HALF_PRECISION, seeds=[5, 6], num_inference_steps=6)
+        assert_same(
+            pipes, HALF_PRECISION, batch_size=2, generator=torch.Generator().manual_seed(1), num_inference_steps=1
+        )
 
     def test_float64_latents(self, tiny_unet: UNet2DModel) -> None:
         pipes = pair(tiny_unet)
-        latents = drawn(2, 3, 16, 16, dtype=torch.float64)
-        same(pipes, latents=latents, num_inference_steps=6)
+        latents = randn(2, 3, 16, 16, dtype=torch.float64)
+        assert_same(pipes, latents=latents, num_inference_steps=6)
         assert pipes[1](latents=latents, num_inference_steps=2, output_type="pt").images.dtype == torch.float64
 
     def test_callbacks_replace_latents(self, tiny_unet: UNet2DModel) -> None:
@@ -262,27 +263,29 @@ class TestLoop:
             tensors["pred_original_sample"].zero_()
 
         for change in (callback, in_place):
-            same(pair(tiny_unet), seeds=[1, 2], num_inference_steps=7, callback_on_step_end=change)
+            assert_same(pair(tiny_unet), seeds=[1, 2], num_inference_steps=7, callback_on_step_end=change)
 
     def test_shapes_and_settings_in_turn(self, tiny_unet: UNet2DModel) -> None:
         pipes = pair(tiny_unet)
         engine = pipes[1].fast
         for seeds in ([1], [1, 2, 3], [4], [5, 6, 7]):
             for arguments in ({}, {"eta": 1.0}, {"use_clipped_model_output": True}, {"num_inference_steps": 3}):
-                same(pipes, seeds=seeds, **{"num_inference_steps": 5} | arguments)
+                assert_same(pipes, seeds=seeds, **{"num_inference_steps": 5} | arguments)
         assert len(engine.runners) == 2 * 3
 
-    def test_states_are_the_callers(self, tiny_unet: UNet2DModel) -> None:
+    def test_states_are_copies(self, tiny_unet: UNet2DModel) -> None:
         steps = make_steps(TIMESTEPS, ALPHAS)
-        latents = drawn(2, 3, 16, 16)
+        latents = randn(2, 3, 16, 16)
         engine = CUDAEngine(tiny_unet)
         with torch.no_grad():
-            kept = list(run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings())))
+            states_before = list(run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings())))
             list(run_steps(latents, steps[1:], engine.step_fn(latents, steps[1:], StepSettings())))
-            for found, expected in zip(kept, sample(lambda x, t: tiny_unet(x, t).sample, latents, steps), strict=True):
-                assert apart(found.sample, expected.sample) < 1e-4
-                assert apart(found.pred_original_sample, expected.pred_original_sample) < 1e-4
-        assert torch.equal(latents, drawn(2, 3, 16, 16))
+            for actual, expected in zip(
+                states_before, sample(lambda x, t: tiny_unet(x, t).sample, latents, steps), strict=True
+            ):
+                assert max_error(actual.sample, expected.sample) < 1e-4
+                assert max_error(actual.pred_original_sample, expected.pred_original_sample) < 1e-4
+        assert torch.equal(latents, randn(2, 3, 16, 16))
 
     def test_loops_in_parallel(self, tiny_unet: UNet2DModel) -> None:
         """Loops that alternate in one thread, and loops in several."""
@@ -298,19 +301,19 @@ class TestLoop:
         alternating = [(a.sample, b.sample) for a, b in zip(loop(0), loop(1), strict=True)][-1]
         assert all(map(torch.equal, alternating, expected))
         with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(lambda seed: [state.sample for state in loop(seed)][-1], range(4)))
-        assert all(map(torch.equal, found, expected))
+            actual = list(pool.map(lambda seed: [state.sample for state in loop(seed)][-1], range(4)))
+        assert all(map(torch.equal, actual, expected))
 
     def test_in_and_out_of_inference_mode(self, tiny_unet: UNet2DModel) -> None:
         with torch.inference_mode():
             pipes = pair(tiny_unet)
-            same(pipes, seeds=[1], num_inference_steps=3)
-        same(pipes, seeds=[1], num_inference_steps=3)
+            assert_same(pipes, seeds=[1], num_inference_steps=3)
+        assert_same(pipes, seeds=[1], num_inference_steps=3)
         with torch.inference_mode():
-            same(pipes, seeds=[1], num_inference_steps=3)
+            assert_same(pipes, seeds=[1], num_inference_steps=3)
 
-    def test_other_functions_that_clip(self, tiny_unet: UNet2DModel) -> None:
-        steps, latents = make_steps(TIMESTEPS, ALPHAS), drawn(1, 3, 16, 16)
+    def test_custom_clip_falls_back(self, tiny_unet: UNet2DModel) -> None:
+        steps, latents = make_steps(TIMESTEPS, ALPHAS), randn(1, 3, 16, 16)
         engine, seen = CUDAEngine(tiny_unet), []
 
         def clip(x0: Tensor) -> Tensor:
@@ -319,14 +322,14 @@ class TestLoop:
 
         with torch.no_grad():
             assert engine.step_fn(latents, steps, StepSettings(clip=clip)) is None
-            *_, found = sample(engine.predict, latents, steps, StepSettings(clip=clip))
+            *_, actual = sample(engine.predict, latents, steps, StepSettings(clip=clip))
             *_, expected = sample(lambda x, t: tiny_unet(x, t).sample, latents, steps, StepSettings(clip=torch.tanh))
-        assert apart(found.sample, expected.sample) < 1e-5
+        assert max_error(actual.sample, expected.sample) < 1e-5
         assert len(seen) == len(steps)
         assert not engine.runners
 
     def test_wrong_arguments(self, tiny_unet: UNet2DModel) -> None:
-        steps, latents = make_steps(TIMESTEPS, ALPHAS), drawn(2, 3, 16, 16)
+        steps, latents = make_steps(TIMESTEPS, ALPHAS), randn(2, 3, 16, 16)
         engine = CUDAEngine(tiny_unet)
         states = run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings()))
         next(states).sample = latents[:1]
@@ -334,52 +337,52 @@ class TestLoop:
             ValueError, match=r"x must keep the shape \(2, 3, 16, 16\) that the loop started with, got \(1, 3"
         ):
             next(states)
-        with pytest.raises(ValueError, match="prediction_type is 'score'"):
+        with pytest.raises(ValueError, match="prediction_type must be one of"):
             next(run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings("score"))))
-        with pytest.raises(ValueError, match="the model takes"):
+        with pytest.raises(ValueError, match="sample: expected shape"):
             next(run_steps(latents[:, :2], steps, engine.step_fn(latents[:, :2], steps, StepSettings())))
 
 
 class TestRunners:
-    def test_only_the_last_used_are_kept(self, tiny_unet: UNet2DModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_least_recently_used_are_dropped(self, tiny_unet: UNet2DModel, monkeypatch: pytest.MonkeyPatch) -> None:
         made: list[Tape] = []
         monkeypatch.setattr(CUDAEngine, "record", lambda engine, run: made.append(Tape(run)) or made[-1])
         monkeypatch.setattr(cuda, "MAX_RECORDED_STEPS", 2)
         pipes = pair(tiny_unet)
         for number in (1, 2, 1, 3, 1):
-            same(pipes, seeds=range(number), num_inference_steps=2)
+            assert_same(pipes, seeds=range(number), num_inference_steps=2)
         assert len(made) == 3
         assert [key[0][0] for key in pipes[1].fast.runners] == [3, 1]
-        same(pipes, seeds=range(2), num_inference_steps=2)
+        assert_same(pipes, seeds=range(2), num_inference_steps=2)
         assert len(made) == 4
 
-    def test_a_forgotten_one_serves_its_loop_to_the_end(
+    def test_dropped_step_serves_its_loop_to_the_end(
         self, tiny_unet: UNet2DModel, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(cuda, "MAX_RECORDED_STEPS", 2)
-        steps, latents = make_steps(TIMESTEPS, ALPHAS), drawn(2, 3, 16, 16)
+        steps, latents = make_steps(TIMESTEPS, ALPHAS), randn(2, 3, 16, 16)
         engine = CUDAEngine(tiny_unet)
         *_, expected = run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings()))
         states = run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings()))
         next(states)
         for number in (3, 4, 5):
-            engine.step_fn(drawn(number, 3, 16, 16), steps, StepSettings())
-        *_, found = states
-        assert torch.equal(found.sample, expected.sample)
+            engine.step_fn(randn(number, 3, 16, 16), steps, StepSettings())
+        *_, actual = states
+        assert torch.equal(actual.sample, expected.sample)
 
     @pytest.mark.parametrize(("noisy", "second_order"), [(False, False), (True, False), (False, True)])
-    def test_nothing_waits_in_a_step(self, tiny_unet: UNet2DModel, noisy: bool, second_order: bool) -> None:
+    def test_step_does_not_wait(self, tiny_unet: UNet2DModel, noisy: bool, second_order: bool) -> None:
         """No number is read back from a tensor, which no graph could record."""
         run = cuda.StepRunner(
             CUDAEngine(tiny_unet).network,
-            drawn(1, 3, 16, 16),
+            randn(1, 3, 16, 16),
             StepOptions("epsilon", DDIMScheduler().clip, True, noisy, second_order),
             Tape,
         )
         assert run.graph.calls
         assert run.graph.waits == 0
 
-    def test_clips_that_are_the_same(self) -> None:
+    def test_clip_identity(self) -> None:
         clipping, threshold = DDIMScheduler(), DDIMScheduler(thresholding=True)
         assert clip_identity(clipping.clip) == clip_identity(DDIMScheduler().clip)
         known = [None, clipping.clip, DDIMScheduler(clip_sample_range=2.0).clip, threshold.clip]
@@ -419,9 +422,9 @@ class TestCompiled:
         pipes = [DDIMPipeline(unet, DDIMScheduler(), engine) for engine in ("eager", "compile")]
         for pipe in pipes:
             pipe.set_progress_bar_config(disable=True)
-        same((pipes[0], pipes[1]), seeds=[1, 2], num_inference_steps=3)
+        assert_same((pipes[0], pipes[1]), seeds=[1, 2], num_inference_steps=3)
 
-    def test_says_when_there_is_no_compiler(self, tiny_unet: UNet2DModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_missing_compiler_raises(self, tiny_unet: UNet2DModel, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*args: Any, **settings: Any) -> Any:
             raise FileNotFoundError("no g++ here\nand much else")
 
@@ -442,55 +445,55 @@ def on_gpu(make_unet: Callable[..., UNet2DModel], monkeypatch: pytest.MonkeyPatc
 @needs_cuda
 class TestGPU:
     def test_network(self, on_gpu: UNet2DModel) -> None:
-        x = drawn(4, 3, 16, 16).cuda()
+        x = randn(4, 3, 16, 16).cuda()
         with torch.no_grad():
-            assert apart(CUDAEngine(on_gpu).predict(x, 500), on_gpu(x, 500).sample) < 1e-4
+            assert max_error(CUDAEngine(on_gpu).predict(x, 500), on_gpu(x, 500).sample) < 1e-4
 
     @pytest.mark.parametrize("arguments", [{}, {"eta": 1.0}, {"use_clipped_model_output": True}], ids=str)
     @pytest.mark.parametrize("clip", [{}, {"clip_sample": False}, {"thresholding": True}], ids=str)
     def test_loop(self, on_gpu: UNet2DModel, clip: dict[str, Any], arguments: dict[str, Any]) -> None:
         pipes = pair(on_gpu, **clip)
         for seeds in ([1], [1, 2, 3], [4]):
-            same(pipes, 1e-4, seeds=seeds, num_inference_steps=10, **arguments)
-        same(pipes, 1e-4, generator=torch.Generator("cuda").manual_seed(3), num_inference_steps=1, **arguments)
+            assert_same(pipes, 1e-4, seeds=seeds, num_inference_steps=10, **arguments)
+        assert_same(pipes, 1e-4, generator=torch.Generator("cuda").manual_seed(3), num_inference_steps=1, **arguments)
 
     @pytest.mark.parametrize("size", [16, 128])
-    def test_thresholding_of_small_and_large_pictures(self, on_gpu: UNet2DModel, size: int) -> None:
+    def test_thresholding_of_small_and_large_images(self, on_gpu: UNet2DModel, size: int) -> None:
         """PyTorch sorts them in different ways."""
         pipes = pair(on_gpu, thresholding=True)
         for number in (1, 130):
-            latents = drawn(number, 3, size, size).cuda()
+            latents = randn(number, 3, size, size).cuda()
             steps = pipes[0].scheduler.make_steps([500, 20])
             clip = pipes[0].scheduler.clip
             with torch.no_grad():
-                *_, found = run_steps(latents, steps, pipes[1].fast.step_fn(latents, steps, StepSettings(clip=clip)))
+                *_, actual = run_steps(latents, steps, pipes[1].fast.step_fn(latents, steps, StepSettings(clip=clip)))
                 *_, expected = sample(lambda x, t: on_gpu(x, t).sample, latents, steps, StepSettings(clip=clip))
-            assert apart(found.sample, expected.sample) < 1e-4
+            assert max_error(actual.sample, expected.sample) < 1e-4
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision(self, on_gpu: UNet2DModel, dtype: torch.dtype) -> None:
-        same(pair(on_gpu.to(dtype)), HALF_PRECISION, seeds=[1, 2], num_inference_steps=10)
+        assert_same(pair(on_gpu.to(dtype)), HALF_PRECISION, seeds=[1, 2], num_inference_steps=10)
 
-    def test_states_are_the_callers(self, on_gpu: UNet2DModel) -> None:
+    def test_states_are_copies(self, on_gpu: UNet2DModel) -> None:
         steps = make_steps(TIMESTEPS, ALPHAS)
-        latents = drawn(2, 3, 16, 16).cuda()
+        latents = randn(2, 3, 16, 16).cuda()
         engine = CUDAEngine(on_gpu)
-        kept = list(run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings())))
-        other = drawn(5, 3, 16, 16).cuda()
+        states_before = list(run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings())))
+        other = randn(5, 3, 16, 16).cuda()
         list(run_steps(other, steps, engine.step_fn(other, steps, StepSettings())))
         with torch.no_grad():
             expected = sample(lambda x, t: on_gpu(x, t).sample, latents, steps)
-            assert all(apart(a.sample, b.sample) < 1e-4 for a, b in zip(kept, expected, strict=True))
+            assert all(max_error(a.sample, b.sample) < 1e-4 for a, b in zip(states_before, expected, strict=True))
 
-    def test_the_built_in_model(self, on_gpu: UNet2DModel) -> None:
-        """To a grey level in 99.9% of the pixels after 50 steps."""
+    def test_built_in_model(self, on_gpu: UNet2DModel) -> None:
+        """To a gray level in 99.9% of the pixels after 50 steps."""
         pipes = pair(DDIMPipeline.from_pretrained("mnist").to("cuda").unet)
         images = [pipe(seeds=range(8), num_inference_steps=50, output_type="np").images for pipe in pipes]
         assert (abs(images[0] - images[1]) <= 1 / 255).mean() > 0.999
 
     @pytest.mark.parametrize("noisy", [False, True])
-    def test_nothing_waits(self, on_gpu: UNet2DModel, noisy: bool) -> None:
-        steps, latents = make_steps(TIMESTEPS, ALPHAS, eta=float(noisy)), drawn(2, 3, 16, 16).cuda()
+    def test_run_does_not_wait(self, on_gpu: UNet2DModel, noisy: bool) -> None:
+        steps, latents = make_steps(TIMESTEPS, ALPHAS, eta=float(noisy)), randn(2, 3, 16, 16).cuda()
         noise = noise_from_seeds(latents.shape, [1, 2], CPU) if noisy else None
         states = run_steps(latents, steps, CUDAEngine(on_gpu).step_fn(latents, steps, StepSettings(noise=noise)))
         next(states)
@@ -500,8 +503,8 @@ class TestGPU:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    def test_one_launch_a_step(self, on_gpu: UNet2DModel) -> None:
-        steps, latents = make_steps(TIMESTEPS, ALPHAS), drawn(2, 3, 16, 16).cuda()
+    def test_one_launch_per_step(self, on_gpu: UNet2DModel) -> None:
+        steps, latents = make_steps(TIMESTEPS, ALPHAS), randn(2, 3, 16, 16).cuda()
         states = run_steps(latents, steps, CUDAEngine(on_gpu).step_fn(latents, steps, StepSettings()))
         next(states)
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -514,7 +517,7 @@ class TestGPU:
         others = sum(count for name, count in calls.items() if name.startswith(("cudaLaunchKernel", "cudaMemcpy")))
         assert others <= 7 * taken
 
-    def test_other_threads_may_use_the_device_meanwhile(self, on_gpu: UNet2DModel) -> None:
+    def test_other_threads_can_use_the_device(self, on_gpu: UNet2DModel) -> None:
         done = threading.Event()
 
         def busy() -> None:
@@ -524,12 +527,12 @@ class TestGPU:
         thread = threading.Thread(target=busy)
         thread.start()
         try:
-            same(pair(on_gpu), 1e-4, seeds=[1, 2], num_inference_steps=5)
+            assert_same(pair(on_gpu), 1e-4, seeds=[1, 2], num_inference_steps=5)
         finally:
             done.set()
             thread.join()
 
-    def test_a_failure_gives_the_stream_back(self, on_gpu: UNet2DModel) -> None:
+    def test_failure_restores_the_stream(self, on_gpu: UNet2DModel) -> None:
         stream = torch.cuda.current_stream()
         with suppress(RuntimeError):
             cuda.record_graph(lambda: print(float(torch.ones(1, device="cuda"))), torch.cuda.Stream())

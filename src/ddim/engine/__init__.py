@@ -64,7 +64,7 @@ def get_engine(unet: Any, name: str = "auto") -> Engine:
         RuntimeError: if the network is to be compiled and `torch.compile` does not work here.
 
     Example:
-        >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4)
+        >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
         >>> get_engine(unet, "eager").name
         'UNet2DModel'
     """

@@ -1,20 +1,20 @@
-"""The U-Net on a CPU: the same weights and, to rounding, the same numbers, in less time.
+"""The U-Net on a CPU: the same weights and, to rounding, the same results, in less time.
 
-- 3x3 convolutions by Winograd's F(4x4, 3x3) where a quarter of the multiplications pays (`ddim.kernels.winograd`), by
-  all multiplications where reading four times as many weights would cost more (`ddim.kernels.direct`). The choice
-  follows from the sizes of layer and map alone, and so do the bits of the result; weights are arranged for it when a
-  layer first sees a map of such a size.
-- Group normalisation, the shift by the time embedding and SiLU in one loop, which writes straight into the map that the
-  convolution after it reads, zero rim and all, and takes the two maps of a skip connection side by side, so that they
-  are never concatenated (`ddim.kernels.norm`).
+- 3x3 convolutions run by Winograd's F(4x4, 3x3) where a quarter of the multiplications pays (`ddim.kernels.winograd`),
+  by all multiplications where reading four times as many weights would cost more (`ddim.kernels.direct`). The choice
+  follows from the sizes of layer and feature map alone, and so do the bits of the result; weights are arranged for it
+  when a layer first meets a feature map of such a size.
+- Group normalization, the shift by the time embedding and SiLU are one kernel, which writes straight into the map that
+  the convolution after it reads, with its halo, and takes the two feature maps of a skip connection side by side, so
+  that they are never concatenated (`ddim.kernels.norm`).
 - Residuals are added where a convolution finishes its tiles.
-- 1x1 convolutions and attention's linear layers by the loop of `ddim.kernels.direct` too; a block's queries, keys and
-  values are one product.
-- The projections of the time embedding are taken for all timesteps of a run before the first (`prepare`).
-- Large batches go through the network a few samples at a time.
+- 1x1 convolutions and attention's linear layers run by `ddim.kernels.direct` too; a block's queries, keys and values
+  are one product.
+- The projections of the time embedding are computed for all timesteps of a run before the first step (`prepare`).
+- Large batches pass through the network a few samples at a time.
 
-Feature maps are (N, H, W, C) float32, contiguous. What has no loop (an activation, attention itself) is done by
-PyTorch in the same layout.
+Feature maps are (N, H, W, C) float32, contiguous. What has no kernel (other activations, attention itself) runs on
+PyTorch's operators in the same layout.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -34,138 +35,236 @@ from ddim.diffusion.equations import Step
 from ddim.diffusion.loop import StepFn, StepSettings
 from ddim.io.weights import drop_pages
 from ddim.kernels import direct, winograd
-from ddim.kernels import norm as norms
-from ddim.kernels.runtime import LANES, ready
+from ddim.kernels import norm as norm_kernels
+from ddim.kernels.machine import OUTPUT_LANES
+from ddim.kernels.norm import NormTerms
+from ddim.kernels.runtime import ensure_compiled
+from ddim.kernels.winograd.constants import POINTS
 from ddim.nn.layers import Attention, ResnetBlock2D, Upsample2D
 from ddim.unet import UNet2DModel, check_embeddings
 
-Map = Tensor
-"""(N, H, W, C)."""
+FeatureMap = Tensor
+"""(N, H, W, C) float32, contiguous."""
 
-NEAR = 4 << 20
-"""Bytes of transformed weights that stay in a processor's caches from one step to the next."""
-KEPT = 8 << 20
-"""Bytes of a map that is kept for the next step rather than made anew."""
-TOGETHER = 4 << 20
-"""Bytes of a map of the first convolution's: of a larger batch a few samples at a time are taken through the network,
-one for each thread at least.
-"""
-A_PIXEL = 150 << 10
-"""Bytes of transformed weights for each pixel of a map, at most, where they do not stay in the caches: what they gain
-grows with the pixels, and what they cost, in memory and in reading it, does not.
-"""
-LARGE = 32 << 20
-"""Bytes of transformed weights of a layer beyond which it takes more pixels for each of them: networks with such layers
-are near the end of a machine's memory.
-"""
+L2_WEIGHT_BYTES = 4 << 20
+"""Transformed weights of a layer that stay in a processor's caches from one step to the next."""
+WEIGHT_BYTES_PER_PIXEL = 150 << 10
+"""Transformed weights per pixel of a feature map, at most, where they do not stay in the caches: what they gain grows
+with the pixels, and what they cost, in memory and in reading it, does not."""
+LARGE_LAYER_BYTES = 32 << 20
+"""Transformed weights of a layer beyond which `WEIGHT_BYTES_PER_PIXEL` shrinks in proportion: networks with such layers
+are near the end of a machine's memory."""
+CACHED_BUFFER_BYTES = 8 << 20
+"""Largest padded buffer that is kept for the next step instead of made anew."""
+MAX_CACHED_BUFFERS = 64
+"""Padded buffers of one thread, of as many shapes; beyond it all are dropped."""
+MICRO_BATCH_BYTES = 4 << 20
+"""Output of the first convolution for the samples that pass through the network together: so many fit the caches. There
+is one sample per thread at least."""
 
 
 class CPUEngine:
-    """A network prepared for evaluation.
+    """Runs a network on a CPU by compiled kernels.
 
     It holds what it made of the weights when it was built: after they have changed, build another. It does not keep the
-    network alive.
+    network alive. Threads may share it.
 
     Args:
-        unet: float32 on the CPU.
+        unet: float32 on the CPU, one that `ddim.engine.base.unsupported_reason` supports.
 
     Raises:
-        ImportError: without llvmlite, or if the loops have to be compiled and there is no numba.
+        ImportError: without llvmlite, or if kernels have to be compiled and numba is not installed.
+
+    Example:
+        >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
+        >>> CPUEngine(unet).predict(torch.zeros(1, 3, 8, 8), 10).shape
+        torch.Size([1, 3, 8, 8])
     """
 
     name = "CPUEngine"
 
     def __init__(self, unet: UNet2DModel) -> None:
-        ready(norms.NORMALISE, winograd.NORMALISE_AND_CONVOLVE, winograd.CONVOLVE, direct.CONVOLVE)
+        ensure_compiled(norm_kernels.NORMALIZE, *winograd.KERNELS, direct.CONVOLVE)
         self._unet = weakref.ref(unet)
-        rims = _Rims()
+        buffers = PaddedBuffers()
         projections: list[nn.Linear] = []
-        self._conv_in = _Conv3x3(unet.conv_in, rims)
-        self._down = [_Block(block, rims, projections) for block in unet.down_blocks]
-        self._middle = None if unet.mid_block is None else _Block(unet.mid_block, rims, projections)
-        self._up = [_Block(block, rims, projections) for block in unet.up_blocks]
+        self._conv_in = _Conv3x3(unet.conv_in, buffers)
+        self._down_blocks = [_Block(block, buffers, projections) for block in unet.down_blocks]
+        self._mid_block = None if unet.mid_block is None else _Block(unet.mid_block, buffers, projections)
+        self._up_blocks = [_Block(block, buffers, projections) for block in unet.up_blocks]
         self._norm_out = _Norm(unet.conv_norm_out, "silu")
-        self._conv_out = _Conv3x3(unet.conv_out, rims)
+        self._conv_out = _Conv3x3(unet.conv_out, buffers)
         self._projections = projections
         self._act: Any = next(m for m in unet.modules() if isinstance(m, ResnetBlock2D)).nonlinearity
-        self._expected: dict[float, list[Tensor]] = {}
+        self._prepared_embeddings: dict[float, list[Tensor]] = {}
 
     @torch.no_grad()
     def prepare(self, timesteps: Sequence[int]) -> None:
-        """Project the embeddings of all timesteps of a run at once; it is not wrong to be asked about others."""
-        unet = self._network()
-        if unet.class_embedding is None and set(timesteps) - self._expected.keys():
-            rows = self._project(unet.embed(torch.tensor(timesteps), None))
-            self._expected = {timestep: [time[i : i + 1] for time in rows] for i, timestep in enumerate(timesteps)}
+        """Project the embeddings of all timesteps of a run at once. Other timesteps can still be predicted at.
+
+        Args:
+            timesteps: those of the run, in any order.
+        """
+        unet = self._get_network()
+        if unet.class_embedding is None and set(timesteps) - self._prepared_embeddings.keys():
+            projected = self._project(unet.embed(torch.tensor(timesteps), None))
+            self._prepared_embeddings = {
+                timestep: [rows[i : i + 1] for rows in projected] for i, timestep in enumerate(timesteps)
+            }
 
     @torch.no_grad()
     def predict(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
-        """Predict; arguments, result and errors are those of `UNet2DModel.forward`, without gradients."""
-        unet = self._network()
+        """Evaluate the network; see `Engine.predict`.
+
+        Args:
+            sample: x_t, (N, C, H, W) float32.
+            timestep: t, in 0..T-1; one number, a tensor (), or one per sample (N,).
+            class_labels: int64 (N,), for class-conditional networks.
+
+        Returns:
+            The prediction, (N, C, H, W), contiguous.
+
+        Raises:
+            ValueError: as `UNet2DModel.forward`.
+        """
+        unet = self._get_network()
         unet.check_sample(sample)
         if unet.config.center_input_sample:
             sample = 2 * sample - 1
-        times = None
-        if self._expected and class_labels is None and torch.as_tensor(timestep).ndim == 0:
-            times = self._expected.get(float(timestep))
-        if times is None:
+
+        # Each residual block's projection of the time embedding: prepared, or computed here.
+        embeddings = None
+        if self._prepared_embeddings and class_labels is None and torch.as_tensor(timestep).ndim == 0:
+            embeddings = self._prepared_embeddings.get(float(timestep))
+        if embeddings is None:
             emb = unet.embed(timestep, class_labels)
             check_embeddings(emb, sample)
-            times = self._project(emb)
-        # Rows of several samples go with them; one for all goes with each.
-        together = max(torch.get_num_threads(), TOGETHER // (4 * self._conv_in.K * sample[0, 0].numel()))
+            embeddings = self._project(emb)
+
+        # Micro-batches. Embeddings of several samples are divided with them; one for all goes with each.
+        bytes_per_sample = 4 * self._conv_in.K * sample[0, 0].numel()
+        size = max(torch.get_num_threads(), MICRO_BATCH_BYTES // bytes_per_sample)
         outputs = []
-        for first in range(0, max(len(sample), 1), together):
-            part = slice(first, first + together)
-            outputs.append(self._walk(sample[part], [row if len(row) == 1 else row[part] for row in times]))
+        for first in range(0, max(len(sample), 1), size):
+            batch = slice(first, first + size)
+            rows = [embedding if len(embedding) == 1 else embedding[batch] for embedding in embeddings]
+            outputs.append(self._evaluate(sample[batch], rows))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if unet.config.time_embedding_type == "fourier":
             output = output / torch.as_tensor(timestep).to(output.dtype).reshape(-1, 1, 1, 1)
         return output
 
     def step_fn(self, latents: Tensor, steps: Sequence[Step], settings: StepSettings) -> StepFn | None:
-        """Return `None`: steps are run from Python."""
+        """Return `None`: steps are run from Python.
+
+        Args:
+            latents: ignored.
+            steps: ignored.
+            settings: ignored.
+
+        Returns:
+            `None`.
+        """
         return None
 
-    def _walk(self, sample: Tensor, times: list[Tensor]) -> Tensor:
-        """The prediction for some samples and their projections."""
-        remaining = iter(times)
-        x = self._conv_in.of(sample.permute(0, 2, 3, 1))
+    def _evaluate(self, sample: Tensor, embeddings: list[Tensor]) -> Tensor:
+        """Evaluate the network on a micro-batch (N, C, H, W), given each residual block's projected embedding."""
+        remaining = iter(embeddings)
+        x = self._conv_in.convolve(sample.permute(0, 2, 3, 1))
         skips = [x]
-        for block in self._down:
-            x = block.down(x, skips, remaining)
-        if self._middle is not None:
-            x = self._middle.through(x, remaining)
-        for block in self._up:
-            x = block.up(x, skips, remaining)
-        return self._norm_out.then(self._conv_out, x).permute(0, 3, 1, 2).contiguous()
+        for block in self._down_blocks:
+            x = block.apply_down(x, skips, remaining)
+        if self._mid_block is not None:
+            x = self._mid_block.apply_mid(x, remaining)
+        for block in self._up_blocks:
+            x = block.apply_up(x, skips, remaining)
+        return normalize_and_convolve(self._norm_out, self._conv_out, x).permute(0, 3, 1, 2).contiguous()
 
-    def _network(self) -> UNet2DModel:
+    def _get_network(self) -> UNet2DModel:
         unet = self._unet()
         if unet is None:
-            raise RuntimeError("the network that this engine was made of is gone")
+            raise RuntimeError("the network that this engine was made from has been deleted")
         return unet
 
     def _project(self, emb: Tensor) -> list[Tensor]:
-        """Of embeddings (N, E), each block's projection (N, F)."""
+        """Project embeddings (N, E) for each residual block: (N, F)."""
         emb = self._act(emb)
         return [F.linear(emb, linear.weight, linear.bias) for linear in self._projections]
 
 
-def _filled(x: Tensor) -> Tensor:
-    """Weights or a bias, with zeros for more output channels where these are not whole lanes."""
+class PaddedBuffers(threading.local):
+    """Feature maps with a border of zeros, for convolutions to read. Each thread has its own.
+
+    Small ones are kept by shape: what is written into one leaves its border as it is.
+
+    Example:
+        >>> buffers = PaddedBuffers()
+        >>> x, inside = buffers.get((1, 4, 4, 1), border=1, H=2, W=2)
+        >>> inside.shape, x is buffers.get((1, 4, 4, 1), border=1, H=2, W=2)[0]
+        (torch.Size([1, 2, 2, 1]), True)
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[int, ...], Tensor] = {}
+
+    def get(self, shape: tuple[int, int, int, int], border: int, H: int, W: int) -> tuple[Tensor, Tensor]:
+        """Return a buffer that is zero around the pixels of a feature map.
+
+        Args:
+            shape: of the buffer, (N, rows, columns, C).
+            border: rows above and columns left of the pixels.
+            H: rows of pixels.
+            W: columns of pixels.
+
+        Returns:
+            The buffer, and the view (N, H, W, C) of it that is to be written.
+        """
+        if 4 * math.prod(shape) > CACHED_BUFFER_BYTES:
+            x = torch.empty(shape)
+            for side in (x[:, :border], x[:, border + H :], x[:, :, :border], x[:, :, border + W :]):
+                side.zero_()
+        else:
+            x = self._get_cached(shape)
+        return x, x[:, border : border + H, border : border + W]
+
+    def _get_cached(self, shape: tuple[int, int, int, int]) -> Tensor:
+        if shape not in self._buffers:
+            if len(self._buffers) > MAX_CACHED_BUFFERS:
+                self._buffers.clear()
+            # Tensors made in inference mode could not be written to outside.
+            with torch.inference_mode(False):
+                self._buffers[shape] = torch.zeros(shape)
+        return self._buffers[shape]
+
+
+def pad_outputs(x: Tensor) -> Tensor:
+    """Pad weights or a bias with zeros to whole panels of output channels.
+
+    Args:
+        x: (K, ...).
+
+    Returns:
+        (K rounded up to a multiple of `OUTPUT_LANES`, ...), contiguous, without gradients.
+
+    Example:
+        >>> pad_outputs(torch.ones(1)).shape == (OUTPUT_LANES,)
+        True
+    """
     x = x.detach()
-    missing = -x.shape[0] % LANES
+    missing = -x.shape[0] % OUTPUT_LANES
     return F.pad(x, (0, 0) * (x.ndim - 1) + (0, missing)) if missing else x.contiguous()
 
 
-def _result(
-    shape: tuple[int, int, int], K: int, residual: Map | None, convolve: Callable[[Map | None, Map], None]
-) -> Map:
-    """What `convolve(residual, y)`, which writes whole lanes, makes of (*shape, K)."""
-    lanes = -(-K // LANES) * LANES
-    y = torch.empty(*shape, lanes)
-    if lanes == K:
+def _run_convolution(
+    shape: tuple[int, int, int],
+    K: int,
+    residual: FeatureMap | None,
+    convolve: Callable[[FeatureMap | None, FeatureMap], None],
+) -> FeatureMap:
+    """Return the result (*shape, K) of `convolve(residual, y)`, which writes whole panels of output channels."""
+    padded_K = -(-K // OUTPUT_LANES) * OUTPUT_LANES
+    y = torch.empty(*shape, padded_K)
+    if padded_K == K:
         convolve(residual, y)
         return y
     convolve(None, y)
@@ -173,103 +272,82 @@ def _result(
     return y if residual is None else y.add_(residual)
 
 
-def _stacked(linears: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """Weight and bias of one linear layer that gives the results of several side by side."""
-    return torch.cat([x.weight.detach() for x in linears]), torch.cat([x.bias.detach() for x in linears])
-
-
-class _Rims(threading.local):
-    """Maps with a rim of zeros. Small ones are kept by shape: what is written into them leaves the rim as it is. Each
-    thread has its own.
-    """
-
-    def __init__(self) -> None:
-        self._maps: dict[tuple[int, ...], Tensor] = {}
-
-    def get(self, shape: tuple[int, int, int, int], before: int, H: int, W: int) -> Tensor:
-        """A map of this shape, zero around the H x W pixels that begin at (before, before)."""
-        if 4 * math.prod(shape) > KEPT:
-            x = torch.empty(shape)
-            for side in (x[:, :before], x[:, before + H :], x[:, :, :before], x[:, :, before + W :]):
-                side.zero_()
-            return x
-        if shape not in self._maps:
-            if len(self._maps) > 64:
-                self._maps.clear()
-            # What is made in inference mode could not be written to outside.
-            with torch.inference_mode(False):
-                self._maps[shape] = torch.zeros(shape)
-        return self._maps[shape]
-
-
 class _Conv3x3:
-    """A 3x3 convolution. Its input is written to what `input` gives, or is put there by `of`."""
+    """A 3x3 convolution. Its input is written to a buffer of `make_input`, or copied there by `convolve`."""
 
-    def __init__(self, conv: nn.Conv2d, rims: _Rims) -> None:
-        self.conv, self.rims = conv, rims
+    def __init__(self, conv: nn.Conv2d, buffers: PaddedBuffers) -> None:
+        self.conv, self.buffers = conv, buffers
         self.C, self.K, self.stride = conv.in_channels, conv.out_channels, conv.stride[0]
-        # What is not padded has a row and a column below and on the right: `Downsample2D`.
-        self.before = int(conv.padding[0])
-        self.after = self.before or 1
-        self._weights: dict[Any, tuple[Tensor, Tensor]] = {}
+        # Without padding there is a row below and a column to the right: `Downsample2D`.
+        self.border = int(conv.padding[0])
+        self.border_after = self.border or 1
+        self._weights: dict[ModuleType, tuple[Tensor, Tensor]] = {}
 
-    def method(self, H: int, W: int) -> Any:
-        """The module of the loop for a map of that size."""
-        transformed = 4 * winograd.POINTS * self.C * self.K
-        pays = transformed <= max(NEAR, A_PIXEL * H * W * min(1.0, LARGE / transformed))
-        if self.stride == 1 and self.before == 1 and winograd.fits(self.C) and winograd.saves(H, W) and pays:
-            return winograd
-        return direct
+    def choose_kernels(self, H: int, W: int) -> ModuleType:
+        """Return the kernels that convolve a feature map of H x W pixels: `winograd` or `direct`."""
+        transformed_bytes = 4 * POINTS * self.C * self.K
+        per_pixel = WEIGHT_BYTES_PER_PIXEL * min(1.0, LARGE_LAYER_BYTES / transformed_bytes)
+        pays = transformed_bytes <= max(L2_WEIGHT_BYTES, per_pixel * H * W)
+        supported = self.stride == 1 and self.border == 1 and winograd.is_supported(self.C)
+        return winograd if supported and pays and winograd.reduces_multiplications(H, W) else direct
 
-    def weights(self, method: Any) -> tuple[Tensor, Tensor]:
-        """As the method takes them, and the bias."""
-        if method not in self._weights:
-            weight, bias = _filled(self.conv.weight), _filled(cast(Tensor, self.conv.bias))
-            arrange = winograd.transform_weights if method is winograd else direct.arrange_weights
-            self._weights[method] = arrange(weight), bias
+    def arrange_weights(self, kernels: ModuleType) -> tuple[Tensor, Tensor]:
+        """Return weights and bias as these kernels take them, arranged on first use."""
+        if kernels not in self._weights:
+            weight, bias = pad_outputs(self.conv.weight), pad_outputs(cast(Tensor, self.conv.bias))
+            arrange = winograd.transform_weights if kernels is winograd else direct.arrange_weights
+            self._weights[kernels] = arrange(weight), bias
             drop_pages(self.conv.weight.detach())
-        return self._weights[method]
+        return self._weights[kernels]
 
-    def input(self, N: int, H: int, W: int) -> tuple[Tensor, Tensor]:
-        """Where its input is to be written: what `__call__` takes, and the part of it that is the map."""
-        if self.method(H, W) is winograd:
-            rows, columns = (-(-size // winograd.STEP) * winograd.STEP + 2 for size in (H, W))
+    def make_input(self, N: int, H: int, W: int) -> tuple[Tensor, Tensor]:
+        """Return the buffer that `convolve_input` reads, and the view (N, H, W, C) of it to write the input to."""
+        if self.choose_kernels(H, W) is winograd:
+            shape = winograd.padded_shape(N, self.C, H, W)
         else:
-            rows, columns = (size + self.before + self.after for size in (H, W))
-        x = self.rims.get((N, rows, columns, self.C), self.before, H, W)
-        return x, x[:, self.before : self.before + H, self.before : self.before + W]
+            rows, columns = (size + self.border + self.border_after for size in (H, W))
+            shape = N, rows, columns, self.C
+        return self.buffers.get(shape, self.border, H, W)
 
-    def of(self, x: Map) -> Map:
-        """The convolution of a map."""
-        y, inside = self.input(*x.shape[:3])
+    def convolve(self, x: FeatureMap) -> FeatureMap:
+        """Convolve a feature map, which is copied into a buffer."""
+        _, H, W, _ = x.shape
+        y, inside = self.make_input(*x.shape[:3])
         inside.copy_(x)
-        return self(y, *x.shape[1:3])
+        return self.convolve_input(y, H, W)
 
-    def __call__(self, x: Tensor, H: int, W: int, residual: Map | None = None) -> Map:
-        """The convolution of H x W pixels in a map from `input`, plus residual."""
-        method = self.method(H, W)
-        weights, bias = self.weights(method)
-        if method is winograd:
-            return _result((x.shape[0], H, W), self.K, residual, partial(winograd.convolve, x, weights, bias))
-        OH, OW = ((size + self.before + self.after - 3) // self.stride + 1 for size in (H, W))
+    def convolve_input(self, x: Tensor, H: int, W: int, residual: FeatureMap | None = None) -> FeatureMap:
+        """Convolve the H x W pixels in a buffer of `make_input`, and add the residual."""
+        kernels, N = self.choose_kernels(H, W), x.shape[0]
+        weights, bias = self.arrange_weights(kernels)
+        if kernels is winograd:
+            return _run_convolution((N, H, W), self.K, residual, partial(winograd.convolve, x, weights, bias))
+        OH, OW = ((size + self.border + self.border_after - 3) // self.stride + 1 for size in (H, W))
         convolve = partial(direct.convolve, x, weights, bias, self.stride)
-        return _result((x.shape[0], OH, OW), self.K, residual, convolve)
+        return _run_convolution((N, OH, OW), self.K, residual, convolve)
 
 
 class _Linear:
-    """A linear layer, for each pixel."""
+    """A linear layer, at each position of a feature map."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.K = weight.shape[0]
-        self.weights, self.bias = direct.arrange_weights(_filled(weight)[:, :, None, None]), _filled(bias)
+        self.weights, self.bias = direct.arrange_weights(pad_outputs(weight)[:, :, None, None]), pad_outputs(bias)
 
-    def __call__(self, x: Map, residual: Map | None = None) -> Map:
-        """Plus residual."""
+    @classmethod
+    def stack(cls, linears: Sequence[Any]) -> _Linear:
+        """Return one layer whose outputs are those of several, side by side."""
+        weights, biases = ([getattr(x, name).detach() for x in linears] for name in ("weight", "bias"))
+        return cls(torch.cat(weights), torch.cat(biases))
+
+    def __call__(self, x: FeatureMap, residual: FeatureMap | None = None) -> FeatureMap:
+        """Apply the layer and add the residual."""
         N, H, W, C = x.shape
+        # A 1x1 convolution of one row of N H W pixels.
         convolve = partial(direct.convolve, x.view(1, 1, -1, C), self.weights, self.bias, 1)
         if residual is not None:
             residual = residual.view(1, 1, -1, self.K)
-        return _result((1, 1, N * H * W), self.K, residual, convolve).view(N, H, W, self.K)
+        return _run_convolution((1, 1, N * H * W), self.K, residual, convolve).view(N, H, W, self.K)
 
 
 class _Norm:
@@ -282,103 +360,128 @@ class _Norm:
         self.silu = act == "silu" or isinstance(act, nn.SiLU)
         self.act = act if isinstance(act, nn.Module) and not self.silu else None
 
-    def write(
-        self,
-        y: Tensor,
-        inside: Tensor,
-        a: Map,
-        b: Map | None = None,
-        shift: Tensor | None = None,
-        scale: Tensor | None = None,
-    ) -> None:
-        """To `y`, whose pixels are `inside`. With a `scale` (N or 1, C) the shift comes after the norm instead."""
-        weight, bias, before = self._terms(shift, scale)
-        rim = y.shape != inside.shape
-        norms.normalise(a, b, before, weight, bias, self.groups, self.eps, self.silu, y, rim)
+    def make_terms(self, shift: Tensor | None, scale: Tensor | None) -> NormTerms:
+        """Return the terms of the norm for a shift before it, or, with a scale, a scale and shift after it.
+
+        Args:
+            shift: (N, C) or (1, C); `None` for none.
+            scale: of the shape of `shift`; `None` for a shift before the norm.
+        """
+        weight, bias, shift_before = self.weight, self.bias, self.no_shift
+        if shift is not None and scale is None:
+            shift_before = shift
+        elif shift is not None and scale is not None:
+            weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+        return NormTerms(shift_before, weight, bias, self.groups, self.eps, self.silu)
+
+    def write(self, y: Tensor, inside: Tensor, a: FeatureMap, b: FeatureMap | None, terms: NormTerms) -> None:
+        """Normalize one or two feature maps side by side, into a buffer.
+
+        Args:
+            y: the buffer.
+            inside: the view of its pixels, (N, H, W, C).
+            a: (N, H, W, A).
+            b: (N, H, W, B); `None` for none.
+            terms: of the norm.
+        """
+        norm_kernels.normalize(a, b, terms, y, has_halo=y.shape != inside.shape)
         if self.act is not None:
             inside.copy_(self.act(inside))
 
-    def _terms(self, shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight, bias, and the shift before the norm."""
-        if shift is None:
-            return self.weight, self.bias, self.no_shift
-        if scale is None:
-            return self.weight, self.bias, shift
-        return self.weight * (1 + scale), self.bias * (1 + scale) + shift, self.no_shift
+    def normalize(self, x: FeatureMap) -> FeatureMap:
+        """Return the normalized and activated feature map."""
+        y = torch.empty_like(x)
+        self.write(y, y, x, None, self.make_terms(None, None))
+        return y
 
-    def then(
-        self,
-        conv: _Conv3x3,
-        a: Map,
-        b: Map | None = None,
-        shift: Tensor | None = None,
-        scale: Tensor | None = None,
-        residual: Map | None = None,
-    ) -> Map:
-        """The convolution of it, plus residual."""
-        N, H, W, _ = a.shape
-        if conv.method(H, W) is winograd and self.act is None and torch.get_num_threads() <= N:
-            weight, bias, before = self._terms(shift, scale)
-            terms = (before, weight, bias, self.groups, self.eps, self.silu)
-            convolve = partial(winograd.normalise_and_convolve, a, b, *terms, *conv.weights(winograd))
-            return _result((N, H, W), conv.K, residual, convolve)
-        y, inside = conv.input(N, H, W)
-        self.write(y, inside, a, b, shift, scale)
-        return conv(y, H, W, residual)
+
+def normalize_and_convolve(
+    norm: _Norm,
+    conv: _Conv3x3,
+    a: FeatureMap,
+    b: FeatureMap | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    residual: FeatureMap | None = None,
+) -> FeatureMap:
+    """Normalize one or two feature maps side by side, convolve the result, and add the residual.
+
+    Args:
+        norm: the norm.
+        conv: the convolution.
+        a: (N, H, W, A).
+        b: (N, H, W, B); `None` for none.
+        shift: of the time embedding, as `_Norm.make_terms` takes it.
+        scale: likewise.
+        residual: (N, H, W, K); `None` for none.
+
+    Returns:
+        (N, H, W, K).
+    """
+    N, H, W, _ = a.shape
+    terms = norm.make_terms(shift, scale)
+    # As one kernel, whose threads divide samples, if there are enough of them.
+    if conv.choose_kernels(H, W) is winograd and norm.act is None and torch.get_num_threads() <= N:
+        convolve = partial(winograd.normalize_and_convolve, a, b, terms, *conv.arrange_weights(winograd))
+        return _run_convolution((N, H, W), conv.K, residual, convolve)
+    y, inside = conv.make_input(N, H, W)
+    norm.write(y, inside, a, b, terms)
+    return conv.convolve_input(y, H, W, residual)
 
 
 class _Resnet:
-    def __init__(self, block: ResnetBlock2D, rims: _Rims) -> None:
+    """A residual block."""
+
+    def __init__(self, block: ResnetBlock2D, buffers: PaddedBuffers) -> None:
         self.norm1, self.norm2 = _Norm(block.norm1, block.nonlinearity), _Norm(block.norm2, block.nonlinearity)
-        self.conv1, self.conv2 = _Conv3x3(block.conv1, rims), _Conv3x3(block.conv2, rims)
+        self.conv1, self.conv2 = _Conv3x3(block.conv1, buffers), _Conv3x3(block.conv2, buffers)
         self.scale_shift, self.factor, self.resample = block.scale_shift, block.output_scale_factor, block.resample
         self.shortcut = block.conv_shortcut
-        self._parts: tuple[_Linear, ...] = ()
+        self._shortcuts: tuple[_Linear, ...] = ()
 
-    def __call__(self, a: Map, b: Map | None, time: Tensor) -> Map:
-        scale, shift = None, time
+    def __call__(self, a: FeatureMap, b: FeatureMap | None, embedding: Tensor) -> FeatureMap:
+        """Apply the block to one or two feature maps side by side, given the projected embedding (N or 1, F)."""
+        scale, shift = None, embedding
         if self.scale_shift:
-            scale, shift = (part.contiguous() for part in time.chunk(2, dim=1))
-        residual = self._residual(a, b)
+            scale, shift = (half.contiguous() for half in embedding.chunk(2, dim=1))
+        residual = self._apply_shortcut(a, b)
         if self.resample is None:
-            x = self.norm1.then(self.conv1, a, b)
+            x = normalize_and_convolve(self.norm1, self.conv1, a, b)
         else:
-            normed = torch.empty_like(a)
-            self.norm1.write(normed, normed, a)
+            normed = self.norm1.normalize(a)
             normed = self.resample(normed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             residual = self.resample(residual.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
-            x = self.conv1.of(normed)
-        x = self.norm2.then(self.conv2, x, None, shift, scale, residual)
+            x = self.conv1.convolve(normed)
+        x = normalize_and_convolve(self.norm2, self.conv2, x, None, shift, scale, residual)
         return x if self.factor == 1 else x.div_(self.factor)
 
-    def _residual(self, a: Map, b: Map | None) -> Map:
+    def _apply_shortcut(self, a: FeatureMap, b: FeatureMap | None) -> FeatureMap:
+        """Return the block's residual."""
         if self.shortcut is None:
             return a if b is None else torch.cat([a, b], dim=-1)
-        if not self._parts:
-            # The sum over the channels of both maps, each with its part of the weights.
+        if not self._shortcuts:
+            # The sum over the channels of both maps is two sums, each with its part of the weights.
             weight, bias = self.shortcut.weight.detach().flatten(1), cast(Tensor, self.shortcut.bias)
             widths = [x.shape[-1] for x in (a, b) if x is not None]
             first, *others = torch.split(weight, widths, dim=1)
-            self._parts = _Linear(first, bias), *(_Linear(other, torch.zeros_like(bias)) for other in others)
+            self._shortcuts = _Linear(first, bias), *(_Linear(other, torch.zeros_like(bias)) for other in others)
             drop_pages(weight)
-        total = self._parts[0](a)
-        return total if b is None else self._parts[1](b, total)
+        total = self._shortcuts[0](a)
+        return total if b is None else self._shortcuts[1](b, total)
 
 
 class _Attention:
+    """Self-attention over the positions of a feature map, with a residual connection."""
+
     def __init__(self, attention: Attention) -> None:
         self.norm = None if attention.group_norm is None else _Norm(attention.group_norm, None)
         self.heads, self.factor = attention.heads, attention.output_scale_factor
-        self.qkv = _Linear(*_stacked([attention.to_q, attention.to_k, attention.to_v]))
-        out: Any = attention.to_out[0]
-        self.out = _Linear(out.weight, out.bias)
+        self.qkv = _Linear.stack([attention.to_q, attention.to_k, attention.to_v])
+        self.out = _Linear.stack([attention.to_out[0]])
 
-    def __call__(self, x: Map) -> Map:
+    def __call__(self, x: FeatureMap) -> FeatureMap:
         N, H, W, _ = x.shape
-        normed = x
-        if self.norm is not None:
-            normed = torch.empty_like(x)
-            self.norm.write(normed, normed, x)
+        normed = x if self.norm is None else self.norm.normalize(x)
         q, k, v = self.qkv(normed).view(N, H * W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, H, W, -1)
         y = self.out(attended, x)
@@ -386,58 +489,68 @@ class _Attention:
 
 
 class _Block:
-    """A block of the way down, of the middle or of the way up; times are taken in the order of the blocks."""
+    """A down, mid or up block. Projected embeddings are consumed in the order of the residual blocks."""
 
-    def __init__(self, block: Any, rims: _Rims, projections: list[nn.Linear]) -> None:
-        self.resnets = [self._resnet(resnet, rims, projections) for resnet in block.resnets]
+    def __init__(self, block: Any, buffers: PaddedBuffers, projections: list[nn.Linear]) -> None:
+        self._buffers, self._projections = buffers, projections
+        self.resnets = [self._make_resnet(resnet) for resnet in block.resnets]
         self.attentions = (
             None if block.attentions is None else [_Attention(cast(Attention, a)) for a in block.attentions]
         )
+        # A convolution, with nearest-neighbor upsampling before it in up blocks, or a residual block that resamples.
         samplers = getattr(block, "downsamplers", None) or getattr(block, "upsamplers", None)
-        self.sampler: Any = None
+        self.resnet_sampler: _Resnet | None = None
+        self.conv_sampler: _Conv3x3 | None = None
+        self.upsamples = False
         if samplers is not None and isinstance(samplers[0], ResnetBlock2D):
-            self.sampler = self._resnet(samplers[0], rims, projections)
+            self.resnet_sampler = self._make_resnet(samplers[0])
         elif samplers is not None:
-            self.sampler = samplers[0]
-            self.conv = _Conv3x3(samplers[0].conv, rims)
+            self.conv_sampler = _Conv3x3(samplers[0].conv, buffers)
+            self.upsamples = isinstance(samplers[0], Upsample2D)
 
-    @staticmethod
-    def _resnet(resnet: Any, rims: _Rims, projections: list[nn.Linear]) -> _Resnet:
-        projections.append(resnet.time_emb_proj)
-        return _Resnet(resnet, rims)
+    def _make_resnet(self, resnet: Any) -> _Resnet:
+        self._projections.append(resnet.time_emb_proj)
+        return _Resnet(resnet, self._buffers)
 
-    def down(self, x: Map, skips: list[Map], times: Any) -> Map:
+    def apply_down(self, x: FeatureMap, skips: list[FeatureMap], embeddings: Iterator[Tensor]) -> FeatureMap:
+        """Apply a down block; its feature maps are appended to `skips`."""
         for index, resnet in enumerate(self.resnets):
-            x = resnet(x, None, next(times))
+            x = resnet(x, None, next(embeddings))
             if self.attentions is not None:
                 x = self.attentions[index](x)
             skips.append(x)
-        if self.sampler is not None:
-            x = self._resample(x, times)
+        if self.resnet_sampler is not None or self.conv_sampler is not None:
+            x = self._resample(x, embeddings)
             skips.append(x)
         return x
 
-    def through(self, x: Map, times: Any) -> Map:
-        x = self.resnets[0](x, None, next(times))
+    def apply_mid(self, x: FeatureMap, embeddings: Iterator[Tensor]) -> FeatureMap:
+        """Apply the mid block."""
+        x = self.resnets[0](x, None, next(embeddings))
         if self.attentions is not None:
             x = self.attentions[0](x)
-        return self.resnets[1](x, None, next(times))
+        return self.resnets[1](x, None, next(embeddings))
 
-    def up(self, x: Map, skips: list[Map], times: Any) -> Map:
+    def apply_up(self, x: FeatureMap, skips: list[FeatureMap], embeddings: Iterator[Tensor]) -> FeatureMap:
+        """Apply an up block; its skip connections are taken off the end of `skips`."""
         for index, resnet in enumerate(self.resnets):
-            x = resnet(x, skips.pop(), next(times))
+            x = resnet(x, skips.pop(), next(embeddings))
             if self.attentions is not None:
                 x = self.attentions[index](x)
-        return x if self.sampler is None else self._resample(x, times)
+        return self._resample(x, embeddings)
 
-    def _resample(self, x: Map, times: Any) -> Map:
-        if isinstance(self.sampler, _Resnet):
-            return self.sampler(x, None, next(times))
-        if not isinstance(self.sampler, Upsample2D):
-            return self.conv.of(x)
+    def _resample(self, x: FeatureMap, embeddings: Iterator[Tensor]) -> FeatureMap:
+        """Halve or double height and width, if the block does."""
+        if self.resnet_sampler is not None:
+            return self.resnet_sampler(x, None, next(embeddings))
+        if self.conv_sampler is None:
+            return x
+        if not self.upsamples:
+            return self.conv_sampler.convolve(x)
+        # Nearest-neighbor upsampling, straight into the convolution's input.
         N, H, W, _ = x.shape
-        y, inside = self.conv.input(N, 2 * H, 2 * W)
+        y, inside = self.conv_sampler.make_input(N, 2 * H, 2 * W)
         for i in (0, 1):
             for j in (0, 1):
                 inside[:, i::2, j::2] = x
-        return self.conv(y, 2 * H, 2 * W)
+        return self.conv_sampler.convolve_input(y, 2 * H, 2 * W)

@@ -63,7 +63,7 @@ class CUDAEngine:
         unet: one that `ddim.engine.base.unsupported_reason` supports. On a CPU an engine works too, and is not faster.
 
     Example:
-        >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4)
+        >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
         >>> CUDAEngine(unet).predict(torch.zeros(1, 3, 8, 8), 10).shape
         torch.Size([1, 3, 8, 8])
     """
@@ -132,7 +132,7 @@ class CUDAEngine:
                 another shape.
 
         Example:
-            >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4)
+            >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
             >>> step = Step(timestep=500, prev_timestep=-1, alpha=0.5, alpha_prev=1.0)
             >>> step_fn = CUDAEngine(unet).step_fn(torch.zeros(1, 3, 8, 8), [step], StepSettings())
             >>> x_prev, x0 = step_fn(torch.zeros(1, 3, 8, 8), torch.tensor(500), step)

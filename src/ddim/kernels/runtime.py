@@ -1,14 +1,14 @@
-"""Compiled loops: where they are kept, and how they run on PyTorch's own threads.
+"""Where compiled kernels are kept, and how they run.
 
-PyTorch's operations run on a team of OpenMP threads, which spin for a while after each operation, waiting for the next.
-Threads of another pool would have to share the cores with them. A loop here is called by that very team: its address is
-handed to `GOMP_parallel`, as compilers do for `#pragma omp parallel`, and each thread does its share of the work. Where
-PyTorch has no such team, the calling thread does all of it.
+PyTorch's CPU operators run on an OpenMP thread pool whose threads busy-wait between operators, so a second pool would
+oversubscribe the cores. Kernels therefore run on PyTorch's own pool: their address is passed to `GOMP_parallel`, as a
+compiler does for `#pragma omp parallel`, and each thread does its range of the work. Without a GNU OpenMP runtime they
+run on the calling thread.
 
-A loop takes a pointer to one record of sizes and of addresses of float32 arrays. numba compiles it from the functions
-in `ddim.kernels.source`, once for a machine: the object code is kept in the user's cache folder, or in
-`DDIM_KERNEL_CACHE`, by a hash of the sources, the compiler and the processor. Loading it takes llvmlite and some
-milliseconds, without numba. Where nothing can be kept, each process compiles anew.
+numba compiles a kernel from `ddim.kernels.<folder>.source` once per machine. The object code is kept in the user's
+cache folder, or in `DDIM_KERNEL_CACHE`, under a hash of the sources, the compiler and the processor, and with its own
+checksum. Loading it takes llvmlite and a few milliseconds, without numba. Where nothing can be kept, each process
+compiles anew.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import hashlib
 import importlib
 import logging
 import os
-import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,179 +28,200 @@ from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
-import numpy as np
 import torch
 from torch import Tensor
 
 from ddim.io.atomic import atomic_write
 from ddim.io.cache import cache_folder
+from ddim.kernels.machine import THREAD_COUNT_SYMBOL, THREAD_SYMBOL, describe_machine, target_machine
+from ddim.kernels.record import Field, Record
 
 logger = logging.getLogger(__name__)
 
-WIDE = bool(llvm.get_host_cpu_features().get("avx512f"))
-"""Whether the processor has 32 registers of 16 numbers each, not 16 of 8."""
-LANES = 32 if WIDE else 16
-"""Output channels of a product's tile: as many as two registers hold."""
+MAX_COMPILERS = 4
+"""Processes that compile at the same time: more would not help, for there are hardly more kernels."""
 
-THREAD, THREADS = "ddim_thread", "ddim_threads"
-"""The names under which loops find the number of the thread that runs them, and how many there are."""
+CHECKSUM_BYTES = 32
+
+_execution_engines: list[Any] = []
+"""Own the loaded code."""
 
 
-class Loop:
-    """A compiled loop.
+class Kernel:
+    """A compiled kernel.
 
     Args:
-        source: the module of `ddim.kernels.source` that has it.
-        name: of the function there.
-        job: the record that it takes.
+        folder: the package in `ddim.kernels` whose module `source` has the function.
+        function: the function's name there.
+        fields: of the record that it takes.
+
+    Example:
+        >>> from ddim.kernels.record import Count
+        >>> Kernel("norm", "forward", [Count("N")]).name
+        'norm.forward'
     """
 
-    def __init__(self, source: str, name: str, job: np.dtype[Any]) -> None:
-        self.source, self.name, self.job = source, name, job
-        self._names = job.names or ()
-        self._record = struct.Struct("".join(job[name].char for name in self._names))
+    def __init__(self, folder: str, function: str, fields: Sequence[Field]) -> None:
+        self.folder, self.function = folder, function
+        self.record = Record(fields)
+
+    @property
+    def name(self) -> str:
+        """The folder and the function."""
+        return f"{self.folder}.{self.function}"
+
+    @property
+    def symbol(self) -> str:
+        """The name of the function in the object code."""
+        return f"ddim_{self.folder}_{self.function}"
+
+    @property
+    def path(self) -> Path:
+        """Where the object code is kept."""
+        folder = Path(os.environ.get("DDIM_KERNEL_CACHE") or cache_folder() / "kernels")
+        return folder / _code_version() / f"{self.name}.o"
 
     @functools.cached_property
     def address(self) -> int:
-        """Of the code, compiled or loaded at the first look.
+        """The address of the code, which is compiled or loaded on first use.
 
         Raises:
-            ImportError: if it has to be compiled and there is no numba.
+            ImportError: if it has to be compiled and numba is not installed.
         """
-        _team()
-        return _load(_object_code(self), f"ddim_{self.name}")
+        openmp_library()
+        return _load(_object_code(self), self.symbol)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether `address` is known."""
+        return "address" in vars(self)
 
     def __call__(self, **values: Tensor | float) -> None:
-        """Run it on every thread and wait for all.
+        """Run the kernel on every thread and wait for all.
 
         Args:
-            values: the record's fields; of a tensor, which must be float32 and contiguous in the order that the loop
-                thinks, the address.
+            values: the record's fields. A tensor must be float32 and contiguous in the order that the kernel documents:
+                the kernel gets only its address.
         """
-        ordered = [values[name] for name in self._names]
-        record = self._record.pack(*[x.data_ptr() if isinstance(x, Tensor) else x for x in ordered])
-        library = _team()
+        record = self.record.pack(values)
+        # The record lives until all threads have returned; `GOMP_parallel` waits for them.
+        library = openmp_library()
         if library is None:
             ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self.address)(record)
         else:
+            # With as many threads as PyTorch's operators: another number would resize the pool at each call.
             library.GOMP_parallel(self.address, record, torch.get_num_threads(), 0)
 
 
-def ready(*loops: Loop) -> None:
-    """See to it that these can run; ImportError as `Loop.address`."""
-    missing = [loop for loop in loops if "address" not in vars(loop) and not _path(loop).exists()]
-    if len(missing) > 1 and _can_keep(missing[0]):
-        _compile_apart(missing)
-    for loop in loops:
-        loop.address  # noqa: B018 - loads
+def ensure_compiled(*kernels: Kernel) -> None:
+    """Compile and load kernels; several that have to be compiled, in parallel processes.
+
+    Args:
+        kernels: those that will run.
+
+    Raises:
+        ImportError: if one has to be compiled and numba is not installed.
+    """
+    # One alone is compiled here: a process would import numba all the same.
+    missing = [kernel for kernel in kernels if not kernel.is_loaded and not kernel.path.exists()]
+    if len(missing) > 1 and _is_writable(missing[0].path.parent):
+        _compile_in_processes(missing)
+    for kernel in kernels:
+        kernel.address  # noqa: B018 - loads
 
 
-def _can_keep(loop: Loop) -> bool:
+def _is_writable(folder: Path) -> bool:
     try:
-        _path(loop).parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return False
-    return os.access(_path(loop).parent, os.W_OK)
+    return os.access(folder, os.W_OK)
 
 
-def _compile_apart(loops: Sequence[Loop]) -> None:
-    """Compile in other processes, side by side, and there with settings of numba's that are quick and not for others.
+def _compile_in_processes(kernels: Sequence[Kernel]) -> None:
+    """Compile kernels into the cache in other processes.
 
-    What fails there is compiled here when it is asked for, or fails with its reason.
+    They set `NUMBA_OPT=0`, which is quicker, since LLVM's passes then run in `ddim.kernels.compiler` only; in this
+    process it would slow down other users of numba. What fails there is compiled here on first use, or raises here with
+    its reason.
     """
+    # An embedded interpreter, or none: there is no command that would run this package.
     if not Path(sys.executable or "").stem.startswith("python"):
         return
-    logger.info("compiling %d loops, once for this machine", len(loops))
-    number = min(len(loops), os.cpu_count() or 1, 4)
-    command = [sys.executable, "-m", "ddim.kernels.source"]
-    names = [f"{loop.source}.{loop.name}" for loop in loops]
+    logger.info("compiling %d kernels, once per machine", len(kernels))
+    num_processes = min(len(kernels), os.cpu_count() or 1, MAX_COMPILERS)
+    names = [kernel.name for kernel in kernels]
     environment = os.environ | {"NUMBA_OPT": "0", "OMP_NUM_THREADS": "1"}
+    # Leaving the stack waits for the processes.
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-        for turn in range(number):
-            arguments = [*command, *names[turn::number]]
-            nothing = subprocess.DEVNULL
-            stack.enter_context(subprocess.Popen(arguments, env=environment, stdout=nothing, stderr=nothing))
+        for rank in range(num_processes):
+            command = [sys.executable, "-m", "ddim.kernels", *names[rank::num_processes]]
+            devnull = subprocess.DEVNULL
+            stack.enter_context(subprocess.Popen(command, env=environment, stdout=devnull, stderr=devnull))
 
 
 @functools.cache
-def _team() -> ctypes.CDLL | None:
-    """The OpenMP library that PyTorch runs on, if it is one that can be asked for a team; what loops call is bound."""
+def openmp_library() -> ctypes.CDLL | None:
+    """Return the OpenMP library that PyTorch runs on, after binding the symbols that kernels call.
+
+    Returns:
+        The library; `None` if it has no `GOMP_parallel`, so that kernels run on the calling thread.
+    """
     try:
+        # The symbols that this process has loaded already, PyTorch's OpenMP library among them.
         library = ctypes.CDLL(None)
-        for symbol, name in ((THREAD, "omp_get_thread_num"), (THREADS, "omp_get_num_threads")):
+        for symbol, name in ((THREAD_SYMBOL, "omp_get_thread_num"), (THREAD_COUNT_SYMBOL, "omp_get_num_threads")):
             llvm.add_symbol(symbol, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
         library.GOMP_parallel.restype = None
         library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     except (AttributeError, OSError, TypeError):
-        for symbol, number in ((THREAD, _FIRST), (THREADS, _ONE)):
+        for symbol, number in ((THREAD_SYMBOL, _return_0), (THREAD_COUNT_SYMBOL, _return_1)):
             llvm.add_symbol(symbol, ctypes.cast(number, ctypes.c_void_p).value)
         return None
     return library
 
 
-_FIRST, _ONE = (ctypes.CFUNCTYPE(ctypes.c_int32)(number) for number in (lambda: 0, lambda: 1))
-"""What a loop without a team is told: it is the first thread, of one."""
+# What kernels call without an OpenMP library: the calling thread is number 0, of 1.
+_return_0, _return_1 = (ctypes.CFUNCTYPE(ctypes.c_int32)(number) for number in (lambda: 0, lambda: 1))
 
 
-def _path(loop: Loop) -> Path:
-    """Where its code is kept."""
-    folder = Path(os.environ.get("DDIM_KERNEL_CACHE") or cache_folder() / "kernels")
-    return folder / _machine() / f"{loop.name}.o"
-
-
-def _object_code(loop: Loop) -> bytes:
-    """Kept, or else compiled and kept."""
-    path = _path(loop)
+def _object_code(kernel: Kernel) -> bytes:
+    """Return the code from the cache, if its checksum is right; otherwise compile it and keep it there."""
     with contextlib.suppress(OSError):
-        content = path.read_bytes()
-        if hashlib.sha256(content[32:]).digest() == content[:32]:
-            return content[32:]
-    logger.info("compiling %s, once for this machine", loop.name)
-    source = importlib.import_module(f"ddim.kernels.source.{loop.source}")
-    code: bytes = importlib.import_module("ddim.kernels.source").compile_loop(
-        getattr(source, loop.name), loop.job, f"ddim_{loop.name}"
-    )
+        content = kernel.path.read_bytes()
+        if hashlib.sha256(content[CHECKSUM_BYTES:]).digest() == content[:CHECKSUM_BYTES]:
+            return content[CHECKSUM_BYTES:]
+    logger.info("compiling %s, once per machine", kernel.name)
+    # By name: sources and the compiler need numba, running a compiled kernel does not.
+    source = importlib.import_module(f"ddim.kernels.{kernel.folder}.source")
+    compiler = importlib.import_module("ddim.kernels.compiler")
+    code: bytes = compiler.compile_kernel(getattr(source, kernel.function), kernel.record.dtype, kernel.symbol)
+    # Processes that compile the same kernel at once each write a complete file of the same content.
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
+        kernel.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(kernel.path) as temporary:
             temporary.write_bytes(hashlib.sha256(code).digest() + code)
     return code
 
 
 @functools.cache
-def _machine() -> str:
-    """A hash of all that the code depends on."""
+def _code_version() -> str:
+    """Return a hash of everything that the code depends on: the sources, the compiler, the processor."""
+    # All sources of the package, since kernels share code.
     sources = sorted(Path(__file__).parent.rglob("*.py"))
     try:
         compiler = version("numba")
     except PackageNotFoundError:
         compiler = "none"
-    features = llvm.get_host_cpu_features().flatten()
-    known = f"{compiler} {llvm.llvm_version_info} {llvm.get_host_cpu_name()} {features}".encode()
-    return hashlib.sha256(known + b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
+    description = f"{compiler} {describe_machine()}".encode()
+    return hashlib.sha256(description + b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
 
 
-def target_machine() -> Any:
-    """For LLVM: this processor, with all that it can do."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    return llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(),
-        features=llvm.get_host_cpu_features().flatten(),
-        opt=3,
-        codemodel="jitdefault",
-        jit=True,
-    )
-
-
-_engines: list[Any] = []
-"""Own the code that has been loaded."""
-
-
-def _load(code: bytes, name: str) -> int:
-    """The address of a function in object code."""
+def _load(code: bytes, symbol: str) -> int:
+    """Load object code, and return the address of a function in it."""
+    # An empty module makes the engine; the object file brings the code.
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    _engines.append(engine)
-    return int(engine.get_function_address(name))
+    _execution_engines.append(engine)
+    return int(engine.get_function_address(symbol))

@@ -1,1 +1,1 @@
-"""The parts of the network, and the operators they run on."""
+"""The modules of the U-Net, and the operators that they run on."""

@@ -1,12 +1,13 @@
-"""The parts of the U-Net: time embeddings, residual blocks, self-attention, resampling.
+"""The modules of the U-Net: time embeddings, residual blocks, self-attention, resampling.
 
-Parameter names are those of `diffusers`, so that weights move both ways unchanged. Feature maps are (N, C, H, W) in
+Parameter names are those of `diffusers`, so that checkpoints load both ways unchanged. Feature maps are (N, C, H, W) in
 either memory layout; time embeddings are (N, D), or (1, D) when one timestep holds for the whole batch.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,18 +22,26 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "relu": nn.ReLU,
 }
+"""The values of `act_fn`."""
 
 MAX_PERIOD = 10_000
+"""Ratio of the highest frequency to the lowest in sinusoidal embeddings."""
 
 
 class Timesteps(nn.Module):
-    """Sinusoidal embedding of timesteps, as in DDPM (arXiv 2006.11239, appendix B): frequencies from 1 to 1/10000 in
-    geometric progression.
+    """Sinusoidal embedding of timesteps, with frequencies from 1 to 1/10000 in geometric progression.
 
     Args:
         num_channels: the embedding's size; an odd one is padded with a zero.
-        flip_sin_to_cos: cosines first.
+        flip_sin_to_cos: whether cosines come first.
         freq_shift: 1 divides the exponents by one less, so that the last frequency is exactly 1/10000.
+
+    References:
+        DDPM, arXiv 2006.11239, appendix B.
+
+    Example:
+        >>> Timesteps(num_channels=2, flip_sin_to_cos=False, freq_shift=0)(torch.tensor([0]))
+        tensor([[0., 1.]])
     """
 
     def __init__(self, num_channels: int, flip_sin_to_cos: bool, freq_shift: float) -> None:
@@ -40,7 +49,14 @@ class Timesteps(nn.Module):
         self.num_channels, self.flip_sin_to_cos, self.freq_shift = num_channels, flip_sin_to_cos, freq_shift
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """(N,) numbers to (N, num_channels) float32."""
+        """Embed timesteps.
+
+        Args:
+            timesteps: (N,), integers or floats.
+
+        Returns:
+            (N, num_channels) float32.
+        """
         half = self.num_channels // 2
         exponents = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
         angles = timesteps[:, None].float() * torch.exp(exponents / (half - self.freq_shift))
@@ -49,20 +65,48 @@ class Timesteps(nn.Module):
 
 
 class GaussianFourierProjection(nn.Module):
-    """Random Fourier features of log t (arXiv 2006.10739), with fixed frequencies that are saved among the weights."""
+    """Random Fourier features of log t, with fixed frequencies that are saved among the weights.
+
+    Args:
+        embedding_size: number of frequencies; the embedding has twice as many numbers.
+        scale: standard deviation of the frequencies.
+
+    References:
+        arXiv 2006.10739.
+
+    Example:
+        >>> GaussianFourierProjection(embedding_size=4, scale=16.0)(torch.ones(3)).shape
+        torch.Size([3, 8])
+    """
 
     def __init__(self, embedding_size: int, scale: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(embedding_size) * scale, requires_grad=False)
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """(N,) positive numbers to (N, 2 embedding_size)."""
+        """Embed timesteps.
+
+        Args:
+            timesteps: (N,), positive floats.
+
+        Returns:
+            (N, 2 embedding_size), sines first.
+        """
         angles = timesteps.log()[:, None] * self.weight[None, :] * (2 * math.pi)
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers with a SiLU between them: (N, in_channels) to (N, time_embed_dim)."""
+    """Two linear layers with a SiLU between them.
+
+    Args:
+        in_channels: size of the sinusoidal embedding.
+        time_embed_dim: D, the size of the time embedding.
+
+    Example:
+        >>> TimestepEmbedding(in_channels=8, time_embed_dim=32)(torch.zeros(2, 8)).shape
+        torch.Size([2, 32])
+    """
 
     def __init__(self, in_channels: int, time_embed_dim: int) -> None:
         super().__init__()
@@ -71,16 +115,28 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(time_embed_dim, time_embed_dim)
 
     def forward(self, sample: Tensor) -> Tensor:
+        """Project an embedding.
+
+        Args:
+            sample: (N, in_channels).
+
+        Returns:
+            (N, time_embed_dim).
+        """
         return self.linear_2(self.act(self.linear_1(sample)))
 
 
 class Downsample2D(nn.Module):
-    """Halve height and width by a strided 3x3 convolution.
+    """A strided 3x3 convolution that halves height and width.
 
     Args:
-        channels: in and out.
-        padding: on every side; 0 pads one row and column at the bottom and right instead, as the original TensorFlow
-            models do.
+        channels: of input and output.
+        padding: rows and columns of zeros on every side; 0 pads one row and column at the bottom and right instead, as
+            the original TensorFlow models do.
+
+    Example:
+        >>> Downsample2D(channels=8, padding=1)(torch.zeros(1, 8, 4, 4)).shape
+        torch.Size([1, 8, 2, 2])
     """
 
     def __init__(self, channels: int, padding: int) -> None:
@@ -89,15 +145,30 @@ class Downsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """Downsample a feature map.
+
+        Args:
+            hidden_states: (N, C, H, W).
+
+        Returns:
+            (N, C, H / 2, W / 2), rounded up for padding 1.
+        """
         return convolve(self.conv, F.pad(hidden_states, (0, 1, 0, 1)) if self.padding == 0 else hidden_states)
 
 
 class Upsample2D(nn.Module):
-    """Double height and width: nearest neighbour, then a 3x3 convolution.
+    """Nearest-neighbor upsampling by 2, then a 3x3 convolution.
 
-    On a CPU the two are one step, with four ninths of the multiplications. Of the nine pixels that the kernel sees,
+    On a CPU the two are one operation, with four ninths of the multiplications. Of the nine pixels that a filter sees,
     those that are copies of one another share the sum of its weights: each of the four pixels that come of one is a 2x2
     convolution of the small map. The result is the same, to rounding, and so are the gradients.
+
+    Args:
+        channels: of input and output.
+
+    Example:
+        >>> Upsample2D(channels=8)(torch.zeros(1, 8, 4, 4)).shape
+        torch.Size([1, 8, 8, 8])
     """
 
     def __init__(self, channels: int) -> None:
@@ -105,47 +176,88 @@ class Upsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """Upsample a feature map.
+
+        Args:
+            hidden_states: (N, C, H, W).
+
+        Returns:
+            (N, C, 2H, 2W), on a CPU in channels_last.
+        """
         if hidden_states.device.type != "cpu":
-            return self.conv(double(hidden_states))
-        kernels = sub_pixel_kernels(self.conv.weight)
+            return self.conv(upsample_nearest(hidden_states))
+        filters = sub_pixel_filters(self.conv.weight)
         convolution = conv2d if use_compiled_kernels(self.conv, hidden_states, self.conv.weight) else F.conv2d
         rows = []
         for i in (0, 1):
-            # Above or below, left or right: the neighbours that this pixel's window reaches.
+            # Above or below, left or right: the neighbors that this pixel's window reaches.
             padded = [F.pad(hidden_states, (1 - j, j, 1 - i, i)) for j in (0, 1)]
-            columns = [convolution(x, kernels[i][j], self.conv.bias).permute(0, 2, 3, 1) for j, x in enumerate(padded)]
+            columns = [convolution(x, filters[i][j], self.conv.bias).permute(0, 2, 3, 1) for j, x in enumerate(padded)]
             rows.append(torch.stack(columns, dim=3))
         N, H, W, _, C = rows[0].shape
         return torch.stack(rows, dim=2).view(N, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
 
 
-def sub_pixel_kernels(weight: Tensor) -> list[list[Tensor]]:
-    """The 2x2 kernels (O, C, 2, 2) that make pixel (i, j) of each doubled pixel, from a 3x3 kernel (O, C, 3, 3)."""
+def sub_pixel_filters(weight: Tensor) -> list[list[Tensor]]:
+    """Return the 2x2 filters that compute the pixels of an upsampled and convolved feature map.
 
-    def halves(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        a, b, c = kernel.unbind(dim)
+    Args:
+        weight: of a 3x3 convolution, (O, C, 3, 3).
+
+    Returns:
+        In row i and column j, i and j in (0, 1), the filter (O, C, 2, 2) of pixel (i, j) of each doubled pixel.
+
+    Example:
+        >>> sub_pixel_filters(torch.ones(1, 1, 3, 3))[0][0].squeeze()
+        tensor([[1., 2.],
+                [2., 4.]])
+    """
+
+    def sum_pairs(filters: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        a, b, c = filters.unbind(dim)
         return torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)
 
     layout = torch.channels_last if weight.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    return [[kernel.contiguous(memory_format=layout) for kernel in halves(row, 3)] for row in halves(weight, 2)]
+    return [[part.contiguous(memory_format=layout) for part in sum_pairs(row, 3)] for row in sum_pairs(weight, 2)]
 
 
-def double(hidden_states: Tensor) -> Tensor:
-    """Nearest-neighbour upsampling: (N, C, H, W) to (N, C, 2H, 2W)."""
+def upsample_nearest(hidden_states: Tensor) -> Tensor:
+    """Double height and width by nearest-neighbor upsampling.
+
+    Args:
+        hidden_states: (N, C, H, W).
+
+    Returns:
+        (N, C, 2H, 2W).
+
+    Example:
+        >>> upsample_nearest(torch.ones(1, 1, 1, 1)).shape
+        torch.Size([1, 1, 2, 2])
+    """
     return F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
 
 
-def halve(hidden_states: Tensor) -> Tensor:
-    """Averages of 2x2 pixels: (N, C, 2H, 2W) to (N, C, H, W)."""
+def downsample_average(hidden_states: Tensor) -> Tensor:
+    """Halve height and width by averages of 2x2 pixels.
+
+    Args:
+        hidden_states: (N, C, 2H, 2W).
+
+    Returns:
+        (N, C, H, W).
+
+    Example:
+        >>> downsample_average(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])).item()
+        2.5
+    """
     return F.avg_pool2d(hidden_states, 2)
 
 
-class ResnetBlock2D(nn.Module):
-    """norm - act - conv - (+ time) - norm - act - dropout - conv, plus a shortcut.
+@dataclass(frozen=True)
+class ResnetConfig:
+    """What the residual blocks of a network have in common.
 
-    Args:
-        in_channels: of the input; a 1x1 convolution carries the shortcut where `out_channels` differs.
-        out_channels: of the output.
+    Attributes:
         temb_channels: D of the time embedding.
         groups: of both group norms.
         eps: of both group norms.
@@ -153,37 +265,58 @@ class ResnetBlock2D(nn.Module):
         dropout: probability before the second convolution.
         time_embedding_norm: `default` adds the projected time to the features before the second norm; `scale_shift`
             scales and shifts after it.
-        output_scale_factor: the sum is divided by this.
-        resample: `up` or `down` doubles or halves (by averaging) both branches before the first convolution.
+        output_scale_factor: the sum of block and shortcut is divided by this.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        temb_channels: int,
-        groups: int,
-        eps: float,
-        act_fn: str,
-        dropout: float,
-        time_embedding_norm: str,
-        output_scale_factor: float = 1.0,
-        resample: str | None = None,
-    ) -> None:
+    temb_channels: int
+    groups: int
+    eps: float = 1e-5
+    act_fn: str = "silu"
+    dropout: float = 0.0
+    time_embedding_norm: str = "default"
+    output_scale_factor: float = 1.0
+
+
+class ResnetBlock2D(nn.Module):
+    """A residual block: norm - act - conv - (+ time) - norm - act - dropout - conv, plus a shortcut.
+
+    Args:
+        in_channels: of the input; the shortcut is a 1x1 convolution where `out_channels` differs.
+        out_channels: of the output.
+        config: what it has in common with the network's other blocks.
+        resample: `up` or `down` doubles or halves (by averaging) both branches before the first convolution; `None` for
+            neither.
+
+    Example:
+        >>> block = ResnetBlock2D(8, 16, ResnetConfig(temb_channels=4, groups=2))
+        >>> block(torch.zeros(1, 8, 4, 4), torch.zeros(1, 4)).shape
+        torch.Size([1, 16, 4, 4])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, config: ResnetConfig, resample: str | None = None) -> None:
         super().__init__()
-        self.scale_shift = time_embedding_norm == "scale_shift"
-        self.output_scale_factor = output_scale_factor
-        self.resample = {"up": double, "down": halve, None: None}[resample]
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.scale_shift = config.time_embedding_norm == "scale_shift"
+        self.output_scale_factor = config.output_scale_factor
+        self.resample = {"up": upsample_nearest, "down": downsample_average, None: None}[resample]
+        self.norm1 = nn.GroupNorm(config.groups, in_channels, eps=config.eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(temb_channels, out_channels * (2 if self.scale_shift else 1))
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
-        self.dropout = nn.Dropout(dropout)
+        self.time_emb_proj = nn.Linear(config.temb_channels, out_channels * (2 if self.scale_shift else 1))
+        self.norm2 = nn.GroupNorm(config.groups, out_channels, eps=config.eps)
+        self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nonlinearity = ACTIVATIONS[act_fn.lower()]()
+        self.nonlinearity = ACTIVATIONS[config.act_fn.lower()]()
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
+        """Apply the block.
+
+        Args:
+            input_tensor: (N, in_channels, H, W).
+            temb: time embedding, (N, temb_channels) or (1, temb_channels).
+
+        Returns:
+            (N, out_channels, H, W), twice or half as high and wide with `resample`.
+        """
         hidden_states = self._norm_act(self.norm1, input_tensor)
         if self.resample is not None:
             input_tensor, hidden_states = self.resample(input_tensor), self.resample(hidden_states)
@@ -211,10 +344,14 @@ class Attention(nn.Module):
 
     Args:
         channels: C.
-        head_dim: channels a head; there are C // head_dim heads.
+        head_dim: channels per head; there are C // head_dim heads.
         groups: of the group norm before it; `None` for no norm.
         eps: of that norm.
         output_scale_factor: the sum is divided by this.
+
+    Example:
+        >>> Attention(channels=8, head_dim=4, groups=2, eps=1e-5)(torch.zeros(1, 8, 2, 2)).shape
+        torch.Size([1, 8, 2, 2])
     """
 
     def __init__(
@@ -232,6 +369,14 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """Add attention to a feature map.
+
+        Args:
+            hidden_states: (N, C, H, W).
+
+        Returns:
+            (N, C, H, W).
+        """
         N, C, H, W = hidden_states.shape
         normed = hidden_states if self.group_norm is None else norm_silu(self.group_norm, hidden_states, silu=False)
         tokens = normed.flatten(2).transpose(1, 2)
@@ -239,6 +384,7 @@ class Attention(nn.Module):
             project(tokens).view(N, H * W, self.heads, self.head_dim).transpose(1, 2)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, H * W, self.heads * self.head_dim)
-        output = hidden_states + self.to_out[0](mixed).transpose(1, 2).reshape(N, C, H, W)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = attended.transpose(1, 2).reshape(N, H * W, self.heads * self.head_dim)
+        output = hidden_states + self.to_out[0](attended).transpose(1, 2).reshape(N, C, H, W)
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor

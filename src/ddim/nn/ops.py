@@ -1,8 +1,7 @@
-"""Normalization and convolution as the network calls them, and the decision between PyTorch's operators and compiled
-kernels.
+"""Normalization and convolution as the network calls them, on PyTorch's operators or on compiled kernels.
 
 In training on a CPU, float32 feature maps in channels_last go through kernels compiled by numba (`ddim.kernels`), which
-read and write memory once where PyTorch does several times, and save multiplications by Winograd's method. Everything
+read and write memory once where PyTorch does several times, and need fewer multiplications by Winograd's method. All
 else runs on PyTorch's operators: `use_compiled_kernels` decides.
 
 Group normalization of a feature map plus a shift, then SiLU, stands before nearly every convolution of the U-Net:
@@ -40,22 +39,33 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-IN_TRAINING = ("norm", "conv_grad", "winograd")
-"""The modules whose loops stand in for PyTorch's operations in training."""
+TRAINING_MODULES = ("norm", "conv_grad", "winograd")
+"""The packages of `ddim.kernels` that training runs on."""
 
 
-def use_compiled_kernels(module: nn.Module, x: Tensor, *others: Tensor) -> bool:
-    """Whether compiled loops stand in for PyTorch's operations: in training, where the time goes, on a CPU.
+def use_compiled_kernels(module: nn.Module, x: Tensor, *tensors: Tensor) -> bool:
+    """Return whether compiled kernels run instead of PyTorch's operators: in training in float32 on a CPU.
 
     Args:
         module: whose operation it is.
-        x: the map (N, C, H, W).
-        others: what else takes part.
+        x: the feature map (N, C, H, W).
+        tensors: the other operands.
+
+    Returns:
+        `True` for a module in training mode whose feature map is in channels_last, outside of autocast and of graphs
+        that are being compiled or traced.
+
+    Example:
+        >>> x = torch.zeros(1, 8, 4, 4)
+        >>> use_compiled_kernels(nn.Identity(), x)
+        False
+        >>> use_compiled_kernels(nn.Identity(), x.contiguous(memory_format=torch.channels_last))
+        True
     """
     return (
         module.training
         and x.device.type == "cpu"
-        and all(tensor.dtype == torch.float32 for tensor in (x, *others))
+        and all(tensor.dtype == torch.float32 for tensor in (x, *tensors))
         and not x.is_contiguous()
         and x.is_contiguous(memory_format=torch.channels_last)
         and not torch.is_autocast_enabled("cpu")
@@ -64,140 +74,183 @@ def use_compiled_kernels(module: nn.Module, x: Tensor, *others: Tensor) -> bool:
     )
 
 
-def differentiable_gradients(
-    y: Tensor, inputs: Sequence[Tensor | None], wants: Sequence[bool], dy: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The gradients of a plain form of y, where gradients of gradients are asked for; `None` for what nobody wants."""
-    wanted = [tensor for tensor, needed in zip(inputs, wants, strict=True) if needed and tensor is not None]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return tuple(next(found) if needed else None for needed in wants)
-
-
 @functools.cache
-def loops(name: str) -> ModuleType | None:
-    """One of `IN_TRAINING`, its loops ready, or `None` where they cannot be compiled."""
+def load_kernels(name: str) -> ModuleType | None:
+    """Return one of `TRAINING_MODULES`, with its kernels ready to run.
+
+    The kernels of all of them are made ready at once, so that those that have to be compiled are compiled in parallel.
+
+    Args:
+        name: of the package.
+
+    Returns:
+        The package; `None` where kernels cannot be compiled.
+    """
     try:
-        modules = {each: importlib.import_module(f"ddim.kernels.{each}") for each in IN_TRAINING}
-        # All at once: what has to be compiled is compiled side by side.
-        wanted = [loop for module in modules.values() for loop in module.TRAINING]
-        importlib.import_module("ddim.kernels.runtime").ready(*wanted)
+        modules = {each: importlib.import_module(f"ddim.kernels.{each}") for each in TRAINING_MODULES}
+        kernels = [kernel for module in modules.values() for kernel in module.TRAINING_KERNELS]
+        importlib.import_module("ddim.kernels.runtime").ensure_compiled(*kernels)
         return modules[name]
     except ImportError as error:
-        logger.debug("%s is PyTorch's own: %s", name, error)
+        logger.debug("%s runs on PyTorch's operators: %s", name, error)
         return None
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, silu: bool = True) -> Tensor:
-    """Normalise `x + shift`, then SiLU.
+    """Normalize `x + shift`, then apply SiLU.
 
     Args:
         norm: groups, weights and eps.
         x: (N, C, H, W).
-        shift: (N, C) or (1, C).
-        silu: `False` for the normalisation alone.
+        shift: (N, C) or (1, C); `None` for none.
+        silu: `False` for the normalization alone.
 
     Returns:
         (N, C, H, W).
+
+    References:
+        Group normalization: arXiv 1803.08494.
+
+    Example:
+        >>> norm_silu(nn.GroupNorm(1, 2, eps=0.0), torch.tensor([1.0, 3.0]).view(1, 2, 1, 1), silu=False).flatten()
+        tensor([-1.,  1.], grad_fn=<ViewBackward0>)
     """
     others = () if shift is None else (shift,)
-    if use_compiled_kernels(norm, x, norm.weight, *others) and (module := loops("norm")) is not None:
+    if use_compiled_kernels(norm, x, norm.weight, *others) and (kernels := load_kernels("norm")) is not None:
         shift = x.new_zeros(x.shape[0], x.shape[1]) if shift is None else shift.expand(x.shape[0], -1).contiguous()
-        settings = (norm.num_groups, norm.eps, silu, module)
-        return _NormSiLU.apply(x, shift, norm.weight, norm.bias, *settings)  # type: ignore[no-untyped-call]
-    return _plain_norm(norm, x, shift, silu)
+        settings = (norm.num_groups, norm.eps, silu, kernels)
+        return _NormSiLU.apply(x, shift, norm.weight, norm.bias, settings)  # type: ignore[no-untyped-call]
+    return _plain_norm_silu(norm, x, shift, silu)
 
 
-def _plain_norm(norm: Callable[[Tensor], Tensor], x: Tensor, shift: Tensor | None, silu: bool) -> Tensor:
+def _plain_norm_silu(norm: Callable[[Tensor], Tensor], x: Tensor, shift: Tensor | None, silu: bool) -> Tensor:
+    """Compute `norm_silu` by PyTorch's operators."""
     normed = norm(x if shift is None else x + shift[:, :, None, None])
     return F.silu(normed) if silu else normed
 
 
 class _NormSiLU(torch.autograd.Function):
+    """`norm_silu` by compiled kernels; settings are (groups, eps, silu, the package of kernels)."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        shift: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        groups: int,
-        eps: float,
-        silu: bool,
-        module: Any,
+        ctx: Any, x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, settings: tuple[int, float, bool, Any]
     ) -> Tensor:
-        y, mean, rstd = module.forward(x, shift, weight, bias, groups, eps, silu)
+        groups, eps, silu, kernels = settings
+        y, mean, rstd = kernels.forward(x, shift, weight, bias, groups, eps, silu)
         ctx.save_for_backward(x, shift, weight, bias, mean, rstd)
-        ctx.groups, ctx.eps, ctx.silu, ctx.module = groups, eps, silu, module
+        ctx.settings = settings
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, shift, weight, bias, mean, rstd = ctx.saved_tensors
-        nothing = (None,) * 4
+        groups, eps, silu, kernels = ctx.settings
         if torch.is_grad_enabled():
-            y = _plain_norm(lambda u: F.group_norm(u, ctx.groups, weight, bias, ctx.eps), x, shift, ctx.silu)
-            return *differentiable_gradients(y, (x, shift, weight, bias), ctx.needs_input_grad[:4], dy), *nothing
+            y = _plain_norm_silu(lambda u: F.group_norm(u, groups, weight, bias, eps), x, shift, silu)
+            return *_differentiable_gradients(y, (x, shift, weight, bias), ctx.needs_input_grad[:4], dy), None
         dy = dy.contiguous(memory_format=torch.channels_last)
-        return *ctx.module.backward(dy, x, shift, weight, bias, mean, rstd, ctx.silu), *nothing
+        return *kernels.backward(dy, x, shift, weight, bias, mean, rstd, silu), None
+
+
+def _differentiable_gradients(
+    y: Tensor, inputs: Sequence[Tensor | None], needed: Sequence[bool], dy: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return gradients that have gradients, from y by PyTorch's operators; `None` for inputs that need none."""
+    differentiated = [tensor for tensor, need in zip(inputs, needed, strict=True) if need and tensor is not None]
+    gradients = iter(torch.autograd.grad(y, differentiated, dy, create_graph=True))
+    return tuple(next(gradients) if need else None for need in needed)
 
 
 def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """`conv(x)`: (N, C, H, W) to (N, K, OH, OW)."""
+    """Apply a convolution.
+
+    Args:
+        conv: the convolution.
+        x: (N, C, H, W).
+
+    Returns:
+        (N, K, OH, OW).
+
+    Example:
+        >>> convolve(nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.zeros(1, 3, 4, 4)).shape
+        torch.Size([1, 8, 2, 2])
+    """
     if not use_compiled_kernels(conv, x, conv.weight):
         return conv(x)
     return conv2d(x, conv.weight, conv.bias, conv.stride[0], int(conv.padding[0]))
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> Tensor:
-    """`F.conv2d` of float32 maps on the CPU, channels innermost, with that gradient where the loop takes the shape."""
-    module = loops("conv_grad")
+    """Compute `F.conv2d` with the gradients of compiled kernels, where these support its shape.
+
+    Args:
+        x: (N, C, H, W) float32 on the CPU in channels_last.
+        weight: (K, C, size, size).
+        bias: (K,); `None` for none.
+        stride: in pixels.
+        padding: rows and columns of zeros on every side.
+
+    Returns:
+        (N, K, OH, OW).
+
+    Example:
+        >>> x = torch.ones(1, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+        >>> conv2d(x, torch.ones(1, 3, 2, 2), None).flatten()
+        tensor([12.])
+    """
+    kernels = load_kernels("conv_grad")
     K, C, *size = weight.shape
-    if module is None or not module.fits(C, K, tuple(size)):
+    if kernels is None or not kernels.is_supported(C, K, tuple(size)):
         return F.conv2d(x, weight, bias, stride, padding)
-    return _Conv2d.apply(x, weight, bias, stride, padding, module)  # type: ignore[no-untyped-call]
+    return _Conv2d.apply(x, weight, bias, stride, padding, kernels)  # type: ignore[no-untyped-call]
 
 
 class _Conv2d(torch.autograd.Function):
+    """`F.conv2d` with the gradients of compiled kernels."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, module: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, kernels: Any) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        ctx.stride, ctx.padding, ctx.module = stride, padding, module
-        if winograd := _winograd(x, weight, stride, padding):
-            return cast(Tensor, winograd.convolve_once(x, weight, bias))
+        ctx.stride, ctx.padding, ctx.kernels = stride, padding, kernels
+        if winograd := _profitable_winograd(x, weight, stride, padding):
+            return cast(Tensor, winograd.convolve_and_transform(x, weight, bias))
         return F.conv2d(x, weight, bias, stride, padding)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
-        wants = ctx.needs_input_grad[:3]
-        nothing = (None,) * 3
+        needed = ctx.needs_input_grad[:3]
+        no_gradients = (None,) * 3  # of stride, padding and kernels
         if torch.is_grad_enabled():
             y = F.conv2d(x, weight, bias, ctx.stride, ctx.padding)
-            return *differentiable_gradients(y, (x, weight, bias), wants, dy), *nothing
+            return *_differentiable_gradients(y, (x, weight, bias), needed, dy), *no_gradients
         dy = dy.contiguous(memory_format=torch.channels_last)
-        dx = dw = db = None
-        if wants[0]:
+        dx = dweight = dbias = None
+        if needed[0]:
             dx = _input_gradient(dy, x, weight, ctx.stride, ctx.padding)
-        if wants[1]:
-            dw = ctx.module.weight_gradient(x, dy, weight.shape[2], ctx.stride, ctx.padding)
-        if wants[2]:
-            db = dy.sum((0, 2, 3))
-        return dx, dw, db, *nothing
+        if needed[1]:
+            dweight = ctx.kernels.weight_gradient(x, dy, weight.shape[2], ctx.stride, ctx.padding)
+        if needed[2]:
+            dbias = dy.sum((0, 2, 3))
+        return dx, dweight, dbias, *no_gradients
 
 
-def _winograd(x: Tensor, weight: Tensor, stride: int, padding: int) -> ModuleType | None:
-    """The module that takes such a convolution, if that pays."""
+def _profitable_winograd(x: Tensor, weight: Tensor, stride: int, padding: int) -> ModuleType | None:
+    """Return the kernels of Winograd's method, if they support a convolution and are faster; `None` otherwise."""
     (N, C, H, W), (K, _, size, _) = x.shape, weight.shape
     if (size, stride, padding) != (3, 1, 1):
         return None
-    module = loops("winograd")
-    return module if module is not None and module.pays_once(N, C, K, H, W) else None
+    winograd = load_kernels("winograd")
+    return winograd if winograd is not None and winograd.is_profitable(N, C, K, H, W) else None
 
 
 def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    turned = weight.transpose(0, 1)
-    if module := _winograd(dy, turned, stride, padding):
-        return cast(Tensor, module.convolve_once(dy, turned.flip(2, 3), None))
+    """Return the gradient of a convolution's input: for stride 1, the convolution of dy with the rotated filters."""
+    transposed = weight.transpose(0, 1)
+    if winograd := _profitable_winograd(dy, transposed, stride, padding):
+        return cast(Tensor, winograd.convolve_and_transform(dy, transposed.flip(2, 3), None))
+    dilation, is_transposed, output_padding, groups = [1, 1], False, [0, 0], 1
+    sizes = [stride] * 2, [padding] * 2, dilation, is_transposed, output_padding, groups
     only_input = [True, False, False]
-    sizes = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1
     return torch.ops.aten.convolution_backward(dy, x, weight, None, *sizes, only_input)[0]

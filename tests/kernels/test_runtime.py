@@ -1,0 +1,152 @@
+"""How kernels are compiled, kept and loaded, and what runs where they cannot be."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numba import carray
+
+from ddim.kernels.compiler import compile_kernel
+from ddim.kernels.record import Count, Flag, Pointer, Real, Record
+from ddim.nn.ops import load_kernels, norm_silu
+from kernel_helpers import channels_last, gradients, make_norm, randn, relative_error
+
+RUN_ONE_KERNEL = """
+import sys, torch
+from ddim.kernels.conv_grad import weight_gradient
+x = torch.ones(1, 16, 4, 4).to(memory_format=torch.channels_last)
+assert weight_gradient(x, x, 3, 1, 1)[0, 0, 1, 1] == 16
+print('numba' in sys.modules)
+"""
+LOAD_TRAINING_KERNELS = """
+import sys
+from ddim.nn.ops import load_kernels
+assert load_kernels('norm') is not None
+print('numba' in sys.modules)
+"""
+WITHOUT_OPENMP = """
+import ctypes, torch
+real = ctypes.CDLL
+ctypes.CDLL = lambda name, *a, **k: real(name or 'libc.so.6', *a, **k)
+from ddim.kernels import runtime
+assert runtime.openmp_library() is None
+from ddim.kernels.norm import forward
+x = torch.randn(3, 8, 4, 4).to(memory_format=torch.channels_last)
+y, *_ = forward(x, torch.zeros(3, 8), torch.ones(8), torch.zeros(8), 2, 1e-5, False)
+torch.testing.assert_close(y, torch.nn.functional.group_norm(x, 2))
+"""
+WITHOUT_NUMBA_AND_LLVMLITE = """
+import sys, torch
+sys.modules['numba'] = sys.modules['llvmlite'] = None
+from ddim.engine import get_engine
+from ddim.nn.ops import load_kernels
+from ddim.unet import UNet2DModel
+unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
+assert load_kernels('norm') is None
+print(get_engine(unet).name)
+"""
+
+
+def run_python(code: str, **variables: str) -> str:
+    """What a program prints, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def compiles(cache: Path) -> bool:
+    """Whether a process that runs a kernel has to compile it."""
+    return run_python(RUN_ONE_KERNEL, DDIM_KERNEL_CACHE=str(cache)) == "True\n"
+
+
+class TestFallbacks:
+    def test_without_numba(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("DDIM_KERNEL_CACHE", str(tmp_path))
+        monkeypatch.setattr(sys, "executable", "")  # other processes could compile
+        for name in [name for name in sys.modules if name.startswith("ddim.kernels.")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "numba", None)
+        load_kernels.cache_clear()
+        norm, x = make_norm(8, 2), channels_last(randn(2, 8, 4, 4)).requires_grad_()
+        try:
+            actual = gradients(lambda: norm_silu(norm, x), x, norm.weight)
+            assert "_NormSiLU" not in str(norm_silu(norm, x).grad_fn)
+            assert load_kernels("norm") is None
+        finally:
+            load_kernels.cache_clear()
+        monkeypatch.undo()
+        assert "_NormSiLU" in str(norm_silu(norm, x).grad_fn)
+        assert relative_error(gradients(lambda: norm_silu(norm, x), x, norm.weight), actual) < 1e-5
+
+    def test_without_numba_and_llvmlite(self) -> None:
+        assert run_python(WITHOUT_NUMBA_AND_LLVMLITE) == "UNet2DModel\n"
+
+    def test_without_openmp(self) -> None:
+        """Where PyTorch's thread pool is not of GNU OpenMP, kernels run on the calling thread."""
+        run_python(WITHOUT_OPENMP, OMP_NUM_THREADS="2")
+
+
+class TestCache:
+    def test_several_are_compiled_by_other_processes(self, tmp_path: Path) -> None:
+        assert run_python(LOAD_TRAINING_KERNELS, DDIM_KERNEL_CACHE=str(tmp_path)) == "False\n"
+        expected = {"norm.forward", "norm.backward", "conv_grad.weight_gradient", "winograd.normalize_and_convolve"}
+        assert {file.stem for file in tmp_path.rglob("*.o")} == expected
+
+    def test_code_is_kept(self, tmp_path: Path) -> None:
+        """Compiled once, loaded without numba afterwards; damaged code is not run."""
+        assert compiles(tmp_path)
+        assert not compiles(tmp_path)
+        (file,) = tmp_path.rglob("conv_grad.weight_gradient.o")
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        assert compiles(tmp_path)
+        assert not compiles(tmp_path)
+
+    def test_unwritable_cache(self, tmp_path: Path) -> None:
+        """A cache folder that cannot be made costs the compilation and nothing else."""
+        (tmp_path / "file").touch()
+        assert compiles(tmp_path / "file" / "kernels")
+
+
+class TestCompiler:
+    def test_code_that_needs_numba_is_refused(self) -> None:
+        """Nothing is called that exists only with numba: a kernel that could raise an error is refused."""
+
+        def divide(data: Any) -> None:
+            args = carray(data, 1)[0]
+            if args.N == 0:
+                raise ZeroDivisionError(str(args.N))
+
+        with pytest.raises(RuntimeError, match="ddim_divide calls functions that need numba at run time"):
+            compile_kernel(divide, Record([Count("N")]).dtype, "ddim_divide")
+
+
+class TestRecord:
+    RECORD = Record([Count("N"), Flag("silu"), Pointer("x"), Real("eps")])
+
+    def test_bytes_are_those_of_the_dtype(self) -> None:
+        x = torch.zeros(1)
+        packed = self.RECORD.pack({"x": x, "eps": 0.5, "silu": True, "N": 7})
+        assert np.frombuffer(packed, self.RECORD.dtype).item() == (7, 1, x.data_ptr(), 0.5)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "error"),
+        [("N", torch.zeros(1), TypeError), ("N", 0.5, struct.error), ("x", 3, AttributeError)],
+    )
+    def test_fields_refuse_other_kinds(self, name: str, value: Any, error: type[Exception]) -> None:
+        values = {"N": 1, "silu": False, "x": torch.zeros(1), "eps": 0.5}
+        with pytest.raises(error):
+            self.RECORD.pack(values | {name: value})
+
+    def test_missing_field(self) -> None:
+        with pytest.raises(KeyError, match="eps"):
+            self.RECORD.pack({"N": 1, "silu": False, "x": torch.zeros(1)})
