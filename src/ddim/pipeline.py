@@ -425,7 +425,7 @@ class DDIMPipeline(LatentSpace):
             The pipeline, its network in evaluation mode on the CPU.
 
         Raises:
-            FileNotFoundError: if there is no such model, or files are missing in it; names the files looked for.
+            FileNotFoundError: if no such model exists, or files are missing in it; names the files looked for.
             ValueError: if a file is damaged, does not fit, or names a class that is not in this module's tables.
             TypeError: for another component.
 

@@ -19,7 +19,7 @@ cache folder, so that a search that was stopped resumes; the search itself is de
 other latents than those it was found with.
 
 The limit is taken from `REFERENCE_STEPS` steps of order 2, without clipping: clipping the predicted x_0 adds an error
-of its own at every step, however small, and then there is no limit (`docs/fewer-steps.md`).
+of its own at every step, however small, and then the limit does not exist (`docs/fewer-steps.md`).
 
 With noise (eta > 0) images of different subsequences are compared along one path of it. Between two timesteps a step
 adds to x / sqrt(alpha) what single steps would have added, one after the other,

@@ -161,7 +161,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "unknown model key": ([*TRAIN, "--set", "model.color=1", "--out", "run"], 1, "color"),
     "no such config": (["train", "--config", "none.yaml", "--data", "images", "--out", "run"], 1, "none.yaml"),
     "max steps": ([*TRAIN, "--max-steps", "0", "--out", "run"], 1, "max_steps: .*greater than 0"),
-    "resume": ([*TRAIN, "--resume", "maybe", "--out", "run"], 1, "there is no checkpoint maybe"),
+    "resume": ([*TRAIN, "--resume", "maybe", "--out", "run"], 1, "the checkpoint maybe does not exist"),
     "other settings": ([*TRAIN, "--seed", "9", "--out", "runs/one"], 1, "another configuration .*seed: expected 0"),
     "never resume": ([*TRAIN, "--resume", "never", "--out", "runs/one"], 1, "runs/one is not empty"),
     "no run": ([*TRAIN, "--out", "images"], 1, "images is not empty and holds no run"),

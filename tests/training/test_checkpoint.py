@@ -217,7 +217,7 @@ def test_empty_and_missing_checkpoints_raise(tmp_path: Path, caplog: pytest.LogC
     save(tmp_path, 1)
     (tmp_path / "step-00000002").mkdir()
     check_refused(tmp_path / "step-00000002", caplog)
-    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*step-00000003"):
+    with pytest.raises(FileNotFoundError, match=r"the checkpoint .*step-00000003 does not exist"):
         load_checkpoint(tmp_path / "step-00000003")
 
 

@@ -348,7 +348,7 @@ def test_resumes_from_a_named_checkpoint(make_config: MakeConfig, tmp_path: Path
     assert (out / "checkpoints" / "step-00000012" / "state.json").stat().st_ino != before
     assert (out / "metrics.jsonl").read_bytes() == metrics
     assert same_tensors(weights(final), expected)
-    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*step-00000005"):
+    with pytest.raises(FileNotFoundError, match=r"the checkpoint .*step-00000005 does not exist"):
         train(config, out, "cpu", resume=out / "checkpoints" / "step-00000005")
     (out / "checkpoints" / "step-00000004" / "state.json").write_text("{}")
     with pytest.raises(ValueError, match=r"step-00000004 is damaged or incomplete"):
@@ -632,7 +632,7 @@ def test_push_to_hub_uploads_the_result(results: dict[str, Result], folder: Path
     [
         ("no folder", 2, "give a folder for the run, such as --out runs/mine"),
         ("no time", 2, "must be positive, got 0"),
-        ("no such checkpoint", 1, "ddim: there is no checkpoint nowhere"),
+        ("no such checkpoint", 1, "ddim: the checkpoint nowhere does not exist"),
         (
             "not empty",
             1,

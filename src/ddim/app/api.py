@@ -1,4 +1,4 @@
-"""The work of the tabs as named endpoints, for `gradio_client` and other programs; docs/app.md lists them.
+"""The work of the tabs as named endpoints, for `gradio_client` and other programs; docs/web-page.md lists them.
 
 Names and settings are those of the command line. Arguments are checked as they come, images are files that the client
 uploads; an error is one sentence. While it runs, an endpoint reports its progress, `{"done": 3, "total": 20,

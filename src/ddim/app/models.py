@@ -35,7 +35,7 @@ class ModelCache:
 
     Raises:
         FileNotFoundError: if a name given is not a model.
-        ValueError: if a model is damaged, or there is no such device or engine.
+        ValueError: if a model is damaged, or no such device or engine exists.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class ModelCache:
             The pipeline.
 
         Raises:
-            FileNotFoundError: if there is no such model.
+            FileNotFoundError: if no such model exists.
             ValueError: if it may not be opened, or is damaged.
         """
         name = self.check(name)
@@ -109,7 +109,7 @@ class ModelCache:
             an empty one.
 
         Raises:
-            FileNotFoundError: if there is no such model.
+            FileNotFoundError: if no such model exists.
             ValueError: if it may not be opened, or is damaged.
         """
         folder = find_model(self.check(name))

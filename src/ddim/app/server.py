@@ -138,8 +138,8 @@ def serve(
         engine: how they run: `auto`, `eager` or `compile`.
 
     Raises:
-        FileNotFoundError: if there is no such model.
-        ValueError: if a model is damaged, or there is no such device or engine.
+        FileNotFoundError: if no such model exists.
+        ValueError: if a model is damaged, or no such device or engine exists.
         OSError: if the port is taken, or the host is not an address of this machine.
     """
     models = ModelCache(names, allow_paths, device, engine)

@@ -114,8 +114,8 @@ def load_pipeline(model: str, device: str, dtype: str = "float32", engine: str =
         The pipeline.
 
     Raises:
-        FileNotFoundError: if there is no such model.
-        ValueError: if it is damaged, or there is no such device, dtype or engine.
+        FileNotFoundError: if no such model exists.
+        ValueError: if it is damaged, or no such device, dtype or engine exists.
     """
     from ddim.devices import choose_device, choose_dtype
     from ddim.pipeline import DDIMPipeline
@@ -136,7 +136,7 @@ def with_spacing(pipe: DDIMPipeline, spacing: str | None) -> DDIMPipeline:
         The same pipeline.
 
     Raises:
-        ValueError: if there is no such spacing.
+        ValueError: if no such spacing exists.
     """
     if spacing is not None:
         config = pipe.scheduler.config
@@ -154,7 +154,7 @@ def read_images(paths: Sequence[str]) -> list[Image.Image]:
         The images, in the order of the paths; those of a folder in the order of their names.
 
     Raises:
-        FileNotFoundError: if there is no such file, or no image in a folder.
+        FileNotFoundError: if no such file exists, or no image in a folder.
         ValueError: naming the file that is not a still image.
     """
     from ddim.io.images import find_images, read_image

@@ -153,7 +153,7 @@ class Points:
             The points.
 
         Raises:
-            FileNotFoundError: if there is no such file.
+            FileNotFoundError: if no such file exists.
             ValueError: if a file is damaged, or a seed is out of range.
         """
         from ddim.diffusion.noise import check_seeds

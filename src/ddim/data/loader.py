@@ -82,7 +82,7 @@ class Batches:
 
     def __getitem__(self, step: int) -> Tensor:
         """Return the images of a step, uint8 (n, C, size, size); an epoch's last batch runs over into the next."""
-        # Read: which images a step visits depends on the seed and the step alone.
+        # Read: the seed and the step alone decide which images are visited.
         images = self.dataset.read(self.image_indices(step))
         # Augment: numbers are drawn for the whole batch and sliced, so that the number of processes changes nothing.
         generator = generator_for(self.seed, "augment", step)

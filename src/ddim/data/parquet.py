@@ -54,7 +54,7 @@ def read_hub_dataset(name: str, split: str, column: str | None) -> Source:
         The source, with nothing decoded yet.
 
     Raises:
-        FileNotFoundError: if there is no such dataset.
+        FileNotFoundError: if no such dataset exists.
         ValueError: if it has no such split or column.
         RuntimeError: if the hub cannot be reached or refuses.
     """

@@ -293,7 +293,7 @@ def make_steps(
         alpha = float(alphas_cumprod[t])
         alpha_prev = float(alphas_cumprod[t_prev]) if t_prev >= 0 else float(final_alpha)
         sigma = sigma_ddim(alpha, alpha_prev, eta)
-        # The paper adds no noise in the step that ends in a clean picture, sigma-hat or not.
+        # The paper adds no noise in the step that ends in a clean image, sigma-hat or not.
         noise_std = sigma_hat(alpha, alpha_prev) if use_sigma_hat and t_prev >= 0 else sigma
         steps.append(Step(t, t_prev, alpha, alpha_prev, sigma, noise_std))
     return steps

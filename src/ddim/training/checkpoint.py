@@ -121,10 +121,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Example:
         >>> load_checkpoint(Path("step-00000001"))
         Traceback (most recent call last):
-        FileNotFoundError: there is no checkpoint step-00000001
+        FileNotFoundError: the checkpoint step-00000001 does not exist
     """
     if not path.is_dir():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+        raise FileNotFoundError(f"the checkpoint {path} does not exist")
     try:
         if (path / SUMS_FILE).read_bytes() != checksums(path).encode():
             raise ValueError(f"its files do not match {SUMS_FILE}")

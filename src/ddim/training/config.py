@@ -239,7 +239,7 @@ def read_preset(name: str) -> dict[str, Any]:
         Nested dictionaries, as in the preset's YAML file.
 
     Raises:
-        ValueError: if there is no such preset.
+        ValueError: if no such preset exists.
 
     Example:
         >>> read_preset("mnist")["model"]["sample_size"]

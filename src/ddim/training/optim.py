@@ -36,7 +36,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
     """Compute the learning rate of a step: warm-up, constant, decay.
 
-    It is a function of the step alone, so that there is no schedule to save.
+    It is a function of the step alone, so that no schedule has to be saved.
 
     Args:
         config: peak, warm-up and decay.

@@ -115,7 +115,7 @@ def complete_config(config: TrainConfig) -> TrainConfig:
         A configuration with `model`.
 
     Raises:
-        FileNotFoundError: if there is no model `config.init`.
+        FileNotFoundError: if the model `config.init` does not exist.
         ValueError: if training does not support its network.
 
     Example:

@@ -404,7 +404,7 @@ def build_model(config: TrainConfig) -> UNet2DModel:
 
     Raises:
         ValueError: if the arguments or the weights do not fit.
-        FileNotFoundError: if there is no model `config.init`.
+        FileNotFoundError: if the model `config.init` does not exist.
 
     Example:
         >>> from ddim.training.config import load_config

@@ -230,7 +230,7 @@ class InterpolateHandlers:
             text: the seeds, as a user wrote them.
 
         Raises:
-            ValueError: if an input is not allowed, or there is no room.
+            ValueError: if an input is not allowed, or the list of endpoints is full.
         """
         return self._add(model, endpoints, parse_seeds(text), ())
 
@@ -243,7 +243,7 @@ class InterpolateHandlers:
             paths: of the uploads.
 
         Raises:
-            ValueError: if an input is not allowed, or there is no room.
+            ValueError: if an input is not allowed, or the list of endpoints is full.
         """
         return self._add(model, endpoints, (), paths or ())
 
@@ -276,7 +276,7 @@ class InterpolateHandlers:
             The updates.
 
         Raises:
-            ValueError: if there is no such endpoint.
+            ValueError: if no such endpoint exists.
         """
         index = inputs.integer("endpoint", event.value, 0, len(endpoints) - 1)
         return self._set_endpoints([endpoint for i, endpoint in enumerate(endpoints) if i != index])

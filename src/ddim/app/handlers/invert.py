@@ -173,10 +173,10 @@ def check_image(image: Image.Image | None) -> Image.Image:
     Example:
         >>> check_image(None)
         Traceback (most recent call last):
-        ValueError: there is no image yet; upload one, draw one, or use a pinned one
+        ValueError: an image is missing; upload one, draw one, or use a pinned one
     """
     if image is None:
-        raise ValueError("there is no image yet; upload one, draw one, or use a pinned one")
+        raise ValueError("an image is missing; upload one, draw one, or use a pinned one")
     return image
 
 
