@@ -26,6 +26,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 
 def open_page(browser: Browser, url: str) -> Page:
+    """Open the page and wait until it can be used."""
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     page.set_default_timeout(120_000)
     page.goto(url)
@@ -34,6 +35,7 @@ def open_page(browser: Browser, url: str) -> Page:
 
 
 def start_sampling(page: Page, steps: int, count: int) -> None:
+    """Set the numbers of steps and images, and press Sample."""
     for label, value in (("Steps", steps), ("Images", count)):
         field = page.get_by_label(f"number input for {label}").first
         field.fill(str(value))
@@ -69,6 +71,7 @@ def time_until_free(browser: Browser, url: str, client: Client, leave: Callable[
 
 
 def main() -> None:
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description="How long a user of the page waits.")
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
@@ -116,6 +119,7 @@ def main() -> None:
 
 
 def stop(page: Page) -> None:
+    """Press Stop."""
     page.get_by_role("button", name="Stop", exact=True).first.click()
 
 

@@ -7,12 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from helpers import randn
+
 Gradients = tuple[Tensor, ...]
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    """Standard Gaussian noise on the CPU."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -48,7 +45,7 @@ def second_gradients(run: Callable[[], Tensor], x: Tensor, weight: Tensor) -> Gr
     return torch.autograd.grad(first.square().sum(), (x, weight))
 
 
-def relative_error(actual: Gradients, expected: Gradients) -> float:
+def distance(actual: Gradients, expected: Gradients) -> float:
     """The largest relative distance of two tensors in pairs."""
     return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(actual, expected, strict=True))
 
@@ -56,4 +53,4 @@ def relative_error(actual: Gradients, expected: Gradients) -> float:
 def total_error(actual: Gradients, expected: Gradients) -> float:
     """The relative distance of all numbers as one vector: some gradients of a network are nothing but rounding."""
     vectors = [(torch.cat([tensor.flatten() for tensor in tensors]),) for tensors in (actual, expected)]
-    return relative_error(vectors[0], (vectors[1][0].double(),))
+    return distance(vectors[0], (vectors[1][0].double(),))

@@ -304,3 +304,18 @@ def test_component_override(zero) -> None:
     pipe = DDIMPipeline.from_pretrained("mnist", scheduler=DDIMScheduler(timestep_spacing="trailing"), unet=zero.unet)
     assert pipe.scheduler.config.timestep_spacing == "trailing"
     assert pipe.unet is zero.unet
+
+
+def test_a_subclass_may_replace_the_progress_bar(zero) -> None:
+    totals = []
+
+    class Counted(DDIMPipeline):
+        def progress_bar(self, iterable=None, total=None):
+            totals.append(total)
+            return super().progress_bar(iterable, total)
+
+    pipe = Counted(zero.unet, zero.scheduler)
+    pipe(num_inference_steps=3)
+    pipe.encode(torch.zeros(1, 1, 8, 8), 4, exact=False, verify=False)
+    pipe.consistency(torch.zeros(1, 1, 8, 8), [2, 5])
+    assert totals == [3, 3, 7]

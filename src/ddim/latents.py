@@ -36,7 +36,7 @@ from ddim.diffusion.noise import check_seeds, noise_from_seeds
 from ddim.diffusion.sampling_config import SamplingConfig, check_order
 from ddim.io.images import check_output_type, to_output, to_samples
 from ddim.outputs import EncodeOutput, ImagePipelineOutput, ReconstructOutput, TrajectoryOutput
-from ddim.sampler import Sampler, SamplingPlan
+from ddim.sampler import ProgressBar, Sampler, SamplingPlan
 from ddim.scheduler import NO_INVERSE, DDIMScheduler
 from ddim.validation import as_integer, integer, real
 
@@ -90,9 +90,11 @@ class LatentSpace:
 
     Attributes:
         sampler: the network and the scheduler, ready to run.
+        progress_bar: opens the progress bar of each run.
     """
 
     sampler: Sampler
+    progress_bar: ProgressBar
 
     def encode(
         self,
@@ -156,7 +158,7 @@ class LatentSpace:
         settings = InversionConfig(exact, tolerance, max_iterations, batch_size, verify)
         samples = self._to_samples(images, resize)
         steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps)
-        return invert(self.sampler, samples, steps, settings)[0]
+        return invert(self.sampler, samples, steps, settings, self.progress_bar)[0]
 
     def decode(
         self,
@@ -258,7 +260,7 @@ class LatentSpace:
         settings = InversionConfig(exact, tolerance, max_iterations, batch_size)
         samples = self._to_samples(images, resize)
         steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps)
-        encoded, decoded = invert(self.sampler, samples, steps, settings)
+        encoded, decoded = invert(self.sampler, samples, steps, settings, self.progress_bar)
         return ReconstructOutput(to_output(decoded, output_type), encoded)
 
     def interpolate(
@@ -377,7 +379,7 @@ class LatentSpace:
                 result.samples.append(to_output(state.previous, output_type))
                 result.pred_original_samples.append(to_output(state.pred_original_sample, output_type))
 
-        result.images = to_output(self.sampler.run(x, plan, noise, keep), output_type)
+        result.images = to_output(self.sampler.run(x, plan, noise, keep, self.progress_bar), output_type)
         return result
 
     def consistency(
@@ -422,8 +424,10 @@ class LatentSpace:
         if not plans:
             raise ValueError("num_inference_steps must hold at least one number of steps, got none")
         x = self.sampler.check_latents(latents)
-        with self.sampler.running(sum(len(plan.steps) for plan in plans)) as bar:
-            return [to_output(self.sampler.run(x, plan, bar=bar), output_type) for plan in plans]
+        sampler = self.sampler
+        with sampler.running(sum(len(plan.steps) for plan in plans), self.progress_bar) as bar:
+            samples = [sampler.take_steps(x, plan.steps, sampler.step_fn(x, plan), bar) for plan in plans]
+        return [to_output(sample, output_type) for sample in samples]
 
     def edit(
         self,
@@ -490,8 +494,8 @@ class LatentSpace:
         elif steps and steps[0].timestep > 0:
             timesteps = [step.timestep for step in steps]
             forward = invertible_steps(self.sampler.scheduler, len(timesteps), timesteps)
-            x = invert(self.sampler, x, forward, inversion)[0].latents
-        x = self.sampler.run(x, SamplingPlan(plan.config, steps), noise)
+            x = invert(self.sampler, x, forward, inversion, self.progress_bar)[0].latents
+        x = self.sampler.run(x, SamplingPlan(plan.config, steps), noise, progress_bar=self.progress_bar)
         return ImagePipelineOutput(to_output(x, output_type))
 
     def latent_timesteps(self, num_inference_steps: int = 50, timesteps: Sequence[int] | None = None) -> list[int]:
@@ -517,7 +521,7 @@ class LatentSpace:
 
     def _decode(self, latents: Tensor, steps: Sequence[Step], batch_size: int) -> Tensor:
         """Decode latents that a caller gave."""
-        return generate(self.sampler, self.sampler.check_latents(latents), steps, batch_size)
+        return generate(self.sampler, self.sampler.check_latents(latents), steps, batch_size, self.progress_bar)
 
 
 def invertible_steps(
@@ -547,7 +551,11 @@ def invertible_steps(
 
 
 def invert(
-    sampler: Sampler, samples: Tensor, steps: Sequence[Step], config: InversionConfig
+    sampler: Sampler,
+    samples: Tensor,
+    steps: Sequence[Step],
+    config: InversionConfig,
+    progress_bar: ProgressBar | None = None,
 ) -> tuple[EncodeOutput, Tensor]:
     """Encode samples along steps, and decode them again where that is to be verified.
 
@@ -556,6 +564,7 @@ def invert(
         samples: (N, C, H, W) in [-1, 1], on the network's device.
         steps: as `invertible_steps` returns them.
         config: how each step is inverted.
+        progress_bar: opens the bar; `None` for the sampler's own.
 
     Returns:
         The latents with their residuals and errors; and what they decode to, (N, C, H, W), or without `verify` the
@@ -569,7 +578,7 @@ def invert(
     evaluations = torch.zeros(len(samples), len(steps), dtype=torch.int64, device=samples.device)
     group_size = BATCHES_PER_GROUP * config.batch_size
     groups = [slice(first, first + group_size) for first in range(0, len(samples), group_size)]
-    with sampler.running(len(groups) * len(to_noise)) as bar:
+    with sampler.running(len(groups) * len(to_noise), progress_bar) as bar:
         for group in groups:
             inversion = Inversion(
                 denoiser,
@@ -581,7 +590,7 @@ def invert(
             latents[group] = sampler.take_steps(samples[group], to_noise, inversion, bar)
             residuals[group, : len(to_noise)] = torch.stack(inversion.residuals[::-1], 1)
             evaluations[group, : len(to_noise)] = torch.stack(inversion.evaluations[::-1], 1)
-    decoded = generate(sampler, latents, steps, config.batch_size) if config.verify else samples
+    decoded = generate(sampler, latents, steps, config.batch_size, progress_bar) if config.verify else samples
     # In [0, 1] differences are half of those in [-1, 1].
     mse = ((decoded - samples) / 2).double().square().flatten(1).mean(1)
     if not config.verify:
@@ -593,7 +602,9 @@ def invert(
     return result, decoded
 
 
-def generate(sampler: Sampler, x: Tensor, steps: Sequence[Step], batch_size: int) -> Tensor:
+def generate(
+    sampler: Sampler, x: Tensor, steps: Sequence[Step], batch_size: int, progress_bar: ProgressBar | None = None
+) -> Tensor:
     """Decode latents along steps, without clipping.
 
     Args:
@@ -601,6 +612,7 @@ def generate(sampler: Sampler, x: Tensor, steps: Sequence[Step], batch_size: int
         x: the latents, (N, C, H, W), on the network's device.
         steps: as `invertible_steps` returns them.
         batch_size: images per network evaluation.
+        progress_bar: opens the bar; `None` for the sampler's own.
 
     Returns:
         Samples at the schedule's first alpha, (N, C, H, W).
@@ -608,7 +620,7 @@ def generate(sampler: Sampler, x: Tensor, steps: Sequence[Step], batch_size: int
     moves = drop_identity_steps(steps)
     denoiser = sampler.denoiser(steps, integer("batch_size", batch_size, 1))
     settings = StepSettings(sampler.scheduler.config.prediction_type)
-    with sampler.running(len(moves)) as bar:
+    with sampler.running(len(moves), progress_bar) as bar:
         return sampler.take_steps(x, moves, generative_step(denoiser, moves, settings), bar)
 
 

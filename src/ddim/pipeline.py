@@ -279,7 +279,7 @@ class DDIMPipeline(LatentSpace):
             if callback_on_step_end is not None:
                 _call_back(self, callback_on_step_end, state)
 
-        images = to_output(self.sampler.run(x, plan, noise, on_step_end), output_type)
+        images = to_output(self.sampler.run(x, plan, noise, on_step_end, self.progress_bar), output_type)
         return ImagePipelineOutput(images) if return_dict else (images,)
 
     def sample_images(self, count: int, seed: int = 0, batch_size: int = 64, **settings: Any) -> list[Image.Image]:

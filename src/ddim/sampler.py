@@ -32,6 +32,9 @@ from ddim.validation import integer
 
 logger = logging.getLogger(__name__)
 
+ProgressBar = Callable[..., "tqdm[Any]"]
+"""Opens a progress bar: `progress_bar(total=n)`; what a pipeline that overrides `progress_bar` passes on."""
+
 
 @dataclass(frozen=True)
 class SamplingPlan:
@@ -237,7 +240,7 @@ class Sampler:
         plan: SamplingPlan,
         noise: NoiseSource | None = None,
         on_step_end: Callable[[State], None] | None = None,
-        bar: tqdm[Any] | None = None,
+        progress_bar: ProgressBar | None = None,
     ) -> Tensor:
         """Sample: take all steps of a plan, without gradients and in evaluation mode.
 
@@ -246,12 +249,12 @@ class Sampler:
             plan: the steps, as `plan` returns them.
             noise: draws noise of the shape of `x`; used where `eta` is above 0.
             on_step_end: called with the `State` after each step; it may replace `state.sample`.
-            bar: the progress bar to advance; `None` for one of `progress_bar_config`.
+            progress_bar: opens the bar; `None` for the sampler's own.
 
         Returns:
             x after the last step, (N, C, H, W).
         """
-        with self.running(len(plan.steps), bar) as bar:
+        with self.running(len(plan.steps), progress_bar) as bar:
             return self.take_steps(x, plan.steps, self.step_fn(x, plan, noise), bar, on_step_end)
 
     def take_steps(
@@ -282,19 +285,15 @@ class Sampler:
         return x
 
     @contextmanager
-    def running(self, total: int, bar: tqdm[Any] | None = None) -> Iterator[tqdm[Any]]:
+    def running(self, total: int, progress_bar: ProgressBar | None = None) -> Iterator[tqdm[Any]]:
         """Run a `with` block with a progress bar, without gradients and in evaluation mode.
 
         Args:
             total: steps of the bar.
-            bar: a bar that is open already, which stays open; `None` for one of `progress_bar_config`.
+            progress_bar: opens the bar; `None` for the sampler's own.
         """
-        with torch.no_grad(), evaluating(self.unet):
-            if bar is not None:
-                yield bar
-                return
-            with self.progress_bar(total=total) as opened:
-                yield opened
+        with (progress_bar or self.progress_bar)(total=total) as bar, torch.no_grad(), evaluating(self.unet):
+            yield bar
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> tqdm[Any]:
         """Return a `tqdm` bar with the settings of `progress_bar_config`.

@@ -160,7 +160,11 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "train without out": (TRAIN, 2, "give a folder for the run, such as --out runs/mine"),
     "preset": ([*TRAIN, "--preset", "imagenet", "--out", "run"], 1, "preset must be one of .*mnist"),
     "unknown key": ([*TRAIN, "--set", "optim.rate=1", "--out", "run"], 1, r"optim\.rate: Extra inputs"),
-    "no key": ([*TRAIN, "--set", "optim.lr", "--out", "run"], 1, "--set 'optim.lr' is no key=value"),
+    "no key": (
+        [*TRAIN, "--set", "optim.lr", "--out", "run"],
+        1,
+        "--set must be of the form key=value, .*, got 'optim.lr'",
+    ),
     "wrong value": ([*TRAIN, "--set", "batch_size=none", "--out", "run"], 1, "batch_size: .*integer"),
     "unknown model key": ([*TRAIN, "--set", "model.color=1", "--out", "run"], 1, "color"),
     "no such config": (["train", "--config", "none.yaml", "--data", "images", "--out", "run"], 1, "none.yaml"),
@@ -168,7 +172,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "resume": ([*TRAIN, "--resume", "maybe", "--out", "run"], 1, "the checkpoint maybe does not exist"),
     "other settings": ([*TRAIN, "--seed", "9", "--out", "runs/one"], 1, "another configuration .*seed: expected 0"),
     "never resume": ([*TRAIN, "--resume", "never", "--out", "runs/one"], 1, "runs/one is not empty"),
-    "no run": ([*TRAIN, "--out", "images"], 1, "images is not empty and holds no run"),
+    "no run": ([*TRAIN, "--out", "images"], 1, "images is not empty and does not hold a run"),
     "train device": ([*TRAIN, "--device", "cuda", "--out", "run"], 1, "^ddim: --device must be .*, got 'cuda'"),
 }
 

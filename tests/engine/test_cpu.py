@@ -26,10 +26,7 @@ from ddim.engine.cpu import CPUEngine
 from ddim.kernels import direct, norm, winograd
 from ddim.training.config import read_preset
 from ddim.unet import UNet2DModel
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from helpers import randn
 
 
 def build(**settings: Any) -> UNet2DModel:
@@ -43,14 +40,14 @@ def build(**settings: Any) -> UNet2DModel:
     return unet
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
+def distance(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
 @torch.no_grad()
 def compare(unet: UNet2DModel, number: int, size: tuple[int, int], timestep: Any, **labels: Any) -> float:
     sample = randn(number, unet.config.in_channels, *size)
-    return relative_error(CPUEngine(unet).predict(sample, timestep, **labels), unet(sample, timestep, **labels).sample)
+    return distance(CPUEngine(unet).predict(sample, timestep, **labels), unet(sample, timestep, **labels).sample)
 
 
 SMALL: dict[str, Any] = {
@@ -109,7 +106,7 @@ class TestNetwork:
         finally:
             torch.set_num_threads(threads)
         with torch.no_grad():
-            assert relative_error(expected[0], unet(x, t, labels).sample) < 1e-5
+            assert distance(expected[0], unet(x, t, labels).sample) < 1e-5
 
     def test_random_configurations(self) -> None:
         draw = random.Random(0)
@@ -139,7 +136,7 @@ class TestNetwork:
             assert (unsupported_reason(unet) is not None) == replaced
             sample, timestep = randn(draw.choice([1, 2, 5]), unet.config.in_channels, *size), draw.randrange(1, 1000)
             with torch.no_grad():
-                difference = relative_error(get_engine(unet).predict(sample, timestep), unet(sample, timestep).sample)
+                difference = distance(get_engine(unet).predict(sample, timestep), unet(sample, timestep).sample)
             assert difference < 1e-3, (changes, size)
 
     @pytest.mark.parametrize("name", ["mnist", "cifar10"])
@@ -164,7 +161,7 @@ class TestNetwork:
 
         def compare_predictions(x: Tensor, t: Tensor) -> Tensor:
             expected = pipe.unet(x, t).sample
-            seen.append(relative_error(engine.predict(x, t), expected))
+            seen.append(distance(engine.predict(x, t), expected))
             return expected
 
         with torch.no_grad():
@@ -201,7 +198,7 @@ class TestGetEngine:
     def check(unet: UNet2DModel) -> None:
         sample = randn(2, 3, 8, 8)
         with torch.no_grad():
-            assert relative_error(get_engine(unet).predict(sample, 9), unet(sample, 9).sample) < 1e-5
+            assert distance(get_engine(unet).predict(sample, 9), unet(sample, 9).sample) < 1e-5
 
     def test_engine_is_built_once(self) -> None:
         unet = build(**SMALL)
@@ -268,9 +265,9 @@ class TestGetEngine:
         alone = [engine.predict(sample, t) for t in (9, 500)]
         engine.prepare([500, 250, 9])
         for t, expected in zip((9, 500), alone, strict=True):
-            assert relative_error(engine.predict(sample, torch.tensor(t)), expected) < 1e-5
-        assert relative_error(engine.predict(sample, torch.tensor([9, 500]))[:1], alone[0][:1]) < 1e-5
-        assert relative_error(engine.predict(sample, 7), unet(sample, 7).sample) < 1e-5
+            assert distance(engine.predict(sample, torch.tensor(t)), expected) < 1e-5
+        assert distance(engine.predict(sample, torch.tensor([9, 500]))[:1], alone[0][:1]) < 1e-5
+        assert distance(engine.predict(sample, 7), unet(sample, 7).sample) < 1e-5
 
     def test_without_numba(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path

@@ -27,20 +27,13 @@ from ddim.engine import cuda
 from ddim.engine.base import unsupported_reason
 from ddim.engine.cuda import CUDAEngine, StepOptions, check_compiler, clip_identity, compile_network
 from ddim.unet import UNet2DModel
+from helpers import error, randn
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 CPU = torch.device("cpu")
 ALPHAS = torch.linspace(0.999, 0.001, 1000, dtype=torch.float64).numpy()
 TIMESTEPS = [999, 800, 500, 200, 1]
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def max_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).abs().max())
 
 
 class Tape(TorchDispatchMode):
@@ -109,7 +102,7 @@ def assert_same(pipes: tuple[DDIMPipeline, DDIMPipeline], tolerance: float = 1e-
             generator.manual_seed(1)
         images.append(pipe(output_type="pt", **arguments).images)
     expected, actual = images
-    assert max_error(actual, expected) < tolerance
+    assert error(actual, expected) < tolerance
 
 
 class TestCoefficients:
@@ -138,7 +131,7 @@ class TestCoefficients:
                 ddim_step(output, x, coefficients, *settings), ddim_step(output, x, step, *settings), strict=True
             ):
                 assert actual.dtype == dtype
-                assert max_error(actual, expected) <= 1e-6 * max(1.0, float(expected.abs().max()))
+                assert error(actual, expected) <= 1e-6 * max(1.0, float(expected.abs().max()))
 
     def test_last_step_ends_in_a_clean_image(self) -> None:
         step = make_steps(TIMESTEPS, ALPHAS, eta=1.0)[-1]
@@ -170,14 +163,14 @@ class TestNetwork:
         with torch.no_grad():
             for x, t in [(randn(3, 3, 16, 16), torch.tensor([7, 400, 999])), (randn(1, 3, 8, 24), 20)]:
                 actual = engine.predict(x, t)
-                assert max_error(actual, unet(x, t).sample) < 1e-5
+                assert error(actual, unet(x, t).sample) < 1e-5
                 assert actual.is_contiguous()
 
     def test_classes(self, make_unet: Callable[..., UNet2DModel]) -> None:
         unet = make_unet(num_class_embeds=5)
         x, labels = randn(2, 3, 16, 16), torch.tensor([4, 1])
         with torch.no_grad():
-            assert max_error(CUDAEngine(unet).predict(x, 3, labels), unet(x, 3, labels).sample) < 1e-5
+            assert error(CUDAEngine(unet).predict(x, 3, labels), unet(x, 3, labels).sample) < 1e-5
 
     def test_network_is_not_changed(self, tiny_unet: UNet2DModel) -> None:
         tiny_unet.train()
@@ -283,8 +276,8 @@ class TestLoop:
             for actual, expected in zip(
                 states_before, sample(lambda x, t: tiny_unet(x, t).sample, latents, steps), strict=True
             ):
-                assert max_error(actual.sample, expected.sample) < 1e-4
-                assert max_error(actual.pred_original_sample, expected.pred_original_sample) < 1e-4
+                assert error(actual.sample, expected.sample) < 1e-4
+                assert error(actual.pred_original_sample, expected.pred_original_sample) < 1e-4
         assert torch.equal(latents, randn(2, 3, 16, 16))
 
     def test_loops_in_parallel(self, tiny_unet: UNet2DModel) -> None:
@@ -324,7 +317,7 @@ class TestLoop:
             assert engine.step_fn(latents, steps, StepSettings(clip=clip)) is None
             *_, actual = sample(engine.predict, latents, steps, StepSettings(clip=clip))
             *_, expected = sample(lambda x, t: tiny_unet(x, t).sample, latents, steps, StepSettings(clip=torch.tanh))
-        assert max_error(actual.sample, expected.sample) < 1e-5
+        assert error(actual.sample, expected.sample) < 1e-5
         assert len(seen) == len(steps)
         assert not engine.runners
 
@@ -447,7 +440,7 @@ class TestGPU:
     def test_network(self, on_gpu: UNet2DModel) -> None:
         x = randn(4, 3, 16, 16).cuda()
         with torch.no_grad():
-            assert max_error(CUDAEngine(on_gpu).predict(x, 500), on_gpu(x, 500).sample) < 1e-4
+            assert error(CUDAEngine(on_gpu).predict(x, 500), on_gpu(x, 500).sample) < 1e-4
 
     @pytest.mark.parametrize("arguments", [{}, {"eta": 1.0}, {"use_clipped_model_output": True}], ids=str)
     @pytest.mark.parametrize("clip", [{}, {"clip_sample": False}, {"thresholding": True}], ids=str)
@@ -468,7 +461,7 @@ class TestGPU:
             with torch.no_grad():
                 *_, actual = run_steps(latents, steps, pipes[1].fast.step_fn(latents, steps, StepSettings(clip=clip)))
                 *_, expected = sample(lambda x, t: on_gpu(x, t).sample, latents, steps, StepSettings(clip=clip))
-            assert max_error(actual.sample, expected.sample) < 1e-4
+            assert error(actual.sample, expected.sample) < 1e-4
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision(self, on_gpu: UNet2DModel, dtype: torch.dtype) -> None:
@@ -483,7 +476,7 @@ class TestGPU:
         list(run_steps(other, steps, engine.step_fn(other, steps, StepSettings())))
         with torch.no_grad():
             expected = sample(lambda x, t: on_gpu(x, t).sample, latents, steps)
-            assert all(max_error(a.sample, b.sample) < 1e-4 for a, b in zip(states_before, expected, strict=True))
+            assert all(error(a.sample, b.sample) < 1e-4 for a, b in zip(states_before, expected, strict=True))
 
     def test_built_in_model(self, on_gpu: UNet2DModel) -> None:
         """To a gray level in 99.9% of the pixels after 50 steps."""

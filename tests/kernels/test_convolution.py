@@ -12,7 +12,8 @@ from torch import Tensor
 from ddim.kernels import direct, winograd
 from ddim.kernels.norm import NormTerms, normalize
 from ddim.nn.ops import convolve
-from kernel_helpers import channels_last, gradients, make_conv, randn, relative_error, second_gradients
+from helpers import randn
+from kernel_helpers import channels_last, distance, gradients, make_conv, second_gradients
 
 
 class TestGradients:
@@ -39,7 +40,7 @@ class TestGradients:
         expected = gradients(lambda: F.conv2d(*doubles, stride, padding), *doubles)
         assert "_Conv2d" in str(convolve(conv, x).grad_fn)
         assert actual[2].is_contiguous(memory_format=torch.channels_last)
-        assert relative_error(actual, expected) < 2e-6
+        assert distance(actual, expected) < 2e-6
 
     def test_results_do_not_depend_on_threads(self, threads: Callable[[int], None]) -> None:
         conv, x = make_conv(32, 64, 3, 1, 1), channels_last(randn(3, 32, 16, 16)).requires_grad_()
@@ -53,7 +54,7 @@ class TestGradients:
     def test_unsupported_shapes_fall_back(self, C: int, K: int, size: int) -> None:
         conv, x = make_conv(C, K, size, 1, size // 2), channels_last(randn(2, C, 6, 6)).requires_grad_()
         actual = gradients(lambda: convolve(conv, x), x, conv.weight, conv.bias)
-        assert relative_error(actual, gradients(lambda: conv(x), x, conv.weight, conv.bias)) == 0
+        assert distance(actual, gradients(lambda: conv(x), x, conv.weight, conv.bias)) == 0
 
     def test_only_needed_gradients_are_computed(self) -> None:
         conv, x = make_conv(16, 16, 3, 1, 1), channels_last(randn(2, 16, 6, 6))
@@ -62,12 +63,12 @@ class TestGradients:
         conv.weight.requires_grad_(False)
         x.requires_grad_()
         expected = gradients(lambda: conv(x), x)
-        assert relative_error(gradients(lambda: convolve(conv, x), x), expected) < 1e-6
+        assert distance(gradients(lambda: convolve(conv, x), x), expected) < 1e-6
 
     def test_gradients_of_gradients(self) -> None:
         conv, x = make_conv(16, 16, 3, 1, 1), channels_last(randn(2, 16, 6, 6)).requires_grad_()
         actual = second_gradients(lambda: convolve(conv, x), x, conv.weight)
-        assert relative_error(actual, second_gradients(lambda: conv(x), x, conv.weight)) < 1e-5
+        assert distance(actual, second_gradients(lambda: conv(x), x, conv.weight)) < 1e-5
 
 
 class TestWinograd:
@@ -92,7 +93,7 @@ class TestWinograd:
         expected = F.conv2d(x.permute(0, 3, 1, 2).double(), weight.double(), bias.double(), padding=1)
         expected = expected.permute(0, 2, 3, 1) + (residual if has_residual else 0)
         assert float((y - expected).abs().max()) < 1e-4
-        assert relative_error((y,), (expected,)) < 1e-5
+        assert distance((y,), (expected,)) < 1e-5
 
     def test_bits_depend_on_nothing_but_the_sample(self, threads: Callable[[int], None]) -> None:
         """Not on the batch around it, nor on the number of threads; alone, or with the norm before it."""
@@ -154,6 +155,6 @@ class TestDirect:
             weights = direct.arrange_weights(weight)
             padded = F.pad(x, (0, 0, padding, padding, padding, padding))
             direct.convolve(padded, weights, bias, stride, residual if has_residual else None, y)
-            assert relative_error((y,), (expected + (residual if has_residual else 0),)) < 1e-5
+            assert distance((y,), (expected + (residual if has_residual else 0),)) < 1e-5
             results.append(y)
             assert torch.equal(y, results[0])

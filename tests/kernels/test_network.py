@@ -11,7 +11,8 @@ import torch
 
 from ddim.nn.ops import load_kernels
 from ddim.unet import UNet2DModel
-from kernel_helpers import Gradients, channels_last, gradients, randn, total_error
+from helpers import randn
+from kernel_helpers import Gradients, channels_last, gradients, total_error
 
 SETTINGS: dict[str, Any] = {
     "sample_size": 8,

@@ -10,7 +10,8 @@ from torch import Tensor
 from ddim.kernels import winograd
 from ddim.kernels.norm import NormTerms, normalize
 from ddim.nn.ops import norm_silu
-from kernel_helpers import channels_last, gradients, make_norm, randn, relative_error, second_gradients
+from helpers import randn
+from kernel_helpers import channels_last, distance, gradients, make_norm, second_gradients
 
 
 class TestNormSiLU:
@@ -34,14 +35,13 @@ class TestNormSiLU:
             return F.silu(z) if silu else z
 
         assert "_NormSiLU" in str(norm_silu(norm, x, shift, silu).grad_fn)
-        assert relative_error(actual, gradients(expected, *doubles)) < 1e-6
+        assert distance(actual, gradients(expected, *doubles)) < 1e-6
 
     def test_one_shift_for_all_samples(self) -> None:
         norm, x, shift = make_norm(8, 2), channels_last(randn(3, 8, 4, 4)), randn(1, 8, seed=3).requires_grad_()
         actual = gradients(lambda: norm_silu(norm, x, shift), shift)
         assert (
-            relative_error(actual, gradients(lambda: F.silu(norm((x + shift[:, :, None, None]).contiguous())), shift))
-            < 1e-6
+            distance(actual, gradients(lambda: F.silu(norm((x + shift[:, :, None, None]).contiguous())), shift)) < 1e-6
         )
 
     def test_large_maps_keep_their_precision(self) -> None:
@@ -78,7 +78,7 @@ class TestNormSiLU:
         norm, x = make_norm(8, 2), channels_last(randn(2, 8, 3, 3)).requires_grad_()
         actual = second_gradients(lambda: norm_silu(norm, x), x, norm.weight)
         expected = second_gradients(lambda: F.silu(norm(x.contiguous())), x, norm.weight)
-        assert relative_error(actual, expected) < 1e-5
+        assert distance(actual, expected) < 1e-5
 
     def test_kernels_run_in_training_only(self) -> None:
         """In training, on float32 feature maps in channels_last, outside of mixed precision and captured graphs."""
@@ -116,6 +116,6 @@ class TestNormalize:
         z = F.group_norm(u, 3).permute(0, 2, 3, 1) * weight[:, None, None] + bias[:, None, None]
         expected = F.silu(z) if silu else z
         inside = y[:, 1 : H + 1, 1 : W + 1] if halo else y
-        assert relative_error((inside,), (expected,)) < 1e-6
+        assert distance((inside,), (expected,)) < 1e-6
         if halo:
             assert float(y.double().square().sum()) == pytest.approx(float(inside.double().square().sum()))

@@ -71,7 +71,13 @@ BY_COMMAND: dict[str, dict[str, str]] = {
         "use_ema=False": "--raw",
         "ema=False": "--raw",
     },
-    "train": {"source": "--data", "settings": "--set", "preset": "--preset", "config": "--config"},
+    "train": {
+        "source": "--data",
+        "settings": "--set",
+        "preset": "--preset",
+        "config": "--config",
+        "num_inference_steps": "num_inference_steps",  # an entry of the configuration here
+    },
     "info": {"model": "MODEL"},
     "app": {"model": "MODEL", "models": "MODELS"},
 }

@@ -61,7 +61,7 @@ def get_engine(unet: Any, name: str = "auto") -> Engine:
 
     Raises:
         ValueError: for another name.
-        RuntimeError: if the network is to be compiled and `torch.compile` does not work here.
+        RuntimeError: if name is `compile` and `torch.compile` does not work on this machine.
 
     Example:
         >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
@@ -76,7 +76,7 @@ def get_engine(unet: Any, name: str = "auto") -> Engine:
         return EagerEngine(compile_network(unet))
     reason = unsupported_reason(unet)
     if reason is None:
-        fingerprint = _fingerprint(unet)
+        fingerprint = _fingerprint_weights(unet)
         previous, engine = _cache.get(unet, (None, None))
         if engine is not None and previous == fingerprint:
             return engine
@@ -102,7 +102,7 @@ def _build(unet: UNet2DModel) -> tuple[Engine | None, str | None]:
         return None, str(error)
 
 
-def _fingerprint(unet: nn.Module) -> Any:
+def _fingerprint_weights(unet: nn.Module) -> Any:
     """Return a value that changes whenever a weight does, in whatever way: addresses, versions and sums of the bits."""
     identities = [(p.data_ptr(), p._version, p.dtype) for p in unet.parameters()]
     sums = [_sum_bits(p.detach()) for p in unet.parameters()]

@@ -60,7 +60,7 @@ class Record:
 
     def __init__(self, fields: Sequence[Field]) -> None:
         # What `pack` needs, computed once: a step calls kernels a hundred times.
-        self._fields = [(field.name, isinstance(field, Pointer)) for field in fields]
+        self._layout = [(field.name, isinstance(field, Pointer)) for field in fields]
         # The same layout twice: for numba, which compiles the kernel, and for Python, which fills the record.
         self.dtype: np.dtype[Any] = np.dtype([(field.name, field.dtype) for field in fields])
         self._struct = struct.Struct("".join(np.dtype(field.dtype).char for field in fields))
@@ -78,7 +78,7 @@ class Record:
             KeyError: if a field has no value.
             TypeError, AttributeError, struct.error: if a value is not of its field's kind.
         """
-        return self._struct.pack(*[_address(values[name]) if p else values[name] for name, p in self._fields])
+        return self._struct.pack(*[_address(values[name]) if p else values[name] for name, p in self._layout])
 
 
 def _address(tensor: Tensor) -> int:

@@ -39,7 +39,7 @@ from ddim.kernels.record import Field, Record
 logger = logging.getLogger(__name__)
 
 MAX_COMPILERS = 4
-"""Processes that compile at the same time: more would not help, for there are hardly more kernels."""
+"""Processes that compile at the same time; there are about as many kernels."""
 
 CHECKSUM_BYTES = 32
 
@@ -145,7 +145,7 @@ def _compile_in_processes(kernels: Sequence[Kernel]) -> None:
     process it would slow down other users of numba. What fails there is compiled here on first use, or raises here with
     its reason.
     """
-    # An embedded interpreter, or none: there is no command that would run this package.
+    # In an embedded interpreter there is nothing to run this package with.
     if not Path(sys.executable or "").stem.startswith("python"):
         return
     logger.info("compiling %d kernels, once per machine", len(kernels))

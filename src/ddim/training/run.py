@@ -254,14 +254,14 @@ def _make_record(config: TrainConfig, dataset: ImageDataset, device: torch.devic
         "data": {"images": dataset.shape[0], "sha256": dataset.fingerprint},
         "device": f"{device.type} ({name})",
         "versions": {
-            **{package: _version(package) for package in PACKAGES},
+            **{package: _package_version(package) for package in PACKAGES},
             "cuda": torch.version.cuda,
             "python": platform.python_version(),
         },
     }
 
 
-def _version(package: str) -> str | None:
+def _package_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -116,7 +116,7 @@ def convolve(data: Any) -> None:
         # All output channels of these pixels.
         for panel in range(first_panel, last_panel):
             channel = panel * OUTPUT_LANES
-            # Null where there is no residual: the vector code tests for it.
+            # A null pointer without a residual, which the vector code tests for.
             residual = 0
             if args.has_residual:
                 residual = args.residual + 4 * (start * K + channel)
