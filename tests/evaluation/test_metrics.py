@@ -13,10 +13,7 @@ from torch import Tensor
 from ddim.evaluation.features import Pixels
 from ddim.evaluation.image_sets import open_files
 from ddim.evaluation.metrics import frechet, manifold_coverage, measure, sample_size_warning
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from helpers import randn
 
 
 def frechet_by_scipy(a: np.ndarray, b: np.ndarray) -> float:
