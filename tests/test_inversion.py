@@ -94,7 +94,7 @@ def test_acceleration_is_worth_its_name() -> None:
 
 
 def test_two_iterates_are_a_secant() -> None:
-    """With one unknown a line through two residuals has its root where the third is, up to the regularisation."""
+    """With one unknown a line through two residuals has its root where the third is, up to the regularization."""
     x, _, residual, evaluations = anderson(
         Recorder(lambda x, _: 0.7 - 3 * x, 1), torch.zeros(1, 1, 1, 1).double(), 0.1, 1e-3, 3
     )

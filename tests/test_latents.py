@@ -26,7 +26,7 @@ QUIET = [300, 200, 100, 0]
 
 
 class Network(nn.Module):
-    """Nearly the exact network for pixels of N(mean, 0.5^2), each a little swayed by its neighbour, and a record of its
+    """Nearly the exact network for pixels of N(mean, 0.5^2), each a little swayed by its neighbor, and a record of its
     calls. Its steps can be inverted.
     """
 
@@ -441,14 +441,14 @@ def test_interpolation_decodes_the_codes_themselves_at_its_ends(tiny_pipeline: D
 
 
 def test_digits_turn_into_digits_in_small_steps(mnist: DDIMPipeline) -> None:
-    """Eight pairs: the ends are the pictures of their codes, bit for bit, and neighbours differ less than the ends."""
+    """Eight pairs: the ends are the pictures of their codes, bit for bit, and neighbors differ less than the ends."""
     codes = randn(16, 1, 28, 28)
     ends = array(mnist, "decode", codes, 10)
     for i in range(0, 16, 2):
         frames = array(mnist, "interpolate", codes[i], codes[i + 1], 11, num_inference_steps=10)
         assert np.array_equal(frames[[0, -1]], ends[i : i + 2])
-        neighbours = np.abs(np.diff(frames, axis=0)).mean((1, 2, 3))
-        assert neighbours.max() < np.abs(frames[-1] - frames[0]).mean()
+        neighbors = np.abs(np.diff(frames, axis=0)).mean((1, 2, 3))
+        assert neighbors.max() < np.abs(frames[-1] - frames[0]).mean()
 
 
 def test_between_the_codes_lie_the_pictures_of_equation_67(pipe: DDIMPipeline) -> None:

@@ -165,7 +165,7 @@ def walk_through(page: Page, look: str) -> None:
     tab(page, "Model")
     expect(page.locator("#model-size")).to_contain_text("1,805,121")
     button(page, "Model card").click()
-    expect(page.get_by_text("Handwritten digits, 28x28, grey")).to_be_visible()
+    expect(page.get_by_text("Handwritten digits, 28x28, gray")).to_be_visible()
     shot(page, f"{look}-model")
     assert not page.evaluate(UNNAMED)
 

@@ -69,8 +69,8 @@ class ExactNetwork:
         a = float(self.alphas[int(t)])
         K, E = (torch.from_numpy(value) for value in linear(a, self.std))
         mean = torch.from_numpy(MEAN.copy())
-        centred = x - math.sqrt(a) * mean
-        x0, epsilon = mean + K * centred, E * centred
+        centered = x - math.sqrt(a) * mean
+        x0, epsilon = mean + K * centered, E * centered
         v = math.sqrt(a) * epsilon - math.sqrt(1 - a) * x0
         return SimpleNamespace(sample={"epsilon": epsilon, "sample": x0, "v_prediction": v}[self.prediction_type])
 
@@ -141,7 +141,7 @@ def test_decoding_gives_back_what_was_encoded(network: dict[str, Any], spacing: 
 def test_decoding_is_the_affine_map_of_the_closed_form(network: dict[str, Any], spacing: str) -> None:
     pipe, alphas = make_pipeline(STDS["many"] / 3, timestep_spacing=spacing, **network)
     timesteps = [t for t in pipe.scheduler.make_timesteps(20) if t > 0]
-    # Codes no further from their centre than pictures that need no clipping.
+    # Codes no further from their center than pictures that need no clipping.
     z = math.sqrt(alphas[timesteps[0]]) * MEAN + pictures().numpy()
     down, _ = factors(timesteps, alphas, STDS["many"] / 3)
     wanted = math.sqrt(alphas[0]) * MEAN + down * (z - math.sqrt(alphas[timesteps[0]]) * MEAN)
@@ -214,8 +214,8 @@ def test_the_residuals_are_those_of_the_closed_form() -> None:
     x = pictures()
     codes = pipe.encode(x, timesteps=[400], exact=False)
     a, p = alphas[400], alphas[0]
-    centred = x.numpy() - math.sqrt(p) * MEAN
+    centered = x.numpy() - math.sqrt(p) * MEAN
     down, up = factors([400], alphas, std)
-    missed = np.abs((1 - down * up) * centred).reshape(3, -1)
+    missed = np.abs((1 - down * up) * centered).reshape(3, -1)
     assert gap(codes.residuals[:, 0], missed.max(1)) <= 1e-12
-    assert gap(codes.latents, math.sqrt(a) * MEAN + up * centred) <= 1e-12
+    assert gap(codes.latents, math.sqrt(a) * MEAN + up * centered) <= 1e-12

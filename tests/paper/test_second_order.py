@@ -68,14 +68,14 @@ class TestGaussian:
 
 
 class TestMixture:
-    CENTRES = torch.tensor([[1.0, 0.0], [-0.5, 0.8], [-0.5, -0.8]], dtype=torch.float64)
+    CENTERS = torch.tensor([[1.0, 0.0], [-0.5, 0.8], [-0.5, -0.8]], dtype=torch.float64)
     WIDTH = 0.15
 
     def denoiser(self, x: Tensor, t: Tensor) -> Tensor:
         """The exact epsilon of three Gaussians in the plane, x (N, 2, 1, 1)."""
         alpha = SCHEDULER.alphas_cumprod_float64[int(t)]
         points, variance = x.flatten(1), alpha * self.WIDTH**2 + 1 - alpha
-        away = points[:, None] - math.sqrt(alpha) * self.CENTRES
+        away = points[:, None] - math.sqrt(alpha) * self.CENTERS
         shares = (-away.square().sum(2) / (2 * variance)).softmax(1)
         score = -(shares[:, :, None] * away).sum(1) / variance
         return (-math.sqrt(1 - alpha) * score).view_as(x)
@@ -85,8 +85,8 @@ class TestMixture:
         generator = torch.Generator().manual_seed(0)
         N = 20_000
         start = torch.randn(N, 2, 1, 1, generator=generator, dtype=torch.float64)
-        centres = self.CENTRES[torch.randint(3, (N,), generator=generator)]
-        data = centres + self.WIDTH * torch.randn(N, 2, generator=generator, dtype=torch.float64)
+        centers = self.CENTERS[torch.randint(3, (N,), generator=generator)]
+        data = centers + self.WIDTH * torch.randn(N, 2, generator=generator, dtype=torch.float64)
         timesteps = SCHEDULER.make_timesteps(number, order=order)
         *_, last = sample(self.denoiser, start, SCHEDULER.make_steps(timesteps, order=order))
         angles = torch.arange(32, dtype=torch.float64) * math.pi / 32

@@ -136,7 +136,7 @@ CIFAR10 = {
 every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
-def randomise(model: torch.nn.Module) -> None:
+def randomize(model: torch.nn.Module) -> None:
     """Draw every parameter, fixed ones too, at a scale that keeps activations near one."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -151,7 +151,7 @@ def randomise(model: torch.nn.Module) -> None:
 def pair(config: dict[str, Any]) -> tuple[UNet2DModel, Peer]:
     """Our model and the peer's with the same random parameters."""
     ours, theirs = UNet2DModel(**config).eval(), Peer(**config).eval()
-    randomise(ours)
+    randomize(ours)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 

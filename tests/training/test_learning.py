@@ -56,14 +56,14 @@ def linear_denoiser_loss(training: np.ndarray, held_out: np.ndarray) -> float:
     error = np.square((held_out - training.mean(0)) * 2 @ axes).mean(0)
     total = 0.0
     for alpha in ALPHAS:
-        # epsilon - predicted = (alpha v epsilon - sqrt(alpha (1 - alpha)) centred x_0) / (alpha v + 1 - alpha)
+        # epsilon - predicted = (alpha v epsilon - sqrt(alpha (1 - alpha)) centered x_0) / (alpha v + 1 - alpha)
         scale = np.square(alpha * variances + 1 - alpha)
         total += float(((alpha * variances) ** 2 / scale + alpha * (1 - alpha) * error / scale).mean())
     return total / len(ALPHAS)
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """The trace of (Sigma_1 Sigma_2)^(1/2) is the sum of the singular values of the product of the centred data."""
+    """The trace of (Sigma_1 Sigma_2)^(1/2) is the sum of the singular values of the product of the centered data."""
     x, y = ((data - data.mean(0)) / np.sqrt(len(data) - 1) for data in (a, b))
     root = np.linalg.svd(x @ y.T, compute_uv=False).sum()
     return float(np.square(a.mean(0) - b.mean(0)).sum() + np.square(x).sum() + np.square(y).sum() - 2 * root)
