@@ -641,12 +641,12 @@ LIMITS = [
 ]
 OUTPUTS = [({"output_type": value}, f"output_type must ... got {value!r}") for value in ("jpg", None)]
 IMAGES = [
-    ({"images": None}, "images is a NoneType"),
-    ({"images": "digit.png"}, "images is a str"),
-    ({"images": []}, "images has shape (0, 8, 8, 1)"),
-    ({"images": torch.zeros(0, 1, 8, 8)}, "images has shape (0, 1, 8, 8)"),
-    ({"images": torch.zeros(2, 3, 8, 8)}, "images has shape (2, 3, 8, 8)"),
-    ({"images": torch.zeros(8, 8)}, "images has shape (8, 8)"),
+    ({"images": None}, "images must ... got NoneType"),
+    ({"images": "digit.png"}, "images must ... got str"),
+    ({"images": []}, "images: expected shape ... got (0, 8, 8, 1)"),
+    ({"images": torch.zeros(0, 1, 8, 8)}, "images: expected shape ... got (0, 1, 8, 8)"),
+    ({"images": torch.zeros(2, 3, 8, 8)}, "images: expected shape ... got (2, 3, 8, 8)"),
+    ({"images": torch.zeros(8, 8)}, "images: expected shape ... got (8, 8)"),
     ({"images": NAN}, "NaN"),
     ({"images": torch.full((1, 1, 8, 8), 255.0)}, "[255, 255]"),
     ({"images": torch.zeros(1, 1, 8, 8, dtype=torch.int64)}, "torch.int64"),

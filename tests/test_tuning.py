@@ -400,14 +400,20 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["sample", "--steps", "some"], "--steps 'some' is neither a whole number nor auto"),
-            (["sample", "--steps", "auto", "--eta", "1"], "--steps auto is for the model's own timesteps and eta 0"),
-            (["sample", "--steps", "10", "--tolerance", "0.1"], "--tolerance goes with --steps auto"),
+            (["sample", "--steps", "some"], "--steps must be an integer or auto, got 'some'"),
+            (
+                ["sample", "--steps", "auto", "--eta", "1"],
+                "--steps auto requires the model's own timesteps and --eta 0",
+            ),
+            (["sample", "--steps", "10", "--tolerance", "0.1"], "--tolerance requires --steps auto"),
             (
                 ["sample", "--steps", "auto", "--tolerance", "7"],
                 "tolerance must be a number above 0 and below 1, got 7.0",
             ),
-            (["tune", "mnist", "--steps", "ten", "-o", "new"], "--steps 'ten' is no list of whole numbers"),
+            (
+                ["tune", "mnist", "--steps", "ten", "-o", "new"],
+                "--steps must be integers separated by commas, such as 900,600,300,0, got 'ten'",
+            ),
             (["tune", "mnist", "--plot", "x.jpg", "-o", "new"], "x.jpg"),
             (["tune", "nowhere", "-o", "new"], "nowhere"),
         ],

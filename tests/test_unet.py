@@ -297,7 +297,7 @@ def test_from_config_drops_unknown_entries(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_from_config_takes_only_mappings() -> None:
-    with pytest.raises(TypeError, match="not str"):
+    with pytest.raises(TypeError, match="got str"):
         UNet2DModel.from_config("config.json")
 
 

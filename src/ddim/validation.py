@@ -92,7 +92,7 @@ def real(
     if not (math.isfinite(number) and minimum <= number <= maximum and above < number < below):
         low = f" above {above:g}" if above > -math.inf else f" of at least {minimum:g}" if minimum > -math.inf else ""
         high = f" below {below:g}" if below < math.inf else f" of at most {maximum:g}" if maximum < math.inf else ""
-        both = f"{low} and{high}" if low and high else low or high
+        both = f"{low} and{high.removeprefix(' of')}" if low and high else low or high
         if math.isfinite(minimum) and math.isfinite(maximum):
             both = f" from {minimum:g} to {maximum:g}"
         raise ValueError(f"{name} must be a{'' if both else ' finite'} number{both}, got {shown(value)}")

@@ -409,16 +409,22 @@ def test_a_timestep_outside_the_schedule_is_refused(t: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"prediction_type": "score"}, "prediction_type is 'score'"),
-        ({"timestep_spacing": "karras"}, "timestep_spacing is 'karras'"),
-        ({"beta_schedule": "cubic"}, "beta_schedule is 'cubic'"),
-        ({"num_train_timesteps": 0}, "num_train_timesteps is 0"),
-        ({"beta_end": 1.5}, r"beta_end is 1\.5"),
+        ({"prediction_type": "score"}, "prediction_type must be one of .* got 'score'"),
+        ({"timestep_spacing": "karras"}, "timestep_spacing must be one of .* got 'karras'"),
+        ({"beta_schedule": "cubic"}, "beta_schedule must be one of .* got 'cubic'"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps must be an integer of at least 1, got 0"),
+        ({"beta_end": 1.5}, r"beta_end must be a number above 0 and below 1, got 1\.5"),
         ({"trained_betas": [0.1, 2.0]}, "trained_betas must be"),
-        ({"clip_sample_range": 0.0}, r"clip_sample_range is 0\.0"),
-        ({"clip_sample_range": float("nan")}, "clip_sample_range is nan"),
-        ({"dynamic_thresholding_ratio": 0.0}, r"dynamic_thresholding_ratio is 0\.0"),
-        ({"dynamic_thresholding_ratio": 1.5}, r"dynamic_thresholding_ratio is 1\.5"),
+        ({"clip_sample_range": 0.0}, r"clip_sample_range must be a number above 0, got 0\.0"),
+        ({"clip_sample_range": float("nan")}, "clip_sample_range must be a number above 0, got nan"),
+        (
+            {"dynamic_thresholding_ratio": 0.0},
+            r"dynamic_thresholding_ratio must be a number above 0 and at most 1, got 0\.0",
+        ),
+        (
+            {"dynamic_thresholding_ratio": 1.5},
+            r"dynamic_thresholding_ratio must be a number above 0 and at most 1, got 1\.5",
+        ),
     ],
 )
 def test_bad_options_are_refused_by_name(arguments: dict, named: str) -> None:
