@@ -186,7 +186,7 @@ class TestEveryWay:
     def test_refused(self, pipe: DDIMPipeline) -> None:
         with pytest.raises(ValueError, match=r"order must be 1 .*, got 3"):
             pipe(order=3)
-        with pytest.raises(ValueError, match="wants eta=0"):
+        with pytest.raises(ValueError, match="requires eta=0"):
             pipe(order=2, eta=0.5)
-        with pytest.raises(ValueError, match="order is 2; a step of order 2 depends on the one before it"):
+        with pytest.raises(ValueError, match="order=2 cannot encode: a step of order 2 depends on the one before it"):
             pipe.encode(torch.zeros(1, 3, 16, 16), order=2)
