@@ -13,9 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
-import torch.distributed
-
 T = TypeVar("T")
 
 
@@ -65,6 +62,8 @@ class ProcessGroup:
         """
         if self.size == 1:
             return mine
+        import torch.distributed
+
         gathered: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(gathered, mine)
         return [gathered[piece % self.size][piece // self.size] for piece in range(sum(map(len, gathered)))]
@@ -81,6 +80,8 @@ class ProcessGroup:
         """
         if self.size == 1:
             return value
+        import torch.distributed
+
         box: list[Any] = [value]
         torch.distributed.broadcast_object_list(box, src=0)
         result: T = box[0]
@@ -117,6 +118,8 @@ def local_device(device: str) -> str:
     """
     if device not in ("auto", "cuda") or rank_and_world_size()[1] == 1:
         return device
+    import torch
+
     gpus = torch.cuda.device_count()
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}" if gpus else device
 
@@ -137,6 +140,8 @@ def init() -> Iterator[ProcessGroup]:
     if size == 1:
         yield SINGLE_PROCESS
         return
+    import torch.distributed
+
     torch.distributed.init_process_group("gloo")
     try:
         yield ProcessGroup(rank, size)
