@@ -5,8 +5,6 @@ It is importable without PyTorch, so that the command line and the web page can 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +87,10 @@ class SamplingConfig:
             >>> SamplingConfig(20).fingerprint() == SamplingConfig(20, eta=0).fingerprint()
             True
         """
+        # Imported here: what only prints help should not wait for them.
+        import hashlib
+        import json
+
         length = self.num_inference_steps if self.timesteps is None else None
         text = json.dumps(self.record() | {"num_inference_steps": length}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()

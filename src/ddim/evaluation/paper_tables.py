@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.distributed import SINGLE_PROCESS, ProcessGroup
 from ddim.evaluation.features import extractor_id
 from ddim.evaluation.image_sets import ImageSet, sample_image_set
@@ -148,6 +149,7 @@ def table_1(
         for number in steps:
             settings: dict[str, Any] = {"num_inference_steps": number}
             settings |= SIGMA_HAT_SETTINGS if eta == SIGMA_HAT else {"eta": float(eta)}
+            fingerprint = SamplingConfig(**settings).fingerprint()
 
             def measure(settings: dict[str, Any] = settings, eta: float | str = eta) -> dict[str, float]:
                 name = f"{settings['num_inference_steps']} steps, {_row_name(eta)}"
@@ -155,7 +157,7 @@ def table_1(
                 samples = sample_image_set(paper_pipe, count, seed, name, **settings)
                 return {"fid": frechet(compute_features(samples, extractor, group).values, real.values)}
 
-            values.append(cache.get({"table": 1, "reference": real.sha256} | settings, measure)["fid"])
+            values.append(cache.get({"table": 1, "reference": real.sha256, "sampling": fingerprint}, measure)["fid"])
         rows.append((_row_name(eta), values))
         if dataset := DATASET_BY_SHAPE.get(pipe.sample_shape):
             published = dict(zip(TABLE_1_STEPS, PUBLISHED_FID[dataset][eta], strict=True))
