@@ -1,4 +1,4 @@
-"""What several test files share: one thread, small models, a client of a hub."""
+"""Shared configuration and fixtures: one thread, small models, a hub client."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ TINY: dict[str, Any] = {
 }
 
 
-# Networks this small lose more than they gain by threads, a hundredfold on a busy machine; and sums in one order are
-# equal in every process. It is the tests that run side by side.
+# Threads slow networks this small down, a hundredfold on a loaded machine; encoding and reconstruction suffer most.
+# A single thread also fixes the order of sums, so that every process computes equal results. Parallelism is per test.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-# Kernels are compiled once, not by each process with a cache folder of its own.
+# Kernels are compiled once, instead of by each process with a separate cache folder.
 os.environ.setdefault("DDIM_KERNEL_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "kernels"))
 
 
@@ -51,16 +51,16 @@ SLOW = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes first: nobody then waits at the end for one that was begun last."""
+    """Run the files that take minutes first, so that none of them is left running alone at the end."""
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in SLOW)
 
 
 @pytest.fixture(scope="session")
 def make_unet() -> Callable[..., UNet2DModel]:
-    """`make_unet(**changes)`: a U-Net of about 30 000 parameters, with weights that depend on its configuration only.
+    """Return `make_unet(**changes)`: a U-Net of 30 000 parameters, whose weights depend only on its configuration.
 
-    Its predictions are small: x then hardly changes from step to step, and float32 rounding is not amplified over a
-    whole sampling process, as other random networks do.
+    Its predictions are small: x hardly changes per step, so that sampling does not amplify float32 rounding, as other
+    random networks do.
     """
 
     def make(**changes: Any) -> UNet2DModel:
@@ -76,13 +76,13 @@ def make_unet() -> Callable[..., UNet2DModel]:
 
 @pytest.fixture
 def tiny_unet(make_unet: Callable[..., UNet2DModel]) -> UNet2DModel:
-    """A new network in each test, with the same weights in all of them."""
+    """Build a new network per test, with the same weights in all of them."""
     return make_unet()
 
 
 @pytest.fixture
 def tiny_pipeline(tiny_unet: UNet2DModel) -> DDIMPipeline:
-    """That network with the scheduler's defaults, and no progress bar."""
+    """Build a pipeline of `tiny_unet` and the default scheduler, without a progress bar."""
     pipe = DDIMPipeline(tiny_unet, DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -90,7 +90,7 @@ def tiny_pipeline(tiny_unet: UNet2DModel) -> DDIMPipeline:
 
 @pytest.fixture(scope="session")
 def saved_pipeline(make_unet: Callable[..., UNet2DModel], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that `tiny_pipeline` is saved as; to be copied, not changed."""
+    """Save `tiny_pipeline` once and return its folder; tests copy it and must not change it."""
     folder = tmp_path_factory.mktemp("saved") / "pipeline"
     DDIMPipeline(make_unet(), DDIMScheduler()).save_pretrained(folder)
     return folder
@@ -98,12 +98,12 @@ def saved_pipeline(make_unet: Callable[..., UNet2DModel], tmp_path_factory: pyte
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the client keeps its cache and looks for a token."""
+    """Return the folder of the client's cache and token."""
     return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture(scope="module")
 def client(hub: Hub, home: Path) -> Iterator[Callable[..., Any]]:
-    """`client(f, ...)` is `f(...)` in a process whose hub is the `hub` of the test's file."""
+    """Start `client(f, ...)`, which calls `f(...)` in a process whose hub is the `hub` fixture."""
     with start_client(hub.url, home) as call:
         yield call

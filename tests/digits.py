@@ -19,16 +19,16 @@ TINY_MODEL: dict[str, Any] = {
     "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
     "norm_num_groups": 4,
 }
-"""Arguments of a U-Net for them, with about 30 000 parameters."""
+"""Arguments of a U-Net for the digits, with about 30 000 parameters."""
 
 
 def digits(count: int | None = None) -> np.ndarray:
-    """The first `count` (of 1797) as uint8 (N, 8, 8)."""
+    """Return the first `count` of the 1797 digits, or all of them, as uint8 (N, 8, 8)."""
     return np.round(load_digits().images[:count] * (255 / 16)).astype(np.uint8)
 
 
 def write_digits(folder: Path, count: int) -> Path:
-    """Write one PNG per digit; the folder."""
+    """Write one PNG per digit and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, pixels in enumerate(digits(count)):
         Image.fromarray(pixels).save(folder / f"{index:04d}.png")

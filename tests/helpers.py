@@ -1,9 +1,13 @@
-"""What several test files share: seeded noise, errors, a reference schedule, comparisons, and the `ddim` command."""
+"""Shared test helpers: seeded tensors, error measures, a reference schedule, comparisons, and the `ddim` command.
+
+Run tests with OMP_NUM_THREADS=1: on a loaded machine, more threads make encoding and reconstruction many times slower.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,49 +19,54 @@ import torch
 from torch import Tensor
 
 ALPHAS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
-"""Cumulative products of the default linear schedule, float64 (1000,), computed here independently of the package."""
+"""Cumulative alphas of the default linear schedule, float64 (1000,), computed independently of the package."""
 
 BIN = Path(sys.executable).parent
 """The folder of installed commands, such as `ddim` and `torchrun`."""
 
 
 def seeded(seed: int = 0) -> torch.Generator:
-    """A CPU generator."""
+    """Return a CPU generator with a seed."""
     return torch.Generator().manual_seed(seed)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard Gaussian noise on the CPU."""
+    """Draw standard Gaussian noise on the CPU."""
     return torch.randn(shape, generator=seeded(seed), dtype=dtype)
 
 
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Draw uniform samples in [-1, 1] on the CPU, the range of images."""
+    return torch.rand(shape, generator=seeded(seed), dtype=dtype) * 2 - 1
+
+
 def error(a: Tensor, b: Tensor) -> float:
-    """The largest absolute difference of two tensors, in float64."""
+    """Return the largest absolute difference of two tensors, in float64."""
     return float((a.double() - b.double()).abs().max())
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """`error`, relative to the largest entry of `b`, or to 1 where that is smaller."""
+    """Return `error` relative to the largest absolute entry of `b`, or to 1 where that is smaller."""
     return error(a, b) / max(1.0, float(b.double().abs().max()))
 
 
 def same_tensors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    """Whether two mappings, such as state dicts, hold the same tensors to the bit."""
+    """Return whether two mappings, such as state dicts, hold bitwise equal tensors."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def file_names(folder: Path) -> list[str]:
-    """The names in a folder, sorted."""
+    """Return the sorted names in a folder."""
     return sorted(path.name for path in folder.iterdir())
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON Lines file."""
+    """Parse the lines of a JSON Lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def environment(home: Path, **variables: str) -> dict[str, str]:
-    """The environment of a subprocess: one thread, and caches below `home` instead of the user's."""
+    """Return a subprocess environment with one thread, and with caches below `home` instead of the user's."""
     caches = {"HF_HOME": str(home / "hf"), "XDG_CACHE_HOME": str(home / "cache")}
     return os.environ | {"OMP_NUM_THREADS": "1"} | caches | variables
 
@@ -65,11 +74,16 @@ def environment(home: Path, **variables: str) -> dict[str, str]:
 def run_cli(
     *arguments: str | Path, env: Mapping[str, str], cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run `ddim` with arguments, and capture its output."""
+    """Run `ddim` with arguments and capture its output."""
     command = [str(BIN / "ddim"), *map(str, arguments)]
     return subprocess.run(command, env=dict(env), cwd=cwd, capture_output=True, text=True, timeout=180)
 
 
 def messages(stderr: str) -> list[str]:
-    """The lines on stderr that are messages of `ddim` rather than progress bars."""
+    """Return the lines of stderr that are messages of `ddim` rather than progress bars."""
     return [line for line in stderr.replace("\r", "\n").splitlines() if line.startswith("ddim: ")]
+
+
+def matches(text: str, expected: str) -> bool:
+    """Return whether a message contains an expectation, in which " ... " stands for any text."""
+    return re.search(".*".join(map(re.escape, expected.split(" ... "))), text) is not None

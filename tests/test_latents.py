@@ -18,9 +18,8 @@ from ddim import DDIMPipeline, DDIMScheduler
 from ddim.latents import BATCHES_PER_GROUP, generate, invertible_steps
 from ddim.outputs import EncodeOutput, UNet2DOutput
 from digits import digits
-from messages import matches
+from helpers import ALPHAS, matches, rand, randn
 
-ALPHAS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 # Where a network with random weights can be inverted.
 QUIET = [300, 200, 100, 0]
 
@@ -59,15 +58,6 @@ def mnist() -> DDIMPipeline:
     pipe = DDIMPipeline.from_pretrained("mnist")
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Pictures in [-1, 1]."""
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2 - 1
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def unit(samples: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
 from ddim.outputs import UNet2DOutput
-from messages import matches
+from helpers import matches, randn, seeded
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_seed_decides_the_noise_of_stochastic_sampling_too(pipe) -> None:
 
 def test_a_seed_is_a_generator_of_ones_own(pipe) -> None:
     a = pipe(seeds=[7, 9], num_inference_steps=4, output_type="pt").images
-    generators = [torch.Generator().manual_seed(7), torch.Generator().manual_seed(9)]
+    generators = [seeded(7), seeded(9)]
     b = pipe(batch_size=2, generator=generators, num_inference_steps=4, output_type="pt").images
     assert torch.equal(a, b)
 
@@ -88,7 +88,7 @@ def test_paint_numbers_pictures_by_seed_whatever_the_batches(pipe) -> None:
 
 
 def test_latents_are_where_sampling_starts(pipe) -> None:
-    noise = torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(7))
+    noise = randn(1, 1, 28, 28, seed=7)
     a = pipe(latents=noise, num_inference_steps=4, output_type="pt").images
     assert torch.equal(a, pipe(seeds=[7], num_inference_steps=4, output_type="pt").images)
     assert pipe(latents=noise.repeat(3, 1, 1, 1), num_inference_steps=1, output_type="np").images.shape == (

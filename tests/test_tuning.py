@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from ddim import DDIMInverseScheduler, DDIMPipeline, DDIMScheduler
 from ddim.diffusion.equations import sigma_ddim
 from ddim.diffusion.noise import noise_from_seeds
-from ddim.diffusion.schedule import SPACINGS, check_timesteps_by_steps, make_alphas_cumprod, make_betas
+from ddim.diffusion.schedule import SPACINGS, check_timesteps_by_steps
 from ddim.tuning import ErrorEvaluator, TunedTimesteps, draw_timesteps, enough_steps, plot_timesteps, search, tune
+from helpers import ALPHAS, randn, seeded
 
-ALPHAS = make_alphas_cumprod(make_betas("linear", 1000))
 MEAN, STD = 0.2, 0.25
 
 
@@ -357,17 +357,15 @@ class TestCommand:
         assert pipe.scheduler.timesteps.tolist() == pipe.scheduler.config.timesteps_by_steps["3"]
         peer = diffusers.DDIMPipeline.from_pretrained(folder / "tuned")
         peer.set_progress_bar_config(disable=True)
-        images = peer(num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0)).images
+        images = peer(num_inference_steps=3, output_type="np", generator=seeded(0)).images
         # As plain DDIM: what it does not know it ignores.
-        plain = pipe(
-            num_inference_steps=3, order=1, output_type="np", generator=torch.Generator().manual_seed(0)
-        ).images
+        plain = pipe(num_inference_steps=3, order=1, output_type="np", generator=seeded(0)).images
         np.testing.assert_allclose(images, plain, atol=1 / 255)
 
     def test_codes_are_of_order_1(self, tuned: tuple[Path, str]) -> None:
         pipe = DDIMPipeline.from_pretrained(tuned[0] / "tuned")
         pipe.set_progress_bar_config(disable=True)
-        latents = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        latents = randn(2, 3, 16, 16, seed=0)
         images = pipe.decode(latents, 50, "pt").images
         codes = pipe.encode(images * 2 - 1, 50, verify=False)
         again = pipe.decode(codes, 50, "pt").images

@@ -24,27 +24,26 @@ from ddim.diffusion.equations import (
     training_target,
     velocity,
 )
-from ddim.diffusion.schedule import make_alphas_cumprod, make_betas
+from ddim.diffusion.schedule import make_betas
+from helpers import ALPHAS, randn, relative_error
 
-T = 1000
-BETAS = make_betas("linear", T)
-ALPHAS = make_alphas_cumprod(BETAS)
+BETAS = make_betas("linear", 1000)
 TIMESTEPS = [1, 2, 10, 500, 998, 999]
 SHAPE = (3, 2, 4, 4)
 
 
-def randn(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def gaussian(seed: int) -> Tensor:
+    return randn(*SHAPE, seed=seed, dtype=torch.float64)
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> bool:
-    return (a - b).abs().max().item() <= tolerance * max(1.0, b.abs().max().item())
+    return relative_error(a, b) <= tolerance
 
 
 @pytest.mark.parametrize("alpha", [1e-4, 0.1, 0.5, 0.9, 0.9999])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_a_perfect_network_of_any_type_gives_x0_and_epsilon_back(prediction_type: str, alpha: float) -> None:
-    x0, noise = randn(0), randn(1)
+    x0, noise = gaussian(0), gaussian(1)
     alphas = torch.tensor(alpha, dtype=torch.float64)
     target = training_target(x0, noise, alphas, prediction_type)
     x0_back, noise_back = predict_x0_epsilon(target, add_noise(x0, noise, alphas), alpha, prediction_type)
@@ -53,7 +52,7 @@ def test_a_perfect_network_of_any_type_gives_x0_and_epsilon_back(prediction_type
 
 
 def test_predictions_that_need_no_division_take_the_ends_of_the_schedule() -> None:
-    x, output = randn(0), randn(1)
+    x, output = gaussian(0), gaussian(1)
     assert torch.equal(predict_x0_epsilon(output, x, 0.0, "sample")[1], x)
     x0, epsilon = predict_x0_epsilon(output, x, 0.0, "v_prediction")
     assert torch.equal(x0, -output)
@@ -64,11 +63,11 @@ def test_predictions_that_need_no_division_take_the_ends_of_the_schedule() -> No
 
 def test_an_unknown_prediction_type_is_refused() -> None:
     with pytest.raises(ValueError, match="must be one of epsilon, sample, or v_prediction, got 'score'"):
-        predict_x0_epsilon(randn(0), randn(1), 0.5, "score")
+        predict_x0_epsilon(gaussian(0), gaussian(1), 0.5, "score")
 
 
 def test_training_targets() -> None:
-    x0, noise, alpha = randn(0), randn(1), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64).view(3, 1, 1, 1)
+    x0, noise, alpha = gaussian(0), gaussian(1), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64).view(3, 1, 1, 1)
     assert training_target(x0, noise, alpha, "epsilon") is noise
     assert training_target(x0, noise, alpha, "sample") is x0
     v = training_target(x0, noise, alpha, "v_prediction")
@@ -80,7 +79,7 @@ def test_training_targets() -> None:
 @pytest.mark.parametrize(("t", "t_prev"), [(999, 980), (500, 3), (1, 0), (0, -1), (999, -1)])
 def test_inverse_undoes_the_update(t: int, t_prev: int) -> None:
     step = Step(t, t_prev, float(ALPHAS[t]), float(ALPHAS[t_prev]) if t_prev >= 0 else 1.0)
-    x, epsilon = randn(0), randn(1)
+    x, epsilon = gaussian(0), gaussian(1)
     x_prev, _ = ddim_step(epsilon, x, step)
     assert close(ddim_inverse(epsilon, x_prev, step)[0], x)
 
@@ -92,13 +91,13 @@ def test_eta_one_is_the_posterior_of_ddpm(t: int) -> None:
     # Equations (6) and (7) of arXiv 2006.11239.
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
     assert step.sigma**2 == pytest.approx(variance, rel=1e-10)
-    x, x0 = randn(0), randn(1)
+    x, x0 = gaussian(0), gaussian(1)
     mean = (math.sqrt(alpha_bar_prev) * beta * x0 + math.sqrt(1 - beta) * (1 - alpha_bar_prev) * x) / (1 - alpha_bar)
     assert close(ddim_step(x0, x, step, "sample")[0], mean, 1e-10)
     # Its equation (11), the same mean from epsilon.
-    epsilon = randn(2)
+    epsilon = gaussian(2)
     mean = (x - beta / math.sqrt(1 - alpha_bar) * epsilon) / math.sqrt(1 - beta)
-    noise = randn(3)
+    noise = gaussian(3)
     x_prev, _ = ddim_step(epsilon, x, step, noise=noise)
     assert close(x_prev, mean + math.sqrt(variance) * noise, 1e-10)
 
@@ -131,7 +130,7 @@ def test_steps_follow_the_list_and_end_at_the_final_alpha(final_alpha: float) ->
 def test_the_last_step_ends_in_the_predicted_picture(eta: float, use_sigma_hat: bool) -> None:
     last = make_steps([500, 0], ALPHAS, 1.0, eta, use_sigma_hat)[-1]
     assert (last.alpha_prev, last.sigma, last.noise_std) == (1.0, 0.0, 0.0)
-    x_prev, x0 = ddim_step(randn(0), randn(1), last, noise=randn(2))
+    x_prev, x0 = ddim_step(gaussian(0), gaussian(1), last, noise=gaussian(2))
     assert torch.equal(x_prev, x0)
 
 
@@ -140,7 +139,7 @@ def test_sigma_hat_scales_the_noise_alone() -> None:
     hat = make_steps([500, 300, 0], ALPHAS, 1.0, 1.0, use_sigma_hat=True)
     assert [s.sigma for s in hat] == [s.sigma for s in plain]
     assert [s.noise_std for s in hat[:2]] == [sigma_hat(s.alpha, s.alpha_prev) for s in hat[:2]]
-    x, epsilon, noise = randn(0), randn(1), randn(2)
+    x, epsilon, noise = gaussian(0), gaussian(1), gaussian(2)
     mean, _ = ddim_step(epsilon, x, plain[0])
     assert torch.equal(ddim_step(epsilon, x, hat[0], noise=noise)[0], mean + hat[0].noise_std * noise)
 
@@ -148,7 +147,7 @@ def test_sigma_hat_scales_the_noise_alone() -> None:
 def test_an_eta_that_leaves_no_direction_stays_finite() -> None:
     step = make_steps([500, 300], ALPHAS, eta=50.0)[0]
     assert step.sigma**2 > 1 - step.alpha_prev
-    x_prev, x0 = ddim_step(randn(0), randn(1), step)
+    x_prev, x0 = ddim_step(gaussian(0), gaussian(1), step)
     assert torch.equal(x_prev, math.sqrt(step.alpha_prev) * x0)
 
 
@@ -160,7 +159,7 @@ def test_dynamic_threshold_is_that_of_diffusers(
 ) -> None:
     peer = Peer(thresholding=True, dynamic_thresholding_ratio=ratio, sample_max_value=max_value)
     # One picture stays within [-1, 1], so that thresholds differ within the batch.
-    x0 = (randn(0) * scale * torch.tensor([0.1, 1.0, 3.0]).view(3, 1, 1, 1)).to(dtype)
+    x0 = (gaussian(0) * scale * torch.tensor([0.1, 1.0, 3.0]).view(3, 1, 1, 1)).to(dtype)
     ours = dynamic_threshold(x0, ratio, max_value)
     assert ours.dtype == dtype
     assert torch.equal(ours, peer._threshold_sample(x0))
@@ -169,7 +168,7 @@ def test_dynamic_threshold_is_that_of_diffusers(
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("clip", [partial(torch.clamp, min=-0.5, max=0.5), dynamic_threshold])
 def test_a_recomputed_epsilon_agrees_with_the_clipped_x0(clip: partial, prediction_type: str) -> None:
-    x, output = randn(0), randn(1)
+    x, output = gaussian(0), gaussian(1)
     # A step that leads nowhere returns equation (4) of the x_0 and epsilon that it used.
     stay = Step(500, 500, float(ALPHAS[500]), float(ALPHAS[500]))
     again, x0 = ddim_step(output, x, stay, prediction_type, clip, use_clipped_model_output=True)

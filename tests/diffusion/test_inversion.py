@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,17 +14,14 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
+import helpers
 from ddim.diffusion.equations import PREDICTION_TYPES, Step, ddim_step, make_steps
 from ddim.diffusion.inversion import Inversion, anderson, mixing
 from ddim.diffusion.loop import in_batches, run_steps
+from helpers import ALPHAS
 
-ALPHAS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 STEPS = make_steps([900, 600, 300, 100, 5], ALPHAS, float(ALPHAS[0]))
-Residual = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2 - 1
+rand = partial(helpers.rand, dtype=torch.float64)
 
 
 class Recorder:

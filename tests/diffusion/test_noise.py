@@ -9,14 +9,11 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from ddim.diffusion.noise import MAX_SEED, check_seeds, noise_from_generator, noise_from_seeds
+from helpers import seeded
 
 CPU = torch.device("cpu")
 SHAPE = (3, 2, 4, 4)
 SEEDS = [7, 0, MAX_SEED]
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ from torch import Tensor
 from ddim.diffusion.equations import Step, add_noise, ddim_step
 from ddim.diffusion.schedule import SPACINGS
 from ddim.scheduler import DDIMScheduler
+from helpers import ALPHAS
 
 T = 1000
 BETAS = np.linspace(1e-4, 0.02, T)
-ALPHAS = np.cumprod(1 - BETAS)
 MU, STD = 0.3, 0.5
 
 

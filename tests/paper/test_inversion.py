@@ -25,6 +25,7 @@ from torch import Tensor
 from ddim.diffusion.schedule import SPACINGS
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
+from helpers import rand
 
 SHAPE = (1, 6, 6)
 MEAN = np.linspace(-0.3, 0.3, 36)[::-1].reshape(SHAPE)
@@ -85,8 +86,7 @@ def make_pipeline(std: np.ndarray, T: int = 1000, **config: Any) -> tuple[DDIMPi
 
 
 def pictures(count: int = 3) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(count, *SHAPE, generator=generator, dtype=torch.float64) * 1.8 - 0.9
+    return 0.9 * rand(count, *SHAPE, dtype=torch.float64)
 
 
 def decode(pipe: DDIMPipeline, codes: Any, *args: Any, **kwargs: Any) -> Tensor:

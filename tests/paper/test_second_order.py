@@ -17,6 +17,7 @@ from torch import Tensor
 from ddim import DDIMPipeline, DDIMScheduler
 from ddim.diffusion.loop import sample
 from ddim.diffusion.solvers import BEND, second_order
+from helpers import randn, seeded
 
 SCHEDULER = DDIMScheduler(clip_sample=False)
 MEAN, VARIANCE = 0.3, 0.25
@@ -82,7 +83,7 @@ class TestMixture:
 
     def distance(self, number: int, order: int) -> float:
         """Sliced Wasserstein, to samples of the mixture itself."""
-        generator = torch.Generator().manual_seed(0)
+        generator = seeded(0)
         N = 20_000
         start = torch.randn(N, 2, 1, 1, generator=generator, dtype=torch.float64)
         centers = self.CENTERS[torch.randint(3, (N,), generator=generator)]
@@ -152,7 +153,7 @@ class TestEveryWay:
         scheduler = DDIMScheduler(solver_order=2, clip_sample=clip)
         pipe.scheduler = DDIMScheduler(clip_sample=clip)
         expected = pipe(seeds=[1, 2], num_inference_steps=7, order=2, output_type="pt").images
-        latents = torch.cat([torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(s)) for s in (1, 2)])
+        latents = torch.cat([randn(1, 3, 16, 16, seed=s) for s in (1, 2)])
         for _ in range(2):  # What the first run left is forgotten.
             scheduler.set_timesteps(7)
             x = latents

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.unet import UNet2DModel
+from helpers import seeded
 
 WEIGHTS = "diffusion_pytorch_model"
 OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
@@ -66,7 +67,7 @@ def diffusers_unet(tiny_unet: UNet2DModel) -> diffusers.UNet2DModel:
 def predict(unet: nn.Module) -> Tensor:
     """Predictions for two samples, in float32."""
     height, width = (16, 16) if isinstance(unet.config.sample_size, int) else unet.config.sample_size
-    noise = torch.Generator().manual_seed(1)
+    noise = seeded(1)
     x = torch.randn(2, unet.config.in_channels, height, width, generator=noise)
     with torch.no_grad():
         return unet(x.to(unet.dtype), torch.tensor([7, 901])).sample.float()
@@ -196,7 +197,7 @@ def test_images_of_a_loaded_pipeline_match(diffusers_unet: diffusers.UNet2DModel
     images = []
     for pipe in (DDIMPipeline.from_pretrained(tmp_path), diffusers.DDIMPipeline.from_pretrained(tmp_path)):
         pipe.set_progress_bar_config(disable=True)
-        generator = torch.Generator().manual_seed(3)
+        generator = seeded(3)
         arguments = {"batch_size": 2, "generator": generator, "eta": eta, "num_inference_steps": 20}
         images.append(np.asarray([np.asarray(image) for image in pipe(**arguments).images], dtype=np.int64))
     ours, theirs = images

@@ -20,10 +20,10 @@ import torch
 from diffusers import DDIMInverseScheduler as Peer
 from diffusers import DDIMScheduler as ForwardPeer
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
-from torch import Tensor
 
 from ddim.diffusion.schedule import SPACINGS
 from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler
+from helpers import ALPHAS, randn, relative_error
 
 T = 1000
 PREDICTION_TYPES = ["epsilon", "sample", "v_prediction"]
@@ -51,11 +51,7 @@ GRID = [
 GRID_IDS = ["-".join(str(value) for value in (*config.values(), S)) for config, S in GRID]
 
 
-def randn(seed: int) -> Tensor:
-    return torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-SAMPLE, OUTPUT = randn(0), randn(1)
+SAMPLE, OUTPUT = (randn(2, 3, 4, 4, seed=seed, dtype=torch.float64) for seed in range(2))
 
 
 def in_float64(peer: Peer) -> Peer:
@@ -93,11 +89,6 @@ def pairs(config: dict[str, Any], S: int) -> Iterator[tuple[DDIMInverseScheduler
                 yield ours, peer, exact, t
 
 
-def error(a: Tensor, b: Tensor) -> float:
-    """Relative to the larger of 1 and the largest entry."""
-    return (a.double() - b.double()).abs().max().item() / max(1.0, b.abs().max().item())
-
-
 @pytest.mark.parametrize(("timestep_spacing", "steps_offset", "S"), SUBSEQUENCES)
 def test_timesteps(timestep_spacing: str, steps_offset: int, S: int) -> None:
     config = {"timestep_spacing": timestep_spacing, "steps_offset": steps_offset}
@@ -130,8 +121,8 @@ def test_timesteps_are_those_of_the_forward_scheduler_turned_round(timestep_spac
 def test_step_in_float64(config: dict[str, Any], S: int) -> None:
     for ours, _, exact, t in pairs(config, S):
         a, b = ours.step(OUTPUT, t, SAMPLE), exact.step(OUTPUT, t, SAMPLE)
-        assert error(a.prev_sample, b.prev_sample) <= 1e-9, (ours.config, t)
-        assert error(a.pred_original_sample, b.pred_original_sample) <= 1e-9, (ours.config, t)
+        assert relative_error(a.prev_sample, b.prev_sample) <= 1e-9, (ours.config, t)
+        assert relative_error(a.pred_original_sample, b.pred_original_sample) <= 1e-9, (ours.config, t)
 
 
 @pytest.mark.parametrize(("config", "S"), GRID, ids=GRID_IDS)
@@ -146,8 +137,8 @@ def test_step_as_shipped(config: dict[str, Any], S: int) -> None:
             # x_0 from epsilon is a difference of numbers larger by 1 / sqrt(alpha), which clipping does not scale back.
             divided = config["prediction_type"] == "epsilon" and ours.alphas_cumprod[t] < 0.01
             bound = 1e-5 if divided and ours.clip is not None else 1e-6
-            assert error(x, z) <= bound, (ours.config, t, name)
-            assert error(x, y) <= bound or error(x, z) < error(y, z), (ours.config, t, name)
+            assert relative_error(x, z) <= bound, (ours.config, t, name)
+            assert relative_error(x, y) <= bound or relative_error(x, z) < relative_error(y, z), (ours.config, t, name)
 
 
 @pytest.mark.parametrize("timestep_spacing", ["leading", "trailing"])
@@ -165,7 +156,7 @@ def test_x0_in_half_precision_is_as_near_as_the_peers(dtype: torch.dtype, timest
         truth = exact.step(OUTPUT.to(dtype).double(), t, x_prev.double()).pred_original_sample
         x0, theirs = (s.step(OUTPUT.to(dtype), t, x_prev).pred_original_sample for s in (ours, peer))
         assert x0.dtype == dtype
-        assert error(x0, truth) <= 2 * error(theirs, truth) + 4 * torch.finfo(dtype).eps, t
+        assert relative_error(x0, truth) <= 2 * relative_error(theirs, truth) + 4 * torch.finfo(dtype).eps, t
 
 
 @pytest.mark.parametrize("set_alpha_to_one", [True, False])
@@ -180,7 +171,7 @@ def test_what_loops_read(prediction_type: str, set_alpha_to_one: bool) -> None:
     assert ours.scale_model_input(SAMPLE, 5) is SAMPLE
     assert float(ours.initial_alpha_cumprod) == pytest.approx(float(peer.initial_alpha_cumprod), abs=1e-7)
     assert float(ours.initial_alpha_cumprod) == pytest.approx(1 if set_alpha_to_one else 1 - 1e-4, abs=1e-7)
-    assert error(ours.alphas_cumprod, peer.alphas_cumprod) <= 1e-5
+    assert relative_error(ours.alphas_cumprod, peer.alphas_cumprod) <= 1e-5
 
 
 def test_arguments_and_results_are_the_peers() -> None:
@@ -272,8 +263,8 @@ def test_given_the_output_at_x_t_a_step_is_inverted_exactly(
     for t, forward, inverse in inverses(prediction_type, walk, timestep_spacing=timestep_spacing):
         x_prev, x0 = forward.step(OUTPUT, t, SAMPLE, return_dict=False)
         result = inverse.step(OUTPUT, t, x_prev)
-        assert error(result.prev_sample, SAMPLE) <= 1e-9, (inverse.config, t)
-        assert error(result.pred_original_sample, x0) <= 1e-9, (inverse.config, t)
+        assert relative_error(result.prev_sample, SAMPLE) <= 1e-9, (inverse.config, t)
+        assert relative_error(result.pred_original_sample, x0) <= 1e-9, (inverse.config, t)
         count += 1
     assert count >= 4 * 4
 
@@ -287,7 +278,7 @@ def peer_misses(config: dict[str, Any], S: int) -> list[float]:
         scheduler.set_timesteps(S)
     assert peer.timesteps.tolist() == ours.timesteps.tolist()[::-1]
     timesteps = peer.timesteps.tolist()[1:]
-    return [error(peer.step(OUTPUT, t, ours.step(OUTPUT, t, SAMPLE)[0])[0], SAMPLE) for t in timesteps]
+    return [relative_error(peer.step(OUTPUT, t, ours.step(OUTPUT, t, SAMPLE)[0])[0], SAMPLE) for t in timesteps]
 
 
 @pytest.mark.parametrize("timestep_spacing", ["leading", "trailing"])
@@ -314,7 +305,7 @@ def test_clipping_is_of_the_x0_that_x_t_holds(prediction_type: str) -> None:
         for scheduler in (plain, clipping):
             scheduler.set_timesteps(10)
         for t in (100, 500, 900):
-            a = torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64), 0)[t]
+            a = torch.tensor(ALPHAS[t])
             x, x0 = plain.step(OUTPUT, t, SAMPLE, return_dict=False)
             epsilon = (x - a.sqrt() * x0) / (1 - a).sqrt()
             if "thresholding" in clip:
@@ -324,8 +315,8 @@ def test_clipping_is_of_the_x0_that_x_t_holds(prediction_type: str) -> None:
             else:
                 wanted = x0.clamp(-0.5, 0.5)
             clipped, kept = clipping.step(OUTPUT, t, SAMPLE, return_dict=False)
-            assert error(kept, wanted) <= 1e-9
-            assert error(clipped, a.sqrt() * wanted + (1 - a).sqrt() * epsilon) <= 1e-9
+            assert relative_error(kept, wanted) <= 1e-9
+            assert relative_error(clipped, a.sqrt() * wanted + (1 - a).sqrt() * epsilon) <= 1e-9
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

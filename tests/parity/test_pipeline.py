@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ddim import DDIMPipeline, DDIMScheduler
+from helpers import seeded
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,8 @@ def paint(pipe, generator, **settings):
 @pytest.mark.parametrize("generators", ["one", "list"])
 def test_pictures_are_the_peers(pipe, peer, eta, generators) -> None:
     def generator():
-        one = torch.Generator().manual_seed(3)
-        return one if generators == "one" else [one, torch.Generator().manual_seed(4)]
+        one = seeded(3)
+        return one if generators == "one" else [one, seeded(4)]
 
     a, b = (paint(p, generator(), eta=eta, num_inference_steps=12) for p in (pipe, peer))
     assert a.shape == b.shape == (2, 28, 28, 1)
@@ -54,7 +55,7 @@ def test_the_global_generator_is_used_as_the_peer_uses_it(pipe, peer) -> None:
 
 
 def test_positional_arguments_are_the_peers(pipe, peer) -> None:
-    a, b = (p(1, torch.Generator().manual_seed(0), 0.0, 5, True, "pil", False)[0][0] for p in (pipe, peer))
+    a, b = (p(1, seeded(0), 0.0, 5, True, "pil", False)[0][0] for p in (pipe, peer))
     assert a.mode == b.mode == "L"
     assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
 
@@ -74,12 +75,12 @@ def test_scheduler_settings_carry_over(pipe, peer, settings) -> None:
     theirs = diffusers.DDIMPipeline(peer.unet, diffusers.DDIMScheduler(**settings))
     for p in (ours, theirs):
         p.set_progress_bar_config(disable=True)
-    a, b = (paint(p, torch.Generator().manual_seed(1), num_inference_steps=10) for p in (ours, theirs))
+    a, b = (paint(p, seeded(1), num_inference_steps=10) for p in (ours, theirs))
     assert np.abs(a - b).max() <= 1 / 255
 
 
 def test_the_peers_unet_and_any_scheduler_are_taken(pipe, peer) -> None:
     mixed = DDIMPipeline(peer.unet, diffusers.DDPMScheduler())
     mixed.set_progress_bar_config(disable=True)
-    a, b = (paint(p, torch.Generator().manual_seed(2), num_inference_steps=10) for p in (mixed, peer))
+    a, b = (paint(p, seeded(2), num_inference_steps=10) for p in (mixed, peer))
     assert np.abs(a - b).max() <= 1 / 255

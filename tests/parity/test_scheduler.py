@@ -22,9 +22,9 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor
 
 from ddim.scheduler import DDIMScheduler
+from helpers import error, randn, seeded
 
 T = 1000
-SHAPE = (2, 3, 4, 4)
 PREDICTIONS = [
     {"prediction_type": "epsilon"},
     {"prediction_type": "sample"},
@@ -57,11 +57,7 @@ CLIPS = [
 ]
 
 
-def randn(seed: int) -> Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
-
-
-SAMPLE, OUTPUT, NOISE = randn(0), randn(1), randn(2)
+SAMPLE, OUTPUT, NOISE = (randn(2, 3, 4, 4, seed=seed) for seed in range(3))
 
 
 @cache
@@ -114,10 +110,6 @@ def exact_step(peer: Peer, t: int, eta: float, clipped: bool) -> list[Tensor]:
     return [prev, x0]
 
 
-def error(a: Tensor, b: Tensor) -> float:
-    return (a.double() - b.double()).abs().max().item()
-
-
 @pytest.mark.parametrize(("timestep_spacing", "steps_offset", "S"), SUBSEQUENCES)
 def test_the_grid_holds_only_what_the_peer_does_right(timestep_spacing: str, steps_offset: int, S: int) -> None:
     ours, peer = (make(timestep_spacing=timestep_spacing, steps_offset=steps_offset) for make in (DDIMScheduler, Peer))
@@ -164,7 +156,7 @@ def test_a_loop_draws_the_noise_of_the_peer(dtype: torch.dtype, eta: float, kind
     ends, states = [], []
     for scheduler in (DDIMScheduler(), in_float64(Peer())):
         torch.manual_seed(3)
-        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        generators = [seeded(seed) for seed in (1, 2)]
         generator = {"one": generators[0], "list": generators, "global": None}[kind]
         scheduler.set_timesteps(10)
         x = SAMPLE.to(dtype)
@@ -181,7 +173,7 @@ def test_a_loop_draws_the_noise_of_the_peer(dtype: torch.dtype, eta: float, kind
 def test_variance_noise_is_what_a_generator_would_draw(eta: float) -> None:
     ours = DDIMScheduler()
     ours.set_timesteps(10)
-    drawn = ours.step(OUTPUT, 500, SAMPLE, eta, generator=torch.Generator().manual_seed(2)).prev_sample
+    drawn = ours.step(OUTPUT, 500, SAMPLE, eta, generator=seeded(2)).prev_sample
     assert torch.equal(drawn, ours.step(OUTPUT, 500, SAMPLE, eta, variance_noise=NOISE).prev_sample)
 
 
