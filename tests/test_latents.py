@@ -72,7 +72,7 @@ def handwritten(count: int) -> list[Image.Image]:
 # --- encode, decode, reconstruct
 
 
-def test_pictures_come_back(tiny_pipeline: DDIMPipeline) -> None:
+def test_images_are_reconstructed(tiny_pipeline: DDIMPipeline) -> None:
     x = rand(5, 3, 16, 16)
     codes = tiny_pipeline.encode(x, timesteps=QUIET, batch_size=4)
     assert codes.converged.all()
@@ -85,7 +85,7 @@ def test_pictures_come_back(tiny_pipeline: DDIMPipeline) -> None:
     assert result.mse.max() <= 1e-9
 
 
-def test_the_models_own_pictures_come_back_a_thousand_times_nearer_than_by_euler(mnist: DDIMPipeline) -> None:
+def test_exact_inversion_beats_euler_on_generated_images(mnist: DDIMPipeline) -> None:
     pictures = mnist(seeds=[1, 3], num_inference_steps=20).images
     exact, euler = (mnist.reconstruct(pictures, 20, exact, batch_size=2) for exact in (True, False))
     assert (euler.mse / exact.mse).min() >= 1000
@@ -95,7 +95,7 @@ def test_the_models_own_pictures_come_back_a_thousand_times_nearer_than_by_euler
         assert np.abs(np.asarray(before, int) - np.asarray(after, int)).max() <= 2
 
 
-def test_digits_of_another_hand_come_back(mnist: DDIMPipeline) -> None:
+def test_exact_inversion_beats_euler_on_unseen_images(mnist: DDIMPipeline) -> None:
     """Enlarged from 8x8, they are unlike those that the model knows. Decoding then magnifies what encoding leaves."""
     exact, euler = (mnist.reconstruct(handwritten(3), 20, exact, resize=True, batch_size=3) for exact in (True, False))
     ratio = euler.mse / exact.mse
@@ -104,7 +104,7 @@ def test_digits_of_another_hand_come_back(mnist: DDIMPipeline) -> None:
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_a_code_is_the_same_alone_and_in_company(mnist: DDIMPipeline, exact: bool) -> None:
+def test_latents_are_independent_of_batch(mnist: DDIMPipeline, exact: bool) -> None:
     pictures, timesteps = handwritten(3), [700, 400, 150]
     settings: dict[str, Any] = {"timesteps": timesteps, "batch_size": 2}
     limits = {"exact": exact, "max_iterations": 25, "resize": True}
@@ -118,7 +118,7 @@ def test_a_code_is_the_same_alone_and_in_company(mnist: DDIMPipeline, exact: boo
         assert torch.equal(mnist.decode(some, output_type="pt", **settings).images, images[order])
 
 
-def test_a_code_is_the_same_in_company_of_more_than_a_group(tiny_pipeline: DDIMPipeline) -> None:
+def test_latents_are_independent_of_group(tiny_pipeline: DDIMPipeline) -> None:
     x = rand(2 * BATCHES_PER_GROUP + 1, 3, 16, 16)
     settings: dict[str, Any] = {"timesteps": [200, 100], "batch_size": 2}
     together = tiny_pipeline.encode(x, **settings)
@@ -130,7 +130,7 @@ def test_a_code_is_the_same_in_company_of_more_than_a_group(tiny_pipeline: DDIMP
         assert np.array_equal(tiny_pipeline.decode(alone, output_type="np", **settings).images[0], images[index])
 
 
-def test_the_network_sees_full_batches_only(pipe: DDIMPipeline) -> None:
+def test_network_receives_only_full_batches(pipe: DDIMPipeline) -> None:
     for batch_size in (1, 3):
         pipe.unet.sizes.clear()
         codes = pipe.encode(rand(4, 1, 8, 8), 5, batch_size=batch_size)
@@ -138,7 +138,7 @@ def test_the_network_sees_full_batches_only(pipe: DDIMPipeline) -> None:
         assert set(pipe.unet.sizes) == {batch_size}
 
 
-def test_fields_of_codes(pipe: DDIMPipeline) -> None:
+def test_encode_output_fields(pipe: DDIMPipeline) -> None:
     codes = pipe.encode(rand(3, 1, 8, 8), 10, verify=False, batch_size=1)
     assert codes.mse.isnan().all()
     assert codes.latents.shape == (3, 1, 8, 8)
@@ -160,7 +160,7 @@ def test_fields_of_codes(pipe: DDIMPipeline) -> None:
     assert codes.residuals.max() <= 1e-5
 
 
-def test_euler_asks_once_a_step_and_once_more(pipe: DDIMPipeline) -> None:
+def test_euler_evaluates_once_per_step_and_once_more(pipe: DDIMPipeline) -> None:
     codes = pipe.encode(rand(2, 1, 8, 8), 10, exact=False, verify=False, batch_size=2)
     assert codes.evaluations.tolist() == [[1] * 8 + [2, 0]] * 2
     assert pipe.unet.timesteps == codes.timesteps[::-1]
@@ -169,7 +169,7 @@ def test_euler_asks_once_a_step_and_once_more(pipe: DDIMPipeline) -> None:
     assert pipe.unet.timesteps == codes.timesteps[:-1]
 
 
-def test_encoding_tells_what_decoding_gives_back(pipe: DDIMPipeline, caplog: pytest.LogCaptureFixture) -> None:
+def test_encode_reports_reconstruction_mse(pipe: DDIMPipeline, caplog: pytest.LogCaptureFixture) -> None:
     x = rand(2, 1, 8, 8)
     with caplog.at_level(logging.WARNING):
         codes = pipe.encode(x, 10)
@@ -183,7 +183,7 @@ def test_encoding_tells_what_decoding_gives_back(pipe: DDIMPipeline, caplog: pyt
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_the_residual_is_what_a_step_of_the_scheduler_misses(pipe: DDIMPipeline, exact: bool) -> None:
+def test_residual_matches_scheduler_step(pipe: DDIMPipeline, exact: bool) -> None:
     x = rand(3, 1, 8, 8, dtype=torch.float64)
     pipe.unet.dtype = torch.float64
     codes = pipe.encode(x, timesteps=[400], exact=exact)
@@ -197,7 +197,7 @@ def test_the_residual_is_what_a_step_of_the_scheduler_misses(pipe: DDIMPipeline,
     assert torch.equal(further.residuals[:, 1:], codes.residuals)
 
 
-def test_converged_is_at_most_the_tolerance_in_every_step() -> None:
+def test_converged_requires_every_step_within_tolerance() -> None:
     residuals = torch.tensor([[0.25, 0.0], [0.0, 0.26], [math.inf, 0.0], [0.1, 0.2], [math.nan, 0.0]])
     codes = EncodeOutput(
         torch.zeros(5, 1, 8, 8), [900, 400], residuals, torch.ones(5, 2, dtype=torch.int64), 0.25, torch.zeros(5)
@@ -206,7 +206,7 @@ def test_converged_is_at_most_the_tolerance_in_every_step() -> None:
     assert codes.residual[:4].tolist() == residuals[:4].max(1).values.tolist()
 
 
-def test_a_tighter_tolerance_is_reached_and_costs_more(pipe: DDIMPipeline) -> None:
+def test_tighter_tolerance_takes_more_evaluations(pipe: DDIMPipeline) -> None:
     x = rand(2, 1, 8, 8)
     loose, tight = (pipe.encode(x, 10, tolerance=tolerance) for tolerance in (1e-2, 1e-6))
     assert tight.residuals.max() <= 1e-6 < loose.residuals.max() <= 1e-2
@@ -217,9 +217,7 @@ def test_a_tighter_tolerance_is_reached_and_costs_more(pipe: DDIMPipeline) -> No
     assert not with_less.converged.any()
 
 
-def test_a_warning_is_logged_when_and_only_when_the_tolerance_is_missed(
-    pipe: DDIMPipeline, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_warning_is_logged_only_if_tolerance_is_missed(pipe: DDIMPipeline, caplog: pytest.LogCaptureFixture) -> None:
     x = rand(3, 1, 8, 8)
     with caplog.at_level(logging.WARNING):
         assert pipe.encode(x, 10).converged.all()
@@ -236,9 +234,7 @@ def test_a_warning_is_logged_when_and_only_when_the_tolerance_is_missed(
         assert "in the 9 steps from timesteps 100 to 900; the" in caplog.text
 
 
-def test_a_network_that_breaks_down_on_one_picture_spoils_no_other(
-    pipe: DDIMPipeline, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_nan_on_one_image_does_not_affect_others(pipe: DDIMPipeline, caplog: pytest.LogCaptureFixture) -> None:
     x = rand(3, 1, 8, 8)
     codes = pipe.encode(x, 6)
     forward = pipe.unet.forward
@@ -269,7 +265,7 @@ def test_mse_and_psnr(pipe: DDIMPipeline) -> None:
     assert result.psnr.tolist() == pytest.approx([10 * math.log10(1 / mse) for mse in expected.tolist()], rel=1e-4)
 
 
-def test_mse_is_of_what_the_network_gave_before_it_was_clipped(pipe: DDIMPipeline) -> None:
+def test_mse_is_computed_before_clipping(pipe: DDIMPipeline) -> None:
     x = torch.ones(1, 1, 8, 8)
     # Euler steps and back lead towards the mean.
     pipe.unet.mean = 3
@@ -285,7 +281,7 @@ def test_mse_is_of_what_the_network_gave_before_it_was_clipped(pipe: DDIMPipelin
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "linspace", "quad", "logsnr"])
-def test_every_spacing(spacing: str) -> None:
+def test_spacings_are_invertible(spacing: str) -> None:
     pipe = DDIMPipeline(Network(), DDIMScheduler(timestep_spacing=spacing))
     pipe.set_progress_bar_config(disable=True)
     result = pipe.reconstruct(rand(2, 1, 8, 8), 7)
@@ -302,7 +298,7 @@ def test_output_types(pipe: DDIMPipeline) -> None:
     assert np.array_equal(np.stack([np.asarray(image) for image in pil]), (array[:, :, :, 0] * 255).round())
 
 
-def test_pictures_of_all_kinds_have_one_code(pipe: DDIMPipeline) -> None:
+def test_image_types_encode_to_same_latents(pipe: DDIMPipeline) -> None:
     pixels = digits(2)
     samples = torch.from_numpy(pixels)[:, None] / 127.5 - 1
     codes = pipe.encode(samples, 5).latents
@@ -310,7 +306,7 @@ def test_pictures_of_all_kinds_have_one_code(pipe: DDIMPipeline) -> None:
         assert (pipe.encode(images, 5).latents - codes).abs().max() <= 1e-4
 
 
-def test_decode_wants_the_timesteps_of_encode(pipe: DDIMPipeline) -> None:
+def test_decode_requires_timesteps_of_encode(pipe: DDIMPipeline) -> None:
     codes = pipe.encode(rand(1, 1, 8, 8), 5)
     pipe.unet.timesteps.clear()
     for other in ({"num_inference_steps": 10}, {"timesteps": [800, 600, 400, 200, 1]}, {"timesteps": [800, 600]}):
@@ -321,13 +317,13 @@ def test_decode_wants_the_timesteps_of_encode(pipe: DDIMPipeline) -> None:
     pipe.decode(codes, timesteps=[800, 600, 400, 200, 0])
 
 
-def test_float64_stays(pipe: DDIMPipeline) -> None:
+def test_float64_is_kept(pipe: DDIMPipeline) -> None:
     codes = pipe.encode(rand(1, 1, 8, 8, dtype=torch.float64), 4)
     assert codes.latents.dtype == torch.float64
     assert pipe.decode(codes, 4, "pt").images.dtype == torch.float64
 
 
-def test_a_network_in_half_precision_keeps_samples_in_float32(make_unet: Callable[..., Any]) -> None:
+def test_half_precision_network_keeps_samples_in_float32(make_unet: Callable[..., Any]) -> None:
     wide, half = (DDIMPipeline(make_unet(), DDIMScheduler()) for _ in range(2))
     half.to(torch.bfloat16)
     for pipe in (wide, half):
@@ -359,7 +355,7 @@ EVERYTHING: dict[str, Callable[[DDIMPipeline], Any]] = {
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
-def test_mode_is_evaluation_inside_and_as_before_outside(pipe: DDIMPipeline, name: str) -> None:
+def test_eval_mode_during_call_is_restored_after(pipe: DDIMPipeline, name: str) -> None:
     pipe.unet.frozen = nn.Dropout().eval()
     pipe.unet.train()
     pipe.unet.frozen.eval()
@@ -371,7 +367,7 @@ def test_mode_is_evaluation_inside_and_as_before_outside(pipe: DDIMPipeline, nam
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
-def test_the_progress_bar_reaches_its_end(pipe: DDIMPipeline, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_bar_completes(pipe: DDIMPipeline, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     pipe.set_progress_bar_config(desc=name)
     EVERYTHING[name](pipe)
     bars = [line.split("\r")[-1] for line in capsys.readouterr().err.strip().split("\n")]
@@ -380,7 +376,7 @@ def test_the_progress_bar_reaches_its_end(pipe: DDIMPipeline, name: str, capsys:
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
-def test_the_same_call_gives_the_same_again(pipe: DDIMPipeline, name: str) -> None:
+def test_calls_are_deterministic(pipe: DDIMPipeline, name: str) -> None:
     def numbers(result: Any) -> list[Any]:
         if isinstance(result, Image.Image):
             return [result.tobytes()]
@@ -409,7 +405,7 @@ def array(pipe: DDIMPipeline, method: str, *args: Any, **kwargs: Any) -> np.ndar
     return getattr(pipe, method)(*args, output_type="np", **kwargs).images
 
 
-def test_interpolation_decodes_the_codes_themselves_at_its_ends(tiny_pipeline: DDIMPipeline) -> None:
+def test_interpolation_end_points_are_decoded_latents(tiny_pipeline: DDIMPipeline) -> None:
     a, b, c, d = codes = randn(4, 3, 16, 16)
     settings: dict[str, Any] = {"timesteps": QUIET, "batch_size": 3}
     ends = array(tiny_pipeline, "decode", codes, **settings)
@@ -430,7 +426,7 @@ def test_interpolation_decodes_the_codes_themselves_at_its_ends(tiny_pipeline: D
     assert np.array_equal(grid[:4], line)
 
 
-def test_digits_turn_into_digits_in_small_steps(mnist: DDIMPipeline) -> None:
+def test_interpolated_digits_change_gradually(mnist: DDIMPipeline) -> None:
     """Eight pairs: the ends are the pictures of their codes, bit for bit, and neighbors differ less than the ends."""
     codes = randn(16, 1, 28, 28)
     ends = array(mnist, "decode", codes, 10)
@@ -441,7 +437,7 @@ def test_digits_turn_into_digits_in_small_steps(mnist: DDIMPipeline) -> None:
         assert neighbors.max() < np.abs(frames[-1] - frames[0]).mean()
 
 
-def test_between_the_codes_lie_the_pictures_of_equation_67(pipe: DDIMPipeline) -> None:
+def test_interpolation_matches_equation_67(pipe: DDIMPipeline) -> None:
     codes = randn(4, 1, 8, 8)
     z = codes.double().numpy()
 
@@ -467,7 +463,7 @@ def test_between_the_codes_lie_the_pictures_of_equation_67(pipe: DDIMPipeline) -
     assert np.abs(grid - decoded(*wanted)).max() <= 1e-5
 
 
-def test_interpolation_takes_what_encode_returns(pipe: DDIMPipeline) -> None:
+def test_interpolation_accepts_encode_output(pipe: DDIMPipeline) -> None:
     codes = pipe.encode(rand(3, 1, 8, 8), 5)
     path = array(pipe, "interpolate", codes, frames=2, num_inference_steps=5)
     assert np.array_equal(path, array(pipe, "decode", codes, 5))
@@ -477,7 +473,7 @@ def test_interpolation_takes_what_encode_returns(pipe: DDIMPipeline) -> None:
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_a_trajectory_is_that_of_sampling(tiny_pipeline: DDIMPipeline, eta: float) -> None:
+def test_trajectory_matches_sampling(tiny_pipeline: DDIMPipeline, eta: float) -> None:
     arguments: dict[str, Any] = {"num_inference_steps": 6, "seeds": [7, 9], "eta": eta, "output_type": "pt"}
     seen = []
     images = tiny_pipeline(
@@ -492,7 +488,7 @@ def test_a_trajectory_is_that_of_sampling(tiny_pipeline: DDIMPipeline, eta: floa
         assert torch.equal(result.pred_original_samples[index], unit(tensors["pred_original_sample"]))
 
 
-def test_a_trajectory_from_latents_and_timesteps_of_ones_own(pipe: DDIMPipeline) -> None:
+def test_trajectory_from_custom_latents_and_timesteps(pipe: DDIMPipeline) -> None:
     arguments: dict[str, Any] = {"latents": randn(3, 1, 8, 8), "timesteps": [900, 400, 30], "output_type": "np"}
     result = pipe.trajectory(**arguments)
     assert result.timesteps == [900, 400, 30]
@@ -516,7 +512,7 @@ def test_a_trajectory_from_latents_and_timesteps_of_ones_own(pipe: DDIMPipeline)
         ({"at": range(900, 0, -400)}, [900, 500, 100]),
     ],
 )
-def test_which_timesteps_a_trajectory_shows(pipe: DDIMPipeline, arguments: dict[str, Any], shown: list[int]) -> None:
+def test_trajectory_selects_timesteps(pipe: DDIMPipeline, arguments: dict[str, Any], shown: list[int]) -> None:
     result = pipe.trajectory(seeds=[1], num_inference_steps=10, output_type="pt", **arguments)
     assert result.timesteps == shown
     assert len(result.samples) == len(result.pred_original_samples) == len(shown)
@@ -528,7 +524,7 @@ def test_which_timesteps_a_trajectory_shows(pipe: DDIMPipeline, arguments: dict[
     assert torch.equal(result.images, everything.images)
 
 
-def test_consistency_is_sampling_again_and_again(tiny_pipeline: DDIMPipeline) -> None:
+def test_consistency_matches_sampling(tiny_pipeline: DDIMPipeline) -> None:
     z = randn(2, 3, 16, 16)
     results = tiny_pipeline.consistency(z, (5, 2, 3), "pt")
     for images, S in zip(results, (5, 2, 3), strict=True):
@@ -538,7 +534,7 @@ def test_consistency_is_sampling_again_and_again(tiny_pipeline: DDIMPipeline) ->
 # --- edit
 
 
-def test_no_strength_is_no_edit(pipe: DDIMPipeline) -> None:
+def test_zero_strength_returns_images(pipe: DDIMPipeline) -> None:
     pictures = handwritten(2)
     for seeds in (None, [1, 2]):
         assert [i.tobytes() for i in pipe.edit(pictures, 0, 10, seeds=seeds).images] == [i.tobytes() for i in pictures]
@@ -547,7 +543,7 @@ def test_no_strength_is_no_edit(pipe: DDIMPipeline) -> None:
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize(("strength", "walked"), [(1, 10), (0.5, 5), (0.32, 3), (0.38, 4)])
-def test_an_edit_with_seeds_samples_from_a_noised_picture(
+def test_edit_with_seeds_samples_from_noised_image(
     tiny_pipeline: DDIMPipeline, strength: float, walked: int, eta: float
 ) -> None:
     x = rand(2, 3, 16, 16)
@@ -564,7 +560,7 @@ def test_an_edit_with_seeds_samples_from_a_noised_picture(
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_an_edit_is_decided_by_its_seed(pipe: DDIMPipeline, eta: float) -> None:
+def test_edit_depends_only_on_its_seed(pipe: DDIMPipeline, eta: float) -> None:
     x = rand(3, 1, 8, 8)
     edited = pipe.edit(x, 0.6, 10, "pt", seeds=[3, 4, 5], eta=eta).images
     assert torch.equal(edited, pipe.edit(x, 0.6, 10, "pt", seeds=iter([3, 4, 5]), eta=eta).images)
@@ -576,7 +572,7 @@ def test_an_edit_is_decided_by_its_seed(pipe: DDIMPipeline, eta: float) -> None:
 
 
 @pytest.mark.parametrize(("strength", "timesteps"), [(0.5, [400, 300, 200, 100, 0]), (0.1, [0]), (1, None)])
-def test_an_edit_without_seeds_samples_from_the_code(
+def test_edit_without_seeds_samples_from_latents(
     pipe: DDIMPipeline, strength: float, timesteps: list[int] | None
 ) -> None:
     x = rand(2, 1, 8, 8)
@@ -588,7 +584,7 @@ def test_an_edit_without_seeds_samples_from_the_code(
     assert torch.equal(edited, pipe.edit(x, strength, 10, "pt").images)
 
 
-def test_a_stronger_edit_leaves_less_of_the_picture(pipe: DDIMPipeline) -> None:
+def test_stronger_edit_changes_more(pipe: DDIMPipeline) -> None:
     x = rand(4, 1, 8, 8)
     errors = [
         float((pipe.edit(x, strength, 20, "pt", seeds=range(4)).images - unit(x)).square().mean())
@@ -769,7 +765,7 @@ CASES = [(method, {**usual, **wrong}, message) for method, (usual, cases) in BAD
 @pytest.mark.parametrize(
     ("method", "arguments", "message"), CASES, ids=[f"{method}-{message}" for method, _, message in CASES]
 )
-def test_bad_input_gets_a_sentence_before_the_network_runs(
+def test_invalid_input_raises_before_network_runs(
     pipe: DDIMPipeline, method: str, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises((ValueError, TypeError), match=r".*") as caught:
@@ -779,7 +775,7 @@ def test_bad_input_gets_a_sentence_before_the_network_runs(
     assert pipe.unet.timesteps == []
 
 
-def test_no_signal_is_refused_for_epsilon(pipe: DDIMPipeline) -> None:
+def test_epsilon_prediction_without_signal_raises(pipe: DDIMPipeline) -> None:
     pipe.scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     for call in (lambda: pipe.encode(X, 5), lambda: pipe.decode(Z, 5), lambda: pipe.edit(X, 1, 5, seeds=[1, 2])):
         with pytest.raises(ValueError, match="no signal"):

@@ -54,7 +54,7 @@ def png(image) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_seed_gives_the_same_bytes_alone_in_a_batch_and_in_any_order(pipe) -> None:
+def test_seed_is_independent_of_batch_and_order(pipe) -> None:
     alone = pipe(seeds=[7], num_inference_steps=20).images[0]
     batches = [[1, 2, 3, 7, 4, 5, 6, 8], [8, 7, 6, 5, 4, 3, 2, 1]]
     together = [pipe(seeds=seeds, num_inference_steps=20).images[seeds.index(7)] for seeds in batches]
@@ -67,27 +67,27 @@ def test_a_seed_gives_the_same_bytes_alone_in_a_batch_and_in_any_order(pipe) -> 
     assert png(alone) == png(pipe(batch_size=1, seeds=[7], num_inference_steps=20).images[0])
 
 
-def test_a_seed_decides_the_noise_of_stochastic_sampling_too(pipe) -> None:
+def test_seed_determines_stochastic_noise(pipe) -> None:
     alone = pipe(seeds=[7], eta=1.0, num_inference_steps=10).images[0]
     together = pipe(seeds=[3, 7, 5], eta=1.0, num_inference_steps=10).images[1]
     assert np.abs(np.asarray(alone, int) - np.asarray(together, int)).max() <= 1
 
 
-def test_a_seed_is_a_generator_of_ones_own(pipe) -> None:
+def test_seeds_match_seeded_generators(pipe) -> None:
     a = pipe(seeds=[7, 9], num_inference_steps=4, output_type="pt").images
     generators = [seeded(7), seeded(9)]
     b = pipe(batch_size=2, generator=generators, num_inference_steps=4, output_type="pt").images
     assert torch.equal(a, b)
 
 
-def test_paint_numbers_pictures_by_seed_whatever_the_batches(pipe) -> None:
+def test_sample_images_is_independent_of_batch_size(pipe) -> None:
     five = pipe.paint(5, seed=10, batch_size=2, num_inference_steps=4)
     assert len(five) == 5
     again = pipe.paint(3, seed=12, batch_size=2, num_inference_steps=4)
     assert [png(image) for image in five[2:]] == [png(image) for image in again]
 
 
-def test_latents_are_where_sampling_starts(pipe) -> None:
+def test_latents_are_initial_samples(pipe) -> None:
     noise = randn(1, 1, 28, 28, seed=7)
     a = pipe(latents=noise, num_inference_steps=4, output_type="pt").images
     assert torch.equal(a, pipe(seeds=[7], num_inference_steps=4, output_type="pt").images)
@@ -112,7 +112,7 @@ def test_output_types(pipe) -> None:
     assert pipe(seeds=[1], num_inference_steps=2, return_dict=False)[0][0].tobytes() == pil[0].tobytes()
 
 
-def test_the_network_is_asked_once_a_step_at_the_chosen_timesteps(zero) -> None:
+def test_network_is_evaluated_once_per_timestep(zero) -> None:
     zero(num_inference_steps=4)
     assert zero.unet.timesteps == [750, 500, 250, 0]
     zero.unet.timesteps.clear()
@@ -120,7 +120,7 @@ def test_the_network_is_asked_once_a_step_at_the_chosen_timesteps(zero) -> None:
     assert zero.unet.timesteps == [900, 5, 1] == zero.scheduler.timesteps.tolist()
 
 
-def test_mode_is_evaluation_inside_and_as_before_outside(zero) -> None:
+def test_eval_mode_during_call_is_restored_after(zero) -> None:
     frozen = nn.Dropout().eval()
     zero.unet.frozen = frozen
     zero.unet.train()
@@ -139,7 +139,7 @@ def test_mode_is_evaluation_inside_and_as_before_outside(zero) -> None:
     assert torch.is_grad_enabled()
 
 
-def test_callback_sees_each_step_and_may_change_latents(zero) -> None:
+def test_callback_receives_each_step_and_may_replace_latents(zero) -> None:
     seen = []
 
     def watch(pipe, index, timestep, tensors):
@@ -162,7 +162,7 @@ def test_progress_bar_settings(zero, capsys) -> None:
     assert capsys.readouterr().err == ""
 
 
-def test_half_precision_keeps_the_samples_in_float32(pipe) -> None:
+def test_half_precision_keeps_samples_in_float32(pipe) -> None:
     reference = pipe(seeds=[1], num_inference_steps=5, output_type="pt").images
     half = DDIMPipeline.from_pretrained("mnist", torch_dtype=torch.bfloat16)
     half.set_progress_bar_config(disable=True)
@@ -211,7 +211,7 @@ def test_non_square_samples() -> None:
     assert pipe(num_inference_steps=1).images[0].size == (12, 8)
 
 
-def test_sigma_hat_adds_ddpms_larger_noise(zero) -> None:
+def test_sigma_hat_adds_larger_ddpm_noise(zero) -> None:
     """The network predicts no noise, so that what a step adds to sqrt(alpha_prev / alpha) x is the noise alone."""
     zero.scheduler = DDIMScheduler(clip_sample=False)
     a, a_prev = zero.scheduler.alphas_cumprod[[900, 880]].double().tolist()
@@ -273,7 +273,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: value if isinstance(value, str) else "")
-def test_bad_input_gets_a_sentence_before_the_network_runs(zero, arguments, message) -> None:
+def test_invalid_input_raises_before_network_runs(zero, arguments, message) -> None:
     with pytest.raises((ValueError, TypeError), match=r".*") as caught:
         zero(**arguments)
     assert matches(str(caught.value), message)
@@ -281,19 +281,19 @@ def test_bad_input_gets_a_sentence_before_the_network_runs(zero, arguments, mess
     assert zero.unet.timesteps == []
 
 
-def test_no_signal_at_the_first_timestep_is_refused_for_epsilon(zero) -> None:
+def test_epsilon_prediction_without_signal_raises(zero) -> None:
     zero.scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     with pytest.raises(ValueError, match="no signal"):
         zero(num_inference_steps=4)
 
 
-def test_eta_above_one_is_a_warning(zero, caplog) -> None:
+def test_eta_above_1_warns(zero, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         zero(eta=1.5, num_inference_steps=2)
     assert "eta is 1.5" in caplog.text
 
 
-def test_from_pretrained_refuses_unknown_arguments() -> None:
+def test_from_pretrained_rejects_unknown_arguments() -> None:
     with pytest.raises(TypeError, match="unet or scheduler, got 'device_map'"):
         DDIMPipeline.from_pretrained("mnist", device_map="auto")
     with pytest.raises(FileNotFoundError, match="the model 'mnits' does not exist"):
@@ -306,7 +306,7 @@ def test_component_override(zero) -> None:
     assert pipe.unet is zero.unet
 
 
-def test_a_subclass_may_replace_the_progress_bar(zero) -> None:
+def test_subclass_may_replace_progress_bar(zero) -> None:
     totals = []
 
     class Counted(DDIMPipeline):

@@ -84,7 +84,7 @@ def error(pipe: DDIMPipeline, timesteps: Sequence[int], order: int, seeds: Seque
 
 class TestTune:
     @pytest.mark.parametrize(("order", "number"), [(1, 5), (2, 5), (2, 8)])
-    def test_it_is_better_than_every_formula(self, pipe: DDIMPipeline, order: int, number: int) -> None:
+    def test_beats_every_spacing(self, pipe: DDIMPipeline, order: int, number: int) -> None:
         found = tune(pipe, number, order, num_latents=64, progress=False)
         assert len(found.timesteps) == number
         by_formula = {name: pipe.scheduler.make_timesteps(number, name) for name in SPACINGS}
@@ -95,18 +95,18 @@ class TestTune:
         for name, told in found.classic.items():
             assert told == pytest.approx(errors[name], rel=0.25, abs=1e-6)
 
-    def test_the_reference_is_the_limit(self, pipe: DDIMPipeline) -> None:
+    def test_reference_matches_closed_form(self, pipe: DDIMPipeline) -> None:
         evaluator = ErrorEvaluator(pipe, 2, 0.0, range(50), 64)
         x = noise_from_seeds((50, 1, 4, 4), range(50), torch.device("cpu"))()
         torch.testing.assert_close(evaluator._limit(0), limit(x).clamp(-1, 1), rtol=0, atol=2e-3)
 
-    def test_the_same_again(self, pipe: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_deterministic_for_seed(self, pipe: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         first = tune(pipe, 4, num_latents=8, progress=False)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
         assert tune(pipe, 4, num_latents=8, progress=False) == first
         assert tune(pipe, 4, num_latents=8, seed=1000, progress=False) != first
 
-    def test_stopped_it_goes_on(self, pipe: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_resumes_after_interrupt(self, pipe: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = tune(pipe, 6, num_latents=8, progress=False)
         cost = pipe.unet.asked
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
@@ -121,7 +121,7 @@ class TestTune:
         assert tune(pipe, 6, num_latents=8, progress=False) == whole
         assert pipe.unet.asked == 0
 
-    def test_kept_answers_change_nothing(self, pipe: DDIMPipeline) -> None:
+    def test_cached_predictions_give_same_error(self, pipe: DDIMPipeline) -> None:
         """A run that takes over the network's answers comes to the error of one that asks for all."""
         lists = [[900, 500, 200, 10], [900, 500, 100, 10], [900, 400, 100, 10], [950, 400, 100, 10]]
         evaluator = ErrorEvaluator(pipe, 2, 0.0, range(4), 64)
@@ -131,14 +131,14 @@ class TestTune:
             (evaluator._path).unlink()
             assert found == ErrorEvaluator(pipe, 2, 0.0, range(4), 64).mse(timesteps)
 
-    def test_another_model_is_another_search(self, pipe: DDIMPipeline) -> None:
+    def test_changed_model_invalidates_cache(self, pipe: DDIMPipeline) -> None:
         evaluator = ErrorEvaluator(pipe, 2, 0.0, range(4), 64)
         evaluator.mse([900, 0])
         with torch.no_grad():
             pipe.unet.weight.add_(1)
         assert ErrorEvaluator(pipe, 2, 0.0, range(4), 64)._errors == {}
 
-    def test_a_damaged_cache(self, pipe: DDIMPipeline) -> None:
+    def test_damaged_cache_is_ignored(self, pipe: DDIMPipeline) -> None:
         evaluator = ErrorEvaluator(pipe, 1, 0.0, range(4), 64)
         expected = evaluator.mse([900, 0])
         evaluator._path.write_text("{")
@@ -155,18 +155,18 @@ class TestTune:
             ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ],
     )
-    def test_bad_input(self, pipe: DDIMPipeline, arguments: dict[str, Any], message: str) -> None:
+    def test_invalid_input_raises(self, pipe: DDIMPipeline, arguments: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             tune(pipe, **{"num_latents": 4, "progress": False} | arguments)
 
 
 class TestNoise:
-    def test_with_noise_too(self, pipe: DDIMPipeline) -> None:
+    def test_stochastic_sampling(self, pipe: DDIMPipeline) -> None:
         found = tune(pipe, 5, 1, 1.0, num_latents=16, progress=False)
         assert found.eta == 1
         assert found.error <= min(found.classic.values())
 
-    def test_one_path(self, pipe: DDIMPipeline) -> None:
+    def test_noise_increments_add_up(self, pipe: DDIMPipeline) -> None:
         """What two steps add to x / sqrt(alpha) is what one over both adds."""
         evaluator = ErrorEvaluator(pipe, 1, 0.7, range(3), 64)
 
@@ -182,7 +182,7 @@ class TestNoise:
 
         torch.testing.assert_close(added([900, 300]), added([900]), rtol=1e-4, atol=1e-4)
 
-    def test_it_is_standard(self, pipe: DDIMPipeline) -> None:
+    def test_noise_is_standard_gaussian(self, pipe: DDIMPipeline) -> None:
         evaluator = ErrorEvaluator(pipe, 1, 1.0, range(2000), 2000)
         steps = pipe.scheduler.make_steps([500, 480], 1.0)
         noise = evaluator._noise(steps, (2000, 1, 4, 4), 0)()
@@ -191,7 +191,7 @@ class TestNoise:
 
 
 class TestSearch:
-    def test_it_finds_a_minimum(self) -> None:
+    def test_finds_minimum(self) -> None:
         target = [930, 610, 333, 90, 4]
         found = search(
             lambda steps: sum((a - b) ** 2 for a, b in zip(steps, target, strict=True)), [999, 700, 500, 300, 0], 1000
@@ -216,7 +216,7 @@ class TestSearch:
 
 class TestEnough:
     @pytest.mark.parametrize(("order", "tolerance"), [(1, 1e-3), (2, 1e-3), (1, 2e-4)])
-    def test_the_smallest_number(self, pipe: DDIMPipeline, order: int, tolerance: float) -> None:
+    def test_finds_smallest_number_of_steps(self, pipe: DDIMPipeline, order: int, tolerance: float) -> None:
         number, told = enough_steps(pipe, tolerance, order)
         assert told <= tolerance
         seeds = range(32)
@@ -225,7 +225,7 @@ class TestEnough:
         )
         assert error(pipe, pipe.scheduler.make_timesteps(number - 1, order=order), order, seeds) > tolerance - 2e-5
 
-    def test_bad_input(self, pipe: DDIMPipeline) -> None:
+    def test_invalid_input_raises(self, pipe: DDIMPipeline) -> None:
         with pytest.raises(ValueError, match="tolerance must be a number above 0 and below 1, got 0"):
             enough_steps(pipe, 0)
         with pytest.raises(ValueError, match="tolerance must be at least the error of 200 steps"):
@@ -235,7 +235,7 @@ class TestEnough:
 class TestScheduler:
     LISTS: ClassVar[dict[str, list[int]]] = {"3": [900, 300, 20], "5": [999, 700, 300, 100, 3]}
 
-    def test_where_they_are_taken(self) -> None:
+    def test_lists_apply_by_step_count(self) -> None:
         scheduler = DDIMScheduler(solver_order=2, timesteps_by_steps=self.LISTS)
         assert scheduler.make_timesteps(3) == self.LISTS["3"]
         assert scheduler.make_timesteps(np.int64(5)) == self.LISTS["5"]
@@ -249,32 +249,32 @@ class TestScheduler:
         scheduler.make_timesteps(3).append(0)
         assert scheduler.make_timesteps(3) == self.LISTS["3"]
 
-    def test_leading_at_order_2(self) -> None:
+    def test_order_2_replaces_leading_by_blend(self) -> None:
         blend = DDIMScheduler(timestep_spacing="blend").make_timesteps(7)
         assert DDIMScheduler(solver_order=2).make_timesteps(7) == blend
         assert DDIMScheduler().make_timesteps(7, order=2) == blend
         assert DDIMScheduler(timestep_spacing="linspace").make_timesteps(7, order=2) != blend
 
-    def test_another_order_drops_them(self) -> None:
+    def test_changed_order_drops_lists(self) -> None:
         config = DDIMScheduler(solver_order=2, timesteps_by_steps=self.LISTS).config
         assert DDIMScheduler.from_config(config, solver_order=2).make_timesteps(3) == self.LISTS["3"]
         assert DDIMScheduler.from_config(config, solver_order=1).make_timesteps(3) == [666, 333, 0]
         assert DDIMScheduler.from_config(config, solver_order=1, timesteps_by_steps=None).make_timesteps(3)[0] == 666
 
-    def test_the_pipeline_takes_them(self, pipe: DDIMPipeline) -> None:
+    def test_pipeline_uses_lists(self, pipe: DDIMPipeline) -> None:
         pipe.scheduler = DDIMScheduler(timesteps_by_steps=self.LISTS)
         found = pipe(seeds=[1], num_inference_steps=5, output_type="pt").images
         assert torch.equal(found, pipe(seeds=[1], timesteps=self.LISTS["5"], output_type="pt").images)
         assert pipe.latent_timesteps(5) == self.LISTS["5"]
 
-    def test_the_inverse(self) -> None:
+    def test_inverse_scheduler_uses_lists(self) -> None:
         inverse = DDIMInverseScheduler(timesteps_by_steps=self.LISTS)
         inverse.set_timesteps(3)
         assert inverse.timesteps.tolist() == self.LISTS["3"][::-1]
         with pytest.raises(ValueError, match="solver_order must be 1, got 2: a step of order 2 depends on"):
             DDIMInverseScheduler.from_config(DDIMScheduler(solver_order=2).config)
 
-    def test_added(self) -> None:
+    def test_added_to_scheduler(self) -> None:
         found = TunedTimesteps([900, 300, 20], 0.1, {}, 2, 0.0)
         scheduler = found.added_to(DDIMScheduler(timesteps_by_steps={"1": [500]}))
         assert scheduler.config.timesteps_by_steps == {"3": [900, 300, 20]}
@@ -293,11 +293,11 @@ class TestScheduler:
             ({"0": []}, "must hold at least one timestep"),
         ],
     )
-    def test_bad_lists(self, lists: dict[str, Any], message: str) -> None:
+    def test_invalid_lists_raise(self, lists: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             DDIMScheduler(timesteps_by_steps=lists)
 
-    def test_no_mapping(self) -> None:
+    def test_requires_mapping(self) -> None:
         with pytest.raises(TypeError, match="must be a mapping"):
             DDIMScheduler(timesteps_by_steps=[1, 2])  # type: ignore[arg-type]
         assert check_timesteps_by_steps({2: (9, 0)}, 10) == {2: [9, 0]}
@@ -312,7 +312,7 @@ class TestDrawing:
             "t       0" + " " * 29 + "999",
         ]
 
-    def test_picture(self, tmp_path: Path) -> None:
+    def test_plot(self, tmp_path: Path) -> None:
         plot_timesteps({"leading": [900, 500, 0], "learned": [999, 100, 3]}, tmp_path / "x.png")
         with Image.open(tmp_path / "x.png") as image:
             assert image.width > 300
@@ -338,7 +338,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, make_unet: Callable[..., Any
 
 
 class TestCommand:
-    def test_what_it_writes(self, tuned: tuple[Path, str]) -> None:
+    def test_writes_tuned_pipeline(self, tuned: tuple[Path, str]) -> None:
         folder, printed = tuned
         config = json.loads((folder / "tuned/scheduler/scheduler_config.json").read_text())
         assert config["solver_order"] == 2
@@ -349,7 +349,7 @@ class TestCommand:
         assert printed.splitlines()[-1] == "tuned"
         assert (folder / "grid.png").is_file()
 
-    def test_it_runs_here_and_in_diffusers(self, tuned: tuple[Path, str]) -> None:
+    def test_runs_in_ddim_and_diffusers(self, tuned: tuple[Path, str]) -> None:
         folder, _ = tuned
         pipe = DDIMPipeline.from_pretrained(folder / "tuned")
         pipe.set_progress_bar_config(disable=True)
@@ -362,7 +362,7 @@ class TestCommand:
         plain = pipe(num_inference_steps=3, order=1, output_type="np", generator=seeded(0)).images
         np.testing.assert_allclose(images, plain, atol=1 / 255)
 
-    def test_codes_are_of_order_1(self, tuned: tuple[Path, str]) -> None:
+    def test_latents_require_order_1(self, tuned: tuple[Path, str]) -> None:
         pipe = DDIMPipeline.from_pretrained(tuned[0] / "tuned")
         pipe.set_progress_bar_config(disable=True)
         latents = randn(2, 3, 16, 16, seed=0)
@@ -376,7 +376,7 @@ class TestCommand:
         with pytest.raises(ValueError, match=r"pass \.latents"):
             pipe.decode(codes, 50, order=2)
 
-    def test_nothing_is_overwritten(self, tuned: tuple[Path, str]) -> None:
+    def test_existing_pipeline_is_not_overwritten(self, tuned: tuple[Path, str]) -> None:
         folder, _ = tuned
         result = run("tune", "model", "--steps", "2", "--codes", "2", "--out", "tuned", folder=folder)
         assert result.returncode == 1
@@ -384,7 +384,7 @@ class TestCommand:
             result.stderr == "ddim: tuned holds a pipeline; give another --out, or give it as the MODEL to add to it\n"
         )
 
-    def test_as_many_steps_as_are_needed(self, tuned: tuple[Path, str]) -> None:
+    def test_auto_step_count(self, tuned: tuple[Path, str]) -> None:
         folder, _ = tuned
         arguments = ("sample", "-m", "model", "-n", "1", "--steps", "auto")
         result = run(*arguments, "--tolerance", "0.01", "-o", "x.png", folder=folder)
@@ -416,7 +416,7 @@ class TestCommand:
             (["tune", "nowhere", "-o", "new"], "nowhere"),
         ],
     )
-    def test_bad_input(self, tmp_path: Path, arguments: list[str], message: str) -> None:
+    def test_invalid_input_raises(self, tmp_path: Path, arguments: list[str], message: str) -> None:
         result = run(*arguments, folder=tmp_path)
         assert result.returncode == 1
         assert message in result.stderr

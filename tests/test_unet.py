@@ -85,7 +85,7 @@ def stored(model: UNet2DModel) -> int:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @every_variant
-def test_checkpointing_gives_the_same_gradients(variant: dict[str, Any], dropout: float) -> None:
+def test_checkpointing_keeps_gradients(variant: dict[str, Any], dropout: float) -> None:
     model = build(**variant, dropout=dropout).train()
     plain = gradients(model)
     model.enable_gradient_checkpointing()
@@ -94,13 +94,13 @@ def test_checkpointing_gives_the_same_gradients(variant: dict[str, Any], dropout
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
 
 
-def test_dropout_reaches_the_gradients() -> None:
+def test_dropout_affects_gradients() -> None:
     """Else the comparison above would not show that checkpointing repeats it."""
     name = "mid_block.resnets.1.conv2.weight"
     assert not torch.allclose(gradients(build().train())[name], gradients(build(dropout=0.3).train())[name])
 
 
-def test_checkpointing_stores_less() -> None:
+def test_checkpointing_saves_memory() -> None:
     model = build(layers_per_block=2)
     plain = stored(model)
     model.enable_gradient_checkpointing()
@@ -110,7 +110,7 @@ def test_checkpointing_stores_less() -> None:
 
 
 @torch.no_grad()
-def test_checkpointing_leaves_inference_alone() -> None:
+def test_checkpointing_does_not_affect_inference() -> None:
     model = build().eval()
     expected = model(**inputs(model)).sample
     model.enable_gradient_checkpointing()
@@ -120,7 +120,7 @@ def test_checkpointing_leaves_inference_alone() -> None:
 @pytest.mark.parametrize("single", [7, torch.tensor(7), torch.tensor([7])], ids=["int", "0-d", "one"])
 @every_variant
 @torch.no_grad()
-def test_single_timestep_holds_for_the_whole_batch(variant: dict[str, Any], single: int | Tensor) -> None:
+def test_single_timestep_applies_to_whole_batch(variant: dict[str, Any], single: int | Tensor) -> None:
     model = build(**variant).eval().double()
     arguments = inputs(model)
     repeated = model(**arguments | {"timestep": torch.tensor([7, 7, 7])}).sample
@@ -163,7 +163,7 @@ def test_dtypes(variant: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def test_memory_layout_does_not_matter() -> None:
+def test_output_is_independent_of_memory_format() -> None:
     model = build(**RESNET).eval()
     arguments = inputs(model)
     expected = model(**arguments).sample
@@ -173,7 +173,7 @@ def test_memory_layout_does_not_matter() -> None:
 
 
 @torch.no_grad()
-def test_output_can_be_read_in_every_way() -> None:
+def test_output_access() -> None:
     model = build().eval()
     arguments = inputs(model)
     output = model(**arguments)
@@ -184,7 +184,7 @@ def test_output_can_be_read_in_every_way() -> None:
 
 
 @torch.no_grad()
-def test_dropout_acts_in_training_only() -> None:
+def test_dropout_is_active_only_in_training() -> None:
     model = build(dropout=0.5)
     arguments = inputs(model)
 
@@ -344,7 +344,7 @@ LENGTHS = "block_out_channels, down_block_types and up_block_types must have the
         ({"attention_head_dim": -4}, "attention_head_dim must be from 1 to 16, .* got -4"),
     ],
 )
-def test_refuses_configurations(overrides: dict[str, Any], message: str) -> None:
+def test_invalid_configurations_raise(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**overrides)
 
@@ -359,13 +359,13 @@ def test_head_dim_is_not_checked_without_attention() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 8, 8), (3, 8, 8), (1, 1, 3, 8, 8), (1, 3, 9, 8), (1, 3, 8, 7)])
-def test_refuses_samples(shape: tuple[int, ...]) -> None:
+def test_invalid_sample_shapes_raise(shape: tuple[int, ...]) -> None:
     message = rf"expected shape \(N, 3, H, W\), H and W multiples of 2, got \({', '.join(map(str, shape))}\)"
     with pytest.raises(ValueError, match=message):
         build()(torch.zeros(shape), 0)
 
 
-def test_refuses_missing_and_unexpected_labels() -> None:
+def test_missing_and_unexpected_labels_raise() -> None:
     sample = torch.zeros(1, 3, 8, 8)
     for overrides in ({"num_class_embeds": 5}, {"class_embed_type": "timestep"}, {"class_embed_type": "identity"}):
         with pytest.raises(ValueError, match="class_labels must be given: the model is class-conditional"):

@@ -42,7 +42,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> bool:
 
 @pytest.mark.parametrize("alpha", [1e-4, 0.1, 0.5, 0.9, 0.9999])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_a_perfect_network_of_any_type_gives_x0_and_epsilon_back(prediction_type: str, alpha: float) -> None:
+def test_training_target_is_inverted_by_prediction(prediction_type: str, alpha: float) -> None:
     x0, noise = gaussian(0), gaussian(1)
     alphas = torch.tensor(alpha, dtype=torch.float64)
     target = training_target(x0, noise, alphas, prediction_type)
@@ -51,7 +51,7 @@ def test_a_perfect_network_of_any_type_gives_x0_and_epsilon_back(prediction_type
     assert close(noise_back, noise)
 
 
-def test_predictions_that_need_no_division_take_the_ends_of_the_schedule() -> None:
+def test_predictions_without_division_allow_alpha_0_and_1() -> None:
     x, output = gaussian(0), gaussian(1)
     assert torch.equal(predict_x0_epsilon(output, x, 0.0, "sample")[1], x)
     x0, epsilon = predict_x0_epsilon(output, x, 0.0, "v_prediction")
@@ -61,7 +61,7 @@ def test_predictions_that_need_no_division_take_the_ends_of_the_schedule() -> No
     assert torch.equal(predict_x0_epsilon(output, x, 1.0, "v_prediction")[0], x)
 
 
-def test_an_unknown_prediction_type_is_refused() -> None:
+def test_unknown_prediction_type_raises() -> None:
     with pytest.raises(ValueError, match="must be one of epsilon, sample, or v_prediction, got 'score'"):
         predict_x0_epsilon(gaussian(0), gaussian(1), 0.5, "score")
 
@@ -77,7 +77,7 @@ def test_training_targets() -> None:
 
 
 @pytest.mark.parametrize(("t", "t_prev"), [(999, 980), (500, 3), (1, 0), (0, -1), (999, -1)])
-def test_inverse_undoes_the_update(t: int, t_prev: int) -> None:
+def test_inverse_undoes_step(t: int, t_prev: int) -> None:
     step = Step(t, t_prev, float(ALPHAS[t]), float(ALPHAS[t_prev]) if t_prev >= 0 else 1.0)
     x, epsilon = gaussian(0), gaussian(1)
     x_prev, _ = ddim_step(epsilon, x, step)
@@ -85,7 +85,7 @@ def test_inverse_undoes_the_update(t: int, t_prev: int) -> None:
 
 
 @pytest.mark.parametrize("t", TIMESTEPS)
-def test_eta_one_is_the_posterior_of_ddpm(t: int) -> None:
+def test_eta_1_is_ddpm_posterior(t: int) -> None:
     beta, alpha_bar, alpha_bar_prev = float(BETAS[t]), float(ALPHAS[t]), float(ALPHAS[t - 1])
     (step,) = make_steps([t], ALPHAS, alpha_bar_prev, eta=1.0)
     # Equations (6) and (7) of arXiv 2006.11239.
@@ -103,7 +103,7 @@ def test_eta_one_is_the_posterior_of_ddpm(t: int) -> None:
 
 
 @pytest.mark.parametrize("t", TIMESTEPS)
-def test_sigma_hat_squared_is_beta_for_neighbours(t: int) -> None:
+def test_sigma_hat_squared_is_beta_for_adjacent_timesteps(t: int) -> None:
     assert sigma_hat(ALPHAS[t], ALPHAS[t - 1]) ** 2 == pytest.approx(BETAS[t], rel=1e-10)
 
 
@@ -117,7 +117,7 @@ def test_sigma_is_linear_in_eta_and_at_most_sigma_hat(t: int) -> None:
 
 
 @pytest.mark.parametrize("final_alpha", [1.0, float(ALPHAS[0])])
-def test_steps_follow_the_list_and_end_at_the_final_alpha(final_alpha: float) -> None:
+def test_steps_follow_timesteps_and_end_at_final_alpha(final_alpha: float) -> None:
     steps = make_steps([999, 500, 3], ALPHAS, final_alpha, eta=1.0)
     assert [(s.timestep, s.prev_timestep) for s in steps] == [(999, 500), (500, 3), (3, -1)]
     assert [s.alpha for s in steps] == [ALPHAS[999], ALPHAS[500], ALPHAS[3]]
@@ -127,14 +127,14 @@ def test_steps_follow_the_list_and_end_at_the_final_alpha(final_alpha: float) ->
 
 @pytest.mark.parametrize("use_sigma_hat", [False, True])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_the_last_step_ends_in_the_predicted_picture(eta: float, use_sigma_hat: bool) -> None:
+def test_last_step_returns_predicted_x0(eta: float, use_sigma_hat: bool) -> None:
     last = make_steps([500, 0], ALPHAS, 1.0, eta, use_sigma_hat)[-1]
     assert (last.alpha_prev, last.sigma, last.noise_std) == (1.0, 0.0, 0.0)
     x_prev, x0 = ddim_step(gaussian(0), gaussian(1), last, noise=gaussian(2))
     assert torch.equal(x_prev, x0)
 
 
-def test_sigma_hat_scales_the_noise_alone() -> None:
+def test_sigma_hat_scales_only_noise() -> None:
     plain = make_steps([500, 300, 0], ALPHAS, 1.0, 1.0)
     hat = make_steps([500, 300, 0], ALPHAS, 1.0, 1.0, use_sigma_hat=True)
     assert [s.sigma for s in hat] == [s.sigma for s in plain]
@@ -144,7 +144,7 @@ def test_sigma_hat_scales_the_noise_alone() -> None:
     assert torch.equal(ddim_step(epsilon, x, hat[0], noise=noise)[0], mean + hat[0].noise_std * noise)
 
 
-def test_an_eta_that_leaves_no_direction_stays_finite() -> None:
+def test_large_eta_stays_finite() -> None:
     step = make_steps([500, 300], ALPHAS, eta=50.0)[0]
     assert step.sigma**2 > 1 - step.alpha_prev
     x_prev, x0 = ddim_step(gaussian(0), gaussian(1), step)
@@ -154,9 +154,7 @@ def test_an_eta_that_leaves_no_direction_stays_finite() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [0.2, 1.0, 5.0])
 @pytest.mark.parametrize(("ratio", "max_value"), [(0.995, 1.0), (0.9, 2.0), (0.5, 100.0), (1.0, 3.0)])
-def test_dynamic_threshold_is_that_of_diffusers(
-    ratio: float, max_value: float, scale: float, dtype: torch.dtype
-) -> None:
+def test_dynamic_threshold_matches_diffusers(ratio: float, max_value: float, scale: float, dtype: torch.dtype) -> None:
     peer = Peer(thresholding=True, dynamic_thresholding_ratio=ratio, sample_max_value=max_value)
     # One picture stays within [-1, 1], so that thresholds differ within the batch.
     x0 = (gaussian(0) * scale * torch.tensor([0.1, 1.0, 3.0]).view(3, 1, 1, 1)).to(dtype)
@@ -167,7 +165,7 @@ def test_dynamic_threshold_is_that_of_diffusers(
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("clip", [partial(torch.clamp, min=-0.5, max=0.5), dynamic_threshold])
-def test_a_recomputed_epsilon_agrees_with_the_clipped_x0(clip: partial, prediction_type: str) -> None:
+def test_recomputed_epsilon_agrees_with_clipped_x0(clip: partial, prediction_type: str) -> None:
     x, output = gaussian(0), gaussian(1)
     # A step that leads nowhere returns equation (4) of the x_0 and epsilon that it used.
     stay = Step(500, 500, float(ALPHAS[500]), float(ALPHAS[500]))

@@ -76,7 +76,9 @@ def test_equation_67(shape: tuple[int, ...], scale: float) -> None:
     radius=st.floats(0.01, 100),
     t=st.floats(0, 1),
 )
-def test_codes_of_two_numbers_turn_in_the_plane(start: float, angle: float, side: int, radius: float, t: float) -> None:
+def test_latents_of_two_values_rotate_in_the_plane(
+    start: float, angle: float, side: int, radius: float, t: float
+) -> None:
     begin = radius * complex(math.cos(start), math.sin(start))
     z0, z1 = plane(begin, turned(begin, side * angle, 1))
     got = complex(*slerp(z0, z1, t).tolist())
@@ -96,7 +98,7 @@ def test_small_and_large_angles_in_the_plane(angle: float) -> None:
 
 @pytest.mark.parametrize("dimension", [2, 3, 12])
 @pytest.mark.parametrize("angle", [1e-4, 0.3, 1.5, 3.1])
-def test_a_rotation_matrix_takes_the_first_code_along(dimension: int, angle: float) -> None:
+def test_matches_rotation_matrix(dimension: int, angle: float) -> None:
     e, f = orthonormal(dimension)
     generator = np.outer(f, e) - np.outer(e, f)
 
@@ -125,7 +127,7 @@ def test_equal_norms_give_constant_norm_and_angular_speed(angle: float) -> None:
     np.testing.assert_allclose(frames, inside, rtol=0, atol=1e-10)
 
 
-def test_it_keeps_to_the_shell_that_the_straight_line_leaves() -> None:
+def test_typical_norm_is_kept() -> None:
     z0, z1 = code(3, 3, 32, 32), code(4, 3, 32, 32)
     typical = math.sqrt(3 * 32 * 32)
     assert 0.97 * typical < float(slerp(z0, z1, 0.5).norm()) < 1.03 * typical
@@ -149,7 +151,7 @@ def test_symmetries(seed: int, dimension: int, scale: float, t: float) -> None:
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32), dimension=st.integers(3, 40), s=st.floats(0.01, 1), t=st.floats(0, 1))
-def test_part_of_a_part(seed: int, dimension: int, s: float, t: float) -> None:
+def test_nested_interpolation_composes(seed: int, dimension: int, s: float, t: float) -> None:
     """On the sphere, t of the way to what lies at s is s t of the way."""
     z0, z1 = (z / z.norm() for z in (code(seed, dimension), code(seed + 1, dimension)))
     torch.testing.assert_close(slerp(z0, slerp(z0, z1, s), t), slerp(z0, z1, s * t), rtol=0, atol=1e-11)
@@ -157,7 +159,7 @@ def test_part_of_a_part(seed: int, dimension: int, s: float, t: float) -> None:
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(data=st.data(), count=st.integers(1, 6), t=st.floats(0, 1))
-def test_any_codes_give_finite_frames_and_themselves_at_the_ends(data: st.DataObject, count: int, t: float) -> None:
+def test_frames_are_finite_and_end_points_exact(data: st.DataObject, count: int, t: float) -> None:
     numbers = st.lists(st.floats(-(2.0**60), 2.0**60, width=32), min_size=count, max_size=count)
     z0, z1 = (torch.tensor(data.draw(numbers)) for _ in range(2))
     between = slerp(z0, z1, t)
@@ -181,7 +183,7 @@ def largest_of_67(z0: Tensor, z1: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 4, 5), (2, 3, 4, 5), (40,)])
-def test_the_ends_come_back_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_end_points_are_bitwise_exact(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     z0, z1 = code(5, *shape, dtype=dtype), code(6, *shape, dtype=dtype)
     z0.view(-1)[0], z1.view(-1)[1] = -0.0, -0.0
     z1.view(-1)[2] = torch.finfo(dtype).smallest_normal / 4
@@ -202,14 +204,14 @@ def test_the_ends_come_back_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ..
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_narrow_codes_are_computed_in_float64_and_rounded_once(dtype: torch.dtype) -> None:
+def test_low_precision_is_computed_in_float64_and_rounded_once(dtype: torch.dtype) -> None:
     z0, z1 = code(7, 3, 16, 16, dtype=dtype), code(8, 3, 16, 16, dtype=dtype)
     got = slerp(z0, z1, TIMES)
     assert got.dtype == dtype
     assert torch.equal(got, slerp(z0.double(), z1.double(), TIMES).to(dtype))
 
 
-def test_t_of_every_kind() -> None:
+def test_number_and_tensor_t() -> None:
     z0, z1 = code(9), code(10)
     quarter = slerp(z0, z1, 0.25)
     assert quarter.shape == z0.shape
@@ -228,7 +230,7 @@ def test_t_of_every_kind() -> None:
     assert slerp(z0, z1, torch.zeros(0)).shape == (0, 3, 4, 5)
 
 
-def test_a_batch_gives_each_pair_its_own_angle() -> None:
+def test_batch_pairs_have_separate_angles() -> None:
     e, f = (torch.from_numpy(v).view(1, 4, 5) for v in orthonormal(20))
     angles = [1e-9, 0.1, 1.0, 3.0, math.pi]
     z0 = torch.stack([e] * 5)
@@ -245,7 +247,7 @@ def test_a_batch_gives_each_pair_its_own_angle() -> None:
     assert not torch.allclose(slerp(z0[:, 0], z1[:, 0], TIMES), frames[:, :, 0], atol=1e-2)
 
 
-def test_it_is_public() -> None:
+def test_slerp_is_exported() -> None:
     assert ddim.slerp is slerp
 
 
@@ -253,7 +255,7 @@ def test_it_is_public() -> None:
 
 
 @pytest.mark.parametrize("distance", [0, 1e-15, 1e-12, 1e-9, 1e-7])
-def test_nearly_the_same_code(distance: float) -> None:
+def test_nearly_equal_latents(distance: float) -> None:
     z0 = code(11)
     z1 = z0 + distance * code(12)
     frames = slerp(z0, z1, TIMES)
@@ -264,7 +266,7 @@ def test_nearly_the_same_code(distance: float) -> None:
         assert bool((frames == z0).all())
 
 
-def test_the_same_direction_at_another_norm() -> None:
+def test_parallel_latents_of_different_norms() -> None:
     """Equation (67) is linear there, in the limit."""
     z0 = code(13)
     frames = slerp(z0, 3 * z0, TIMES)
@@ -272,7 +274,7 @@ def test_the_same_direction_at_another_norm() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_opposite_codes_take_half_a_circle(seed: int) -> None:
+def test_opposite_latents_follow_half_circle(seed: int) -> None:
     z0 = code(seed)
     frames = slerp(z0, -z0, TIMES)
     assert torch.equal(frames, slerp(z0.clone(), -z0.clone(), TIMES))
@@ -289,13 +291,13 @@ def test_opposite_codes_take_half_a_circle(seed: int) -> None:
 
 
 @pytest.mark.parametrize("values", [[1.0, 1.0], [1.0, 0.0], [0.0, 0.0, 2.0], [3.0, 3.0, 3.0, 3.0], [1e-20, 1e20]])
-def test_opposite_codes_on_axes_and_diagonals(values: list[float]) -> None:
+def test_opposite_latents_on_axes_and_diagonals(values: list[float]) -> None:
     z0 = torch.tensor(values, dtype=torch.float64)
     frames = slerp(z0, -z0, TIMES)
     torch.testing.assert_close(frames.norm(dim=1), z0.norm().expand(21), rtol=1e-14, atol=0)
 
 
-def test_opposite_codes_of_different_norms_stay_away_from_nothing() -> None:
+def test_opposite_latents_of_different_norms_avoid_zero() -> None:
     z0 = code(14)
     frames = slerp(z0, -4 * z0, torch.linspace(0, 1, 1001, dtype=torch.float64))
     norms = (frames.flatten(1).norm(dim=1) / z0.norm()).numpy()
@@ -306,7 +308,7 @@ def test_opposite_codes_of_different_norms_stay_away_from_nothing() -> None:
 
 
 @pytest.mark.parametrize("distance", [1e-3, 1e-5, 1.5e-6, 1e-6, 9e-7, 1e-9, 1e-12, 1e-15])
-def test_nearly_opposite_codes(distance: float) -> None:
+def test_nearly_opposite_latents(distance: float) -> None:
     """Continuous in t and on the sphere, whichever half circle it takes."""
     e, f = (torch.from_numpy(v) for v in orthonormal(48))
     z0 = e
@@ -323,7 +325,7 @@ def test_nearly_opposite_codes(distance: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_code_of_zeros(dtype: torch.dtype) -> None:
+def test_zero_latent(dtype: torch.dtype) -> None:
     z, zero = code(15, dtype=dtype), torch.zeros(3, 4, 5, dtype=dtype)
     t = torch.tensor([0, 0.25, 0.5, 1])
     assert torch.equal(slerp(zero, z, t), torch.stack([zero, z / 4, z / 2, z]))
@@ -335,14 +337,14 @@ def test_a_code_of_zeros(dtype: torch.dtype) -> None:
     assert torch.equal(batch[1], slerp(z, -z, 0.5))
 
 
-def test_codes_of_one_number_have_no_circle() -> None:
+def test_latents_of_one_value_are_interpolated_linearly() -> None:
     z0, z1 = torch.tensor([2.0]), torch.tensor([-4.0])
     assert slerp(z0, z1, torch.tensor([0, 0.5, 1])).tolist() == [[2], [-1], [-4]]
     assert slerp(z0[0], z1[0], 0.5).shape == ()
 
 
 @pytest.mark.parametrize("kind", ["far", "parallel", "opposite", "zero"])
-def test_small_changes_of_t_change_little(kind: str) -> None:
+def test_continuous_in_t(kind: str) -> None:
     z0 = code(16)
     z1 = {"far": code(17), "parallel": z0 + 1e-9 * code(17), "opposite": -z0, "zero": torch.zeros_like(z0)}[kind]
     size = float(z0.norm() + z1.norm())
@@ -358,7 +360,7 @@ def test_small_changes_of_t_change_little(kind: str) -> None:
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("frames", [2, 3, 8])
 @pytest.mark.parametrize("closed", [False, True])
-def test_a_path_goes_through_its_codes(dtype: torch.dtype, count: int, frames: int, closed: bool) -> None:
+def test_path_passes_through_its_latents(dtype: torch.dtype, count: int, frames: int, closed: bool) -> None:
     codes = [code(seed, 2, 3, 4, dtype=dtype) for seed in range(count)]
     path = slerp_path(codes, frames, closed)
     assert path.dtype == dtype
@@ -367,7 +369,7 @@ def test_a_path_goes_through_its_codes(dtype: torch.dtype, count: int, frames: i
         assert same_bits(path[index * (frames - 1)], z)
 
 
-def test_a_path_between_its_codes_is_the_formula() -> None:
+def test_path_matches_equation_67() -> None:
     codes = [code(seed, 2, 3, 4) for seed in range(3)]
     path = slerp_path(codes, 6, closed=True)
     for leg in range(3):
@@ -378,14 +380,14 @@ def test_a_path_between_its_codes_is_the_formula() -> None:
     assert torch.equal(slerp_path(codes, 6), path[:11])
 
 
-def test_there_and_back() -> None:
+def test_closed_path_of_two_latents_is_symmetric() -> None:
     codes = [code(seed, 2, 3, 4) for seed in range(2)]
     path = slerp_path(codes, 5, closed=True)
     assert len(path) == 8
     torch.testing.assert_close(path[1:], path[1:].flip(0), rtol=0, atol=1e-14)
 
 
-def test_codes_as_list_tuple_and_tensor() -> None:
+def test_latents_as_list_tuple_and_tensor() -> None:
     codes = code(18, 4, 2, 3, 5)
     expected = slerp_path(list(codes), 3, closed=True)
     assert torch.equal(slerp_path(tuple(codes), 3, closed=True), expected)
@@ -398,7 +400,7 @@ def test_codes_as_list_tuple_and_tensor() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "columns"), [(2, 2), (3, 5), (5, 3), (2, 7)])
-def test_corners_and_edges_of_a_grid(dtype: torch.dtype, rows: int, columns: int) -> None:
+def test_grid_corners_and_edges(dtype: torch.dtype, rows: int, columns: int) -> None:
     upper_left, upper_right, lower_left, lower_right = corners = [
         code(seed, 2, 3, 4, dtype=dtype) for seed in range(20, 24)
     ]
@@ -416,7 +418,7 @@ def test_corners_and_edges_of_a_grid(dtype: torch.dtype, rows: int, columns: int
     assert same_bits(grid[:, -1], slerp_path([upper_right, lower_right], rows))
 
 
-def test_inside_a_grid_is_the_formula_twice() -> None:
+def test_grid_interior_matches_equation_67() -> None:
     corners = [code(seed, 2, 3, 4).numpy() for seed in range(30, 34)]
     grid = slerp_grid([torch.from_numpy(z) for z in corners], 4, 6).view(4, 6, 2, 3, 4)
     for row in range(4):
@@ -451,7 +453,7 @@ def spoilt(value: float) -> Tensor:
         (spoilt(-math.inf), "latent 1 must be finite"),
     ],
 )
-def test_codes_that_do_not_fit(z1: Tensor, message: str) -> None:
+def test_mismatched_or_non_finite_latents_raise(z1: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         slerp(Z, z1, 0.5)
     with pytest.raises(ValueError, match=message):
@@ -466,7 +468,7 @@ def test_codes_that_do_not_fit(z1: Tensor, message: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
-def test_codes_that_are_no_floats(dtype: torch.dtype) -> None:
+def test_non_float_latents_raise(dtype: torch.dtype) -> None:
     z = torch.ones(3, 4, 5, dtype=dtype)
     with pytest.raises(
         ValueError, match=r"latent 0 must be finite floating-point numbers, got NaN, infinity or integers"
@@ -475,13 +477,13 @@ def test_codes_that_are_no_floats(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3, 4, 5), (3, 0, 5)])
-def test_codes_of_nothing(shape: tuple[int, ...]) -> None:
+def test_empty_latents_raise(shape: tuple[int, ...]) -> None:
     z = torch.zeros(shape)
     with pytest.raises(ValueError, match=r"latent 0 must not be empty, got shape \(.*\)"):
         slerp(z, z, 0.5)
 
 
-def test_codes_that_are_no_tensors() -> None:
+def test_non_tensor_latents_raise() -> None:
     array: Any = Z.numpy()
     with pytest.raises(TypeError, match="latent 0 must be a tensor, got ndarray"):
         slerp(array, array, 0.5)
@@ -493,7 +495,7 @@ RULE = r"^t must be a number from 0 to 1, or a one-dimensional tensor of them, g
 
 
 @pytest.mark.parametrize("t", [-0.01, 1.01, -1, 2, math.nan, math.inf, -math.inf])
-def test_t_out_of_range(t: float) -> None:
+def test_t_out_of_range_raises(t: float) -> None:
     several = torch.linspace(0, 1, 500)
     several[400] = t
     for times in (t, torch.tensor(t), torch.tensor([t]), torch.tensor([0, t, 1]), several):
@@ -502,7 +504,7 @@ def test_t_out_of_range(t: float) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2), (0, 3), (1, 1, 1)])
-def test_t_of_more_dimensions(shape: tuple[int, ...]) -> None:
+def test_multidimensional_t_raises(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"{RULE}shape {re.escape(str(shape))}$"):
         slerp(Z, Z, torch.zeros(shape))
 
@@ -511,27 +513,27 @@ def test_t_of_more_dimensions(shape: tuple[int, ...]) -> None:
     ("codes", "message"),
     [([], "a path requires at least two latents, got 0"), ([Z], "a path requires at least two latents, got 1")],
 )
-def test_a_path_of_too_few_codes(codes: Sequence[Tensor], message: str) -> None:
+def test_path_of_too_few_latents_raises(codes: Sequence[Tensor], message: str) -> None:
     for closed in (False, True):
         with pytest.raises(ValueError, match=message):
             slerp_path(codes, 3, closed)
 
 
 @pytest.mark.parametrize("frames", [1, 0, -1, 2.5, 2.0, True, "3", None])
-def test_frames_that_are_no_count(frames: Any) -> None:
+def test_invalid_frame_count_raises(frames: Any) -> None:
     with pytest.raises(ValueError, match=rf"^frames must be an integer of at least 2, got {frames!r}$"):
         slerp_path([Z, Z], frames)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 5])
-def test_a_grid_of_another_number_of_corners(count: int) -> None:
+def test_wrong_corner_count_raises(count: int) -> None:
     with pytest.raises(ValueError, match=f"corners must be the four latents of a grid, got {count}"):
         slerp_grid([Z] * count, 3, 3)
 
 
 @pytest.mark.parametrize("name", ["rows", "columns"])
 @pytest.mark.parametrize("value", [1, 0, -1, 2.5, True, None])
-def test_grids_too_small(name: str, value: Any) -> None:
+def test_invalid_grid_size_raises(name: str, value: Any) -> None:
     """The message calls it as the caller does."""
     size: dict[str, Any] = {"rows": 3, "columns": 3} | {name: value}
     with pytest.raises(ValueError, match=f"^{name} must be an integer of at least 2, got {value!r}$"):
@@ -539,7 +541,7 @@ def test_grids_too_small(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (4, 5), (2, 3, 4, 5)])
-def test_a_grid_of_codes_that_are_no_pictures(shape: tuple[int, ...]) -> None:
+def test_grid_latents_must_have_image_shape(shape: tuple[int, ...]) -> None:
     """Stacked, they would be taken for one code, or for batches of codes."""
     with pytest.raises(ValueError, match=r"latent 0 of a grid: expected shape \(C, H, W\), got \(.*\)"):
         slerp_grid([torch.ones(shape)] * 4, 3, 3)

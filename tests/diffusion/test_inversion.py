@@ -73,7 +73,7 @@ def test_linear_systems_are_solved(step: Step) -> None:
     assert evaluations.tolist() == [len(asked) for asked in recorder.asked]
 
 
-def test_acceleration_is_worth_its_name() -> None:
+def test_acceleration_reduces_evaluations() -> None:
     A, b = linear_systems(4, 4, 0.1, 1.0)
 
     def f(x: Tensor, active: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def test_acceleration_is_worth_its_name() -> None:
         assert all(count < slow / 3 for count, slow in zip(evaluations, plain, strict=True))
 
 
-def test_two_iterates_are_a_secant() -> None:
+def test_two_iterates_give_secant_method() -> None:
     """With one unknown a line through two residuals has its root where the third is, up to the regularization."""
     x, _, residual, evaluations = anderson(
         Recorder(lambda x, _: 0.7 - 3 * x, 1), torch.zeros(1, 1, 1, 1).double(), 0.1, 1e-3, 3
@@ -101,7 +101,7 @@ def test_two_iterates_are_a_secant() -> None:
     assert float(residual) <= 1e-4
 
 
-def test_a_nonlinear_map_is_solved() -> None:
+def test_nonlinear_map_is_solved() -> None:
     y = rand(3, 2, 4, 4) * 1.3
 
     def f(x: Tensor, active: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def test_a_nonlinear_map_is_solved() -> None:
     assert np.abs(x.flatten().numpy() - truth).max() <= 1e-11
 
 
-def test_an_image_that_has_converged_is_not_asked_about_again() -> None:
+def test_converged_image_is_not_evaluated_again() -> None:
     # The further down, the more unequal the pixels of an image are, and the longer it takes.
     k = 1 - torch.tensor([0.0, 0.01, 0.1, 0.5, 0.9]).double()[:, None] * torch.linspace(0, 1, 64).double()
     k, y = k.view(5, 1, 8, 8), rand(5, 1, 8, 8)
@@ -131,7 +131,7 @@ def test_an_image_that_has_converged_is_not_asked_about_again() -> None:
         assert float(residual[image]) == last
 
 
-def test_a_solution_as_the_guess_is_one_evaluation() -> None:
+def test_exact_guess_takes_one_evaluation() -> None:
     y = rand(2, 1, 4, 4)
     recorder = Recorder(lambda x, active: y[active] - x, 2)
     x, _, residual, evaluations = anderson(recorder, y, 1.0, 1e-9, 100)
@@ -141,7 +141,7 @@ def test_a_solution_as_the_guess_is_one_evaluation() -> None:
 
 
 @pytest.mark.parametrize("max_iterations", [1, 2, 5, 17])
-def test_no_more_evaluations_than_allowed(max_iterations: int) -> None:
+def test_max_iterations_limits_evaluations(max_iterations: int) -> None:
     A, b = linear_systems(3, 4, 0.001, 1.0)
 
     def f(x: Tensor, active: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def scripted(*sizes: list[float]) -> Recorder:
     return Recorder(f, len(sizes))
 
 
-def test_the_best_iterate_is_kept_when_the_iteration_diverges() -> None:
+def test_divergence_keeps_best_iterate() -> None:
     recorder = scripted([3, 1, 5, 20], [3, 4, 5, 6], [4, 3, 2, 1])
     x, kept, residual, evaluations = anderson(recorder, rand(3, 1, 2, 2), 1.0, 1e-3, 4)
     assert residual.tolist() == [1, 3, 1]
@@ -188,7 +188,7 @@ NAN, INF = math.nan, math.inf
     ("sizes", "best", "residual"),
     [([NAN] * 9, None, INF), ([2, NAN, *[1.0] * 7], 0, 2), ([3, 2, NAN, *[1.0] * 6], 1, 2), ([INF] * 9, None, INF)],
 )
-def test_nan_is_never_converged_and_harms_no_other_image(
+def test_nan_does_not_converge_or_affect_other_images(
     sizes: list[float], best: int | None, residual: float, dtype: torch.dtype
 ) -> None:
     others = [[1.0, 0.5, 0.25, 0.0], [1.0, 2.0, 0.0]]
@@ -218,9 +218,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 @pytest.mark.parametrize(
     ("shape", "number"), [((1, 8, 8), 1), ((3, 28, 28), 1), ((3, 28, 28), 2), ((3, 128, 128), 1), ((3, 128, 128), 2)]
 )
-def test_an_image_is_solved_alike_alone_and_in_company(
-    shape: tuple[int, ...], number: int, threads: Callable[[int], None]
-) -> None:
+def test_solution_is_independent_of_batch(shape: tuple[int, ...], number: int, threads: Callable[[int], None]) -> None:
     threads(number)
     count = 9
     y = rand(count, *shape, dtype=torch.float32)
@@ -239,7 +237,7 @@ def test_an_image_is_solved_alike_alone_and_in_company(
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: f"{step.timestep}-{step.prev_timestep}")
-def test_the_scale_errs_alike_at_both_ends(step: Step) -> None:
+def test_mixing_balances_both_extremes(step: Step) -> None:
     """c times the slope of a step is q for pictures without variance and 1 / q for those with the noise's."""
     x = torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1)
     slopes = []
@@ -296,7 +294,7 @@ def encode(prediction_type: str, exact: bool, **limits: Any) -> tuple[list[Tenso
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_euler_asks_once_a_step_and_once_at_the_start(prediction_type: str) -> None:
+def test_euler_evaluates_once_per_step_and_once_at_start(prediction_type: str) -> None:
     xs, _, inversion, denoiser = encode(prediction_type, exact=False)
     ascending = [5, 100, 300, 600, 900]
     # At timestep 0 for the picture, then where each step has led.
@@ -312,7 +310,7 @@ def test_euler_asks_once_a_step_and_once_at_the_start(prediction_type: str) -> N
 
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_residuals_are_what_a_step_of_sampling_misses(prediction_type: str, exact: bool) -> None:
+def test_residuals_match_sampling_step(prediction_type: str, exact: bool) -> None:
     xs, x0s, inversion, _ = encode(prediction_type, exact)
     for index, step in enumerate(STEPS[::-1]):
         missed = xs[index] - forward(xs[index + 1], step, prediction_type)
@@ -327,7 +325,7 @@ def test_residuals_are_what_a_step_of_sampling_misses(prediction_type: str, exac
             assert wanted.min() > 1e-6
 
 
-def test_the_first_guess_follows_epsilon_along_a_line() -> None:
+def test_first_guess_extrapolates_epsilon_linearly() -> None:
     """An epsilon that is linear in t is guessed right as soon as two of it are known, and by Euler never."""
     steps = make_steps([500, 400, 300, 200, 100], ALPHAS, float(ALPHAS[0]))
     x = rand(2, 1, 4, 4)
@@ -343,7 +341,7 @@ def test_the_first_guess_follows_epsilon_along_a_line() -> None:
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_evaluations_are_counted_image_by_image(prediction_type: str) -> None:
+def test_evaluations_are_counted_per_image(prediction_type: str) -> None:
     _, _, inversion, denoiser = encode(prediction_type, exact=True, tolerance=1e-9)
     assert sum(int(entry.sum()) for entry in inversion.evaluations) == sum(denoiser.sizes)
     for step, entry in zip(STEPS[::-1], inversion.evaluations, strict=True):
@@ -354,7 +352,7 @@ def test_evaluations_are_counted_image_by_image(prediction_type: str) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 16])
-def test_in_batches_asks_about_exactly_so_many(batch_size: int, make_unet: Callable[..., Any]) -> None:
+def test_in_batches_evaluates_full_batches(batch_size: int, make_unet: Callable[..., Any]) -> None:
     unet = make_unet()
     sizes = []
 
@@ -374,7 +372,7 @@ def test_in_batches_asks_about_exactly_so_many(batch_size: int, make_unet: Calla
     assert set(sizes) == {batch_size}
 
 
-def test_in_batches_leaves_full_batches_as_they_are() -> None:
+def test_in_batches_leaves_full_batches_unchanged() -> None:
     seen = []
     denoiser = in_batches(lambda x, t: (seen.append(x), x * t)[1], 2)
     x = rand(4, 1, 2, 2)

@@ -42,7 +42,7 @@ def original_betas(beta_schedule: str, beta_start: float, beta_end: float, steps
 
 @pytest.mark.parametrize("steps", [1, 2, 50, 1000])
 @pytest.mark.parametrize("beta_schedule", [name for name in BETA_SCHEDULES if name != "squaredcos_cap_v2"])
-def test_betas_are_those_of_the_original_code(beta_schedule: str, steps: int) -> None:
+def test_betas_match_original_code(beta_schedule: str, steps: int) -> None:
     betas = make_betas(beta_schedule, steps, 0.0002, 0.03)
     assert betas.dtype == np.float64
     assert betas.shape == (steps,)
@@ -50,7 +50,7 @@ def test_betas_are_those_of_the_original_code(beta_schedule: str, steps: int) ->
 
 
 @pytest.mark.parametrize("steps", [1, 10, 1000])
-def test_cosine_betas_give_the_published_alpha_bar(steps: int) -> None:
+def test_cosine_betas_match_published_alpha_bar(steps: int) -> None:
     betas = make_betas("squaredcos_cap_v2", steps)
     f = [math.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(steps + 1)]
     # The last beta alone is capped: alpha-bar would be 0 there.
@@ -60,7 +60,7 @@ def test_cosine_betas_give_the_published_alpha_bar(steps: int) -> None:
 
 
 @pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
-def test_alphas_cumprod_is_the_running_product(beta_schedule: str) -> None:
+def test_alphas_cumprod_is_running_product(beta_schedule: str) -> None:
     betas = make_betas(beta_schedule, 30)
     np.testing.assert_allclose(
         make_alphas_cumprod(betas), [math.prod(1 - betas[: t + 1]) for t in range(30)], rtol=1e-13
@@ -68,7 +68,7 @@ def test_alphas_cumprod_is_the_running_product(beta_schedule: str) -> None:
 
 
 @pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
-def test_zero_terminal_snr_ends_without_signal_and_keeps_the_start(beta_schedule: str) -> None:
+def test_zero_terminal_snr_keeps_first_and_zeroes_last_alpha(beta_schedule: str) -> None:
     before = make_alphas_cumprod(make_betas(beta_schedule, T))
     rescaled = rescale_zero_terminal_snr(make_betas(beta_schedule, T))
     after = make_alphas_cumprod(rescaled)
@@ -91,23 +91,23 @@ def test_zero_terminal_snr_ends_without_signal_and_keeps_the_start(beta_schedule
         (("linear", 10, float("nan")), "beta_start must be a number above 0 and below 1, got nan"),
     ],
 )
-def test_bad_betas_are_refused(arguments: tuple, named: str) -> None:
+def test_invalid_betas_raise(arguments: tuple, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         make_betas(*arguments)
 
 
 @pytest.mark.parametrize("betas", [[], [[0.1]], [0.0, 0.1], [0.1, 1.1], [0.1, float("nan")], 0.1])
-def test_bad_trained_betas_are_refused(betas: object) -> None:
+def test_invalid_trained_betas_raise(betas: object) -> None:
     with pytest.raises(ValueError, match="trained_betas must be"):
         check_betas(betas)
 
 
-def test_trained_betas_may_end_at_one() -> None:
+def test_trained_betas_may_end_at_1() -> None:
     np.testing.assert_array_equal(check_betas([0.5, 1]), [0.5, 1.0])
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_every_number_of_steps_gives_the_timesteps_of_diffusers(spacing: str) -> None:
+def test_timesteps_match_diffusers_for_every_step_count(spacing: str) -> None:
     peer = Peer(num_train_timesteps=T, timestep_spacing=spacing)
     differ = {}
     for S in range(1, T + 1):
@@ -122,7 +122,7 @@ def test_every_number_of_steps_gives_the_timesteps_of_diffusers(spacing: str) ->
     assert not differ, f"{spacing}: other timesteps than diffusers' for S in {sorted(differ)}"
 
 
-def test_the_extra_trailing_entry_of_diffusers_is_left_out() -> None:
+def test_extra_trailing_timestep_of_diffusers_is_omitted() -> None:
     peer = Peer(num_train_timesteps=T, timestep_spacing="trailing")
     peer.set_timesteps(61)
     assert len(peer.timesteps) == 62
@@ -130,23 +130,23 @@ def test_the_extra_trailing_entry_of_diffusers_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 1, 19])
-def test_leading_timesteps_are_shifted_by_the_offset(offset: int) -> None:
+def test_leading_timesteps_are_shifted_by_offset(offset: int) -> None:
     assert make_timesteps("leading", 50, LINEAR, offset) == [20 * i + offset for i in range(50)][::-1]
 
 
 @pytest.mark.parametrize("spacing", [name for name in SPACINGS if name != "leading"])
-def test_other_spacings_ignore_the_offset(spacing: str) -> None:
+def test_other_spacings_ignore_offset(spacing: str) -> None:
     assert make_timesteps(spacing, 50, LINEAR, 1) == make_timesteps(spacing, 50, LINEAR)
 
 
 @pytest.mark.parametrize("offset", [-1, 20])
-def test_an_offset_that_leaves_the_schedule_is_refused(offset: int) -> None:
+def test_offset_beyond_schedule_raises(offset: int) -> None:
     with pytest.raises(ValueError, match=f"steps_offset {offset} reach from {offset} to {980 + offset}"):
         make_timesteps("leading", 50, LINEAR, offset)
 
 
 @pytest.mark.parametrize("S", [1, 2, 10, 29, 30, 50, 100, 1000])
-def test_quad_is_the_papers_without_repeats(S: int) -> None:
+def test_quad_matches_paper_without_duplicates(S: int) -> None:
     seq = [int(s) for s in np.linspace(0, np.sqrt(T * 0.8), S) ** 2]
     ours = make_timesteps("quad", S, LINEAR)
     assert ours == list(dict.fromkeys(seq))[::-1]
@@ -154,7 +154,7 @@ def test_quad_is_the_papers_without_repeats(S: int) -> None:
 
 
 @pytest.mark.parametrize("S", [1, 2, 10, 50, 300])
-def test_blend_is_equal_steps_of_its_variable(S: int) -> None:
+def test_blend_steps_are_equal_in_blend_variable(S: int) -> None:
     timesteps = np.array(make_timesteps("blend", S, LINEAR))
 
     def w(u: np.ndarray) -> np.ndarray:
@@ -171,7 +171,7 @@ def test_blend_is_equal_steps_of_its_variable(S: int) -> None:
 @pytest.mark.parametrize("spacing", SPACINGS)
 @settings(deadline=None, max_examples=150)
 @given(st.data(), st.integers(1, 1200), st.sampled_from(BETA_SCHEDULES), st.booleans())
-def test_timesteps_are_distinct_decreasing_and_within_the_schedule(
+def test_timesteps_are_distinct_decreasing_and_in_range(
     spacing: str, data: st.DataObject, steps: int, beta_schedule: str, zero_snr: bool
 ) -> None:
     S = data.draw(st.integers(1, steps))
@@ -197,7 +197,7 @@ def test_logsnr_steps_are_nearly_equal_in_log_snr(beta_schedule: str, S: int) ->
 
 
 @pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
-def test_logsnr_timesteps_are_the_nearest_to_equal_steps(beta_schedule: str) -> None:
+def test_logsnr_timesteps_are_nearest_to_equal_steps(beta_schedule: str) -> None:
     alphas = make_alphas_cumprod(make_betas(beta_schedule, T))
     finite = np.flatnonzero(alphas > 0)
     log_snr = np.log(alphas[finite] / (1 - alphas[finite]))
@@ -209,17 +209,17 @@ def test_logsnr_timesteps_are_the_nearest_to_equal_steps(beta_schedule: str) -> 
 
 @pytest.mark.parametrize("S", [0, -1, 2.5, T + 1, "ten", True, None, 10.0, float("nan")])
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_a_bad_number_of_steps_is_refused(spacing: str, S: object) -> None:
+def test_invalid_step_count_raises(spacing: str, S: object) -> None:
     with pytest.raises(ValueError, match="num_inference_steps must be"):
         make_timesteps(spacing, S, LINEAR)
 
 
 @pytest.mark.parametrize("S", [np.int64(10), torch.tensor(10)])
-def test_any_kind_of_integer_is_a_number_of_steps(S: object) -> None:
+def test_integer_types_are_accepted_as_step_count(S: object) -> None:
     assert make_timesteps("leading", S, LINEAR) == list(range(900, -1, -100))
 
 
-def test_an_unknown_spacing_is_refused() -> None:
+def test_unknown_spacing_raises() -> None:
     with pytest.raises(
         ValueError, match="must be one of leading, trailing, linspace, quad, logsnr, or blend, got 'karras'"
     ):
@@ -229,7 +229,7 @@ def test_an_unknown_spacing_is_refused() -> None:
 @pytest.mark.parametrize(
     "kind", [list, tuple, np.array, torch.tensor, lambda entries: [torch.tensor(t) for t in entries]]
 )
-def test_timesteps_of_every_kind_are_accepted(kind: object) -> None:
+def test_integer_sequences_are_accepted_as_timesteps(kind: object) -> None:
     checked = check_timesteps(kind([999, 500, 3, 0]), T)
     assert checked == [999, 500, 3, 0]
     assert all(type(t) is int for t in checked)
@@ -253,6 +253,6 @@ def test_timesteps_of_every_kind_are_accepted(kind: object) -> None:
         ([5, -1], "must be integers from 0 to 999, got -1"),
     ],
 )
-def test_bad_timesteps_are_refused_by_name(timesteps: object, message: str) -> None:
+def test_invalid_timesteps_raise(timesteps: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_timesteps(timesteps, T)

@@ -65,27 +65,27 @@ def by_library(scheduler: DDIMScheduler, timesteps: list[int], eta: float) -> tu
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("S", [5, 10, 20, 50, 100])
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_the_distribution_after_all_steps_is_that_of_the_paper(spacing: str, S: int, eta: float) -> None:
+def test_final_distribution_matches_paper(spacing: str, S: int, eta: float) -> None:
     scheduler = DDIMScheduler(timestep_spacing=spacing)
     timesteps = scheduler.make_timesteps(S)
     assert by_library(scheduler, timesteps, eta) == pytest.approx(by_hand(timesteps, eta), abs=1e-10)
 
 
 @pytest.mark.parametrize(("S", "std"), [(10, 0.374), (20, 0.434), (50, 0.472), (100, 0.486)])
-def test_ddim_narrows_the_data_less_with_more_steps(S: int, std: float) -> None:
+def test_std_approaches_data_with_more_steps(S: int, std: float) -> None:
     scheduler = DDIMScheduler()
     assert by_library(scheduler, scheduler.make_timesteps(S), 0.0)[1] == pytest.approx(std, abs=1e-3)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_all_timesteps_give_the_data_back(eta: float) -> None:
+def test_all_timesteps_recover_data_distribution(eta: float) -> None:
     mean, std = by_library(DDIMScheduler(), list(range(T))[::-1], eta)
     assert mean == pytest.approx(MU, abs=5e-3)
     assert std == pytest.approx(STD, abs=5e-3)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "logsnr"])
-def test_eta_one_with_all_timesteps_is_ancestral_sampling_of_ddpm(spacing: str) -> None:
+def test_eta_1_with_all_timesteps_is_ddpm_ancestral_sampling(spacing: str) -> None:
     mean, variance = 0.0, 1.0
     for t in range(T - 1, -1, -1):
         beta, a, p = BETAS[t], ALPHAS[t], ALPHAS[t - 1] if t else 1.0
@@ -106,7 +106,7 @@ def test_eta_one_with_all_timesteps_is_ancestral_sampling_of_ddpm(spacing: str) 
     part=st.floats(0, 1),
     x0=st.floats(-3, 3),
 )
-def test_lemma_1_every_sigma_keeps_the_marginals(alpha: float, share: float, part: float, x0: float) -> None:
+def test_every_sigma_keeps_marginals(alpha: float, share: float, part: float, x0: float) -> None:
     alpha_prev = alpha + share * (1 - alpha)
     sigma = part * math.sqrt(1 - alpha_prev)
     step = Step(1, 0, alpha, alpha_prev, sigma, sigma)

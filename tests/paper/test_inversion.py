@@ -122,7 +122,7 @@ def ode_code(x: Tensor, a: float, first: float, std: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("S", [10, 20, 50])
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("network", NETWORKS, ids=NETWORK_IDS)
-def test_decoding_gives_back_what_was_encoded(network: dict[str, Any], spacing: str, S: int, std: str) -> None:
+def test_decode_inverts_encode(network: dict[str, Any], spacing: str, S: int, std: str) -> None:
     pipe, alphas = make_pipeline(STDS[std], timestep_spacing=spacing, **network)
     x = pictures()
     codes = pipe.encode(x, S, tolerance=1e-12, max_iterations=400)
@@ -138,7 +138,7 @@ def test_decoding_gives_back_what_was_encoded(network: dict[str, Any], spacing: 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("network", NETWORKS, ids=NETWORK_IDS)
-def test_decoding_is_the_affine_map_of_the_closed_form(network: dict[str, Any], spacing: str) -> None:
+def test_decode_matches_closed_form(network: dict[str, Any], spacing: str) -> None:
     pipe, alphas = make_pipeline(STDS["many"] / 3, timestep_spacing=spacing, **network)
     timesteps = [t for t in pipe.scheduler.make_timesteps(20) if t > 0]
     # Codes no further from their center than pictures that need no clipping.
@@ -150,7 +150,7 @@ def test_decoding_is_the_affine_map_of_the_closed_form(network: dict[str, Any], 
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=NETWORK_IDS)
-def test_timesteps_of_ones_own(network: dict[str, Any]) -> None:
+def test_custom_timesteps(network: dict[str, Any]) -> None:
     pipe, alphas = make_pipeline(STDS["one"], **network)
     timesteps = [990, 600, 599, 150, 7, 1]
     x = pictures()
@@ -163,7 +163,7 @@ def test_timesteps_of_ones_own(network: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("network", NETWORKS, ids=NETWORK_IDS)
-def test_euler_encoding_is_equation_13(network: dict[str, Any], spacing: str) -> None:
+def test_euler_encoding_matches_equation_13(network: dict[str, Any], spacing: str) -> None:
     pipe, alphas = make_pipeline(STDS["many"], timestep_spacing=spacing, **network)
     x = pictures()
     codes = pipe.encode(x, 20, exact=False)
@@ -173,7 +173,7 @@ def test_euler_encoding_is_equation_13(network: dict[str, Any], spacing: str) ->
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_euler_encoding_converges_to_the_ode_with_first_order(prediction_type: str) -> None:
+def test_euler_encoding_converges_to_ode_at_first_order(prediction_type: str) -> None:
     """Timesteps are whole numbers; a grid of 10 000 of them does not show among some hundred steps."""
     std = STDS["many"].clip(0.3, 0.8)
     pipe, alphas = make_pipeline(std, 10_000, timestep_spacing="logsnr", prediction_type=prediction_type)
@@ -198,7 +198,7 @@ def test_euler_encoding_converges_to_the_ode_with_first_order(prediction_type: s
     assert exact[-1] == pytest.approx(euler[-1], rel=0.1)
 
 
-def test_a_gaussian_of_one_variance_takes_few_evaluations() -> None:
+def test_single_variance_takes_few_evaluations() -> None:
     """All its directions are stretched alike, so that two iterates tell the third (a secant)."""
     for spacing in SPACINGS:
         pipe, _ = make_pipeline(STDS["one"], timestep_spacing=spacing)
@@ -207,7 +207,7 @@ def test_a_gaussian_of_one_variance_takes_few_evaluations() -> None:
         assert codes.evaluations.max() <= 8
 
 
-def test_the_residuals_are_those_of_the_closed_form() -> None:
+def test_residuals_match_closed_form() -> None:
     """What a step of decoding makes of an Euler step is known, and by how much it misses."""
     std = STDS["many"]
     pipe, alphas = make_pipeline(std)

@@ -39,7 +39,7 @@ def deviation(number: int, order: int) -> float:
 
 class TestGaussian:
     @pytest.mark.parametrize(("number", "bound", "ddim"), [(10, 0.02, 0.126), (20, 0.01, 0.066), (50, 0.002, 0.028)])
-    def test_the_deviation_of_the_pictures(self, number: int, bound: float, ddim: float) -> None:
+    def test_std_of_generated_samples(self, number: int, bound: float, ddim: float) -> None:
         assert abs(deviation(number, 2) - 0.5) < bound
         assert abs(deviation(number, 1) - 0.5) == pytest.approx(ddim, abs=5e-4)
 
@@ -95,18 +95,18 @@ class TestMixture:
         found, real = ((points @ directions).sort(0).values for points in (last.sample.flatten(1), data))
         return float((found - real).square().mean().sqrt())
 
-    def test_ten_steps_are_as_good_as_forty(self) -> None:
+    def test_ten_steps_match_forty_steps_of_order_1(self) -> None:
         assert self.distance(10, 2) <= self.distance(40, 1)
 
 
 class TestSteps:
-    def test_it_begins_as_ddim(self) -> None:
+    def test_first_step_is_ddim(self) -> None:
         steps = SCHEDULER.make_steps([900, 600, 300, 0], order=2)
         assert [bool(step.correction) for step in steps] == [False, True, True, True]
         assert [step.correction for step in second_order(SCHEDULER.make_steps([500]))] == [0]
 
     @pytest.mark.parametrize("timesteps", [[900, 600, 300], [999, 998, 997], [500, 2, 0], [999, 1], [40, 20, 3]])
-    def test_against_the_integral(self, timesteps: list[int]) -> None:
+    def test_matches_integral(self, timesteps: list[int]) -> None:
         """Of the line through two predictions, over sigma, by SciPy."""
         alphas = [*(float(SCHEDULER.alphas_cumprod_float64[t]) for t in timesteps), 1.0]
         before, epsilon, x = 0.7, -0.2, 0.4
@@ -124,7 +124,7 @@ class TestSteps:
             found = math.sqrt(c) * x0 + math.sqrt(1 - c) * epsilon + step.correction * (epsilon - before)
             assert found == pytest.approx(expected, rel=1e-7)
 
-    def test_from_pure_noise(self) -> None:
+    def test_zero_terminal_snr_is_finite(self) -> None:
         """At zero terminal SNR sigma is infinite where the process begins."""
         scheduler = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
         steps = scheduler.make_steps([999, 700, 400, 100], order=2)
@@ -134,7 +134,7 @@ class TestSteps:
     @pytest.mark.parametrize(
         ("order", "eta", "message"), [(3, 0.0, r"order must be 1 .*, got 3"), (2, 0.5, "order=2 requires eta=0")]
     )
-    def test_bad_input(self, order: int, eta: float, message: str) -> None:
+    def test_invalid_input_raises(self, order: int, eta: float, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             SCHEDULER.make_steps([500, 0], eta, order=order)
 
@@ -149,7 +149,7 @@ class TestEveryWay:
         return pipe
 
     @pytest.mark.parametrize("clip", [True, False])
-    def test_the_schedulers_interface(self, pipe: DDIMPipeline, clip: bool) -> None:
+    def test_scheduler_matches_pipeline(self, pipe: DDIMPipeline, clip: bool) -> None:
         scheduler = DDIMScheduler(solver_order=2, clip_sample=clip)
         pipe.scheduler = DDIMScheduler(clip_sample=clip)
         expected = pipe(seeds=[1, 2], num_inference_steps=7, order=2, output_type="pt").images
@@ -162,7 +162,7 @@ class TestEveryWay:
                     x = scheduler.step(pipe.unet(x, t).sample, t, x).prev_sample
             torch.testing.assert_close((x / 2 + 0.5).clamp(0, 1), expected, rtol=0, atol=1e-4)
 
-    def test_another_spacing_by_the_scheduler(self, pipe: DDIMPipeline) -> None:
+    def test_scheduler_spacing_applies(self, pipe: DDIMPipeline) -> None:
         pipe.scheduler = DDIMScheduler(solver_order=2, timestep_spacing="linspace")
         found = pipe(seeds=[1], num_inference_steps=5, output_type="pt").images
         timesteps = pipe.scheduler.make_timesteps(5)
@@ -170,13 +170,13 @@ class TestEveryWay:
         assert torch.equal(found, pipe(seeds=[1], timesteps=timesteps, order=2, output_type="pt").images)
         assert not torch.equal(found, pipe(seeds=[1], timesteps=timesteps, output_type="pt").images)
 
-    def test_one_evaluation_a_step(self, pipe: DDIMPipeline) -> None:
+    def test_one_evaluation_per_step(self, pipe: DDIMPipeline) -> None:
         pipe.engine, asked = "eager", []
         pipe.unet.register_forward_hook(lambda *_: asked.append(1))
         pipe(seeds=[1], num_inference_steps=9, order=2)
         assert len(asked) == 9
 
-    def test_saved_it_runs_in_diffusers(self, pipe: DDIMPipeline, tmp_path: Path) -> None:
+    def test_saved_pipeline_runs_in_diffusers(self, pipe: DDIMPipeline, tmp_path: Path) -> None:
         pipe.scheduler = DDIMScheduler(solver_order=2)
         pipe.save_pretrained(tmp_path)
         assert DDIMPipeline.from_pretrained(tmp_path).scheduler.config.solver_order == 2
@@ -184,7 +184,7 @@ class TestEveryWay:
         peer.set_progress_bar_config(disable=True)
         assert peer(num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
-    def test_refused(self, pipe: DDIMPipeline) -> None:
+    def test_invalid_order_raises(self, pipe: DDIMPipeline) -> None:
         with pytest.raises(ValueError, match=r"order must be 1 .*, got 3"):
             pipe(order=3)
         with pytest.raises(ValueError, match="requires eta=0"):

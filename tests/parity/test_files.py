@@ -180,7 +180,7 @@ def test_dtypes(diffusers_unet: diffusers.UNet2DModel, tmp_path: Path, dtype: to
         torch.testing.assert_close(loaded.unet.state_dict()[name], value, rtol=0, atol=0)
 
 
-def test_components_replace_files(diffusers_unet: diffusers.UNet2DModel, tmp_path: Path) -> None:
+def test_components_override_files(diffusers_unet: diffusers.UNet2DModel, tmp_path: Path) -> None:
     diffusers.DDIMPipeline(diffusers_unet, diffusers.DDIMScheduler()).save_pretrained(tmp_path)
     unet = diffusers.UNet2DModel(**diffusers_unet.config)
     scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear")

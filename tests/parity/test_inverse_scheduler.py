@@ -107,7 +107,7 @@ def test_timesteps(timestep_spacing: str, steps_offset: int, S: int) -> None:
 
 @pytest.mark.parametrize("S", [1, 7, 50, 999])
 @pytest.mark.parametrize("timestep_spacing", SPACINGS)
-def test_timesteps_are_those_of_the_forward_scheduler_turned_round(timestep_spacing: str, S: int) -> None:
+def test_timesteps_reverse_forward_scheduler(timestep_spacing: str, S: int) -> None:
     forward = DDIMScheduler(timestep_spacing=timestep_spacing)
     inverse = DDIMInverseScheduler.from_config(forward.config)
     for scheduler in (forward, inverse):
@@ -143,7 +143,7 @@ def test_step_as_shipped(config: dict[str, Any], S: int) -> None:
 
 @pytest.mark.parametrize("timestep_spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_x0_in_half_precision_is_as_near_as_the_peers(dtype: torch.dtype, timestep_spacing: str) -> None:
+def test_half_precision_x0_is_as_accurate_as_diffusers(dtype: torch.dtype, timestep_spacing: str) -> None:
     """Told from x_t, which the step rounds, it would be lost where alpha is small."""
     config = {"timestep_spacing": timestep_spacing, "clip_sample": False}
     ours, peer = DDIMInverseScheduler(**config), Peer(**config)
@@ -161,7 +161,7 @@ def test_x0_in_half_precision_is_as_near_as_the_peers(dtype: torch.dtype, timest
 
 @pytest.mark.parametrize("set_alpha_to_one", [True, False])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_what_loops_read(prediction_type: str, set_alpha_to_one: bool) -> None:
+def test_attributes_read_by_pipelines(prediction_type: str, set_alpha_to_one: bool) -> None:
     arguments = {"prediction_type": prediction_type, "set_alpha_to_one": set_alpha_to_one}
     ours, peer = DDIMInverseScheduler(**arguments), Peer(**arguments)
     assert len(ours) == len(peer) == T
@@ -174,7 +174,7 @@ def test_what_loops_read(prediction_type: str, set_alpha_to_one: bool) -> None:
     assert relative_error(ours.alphas_cumprod, peer.alphas_cumprod) <= 1e-5
 
 
-def test_arguments_and_results_are_the_peers() -> None:
+def test_signatures_and_results_match_diffusers() -> None:
     parameters = [list(inspect.signature(cls.step).parameters.values()) for cls in (DDIMInverseScheduler, Peer)]
     ours, theirs = ([(p.name, p.default) for p in entries] for entries in parameters)
     assert ours == theirs
@@ -256,9 +256,7 @@ def inverses(
 @pytest.mark.parametrize("walk", WALKS)
 @pytest.mark.parametrize("timestep_spacing", SPACINGS)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_given_the_output_at_x_t_a_step_is_inverted_exactly(
-    prediction_type: str, timestep_spacing: str, walk: str
-) -> None:
+def test_step_is_inverted_exactly_given_output_at_x_t(prediction_type: str, timestep_spacing: str, walk: str) -> None:
     count = 0
     for t, forward, inverse in inverses(prediction_type, walk, timestep_spacing=timestep_spacing):
         x_prev, x0 = forward.step(OUTPUT, t, SAMPLE, return_dict=False)
@@ -282,7 +280,7 @@ def peer_misses(config: dict[str, Any], S: int) -> list[float]:
 
 
 @pytest.mark.parametrize("timestep_spacing", ["leading", "trailing"])
-def test_the_peer_does_not_invert_a_v_prediction(timestep_spacing: str) -> None:
+def test_diffusers_does_not_invert_v_prediction(timestep_spacing: str) -> None:
     config = {"timestep_spacing": timestep_spacing}
     for right in ("epsilon", "sample"):
         assert max(peer_misses({**config, "prediction_type": right}, 10)) <= 1e-9
@@ -291,12 +289,12 @@ def test_the_peer_does_not_invert_a_v_prediction(timestep_spacing: str) -> None:
     assert max(missed) > 1e-2
 
 
-def test_the_peer_steps_from_another_timestep_where_s_does_not_divide_t() -> None:
+def test_diffusers_steps_from_wrong_timestep_if_s_does_not_divide_t() -> None:
     assert max(peer_misses({"timestep_spacing": "trailing"}, 7)) > 1e-4
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_clipping_is_of_the_x0_that_x_t_holds(prediction_type: str) -> None:
+def test_clipping_applies_to_x0_of_x_t(prediction_type: str) -> None:
     """With x_t = sqrt(alpha) x_0 + sqrt(1 - alpha) epsilon, x_0 is clipped and epsilon stays."""
     for clip in ({"clip_sample_range": 0.5}, {"thresholding": True, "dynamic_thresholding_ratio": 0.9}):
         config = {"prediction_type": prediction_type, "set_alpha_to_one": False}
@@ -320,20 +318,20 @@ def test_clipping_is_of_the_x0_that_x_t_holds(prediction_type: str) -> None:
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_a_step_needs_timesteps(prediction_type: str) -> None:
+def test_step_requires_set_timesteps(prediction_type: str) -> None:
     with pytest.raises(ValueError, match=r"set_timesteps.* must be called"):
         DDIMInverseScheduler(prediction_type=prediction_type).step(OUTPUT, 500, SAMPLE)
 
 
 @pytest.mark.parametrize("t", [-1, 1000, 2.5])
-def test_a_timestep_outside_the_schedule_is_refused(t: Any) -> None:
+def test_timestep_out_of_range_raises(t: Any) -> None:
     inverse = DDIMInverseScheduler()
     inverse.set_timesteps(10)
     with pytest.raises(ValueError, match=f"timesteps must be integers from 0 to .* got {t}"):
         inverse.step(OUTPUT, t, SAMPLE)
 
 
-def test_from_a_clean_picture_a_predicted_x0_tells_nothing() -> None:
+def test_x0_prediction_from_clean_image_raises() -> None:
     inverse = DDIMInverseScheduler(prediction_type="sample")
     inverse.set_timesteps(10)
     with pytest.raises(ValueError, match="has no inverse; use set_alpha_to_one=False"):
@@ -341,7 +339,7 @@ def test_from_a_clean_picture_a_predicted_x0_tells_nothing() -> None:
     inverse.step(OUTPUT, 100, SAMPLE)
 
 
-def test_no_signal_is_refused_for_epsilon() -> None:
+def test_epsilon_prediction_without_signal_raises() -> None:
     inverse = DDIMInverseScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     inverse.set_timesteps(10)
     with pytest.raises(ValueError, match="at timestep 999 the schedule leaves no signal"):

@@ -35,7 +35,7 @@ def paint(pipe, generator, **settings):
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("generators", ["one", "list"])
-def test_pictures_are_the_peers(pipe, peer, eta, generators) -> None:
+def test_images_match_diffusers(pipe, peer, eta, generators) -> None:
     def generator():
         one = seeded(3)
         return one if generators == "one" else [one, seeded(4)]
@@ -46,7 +46,7 @@ def test_pictures_are_the_peers(pipe, peer, eta, generators) -> None:
     assert np.abs(a - b).max() <= 1 / 255
 
 
-def test_the_global_generator_is_used_as_the_peer_uses_it(pipe, peer) -> None:
+def test_global_generator_matches_diffusers(pipe, peer) -> None:
     pictures = []
     for p in (pipe, peer):
         torch.manual_seed(5)
@@ -54,7 +54,7 @@ def test_the_global_generator_is_used_as_the_peer_uses_it(pipe, peer) -> None:
     assert np.abs(pictures[0] - pictures[1]).max() <= 1 / 255
 
 
-def test_positional_arguments_are_the_peers(pipe, peer) -> None:
+def test_positional_arguments_match_diffusers(pipe, peer) -> None:
     a, b = (p(1, seeded(0), 0.0, 5, True, "pil", False)[0][0] for p in (pipe, peer))
     assert a.mode == b.mode == "L"
     assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
@@ -79,7 +79,7 @@ def test_scheduler_settings_carry_over(pipe, peer, settings) -> None:
     assert np.abs(a - b).max() <= 1 / 255
 
 
-def test_the_peers_unet_and_any_scheduler_are_taken(pipe, peer) -> None:
+def test_accepts_unet_and_scheduler_of_diffusers(pipe, peer) -> None:
     mixed = DDIMPipeline(peer.unet, diffusers.DDPMScheduler())
     mixed.set_progress_bar_config(disable=True)
     a, b = (paint(p, seeded(2), num_inference_steps=10) for p in (mixed, peer))

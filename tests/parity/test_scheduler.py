@@ -111,7 +111,7 @@ def exact_step(peer: Peer, t: int, eta: float, clipped: bool) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("timestep_spacing", "steps_offset", "S"), SUBSEQUENCES)
-def test_the_grid_holds_only_what_the_peer_does_right(timestep_spacing: str, steps_offset: int, S: int) -> None:
+def test_grid_holds_only_correct_cases_of_diffusers(timestep_spacing: str, steps_offset: int, S: int) -> None:
     ours, peer = (make(timestep_spacing=timestep_spacing, steps_offset=steps_offset) for make in (DDIMScheduler, Peer))
     ours.set_timesteps(S)
     peer.set_timesteps(S)
@@ -152,7 +152,7 @@ def test_step_as_shipped(config: dict, S: int) -> None:
 @pytest.mark.parametrize("kind", ["one", "list", "global"])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_loop_draws_the_noise_of_the_peer(dtype: torch.dtype, eta: float, kind: str) -> None:
+def test_sampling_loop_draws_noise_of_diffusers(dtype: torch.dtype, eta: float, kind: str) -> None:
     ends, states = [], []
     for scheduler in (DDIMScheduler(), in_float64(Peer())):
         torch.manual_seed(3)
@@ -170,7 +170,7 @@ def test_a_loop_draws_the_noise_of_the_peer(dtype: torch.dtype, eta: float, kind
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
-def test_variance_noise_is_what_a_generator_would_draw(eta: float) -> None:
+def test_variance_noise_matches_generator(eta: float) -> None:
     ours = DDIMScheduler()
     ours.set_timesteps(10)
     drawn = ours.step(OUTPUT, 500, SAMPLE, eta, generator=seeded(2)).prev_sample
@@ -192,9 +192,7 @@ def by_hand(t: int, later: int | None, eta: float) -> Tensor:
     ("timestep_spacing", "S", "peer_is_wrong"),
     [("linspace", 7, True), ("linspace", 50, True), ("trailing", 7, True), ("quad", 10, None), ("logsnr", 10, None)],
 )
-def test_a_step_leads_to_the_next_timestep(
-    timestep_spacing: str, S: int, peer_is_wrong: bool | None, eta: float
-) -> None:
+def test_step_leads_to_next_timestep(timestep_spacing: str, S: int, peer_is_wrong: bool | None, eta: float) -> None:
     ours = DDIMScheduler(timestep_spacing=timestep_spacing, clip_sample=False)
     ours.set_timesteps(S)
     timesteps = ours.timesteps.tolist()
@@ -209,7 +207,7 @@ def test_a_step_leads_to_the_next_timestep(
 
 
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
-def test_a_list_of_ones_own_is_followed(kind: type) -> None:
+def test_custom_timesteps_are_followed(kind: type) -> None:
     ours = DDIMScheduler(clip_sample=False)
     ours.set_timesteps(timesteps=kind([900, 300, 299, 5]))
     assert ours.num_inference_steps == 4
@@ -217,13 +215,13 @@ def test_a_list_of_ones_own_is_followed(kind: type) -> None:
         assert error(step(ours, torch.float64, t, 1.0, False)[0], by_hand(t, later, 1.0)) <= 1e-9
 
 
-def test_a_timestep_may_be_a_tensor() -> None:
+def test_timestep_may_be_tensor() -> None:
     ours = DDIMScheduler()
     ours.set_timesteps(10)
     assert torch.equal(ours.step(OUTPUT, torch.tensor(500), SAMPLE)[0], ours.step(OUTPUT, 500, SAMPLE)[0])
 
 
-def test_epsilon_and_zero_snr_agree_where_there_is_signal() -> None:
+def test_epsilon_with_zero_snr_matches_where_signal_remains() -> None:
     config = {"rescale_betas_zero_snr": True, "clip_sample": False}
     ours, exact = DDIMScheduler(**config), in_float64(Peer(**config))
     for scheduler in (ours, exact):
@@ -276,14 +274,14 @@ def test_add_noise_and_get_velocity(method: str, timesteps: list[int] | int, dty
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_training_target_is_what_the_prediction_type_asks_for(prediction_type: str) -> None:
+def test_training_target_follows_prediction_type(prediction_type: str) -> None:
     t = torch.tensor([3, 500])
     wanted = {"epsilon": NOISE, "sample": SAMPLE, "v_prediction": Peer().get_velocity(SAMPLE, NOISE, t)}
     target = DDIMScheduler(prediction_type=prediction_type).training_target(SAMPLE, NOISE, t)
     assert error(target, wanted[prediction_type]) <= 1e-5
 
 
-def test_what_a_pipeline_reads() -> None:
+def test_attributes_read_by_pipelines() -> None:
     ours, peer = DDIMScheduler(), Peer()
     assert len(ours) == len(peer) == T
     assert ours.order == peer.order == 1
@@ -301,7 +299,7 @@ def test_what_a_pipeline_reads() -> None:
 @pytest.mark.parametrize(
     "method", ["__init__", "step", "add_noise", "get_velocity", "scale_model_input", "set_timesteps"]
 )
-def test_arguments_have_the_names_order_and_defaults_of_the_peer(method: str) -> None:
+def test_signatures_match_diffusers(method: str) -> None:
     ours, theirs = (
         [(p.name, p.default) for p in inspect.signature(getattr(cls, method)).parameters.values()]
         for cls in (DDIMScheduler, Peer)
@@ -349,7 +347,7 @@ def test_configurations_are_interchangeable(arguments: dict) -> None:
 @pytest.mark.parametrize(
     "arguments", [{}, {"beta_schedule": "sigmoid", "variance_type": "fixed_large", "clip_sample": False}]
 )
-def test_from_the_configuration_of_ddpm(arguments: dict) -> None:
+def test_from_ddpm_config(arguments: dict) -> None:
     config = DDPMScheduler(**arguments).config
     ours = DDIMScheduler.from_config(config)
     assert "variance_type" not in ours.config
@@ -359,20 +357,20 @@ def test_from_the_configuration_of_ddpm(arguments: dict) -> None:
         assert public(ours.config) == public(Peer.from_config(config).config)
 
 
-def test_step_needs_timesteps() -> None:
+def test_step_requires_set_timesteps() -> None:
     for scheduler in (DDIMScheduler(), Peer()):
         with pytest.raises(ValueError, match="set_timesteps"):
             scheduler.step(OUTPUT, 500, SAMPLE)
 
 
-def test_generator_and_noise_together_are_refused() -> None:
+def test_generator_with_variance_noise_raises() -> None:
     for scheduler in (DDIMScheduler(), Peer()):
         scheduler.set_timesteps(10)
         with pytest.raises(ValueError, match="generator"):
             scheduler.step(OUTPUT, 500, SAMPLE, 1.0, generator=torch.Generator(), variance_noise=NOISE)
 
 
-def test_without_eta_generator_and_noise_are_ignored() -> None:
+def test_zero_eta_ignores_generator_and_variance_noise() -> None:
     for scheduler in (DDIMScheduler(), Peer()):
         scheduler.set_timesteps(10)
         generator = torch.Generator()
@@ -383,7 +381,7 @@ def test_without_eta_generator_and_noise_are_ignored() -> None:
 
 
 @pytest.mark.parametrize("eta", [-0.1, float("nan"), float("inf")])
-def test_a_bad_eta_is_refused(eta: float) -> None:
+def test_invalid_eta_raises(eta: float) -> None:
     ours = DDIMScheduler()
     ours.set_timesteps(10)
     with pytest.raises(ValueError, match=f"eta must .* got {eta}"):
@@ -391,7 +389,7 @@ def test_a_bad_eta_is_refused(eta: float) -> None:
 
 
 @pytest.mark.parametrize("t", [-1, 1000])
-def test_a_timestep_outside_the_schedule_is_refused(t: int) -> None:
+def test_timestep_out_of_range_raises(t: int) -> None:
     ours = DDIMScheduler()
     ours.set_timesteps(10)
     with pytest.raises(ValueError, match=f"timesteps must be integers from 0 to 999, got {t}"):
@@ -419,18 +417,18 @@ def test_a_timestep_outside_the_schedule_is_refused(t: int) -> None:
         ),
     ],
 )
-def test_bad_options_are_refused_by_name(arguments: dict, named: str) -> None:
+def test_invalid_options_raise(arguments: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         DDIMScheduler(**arguments)
 
 
 @pytest.mark.parametrize("S", [0, -3, 1001, 2.5, "ten", True])
-def test_a_bad_number_of_steps_is_refused(S: object) -> None:
+def test_invalid_step_count_raises(S: object) -> None:
     with pytest.raises(ValueError, match=f"num_inference_steps must .* got {S!r}"):
         DDIMScheduler().set_timesteps(S)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"num_inference_steps": 2, "timesteps": [5, 0]}])
-def test_steps_and_timesteps_exclude_each_other(arguments: dict) -> None:
+def test_step_count_with_timesteps_raises(arguments: dict) -> None:
     with pytest.raises(ValueError, match="give either num_inference_steps or timesteps"):
         DDIMScheduler().set_timesteps(**arguments)

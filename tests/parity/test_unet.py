@@ -185,7 +185,7 @@ def shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
     return {key: value.shape for key, value in model.state_dict().items()}
 
 
-def test_constructor_has_the_same_arguments_and_defaults() -> None:
+def test_constructor_signature_matches_diffusers() -> None:
     ours, theirs = (
         [(p.name, p.default) for p in inspect.signature(cls.__init__).parameters.values()]
         for cls in (UNet2DModel, Peer)
@@ -194,7 +194,7 @@ def test_constructor_has_the_same_arguments_and_defaults() -> None:
 
 
 @every_config
-def test_parameters_have_the_same_names_and_shapes(name: str) -> None:
+def test_parameters_match_diffusers(name: str) -> None:
     ours, theirs = named_pair(name)
     assert shapes(ours) == shapes(theirs)
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -204,7 +204,7 @@ def test_parameters_have_the_same_names_and_shapes(name: str) -> None:
 
 
 @every_config
-def test_configuration_moves_both_ways(name: str) -> None:
+def test_configs_are_interchangeable(name: str) -> None:
     ours, theirs = named_pair(name)
     assert {key: value for key, value in theirs.config.items() if not key.startswith("_")} == ours.config
     with torch.device("meta"):
