@@ -1,4 +1,4 @@
-"""Latent space: codes and their pictures, what lies between them, trajectories, edits, and what bad input gets."""
+"""Latents: encoding, decoding, interpolation, trajectories, edits, and invalid input."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ddim.outputs import EncodeOutput, UNet2DOutput
 from digits import digits
 from helpers import ALPHAS, matches, rand, randn
 
-# Where a network with random weights can be inverted.
-QUIET = [300, 200, 100, 0]
+# Timesteps at which a network with random weights is invertible.
+INVERTIBLE_TIMESTEPS = [300, 200, 100, 0]
 
 
 class Network(nn.Module):
-    """Nearly the exact network for pixels of N(mean, 0.5^2), each a little swayed by its neighbor, and a record of its
-    calls. Its steps can be inverted.
+    """Nearly the exact network for pixels of N(mean, 0.5^2), with a small term of the neighboring pixel. It records its
+    calls, and its steps are invertible.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ def mnist() -> DDIMPipeline:
 
 
 def unit(samples: Tensor) -> Tensor:
-    """[-1, 1] to [0, 1], as pictures are returned."""
+    """Map [-1, 1] to [0, 1], the range of returned images."""
     return (samples / 2 + 0.5).clamp(0, 1)
 
 
@@ -74,29 +74,29 @@ def handwritten(count: int) -> list[Image.Image]:
 
 def test_images_are_reconstructed(tiny_pipeline: DDIMPipeline) -> None:
     x = rand(5, 3, 16, 16)
-    codes = tiny_pipeline.encode(x, timesteps=QUIET, batch_size=4)
-    assert codes.converged.all()
-    back = tiny_pipeline.decode(codes, timesteps=QUIET, output_type="pt", batch_size=4).images
-    assert (back - unit(x)).abs().max() <= 1e-3
-    assert (codes.latents - x).square().mean() > 0.01
-    result = tiny_pipeline.reconstruct(x, timesteps=QUIET, output_type="pt", batch_size=4)
-    assert torch.equal(result.images, back)
-    assert torch.equal(result.codes.latents, codes.latents)
+    encoding = tiny_pipeline.encode(x, timesteps=INVERTIBLE_TIMESTEPS, batch_size=4)
+    assert encoding.converged.all()
+    images = tiny_pipeline.decode(encoding, timesteps=INVERTIBLE_TIMESTEPS, output_type="pt", batch_size=4).images
+    assert (images - unit(x)).abs().max() <= 1e-3
+    assert (encoding.latents - x).square().mean() > 0.01
+    result = tiny_pipeline.reconstruct(x, timesteps=INVERTIBLE_TIMESTEPS, output_type="pt", batch_size=4)
+    assert torch.equal(result.images, images)
+    assert torch.equal(result.codes.latents, encoding.latents)
     assert result.mse.max() <= 1e-9
 
 
 def test_exact_inversion_beats_euler_on_generated_images(mnist: DDIMPipeline) -> None:
-    pictures = mnist(seeds=[1, 3], num_inference_steps=20).images
-    exact, euler = (mnist.reconstruct(pictures, 20, exact, batch_size=2) for exact in (True, False))
+    images = mnist(seeds=[1, 3], num_inference_steps=20).images
+    exact, euler = (mnist.reconstruct(images, 20, exact, batch_size=2) for exact in (True, False))
     assert (euler.mse / exact.mse).min() >= 1000
     assert exact.psnr.min() > 60
-    # Every pixel, and not only their mean, after rounding to bytes.
-    for before, after in zip(pictures, exact.images, strict=True):
-        assert np.abs(np.asarray(before, int) - np.asarray(after, int)).max() <= 2
+    # Every pixel, not only their mean, after rounding to bytes.
+    for original, reconstructed in zip(images, exact.images, strict=True):
+        assert np.abs(np.asarray(original, int) - np.asarray(reconstructed, int)).max() <= 2
 
 
 def test_exact_inversion_beats_euler_on_unseen_images(mnist: DDIMPipeline) -> None:
-    """Enlarged from 8x8, they are unlike those that the model knows. Decoding then magnifies what encoding leaves."""
+    """Enlarged from 8x8, they differ from the training images, and decoding magnifies the residuals of encoding."""
     exact, euler = (mnist.reconstruct(handwritten(3), 20, exact, resize=True, batch_size=3) for exact in (True, False))
     ratio = euler.mse / exact.mse
     assert ratio.median() >= 1000
@@ -105,105 +105,107 @@ def test_exact_inversion_beats_euler_on_unseen_images(mnist: DDIMPipeline) -> No
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_latents_are_independent_of_batch(mnist: DDIMPipeline, exact: bool) -> None:
-    pictures, timesteps = handwritten(3), [700, 400, 150]
+    images, timesteps = handwritten(3), [700, 400, 150]
     settings: dict[str, Any] = {"timesteps": timesteps, "batch_size": 2}
     limits = {"exact": exact, "max_iterations": 25, "resize": True}
-    together = mnist.encode(pictures, **settings, **limits)
-    assert not exact or len(set(together.evaluations.sum(1).tolist())) > 1
-    images = mnist.decode(together, output_type="pt", **settings).images
+    encoding = mnist.encode(images, **settings, **limits)
+    assert not exact or len(set(encoding.evaluations.sum(1).tolist())) > 1
+    decoded = mnist.decode(encoding, output_type="pt", **settings).images
     for order in ([0], [1], [2], [2, 0]):
-        some = mnist.encode([pictures[i] for i in order], **settings, **limits)
+        subset = mnist.encode([images[i] for i in order], **settings, **limits)
         for name in ("latents", "residuals", "evaluations"):
-            assert torch.equal(getattr(some, name), getattr(together, name)[order]), (order, name)
-        assert torch.equal(mnist.decode(some, output_type="pt", **settings).images, images[order])
+            assert torch.equal(getattr(subset, name), getattr(encoding, name)[order]), (order, name)
+        assert torch.equal(mnist.decode(subset, output_type="pt", **settings).images, decoded[order])
 
 
 def test_latents_are_independent_of_group(tiny_pipeline: DDIMPipeline) -> None:
     x = rand(2 * BATCHES_PER_GROUP + 1, 3, 16, 16)
     settings: dict[str, Any] = {"timesteps": [200, 100], "batch_size": 2}
-    together = tiny_pipeline.encode(x, **settings)
-    images = tiny_pipeline.decode(together, output_type="np", **settings).images
+    encoding = tiny_pipeline.encode(x, **settings)
+    images = tiny_pipeline.decode(encoding, output_type="np", **settings).images
     for index in (0, 5, 2 * BATCHES_PER_GROUP):
-        alone = tiny_pipeline.encode(x[index : index + 1], **settings)
-        assert torch.equal(alone.latents, together.latents[index : index + 1])
-        assert torch.equal(alone.evaluations, together.evaluations[index : index + 1])
-        assert np.array_equal(tiny_pipeline.decode(alone, output_type="np", **settings).images[0], images[index])
+        single = tiny_pipeline.encode(x[index : index + 1], **settings)
+        assert torch.equal(single.latents, encoding.latents[index : index + 1])
+        assert torch.equal(single.evaluations, encoding.evaluations[index : index + 1])
+        assert np.array_equal(tiny_pipeline.decode(single, output_type="np", **settings).images[0], images[index])
 
 
 def test_network_receives_only_full_batches(pipe: DDIMPipeline) -> None:
     for batch_size in (1, 3):
         pipe.unet.sizes.clear()
-        codes = pipe.encode(rand(4, 1, 8, 8), 5, batch_size=batch_size)
-        pipe.decode(codes, 5, batch_size=batch_size)
+        encoding = pipe.encode(rand(4, 1, 8, 8), 5, batch_size=batch_size)
+        pipe.decode(encoding, 5, batch_size=batch_size)
         assert set(pipe.unet.sizes) == {batch_size}
 
 
 def test_encode_output_fields(pipe: DDIMPipeline) -> None:
-    codes = pipe.encode(rand(3, 1, 8, 8), 10, verify=False, batch_size=1)
-    assert codes.mse.isnan().all()
-    assert codes.latents.shape == (3, 1, 8, 8)
-    assert codes.latents.dtype == torch.float32
-    assert codes.timesteps == [900, 800, 700, 600, 500, 400, 300, 200, 100, 0] == pipe.latent_timesteps(10)
-    assert codes.residuals.shape == codes.evaluations.shape == (3, 10)
-    assert codes.evaluations.dtype == torch.int64
-    assert codes.tolerance == 1e-5
-    # A batch size of 1 makes a call of each evaluation; the step from timestep 0 is none.
-    assert int(codes.evaluations.sum()) == len(pipe.unet.timesteps)
-    asked = [pipe.unet.timesteps.count(t) for t in codes.timesteps]
-    # At timestep 0 for the guess of the step next to it.
-    asked[-2:] = [asked[-2] + asked[-1], 0]
-    assert codes.evaluations.sum(0).tolist() == asked
-    assert (codes.residuals[:, :-1] > 0).all()
-    assert (codes.residuals[:, -1] == 0).all()
-    assert torch.equal(codes.residual, codes.residuals.max(1).values)
-    assert codes.converged.tolist() == [True] * 3
-    assert codes.residuals.max() <= 1e-5
+    encoding = pipe.encode(rand(3, 1, 8, 8), 10, verify=False, batch_size=1)
+    assert encoding.mse.isnan().all()
+    assert encoding.latents.shape == (3, 1, 8, 8)
+    assert encoding.latents.dtype == torch.float32
+    assert encoding.timesteps == [900, 800, 700, 600, 500, 400, 300, 200, 100, 0] == pipe.latent_timesteps(10)
+    assert encoding.residuals.shape == encoding.evaluations.shape == (3, 10)
+    assert encoding.evaluations.dtype == torch.int64
+    assert encoding.tolerance == 1e-5
+    # With a batch size of 1 each evaluation is a call; the step from timestep 0 takes none.
+    assert int(encoding.evaluations.sum()) == len(pipe.unet.timesteps)
+    calls = [pipe.unet.timesteps.count(t) for t in encoding.timesteps]
+    # The evaluation at timestep 0 is for the first guess of the step to timestep 100.
+    calls[-2:] = [calls[-2] + calls[-1], 0]
+    assert encoding.evaluations.sum(0).tolist() == calls
+    assert (encoding.residuals[:, :-1] > 0).all()
+    assert (encoding.residuals[:, -1] == 0).all()
+    assert torch.equal(encoding.residual, encoding.residuals.max(1).values)
+    assert encoding.converged.tolist() == [True] * 3
+    assert encoding.residuals.max() <= 1e-5
 
 
 def test_euler_evaluates_once_per_step_and_once_more(pipe: DDIMPipeline) -> None:
-    codes = pipe.encode(rand(2, 1, 8, 8), 10, exact=False, verify=False, batch_size=2)
-    assert codes.evaluations.tolist() == [[1] * 8 + [2, 0]] * 2
-    assert pipe.unet.timesteps == codes.timesteps[::-1]
+    encoding = pipe.encode(rand(2, 1, 8, 8), 10, exact=False, verify=False, batch_size=2)
+    assert encoding.evaluations.tolist() == [[1] * 8 + [2, 0]] * 2
+    assert pipe.unet.timesteps == encoding.timesteps[::-1]
     pipe.unet.timesteps.clear()
-    pipe.decode(codes, 10, batch_size=2)
-    assert pipe.unet.timesteps == codes.timesteps[:-1]
+    pipe.decode(encoding, 10, batch_size=2)
+    assert pipe.unet.timesteps == encoding.timesteps[:-1]
 
 
 def test_encode_reports_reconstruction_mse(pipe: DDIMPipeline, caplog: pytest.LogCaptureFixture) -> None:
     x = rand(2, 1, 8, 8)
     with caplog.at_level(logging.WARNING):
-        codes = pipe.encode(x, 10)
+        encoding = pipe.encode(x, 10)
         assert caplog.records == []
-        back = generate(pipe.sampler, codes.latents, invertible_steps(pipe.scheduler, 10), 8)
-        assert torch.equal(codes.mse, ((back - x) / 2).double().square().mean((1, 2, 3)))
-        assert codes.mse.max() < 1e-9
-        lost = pipe.encode(x, timesteps=[900, 0], max_iterations=1)
-    assert lost.mse.max() > 1 / 255**2
-    assert f"mean squared error up to {float(lost.mse.max()):.1e}" in caplog.text
+        samples = generate(pipe.sampler, encoding.latents, invertible_steps(pipe.scheduler, 10), 8)
+        assert torch.equal(encoding.mse, ((samples - x) / 2).double().square().mean((1, 2, 3)))
+        assert encoding.mse.max() < 1e-9
+        inexact = pipe.encode(x, timesteps=[900, 0], max_iterations=1)
+    assert inexact.mse.max() > 1 / 255**2
+    assert f"mean squared error up to {float(inexact.mse.max()):.1e}" in caplog.text
 
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_residual_matches_scheduler_step(pipe: DDIMPipeline, exact: bool) -> None:
     x = rand(3, 1, 8, 8, dtype=torch.float64)
     pipe.unet.dtype = torch.float64
-    codes = pipe.encode(x, timesteps=[400], exact=exact)
+    encoding = pipe.encode(x, timesteps=[400], exact=exact)
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
     scheduler.set_timesteps(timesteps=[400])
-    missed = x - scheduler.step(pipe.unet(codes.latents, torch.tensor(400)).sample, 400, codes.latents).prev_sample
-    assert codes.residuals[:, 0].tolist() == pytest.approx(missed.abs().flatten(1).amax(1).tolist(), rel=1e-6)
-    assert codes.converged.tolist() == [exact] * 3
-    # Of several columns it is the last, the others being further from the picture.
-    further = pipe.encode(x, timesteps=[700, 400], exact=exact)
-    assert torch.equal(further.residuals[:, 1:], codes.residuals)
+    difference = (
+        x - scheduler.step(pipe.unet(encoding.latents, torch.tensor(400)).sample, 400, encoding.latents).prev_sample
+    )
+    assert encoding.residuals[:, 0].tolist() == pytest.approx(difference.abs().flatten(1).amax(1).tolist(), rel=1e-6)
+    assert encoding.converged.tolist() == [exact] * 3
+    # With several steps it is the last column, the step closest to the image.
+    two_steps = pipe.encode(x, timesteps=[700, 400], exact=exact)
+    assert torch.equal(two_steps.residuals[:, 1:], encoding.residuals)
 
 
 def test_converged_requires_every_step_within_tolerance() -> None:
     residuals = torch.tensor([[0.25, 0.0], [0.0, 0.26], [math.inf, 0.0], [0.1, 0.2], [math.nan, 0.0]])
-    codes = EncodeOutput(
+    encoding = EncodeOutput(
         torch.zeros(5, 1, 8, 8), [900, 400], residuals, torch.ones(5, 2, dtype=torch.int64), 0.25, torch.zeros(5)
     )
-    assert codes.converged.tolist() == [True, False, False, True, False]
-    assert codes.residual[:4].tolist() == residuals[:4].max(1).values.tolist()
+    assert encoding.converged.tolist() == [True, False, False, True, False]
+    assert encoding.residual[:4].tolist() == residuals[:4].max(1).values.tolist()
 
 
 def test_tighter_tolerance_takes_more_evaluations(pipe: DDIMPipeline) -> None:
@@ -212,31 +214,31 @@ def test_tighter_tolerance_takes_more_evaluations(pipe: DDIMPipeline) -> None:
     assert tight.residuals.max() <= 1e-6 < loose.residuals.max() <= 1e-2
     assert (tight.evaluations.sum(1) > loose.evaluations.sum(1)).all()
     assert tight.evaluations.max() <= 50
-    with_less = pipe.encode(x, 10, tolerance=1e-6, max_iterations=2)
-    assert with_less.evaluations.max() == 3
-    assert not with_less.converged.any()
+    limited = pipe.encode(x, 10, tolerance=1e-6, max_iterations=2)
+    assert limited.evaluations.max() == 3
+    assert not limited.converged.any()
 
 
 def test_warning_is_logged_only_if_tolerance_is_missed(pipe: DDIMPipeline, caplog: pytest.LogCaptureFixture) -> None:
     x = rand(3, 1, 8, 8)
     with caplog.at_level(logging.WARNING):
         assert pipe.encode(x, 10).converged.all()
-        # Euler's residuals are no failure.
+        # Residuals of Euler steps are not a failure.
         assert not pipe.encode(x, 10, exact=False).converged.any()
         assert caplog.records == []
-        codes = pipe.encode(x, timesteps=[600, 100, 0], tolerance=1e-6, max_iterations=2, verify=False)
-        assert not codes.converged.any()
+        encoding = pipe.encode(x, timesteps=[600, 100, 0], tolerance=1e-6, max_iterations=2, verify=False)
+        assert not encoding.converged.any()
         assert len(caplog.records) == 1
         assert "3 of 3 images did not reach the tolerance 1e-06 in the 2 steps from timesteps 100 to 600" in caplog.text
-        assert f"the largest residual is {float(codes.residuals.max()):.1e}" in caplog.text
+        assert f"the largest residual is {float(encoding.residuals.max()):.1e}" in caplog.text
         caplog.clear()
-        codes = pipe.encode(x, 10, tolerance=1e-6, max_iterations=2, verify=False)
+        encoding = pipe.encode(x, 10, tolerance=1e-6, max_iterations=2, verify=False)
         assert "in the 9 steps from timesteps 100 to 900; the" in caplog.text
 
 
 def test_nan_on_one_image_does_not_affect_others(pipe: DDIMPipeline, caplog: pytest.LogCaptureFixture) -> None:
     x = rand(3, 1, 8, 8)
-    codes = pipe.encode(x, 6)
+    encoding = pipe.encode(x, 6)
     forward = pipe.unet.forward
 
     def broken(sample: Tensor, timestep: Tensor) -> UNet2DOutput:
@@ -245,17 +247,17 @@ def test_nan_on_one_image_does_not_affect_others(pipe: DDIMPipeline, caplog: pyt
 
     pipe.unet.forward = broken
     with caplog.at_level(logging.WARNING):
-        hopeless = pipe.encode(torch.cat([x[:1], torch.ones(1, 1, 8, 8), x[1:]]), 6)
-    assert hopeless.converged.tolist() == [True, False, True, True]
+        with_nan = pipe.encode(torch.cat([x[:1], torch.ones(1, 1, 8, 8), x[1:]]), 6)
+    assert with_nan.converged.tolist() == [True, False, True, True]
     assert "1 of 4 images do not come back from their latents" in caplog.text
-    assert hopeless.mse.isfinite().tolist() == [True, False, True, True]
+    assert with_nan.mse.isfinite().tolist() == [True, False, True, True]
     assert "1 of 4 images did not reach" in caplog.text
     for name in ("latents", "residuals", "evaluations"):
-        assert torch.equal(getattr(hopeless, name)[[0, 2, 3]], getattr(codes, name))
+        assert torch.equal(getattr(with_nan, name)[[0, 2, 3]], getattr(encoding, name))
 
 
 def test_mse_and_psnr(pipe: DDIMPipeline) -> None:
-    # Within the range of pictures, so that what is returned is not clipped.
+    # Within the range of images, so that the result is not clipped.
     x = rand(3, 1, 8, 8) * 0.5
     result = pipe.reconstruct(x, 5, exact=False, output_type="pt")
     expected = (result.images.double() - (x.double() + 1) / 2).square().mean((1, 2, 3))
@@ -267,7 +269,7 @@ def test_mse_and_psnr(pipe: DDIMPipeline) -> None:
 
 def test_mse_is_computed_before_clipping(pipe: DDIMPipeline) -> None:
     x = torch.ones(1, 1, 8, 8)
-    # Euler steps and back lead towards the mean.
+    # Encoding by Euler steps and decoding move samples toward the mean.
     pipe.unet.mean = 3
     result = pipe.reconstruct(x, 5, exact=False, output_type="pt")
     assert result.images.max() == 1
@@ -301,49 +303,51 @@ def test_output_types(pipe: DDIMPipeline) -> None:
 def test_image_types_encode_to_same_latents(pipe: DDIMPipeline) -> None:
     pixels = digits(2)
     samples = torch.from_numpy(pixels)[:, None] / 127.5 - 1
-    codes = pipe.encode(samples, 5).latents
+    latents = pipe.encode(samples, 5).latents
     for images in ([Image.fromarray(p) for p in pixels], pixels[..., None], (pixels / 255)[..., None]):
-        assert (pipe.encode(images, 5).latents - codes).abs().max() <= 1e-4
+        assert (pipe.encode(images, 5).latents - latents).abs().max() <= 1e-4
 
 
 def test_decode_requires_timesteps_of_encode(pipe: DDIMPipeline) -> None:
-    codes = pipe.encode(rand(1, 1, 8, 8), 5)
+    encoding = pipe.encode(rand(1, 1, 8, 8), 5)
     pipe.unet.timesteps.clear()
-    for other in ({"num_inference_steps": 10}, {"timesteps": [800, 600, 400, 200, 1]}, {"timesteps": [800, 600]}):
+    for arguments in ({"num_inference_steps": 10}, {"timesteps": [800, 600, 400, 200, 1]}, {"timesteps": [800, 600]}):
         with pytest.raises(ValueError, match="the latents were encoded in 5 steps from timestep 800, got "):
-            pipe.decode(codes, **other)
+            pipe.decode(encoding, **arguments)
     assert pipe.unet.timesteps == []
-    pipe.decode(codes.latents, 10)
-    pipe.decode(codes, timesteps=[800, 600, 400, 200, 0])
+    pipe.decode(encoding.latents, 10)
+    pipe.decode(encoding, timesteps=[800, 600, 400, 200, 0])
 
 
 def test_float64_is_kept(pipe: DDIMPipeline) -> None:
-    codes = pipe.encode(rand(1, 1, 8, 8, dtype=torch.float64), 4)
-    assert codes.latents.dtype == torch.float64
-    assert pipe.decode(codes, 4, "pt").images.dtype == torch.float64
+    encoding = pipe.encode(rand(1, 1, 8, 8, dtype=torch.float64), 4)
+    assert encoding.latents.dtype == torch.float64
+    assert pipe.decode(encoding, 4, "pt").images.dtype == torch.float64
 
 
 def test_half_precision_network_keeps_samples_in_float32(make_unet: Callable[..., Any]) -> None:
-    wide, half = (DDIMPipeline(make_unet(), DDIMScheduler()) for _ in range(2))
+    single, half = (DDIMPipeline(make_unet(), DDIMScheduler()) for _ in range(2))
     half.to(torch.bfloat16)
-    for pipe in (wide, half):
+    for pipe in (single, half):
         pipe.set_progress_bar_config(disable=True)
     x = rand(2, 3, 16, 16)
-    codes, rough = (pipe.encode(x, timesteps=QUIET, max_iterations=10) for pipe in (wide, half))
+    encoding, half_encoding = (
+        pipe.encode(x, timesteps=INVERTIBLE_TIMESTEPS, max_iterations=10) for pipe in (single, half)
+    )
     assert half.dtype == torch.bfloat16
-    assert rough.latents.dtype == rough.residuals.dtype == torch.float32
-    # More than bfloat16 can tell apart.
-    assert not torch.equal(rough.latents, rough.latents.bfloat16().float())
-    assert (rough.latents - codes.latents).abs().mean() < 0.02
-    images = half.decode(rough, timesteps=QUIET, output_type="pt").images
+    assert half_encoding.latents.dtype == half_encoding.residuals.dtype == torch.float32
+    # The latents hold values that bfloat16 cannot represent.
+    assert not torch.equal(half_encoding.latents, half_encoding.latents.bfloat16().float())
+    assert (half_encoding.latents - encoding.latents).abs().mean() < 0.02
+    images = half.decode(half_encoding, timesteps=INVERTIBLE_TIMESTEPS, output_type="pt").images
     assert images.dtype == torch.float32
     assert (images - unit(x)).abs().mean() < 0.02
     edited = half.edit(x, 0.5, 4, "pt", seeds=[1, 2]).images
     assert edited.dtype == half.trajectory(2, 2, seeds=[1, 2], output_type="pt").images.dtype == torch.float32
-    assert (edited - wide.edit(x, 0.5, 4, "pt", seeds=[1, 2]).images).abs().mean() < 0.02
+    assert (edited - single.edit(x, 0.5, 4, "pt", seeds=[1, 2]).images).abs().mean() < 0.02
 
 
-EVERYTHING: dict[str, Callable[[DDIMPipeline], Any]] = {
+METHODS: dict[str, Callable[[DDIMPipeline], Any]] = {
     "encode": lambda pipe: pipe.encode(rand(1, 1, 8, 8), 3),
     "decode": lambda pipe: pipe.decode(randn(1, 1, 8, 8), 3),
     "reconstruct": lambda pipe: pipe.reconstruct(rand(1, 1, 8, 8), 3),
@@ -354,28 +358,28 @@ EVERYTHING: dict[str, Callable[[DDIMPipeline], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", EVERYTHING)
+@pytest.mark.parametrize("name", METHODS)
 def test_eval_mode_during_call_is_restored_after(pipe: DDIMPipeline, name: str) -> None:
     pipe.unet.frozen = nn.Dropout().eval()
     pipe.unet.train()
     pipe.unet.frozen.eval()
-    EVERYTHING[name](pipe)
+    METHODS[name](pipe)
     assert pipe.unet.modes == {(False, False)}
     assert pipe.unet.training
     assert not pipe.unet.frozen.training
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("name", EVERYTHING)
+@pytest.mark.parametrize("name", METHODS)
 def test_progress_bar_completes(pipe: DDIMPipeline, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     pipe.set_progress_bar_config(desc=name)
-    EVERYTHING[name](pipe)
+    METHODS[name](pipe)
     bars = [line.split("\r")[-1] for line in capsys.readouterr().err.strip().split("\n")]
     assert len(bars) == (2 if name in ("encode", "reconstruct", "edit") else 1)
     assert all(f"{name}: 100%" in bar for bar in bars)
 
 
-@pytest.mark.parametrize("name", EVERYTHING)
+@pytest.mark.parametrize("name", METHODS)
 def test_calls_are_deterministic(pipe: DDIMPipeline, name: str) -> None:
     def numbers(result: Any) -> list[Any]:
         if isinstance(result, Image.Image):
@@ -389,7 +393,7 @@ def test_calls_are_deterministic(pipe: DDIMPipeline, name: str) -> None:
     first, second = [], []
     for results in (first, second):
         torch.manual_seed(5)
-        results += numbers(EVERYTHING[name](pipe))
+        results += numbers(METHODS[name](pipe))
     assert first == second
 
 
@@ -401,55 +405,55 @@ def equation_67(z0: np.ndarray, z1: np.ndarray, t: float) -> np.ndarray:
     return np.sin((1 - t) * theta) / np.sin(theta) * z0 + np.sin(t * theta) / np.sin(theta) * z1
 
 
-def array(pipe: DDIMPipeline, method: str, *args: Any, **kwargs: Any) -> np.ndarray:
+def sample_array(pipe: DDIMPipeline, method: str, *args: Any, **kwargs: Any) -> np.ndarray:
     return getattr(pipe, method)(*args, output_type="np", **kwargs).images
 
 
 def test_interpolation_end_points_are_decoded_latents(tiny_pipeline: DDIMPipeline) -> None:
-    a, b, c, d = codes = randn(4, 3, 16, 16)
-    settings: dict[str, Any] = {"timesteps": QUIET, "batch_size": 3}
-    ends = array(tiny_pipeline, "decode", codes, **settings)
-    line = array(tiny_pipeline, "interpolate", a, b, 4, **settings)
+    a, b, c, d = latents = randn(4, 3, 16, 16)
+    settings: dict[str, Any] = {"timesteps": INVERTIBLE_TIMESTEPS, "batch_size": 3}
+    ends = sample_array(tiny_pipeline, "decode", latents, **settings)
+    line = sample_array(tiny_pipeline, "interpolate", a, b, 4, **settings)
     assert line.shape == (4, 16, 16, 3)
     assert np.array_equal(line[[0, 3]], ends[:2])
     assert np.abs(line[1] - ends[0]).max() > 0.01
-    path = array(tiny_pipeline, "interpolate", [a, b[None], c], frames=4, **settings)
+    path = sample_array(tiny_pipeline, "interpolate", [a, b[None], c], frames=4, **settings)
     assert path.shape == (7, 16, 16, 3)
     assert np.array_equal(path[[0, 3, 6]], ends[:3])
     assert np.array_equal(path[:4], line)
-    closed = array(tiny_pipeline, "interpolate", codes[:3], frames=4, closed=True, **settings)
+    closed = sample_array(tiny_pipeline, "interpolate", latents[:3], frames=4, closed=True, **settings)
     assert closed.shape == (9, 16, 16, 3)
     assert np.array_equal(closed[:7], path)
-    grid = array(tiny_pipeline, "interpolate", [a, b, c, d], frames=(3, 4), **settings)
+    grid = sample_array(tiny_pipeline, "interpolate", [a, b, c, d], frames=(3, 4), **settings)
     assert grid.shape == (12, 16, 16, 3)
     assert np.array_equal(grid[[0, 3, 8, 11]], ends)
     assert np.array_equal(grid[:4], line)
 
 
 def test_interpolated_digits_change_gradually(mnist: DDIMPipeline) -> None:
-    """Eight pairs: the ends are the pictures of their codes, bit for bit, and neighbors differ less than the ends."""
-    codes = randn(16, 1, 28, 28)
-    ends = array(mnist, "decode", codes, 10)
+    """The end points are bitwise the decoded latents, and neighboring frames differ less than the end points."""
+    latents = randn(16, 1, 28, 28)
+    ends = sample_array(mnist, "decode", latents, 10)
     for i in range(0, 16, 2):
-        frames = array(mnist, "interpolate", codes[i], codes[i + 1], 11, num_inference_steps=10)
+        frames = sample_array(mnist, "interpolate", latents[i], latents[i + 1], 11, num_inference_steps=10)
         assert np.array_equal(frames[[0, -1]], ends[i : i + 2])
         neighbors = np.abs(np.diff(frames, axis=0)).mean((1, 2, 3))
         assert neighbors.max() < np.abs(frames[-1] - frames[0]).mean()
 
 
 def test_interpolation_matches_equation_67(pipe: DDIMPipeline) -> None:
-    codes = randn(4, 1, 8, 8)
-    z = codes.double().numpy()
+    latents = randn(4, 1, 8, 8)
+    z = latents.double().numpy()
 
     def decoded(*points: np.ndarray) -> np.ndarray:
-        return array(pipe, "decode", torch.from_numpy(np.stack(points)).float(), 6)
+        return sample_array(pipe, "decode", torch.from_numpy(np.stack(points)).float(), 6)
 
     settings = {"num_inference_steps": 6}
-    line = array(pipe, "interpolate", codes[0], codes[1], 5, **settings)
-    wanted = [equation_67(z[0], z[1], t) for t in (0, 0.25, 0.5, 0.75, 1)]
-    assert np.abs(line - decoded(*wanted)).max() <= 1e-5
-    closed = array(pipe, "interpolate", codes[:3], frames=3, closed=True, **settings)
-    wanted = [
+    line = sample_array(pipe, "interpolate", latents[0], latents[1], 5, **settings)
+    expected = [equation_67(z[0], z[1], t) for t in (0, 0.25, 0.5, 0.75, 1)]
+    assert np.abs(line - decoded(*expected)).max() <= 1e-5
+    closed = sample_array(pipe, "interpolate", latents[:3], frames=3, closed=True, **settings)
+    expected = [
         z[0],
         equation_67(z[0], z[1], 0.5),
         z[1],
@@ -457,16 +461,16 @@ def test_interpolation_matches_equation_67(pipe: DDIMPipeline) -> None:
         z[2],
         equation_67(z[2], z[0], 0.5),
     ]
-    assert np.abs(closed - decoded(*wanted)).max() <= 1e-5
-    grid = array(pipe, "interpolate", codes, frames=(3, 2), **settings)
-    wanted = [z[0], z[1], equation_67(z[0], z[2], 0.5), equation_67(z[1], z[3], 0.5), z[2], z[3]]
-    assert np.abs(grid - decoded(*wanted)).max() <= 1e-5
+    assert np.abs(closed - decoded(*expected)).max() <= 1e-5
+    grid = sample_array(pipe, "interpolate", latents, frames=(3, 2), **settings)
+    expected = [z[0], z[1], equation_67(z[0], z[2], 0.5), equation_67(z[1], z[3], 0.5), z[2], z[3]]
+    assert np.abs(grid - decoded(*expected)).max() <= 1e-5
 
 
 def test_interpolation_accepts_encode_output(pipe: DDIMPipeline) -> None:
-    codes = pipe.encode(rand(3, 1, 8, 8), 5)
-    path = array(pipe, "interpolate", codes, frames=2, num_inference_steps=5)
-    assert np.array_equal(path, array(pipe, "decode", codes, 5))
+    encoding = pipe.encode(rand(3, 1, 8, 8), 5)
+    path = sample_array(pipe, "interpolate", encoding, frames=2, num_inference_steps=5)
+    assert np.array_equal(path, sample_array(pipe, "decode", encoding, 5))
 
 
 # --- trajectory and consistency
@@ -475,15 +479,15 @@ def test_interpolation_accepts_encode_output(pipe: DDIMPipeline) -> None:
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_trajectory_matches_sampling(tiny_pipeline: DDIMPipeline, eta: float) -> None:
     arguments: dict[str, Any] = {"num_inference_steps": 6, "seeds": [7, 9], "eta": eta, "output_type": "pt"}
-    seen = []
+    steps = []
     images = tiny_pipeline(
-        **arguments, callback_on_step_end=lambda _, index, t, tensors: seen.append((t, dict(tensors)))
+        **arguments, callback_on_step_end=lambda _, index, t, tensors: steps.append((t, dict(tensors)))
     ).images
     result = tiny_pipeline.trajectory(**arguments, frames=None)
     assert torch.equal(result.images, images)
-    assert result.timesteps == [t for t, _ in seen] == [830, 664, 498, 332, 166, 0]
-    starts = [torch.cat([randn(1, 3, 16, 16, seed=seed) for seed in (7, 9)]), *(x["latents"] for _, x in seen)]
-    for index, (_, tensors) in enumerate(seen):
+    assert result.timesteps == [t for t, _ in steps] == [830, 664, 498, 332, 166, 0]
+    starts = [torch.cat([randn(1, 3, 16, 16, seed=seed) for seed in (7, 9)]), *(x["latents"] for _, x in steps)]
+    for index, (_, tensors) in enumerate(steps):
         assert torch.equal(result.samples[index], unit(starts[index]))
         assert torch.equal(result.pred_original_samples[index], unit(tensors["pred_original_sample"]))
 
@@ -497,7 +501,7 @@ def test_trajectory_from_custom_latents_and_timesteps(pipe: DDIMPipeline) -> Non
 
 
 @pytest.mark.parametrize(
-    ("arguments", "shown"),
+    ("arguments", "expected"),
     [
         ({}, [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]),
         ({"frames": 4}, [900, 600, 300, 0]),
@@ -512,16 +516,16 @@ def test_trajectory_from_custom_latents_and_timesteps(pipe: DDIMPipeline) -> Non
         ({"at": range(900, 0, -400)}, [900, 500, 100]),
     ],
 )
-def test_trajectory_selects_timesteps(pipe: DDIMPipeline, arguments: dict[str, Any], shown: list[int]) -> None:
+def test_trajectory_selects_timesteps(pipe: DDIMPipeline, arguments: dict[str, Any], expected: list[int]) -> None:
     result = pipe.trajectory(seeds=[1], num_inference_steps=10, output_type="pt", **arguments)
-    assert result.timesteps == shown
-    assert len(result.samples) == len(result.pred_original_samples) == len(shown)
-    everything = pipe.trajectory(seeds=[1], num_inference_steps=10, output_type="pt", frames=None)
+    assert result.timesteps == expected
+    assert len(result.samples) == len(result.pred_original_samples) == len(expected)
+    complete = pipe.trajectory(seeds=[1], num_inference_steps=10, output_type="pt", frames=None)
     for t, x, x0 in zip(result.timesteps, result.samples, result.pred_original_samples, strict=True):
-        index = everything.timesteps.index(t)
-        assert torch.equal(x, everything.samples[index])
-        assert torch.equal(x0, everything.pred_original_samples[index])
-    assert torch.equal(result.images, everything.images)
+        index = complete.timesteps.index(t)
+        assert torch.equal(x, complete.samples[index])
+        assert torch.equal(x0, complete.pred_original_samples[index])
+    assert torch.equal(result.images, complete.images)
 
 
 def test_consistency_matches_sampling(tiny_pipeline: DDIMPipeline) -> None:
@@ -535,21 +539,21 @@ def test_consistency_matches_sampling(tiny_pipeline: DDIMPipeline) -> None:
 
 
 def test_zero_strength_returns_images(pipe: DDIMPipeline) -> None:
-    pictures = handwritten(2)
+    images = handwritten(2)
     for seeds in (None, [1, 2]):
-        assert [i.tobytes() for i in pipe.edit(pictures, 0, 10, seeds=seeds).images] == [i.tobytes() for i in pictures]
+        assert [i.tobytes() for i in pipe.edit(images, 0, 10, seeds=seeds).images] == [i.tobytes() for i in images]
     assert pipe.unet.timesteps == []
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize(("strength", "walked"), [(1, 10), (0.5, 5), (0.32, 3), (0.38, 4)])
+@pytest.mark.parametrize(("strength", "num_steps"), [(1, 10), (0.5, 5), (0.32, 3), (0.38, 4)])
 def test_edit_with_seeds_samples_from_noised_image(
-    tiny_pipeline: DDIMPipeline, strength: float, walked: int, eta: float
+    tiny_pipeline: DDIMPipeline, strength: float, num_steps: int, eta: float
 ) -> None:
     x = rand(2, 3, 16, 16)
     edited = tiny_pipeline.edit(x, strength, 10, "pt", seeds=[3, 4], eta=eta).images
-    # Equation (4), with the first numbers of each image's generator; the steps take those that follow.
-    timesteps = list(range(900, -1, -100))[-walked:]
+    # Equation (4) with the first noise of each image's generator; the steps draw the following noise.
+    timesteps = list(range(900, -1, -100))[-num_steps:]
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     noise = torch.cat([torch.randn(1, 3, 16, 16, generator=g) for g in generators])
     a = float(ALPHAS[timesteps[0]])
@@ -565,8 +569,8 @@ def test_edit_depends_only_on_its_seed(pipe: DDIMPipeline, eta: float) -> None:
     edited = pipe.edit(x, 0.6, 10, "pt", seeds=[3, 4, 5], eta=eta).images
     assert torch.equal(edited, pipe.edit(x, 0.6, 10, "pt", seeds=iter([3, 4, 5]), eta=eta).images)
     for order in ([1], [2, 0]):
-        some = pipe.edit(x[order], 0.6, 10, "pt", seeds=[3 + i for i in order], eta=eta).images
-        assert (some - edited[order]).abs().max() <= 1e-5
+        subset = pipe.edit(x[order], 0.6, 10, "pt", seeds=[3 + i for i in order], eta=eta).images
+        assert (subset - edited[order]).abs().max() <= 1e-5
     other = pipe.edit(x, 0.6, 10, "pt", seeds=[3, 6, 5], eta=eta).images
     assert (other - edited).abs().flatten(1).amax(1).gt(1e-3).tolist() == [False, True, False]
 
@@ -595,12 +599,12 @@ def test_stronger_edit_changes_more(pipe: DDIMPipeline) -> None:
     assert errors[-1] > 0.05
 
 
-# --- bad input
+# --- invalid input
 
 
 X, Z = rand(2, 1, 8, 8), randn(2, 1, 8, 8)
 NAN = torch.full((1, 1, 8, 8), math.nan)
-PATH_STEPS = [
+SAMPLING_STEPS = [
     ({"num_inference_steps": 0}, "num_inference_steps must ... got 0"),
     ({"num_inference_steps": 1001}, "1001"),
     ({"num_inference_steps": 2.5}, "num_inference_steps must ... got 2.5"),
@@ -613,9 +617,9 @@ PATH_STEPS = [
     ({"timesteps": [2.5]}, "timesteps must be integers from 0 to 999, got 2.5"),
     ({"timesteps": 7}, "timesteps must be a list of integers, got 7"),
 ]
-# Without timestep 0 alone, which plain sampling can start from.
+# Timestep 0 alone is valid for sampling, but not for latents.
 STEPS = [
-    *PATH_STEPS,
+    *SAMPLING_STEPS,
     ({"num_inference_steps": 1}, "timesteps must hold one above 0"),
     ({"timesteps": [0]}, "timesteps must hold one above 0"),
 ]
@@ -652,7 +656,7 @@ LATENTS = [
     ({"latents": np.zeros((1, 1, 8, 8))}, "latents must ... got ndarray"),
     ({"latents": None}, "latents must ... got NoneType"),
 ]
-BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
+INVALID: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
     "encode": ({"images": X}, [*IMAGES, *STEPS, *BATCHES, *LIMITS]),
     "reconstruct": ({"images": X}, [*IMAGES, *STEPS, *BATCHES, *LIMITS, *OUTPUTS]),
     "decode": (
@@ -709,7 +713,7 @@ BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
     "trajectory": (
         {"num_inference_steps": 4},
         [
-            *PATH_STEPS,
+            *SAMPLING_STEPS,
             *OUTPUTS,
             *BATCHES,
             *(case for case in LATENTS if case[0]["latents"] is not None),
@@ -742,7 +746,7 @@ BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
         {"images": X},
         [
             *IMAGES,
-            *PATH_STEPS,
+            *SAMPLING_STEPS,
             *BATCHES,
             *OUTPUTS,
             *(({"strength": value}, f"strength must ... got {value}") for value in (-0.1, 1.1, math.nan, math.inf)),
@@ -759,7 +763,9 @@ BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
         ],
     ),
 }
-CASES = [(method, {**usual, **wrong}, message) for method, (usual, cases) in BAD.items() for wrong, message in cases]
+CASES = [
+    (method, {**valid, **invalid}, message) for method, (valid, cases) in INVALID.items() for invalid, message in cases
+]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`DDIMPipeline` by itself: seeds, latents, callbacks, modes, devices, and what bad input gets."""
+"""`DDIMPipeline`: seeds, latents, callbacks, modes, devices, and invalid input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pipe() -> DDIMPipeline:
 
 
 class Zero(nn.Module):
-    """A denoiser that counts its calls and records what it was called with."""
+    """A denoiser that predicts zero and records its timesteps and modes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,22 +55,22 @@ def png(image) -> bytes:
 
 
 def test_seed_is_independent_of_batch_and_order(pipe) -> None:
-    alone = pipe(seeds=[7], num_inference_steps=20).images[0]
+    single = pipe(seeds=[7], num_inference_steps=20).images[0]
     batches = [[1, 2, 3, 7, 4, 5, 6, 8], [8, 7, 6, 5, 4, 3, 2, 1]]
-    together = [pipe(seeds=seeds, num_inference_steps=20).images[seeds.index(7)] for seeds in batches]
+    batched = [pipe(seeds=seeds, num_inference_steps=20).images[seeds.index(7)] for seeds in batches]
     assert (
-        png(together[0])
-        == png(together[1])
+        png(batched[0])
+        == png(batched[1])
         == png(pipe(batch_size=8, seeds=batches[0], num_inference_steps=20).images[3])
     )
-    assert np.abs(np.asarray(alone, int) - np.asarray(together[0], int)).max() <= 1
-    assert png(alone) == png(pipe(batch_size=1, seeds=[7], num_inference_steps=20).images[0])
+    assert np.abs(np.asarray(single, int) - np.asarray(batched[0], int)).max() <= 1
+    assert png(single) == png(pipe(batch_size=1, seeds=[7], num_inference_steps=20).images[0])
 
 
 def test_seed_determines_stochastic_noise(pipe) -> None:
-    alone = pipe(seeds=[7], eta=1.0, num_inference_steps=10).images[0]
-    together = pipe(seeds=[3, 7, 5], eta=1.0, num_inference_steps=10).images[1]
-    assert np.abs(np.asarray(alone, int) - np.asarray(together, int)).max() <= 1
+    single = pipe(seeds=[7], eta=1.0, num_inference_steps=10).images[0]
+    batched = pipe(seeds=[3, 7, 5], eta=1.0, num_inference_steps=10).images[1]
+    assert np.abs(np.asarray(single, int) - np.asarray(batched, int)).max() <= 1
 
 
 def test_seeds_match_seeded_generators(pipe) -> None:
@@ -81,10 +81,17 @@ def test_seeds_match_seeded_generators(pipe) -> None:
 
 
 def test_sample_images_is_independent_of_batch_size(pipe) -> None:
-    five = pipe.paint(5, seed=10, batch_size=2, num_inference_steps=4)
-    assert len(five) == 5
-    again = pipe.paint(3, seed=12, batch_size=2, num_inference_steps=4)
-    assert [png(image) for image in five[2:]] == [png(image) for image in again]
+    images = pipe.sample_images(5, seed=10, batch_size=2, num_inference_steps=4)
+    assert len(images) == 5
+    expected = pipe.sample_images(3, seed=12, batch_size=2, num_inference_steps=4)
+    assert [png(image) for image in images[2:]] == [png(image) for image in expected]
+
+
+def test_paint_is_deprecated_alias(pipe) -> None:
+    expected = pipe.sample_images(2, seed=10, num_inference_steps=2)
+    with pytest.warns(DeprecationWarning, match="use sample_images"):
+        images = pipe.paint(2, seed=10, num_inference_steps=2)
+    assert [png(image) for image in images] == [png(image) for image in expected]
 
 
 def test_latents_are_initial_samples(pipe) -> None:
@@ -140,23 +147,23 @@ def test_eval_mode_during_call_is_restored_after(zero) -> None:
 
 
 def test_callback_receives_each_step_and_may_replace_latents(zero) -> None:
-    seen = []
+    calls = []
 
-    def watch(pipe, index, timestep, tensors):
-        seen.append((index, timestep, sorted(tensors)))
+    def record(pipe, index, timestep, tensors):
+        calls.append((index, timestep, sorted(tensors)))
         return {"latents": torch.zeros_like(tensors["latents"])} if index == 2 else None
 
-    images = zero(num_inference_steps=3, seeds=[1], callback_on_step_end=watch, output_type="pt").images
-    assert seen == [(i, t, ["latents", "pred_original_sample"]) for i, t in enumerate([666, 333, 0])]
+    images = zero(num_inference_steps=3, seeds=[1], callback_on_step_end=record, output_type="pt").images
+    assert calls == [(i, t, ["latents", "pred_original_sample"]) for i, t in enumerate([666, 333, 0])]
     assert torch.equal(images, torch.full((1, 1, 8, 8), 0.5))
     with pytest.raises(ValueError, match=r"latents of the callback: expected shape \(1, 1, 8, 8\), got \(1,\)"):
         zero(num_inference_steps=3, callback_on_step_end=lambda *_: {"latents": torch.zeros(1)})
 
 
 def test_progress_bar_settings(zero, capsys) -> None:
-    zero.set_progress_bar_config(desc="painting")
+    zero.set_progress_bar_config(desc="custom")
     zero(num_inference_steps=2)
-    assert "painting: 100%" in capsys.readouterr().err
+    assert "custom: 100%" in capsys.readouterr().err
     zero.set_progress_bar_config(disable=True)
     zero(num_inference_steps=2)
     assert capsys.readouterr().err == ""
@@ -179,9 +186,9 @@ def test_to_moves_and_returns_the_pipeline() -> None:
     assert pipe.to("cpu", torch.float32).dtype == torch.float32
     assert pipe.to(dtype=torch.bfloat16).unet.conv_in.weight.dtype == torch.bfloat16
     assert pipe.device == torch.device("cpu")
-    for nonsense in ("nowhere", 3.5, torch.int64):
+    for target in ("nowhere", 3.5, torch.int64):
         with pytest.raises((ValueError, TypeError), match=r"^d(evice|type) must be"):
-            pipe.to(nonsense)
+            pipe.to(target)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"device must be .*, got 'cuda'"):
             pipe.to("cuda")
@@ -212,14 +219,14 @@ def test_non_square_samples() -> None:
 
 
 def test_sigma_hat_adds_larger_ddpm_noise(zero) -> None:
-    """The network predicts no noise, so that what a step adds to sqrt(alpha_prev / alpha) x is the noise alone."""
+    """The network predicts zero, so that a step adds only its noise to sqrt(alpha_prev / alpha) x."""
     zero.scheduler = DDIMScheduler(clip_sample=False)
     a, a_prev = zero.scheduler.alphas_cumprod[[900, 880]].double().tolist()
     latents = torch.zeros(256, 1, 8, 8)
     stds = []
     for use_sigma_hat in (False, True):
 
-        def keep_first(pipe, index, timestep, tensors):
+        def record_first(pipe, index, timestep, tensors):
             if index == 0:
                 stds.append(float(tensors["latents"].std()))
 
@@ -229,13 +236,13 @@ def test_sigma_hat_adds_larger_ddpm_noise(zero) -> None:
             eta=1.0,
             timesteps=[900, 880],
             use_sigma_hat=use_sigma_hat,
-            callback_on_step_end=keep_first,
+            callback_on_step_end=record_first,
         )
     expected = [math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev)), math.sqrt(1 - a / a_prev)]
     assert stds == pytest.approx(expected, rel=0.02)
 
 
-BAD = [
+INVALID = [
     ({"num_inference_steps": 0}, "num_inference_steps must ... got 0"),
     ({"num_inference_steps": -5}, "num_inference_steps must ... got -5"),
     ({"num_inference_steps": 2.5}, "num_inference_steps must ... got 2.5"),
@@ -272,7 +279,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("arguments", "message"), INVALID, ids=lambda value: value if isinstance(value, str) else "")
 def test_invalid_input_raises_before_network_runs(zero, arguments, message) -> None:
     with pytest.raises((ValueError, TypeError), match=r".*") as caught:
         zero(**arguments)

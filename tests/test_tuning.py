@@ -1,4 +1,4 @@
-"""Learned timesteps, against a process whose limit is known in closed form."""
+"""Learned timesteps, for a process whose limit is known in closed form."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ MEAN, STD = 0.2, 0.25
 
 
 class Gaussian(nn.Module):
-    """The exact epsilon of pixels N(MEAN, STD^2), and how often it was asked about how many pictures."""
+    """The exact epsilon of pixels N(MEAN, STD^2); it counts evaluated images."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
         self.config = SimpleNamespace(sample_size=4, in_channels=1)
         self.config.items = lambda: {"sample_size": 4, "in_channels": 1}.items()
-        self.asked = 0
-        self.patience = math.inf
+        self.nfe = 0
+        self.max_nfe = math.inf
 
     @property
     def device(self) -> torch.device:
@@ -49,22 +49,22 @@ class Gaussian(nn.Module):
         return torch.float32
 
     def forward(self, x: Tensor, t: Tensor) -> Any:
-        if self.asked >= self.patience:
+        if self.nfe >= self.max_nfe:
             raise KeyboardInterrupt
-        self.asked += len(x)
+        self.nfe += len(x)
         alpha = ALPHAS[int(t)]
         epsilon = math.sqrt(1 - alpha) * (x - math.sqrt(alpha) * MEAN) / (alpha * STD**2 + 1 - alpha)
         return SimpleNamespace(sample=epsilon)
 
 
 def limit(x: Tensor) -> Tensor:
-    """Where the paper's ODE (14) takes x at timestep 999: an affine map, which keeps quantiles."""
+    """Map x at timestep 999 to the solution of the paper's ODE (14): an affine map that preserves quantiles."""
     alpha = ALPHAS[-1]
     return MEAN + STD * (x - math.sqrt(alpha) * MEAN) / math.sqrt(alpha * STD**2 + 1 - alpha)
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _separate_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -75,8 +75,10 @@ def pipe() -> DDIMPipeline:
     return pipe
 
 
-def error(pipe: DDIMPipeline, timesteps: Sequence[int], order: int, seeds: Sequence[int] = range(100, 300)) -> float:
-    """To the closed form, by the pipeline itself."""
+def pipeline_mse(
+    pipe: DDIMPipeline, timesteps: Sequence[int], order: int, seeds: Sequence[int] = range(100, 300)
+) -> float:
+    """Return the mean squared error of the pipeline's images relative to the closed form."""
     x = noise_from_seeds((len(seeds), 1, 4, 4), seeds, torch.device("cpu"))()
     images = pipe(latents=x, timesteps=timesteps, order=order, output_type="pt").images
     return float((images - (limit(x) / 2 + 0.5).clamp(0, 1)).square().mean())
@@ -85,15 +87,15 @@ def error(pipe: DDIMPipeline, timesteps: Sequence[int], order: int, seeds: Seque
 class TestTune:
     @pytest.mark.parametrize(("order", "number"), [(1, 5), (2, 5), (2, 8)])
     def test_beats_every_spacing(self, pipe: DDIMPipeline, order: int, number: int) -> None:
-        found = tune(pipe, number, order, num_latents=64, progress=False)
-        assert len(found.timesteps) == number
+        tuned = tune(pipe, number, order, num_latents=64, progress=False)
+        assert len(tuned.timesteps) == number
         by_formula = {name: pipe.scheduler.make_timesteps(number, name) for name in SPACINGS}
-        errors = {name: error(pipe, steps, order) for name, steps in by_formula.items()}
-        assert error(pipe, found.timesteps, order) < 0.9 * min(errors.values())
-        # What it says of itself holds for other codes.
-        assert found.error == pytest.approx(error(pipe, found.timesteps, order), rel=0.25, abs=1e-6)
-        for name, told in found.classic.items():
-            assert told == pytest.approx(errors[name], rel=0.25, abs=1e-6)
+        errors = {name: pipeline_mse(pipe, steps, order) for name, steps in by_formula.items()}
+        assert pipeline_mse(pipe, tuned.timesteps, order) < 0.9 * min(errors.values())
+        # The reported errors generalize to other latents.
+        assert tuned.error == pytest.approx(pipeline_mse(pipe, tuned.timesteps, order), rel=0.25, abs=1e-6)
+        for name, mse in tuned.classic.items():
+            assert mse == pytest.approx(errors[name], rel=0.25, abs=1e-6)
 
     def test_reference_matches_closed_form(self, pipe: DDIMPipeline) -> None:
         evaluator = ErrorEvaluator(pipe, 2, 0.0, range(50), 64)
@@ -107,29 +109,29 @@ class TestTune:
         assert tune(pipe, 4, num_latents=8, seed=1000, progress=False) != first
 
     def test_resumes_after_interrupt(self, pipe: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        whole = tune(pipe, 6, num_latents=8, progress=False)
-        cost = pipe.unet.asked
+        expected = tune(pipe, 6, num_latents=8, progress=False)
+        cost = pipe.unet.nfe
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-        pipe.unet.asked, pipe.unet.patience = 0, cost // 2
+        pipe.unet.nfe, pipe.unet.max_nfe = 0, cost // 2
         with pytest.raises(KeyboardInterrupt):
             tune(pipe, 6, num_latents=8, progress=False)
-        pipe.unet.asked, pipe.unet.patience = 0, math.inf
-        assert tune(pipe, 6, num_latents=8, progress=False) == whole
-        # The reference is made anew, and what was said along the best timesteps is asked again.
-        assert pipe.unet.asked < 0.9 * cost
-        pipe.unet.asked = 0
-        assert tune(pipe, 6, num_latents=8, progress=False) == whole
-        assert pipe.unet.asked == 0
+        pipe.unet.nfe, pipe.unet.max_nfe = 0, math.inf
+        assert tune(pipe, 6, num_latents=8, progress=False) == expected
+        # The reference and the predictions along the best timesteps are computed again.
+        assert pipe.unet.nfe < 0.9 * cost
+        pipe.unet.nfe = 0
+        assert tune(pipe, 6, num_latents=8, progress=False) == expected
+        assert pipe.unet.nfe == 0
 
     def test_cached_predictions_give_same_error(self, pipe: DDIMPipeline) -> None:
-        """A run that takes over the network's answers comes to the error of one that asks for all."""
+        """Reusing predictions of the network does not change the error."""
         lists = [[900, 500, 200, 10], [900, 500, 100, 10], [900, 400, 100, 10], [950, 400, 100, 10]]
         evaluator = ErrorEvaluator(pipe, 2, 0.0, range(4), 64)
         for timesteps in lists:
-            found = evaluator.mse(timesteps)
+            mse = evaluator.mse(timesteps)
             evaluator.set_best(timesteps)
             (evaluator._path).unlink()
-            assert found == ErrorEvaluator(pipe, 2, 0.0, range(4), 64).mse(timesteps)
+            assert mse == ErrorEvaluator(pipe, 2, 0.0, range(4), 64).mse(timesteps)
 
     def test_changed_model_invalidates_cache(self, pipe: DDIMPipeline) -> None:
         evaluator = ErrorEvaluator(pipe, 2, 0.0, range(4), 64)
@@ -162,15 +164,15 @@ class TestTune:
 
 class TestNoise:
     def test_stochastic_sampling(self, pipe: DDIMPipeline) -> None:
-        found = tune(pipe, 5, 1, 1.0, num_latents=16, progress=False)
-        assert found.eta == 1
-        assert found.error <= min(found.classic.values())
+        tuned = tune(pipe, 5, 1, 1.0, num_latents=16, progress=False)
+        assert tuned.eta == 1
+        assert tuned.error <= min(tuned.classic.values())
 
     def test_noise_increments_add_up(self, pipe: DDIMPipeline) -> None:
-        """What two steps add to x / sqrt(alpha) is what one over both adds."""
+        """Two steps add the same noise to x / sqrt(alpha) as one step over both."""
         evaluator = ErrorEvaluator(pipe, 1, 0.7, range(3), 64)
 
-        def added(timesteps: list[int]) -> Tensor:
+        def total_noise(timesteps: list[int]) -> Tensor:
             steps = pipe.scheduler.make_steps([*timesteps, 0])[:-1]
             draw = evaluator._noise(steps, (3, 1, 4, 4), 0)
             total = torch.zeros(3, 1, 4, 4)
@@ -180,7 +182,7 @@ class TestNoise:
                 total += math.sqrt(sum(weight**2 for weight in weights)) * draw()
             return total
 
-        torch.testing.assert_close(added([900, 300]), added([900]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(total_noise([900, 300]), total_noise([900]), rtol=1e-4, atol=1e-4)
 
     def test_noise_is_standard_gaussian(self, pipe: DDIMPipeline) -> None:
         evaluator = ErrorEvaluator(pipe, 1, 1.0, range(2000), 2000)
@@ -193,22 +195,22 @@ class TestNoise:
 class TestSearch:
     def test_finds_minimum(self) -> None:
         target = [930, 610, 333, 90, 4]
-        found = search(
+        timesteps = search(
             lambda steps: sum((a - b) ** 2 for a, b in zip(steps, target, strict=True)), [999, 700, 500, 300, 0], 1000
         )
-        assert max(abs(a - b) for a, b in zip(found, target, strict=True)) <= 25
+        assert max(abs(a - b) for a, b in zip(timesteps, target, strict=True)) <= 25
 
     @pytest.mark.parametrize("start", [[9], [9, 8, 7], [2, 1, 0], list(range(9, -1, -1)), [5, 1]])
     def test_lists_stay_valid(self, start: list[int]) -> None:
-        """By an error that likes nothing better than another list."""
-        seen: list[tuple[int, ...]] = []
+        """With a pseudo-random error, which accepts many proposals."""
+        evaluated: list[tuple[int, ...]] = []
 
         def novelty(steps: Sequence[int]) -> float:
             assert all(a > b for a, b in itertools.pairwise(steps))
             assert max(steps) <= 9
             assert min(steps) >= 0
             assert len(steps) == len(start)
-            seen.append(tuple(steps))
+            evaluated.append(tuple(steps))
             return float(hash(tuple(steps)) % 1000)
 
         search(novelty, start, 10)
@@ -217,13 +219,15 @@ class TestSearch:
 class TestEnough:
     @pytest.mark.parametrize(("order", "tolerance"), [(1, 1e-3), (2, 1e-3), (1, 2e-4)])
     def test_finds_smallest_number_of_steps(self, pipe: DDIMPipeline, order: int, tolerance: float) -> None:
-        number, told = enough_steps(pipe, tolerance, order)
-        assert told <= tolerance
+        number, mse = enough_steps(pipe, tolerance, order)
+        assert mse <= tolerance
         seeds = range(32)
-        assert told == pytest.approx(
-            error(pipe, pipe.scheduler.make_timesteps(number, order=order), order, seeds), abs=2e-5
+        assert mse == pytest.approx(
+            pipeline_mse(pipe, pipe.scheduler.make_timesteps(number, order=order), order, seeds), abs=2e-5
         )
-        assert error(pipe, pipe.scheduler.make_timesteps(number - 1, order=order), order, seeds) > tolerance - 2e-5
+        assert (
+            pipeline_mse(pipe, pipe.scheduler.make_timesteps(number - 1, order=order), order, seeds) > tolerance - 2e-5
+        )
 
     def test_invalid_input_raises(self, pipe: DDIMPipeline) -> None:
         with pytest.raises(ValueError, match="tolerance must be a number above 0 and below 1, got 0"):
@@ -245,7 +249,7 @@ class TestScheduler:
         assert scheduler.make_timesteps(3, order=1) == [666, 333, 0]
         scheduler.set_timesteps(3)
         assert scheduler.timesteps.tolist() == self.LISTS["3"]
-        # What is given out is the caller's.
+        # The returned list is a copy.
         scheduler.make_timesteps(3).append(0)
         assert scheduler.make_timesteps(3) == self.LISTS["3"]
 
@@ -263,8 +267,8 @@ class TestScheduler:
 
     def test_pipeline_uses_lists(self, pipe: DDIMPipeline) -> None:
         pipe.scheduler = DDIMScheduler(timesteps_by_steps=self.LISTS)
-        found = pipe(seeds=[1], num_inference_steps=5, output_type="pt").images
-        assert torch.equal(found, pipe(seeds=[1], timesteps=self.LISTS["5"], output_type="pt").images)
+        images = pipe(seeds=[1], num_inference_steps=5, output_type="pt").images
+        assert torch.equal(images, pipe(seeds=[1], timesteps=self.LISTS["5"], output_type="pt").images)
         assert pipe.latent_timesteps(5) == self.LISTS["5"]
 
     def test_inverse_scheduler_uses_lists(self) -> None:
@@ -275,12 +279,12 @@ class TestScheduler:
             DDIMInverseScheduler.from_config(DDIMScheduler(solver_order=2).config)
 
     def test_added_to_scheduler(self) -> None:
-        found = TunedTimesteps([900, 300, 20], 0.1, {}, 2, 0.0)
-        scheduler = found.added_to(DDIMScheduler(timesteps_by_steps={"1": [500]}))
+        tuned = TunedTimesteps([900, 300, 20], 0.1, {}, 2, 0.0)
+        scheduler = tuned.added_to(DDIMScheduler(timesteps_by_steps={"1": [500]}))
         assert scheduler.config.timesteps_by_steps == {"3": [900, 300, 20]}
         assert scheduler.config.solver_order == 2
-        more = TunedTimesteps([800, 0], 0.1, {}, 2, 0.0).added_to(scheduler)
-        assert more.config.timesteps_by_steps == {"3": [900, 300, 20], "2": [800, 0]}
+        extended = TunedTimesteps([800, 0], 0.1, {}, 2, 0.0).added_to(scheduler)
+        assert extended.config.timesteps_by_steps == {"3": [900, 300, 20], "2": [800, 0]}
 
     @pytest.mark.parametrize(
         ("lists", "message"),
@@ -326,7 +330,7 @@ def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory, make_unet: Callable[..., Any]) -> Iterator[tuple[Path, str]]:
-    """A folder with a tuned pipeline, and what the command printed."""
+    """Run `ddim tune`; return the folder of the tuned pipeline and the standard output."""
     folder = tmp_path_factory.mktemp("tuned")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
@@ -355,10 +359,10 @@ class TestCommand:
         pipe.set_progress_bar_config(disable=True)
         pipe(seeds=[0], num_inference_steps=3)
         assert pipe.scheduler.timesteps.tolist() == pipe.scheduler.config.timesteps_by_steps["3"]
-        peer = diffusers.DDIMPipeline.from_pretrained(folder / "tuned")
-        peer.set_progress_bar_config(disable=True)
-        images = peer(num_inference_steps=3, output_type="np", generator=seeded(0)).images
-        # As plain DDIM: what it does not know it ignores.
+        reference = diffusers.DDIMPipeline.from_pretrained(folder / "tuned")
+        reference.set_progress_bar_config(disable=True)
+        images = reference(num_inference_steps=3, output_type="np", generator=seeded(0)).images
+        # diffusers ignores the order and the lists: it samples by plain DDIM.
         plain = pipe(num_inference_steps=3, order=1, output_type="np", generator=seeded(0)).images
         np.testing.assert_allclose(images, plain, atol=1 / 255)
 
@@ -367,14 +371,14 @@ class TestCommand:
         pipe.set_progress_bar_config(disable=True)
         latents = randn(2, 3, 16, 16, seed=0)
         images = pipe.decode(latents, 50, "pt").images
-        codes = pipe.encode(images * 2 - 1, 50, verify=False)
-        again = pipe.decode(codes, 50, "pt").images
-        assert float((again - images).square().mean()) < 1e-4
-        assert not torch.equal(pipe.decode(codes.latents, 50, "pt", order=2).images, again)
+        encoding = pipe.encode(images * 2 - 1, 50, verify=False)
+        decoded = pipe.decode(encoding, 50, "pt").images
+        assert float((decoded - images).square().mean()) < 1e-4
+        assert not torch.equal(pipe.decode(encoding.latents, 50, "pt", order=2).images, decoded)
         with pytest.raises(ValueError, match="order=2 cannot encode: a step of order 2 depends on the one"):
             pipe.encode(images, 50, order=2)
         with pytest.raises(ValueError, match=r"pass \.latents"):
-            pipe.decode(codes, 50, order=2)
+            pipe.decode(encoding, 50, order=2)
 
     def test_existing_pipeline_is_not_overwritten(self, tuned: tuple[Path, str]) -> None:
         folder, _ = tuned
@@ -389,9 +393,9 @@ class TestCommand:
         arguments = ("sample", "-m", "model", "-n", "1", "--steps", "auto")
         result = run(*arguments, "--tolerance", "0.01", "-o", "x.png", folder=folder)
         assert result.returncode == 0, result.stderr
-        number, _, told = result.stderr.splitlines()[0].partition(", mean squared error ")
-        assert float(told) <= 0.01
-        steps = number.split()[0]
+        count, _, mse = result.stderr.splitlines()[0].partition(", mean squared error ")
+        assert float(mse) <= 0.01
+        steps = count.split()[0]
         assert run(*arguments[:-1], steps, "-o", "y.png", folder=folder).returncode == 0
         assert (folder / "x.png").read_bytes() == (folder / "y.png").read_bytes()
 

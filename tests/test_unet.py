@@ -1,6 +1,6 @@
-"""`UNet2DModel` on its own: gradient checkpointing, timesteps, dtypes, configuration, modes, copies, refused arguments.
+"""`UNet2DModel`: gradient checkpointing, timesteps, dtypes, configuration, modes, copies, invalid arguments.
 
-What the network computes is compared with `diffusers` in `parity/test_unet.py`.
+`parity/test_unet.py` compares its outputs with `diffusers`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def inputs(model: UNet2DModel, number: int = 3, size: int = 8) -> dict[str, Tens
 
 
 def gradients(model: UNet2DModel) -> dict[str, Tensor]:
-    """Of the mean square of the output, with the same dropout each time."""
+    """Return the gradients of the mean square of the output, with the same dropout in each call."""
     torch.manual_seed(2)
     arguments = inputs(model)
     variables = {"sample": arguments["sample"].requires_grad_()}
@@ -69,8 +69,8 @@ def gradients(model: UNet2DModel) -> dict[str, Tensor]:
     return dict(zip(variables, torch.autograd.grad(loss, list(variables.values())), strict=True))
 
 
-def stored(model: UNet2DModel) -> int:
-    """How many numbers the graph of a forward pass holds for the backward pass."""
+def saved_values(model: UNet2DModel) -> int:
+    """Count the values that a forward pass saves for the backward pass."""
     count = 0
 
     def pack(tensor: Tensor) -> Tensor:
@@ -95,18 +95,18 @@ def test_checkpointing_keeps_gradients(variant: dict[str, Any], dropout: float) 
 
 
 def test_dropout_affects_gradients() -> None:
-    """Else the comparison above would not show that checkpointing repeats it."""
+    """Without an effect of dropout, the test above would not show that checkpointing repeats it."""
     name = "mid_block.resnets.1.conv2.weight"
     assert not torch.allclose(gradients(build().train())[name], gradients(build(dropout=0.3).train())[name])
 
 
 def test_checkpointing_saves_memory() -> None:
     model = build(layers_per_block=2)
-    plain = stored(model)
+    plain = saved_values(model)
     model.enable_gradient_checkpointing()
-    assert stored(model) < plain / 2
+    assert saved_values(model) < plain / 2
     model.disable_gradient_checkpointing()
-    assert stored(model) == plain
+    assert saved_values(model) == plain
 
 
 @torch.no_grad()
@@ -130,12 +130,12 @@ def test_single_timestep_applies_to_whole_batch(variant: dict[str, Any], single:
 @every_variant
 @torch.no_grad()
 def test_images_do_not_mix(variant: dict[str, Any]) -> None:
-    """Each image of a batch, with its timestep and label, comes out as it does alone."""
+    """Each image of a batch, with its timestep and label, gives the same output as in a batch of one."""
     model = build(**variant).eval().double()
     arguments = inputs(model)
-    together = model(**arguments).sample
-    alone = [model(**{key: value[i : i + 1] for key, value in arguments.items()}).sample for i in range(3)]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-12)
+    batched = model(**arguments).sample
+    single = [model(**{key: value[i : i + 1] for key, value in arguments.items()}).sample for i in range(3)]
+    torch.testing.assert_close(batched, torch.cat(single), rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
@@ -156,7 +156,7 @@ def test_dtypes(variant: dict[str, Any], dtype: torch.dtype) -> None:
     output = model(**inputs(model)).sample
     assert output.dtype == dtype
     expected = reference(**inputs(model) | {"sample": inputs(model)["sample"].float()}).sample
-    # Fourier features multiply by large frequencies: rounded to 8 bits, those make another embedding.
+    # Fourier features multiply by large frequencies: rounded to 8 bits, these give a different embedding.
     if dtype == torch.float64 or model.config.time_embedding_type != "fourier":
         tolerance = 1e-5 if dtype == torch.float64 else 0.1
         torch.testing.assert_close(output.float(), expected, rtol=0, atol=tolerance)
@@ -261,10 +261,10 @@ def test_config_records_every_argument() -> None:
 )
 def test_config_is_read_only(change: Callable[[FrozenConfig], Any]) -> None:
     config = build().config
-    before = dict(config)
+    expected = dict(config)
     with pytest.raises(TypeError, match="read-only"):
         change(config)
-    assert config == before
+    assert config == expected
 
 
 @every_variant

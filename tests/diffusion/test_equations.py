@@ -1,4 +1,4 @@
-"""The paper's equations: identities between them, formulas of the DDPM paper, and `diffusers`' thresholding."""
+"""The paper's equations against each other, the formulas of the DDPM paper, and thresholding of `diffusers`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import DDIMScheduler as Peer
+from diffusers import DDIMScheduler as DiffusersScheduler
 from torch import Tensor
 
 from ddim.diffusion.equations import (
@@ -46,9 +46,9 @@ def test_training_target_is_inverted_by_prediction(prediction_type: str, alpha: 
     x0, noise = gaussian(0), gaussian(1)
     alphas = torch.tensor(alpha, dtype=torch.float64)
     target = training_target(x0, noise, alphas, prediction_type)
-    x0_back, noise_back = predict_x0_epsilon(target, add_noise(x0, noise, alphas), alpha, prediction_type)
-    assert close(x0_back, x0)
-    assert close(noise_back, noise)
+    predicted_x0, predicted_noise = predict_x0_epsilon(target, add_noise(x0, noise, alphas), alpha, prediction_type)
+    assert close(predicted_x0, x0)
+    assert close(predicted_noise, noise)
 
 
 def test_predictions_without_division_allow_alpha_0_and_1() -> None:
@@ -155,22 +155,22 @@ def test_large_eta_stays_finite() -> None:
 @pytest.mark.parametrize("scale", [0.2, 1.0, 5.0])
 @pytest.mark.parametrize(("ratio", "max_value"), [(0.995, 1.0), (0.9, 2.0), (0.5, 100.0), (1.0, 3.0)])
 def test_dynamic_threshold_matches_diffusers(ratio: float, max_value: float, scale: float, dtype: torch.dtype) -> None:
-    peer = Peer(thresholding=True, dynamic_thresholding_ratio=ratio, sample_max_value=max_value)
-    # One picture stays within [-1, 1], so that thresholds differ within the batch.
+    reference = DiffusersScheduler(thresholding=True, dynamic_thresholding_ratio=ratio, sample_max_value=max_value)
+    # The first image stays within [-1, 1], so that thresholds differ within the batch.
     x0 = (gaussian(0) * scale * torch.tensor([0.1, 1.0, 3.0]).view(3, 1, 1, 1)).to(dtype)
     ours = dynamic_threshold(x0, ratio, max_value)
     assert ours.dtype == dtype
-    assert torch.equal(ours, peer._threshold_sample(x0))
+    assert torch.equal(ours, reference._threshold_sample(x0))
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("clip", [partial(torch.clamp, min=-0.5, max=0.5), dynamic_threshold])
 def test_recomputed_epsilon_agrees_with_clipped_x0(clip: partial, prediction_type: str) -> None:
     x, output = gaussian(0), gaussian(1)
-    # A step that leads nowhere returns equation (4) of the x_0 and epsilon that it used.
-    stay = Step(500, 500, float(ALPHAS[500]), float(ALPHAS[500]))
-    again, x0 = ddim_step(output, x, stay, prediction_type, clip, use_clipped_model_output=True)
-    assert torch.equal(x0, clip(predict_x0_epsilon(output, x, stay.alpha, prediction_type)[0]))
-    assert close(again, x)
-    assert not close(ddim_step(output, x, stay, prediction_type, clip)[0], x, 1e-3)
-    assert close(ddim_step(output, x, stay, prediction_type, None)[0], x)
+    # A step from a timestep to itself returns equation (4) of the x_0 and epsilon that it used.
+    identity = Step(500, 500, float(ALPHAS[500]), float(ALPHAS[500]))
+    x_prev, x0 = ddim_step(output, x, identity, prediction_type, clip, use_clipped_model_output=True)
+    assert torch.equal(x0, clip(predict_x0_epsilon(output, x, identity.alpha, prediction_type)[0]))
+    assert close(x_prev, x)
+    assert not close(ddim_step(output, x, identity, prediction_type, clip)[0], x, 1e-3)
+    assert close(ddim_step(output, x, identity, prediction_type, None)[0], x)

@@ -24,29 +24,29 @@ BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: 
 TIMES = torch.linspace(0, 1, 21, dtype=torch.float64)
 
 
-def code(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def latent(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape or (3, 4, 5))).to(dtype)
 
 
 def orthonormal(dimension: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Two unit vectors at right angles."""
+    """Return two orthogonal unit vectors."""
     q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((dimension, 2)))
     return q[:, 0], q[:, 1]
 
 
 def equation_67(z0: np.ndarray, z1: np.ndarray, t: float) -> np.ndarray:
-    """Word for word as in the paper, with the arc cosine, and plain NumPy."""
+    """Evaluate the paper's equation literally, with the arc cosine, in NumPy."""
     theta = np.arccos((z0 * z1).sum() / (np.sqrt((z0**2).sum()) * np.sqrt((z1**2).sum())))
     return np.sin((1 - t) * theta) / np.sin(theta) * z0 + np.sin(t * theta) / np.sin(theta) * z1
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Stricter than equality: tells -0.0 from 0.0."""
+    """Return whether tensors are bitwise equal; unlike `torch.equal`, it distinguishes -0.0 from 0.0."""
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(BITS[a.dtype]), b.contiguous().view(BITS[b.dtype]))
 
 
-def turned(start: complex, angle: float, t: float) -> complex:
-    """`start` turned around the origin by a share t of the angle."""
+def rotated(start: complex, angle: float, t: float) -> complex:
+    """Rotate `start` around the origin by a fraction t of the angle."""
     return start * complex(math.cos(t * angle), math.sin(t * angle))
 
 
@@ -60,8 +60,8 @@ def plane(*points: complex) -> list[Tensor]:
 @pytest.mark.parametrize("shape", [(2,), (7,), (3, 4, 5), (1, 28, 28), (3, 32, 32)])
 @pytest.mark.parametrize("scale", [1, 2.5])
 def test_equation_67(shape: tuple[int, ...], scale: float) -> None:
-    """Also for codes of different norms, as those of real pictures are."""
-    z0, z1 = code(1, *shape), scale * code(2, *shape)
+    """Latents may differ in norm, as those of real images do."""
+    z0, z1 = latent(1, *shape), scale * latent(2, *shape)
     got = slerp(z0, z1, TIMES)
     assert got.shape == (21, *shape)
     expected = np.stack([equation_67(z0.numpy(), z1.numpy(), float(t)) for t in TIMES])
@@ -80,20 +80,20 @@ def test_latents_of_two_values_rotate_in_the_plane(
     start: float, angle: float, side: int, radius: float, t: float
 ) -> None:
     begin = radius * complex(math.cos(start), math.sin(start))
-    z0, z1 = plane(begin, turned(begin, side * angle, 1))
+    z0, z1 = plane(begin, rotated(begin, side * angle, 1))
     got = complex(*slerp(z0, z1, t).tolist())
-    assert abs(got - turned(begin, side * angle, t)) <= 1e-12 * radius
+    assert abs(got - rotated(begin, side * angle, t)) <= 1e-12 * radius
 
 
 @pytest.mark.parametrize("angle", [1e-12, 1e-9, 9.9e-7, 1.01e-6, 1e-5, 1e-3, 1, 3, math.pi - 1e-3, math.pi - 1e-5])
 def test_small_and_large_angles_in_the_plane(angle: float) -> None:
-    """On both sides of where equation (67) gives way to the straight line, and where the arc cosine is inexact."""
+    """Angles on both sides of the switch to linear interpolation, and where the arc cosine is inexact."""
     begin = complex(0.6, -0.8)
-    z0, z1 = plane(begin, turned(begin, angle, 1))
-    # The rounding of the codes themselves is as many times larger between codes that are nearly opposite.
+    z0, z1 = plane(begin, rotated(begin, angle, 1))
+    # Between nearly opposite latents, their own rounding is magnified by 1 / sin(angle).
     bound = 1e-12 if angle < 3 else 1e-15 / math.sin(angle)
     for t, frame in zip(TIMES.tolist(), slerp(z0, z1, TIMES), strict=True):
-        assert abs(complex(*frame.tolist()) - turned(begin, angle, t)) <= bound
+        assert abs(complex(*frame.tolist()) - rotated(begin, angle, t)) <= bound
 
 
 @pytest.mark.parametrize("dimension", [2, 3, 12])
@@ -103,7 +103,7 @@ def test_matches_rotation_matrix(dimension: int, angle: float) -> None:
     generator = np.outer(f, e) - np.outer(e, f)
 
     def rotation(turn: float) -> np.ndarray:
-        """exp(turn generator), by Rodrigues' formula, which holds for turns within a plane in any dimension."""
+        """Return exp(turn generator) by Rodrigues' formula, which holds for rotations in a plane in any dimension."""
         return np.eye(dimension) + math.sin(turn) * generator + (1 - math.cos(turn)) * generator @ generator
 
     z0, z1 = 5 * e, rotation(angle) @ (5 * e)
@@ -119,16 +119,16 @@ def test_equal_norms_give_constant_norm_and_angular_speed(angle: float) -> None:
     z0, z1 = (radius * torch.from_numpy(v) for v in (e, math.cos(angle) * e + math.sin(angle) * f))
     frames = slerp(z0, z1, torch.linspace(0, 1, 51, dtype=torch.float64)).flatten(1).numpy()
     np.testing.assert_allclose(np.linalg.norm(frames, axis=1), radius, rtol=1e-12)
-    # Coordinates along e and f say how far a frame has turned, without an arc cosine.
+    # Coordinates along e and f give the angle of a frame without an arc cosine.
     turns = np.unwrap(np.arctan2(frames @ f.ravel(), frames @ e.ravel()))
     np.testing.assert_allclose(turns, np.linspace(0, angle, 51), rtol=0, atol=1e-10)
-    # Nothing leaves the plane of the two codes.
+    # All frames lie in the plane of the two latents.
     inside = np.outer(frames @ e.ravel(), e.ravel()) + np.outer(frames @ f.ravel(), f.ravel())
     np.testing.assert_allclose(frames, inside, rtol=0, atol=1e-10)
 
 
 def test_typical_norm_is_kept() -> None:
-    z0, z1 = code(3, 3, 32, 32), code(4, 3, 32, 32)
+    z0, z1 = latent(3, 3, 32, 32), latent(4, 3, 32, 32)
     typical = math.sqrt(3 * 32 * 32)
     assert 0.97 * typical < float(slerp(z0, z1, 0.5).norm()) < 1.03 * typical
     assert float(((z0 + z1) / 2).norm()) < 0.73 * typical
@@ -137,23 +137,23 @@ def test_typical_norm_is_kept() -> None:
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32), dimension=st.integers(3, 40), scale=st.floats(0.01, 100), t=st.floats(0, 1))
 def test_symmetries(seed: int, dimension: int, scale: float, t: float) -> None:
-    z0, z1 = code(seed, dimension), scale * code(seed + 1, dimension)
+    z0, z1 = latent(seed, dimension), scale * latent(seed + 1, dimension)
     got = slerp(z0, z1, t)
     size = float(z0.norm() + z1.norm())
-    # From either end,
+    # Reversal,
     torch.testing.assert_close(slerp(z1, z0, 1 - t), got, rtol=0, atol=1e-12 * size)
-    # in any unit,
+    # scaling,
     torch.testing.assert_close(slerp(7 * z0, 7 * z1, t), 7 * got, rtol=0, atol=1e-12 * size)
-    # and turned with everything else.
-    q, _ = torch.linalg.qr(code(seed + 2, dimension, dimension))
+    # and rotation.
+    q, _ = torch.linalg.qr(latent(seed + 2, dimension, dimension))
     torch.testing.assert_close(slerp(q @ z0, q @ z1, t), q @ got, rtol=0, atol=1e-11 * size)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32), dimension=st.integers(3, 40), s=st.floats(0.01, 1), t=st.floats(0, 1))
 def test_nested_interpolation_composes(seed: int, dimension: int, s: float, t: float) -> None:
-    """On the sphere, t of the way to what lies at s is s t of the way."""
-    z0, z1 = (z / z.norm() for z in (code(seed, dimension), code(seed + 1, dimension)))
+    """On the sphere, interpolating by t to the point at s is interpolating by s t."""
+    z0, z1 = (z / z.norm() for z in (latent(seed, dimension), latent(seed + 1, dimension)))
     torch.testing.assert_close(slerp(z0, slerp(z0, z1, s), t), slerp(z0, z1, s * t), rtol=0, atol=1e-11)
 
 
@@ -164,15 +164,15 @@ def test_frames_are_finite_and_end_points_exact(data: st.DataObject, count: int,
     z0, z1 = (torch.tensor(data.draw(numbers)) for _ in range(2))
     between = slerp(z0, z1, t)
     assert bool(torch.isfinite(between).all())
-    # Nowhere is it much further out than the codes: nearly opposite ones are not divided by nearly nothing.
+    # The norm hardly exceeds that of the latents: nearly opposite latents do not cause a division by nearly 0.
     largest = max(float(z0.double().norm()), float(z1.double().norm()))
-    assert float(between.double().norm()) <= largest * max(1, largest_of_67(z0, z1)) * (1 + 1e-5) + 1e-40
+    assert float(between.double().norm()) <= largest * max(1, norm_bound(z0, z1)) * (1 + 1e-5) + 1e-40
     assert same_bits(slerp(z0, z1, 0), z0)
     assert same_bits(slerp(z0, z1, 1), z1)
 
 
-def largest_of_67(z0: Tensor, z1: Tensor) -> float:
-    """How far equation (67) can leave the larger of two norms: by 1 / sin(theta) where they differ."""
+def norm_bound(z0: Tensor, z1: Tensor) -> float:
+    """Bound the norm of equation (67) relative to the larger norm: 1 / sin(theta) where the norms differ."""
     u, v = (z.double() / z.double().norm().clamp_min(1e-300) for z in (z0, z1))
     sine = math.sin(2 * math.atan2(float((u - v).norm()), float((u + v).norm())))
     return 1 / sine if sine > 1e-6 else 1
@@ -184,10 +184,10 @@ def largest_of_67(z0: Tensor, z1: Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 4, 5), (2, 3, 4, 5), (40,)])
 def test_end_points_are_bitwise_exact(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    z0, z1 = code(5, *shape, dtype=dtype), code(6, *shape, dtype=dtype)
+    z0, z1 = latent(5, *shape, dtype=dtype), latent(6, *shape, dtype=dtype)
     z0.view(-1)[0], z1.view(-1)[1] = -0.0, -0.0
     z1.view(-1)[2] = torch.finfo(dtype).smallest_normal / 4
-    kept = z0.clone(), z1.clone()
+    copies = z0.clone(), z1.clone()
     frames = slerp(z0, z1, torch.tensor([1, 0.5, 0, 1e-9]))
     assert frames.dtype == dtype
     assert same_bits(frames[0], z1)
@@ -196,27 +196,27 @@ def test_end_points_are_bitwise_exact(dtype: torch.dtype, shape: tuple[int, ...]
         assert same_bits(slerp(z0, z1, t), z0)
     for t in (1, 1.0, torch.tensor(1), torch.tensor(1.0)):
         assert same_bits(slerp(z0, z1, t), z1)
-    # The frames are new: whoever paints over them does not touch the codes, and neither were the codes touched here.
+    # Frames are copies: changing them does not change the latents.
     frames.zero_()
     slerp(z0, z1, 0).zero_()
-    assert same_bits(z0, kept[0])
-    assert same_bits(z1, kept[1])
+    assert same_bits(z0, copies[0])
+    assert same_bits(z1, copies[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_low_precision_is_computed_in_float64_and_rounded_once(dtype: torch.dtype) -> None:
-    z0, z1 = code(7, 3, 16, 16, dtype=dtype), code(8, 3, 16, 16, dtype=dtype)
+    z0, z1 = latent(7, 3, 16, 16, dtype=dtype), latent(8, 3, 16, 16, dtype=dtype)
     got = slerp(z0, z1, TIMES)
     assert got.dtype == dtype
     assert torch.equal(got, slerp(z0.double(), z1.double(), TIMES).to(dtype))
 
 
 def test_number_and_tensor_t() -> None:
-    z0, z1 = code(9), code(10)
+    z0, z1 = latent(9), latent(10)
     quarter = slerp(z0, z1, 0.25)
     assert quarter.shape == z0.shape
-    many: list[Any] = [torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64), np.float32(0.25), np.array(0.25)]
-    for t in many:
+    values: list[Any] = [torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64), np.float32(0.25), np.array(0.25)]
+    for t in values:
         assert torch.equal(slerp(z0, z1, t), quarter)
     for t in ([0.75, 0, 0.25, 0.25], (0.75, 0, 0.25, 0.25)):
         frames = slerp(z0, z1, torch.tensor(t))
@@ -243,7 +243,7 @@ def test_batch_pairs_have_separate_angles() -> None:
         torch.testing.assert_close(frames[:, index], expected, rtol=0, atol=1e-13)
     for index in range(5):
         assert torch.equal(frames[:, index], slerp(z0[index], z1[index], TIMES))
-    # Without the dimension of a batch, the same numbers are one code with one angle.
+    # Without a batch dimension, the same values are one latent with one angle.
     assert not torch.allclose(slerp(z0[:, 0], z1[:, 0], TIMES), frames[:, :, 0], atol=1e-2)
 
 
@@ -251,38 +251,38 @@ def test_slerp_is_exported() -> None:
     assert ddim.slerp is slerp
 
 
-# --- where equation (67) divides by nothing
+# --- where equation (67) divides by zero
 
 
 @pytest.mark.parametrize("distance", [0, 1e-15, 1e-12, 1e-9, 1e-7])
 def test_nearly_equal_latents(distance: float) -> None:
-    z0 = code(11)
-    z1 = z0 + distance * code(12)
+    z0 = latent(11)
+    z1 = z0 + distance * latent(12)
     frames = slerp(z0, z1, TIMES)
     straight = z0 + TIMES.view(-1, 1, 1, 1) * (z1 - z0)
-    # An arc this flat is its chord.
+    # So flat an arc equals its chord.
     torch.testing.assert_close(frames, straight, rtol=0, atol=1e-14)
     if distance == 0:
         assert bool((frames == z0).all())
 
 
 def test_parallel_latents_of_different_norms() -> None:
-    """Equation (67) is linear there, in the limit."""
-    z0 = code(13)
+    """Equation (67) is linear in the limit of parallel latents."""
+    z0 = latent(13)
     frames = slerp(z0, 3 * z0, TIMES)
     torch.testing.assert_close(frames, (1 + 2 * TIMES.view(-1, 1, 1, 1)) * z0, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_opposite_latents_follow_half_circle(seed: int) -> None:
-    z0 = code(seed)
+    z0 = latent(seed)
     frames = slerp(z0, -z0, TIMES)
     assert torch.equal(frames, slerp(z0.clone(), -z0.clone(), TIMES))
     assert same_bits(frames[0], z0)
     assert same_bits(frames[-1], -z0)
     flat = frames.flatten(1).numpy() / float(z0.norm())
     np.testing.assert_allclose(np.linalg.norm(flat, axis=1), 1, rtol=1e-14)
-    # At t it has turned by pi t from the one, hence by pi (1 - t) from the other,
+    # At t the angle is pi t to the first latent, hence pi (1 - t) to the second,
     np.testing.assert_allclose(flat @ flat[0], np.cos(np.pi * TIMES.numpy()), rtol=0, atol=1e-14)
     # at constant speed, in one plane.
     chords = np.linalg.norm(np.diff(flat, axis=0), axis=1)
@@ -298,7 +298,7 @@ def test_opposite_latents_on_axes_and_diagonals(values: list[float]) -> None:
 
 
 def test_opposite_latents_of_different_norms_avoid_zero() -> None:
-    z0 = code(14)
+    z0 = latent(14)
     frames = slerp(z0, -4 * z0, torch.linspace(0, 1, 1001, dtype=torch.float64))
     norms = (frames.flatten(1).norm(dim=1) / z0.norm()).numpy()
     assert norms.min() == pytest.approx(1)
@@ -309,14 +309,14 @@ def test_opposite_latents_of_different_norms_avoid_zero() -> None:
 
 @pytest.mark.parametrize("distance", [1e-3, 1e-5, 1.5e-6, 1e-6, 9e-7, 1e-9, 1e-12, 1e-15])
 def test_nearly_opposite_latents(distance: float) -> None:
-    """Continuous in t and on the sphere, whichever half circle it takes."""
+    """Frames are continuous in t and on the sphere, for either half circle."""
     e, f = (torch.from_numpy(v) for v in orthonormal(48))
     z0 = e
     z1 = -math.cos(distance) * e + math.sin(distance) * f
     frames = slerp(z0, z1, torch.linspace(0, 1, 1001, dtype=torch.float64))
     assert same_bits(frames[0], z0)
     assert same_bits(frames[-1], z1)
-    # 1e-6: where the formula gives way to the half circle, that circle ends in -z0 and not in z1.
+    # 1e-6: below this distance a half circle replaces the formula, and ends in -z0 instead of z1.
     torch.testing.assert_close(frames.norm(dim=1), torch.ones(1001, dtype=torch.float64), rtol=0, atol=1e-8)
     chords = (frames[1:] - frames[:-1]).norm(dim=1)
     assert float(chords.max()) <= math.pi / 1000 + 1.1e-6
@@ -326,12 +326,12 @@ def test_nearly_opposite_latents(distance: float) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zero_latent(dtype: torch.dtype) -> None:
-    z, zero = code(15, dtype=dtype), torch.zeros(3, 4, 5, dtype=dtype)
+    z, zero = latent(15, dtype=dtype), torch.zeros(3, 4, 5, dtype=dtype)
     t = torch.tensor([0, 0.25, 0.5, 1])
     assert torch.equal(slerp(zero, z, t), torch.stack([zero, z / 4, z / 2, z]))
     assert torch.equal(slerp(z, zero, t), torch.stack([z, (z.double() * 0.75).to(dtype), z / 2, zero]))
     assert torch.equal(slerp(zero, zero, t), torch.zeros(4, 3, 4, 5, dtype=dtype))
-    # One pair in a batch does not spoil the others.
+    # A zero latent does not affect other pairs of a batch.
     batch = slerp(torch.stack([zero, z]), torch.stack([z, -z]), 0.5)
     assert torch.equal(batch[0], z / 2)
     assert torch.equal(batch[1], slerp(z, -z, 0.5))
@@ -345,8 +345,8 @@ def test_latents_of_one_value_are_interpolated_linearly() -> None:
 
 @pytest.mark.parametrize("kind", ["far", "parallel", "opposite", "zero"])
 def test_continuous_in_t(kind: str) -> None:
-    z0 = code(16)
-    z1 = {"far": code(17), "parallel": z0 + 1e-9 * code(17), "opposite": -z0, "zero": torch.zeros_like(z0)}[kind]
+    z0 = latent(16)
+    z1 = {"far": latent(17), "parallel": z0 + 1e-9 * latent(17), "opposite": -z0, "zero": torch.zeros_like(z0)}[kind]
     size = float(z0.norm() + z1.norm())
     for t in (0, 1e-12, 0.3, 0.5, 1 - 1e-9):
         step = slerp(z0, z1, t + 1e-9) - slerp(z0, z1, t)
@@ -361,38 +361,38 @@ def test_continuous_in_t(kind: str) -> None:
 @pytest.mark.parametrize("frames", [2, 3, 8])
 @pytest.mark.parametrize("closed", [False, True])
 def test_path_passes_through_its_latents(dtype: torch.dtype, count: int, frames: int, closed: bool) -> None:
-    codes = [code(seed, 2, 3, 4, dtype=dtype) for seed in range(count)]
-    path = slerp_path(codes, frames, closed)
+    latents = [latent(seed, 2, 3, 4, dtype=dtype) for seed in range(count)]
+    path = slerp_path(latents, frames, closed)
     assert path.dtype == dtype
     assert path.shape == (count * (frames - 1) if closed else (count - 1) * (frames - 1) + 1, 2, 3, 4)
-    for index, z in enumerate(codes):
+    for index, z in enumerate(latents):
         assert same_bits(path[index * (frames - 1)], z)
 
 
 def test_path_matches_equation_67() -> None:
-    codes = [code(seed, 2, 3, 4) for seed in range(3)]
-    path = slerp_path(codes, 6, closed=True)
+    latents = [latent(seed, 2, 3, 4) for seed in range(3)]
+    path = slerp_path(latents, 6, closed=True)
     for leg in range(3):
         for step in range(5):
-            expected = equation_67(codes[leg].numpy(), codes[(leg + 1) % 3].numpy(), step / 5)
+            expected = equation_67(latents[leg].numpy(), latents[(leg + 1) % 3].numpy(), step / 5)
             np.testing.assert_allclose(path[5 * leg + step].numpy(), expected, rtol=0, atol=1e-13)
-    # Open, it is the same without the way home, and ends in the last code.
-    assert torch.equal(slerp_path(codes, 6), path[:11])
+    # An open path omits the return, and ends in the last latent.
+    assert torch.equal(slerp_path(latents, 6), path[:11])
 
 
 def test_closed_path_of_two_latents_is_symmetric() -> None:
-    codes = [code(seed, 2, 3, 4) for seed in range(2)]
-    path = slerp_path(codes, 5, closed=True)
+    latents = [latent(seed, 2, 3, 4) for seed in range(2)]
+    path = slerp_path(latents, 5, closed=True)
     assert len(path) == 8
     torch.testing.assert_close(path[1:], path[1:].flip(0), rtol=0, atol=1e-14)
 
 
 def test_latents_as_list_tuple_and_tensor() -> None:
-    codes = code(18, 4, 2, 3, 5)
-    expected = slerp_path(list(codes), 3, closed=True)
-    assert torch.equal(slerp_path(tuple(codes), 3, closed=True), expected)
-    assert torch.equal(slerp_path(codes, 3, closed=True), expected)
-    assert torch.equal(slerp_grid(codes, 3, 4), slerp_grid(list(codes), 3, 4))
+    latents = latent(18, 4, 2, 3, 5)
+    expected = slerp_path(list(latents), 3, closed=True)
+    assert torch.equal(slerp_path(tuple(latents), 3, closed=True), expected)
+    assert torch.equal(slerp_path(latents, 3, closed=True), expected)
+    assert torch.equal(slerp_grid(latents, 3, 4), slerp_grid(list(latents), 3, 4))
 
 
 # --- grids
@@ -402,7 +402,7 @@ def test_latents_as_list_tuple_and_tensor() -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(2, 2), (3, 5), (5, 3), (2, 7)])
 def test_grid_corners_and_edges(dtype: torch.dtype, rows: int, columns: int) -> None:
     upper_left, upper_right, lower_left, lower_right = corners = [
-        code(seed, 2, 3, 4, dtype=dtype) for seed in range(20, 24)
+        latent(seed, 2, 3, 4, dtype=dtype) for seed in range(20, 24)
     ]
     flat = slerp_grid(corners, rows, columns)
     assert flat.dtype == dtype
@@ -419,7 +419,7 @@ def test_grid_corners_and_edges(dtype: torch.dtype, rows: int, columns: int) -> 
 
 
 def test_grid_interior_matches_equation_67() -> None:
-    corners = [code(seed, 2, 3, 4).numpy() for seed in range(30, 34)]
+    corners = [latent(seed, 2, 3, 4).numpy() for seed in range(30, 34)]
     grid = slerp_grid([torch.from_numpy(z) for z in corners], 4, 6).view(4, 6, 2, 3, 4)
     for row in range(4):
         for column in range(6):
@@ -429,13 +429,13 @@ def test_grid_interior_matches_equation_67() -> None:
             np.testing.assert_allclose(grid[row, column].numpy(), expected, rtol=0, atol=1e-12)
 
 
-# --- what is refused
+# --- invalid input
 
 
-Z = code(40)
+Z = latent(40)
 
 
-def spoilt(value: float) -> Tensor:
+def with_value(value: float) -> Tensor:
     z = Z.clone()
     z[1, 2, 3] = value
     return z
@@ -444,13 +444,13 @@ def spoilt(value: float) -> Tensor:
 @pytest.mark.parametrize(
     ("z1", "message"),
     [
-        (code(0, 3, 4, 6), r"latent 1: expected shape \(3, 4, 5\) as of latent 0, got \(3, 4, 6\)"),
-        (code(0, 1, 3, 4, 5), r"latent 1: expected shape \(3, 4, 5\) as of latent 0, got \(1, 3, 4, 5\)"),
-        (code(0, 1), r"latent 1: expected shape \(3, 4, 5\) as of latent 0, got \(1,\)"),
+        (latent(0, 3, 4, 6), r"latent 1: expected shape \(3, 4, 5\) as of latent 0, got \(3, 4, 6\)"),
+        (latent(0, 1, 3, 4, 5), r"latent 1: expected shape \(3, 4, 5\) as of latent 0, got \(1, 3, 4, 5\)"),
+        (latent(0, 1), r"latent 1: expected shape \(3, 4, 5\) as of latent 0, got \(1,\)"),
         (Z.float(), r"latent 1: expected torch.float64 as of latent 0, got torch.float32"),
-        (spoilt(math.nan), "latent 1 must be finite floating-point numbers, got NaN, infinity or integers"),
-        (spoilt(math.inf), "latent 1 must be finite"),
-        (spoilt(-math.inf), "latent 1 must be finite"),
+        (with_value(math.nan), "latent 1 must be finite floating-point numbers, got NaN, infinity or integers"),
+        (with_value(math.inf), "latent 1 must be finite"),
+        (with_value(-math.inf), "latent 1 must be finite"),
     ],
 )
 def test_mismatched_or_non_finite_latents_raise(z1: Tensor, message: str) -> None:
@@ -460,10 +460,10 @@ def test_mismatched_or_non_finite_latents_raise(z1: Tensor, message: str) -> Non
         slerp_path([Z, z1, Z], 3)
     with pytest.raises(ValueError, match=message.replace("latent 1", "latent 2")):
         slerp_path([Z, Z, z1], 3, closed=True)
-    for place in (1, 2, 3):
+    for index in (1, 2, 3):
         corners = [Z] * 4
-        corners[place] = z1
-        with pytest.raises(ValueError, match=message.replace("latent 1", f"latent {place}")):
+        corners[index] = z1
+        with pytest.raises(ValueError, match=message.replace("latent 1", f"latent {index}")):
             slerp_grid(corners, 3, 3)
 
 
@@ -496,9 +496,9 @@ RULE = r"^t must be a number from 0 to 1, or a one-dimensional tensor of them, g
 
 @pytest.mark.parametrize("t", [-0.01, 1.01, -1, 2, math.nan, math.inf, -math.inf])
 def test_t_out_of_range_raises(t: float) -> None:
-    several = torch.linspace(0, 1, 500)
-    several[400] = t
-    for times in (t, torch.tensor(t), torch.tensor([t]), torch.tensor([0, t, 1]), several):
+    values = torch.linspace(0, 1, 500)
+    values[400] = t
+    for times in (t, torch.tensor(t), torch.tensor([t]), torch.tensor([0, t, 1]), values):
         with pytest.raises(ValueError, match=rf"{RULE}{t}$"):
             slerp(Z, Z, times)
 
@@ -510,13 +510,13 @@ def test_multidimensional_t_raises(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("codes", "message"),
+    ("latents", "message"),
     [([], "a path requires at least two latents, got 0"), ([Z], "a path requires at least two latents, got 1")],
 )
-def test_path_of_too_few_latents_raises(codes: Sequence[Tensor], message: str) -> None:
+def test_path_of_too_few_latents_raises(latents: Sequence[Tensor], message: str) -> None:
     for closed in (False, True):
         with pytest.raises(ValueError, match=message):
-            slerp_path(codes, 3, closed)
+            slerp_path(latents, 3, closed)
 
 
 @pytest.mark.parametrize("frames", [1, 0, -1, 2.5, 2.0, True, "3", None])
@@ -534,7 +534,7 @@ def test_wrong_corner_count_raises(count: int) -> None:
 @pytest.mark.parametrize("name", ["rows", "columns"])
 @pytest.mark.parametrize("value", [1, 0, -1, 2.5, True, None])
 def test_invalid_grid_size_raises(name: str, value: Any) -> None:
-    """The message calls it as the caller does."""
+    """The message names the argument."""
     size: dict[str, Any] = {"rows": 3, "columns": 3} | {name: value}
     with pytest.raises(ValueError, match=f"^{name} must be an integer of at least 2, got {value!r}$"):
         slerp_grid([Z] * 4, **size)
@@ -542,6 +542,6 @@ def test_invalid_grid_size_raises(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("shape", [(), (5,), (4, 5), (2, 3, 4, 5)])
 def test_grid_latents_must_have_image_shape(shape: tuple[int, ...]) -> None:
-    """Stacked, they would be taken for one code, or for batches of codes."""
+    """Stacked, other shapes would be taken for one latent or for batches of latents."""
     with pytest.raises(ValueError, match=r"latent 0 of a grid: expected shape \(C, H, W\), got \(.*\)"):
         slerp_grid([torch.ones(shape)] * 4, 3, 3)

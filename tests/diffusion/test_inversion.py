@@ -1,4 +1,4 @@
-"""`ddim.diffusion.inversion` by itself: the solver on equations whose solutions are known, and one step's inverse."""
+"""`ddim.diffusion.inversion`: the solver on equations with known solutions, and the inverse of single steps."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ rand = partial(helpers.rand, dtype=torch.float64)
 
 
 class Recorder:
-    """A residual function that remembers, image by image, where it was asked and what came of it."""
+    """A residual function that records its inputs and the largest residuals per image."""
 
     def __init__(self, f: Callable[[Tensor, Tensor], Tensor], count: int) -> None:
         self.f, self.calls = f, 0
-        self.asked: list[list[Tensor]] = [[] for _ in range(count)]
+        self.inputs: list[list[Tensor]] = [[] for _ in range(count)]
         self.sizes: list[list[float]] = [[] for _ in range(count)]
 
     def __call__(self, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ class Recorder:
         fx = self.f(x, active)
         assert len(x) == len(active) == len(fx) > 0
         for image, index in enumerate(active.tolist()):
-            self.asked[index].append(x[image].clone())
+            self.inputs[index].append(x[image].clone())
             self.sizes[index].append(float(fx[image].abs().max()))
         return fx, 10 * x
 
@@ -53,7 +53,7 @@ def linear_systems(count: int, side: int, low: float, high: float) -> tuple[Tens
     return torch.from_numpy(np.stack(matrices)), torch.from_numpy(rng.standard_normal((count, 1, side, side)))
 
 
-# The spectrum of a step for x_prev = g(x): from no variance among pictures to one as large as the noise's.
+# The spectrum of a step x_prev = g(x), for image variances from 0 to that of the noise.
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: f"{step.timestep}-{step.prev_timestep}")
 def test_linear_systems_are_solved(step: Step) -> None:
     low = math.sqrt((1 - step.alpha_prev) / (1 - step.alpha))
@@ -63,14 +63,14 @@ def test_linear_systems_are_solved(step: Step) -> None:
         return b[active] - (A[active] @ x.flatten(1)[..., None]).view_as(x)
 
     recorder = Recorder(f, 4)
-    x, kept, residual, evaluations = anderson(recorder, b, mixing(step), 1e-10, 300)
+    x, output, residual, evaluations = anderson(recorder, b, mixing(step), 1e-10, 300)
     truth = np.linalg.solve(A.numpy(), b.flatten(1).numpy()[..., None])[..., 0]
     # |x - truth| = |A^-1 f| <= |f| / low, where |f| is at most the root of 16 values times the largest.
     assert np.linalg.norm(x.flatten(1).numpy() - truth, axis=1).max() <= 4 * 1e-10 / low
-    assert torch.equal(kept, 10 * x)
+    assert torch.equal(output, 10 * x)
     assert residual.tolist() == [min(sizes) for sizes in recorder.sizes]
     assert residual.max() <= 1e-10
-    assert evaluations.tolist() == [len(asked) for asked in recorder.asked]
+    assert evaluations.tolist() == [len(xs) for xs in recorder.inputs]
 
 
 def test_acceleration_reduces_evaluations() -> None:
@@ -85,14 +85,14 @@ def test_acceleration_reduces_evaluations() -> None:
         while (fx := f(x, torch.tensor([image]))).abs().max() > 1e-8:
             x, count = x + fx, count + 1
         plain.append(count)
-    # With the scale of the module's text the plain iteration would diverge.
+    # With c = 1 / sqrt(0.1), the mixing of the inversion, the plain iteration would diverge.
     for c in (1.0, 1 / math.sqrt(0.1)):
         evaluations = anderson(Recorder(f, 4), b, c, 1e-8, 500)[3].tolist()
         assert all(count < slow / 3 for count, slow in zip(evaluations, plain, strict=True))
 
 
 def test_two_iterates_give_secant_method() -> None:
-    """With one unknown a line through two residuals has its root where the third is, up to the regularization."""
+    """With one unknown, the third iterate is the root of the line through two residuals, up to regularization."""
     x, _, residual, evaluations = anderson(
         Recorder(lambda x, _: 0.7 - 3 * x, 1), torch.zeros(1, 1, 1, 1).double(), 0.1, 1e-3, 3
     )
@@ -114,20 +114,20 @@ def test_nonlinear_map_is_solved() -> None:
 
 
 def test_converged_image_is_not_evaluated_again() -> None:
-    # The further down, the more unequal the pixels of an image are, and the longer it takes.
+    # Later images have more unequal pixels and take more evaluations.
     k = 1 - torch.tensor([0.0, 0.01, 0.1, 0.5, 0.9]).double()[:, None] * torch.linspace(0, 1, 64).double()
     k, y = k.view(5, 1, 8, 8), rand(5, 1, 8, 8)
     recorder = Recorder(lambda x, active: y[active] - k[active] * x, 5)
     x, _, residual, evaluations = anderson(recorder, y * 0.5, 1.0, 1e-9, 100)
     counts = evaluations.tolist()
-    assert counts == [len(asked) for asked in recorder.asked]
+    assert counts == [len(xs) for xs in recorder.inputs]
     assert counts == sorted(counts)
     assert counts[0] == 2 < counts[-1]
     assert recorder.calls == max(counts)
     for image in range(5):
-        *before, last = recorder.sizes[image]
-        assert last <= 1e-9 < min(before)
-        assert torch.equal(x[image], recorder.asked[image][-1])
+        *earlier, last = recorder.sizes[image]
+        assert last <= 1e-9 < min(earlier)
+        assert torch.equal(x[image], recorder.inputs[image][-1])
         assert float(residual[image]) == last
 
 
@@ -153,11 +153,11 @@ def test_max_iterations_limits_evaluations(max_iterations: int) -> None:
     assert evaluations.tolist() == [max_iterations] * 3
     for image, sizes in enumerate(recorder.sizes):
         assert float(residual[image]) == min(sizes)
-        assert torch.equal(x[image], recorder.asked[image][int(np.argmin(sizes))])
+        assert torch.equal(x[image], recorder.inputs[image][int(np.argmin(sizes))])
 
 
 def scripted(*sizes: list[float]) -> Recorder:
-    """For each image a list of residuals, whatever x is; constant over the pixels."""
+    """Return residuals from one list per image, independent of x and constant over the pixels."""
     calls = [0] * len(sizes)
 
     def f(x: Tensor, active: Tensor) -> Tensor:
@@ -172,12 +172,12 @@ def scripted(*sizes: list[float]) -> Recorder:
 
 def test_divergence_keeps_best_iterate() -> None:
     recorder = scripted([3, 1, 5, 20], [3, 4, 5, 6], [4, 3, 2, 1])
-    x, kept, residual, evaluations = anderson(recorder, rand(3, 1, 2, 2), 1.0, 1e-3, 4)
+    x, output, residual, evaluations = anderson(recorder, rand(3, 1, 2, 2), 1.0, 1e-3, 4)
     assert residual.tolist() == [1, 3, 1]
     assert evaluations.tolist() == [4, 4, 4]
     for image, best in enumerate((1, 0, 3)):
-        assert torch.equal(x[image], recorder.asked[image][best])
-        assert torch.equal(kept[image], 10 * recorder.asked[image][best])
+        assert torch.equal(x[image], recorder.inputs[image][best])
+        assert torch.equal(output[image], 10 * recorder.inputs[image][best])
 
 
 NAN, INF = math.nan, math.inf
@@ -194,27 +194,27 @@ def test_nan_does_not_converge_or_affect_other_images(
     others = [[1.0, 0.5, 0.25, 0.0], [1.0, 2.0, 0.0]]
     guess = rand(3, 1, 4, 4, dtype=dtype)
     recorder = scripted(others[0], sizes, others[1])
-    x, kept, reached, evaluations = anderson(recorder, guess, 1.0, 1e-6, 9)
+    x, output, reached, evaluations = anderson(recorder, guess, 1.0, 1e-6, 9)
     assert float(reached[1]) == residual
     assert not (reached <= 1e-6)[1]
     assert torch.isfinite(x).all()
-    assert torch.isfinite(kept).all()
-    assert torch.equal(x[1], guess[1] if best is None else recorder.asked[1][best])
-    assert int(evaluations[1]) == len(recorder.asked[1])
-    alone = anderson(scripted(*others), guess[[0, 2]], 1.0, 1e-6, 9)
-    for together, apart in zip((x, kept, reached, evaluations), alone, strict=True):
-        assert torch.equal(together[[0, 2]], apart)
+    assert torch.isfinite(output).all()
+    assert torch.equal(x[1], guess[1] if best is None else recorder.inputs[1][best])
+    assert int(evaluations[1]) == len(recorder.inputs[1])
+    expected = anderson(scripted(*others), guess[[0, 2]], 1.0, 1e-6, 9)
+    for batch_result, single_result in zip((x, output, reached, evaluations), expected, strict=True):
+        assert torch.equal(batch_result[[0, 2]], single_result)
     assert reached[[0, 2]].tolist() == [0, 0]
 
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     yield torch.set_num_threads
-    torch.set_num_threads(before)
+    torch.set_num_threads(num_threads)
 
 
-# Sums over 32768 values and more are shared among threads.
+# PyTorch splits sums of 32768 or more values among threads.
 @pytest.mark.parametrize(
     ("shape", "number"), [((1, 8, 8), 1), ((3, 28, 28), 1), ((3, 28, 28), 2), ((3, 128, 128), 1), ((3, 128, 128), 2)]
 )
@@ -229,16 +229,16 @@ def test_solution_is_independent_of_batch(shape: tuple[int, ...], number: int, t
         b, slope = y[images], k[images]
         return anderson(Recorder(lambda x, active: b[active] - slope[active] * x, count), b * 0.9, 1.0, 1e-5, 12)
 
-    everyone = solve(list(range(count)))
-    assert len(set(everyone[3].tolist())) > 2
+    full_batch = solve(list(range(count)))
+    assert len(set(full_batch[3].tolist())) > 2
     for images in [*([i] for i in range(count)), [8, 0, 3]]:
-        for together, apart in zip(everyone, solve(images), strict=True):
-            assert torch.equal(together[images], apart), images
+        for batch_result, subset_result in zip(full_batch, solve(images), strict=True):
+            assert torch.equal(batch_result[images], subset_result), images
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: f"{step.timestep}-{step.prev_timestep}")
 def test_mixing_balances_both_extremes(step: Step) -> None:
-    """c times the slope of a step is q for pictures without variance and 1 / q for those with the noise's."""
+    """c times the slope of a step is q for images without variance and 1 / q for the variance of the noise."""
     x = torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1)
     slopes = []
     for variance in (0.0, 1.0):
@@ -251,7 +251,7 @@ def test_mixing_balances_both_extremes(step: Step) -> None:
 
 
 class Denoiser:
-    """A small nonlinear function of x and t, which remembers when it was asked and about how many."""
+    """A small nonlinear function of x and t that records timesteps and batch sizes."""
 
     def __init__(self) -> None:
         self.timesteps: list[int] = []
@@ -268,7 +268,7 @@ class Denoiser:
 
 
 def predictions(output: Tensor, x: Tensor, a: float, prediction_type: str) -> tuple[Tensor, Tensor]:
-    """x_0 and epsilon, from x = sqrt(a) x_0 + sqrt(1 - a) epsilon and v = sqrt(a) epsilon - sqrt(1 - a) x_0."""
+    """Solve x = sqrt(a) x_0 + sqrt(1 - a) epsilon and the equation of the output for x_0 and epsilon."""
     matrix = np.array([[math.sqrt(a), math.sqrt(1 - a)], [-math.sqrt(1 - a), math.sqrt(a)]])
     row = {"epsilon": [0.0, 1.0], "sample": [1.0, 0.0], "v_prediction": matrix[1].tolist()}[prediction_type]
     known = np.stack([x.numpy(), output.numpy()])
@@ -277,13 +277,13 @@ def predictions(output: Tensor, x: Tensor, a: float, prediction_type: str) -> tu
 
 
 def forward(x: Tensor, step: Step, prediction_type: str) -> Tensor:
-    """g(x), by the equations written out."""
+    """Compute g(x) by the equations written out."""
     x0, epsilon = predictions(Denoiser.at(x, step.timestep), x, step.alpha, prediction_type)
     return math.sqrt(step.alpha_prev) * x0 + math.sqrt(1 - step.alpha_prev) * epsilon
 
 
 def encode(prediction_type: str, exact: bool, **limits: Any) -> tuple[list[Tensor], list[Tensor], Inversion, Denoiser]:
-    """x before and after each step, x_0 predicted in each, and what did it."""
+    """Encode; return the samples, the x_0 predicted per step, the inversion and the denoiser."""
     denoiser = Denoiser()
     inversion = Inversion(denoiser, prediction_type, exact, **({"tolerance": 1e-10, "max_iterations": 100} | limits))
     xs, x0s = [rand(3, 1, 4, 4)], []
@@ -297,15 +297,15 @@ def encode(prediction_type: str, exact: bool, **limits: Any) -> tuple[list[Tenso
 def test_euler_evaluates_once_per_step_and_once_at_start(prediction_type: str) -> None:
     xs, _, inversion, denoiser = encode(prediction_type, exact=False)
     ascending = [5, 100, 300, 600, 900]
-    # At timestep 0 for the picture, then where each step has led.
+    # At timestep 0 for the image, then at the end of each step.
     assert denoiser.timesteps == [0, *ascending]
     assert [entry.tolist() for entry in inversion.evaluations] == [[2] * 3, *[[1] * 3] * 4]
     for (x_prev, x), t_prev, step in zip(pairwise(xs), [0, *ascending[:-1]], STEPS[::-1], strict=True):
         # Equation (13) with x / sqrt(alpha) and sigma = sqrt((1 - alpha) / alpha).
         _, epsilon = predictions(Denoiser.at(x_prev, t_prev), x_prev, step.alpha_prev, prediction_type)
         sigma, sigma_prev = (math.sqrt((1 - a) / a) for a in (step.alpha, step.alpha_prev))
-        wanted = math.sqrt(step.alpha) * (x_prev / math.sqrt(step.alpha_prev) + (sigma - sigma_prev) * epsilon)
-        assert (x - wanted).abs().max() <= 1e-12
+        expected = math.sqrt(step.alpha) * (x_prev / math.sqrt(step.alpha_prev) + (sigma - sigma_prev) * epsilon)
+        assert (x - expected).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -313,20 +313,20 @@ def test_euler_evaluates_once_per_step_and_once_at_start(prediction_type: str) -
 def test_residuals_match_sampling_step(prediction_type: str, exact: bool) -> None:
     xs, x0s, inversion, _ = encode(prediction_type, exact)
     for index, step in enumerate(STEPS[::-1]):
-        missed = xs[index] - forward(xs[index + 1], step, prediction_type)
-        wanted = missed.abs().flatten(1).amax(1)
-        assert inversion.residuals[index].tolist() == pytest.approx(wanted.tolist(), rel=1e-6, abs=1e-14)
+        difference = xs[index] - forward(xs[index + 1], step, prediction_type)
+        expected = difference.abs().flatten(1).amax(1)
+        assert inversion.residuals[index].tolist() == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-14)
         output = Denoiser.at(xs[index + 1], step.timestep)
         x0, _ = predictions(output, xs[index + 1], step.alpha, prediction_type)
         assert (x0s[index] - x0).abs().max() <= 1e-9
         if exact:
-            assert wanted.max() <= 1e-10
+            assert expected.max() <= 1e-10
         else:
-            assert wanted.min() > 1e-6
+            assert expected.min() > 1e-6
 
 
 def test_first_guess_extrapolates_epsilon_linearly() -> None:
-    """An epsilon that is linear in t is guessed right as soon as two of it are known, and by Euler never."""
+    """An epsilon linear in t is guessed exactly once two of its values are known, and never by Euler."""
     steps = make_steps([500, 400, 300, 200, 100], ALPHAS, float(ALPHAS[0]))
     x = rand(2, 1, 4, 4)
     residuals = []
@@ -345,8 +345,8 @@ def test_evaluations_are_counted_per_image(prediction_type: str) -> None:
     _, _, inversion, denoiser = encode(prediction_type, exact=True, tolerance=1e-9)
     assert sum(int(entry.sum()) for entry in inversion.evaluations) == sum(denoiser.sizes)
     for step, entry in zip(STEPS[::-1], inversion.evaluations, strict=True):
-        asked = denoiser.timesteps.count(step.timestep) + (step is STEPS[-1])
-        assert int(entry.max()) == asked
+        count = denoiser.timesteps.count(step.timestep) + (step is STEPS[-1])
+        assert int(entry.max()) == count
     _, _, inversion, _ = encode(prediction_type, exact=True, max_iterations=2)
     assert [entry.tolist() for entry in inversion.evaluations] == [[3] * 3, *[[2] * 3] * 4]
 
@@ -363,12 +363,12 @@ def test_in_batches_evaluates_full_batches(batch_size: int, make_unet: Callable[
     x, t = rand(9, 3, 16, 16, dtype=torch.float32), torch.tensor(300)
     denoiser = in_batches(network, batch_size)
     with torch.no_grad():
-        together = denoiser(x, t)
+        output = denoiser(x, t)
         assert set(sizes) == {batch_size}
         assert len(sizes) == -(-9 // batch_size)
-        assert (together - unet(x, t).sample).abs().max() <= 1e-5
+        assert (output - unet(x, t).sample).abs().max() <= 1e-5
         for images in ([0], [8], [4, 2], [7, 6, 5, 4, 3, 2, 1]):
-            assert torch.equal(denoiser(x[images], t), together[images])
+            assert torch.equal(denoiser(x[images], t), output[images])
     assert set(sizes) == {batch_size}
 
 

@@ -1,4 +1,4 @@
-"""Seeded noise: what it may and may not depend on, and `diffusers`' `randn_tensor`."""
+"""Seeded noise: what it may depend on, and its equality with `randn_tensor` of `diffusers`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def float64_by_default() -> Iterator[None]:
 @pytest.mark.parametrize("draws", [1, 3])
 def test_noise_is_independent_of_batch_size_and_order(draws: int) -> None:
     batch, reverse = noise_from_seeds(SHAPE, SEEDS, CPU), noise_from_seeds(SHAPE, SEEDS[::-1], CPU)
-    alone = [noise_from_seeds((1, *SHAPE[1:]), [seed], CPU) for seed in SEEDS]
+    single = [noise_from_seeds((1, *SHAPE[1:]), [seed], CPU) for seed in SEEDS]
     for _ in range(draws):
-        together = batch()
-        assert together.shape == SHAPE
-        assert torch.equal(together, torch.cat([draw() for draw in alone]))
-        assert torch.equal(together, reverse().flip(0))
+        noise = batch()
+        assert noise.shape == SHAPE
+        assert torch.equal(noise, torch.cat([draw() for draw in single]))
+        assert torch.equal(noise, reverse().flip(0))
 
 
 def test_noise_differs_between_seeds_and_between_draws() -> None:
@@ -55,17 +55,17 @@ def test_seeds_draw_float32_for_any_default_dtype() -> None:
 
 
 def test_seeds_leave_global_generator_unchanged() -> None:
-    before = torch.get_rng_state()
+    state = torch.get_rng_state()
     noise_from_seeds(SHAPE, SEEDS, CPU)()
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["one", "list", "tuple"])
 def test_generators_match_diffusers(kind: str, dtype: torch.dtype) -> None:
     ours, theirs = ([seeded(seed) for seed in (1, 2, 3)] for _ in range(2))
-    given, expected = {"one": (ours[0], theirs[0]), "list": (ours, theirs), "tuple": (tuple(ours), theirs)}[kind]
-    draw = noise_from_generator(SHAPE, given, CPU, dtype)
+    generator, expected = {"one": (ours[0], theirs[0]), "list": (ours, theirs), "tuple": (tuple(ours), theirs)}[kind]
+    draw = noise_from_generator(SHAPE, generator, CPU, dtype)
     for _ in range(2):
         noise = draw()
         assert noise.dtype == dtype
@@ -106,11 +106,11 @@ def test_generator_type_is_validated(generator: object, kind: str) -> None:
 
 
 def test_generator_device_mismatch_raises() -> None:
-    class Elsewhere(torch.Generator):
+    class CudaGenerator(torch.Generator):
         device = torch.device("cuda")
 
     with pytest.raises(ValueError, match=r"generator must be on the model's device \(cpu\) or on the CPU, got cuda"):
-        noise_from_generator(SHAPE, Elsewhere(), CPU, torch.float32)
+        noise_from_generator(SHAPE, CudaGenerator(), CPU, torch.float32)
 
 
 @pytest.mark.parametrize("seeds", [[7, 0, MAX_SEED], (7, 0, MAX_SEED), torch.tensor([7, 0, MAX_SEED]), iter(SEEDS)])

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler as Peer
+from diffusers import DDIMScheduler as DiffusersScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,7 +53,7 @@ def test_betas_match_original_code(beta_schedule: str, steps: int) -> None:
 def test_cosine_betas_match_published_alpha_bar(steps: int) -> None:
     betas = make_betas("squaredcos_cap_v2", steps)
     f = [math.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(steps + 1)]
-    # The last beta alone is capped: alpha-bar would be 0 there.
+    # The last beta alone is capped: alpha-bar would otherwise be 0.
     np.testing.assert_allclose(make_alphas_cumprod(betas)[:-1], np.array(f[1:-1]) / f[0], rtol=1e-10)
     assert betas[-1] == 0.999
     assert np.all(betas[:-1] < 0.999)
@@ -69,15 +69,15 @@ def test_alphas_cumprod_is_running_product(beta_schedule: str) -> None:
 
 @pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
 def test_zero_terminal_snr_keeps_first_and_zeroes_last_alpha(beta_schedule: str) -> None:
-    before = make_alphas_cumprod(make_betas(beta_schedule, T))
+    alphas = make_alphas_cumprod(make_betas(beta_schedule, T))
     rescaled = rescale_zero_terminal_snr(make_betas(beta_schedule, T))
-    after = make_alphas_cumprod(rescaled)
+    rescaled_alphas = make_alphas_cumprod(rescaled)
     assert rescaled[-1] == 1
-    assert after[-1] == 0
-    assert after[0] == pytest.approx(before[0], rel=1e-14)
+    assert rescaled_alphas[-1] == 0
+    assert rescaled_alphas[0] == pytest.approx(alphas[0], rel=1e-14)
     # Algorithm 1 of arXiv 2305.08891: an affine map of sqrt(alpha-bar).
-    root, new = np.sqrt(before), np.sqrt(after)
-    np.testing.assert_allclose(new, root[0] * (root - root[-1]) / (root[0] - root[-1]), atol=1e-12)
+    root, rescaled_root = np.sqrt(alphas), np.sqrt(rescaled_alphas)
+    np.testing.assert_allclose(rescaled_root, root[0] * (root - root[-1]) / (root[0] - root[-1]), atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -108,24 +108,24 @@ def test_trained_betas_may_end_at_1() -> None:
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_timesteps_match_diffusers_for_every_step_count(spacing: str) -> None:
-    peer = Peer(num_train_timesteps=T, timestep_spacing=spacing)
-    differ = {}
+    reference = DiffusersScheduler(num_train_timesteps=T, timestep_spacing=spacing)
+    differences = {}
     for S in range(1, T + 1):
-        peer.set_timesteps(S)
-        theirs = peer.timesteps.tolist()
+        reference.set_timesteps(S)
+        theirs = reference.timesteps.tolist()
         # numpy.arange(T, 0, -T / S) has an entry S + 1, some 1e-13 above 0, where S times the rounded T / S falls short
         # of T; it rounds to the timestep -1.
         assert theirs[S:] in ([], [-1])
         assert len(theirs) == S or spacing == "trailing"
         if make_timesteps(spacing, S, LINEAR) != theirs[:S]:
-            differ[S] = theirs[:S]
-    assert not differ, f"{spacing}: other timesteps than diffusers' for S in {sorted(differ)}"
+            differences[S] = theirs[:S]
+    assert not differences, f"{spacing}: other timesteps than diffusers' for S in {sorted(differences)}"
 
 
 def test_extra_trailing_timestep_of_diffusers_is_omitted() -> None:
-    peer = Peer(num_train_timesteps=T, timestep_spacing="trailing")
-    peer.set_timesteps(61)
-    assert len(peer.timesteps) == 62
+    reference = DiffusersScheduler(num_train_timesteps=T, timestep_spacing="trailing")
+    reference.set_timesteps(61)
+    assert len(reference.timesteps) == 62
     assert len(make_timesteps("trailing", 61, LINEAR)) == 61
 
 
@@ -162,10 +162,10 @@ def test_blend_steps_are_equal_in_blend_variable(S: int) -> None:
 
     expected = (S - np.arange(S)) / S * w(timesteps / T)[0]
     assert timesteps[0] == T - 1
-    # Rounding to whole timesteps, but for the small ones, which are kept apart.
-    apart = timesteps > 3 * S**0.5
-    off = np.abs(w(timesteps / T) - expected)[apart]
-    assert np.all(off <= 0.6 * (w((timesteps + 1) / T) - w(timesteps / T))[apart])
+    # Exact up to rounding to integers, except small timesteps, which are spread to be distinct.
+    is_spaced = timesteps > 3 * S**0.5
+    errors = np.abs(w(timesteps / T) - expected)[is_spaced]
+    assert np.all(errors <= 0.6 * (w((timesteps + 1) / T) - w(timesteps / T))[is_spaced])
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -184,13 +184,13 @@ def test_timesteps_are_distinct_decreasing_and_in_range(
     assert check_timesteps(timesteps, steps) == timesteps
 
 
-# Not the cosine schedule: its capped last beta makes a single timestep longer than an equal step.
+# Without the cosine schedule: its capped last beta makes one timestep longer than an equal step.
 @pytest.mark.parametrize("S", [3, 5, 8])
 @pytest.mark.parametrize("beta_schedule", [name for name in BETA_SCHEDULES if name != "squaredcos_cap_v2"])
 def test_logsnr_steps_are_nearly_equal_in_log_snr(beta_schedule: str, S: int) -> None:
     alphas = make_alphas_cumprod(make_betas(beta_schedule, T))
     timesteps = make_timesteps("logsnr", S, alphas)
-    # The last timestep of `jsd` has no signal and no finite log SNR: the one before it is where the grid starts.
+    # The last timestep of `jsd` has no signal and no finite log SNR; the grid starts at the previous one.
     assert (timesteps[0], timesteps[-1]) == (998 if beta_schedule == "jsd" else 999, 0)
     log_snr = np.log(alphas[timesteps] / (1 - alphas[timesteps]))
     np.testing.assert_allclose(np.diff(log_snr), (log_snr[-1] - log_snr[0]) / (S - 1), rtol=0.05)
@@ -202,9 +202,9 @@ def test_logsnr_timesteps_are_nearest_to_equal_steps(beta_schedule: str) -> None
     finite = np.flatnonzero(alphas > 0)
     log_snr = np.log(alphas[finite] / (1 - alphas[finite]))
     timesteps = make_timesteps("logsnr", 5, alphas)
-    for t, wanted in zip(timesteps, np.linspace(log_snr[-1], log_snr[0], 5), strict=True):
-        # Between the two timesteps around the wanted value, whichever they are.
-        assert log_snr[min(t + 1, len(finite) - 1)] - 1e-9 <= wanted <= log_snr[max(t - 1, 0)] + 1e-9
+    for t, expected in zip(timesteps, np.linspace(log_snr[-1], log_snr[0], 5), strict=True):
+        # The expected value lies between the two neighboring timesteps.
+        assert log_snr[min(t + 1, len(finite) - 1)] - 1e-9 <= expected <= log_snr[max(t - 1, 0)] + 1e-9
 
 
 @pytest.mark.parametrize("S", [0, -1, 2.5, T + 1, "ten", True, None, 10.0, float("nan")])

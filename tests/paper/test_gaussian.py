@@ -1,8 +1,8 @@
-"""Sampling of Gaussian data with the exact score, against the paper's equations written out by hand.
+"""Sampling of Gaussian data with the exact score, against the paper's equations written out.
 
-For data N(mu, s^2) the perfect network is affine in x_t and each step is affine in x_t plus noise, so that the result
-of any number of steps is a Gaussian, with a recursion for its mean and variance. Nothing is sampled: the library's step
-is probed at x = 0 and 1 and with noise 0 and 1.
+For data N(mu, s^2) the exact network is affine in x_t and each step is affine in x_t plus noise, so that the result of
+any number of steps is Gaussian, with a recursion for its mean and variance. The library's step is evaluated at x = 0
+and 1 and with noise 0 and 1; nothing is sampled.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ MU, STD = 0.3, 0.5
 
 
 def exact_epsilon(x: Tensor, a: float) -> Tensor:
-    """E[epsilon | x_t] for x_0 ~ N(MU, STD^2)."""
+    """Return E[epsilon | x_t] for x_0 ~ N(MU, STD^2)."""
     return math.sqrt(1 - a) * (x - math.sqrt(a) * MU) / (a * STD**2 + 1 - a)
 
 
-def by_hand(timesteps: list[int], eta: float) -> tuple[float, float]:
-    """Mean and standard deviation at the end, from x ~ N(0, 1), by equations (12) and (16)."""
+def expected_moments(timesteps: list[int], eta: float) -> tuple[float, float]:
+    """Return the final mean and standard deviation, from x ~ N(0, 1), by equations (12) and (16)."""
     mean, variance = 0.0, 1.0
     alphas = [*(float(ALPHAS[t]) for t in timesteps), 1.0]
     for a, p in pairwise(alphas):
@@ -48,8 +48,8 @@ def by_hand(timesteps: list[int], eta: float) -> tuple[float, float]:
     return mean, math.sqrt(variance)
 
 
-def by_library(scheduler: DDIMScheduler, timesteps: list[int], eta: float) -> tuple[float, float]:
-    """The same from the library's steps, each probed for its slope, its constant and the scale of its noise."""
+def library_moments(scheduler: DDIMScheduler, timesteps: list[int], eta: float) -> tuple[float, float]:
+    """Return them by the library's steps, each evaluated for its slope, its constant and the scale of its noise."""
     mean, variance = 0.0, 1.0
     # Three samples: x = 0 and x = 1 without noise, x = 0 with noise 1.
     x = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64).view(3, 1, 1, 1)
@@ -68,18 +68,18 @@ def by_library(scheduler: DDIMScheduler, timesteps: list[int], eta: float) -> tu
 def test_final_distribution_matches_paper(spacing: str, S: int, eta: float) -> None:
     scheduler = DDIMScheduler(timestep_spacing=spacing)
     timesteps = scheduler.make_timesteps(S)
-    assert by_library(scheduler, timesteps, eta) == pytest.approx(by_hand(timesteps, eta), abs=1e-10)
+    assert library_moments(scheduler, timesteps, eta) == pytest.approx(expected_moments(timesteps, eta), abs=1e-10)
 
 
 @pytest.mark.parametrize(("S", "std"), [(10, 0.374), (20, 0.434), (50, 0.472), (100, 0.486)])
 def test_std_approaches_data_with_more_steps(S: int, std: float) -> None:
     scheduler = DDIMScheduler()
-    assert by_library(scheduler, scheduler.make_timesteps(S), 0.0)[1] == pytest.approx(std, abs=1e-3)
+    assert library_moments(scheduler, scheduler.make_timesteps(S), 0.0)[1] == pytest.approx(std, abs=1e-3)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_all_timesteps_recover_data_distribution(eta: float) -> None:
-    mean, std = by_library(DDIMScheduler(), list(range(T))[::-1], eta)
+    mean, std = library_moments(DDIMScheduler(), list(range(T))[::-1], eta)
     assert mean == pytest.approx(MU, abs=5e-3)
     assert std == pytest.approx(STD, abs=5e-3)
 
@@ -95,7 +95,7 @@ def test_eta_1_with_all_timesteps_is_ddpm_ancestral_sampling(spacing: str) -> No
         B = beta / math.sqrt(1 - a) * E * math.sqrt(a) * MU / math.sqrt(1 - beta)
         mean, variance = A * mean + B, A**2 * variance + (1 - p) / (1 - a) * beta
     scheduler = DDIMScheduler(timestep_spacing=spacing)
-    ours = by_library(scheduler, scheduler.make_timesteps(T), 1.0)
+    ours = library_moments(scheduler, scheduler.make_timesteps(T), 1.0)
     assert ours == pytest.approx((mean, math.sqrt(variance)), abs=1e-10)
 
 
@@ -106,9 +106,9 @@ def test_eta_1_with_all_timesteps_is_ddpm_ancestral_sampling(spacing: str) -> No
     part=st.floats(0, 1),
     x0=st.floats(-3, 3),
 )
-def test_every_sigma_keeps_marginals(alpha: float, share: float, part: float, x0: float) -> None:
-    alpha_prev = alpha + share * (1 - alpha)
-    sigma = part * math.sqrt(1 - alpha_prev)
+def test_every_sigma_keeps_marginals(alpha: float, alpha_fraction: float, sigma_fraction: float, x0: float) -> None:
+    alpha_prev = alpha + alpha_fraction * (1 - alpha)
+    sigma = sigma_fraction * math.sqrt(1 - alpha_prev)
     step = Step(1, 0, alpha, alpha_prev, sigma, sigma)
     # (epsilon, noise) = (0, 0), (1, 0), (0, 1): x_prev is affine in the two independent standard Gaussians.
     epsilon, noise = torch.tensor([[0, 1, 0], [0, 0, 1]], dtype=torch.float64).view(2, 3, 1, 1, 1)

@@ -1,13 +1,13 @@
 """Encoding and decoding with the exact score of Gaussian data, in float64, against closed forms.
 
-For data N(mu, s^2), a mean and a variance a pixel, the perfect network predicts x_0 and epsilon that are linear in what
-the mean leaves of x_t:
+For data N(mu, s^2), with a mean and a variance per pixel, the exact network predicts x_0 and epsilon that are linear in
+the centered x_t:
 
     x_0 - mu = K (x_t - sqrt(alpha) mu),    epsilon = E (x_t - sqrt(alpha) mu)
     K = sqrt(alpha) s^2 / v,    E = sqrt(1 - alpha) / v,    v = alpha s^2 + 1 - alpha
 
-so that decoding, exact encoding and Euler encoding each multiply it by a factor a step, and the ODE that they follow by
-sqrt(v_t / v_0) in all.
+so that decoding, exact encoding and Euler encoding each multiply it by one factor per step, and the ODE that they
+follow by sqrt(v_t / v_0) in total.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from helpers import rand
 
 SHAPE = (1, 6, 6)
 MEAN = np.linspace(-0.3, 0.3, 36)[::-1].reshape(SHAPE)
-# One variance for all pixels, and one for each, from nearly fixed pixels to far wider than pictures are.
+# One variance for all pixels, and one per pixel, from nearly constant pixels to far wider than images.
 STDS = {"one": np.full(SHAPE, 0.5), "many": np.linspace(0.05, 1.5, 36).reshape(SHAPE)}
 NETWORKS = [
     {"prediction_type": "epsilon"},
@@ -42,7 +42,7 @@ NETWORK_IDS = ["-".join(str(value) for value in network.values()) for network in
 
 
 def make_alphas(T: int = 1000, rescale_betas_zero_snr: bool = False) -> np.ndarray:
-    """The linear schedule, beta_start and beta_end scaled so that a larger T is a finer grid on the same process."""
+    """Compute the linear schedule, scaled so that a larger T is a finer grid on the same process."""
     alphas = np.cumprod(1 - np.linspace(0.1 / T, 20 / T, T))
     if rescale_betas_zero_snr:
         # Algorithm 1 of arXiv 2305.08891.
@@ -52,13 +52,13 @@ def make_alphas(T: int = 1000, rescale_betas_zero_snr: bool = False) -> np.ndarr
 
 
 def linear(a: float, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """K and E of the module's text."""
+    """Return K and E of the module's docstring."""
     variance = a * std**2 + 1 - a
     return math.sqrt(a) * std**2 / variance, math.sqrt(1 - a) / variance
 
 
 class ExactNetwork:
-    """E[x_0 | x_t], E[epsilon | x_t] or E[v | x_t] for x_0 ~ N(mean, std^2)."""
+    """The exact network: E[x_0 | x_t], E[epsilon | x_t] or E[v | x_t] for x_0 ~ N(mean, std^2)."""
 
     dtype = torch.float64
 
@@ -77,7 +77,7 @@ class ExactNetwork:
 
 
 def make_pipeline(std: np.ndarray, T: int = 1000, **config: Any) -> tuple[DDIMPipeline, np.ndarray]:
-    """A pipeline with the exact network, and the schedule."""
+    """Return a pipeline with the exact network, and its schedule."""
     alphas = make_alphas(T, config.get("rescale_betas_zero_snr", False))
     scheduler = DDIMScheduler(T, 0.1 / T, 20 / T, **config)
     pipe = DDIMPipeline(ExactNetwork(std, alphas, scheduler.config.prediction_type), scheduler)
@@ -85,35 +85,35 @@ def make_pipeline(std: np.ndarray, T: int = 1000, **config: Any) -> tuple[DDIMPi
     return pipe, alphas
 
 
-def pictures(count: int = 3) -> Tensor:
+def make_images(count: int = 3) -> Tensor:
     return 0.9 * rand(count, *SHAPE, dtype=torch.float64)
 
 
-def decode(pipe: DDIMPipeline, codes: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Decoded samples in [-1, 1]."""
-    return pipe.decode(codes, *args, output_type="pt", **kwargs).images * 2 - 1
+def decode(pipe: DDIMPipeline, latents: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Decode into samples in [-1, 1]."""
+    return pipe.decode(latents, *args, output_type="pt", **kwargs).images * 2 - 1
 
 
-def gap(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
+def max_difference(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
     return float(np.abs(np.asarray(a) - np.asarray(b)).max())
 
 
 def factors(timesteps: list[int], alphas: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What all steps between the largest timestep and alphas[0] multiply x - sqrt(alpha) mu by: on the way down, and by
-    Euler steps on the way up.
+    """Return the factors of x - sqrt(alpha) mu over all steps between the largest timestep and alphas[0]: by decoding,
+    and by Euler encoding.
     """
     down, up = np.ones_like(std), np.ones_like(std)
     for a, p in pairwise([*alphas[timesteps], alphas[0]]):
         K, E = linear(a, std)
         down *= math.sqrt(p) * K + math.sqrt(1 - p) * E
-        # Equation (13): the network is asked at x_prev.
+        # Equation (13): the network is evaluated at x_prev.
         K, E = linear(p, std)
         up *= math.sqrt(a) * K + math.sqrt(1 - a) * E
     return down, up
 
 
-def ode_code(x: Tensor, a: float, first: float, std: np.ndarray) -> np.ndarray:
-    """Where the probability flow ODE, equation (14), takes x from alpha = first to alpha = a."""
+def ode_latents(x: Tensor, a: float, first: float, std: np.ndarray) -> np.ndarray:
+    """Solve the probability flow ODE, equation (14), from x at alpha = first to alpha = a."""
     scale = np.sqrt((a * std**2 + 1 - a) / (first * std**2 + 1 - first))
     return math.sqrt(a) * MEAN + scale * (x.numpy() - math.sqrt(first) * MEAN)
 
@@ -124,16 +124,16 @@ def ode_code(x: Tensor, a: float, first: float, std: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("network", NETWORKS, ids=NETWORK_IDS)
 def test_decode_inverts_encode(network: dict[str, Any], spacing: str, S: int, std: str) -> None:
     pipe, alphas = make_pipeline(STDS[std], timestep_spacing=spacing, **network)
-    x = pictures()
-    codes = pipe.encode(x, S, tolerance=1e-12, max_iterations=400)
-    assert codes.latents.dtype == torch.float64
-    assert codes.converged.all()
-    assert gap(decode(pipe, codes, S), x) <= 1e-9
-    # The code itself is that of the closed form, not only one that comes back.
-    a, first = alphas[codes.timesteps[0]], alphas[0]
-    down, _ = factors(codes.timesteps, alphas, STDS[std])
-    code = math.sqrt(a) * MEAN + (x.numpy() - math.sqrt(first) * MEAN) / down
-    assert gap(codes.latents, code) <= 1e-9 / down.min()
+    x = make_images()
+    encoding = pipe.encode(x, S, tolerance=1e-12, max_iterations=400)
+    assert encoding.latents.dtype == torch.float64
+    assert encoding.converged.all()
+    assert max_difference(decode(pipe, encoding, S), x) <= 1e-9
+    # The latents equal the closed form, besides decoding to the image.
+    a, first = alphas[encoding.timesteps[0]], alphas[0]
+    down, _ = factors(encoding.timesteps, alphas, STDS[std])
+    expected = math.sqrt(a) * MEAN + (x.numpy() - math.sqrt(first) * MEAN) / down
+    assert max_difference(encoding.latents, expected) <= 1e-9 / down.min()
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -141,81 +141,84 @@ def test_decode_inverts_encode(network: dict[str, Any], spacing: str, S: int, st
 def test_decode_matches_closed_form(network: dict[str, Any], spacing: str) -> None:
     pipe, alphas = make_pipeline(STDS["many"] / 3, timestep_spacing=spacing, **network)
     timesteps = [t for t in pipe.scheduler.make_timesteps(20) if t > 0]
-    # Codes no further from their center than pictures that need no clipping.
-    z = math.sqrt(alphas[timesteps[0]]) * MEAN + pictures().numpy()
+    # Latents close enough to their center that the images need no clipping.
+    z = math.sqrt(alphas[timesteps[0]]) * MEAN + make_images().numpy()
     down, _ = factors(timesteps, alphas, STDS["many"] / 3)
-    wanted = math.sqrt(alphas[0]) * MEAN + down * (z - math.sqrt(alphas[timesteps[0]]) * MEAN)
-    assert np.abs(wanted).max() < 1
-    assert gap(decode(pipe, torch.from_numpy(z), 20), wanted) <= 1e-12
+    expected = math.sqrt(alphas[0]) * MEAN + down * (z - math.sqrt(alphas[timesteps[0]]) * MEAN)
+    assert np.abs(expected).max() < 1
+    assert max_difference(decode(pipe, torch.from_numpy(z), 20), expected) <= 1e-12
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=NETWORK_IDS)
 def test_custom_timesteps(network: dict[str, Any]) -> None:
     pipe, alphas = make_pipeline(STDS["one"], **network)
     timesteps = [990, 600, 599, 150, 7, 1]
-    x = pictures()
-    codes = pipe.encode(x, timesteps=timesteps, tolerance=1e-12)
-    assert codes.timesteps == timesteps
-    assert gap(decode(pipe, codes, timesteps=timesteps), x) <= 1e-9
+    x = make_images()
+    encoding = pipe.encode(x, timesteps=timesteps, tolerance=1e-12)
+    assert encoding.timesteps == timesteps
+    assert max_difference(decode(pipe, encoding, timesteps=timesteps), x) <= 1e-9
     down, _ = factors(timesteps, alphas, STDS["one"])
-    assert gap((codes.latents - math.sqrt(alphas[990]) * MEAN) * down, x - math.sqrt(alphas[0]) * MEAN) <= 1e-9
+    assert (
+        max_difference((encoding.latents - math.sqrt(alphas[990]) * MEAN) * down, x - math.sqrt(alphas[0]) * MEAN)
+        <= 1e-9
+    )
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("network", NETWORKS, ids=NETWORK_IDS)
 def test_euler_encoding_matches_equation_13(network: dict[str, Any], spacing: str) -> None:
     pipe, alphas = make_pipeline(STDS["many"], timestep_spacing=spacing, **network)
-    x = pictures()
-    codes = pipe.encode(x, 20, exact=False)
-    _, up = factors(codes.timesteps, alphas, STDS["many"])
-    a, first = alphas[codes.timesteps[0]], alphas[0]
-    assert gap(codes.latents, math.sqrt(a) * MEAN + up * (x.numpy() - math.sqrt(first) * MEAN)) <= 1e-10
+    x = make_images()
+    encoding = pipe.encode(x, 20, exact=False)
+    _, up = factors(encoding.timesteps, alphas, STDS["many"])
+    a, first = alphas[encoding.timesteps[0]], alphas[0]
+    assert max_difference(encoding.latents, math.sqrt(a) * MEAN + up * (x.numpy() - math.sqrt(first) * MEAN)) <= 1e-10
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_euler_encoding_converges_to_ode_at_first_order(prediction_type: str) -> None:
-    """Timesteps are whole numbers; a grid of 10 000 of them does not show among some hundred steps."""
+    """With 10 000 integer timesteps, their rounding is negligible at a few hundred steps."""
     std = STDS["many"].clip(0.3, 0.8)
     pipe, alphas = make_pipeline(std, 10_000, timestep_spacing="logsnr", prediction_type=prediction_type)
-    x, counts = pictures(), [40, 80, 160, 320]
-    euler, exact, back = [], [], []
+    x, counts = make_images(), [40, 80, 160, 320]
+    euler, exact, decoded = [], [], []
     for S in counts:
-        codes = pipe.encode(x, S, exact=False)
-        assert codes.timesteps[0] == 9_999
-        truth = ode_code(x, alphas[-1], alphas[0], std)
-        euler.append(gap(codes.latents, truth))
-        back.append(gap(decode(pipe, codes, S), x))
-        exact.append(gap(pipe.encode(x, S, tolerance=1e-9).latents, truth))
+        encoding = pipe.encode(x, S, exact=False)
+        assert encoding.timesteps[0] == 9_999
+        truth = ode_latents(x, alphas[-1], alphas[0], std)
+        euler.append(max_difference(encoding.latents, truth))
+        decoded.append(max_difference(decode(pipe, encoding, S), x))
+        exact.append(max_difference(pipe.encode(x, S, tolerance=1e-9).latents, truth))
 
     def slope(errors: list[float]) -> float:
         return float(np.polyfit(np.log(counts), np.log(errors), 1)[0])
 
-    # Between -0.98 and -1.02: an order of 1, and no other.
+    # Between -0.98 and -1.02: first order.
     assert slope(euler) == pytest.approx(-1, abs=0.02)
-    assert slope(back) == pytest.approx(-1, abs=0.02)
+    assert slope(decoded) == pytest.approx(-1, abs=0.02)
     # The exact inverse of DDIM's steps is another first-order method for the same ODE: it errs by as much.
     assert slope(exact) == pytest.approx(-1, abs=0.05)
     assert exact[-1] == pytest.approx(euler[-1], rel=0.1)
 
 
 def test_single_variance_takes_few_evaluations() -> None:
-    """All its directions are stretched alike, so that two iterates tell the third (a secant)."""
+    """All directions are scaled alike, so that two iterates determine the third (secant method)."""
     for spacing in SPACINGS:
         pipe, _ = make_pipeline(STDS["one"], timestep_spacing=spacing)
-        codes = pipe.encode(pictures(), 10, tolerance=1e-12)
-        # One of them is the step's next to the picture, which has no epsilon to start from.
-        assert codes.evaluations.max() <= 8
+        encoding = pipe.encode(make_images(), 10, tolerance=1e-12)
+        # The maximum includes the step next to the image, which has no previous epsilon for its first guess.
+        assert encoding.evaluations.max() <= 8
 
 
 def test_residuals_match_closed_form() -> None:
-    """What a step of decoding makes of an Euler step is known, and by how much it misses."""
+    """The difference between an image and its Euler step decoded is known in closed form."""
     std = STDS["many"]
     pipe, alphas = make_pipeline(std)
-    x = pictures()
-    codes = pipe.encode(x, timesteps=[400], exact=False)
+    x = make_images()
+    encoding = pipe.encode(x, timesteps=[400], exact=False)
     a, p = alphas[400], alphas[0]
     centered = x.numpy() - math.sqrt(p) * MEAN
     down, up = factors([400], alphas, std)
-    missed = np.abs((1 - down * up) * centered).reshape(3, -1)
-    assert gap(codes.residuals[:, 0], missed.max(1)) <= 1e-12
-    assert gap(codes.latents, math.sqrt(a) * MEAN + up * centered) <= 1e-12
+    difference = np.abs((1 - down * up) * centered).reshape(3, -1)
+    assert max_difference(encoding.residuals[:, 0], difference.max(1)) <= 1e-12
+    assert max_difference(encoding.latents, math.sqrt(a) * MEAN + up * centered) <= 1e-12

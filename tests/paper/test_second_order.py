@@ -1,4 +1,4 @@
-"""The two-step method against processes whose score is known, and by every way to it."""
+"""The second-order solver on processes with a known score, and its equality in all interfaces."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ MEAN, VARIANCE = 0.3, 0.25
 
 
 def gaussian(x: Tensor, t: Tensor) -> Tensor:
-    """The exact epsilon of data N(MEAN, VARIANCE)."""
+    """Return the exact epsilon of data N(MEAN, VARIANCE)."""
     alpha = SCHEDULER.alphas_cumprod_float64[int(t)]
     return math.sqrt(1 - alpha) * (x - math.sqrt(alpha) * MEAN) / (alpha * VARIANCE + 1 - alpha)
 
 
-def deviation(number: int, order: int) -> float:
-    """Of the pictures: the map from noise is affine, and two points tell its slope."""
+def sample_std(number: int, order: int) -> float:
+    """Return the standard deviation of samples: the map from noise is affine, and two points give its slope."""
     timesteps = SCHEDULER.make_timesteps(number, order=order)
     x = torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1)
     *_, last = sample(gaussian, x, SCHEDULER.make_steps(timesteps, order=order))
@@ -40,11 +40,11 @@ def deviation(number: int, order: int) -> float:
 class TestGaussian:
     @pytest.mark.parametrize(("number", "bound", "ddim"), [(10, 0.02, 0.126), (20, 0.01, 0.066), (50, 0.002, 0.028)])
     def test_std_of_generated_samples(self, number: int, bound: float, ddim: float) -> None:
-        assert abs(deviation(number, 2) - 0.5) < bound
-        assert abs(deviation(number, 1) - 0.5) == pytest.approx(ddim, abs=5e-4)
+        assert abs(sample_std(number, 2) - 0.5) < bound
+        assert abs(sample_std(number, 1) - 0.5) == pytest.approx(ddim, abs=5e-4)
 
     def test_orders_of_convergence(self) -> None:
-        """On a fine schedule, with steps that are equal in the square root of t, which phi goes with near t = 0."""
+        """On a fine schedule, with equal steps in sqrt(t), to which phi is proportional near t = 0."""
         T = 100_000
         scheduler = DDIMScheduler(T, 1e-6, 2e-4, clip_sample=False)
 
@@ -64,8 +64,8 @@ class TestGaussian:
         numbers = np.array([40, 80, 160])
         for order, low, high in ((1, 0.95, 1.05), (2, 1.9, 2.2)):
             errors = [abs(slope(int(number), order) - exact) for number in numbers]
-            found = -np.polyfit(np.log(numbers), np.log(errors), 1)[0]
-            assert low < found < high
+            order_estimate = -np.polyfit(np.log(numbers), np.log(errors), 1)[0]
+            assert low < order_estimate < high
 
 
 class TestMixture:
@@ -73,16 +73,16 @@ class TestMixture:
     WIDTH = 0.15
 
     def denoiser(self, x: Tensor, t: Tensor) -> Tensor:
-        """The exact epsilon of three Gaussians in the plane, x (N, 2, 1, 1)."""
+        """Return the exact epsilon of three Gaussians in the plane for x (N, 2, 1, 1)."""
         alpha = SCHEDULER.alphas_cumprod_float64[int(t)]
         points, variance = x.flatten(1), alpha * self.WIDTH**2 + 1 - alpha
-        away = points[:, None] - math.sqrt(alpha) * self.CENTERS
-        shares = (-away.square().sum(2) / (2 * variance)).softmax(1)
-        score = -(shares[:, :, None] * away).sum(1) / variance
+        offsets = points[:, None] - math.sqrt(alpha) * self.CENTERS
+        weights = (-offsets.square().sum(2) / (2 * variance)).softmax(1)
+        score = -(weights[:, :, None] * offsets).sum(1) / variance
         return (-math.sqrt(1 - alpha) * score).view_as(x)
 
     def distance(self, number: int, order: int) -> float:
-        """Sliced Wasserstein, to samples of the mixture itself."""
+        """Return the sliced Wasserstein distance to samples of the mixture."""
         generator = seeded(0)
         N = 20_000
         start = torch.randn(N, 2, 1, 1, generator=generator, dtype=torch.float64)
@@ -92,8 +92,8 @@ class TestMixture:
         *_, last = sample(self.denoiser, start, SCHEDULER.make_steps(timesteps, order=order))
         angles = torch.arange(32, dtype=torch.float64) * math.pi / 32
         directions = torch.stack([angles.cos(), angles.sin()])
-        found, real = ((points @ directions).sort(0).values for points in (last.sample.flatten(1), data))
-        return float((found - real).square().mean().sqrt())
+        samples, data = ((points @ directions).sort(0).values for points in (last.sample.flatten(1), data))
+        return float((samples - data).square().mean().sqrt())
 
     def test_ten_steps_match_forty_steps_of_order_1(self) -> None:
         assert self.distance(10, 2) <= self.distance(40, 1)
@@ -107,25 +107,27 @@ class TestSteps:
 
     @pytest.mark.parametrize("timesteps", [[900, 600, 300], [999, 998, 997], [500, 2, 0], [999, 1], [40, 20, 3]])
     def test_matches_integral(self, timesteps: list[int]) -> None:
-        """Of the line through two predictions, over sigma, by SciPy."""
+        """A step equals the integral over sigma of the line through two predictions, by SciPy."""
         alphas = [*(float(SCHEDULER.alphas_cumprod_float64[t]) for t in timesteps), 1.0]
-        before, epsilon, x = 0.7, -0.2, 0.4
+        previous_epsilon, epsilon, x = 0.7, -0.2, 0.4
         for step, a, b, c in zip(
             SCHEDULER.make_steps(timesteps, order=2)[1:], alphas, alphas[1:], alphas[2:], strict=False
         ):
-            s, s_before = (math.log(BEND + math.acos(math.sqrt(alpha))) for alpha in (b, a))
+            s, s_previous = (math.log(BEND + math.acos(math.sqrt(alpha))) for alpha in (b, a))
 
-            def line(sigma: float, s: float = s, s_before: float = s_before) -> float:
-                return epsilon + (epsilon - before) * (math.log(BEND + math.atan(sigma)) - s) / (s - s_before)
+            def line(sigma: float, s: float = s, s_previous: float = s_previous) -> float:
+                return epsilon + (epsilon - previous_epsilon) * (math.log(BEND + math.atan(sigma)) - s) / (
+                    s - s_previous
+                )
 
             ends = [math.sqrt((1 - alpha) / alpha) for alpha in (b, c)]
             expected = math.sqrt(c) * (x / math.sqrt(b) + quad(line, *ends, epsabs=1e-12, epsrel=1e-12)[0])
             x0 = (x - math.sqrt(1 - b) * epsilon) / math.sqrt(b)
-            found = math.sqrt(c) * x0 + math.sqrt(1 - c) * epsilon + step.correction * (epsilon - before)
-            assert found == pytest.approx(expected, rel=1e-7)
+            result = math.sqrt(c) * x0 + math.sqrt(1 - c) * epsilon + step.correction * (epsilon - previous_epsilon)
+            assert result == pytest.approx(expected, rel=1e-7)
 
     def test_zero_terminal_snr_is_finite(self) -> None:
-        """At zero terminal SNR sigma is infinite where the process begins."""
+        """At zero terminal SNR sigma is infinite at the first timestep."""
         scheduler = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
         steps = scheduler.make_steps([999, 700, 400, 100], order=2)
         assert [bool(step.correction) for step in steps] == [False, True, True, True]
@@ -139,8 +141,8 @@ class TestSteps:
             SCHEDULER.make_steps([500, 0], eta, order=order)
 
 
-class TestEveryWay:
-    """The pipeline, the scheduler's interface and the command's function come to the same."""
+class TestInterfaces:
+    """The pipeline and the scheduler's interface give equal results."""
 
     @pytest.fixture
     def pipe(self, make_unet: Callable[..., Any]) -> DDIMPipeline:
@@ -154,7 +156,7 @@ class TestEveryWay:
         pipe.scheduler = DDIMScheduler(clip_sample=clip)
         expected = pipe(seeds=[1, 2], num_inference_steps=7, order=2, output_type="pt").images
         latents = torch.cat([randn(1, 3, 16, 16, seed=s) for s in (1, 2)])
-        for _ in range(2):  # What the first run left is forgotten.
+        for _ in range(2):  # `set_timesteps` resets the state of the first run.
             scheduler.set_timesteps(7)
             x = latents
             with torch.no_grad():
@@ -164,25 +166,25 @@ class TestEveryWay:
 
     def test_scheduler_spacing_applies(self, pipe: DDIMPipeline) -> None:
         pipe.scheduler = DDIMScheduler(solver_order=2, timestep_spacing="linspace")
-        found = pipe(seeds=[1], num_inference_steps=5, output_type="pt").images
+        images = pipe(seeds=[1], num_inference_steps=5, output_type="pt").images
         timesteps = pipe.scheduler.make_timesteps(5)
         pipe.scheduler = DDIMScheduler()
-        assert torch.equal(found, pipe(seeds=[1], timesteps=timesteps, order=2, output_type="pt").images)
-        assert not torch.equal(found, pipe(seeds=[1], timesteps=timesteps, output_type="pt").images)
+        assert torch.equal(images, pipe(seeds=[1], timesteps=timesteps, order=2, output_type="pt").images)
+        assert not torch.equal(images, pipe(seeds=[1], timesteps=timesteps, output_type="pt").images)
 
     def test_one_evaluation_per_step(self, pipe: DDIMPipeline) -> None:
-        pipe.engine, asked = "eager", []
-        pipe.unet.register_forward_hook(lambda *_: asked.append(1))
+        pipe.engine, calls = "eager", []
+        pipe.unet.register_forward_hook(lambda *_: calls.append(1))
         pipe(seeds=[1], num_inference_steps=9, order=2)
-        assert len(asked) == 9
+        assert len(calls) == 9
 
     def test_saved_pipeline_runs_in_diffusers(self, pipe: DDIMPipeline, tmp_path: Path) -> None:
         pipe.scheduler = DDIMScheduler(solver_order=2)
         pipe.save_pretrained(tmp_path)
         assert DDIMPipeline.from_pretrained(tmp_path).scheduler.config.solver_order == 2
-        peer = diffusers.DDIMPipeline.from_pretrained(tmp_path)
-        peer.set_progress_bar_config(disable=True)
-        assert peer(num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+        reference = diffusers.DDIMPipeline.from_pretrained(tmp_path)
+        reference.set_progress_bar_config(disable=True)
+        assert reference(num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
     def test_invalid_order_raises(self, pipe: DDIMPipeline) -> None:
         with pytest.raises(ValueError, match=r"order must be 1 .*, got 3"):

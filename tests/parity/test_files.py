@@ -65,7 +65,7 @@ def diffusers_unet(tiny_unet: UNet2DModel) -> diffusers.UNet2DModel:
 
 
 def predict(unet: nn.Module) -> Tensor:
-    """Predictions for two samples, in float32."""
+    """Return predictions for two samples, in float32."""
     height, width = (16, 16) if isinstance(unet.config.sample_size, int) else unet.config.sample_size
     noise = seeded(1)
     x = torch.randn(2, unet.config.in_channels, height, width, generator=noise)
@@ -90,7 +90,7 @@ def assert_same_scheduler(ours: Any, theirs: Any) -> None:
 
 
 def make_flat(folder: Path, pickle: bool) -> None:
-    """Turn a saved pipeline into the layout of the first models on the hub: all at the root, old attention names."""
+    """Convert a saved pipeline to the layout of the first models on the hub: files at the root, old attention names."""
     tensors = load_file(folder / f"unet/{WEIGHTS}.safetensors")
     for new, old in OLD_NAMES.items():
         tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}

@@ -1,8 +1,8 @@
 """`DDIMInverseScheduler` against the class of that name in `diffusers`, and against the `DDIMScheduler` it inverts.
 
-The peer takes a step to t from t - T // S, whatever the timestep before is, and inverts a v-prediction wrongly; the
-comparison holds where neither matters, and both are shown. As in `test_scheduler`, steps are compared twice: with
-tables and inputs in float64, and as shipped.
+`diffusers` takes a step to t from t - T // S, whatever the previous timestep is, and inverts a v-prediction wrongly.
+The comparison covers cases that neither affects; separate tests show both. As in `test_scheduler`, steps are compared
+twice: with tables and inputs in float64, and as shipped.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMInverseScheduler as Peer
-from diffusers import DDIMScheduler as ForwardPeer
+from diffusers import DDIMInverseScheduler as DiffusersInverseScheduler
+from diffusers import DDIMScheduler as DiffusersScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from ddim.diffusion.schedule import SPACINGS
@@ -27,7 +27,7 @@ from helpers import ALPHAS, randn, relative_error
 
 T = 1000
 PREDICTION_TYPES = ["epsilon", "sample", "v_prediction"]
-# timestep_spacing, steps_offset, S: those where t - T // S is the entry before t.
+# timestep_spacing, steps_offset, S, where t - T // S is the entry before t.
 SUBSEQUENCES = [
     *(("leading", offset, S) for offset in (0, 1) for S in (1, 7, 10, 50)),
     *(("trailing", 0, S) for S in (1, 10, 50, 1000)),
@@ -54,9 +54,9 @@ GRID_IDS = ["-".join(str(value) for value in (*config.values(), S)) for config, 
 SAMPLE, OUTPUT = (randn(2, 3, 4, 4, seed=seed, dtype=torch.float64) for seed in range(2))
 
 
-def in_float64(peer: Peer) -> Peer:
-    """The peer with the tables of its own formulas, computed in float64."""
-    config, twin = peer.config, copy.copy(peer)
+def in_float64(reference: DiffusersInverseScheduler) -> DiffusersInverseScheduler:
+    """Copy the scheduler of diffusers with its tables computed by its own formulas in float64."""
+    config, twin = reference.config, copy.copy(reference)
     if config.beta_schedule == "linear":
         betas = torch.linspace(config.beta_start, config.beta_end, T, dtype=torch.float64)
     else:
@@ -73,34 +73,41 @@ def some(timesteps: list[int]) -> list[int]:
     return sorted({timesteps[0], timesteps[len(timesteps) // 2], timesteps[-1]})
 
 
-def pairs(config: dict[str, Any], S: int) -> Iterator[tuple[DDIMInverseScheduler, Peer, Peer, int]]:
-    """Ours, the peer, its twin in float64, and a timestep."""
+def pairs(
+    config: dict[str, Any], S: int
+) -> Iterator[tuple[DDIMInverseScheduler, DiffusersInverseScheduler, DiffusersInverseScheduler, int]]:
+    """Yield our scheduler, that of diffusers, its float64 twin, and a timestep."""
     for clip, set_alpha_to_one in itertools.product(CLIPS, (True, False)):
-        ours, peer = (
-            make(**config, **clip, set_alpha_to_one=set_alpha_to_one) for make in (DDIMInverseScheduler, Peer)
+        ours, reference = (
+            make(**config, **clip, set_alpha_to_one=set_alpha_to_one)
+            for make in (DDIMInverseScheduler, DiffusersInverseScheduler)
         )
-        exact = in_float64(peer)
-        for scheduler in (ours, peer, exact):
+        exact = in_float64(reference)
+        for scheduler in (ours, reference, exact):
             scheduler.set_timesteps(S)
-        timesteps = peer.timesteps.tolist()
+        timesteps = reference.timesteps.tolist()
         for t in some(timesteps):
-            # From alpha = 1 the peer divides by nothing when x_0 is predicted.
+            # From alpha = 1 diffusers divides by zero when x_0 is predicted.
             if not (config["prediction_type"] == "sample" and set_alpha_to_one and t == timesteps[0]):
-                yield ours, peer, exact, t
+                yield ours, reference, exact, t
 
 
 @pytest.mark.parametrize(("timestep_spacing", "steps_offset", "S"), SUBSEQUENCES)
 def test_timesteps(timestep_spacing: str, steps_offset: int, S: int) -> None:
     config = {"timestep_spacing": timestep_spacing, "steps_offset": steps_offset}
-    ours, peer, forward = DDIMInverseScheduler(**config), Peer(**config), ForwardPeer(**config)
-    assert torch.equal(ours.timesteps, peer.timesteps)
-    for scheduler in (ours, peer, forward):
+    ours, reference, forward = (
+        DDIMInverseScheduler(**config),
+        DiffusersInverseScheduler(**config),
+        DiffusersScheduler(**config),
+    )
+    assert torch.equal(ours.timesteps, reference.timesteps)
+    for scheduler in (ours, reference, forward):
         scheduler.set_timesteps(S)
-    assert ours.timesteps.dtype == peer.timesteps.dtype == torch.int64
-    assert ours.timesteps.tolist() == peer.timesteps.tolist() == forward.timesteps.tolist()[::-1]
-    assert ours.num_inference_steps == peer.num_inference_steps == S
-    # What makes the peer's steps comparable.
-    timesteps = peer.timesteps.tolist()
+    assert ours.timesteps.dtype == reference.timesteps.dtype == torch.int64
+    assert ours.timesteps.tolist() == reference.timesteps.tolist() == forward.timesteps.tolist()[::-1]
+    assert ours.num_inference_steps == reference.num_inference_steps == S
+    # The condition under which steps of diffusers are comparable.
+    timesteps = reference.timesteps.tolist()
     assert [t - T // S for t in timesteps[1:]] == timesteps[:-1]
     assert timesteps[0] - T // S < 0
 
@@ -127,14 +134,14 @@ def test_step_in_float64(config: dict[str, Any], S: int) -> None:
 
 @pytest.mark.parametrize(("config", "S"), GRID, ids=GRID_IDS)
 def test_step_as_shipped(config: dict[str, Any], S: int) -> None:
-    """The two agree, or ours is nearer to the result in float64; and ours is near to it."""
-    for ours, peer, exact, t in pairs(config, S):
+    """The two agree, or ours is closer to the float64 result, to which ours is always close."""
+    for ours, reference, exact, t in pairs(config, S):
         truth = exact.step(OUTPUT, t, SAMPLE)
-        a, b = (scheduler.step(OUTPUT.float(), t, SAMPLE.float()) for scheduler in (ours, peer))
+        a, b = (scheduler.step(OUTPUT.float(), t, SAMPLE.float()) for scheduler in (ours, reference))
         for name in ("prev_sample", "pred_original_sample"):
             x, y, z = (result[name] for result in (a, b, truth))
             assert x.dtype == torch.float32
-            # x_0 from epsilon is a difference of numbers larger by 1 / sqrt(alpha), which clipping does not scale back.
+            # x_0 from epsilon is a difference of values larger by 1 / sqrt(alpha), which clipping does not scale back.
             divided = config["prediction_type"] == "epsilon" and ours.alphas_cumprod[t] < 0.01
             bound = 1e-5 if divided and ours.clip is not None else 1e-6
             assert relative_error(x, z) <= bound, (ours.config, t, name)
@@ -144,17 +151,17 @@ def test_step_as_shipped(config: dict[str, Any], S: int) -> None:
 @pytest.mark.parametrize("timestep_spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_x0_is_as_accurate_as_diffusers(dtype: torch.dtype, timestep_spacing: str) -> None:
-    """Told from x_t, which the step rounds, it would be lost where alpha is small."""
+    """Computed from x_t, which the step rounds, x_0 would be lost where alpha is small."""
     config = {"timestep_spacing": timestep_spacing, "clip_sample": False}
-    ours, peer = DDIMInverseScheduler(**config), Peer(**config)
-    exact = in_float64(peer)
-    for scheduler in (ours, peer, exact):
+    ours, reference = DDIMInverseScheduler(**config), DiffusersInverseScheduler(**config)
+    exact = in_float64(reference)
+    for scheduler in (ours, reference, exact):
         scheduler.set_timesteps(10)
-    for t in peer.timesteps.tolist():
+    for t in reference.timesteps.tolist():
         a = exact.alphas_cumprod[t - 100] if t >= 100 else exact.initial_alpha_cumprod
         x_prev = (a.sqrt() * SAMPLE.clamp(-1, 1) + (1 - a).sqrt() * OUTPUT).to(dtype)
         truth = exact.step(OUTPUT.to(dtype).double(), t, x_prev.double()).pred_original_sample
-        x0, theirs = (s.step(OUTPUT.to(dtype), t, x_prev).pred_original_sample for s in (ours, peer))
+        x0, theirs = (s.step(OUTPUT.to(dtype), t, x_prev).pred_original_sample for s in (ours, reference))
         assert x0.dtype == dtype
         assert relative_error(x0, truth) <= 2 * relative_error(theirs, truth) + 4 * torch.finfo(dtype).eps, t
 
@@ -163,25 +170,28 @@ def test_half_precision_x0_is_as_accurate_as_diffusers(dtype: torch.dtype, times
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_attributes_read_by_pipelines(prediction_type: str, set_alpha_to_one: bool) -> None:
     arguments = {"prediction_type": prediction_type, "set_alpha_to_one": set_alpha_to_one}
-    ours, peer = DDIMInverseScheduler(**arguments), Peer(**arguments)
-    assert len(ours) == len(peer) == T
-    assert ours.order == peer.order == 1
-    assert ours.init_noise_sigma == peer.init_noise_sigma == 1
-    assert ours.num_inference_steps is peer.num_inference_steps is None
+    ours, reference = DDIMInverseScheduler(**arguments), DiffusersInverseScheduler(**arguments)
+    assert len(ours) == len(reference) == T
+    assert ours.order == reference.order == 1
+    assert ours.init_noise_sigma == reference.init_noise_sigma == 1
+    assert ours.num_inference_steps is reference.num_inference_steps is None
     assert ours.scale_model_input(SAMPLE, 5) is SAMPLE
-    assert float(ours.initial_alpha_cumprod) == pytest.approx(float(peer.initial_alpha_cumprod), abs=1e-7)
+    assert float(ours.initial_alpha_cumprod) == pytest.approx(float(reference.initial_alpha_cumprod), abs=1e-7)
     assert float(ours.initial_alpha_cumprod) == pytest.approx(1 if set_alpha_to_one else 1 - 1e-4, abs=1e-7)
-    assert relative_error(ours.alphas_cumprod, peer.alphas_cumprod) <= 1e-5
+    assert relative_error(ours.alphas_cumprod, reference.alphas_cumprod) <= 1e-5
 
 
 def test_signatures_and_results_match_diffusers() -> None:
-    parameters = [list(inspect.signature(cls.step).parameters.values()) for cls in (DDIMInverseScheduler, Peer)]
+    parameters = [
+        list(inspect.signature(cls.step).parameters.values())
+        for cls in (DDIMInverseScheduler, DiffusersInverseScheduler)
+    ]
     ours, theirs = ([(p.name, p.default) for p in entries] for entries in parameters)
     assert ours == theirs
-    assert set(inspect.signature(Peer).parameters) - {"kwargs"} <= set(
+    assert set(inspect.signature(DiffusersInverseScheduler).parameters) - {"kwargs"} <= set(
         inspect.signature(DDIMInverseScheduler).parameters
     )
-    for scheduler in (DDIMInverseScheduler(), Peer()):
+    for scheduler in (DDIMInverseScheduler(), DiffusersInverseScheduler()):
         scheduler.set_timesteps(10)
         result = scheduler.step(OUTPUT, 500, SAMPLE)
         pair = scheduler.step(OUTPUT, torch.tensor(500), SAMPLE, return_dict=False)
@@ -194,7 +204,7 @@ OURS = ("solver_order", "timesteps_by_steps")
 
 
 def public(config: Any) -> dict[str, Any]:
-    """But for what is ours alone."""
+    """Return the public entries that both libraries share."""
     return {name: value for name, value in config.items() if not name.startswith("_") and name not in OURS}
 
 
@@ -203,27 +213,30 @@ def public(config: Any) -> dict[str, Any]:
     [{}, {"beta_schedule": "scaled_linear", "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}],
 )
 def test_configurations_are_interchangeable(arguments: dict[str, Any], tmp_path: Path) -> None:
-    ours, peer = DDIMInverseScheduler(**arguments), Peer(**arguments)
-    theirs = public(peer.config)
+    ours, reference = DDIMInverseScheduler(**arguments), DiffusersInverseScheduler(**arguments)
+    theirs = public(reference.config)
     assert set(public(ours.config)) - set(theirs) == {"thresholding", "dynamic_thresholding_ratio", "sample_max_value"}
     ours.save_pretrained(tmp_path / "ours")
-    peer.save_pretrained(tmp_path / "theirs")
+    reference.save_pretrained(tmp_path / "theirs")
     twins = [
-        DDIMInverseScheduler.from_config(peer.config),
+        DDIMInverseScheduler.from_config(reference.config),
         DDIMInverseScheduler.from_config(DDIMScheduler(**arguments).config),
-        DDIMInverseScheduler.from_config(ForwardPeer(**arguments).config),
+        DDIMInverseScheduler.from_config(DiffusersScheduler(**arguments).config),
         DDIMInverseScheduler.from_pretrained(tmp_path / "ours"),
         DDIMInverseScheduler.from_pretrained(tmp_path / "theirs"),
     ]
     assert all(type(twin) is DDIMInverseScheduler and twin.config == ours.config for twin in twins)
     assert DDIMScheduler.from_config(ours.config).config == ours.config
-    for twin in (Peer.from_config(ours.config), Peer.from_pretrained(tmp_path / "ours")):
+    for twin in (
+        DiffusersInverseScheduler.from_config(ours.config),
+        DiffusersInverseScheduler.from_pretrained(tmp_path / "ours"),
+    ):
         assert {name: twin.config[name] for name in theirs} == theirs
     assert json.loads((tmp_path / "ours/scheduler_config.json").read_text())["_class_name"] == "DDIMInverseScheduler"
 
 
-# name: arguments of set_timesteps.
-WALKS: dict[str, dict[str, Any]] = {
+# Arguments of set_timesteps.
+TIMESTEP_ARGUMENTS: dict[str, dict[str, Any]] = {
     "7 steps": {"num_inference_steps": 7},
     "50 steps": {"num_inference_steps": 50},
     "a list": {"timesteps": [998, 600, 599, 31, 2]},
@@ -231,9 +244,9 @@ WALKS: dict[str, dict[str, Any]] = {
 
 
 def inverses(
-    prediction_type: str, walk: str, **config: Any
+    prediction_type: str, name: str, **config: Any
 ) -> Iterator[tuple[int, DDIMScheduler, DDIMInverseScheduler]]:
-    """A timestep, the forward scheduler and the inverse one, without clipping."""
+    """Yield a timestep, the forward and the inverse scheduler, without clipping."""
     for set_alpha_to_one, zero_snr in itertools.product((True, False), (True, False)):
         forward = DDIMScheduler(
             prediction_type=prediction_type,
@@ -244,21 +257,21 @@ def inverses(
         )
         inverse = DDIMInverseScheduler.from_config(forward.config)
         for scheduler in (forward, inverse):
-            scheduler.set_timesteps(**WALKS[walk])
+            scheduler.set_timesteps(**TIMESTEP_ARGUMENTS[name])
         for t in inverse.timesteps.tolist():
-            lost = prediction_type == "sample" and set_alpha_to_one and t == int(inverse.timesteps[0])
-            silent = prediction_type == "epsilon" and zero_snr and t == T - 1
-            # From timestep 0 to alphas_cumprod[0] nothing moves, and the two agree on that as well.
-            if not lost and not silent:
+            has_no_inverse = prediction_type == "sample" and set_alpha_to_one and t == int(inverse.timesteps[0])
+            has_no_signal = prediction_type == "epsilon" and zero_snr and t == T - 1
+            # The step between timestep 0 and alphas_cumprod[0] is the identity in both.
+            if not has_no_inverse and not has_no_signal:
                 yield t, forward, inverse
 
 
-@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("name", TIMESTEP_ARGUMENTS)
 @pytest.mark.parametrize("timestep_spacing", SPACINGS)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_step_is_inverted_exactly_given_output_at_x_t(prediction_type: str, timestep_spacing: str, walk: str) -> None:
+def test_step_is_inverted_exactly_given_output_at_x_t(prediction_type: str, timestep_spacing: str, name: str) -> None:
     count = 0
-    for t, forward, inverse in inverses(prediction_type, walk, timestep_spacing=timestep_spacing):
+    for t, forward, inverse in inverses(prediction_type, name, timestep_spacing=timestep_spacing):
         x_prev, x0 = forward.step(OUTPUT, t, SAMPLE, return_dict=False)
         result = inverse.step(OUTPUT, t, x_prev)
         assert relative_error(result.prev_sample, SAMPLE) <= 1e-9, (inverse.config, t)
@@ -267,30 +280,30 @@ def test_step_is_inverted_exactly_given_output_at_x_t(prediction_type: str, time
     assert count >= 4 * 4
 
 
-def peer_misses(config: dict[str, Any], S: int) -> list[float]:
-    """By how much the peer's step misses the x_t that its own forward step came from, for each timestep."""
+def diffusers_inversion_errors(config: dict[str, Any], S: int) -> list[float]:
+    """Return, per timestep, the error of the inverse step of diffusers after its own forward step."""
     config = {**config, "clip_sample": False, "set_alpha_to_one": False}
-    forward, peer = ForwardPeer(**config), in_float64(Peer(**config))
+    forward, reference = DiffusersScheduler(**config), in_float64(DiffusersInverseScheduler(**config))
     ours = DDIMScheduler(**config)
-    for scheduler in (forward, ours, peer):
+    for scheduler in (forward, ours, reference):
         scheduler.set_timesteps(S)
-    assert peer.timesteps.tolist() == ours.timesteps.tolist()[::-1]
-    timesteps = peer.timesteps.tolist()[1:]
-    return [relative_error(peer.step(OUTPUT, t, ours.step(OUTPUT, t, SAMPLE)[0])[0], SAMPLE) for t in timesteps]
+    assert reference.timesteps.tolist() == ours.timesteps.tolist()[::-1]
+    timesteps = reference.timesteps.tolist()[1:]
+    return [relative_error(reference.step(OUTPUT, t, ours.step(OUTPUT, t, SAMPLE)[0])[0], SAMPLE) for t in timesteps]
 
 
 @pytest.mark.parametrize("timestep_spacing", ["leading", "trailing"])
 def test_diffusers_does_not_invert_v_prediction(timestep_spacing: str) -> None:
     config = {"timestep_spacing": timestep_spacing}
     for right in ("epsilon", "sample"):
-        assert max(peer_misses({**config, "prediction_type": right}, 10)) <= 1e-9
-    missed = peer_misses({**config, "prediction_type": "v_prediction"}, 10)
-    assert min(missed) > 1e-5
-    assert max(missed) > 1e-2
+        assert max(diffusers_inversion_errors({**config, "prediction_type": right}, 10)) <= 1e-9
+    errors = diffusers_inversion_errors({**config, "prediction_type": "v_prediction"}, 10)
+    assert min(errors) > 1e-5
+    assert max(errors) > 1e-2
 
 
 def test_diffusers_steps_from_wrong_timestep_if_s_does_not_divide_t() -> None:
-    assert max(peer_misses({"timestep_spacing": "trailing"}, 7)) > 1e-4
+    assert max(diffusers_inversion_errors({"timestep_spacing": "trailing"}, 7)) > 1e-4
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -308,13 +321,13 @@ def test_clipping_applies_to_x0_of_x_t(prediction_type: str) -> None:
             epsilon = (x - a.sqrt() * x0) / (1 - a).sqrt()
             if "thresholding" in clip:
                 s = x0.abs().flatten(1).quantile(0.9, 1).clamp_min(1).view(-1, 1, 1, 1)
-                # sample_max_value is 1, its default, so that the threshold is.
-                wanted = x0.clamp(-s.clamp_max(1), s.clamp_max(1))
+                # sample_max_value is 1 by default, and so is the threshold.
+                expected = x0.clamp(-s.clamp_max(1), s.clamp_max(1))
             else:
-                wanted = x0.clamp(-0.5, 0.5)
-            clipped, kept = clipping.step(OUTPUT, t, SAMPLE, return_dict=False)
-            assert relative_error(kept, wanted) <= 1e-9
-            assert relative_error(clipped, a.sqrt() * wanted + (1 - a).sqrt() * epsilon) <= 1e-9
+                expected = x0.clamp(-0.5, 0.5)
+            clipped, pred_x0 = clipping.step(OUTPUT, t, SAMPLE, return_dict=False)
+            assert relative_error(pred_x0, expected) <= 1e-9
+            assert relative_error(clipped, a.sqrt() * expected + (1 - a).sqrt() * epsilon) <= 1e-9
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

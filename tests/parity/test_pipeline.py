@@ -1,4 +1,4 @@
-"""Whole pictures against `diffusers`: one set of weights, settings and random numbers gives one picture."""
+"""Generated images against `diffusers`: equal weights, settings and random numbers give equal images."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from helpers import seeded
 
 
 @pytest.fixture(scope="module")
-def peer() -> diffusers.DDIMPipeline:
-    """`diffusers`' pipeline around its own U-Net with the built-in model's weights."""
+def reference() -> diffusers.DDIMPipeline:
+    """Return the pipeline of `diffusers` with its own U-Net and the weights of the built-in model."""
     ours = DDIMPipeline.from_pretrained("mnist")
     unet = diffusers.UNet2DModel(**ours.unet.config)
     unet.load_state_dict(ours.unet.state_dict())
@@ -29,33 +29,33 @@ def pipe() -> DDIMPipeline:
     return pipe
 
 
-def paint(pipe, generator, **settings):
+def sample_arrays(pipe, generator, **settings):
     return pipe(batch_size=2, generator=generator, output_type="np", **settings).images
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("generators", ["one", "list"])
-def test_images_match_diffusers(pipe, peer, eta, generators) -> None:
+def test_images_match_diffusers(pipe, reference, eta, generators) -> None:
     def generator():
         one = seeded(3)
         return one if generators == "one" else [one, seeded(4)]
 
-    a, b = (paint(p, generator(), eta=eta, num_inference_steps=12) for p in (pipe, peer))
+    a, b = (sample_arrays(p, generator(), eta=eta, num_inference_steps=12) for p in (pipe, reference))
     assert a.shape == b.shape == (2, 28, 28, 1)
     assert a.dtype == b.dtype == np.float32
     assert np.abs(a - b).max() <= 1 / 255
 
 
-def test_global_generator_matches_diffusers(pipe, peer) -> None:
-    pictures = []
-    for p in (pipe, peer):
+def test_global_generator_matches_diffusers(pipe, reference) -> None:
+    images = []
+    for p in (pipe, reference):
         torch.manual_seed(5)
-        pictures.append(paint(p, None, eta=1.0, num_inference_steps=4))
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1 / 255
+        images.append(sample_arrays(p, None, eta=1.0, num_inference_steps=4))
+    assert np.abs(images[0] - images[1]).max() <= 1 / 255
 
 
-def test_positional_arguments_match_diffusers(pipe, peer) -> None:
-    a, b = (p(1, seeded(0), 0.0, 5, True, "pil", False)[0][0] for p in (pipe, peer))
+def test_positional_arguments_match_diffusers(pipe, reference) -> None:
+    a, b = (p(1, seeded(0), 0.0, 5, True, "pil", False)[0][0] for p in (pipe, reference))
     assert a.mode == b.mode == "L"
     assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
 
@@ -70,17 +70,17 @@ def test_positional_arguments_match_diffusers(pipe, peer) -> None:
         {"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1},
     ],
 )
-def test_scheduler_settings_carry_over(pipe, peer, settings) -> None:
+def test_scheduler_settings_carry_over(pipe, reference, settings) -> None:
     ours = DDIMPipeline(pipe.unet, DDIMScheduler(**settings))
-    theirs = diffusers.DDIMPipeline(peer.unet, diffusers.DDIMScheduler(**settings))
+    theirs = diffusers.DDIMPipeline(reference.unet, diffusers.DDIMScheduler(**settings))
     for p in (ours, theirs):
         p.set_progress_bar_config(disable=True)
-    a, b = (paint(p, seeded(1), num_inference_steps=10) for p in (ours, theirs))
+    a, b = (sample_arrays(p, seeded(1), num_inference_steps=10) for p in (ours, theirs))
     assert np.abs(a - b).max() <= 1 / 255
 
 
-def test_accepts_unet_and_scheduler_of_diffusers(pipe, peer) -> None:
-    mixed = DDIMPipeline(peer.unet, diffusers.DDPMScheduler())
+def test_accepts_unet_and_scheduler_of_diffusers(pipe, reference) -> None:
+    mixed = DDIMPipeline(reference.unet, diffusers.DDPMScheduler())
     mixed.set_progress_bar_config(disable=True)
-    a, b = (paint(p, seeded(2), num_inference_steps=10) for p in (mixed, peer))
+    a, b = (sample_arrays(p, seeded(2), num_inference_steps=10) for p in (mixed, reference))
     assert np.abs(a - b).max() <= 1 / 255

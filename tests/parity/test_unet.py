@@ -1,7 +1,7 @@
 """`UNet2DModel` against the class of that name in `diffusers`: constructor, parameters, outputs, gradients.
 
-Both models get the same random parameters, drawn so that every layer matters to the output: nothing is left at zero or
-one, where an error could hide.
+Both models get the same random parameters, drawn so that every layer affects the output: none stays at zero or one,
+which could hide an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DModel as Peer
+from diffusers import UNet2DModel as DiffusersUNet2DModel
 from torch import Tensor
 
 from ddim.unet import UNet2DModel
@@ -26,7 +26,7 @@ N = 3
 
 
 def blocks(down: str, up: str, *channels: int) -> dict[str, Any]:
-    """Block types by their initials, in the order of the arguments."""
+    """Return block types by their initials, and channels, as arguments of the model."""
     return {
         "down_block_types": tuple(DOWN[kind] for kind in down),
         "up_block_types": tuple(UP[kind] for kind in up),
@@ -149,21 +149,21 @@ def randomize(model: torch.nn.Module) -> None:
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
 
 
-def pair(config: dict[str, Any]) -> tuple[UNet2DModel, Peer]:
-    """Our model and the peer's with the same random parameters."""
-    ours, theirs = UNet2DModel(**config).eval(), Peer(**config).eval()
+def pair(config: dict[str, Any]) -> tuple[UNet2DModel, DiffusersUNet2DModel]:
+    """Return our model and that of diffusers with the same random parameters."""
+    ours, theirs = UNet2DModel(**config).eval(), DiffusersUNet2DModel(**config).eval()
     randomize(ours)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
 
 @functools.cache
-def named_pair(name: str) -> tuple[UNet2DModel, Peer]:
+def named_pair(name: str) -> tuple[UNet2DModel, DiffusersUNet2DModel]:
     return pair(BASE | CONFIGS[name])
 
 
 def inputs(name: str, model: UNet2DModel) -> tuple[Tensor, dict[str, Tensor]]:
-    """Samples, and class labels where the model takes them."""
+    """Return samples, and class labels where the model takes them."""
     generator = torch.Generator().manual_seed(1)
     sample = torch.randn(N, model.config.in_channels, *SIZES.get(name, (8, 8)), generator=generator, dtype=model.dtype)
     if model.class_embedding is None:
@@ -188,7 +188,7 @@ def shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
 def test_constructor_signature_matches_diffusers() -> None:
     ours, theirs = (
         [(p.name, p.default) for p in inspect.signature(cls.__init__).parameters.values()]
-        for cls in (UNet2DModel, Peer)
+        for cls in (UNet2DModel, DiffusersUNet2DModel)
     )
     assert ours == theirs
 
@@ -210,7 +210,7 @@ def test_configs_are_interchangeable(name: str) -> None:
     with torch.device("meta"):
         assert shapes(UNet2DModel.from_config(theirs.config)) == shapes(theirs)
         assert shapes(UNet2DModel.from_config(json.loads(theirs.to_json_string()))) == shapes(theirs)
-        assert shapes(Peer.from_config(json.loads(ours.config_json()))) == shapes(ours)
+        assert shapes(DiffusersUNet2DModel.from_config(json.loads(ours.config_json()))) == shapes(ours)
 
 
 @pytest.mark.parametrize("form", ["int", "0-d", "per-image"])
@@ -228,11 +228,11 @@ def test_output(name: str, form: str) -> None:
     assert torch.equal(as_tuple, output)
 
 
-# The peer leaves the embedding of "timestep" labels in float32, and fails.
+# diffusers leaves the embedding of "timestep" labels in float32, and fails.
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "classes-timestep"])
 @torch.no_grad()
 def test_output_in_float64(name: str) -> None:
-    """Without the rounding of float32 there is nothing left to differ."""
+    """Without the rounding of float32 the outputs are equal."""
     ours, theirs = (copy.deepcopy(model).double() for model in named_pair(name))
     sample, labels = inputs(name, ours)
     t = timesteps(ours, "per-image")
@@ -262,7 +262,7 @@ def test_gradients(name: str) -> None:
     ours, theirs = gradients
     assert ours.keys() == theirs.keys()
     for key, expected in theirs.items():
-        # A bias of the keys moves all scores of a query alike, which softmax ignores: its gradient is rounding alone.
+        # A bias of the keys shifts all scores of a query equally, which softmax ignores: its gradient is only rounding.
         if not key.endswith("to_k.bias"):
             assert (ours[key] - expected).abs().max() <= 1e-4 * expected.abs().max(), key
 
