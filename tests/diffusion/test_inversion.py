@@ -1,4 +1,4 @@
-"""`ddim.diffusion.inversion`: the solver on equations with known solutions, and the inverse of single steps."""
+"""`ddim.diffusion.inversion`: the solver on equations with values solutions, and the inverse of single steps."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Recorder:
 
 
 def linear_systems(count: int, side: int, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Symmetric matrices (count, D, D) with eigenvalues from `low` to `high`, and right-hand sides."""
+    """Return symmetric matrices (count, D, D) with eigenvalues from `low` to `high`, and right-hand sides."""
     rng = np.random.default_rng(0)
     D = side * side
     matrices = []
@@ -157,7 +157,7 @@ def test_max_iterations_limits_evaluations(max_iterations: int) -> None:
 
 
 def scripted(*sizes: list[float]) -> Recorder:
-    """Return residuals from one list per image, independent of x and constant over the pixels."""
+    """Return a recorder of scripted residuals: one list per image, independent of x and constant over the pixels."""
     calls = [0] * len(sizes)
 
     def f(x: Tensor, active: Tensor) -> Tensor:
@@ -271,8 +271,8 @@ def predictions(output: Tensor, x: Tensor, a: float, prediction_type: str) -> tu
     """Solve x = sqrt(a) x_0 + sqrt(1 - a) epsilon and the equation of the output for x_0 and epsilon."""
     matrix = np.array([[math.sqrt(a), math.sqrt(1 - a)], [-math.sqrt(1 - a), math.sqrt(a)]])
     row = {"epsilon": [0.0, 1.0], "sample": [1.0, 0.0], "v_prediction": matrix[1].tolist()}[prediction_type]
-    known = np.stack([x.numpy(), output.numpy()])
-    x0, epsilon = np.tensordot(np.linalg.inv(np.array([matrix[0], row])), known, 1)
+    values = np.stack([x.numpy(), output.numpy()])
+    x0, epsilon = np.tensordot(np.linalg.inv(np.array([matrix[0], row])), values, 1)
     return torch.from_numpy(x0), torch.from_numpy(epsilon)
 
 
@@ -326,7 +326,7 @@ def test_residuals_match_sampling_step(prediction_type: str, exact: bool) -> Non
 
 
 def test_first_guess_extrapolates_epsilon_linearly() -> None:
-    """An epsilon linear in t is guessed exactly once two of its values are known, and never by Euler."""
+    """An epsilon linear in t is guessed exactly once two of its values are values, and never by Euler."""
     steps = make_steps([500, 400, 300, 200, 100], ALPHAS, float(ALPHAS[0]))
     x = rand(2, 1, 4, 4)
     residuals = []

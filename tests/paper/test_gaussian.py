@@ -102,8 +102,8 @@ def test_eta_1_with_all_timesteps_is_ddpm_ancestral_sampling(spacing: str) -> No
 @settings(deadline=None, max_examples=200)
 @given(
     alpha=st.floats(1e-4, 0.999),
-    share=st.floats(0, 1),
-    part=st.floats(0, 1),
+    alpha_fraction=st.floats(0, 1),
+    sigma_fraction=st.floats(0, 1),
     x0=st.floats(-3, 3),
 )
 def test_every_sigma_keeps_marginals(alpha: float, alpha_fraction: float, sigma_fraction: float, x0: float) -> None:

@@ -187,7 +187,7 @@ def test_variance_noise_matches_generator(eta: float) -> None:
 
 
 def expected_step(t: int, t_prev: int | None, eta: float) -> Tensor:
-    """Equations (12) and (16) without clipping, from `t` to `t_prev`, for predicted epsilon."""
+    """Apply equations (12) and (16) without clipping, from `t` to `t_prev`, for predicted epsilon."""
     alphas = alphas_in_float64("linear", False)
     a, p = alphas[t], torch.ones(()) if t_prev is None else alphas[t_prev]
     x, epsilon = SAMPLE.double(), OUTPUT.double()
