@@ -569,6 +569,15 @@ def invert(
     Returns:
         The latents with their residuals and errors; and what they decode to, (N, C, H, W), or without `verify` the
         samples themselves.
+
+    Example:
+        >>> from ddim import DDIMPipeline
+        >>> sampler = DDIMPipeline.from_pretrained("mnist").sampler
+        >>> sampler.progress_bar_config = {"disable": True}
+        >>> steps = invertible_steps(sampler.scheduler, 2)
+        >>> config = InversionConfig(exact=False, batch_size=1, verify=False)
+        >>> invert(sampler, torch.zeros(1, 1, 28, 28), steps, config)[0].evaluations
+        tensor([[2, 0]])
     """
     denoiser = sampler.denoiser(steps, config.batch_size)
     samples = samples.to(torch.promote_types(samples.dtype, sampler.sample_dtype))
@@ -616,6 +625,13 @@ def generate(
 
     Returns:
         Samples at the schedule's first alpha, (N, C, H, W).
+
+    Example:
+        >>> from ddim import DDIMPipeline
+        >>> sampler = DDIMPipeline.from_pretrained("mnist").sampler
+        >>> sampler.progress_bar_config = {"disable": True}
+        >>> generate(sampler, torch.zeros(1, 1, 28, 28), invertible_steps(sampler.scheduler, 2), batch_size=1).shape
+        torch.Size([1, 1, 28, 28])
     """
     moves = drop_identity_steps(steps)
     denoiser = sampler.denoiser(steps, integer("batch_size", batch_size, 1))
@@ -642,6 +658,12 @@ def not_converged(encoded: EncodeOutput) -> str:
 
     Args:
         encoded: the result of encoding, some residual above its tolerance.
+
+    Example:
+        >>> z, nfe = torch.zeros(1, 1, 1, 1), torch.ones(1, 2, dtype=torch.int64)
+        >>> encoded = EncodeOutput(z, [500, 0], torch.tensor([[0.5, 0.0]]), nfe, 1e-5, torch.zeros(1))
+        >>> not_converged(encoded).partition("reach ")[2]
+        'the tolerance 1e-05 in the step from timestep 500; the largest residual is 5.0e-01'
     """
     missed = encoded.residuals > encoded.tolerance
     timesteps = [t for t, some in zip(encoded.timesteps, missed.any(0).tolist(), strict=True) if some]

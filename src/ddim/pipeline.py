@@ -494,6 +494,9 @@ def check_class(path: Path, allowed: Sequence[str]) -> None:
 
     Raises:
         ValueError: if it is not among them.
+
+    Example:
+        >>> check_class(hub.find_model("mnist") / "unet/config.json", UNET_CLASSES)
     """
     name = read_json(path).get("_class_name", allowed[0])
     if name not in allowed:
@@ -510,6 +513,10 @@ def component_folder(folder: Path, name: str, config_name: str) -> Path:
 
     Raises:
         FileNotFoundError: if neither holds the file.
+
+    Example:
+        >>> component_folder(hub.find_model("mnist"), "unet", "config.json").name
+        'unet'
     """
     for candidate in (folder / name, folder):
         if (candidate / config_name).is_file():

@@ -71,6 +71,15 @@ class Sampler:
 
     Raises:
         ValueError: for an unknown engine.
+
+    Example:
+        >>> from ddim import DDIMPipeline
+        >>> sampler = DDIMPipeline.from_pretrained("mnist").sampler
+        >>> sampler.progress_bar_config = {"disable": True}
+        >>> plan = sampler.plan(SamplingConfig(num_inference_steps=2))
+        >>> x, noise = sampler.initial_noise(seeds=[0, 1])
+        >>> sampler.run(x, plan, noise).shape
+        torch.Size([2, 1, 28, 28])
     """
 
     def __init__(self, unet: Any, scheduler: DDIMScheduler, engine: str = "auto") -> None:

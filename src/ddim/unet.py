@@ -355,6 +355,11 @@ def check_embeddings(emb: Tensor, sample: Tensor) -> None:
 
     Raises:
         ValueError: for another number of embeddings.
+
+    Example:
+        >>> check_embeddings(torch.zeros(2, 8), torch.zeros(3, 1, 4, 4))
+        Traceback (most recent call last):
+        ValueError: timestep and class_labels must be one for all samples or one per sample, got 2 for 3 samples
     """
     if emb.shape[0] not in (1, sample.shape[0]):
         raise ValueError(

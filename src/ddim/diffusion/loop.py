@@ -126,6 +126,13 @@ def generative_step(denoiser: Denoiser, steps: Sequence[Step], settings: StepSet
 
     Returns:
         A step function that serves one run along `steps`.
+
+    Example:
+        >>> step = Step(9, -1, 0.64, 1.0)
+        >>> step_fn = generative_step(lambda x, t: torch.zeros_like(x), [step], StepSettings())
+        >>> x_prev, x0 = step_fn(torch.full((1, 1, 1, 1), 0.8), torch.tensor(9), step)
+        >>> round(float(x0), 6)
+        1.0
     """
     is_second_order = any(step.correction for step in steps)
     previous_epsilon: Tensor | None = None
