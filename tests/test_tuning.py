@@ -414,7 +414,7 @@ class TestCommand:
             ),
             (
                 ["tune", "mnist", "--steps", "ten", "-o", "new"],
-                "--steps must be integers separated by commas, such as 900,600,300,0, got 'ten'",
+                "--steps must be integers separated by commas, such as 5,10,20, got 'ten'",
             ),
             (["tune", "mnist", "--plot", "x.jpg", "-o", "new"], "x.jpg"),
             (["tune", "nowhere", "-o", "new"], "nowhere"),

@@ -701,7 +701,8 @@ def select_timesteps(timesteps: Sequence[int], frames: int | None, at: Sequence[
         for entry in at:
             t = as_integer(entry)
             if t not in timesteps:
-                raise ValueError(f"at holds {entry}; the process visits {', '.join(map(str, timesteps))}")
+                visited = ", ".join(map(str, timesteps))
+                raise ValueError(f"at must be timesteps that the process visits ({visited}), got {entry}")
             chosen.add(t)
         return [t for t in timesteps if t in chosen]
     count = len(timesteps) if frames is None else min(integer("frames", frames, 1), len(timesteps))

@@ -146,11 +146,11 @@ class TestResume:
     @pytest.mark.parametrize(
         ("changes", "differing"),
         [
-            ({"seed": 1}, "seed is 1, was 0"),
-            ({"count": 9}, "count is 9, was 8"),
-            ({"batch_size": 4}, "batch_size is 4, was 2"),
-            ({"eta": 1.0}, r"eta is 1\.0, was 0\.0"),
-            ({"num_inference_steps": 3}, r"timesteps is \[666, 333, 0\], was \[500, 0\]"),
+            ({"seed": 1}, "seed=1 instead of 0"),
+            ({"count": 9}, "count=9 instead of 8"),
+            ({"batch_size": 4}, "batch_size=4 instead of 2"),
+            ({"eta": 1.0}, r"eta=1\.0 instead of 0\.0"),
+            ({"num_inference_steps": 3}, r"timesteps=\[666, 333, 0\] instead of \[500, 0\]"),
         ],
     )
     def test_other_settings_raise(

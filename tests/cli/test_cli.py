@@ -130,7 +130,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "other images": (
         ["sample", "-n", "6", "--steps", "2", "--out", "images again"],
         1,
-        r"other settings \(timesteps is \[500, 0\], was \[0\]\)",
+        r"other settings \(timesteps=\[500, 0\] instead of \[0\]\)",
     ),
     "empty folder": (["sample", "-m", "empty"], 1, r"empty is not a model: neither unet/config\.json nor config\.json"),
     "file": (["sample", "-m", "mine.yaml"], 1, "the model 'mine.yaml' does not exist"),
@@ -169,6 +169,13 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "unknown model key": ([*TRAIN, "--set", "model.color=1", "--out", "run"], 1, "color"),
     "no such config": (["train", "--config", "none.yaml", "--data", "images", "--out", "run"], 1, "none.yaml"),
     "max steps": ([*TRAIN, "--max-steps", "0", "--out", "run"], 1, "max_steps: .*greater than 0"),
+    "evaluate nothing": (["evaluate", "mnist", "-n", "0"], 1, "--count must be an integer of at least 1, got 0"),
+    "evaluate against nothing": (
+        ["evaluate", "mnist", "--reference-count", "0"],
+        1,
+        "--reference-count must be an integer of at least 1, got 0",
+    ),
+    "hub id": ([*TRAIN, "--push-to-hub", "foo", "--out", "run"], 1, "--push-to-hub must be"),
     "resume": ([*TRAIN, "--resume", "maybe", "--out", "run"], 1, "the checkpoint maybe does not exist"),
     "other settings": ([*TRAIN, "--seed", "9", "--out", "runs/one"], 1, "another configuration .*seed: expected 0"),
     "never resume": ([*TRAIN, "--resume", "never", "--out", "runs/one"], 1, "runs/one is not empty"),

@@ -297,7 +297,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "frame timestep that is not visited": (
         ["trajectory", "--at", "5"],
         1,
-        "at holds 5; the process visits 980, 960, .*, 20, 0$",
+        r"--at must be timesteps that the process visits \(980, 960, .*, 20, 0\), got 5$",
     ),
     "words as frame timesteps": (
         ["trajectory", "--at", "noon"],

@@ -64,7 +64,7 @@ def check_manifest(path: Path, settings: Mapping[str, Any]) -> None:
     differing = [key for key in sorted({*recorded, *settings}) if recorded.get(key) != settings.get(key)]
     if differing:
         changes = ", ".join(
-            f"{key} is {_shortened(settings.get(key))}, was {_shortened(recorded.get(key))}" for key in differing
+            f"{key}={_shortened(settings.get(key))} instead of {_shortened(recorded.get(key))}" for key in differing
         )
         raise ValueError(
             f"{path} belongs to images with other settings ({changes}); pass overwrite=True to start over, or "

@@ -226,12 +226,13 @@ def pluralize(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def parse_integers(text: str, option: str) -> list[int]:
+def parse_integers(text: str, option: str, example: str = "900,600,300,0") -> list[int]:
     """Parse integers separated by commas.
 
     Args:
         text: the option's value.
         option: its name, for the message.
+        example: a value that is allowed, for the message.
 
     Returns:
         The integers.
@@ -249,5 +250,4 @@ def parse_integers(text: str, option: str) -> list[int]:
     try:
         return [int(entry) for entry in text.split(",")]
     except ValueError:
-        message = f"{option} must be integers separated by commas, such as 900,600,300,0, got {text!r}"
-        raise ValueError(message) from None
+        raise ValueError(f"{option} must be integers separated by commas, such as {example}, got {text!r}") from None

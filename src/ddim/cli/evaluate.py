@@ -94,14 +94,18 @@ def evaluate(
     from ddim import distributed
     from ddim.evaluation import report
     from ddim.evaluation.image_sets import is_model
+    from ddim.validation import integer
 
+    for option, number in (("--count", count), ("--reference-count", reference_count)):
+        if number is not None:
+            integer(option, number, 1)
     source = Source(distributed.local_device(device), engine, split, seed)
     if table is not None or figure is not None:
         if (table, figure) not in ((1, None), (2, None), (None, 4)):
             raise ValueError("give one of --table 1, --table 2 and --figure 4")
         if reference is None:
             raise ValueError("--table and --figure require images as the --reference")
-        numbers_of_steps = None if table_steps is None else parse_integers(table_steps, "--table-steps")
+        numbers_of_steps = None if table_steps is None else parse_integers(table_steps, "--table-steps", "10,20,50")
         paper = PaperTable(table, figure, numbers_of_steps, spacing, features)
         paper.evaluate(source, samples, count, reference, reference_count, out or [])
         return

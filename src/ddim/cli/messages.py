@@ -75,6 +75,7 @@ BY_COMMAND: dict[str, dict[str, str]] = {
         "source": "--data",
         "settings": "--set",
         "preset": "--preset",
+        "repo_id": "--push-to-hub",
         "config": "--config",
         "num_inference_steps": "num_inference_steps",  # an entry of the configuration here
     },

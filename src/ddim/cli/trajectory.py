@@ -114,7 +114,7 @@ def consistency(
 
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     integer("--count", count, 1)
-    numbers_of_steps = parse_integers(steps, "--steps")
+    numbers_of_steps = parse_integers(steps, "--steps", "10,20,50")
     pipe = with_spacing(load_pipeline(model, device, dtype, engine), spacing)
     seeds = check_seeds(range(seed, seed + count), count)
     latents = noise_from_seeds((count, *pipe.sample_shape), seeds, pipe.device)()

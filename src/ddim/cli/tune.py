@@ -50,7 +50,7 @@ def tune(
     from ddim.tuning import draw_timesteps, plot_timesteps
     from ddim.tuning import tune as search
 
-    numbers_of_steps = parse_integers(steps, "--steps")
+    numbers_of_steps = parse_integers(steps, "--steps", "5,10,20")
     folder = Path(out)
     if (folder / MODEL_INDEX).exists() and not (Path(model).is_dir() and folder.samefile(model)):
         raise FileExistsError(f"{out} holds a pipeline; give another --out, or give it as the MODEL to add to it")
