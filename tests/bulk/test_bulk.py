@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import random
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from PIL import Image
 from ddim.bulk import sample_many
 from ddim.bulk.targets import FolderTarget
 from ddim.pipeline import DDIMPipeline
+from helpers import environment
 
 FORMATS = ("images", "images.npz", "images.tar")
 STEPS = 2
@@ -240,10 +240,6 @@ class TestInvalidInput:
 
 
 COMMAND = ["-m", "ddim", "sample", "-n", "400", "--steps", "6", "--batch-size", "8", "--shard-size", "120", "--out"]
-
-
-def environment(folder: Path) -> dict[str, str]:
-    return os.environ | {"HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
 
 
 class TestProcesses:

@@ -36,6 +36,7 @@ from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.unet import UNet2DModel
 from digits import TINY_MODEL, digits
+from helpers import ALPHAS
 
 DDIM = str(Path(sys.executable).parent / "ddim")
 COMMANDS = ("encode", "decode", "reconstruct", "interpolate", "trajectory", "consistency", "edit")
@@ -43,7 +44,6 @@ DIGITS = (1, 2, 9)
 """Their number in scikit-learn's list and what they show; ten quadratic steps can be inverted for these."""
 TIMESTEPS = [int(root * root) for root in np.linspace(math.sqrt(800), 0, 10)]
 """Of ten quadratic steps: c i^2 up to 800 (appendix D.2 of the paper)."""
-ALPHAS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 PALETTE = 4
 """Gray levels that a GIF may be off: PIL gives up some of a frame's 256 for pixels that stay as they were."""
 TEN = ["--steps", "10", "--spacing", "quad"]
