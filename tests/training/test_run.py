@@ -638,7 +638,7 @@ def test_push_to_hub_uploads_the_result(results: dict[str, Result], folder: Path
             1,
             r"ddim: run is not empty; use --resume auto to resume the run in it, or another folder",
         ),
-        ("no hub id", 1, "ddim: repo_id must be a hub id such as owner/name, got 'digits'"),
+        ("no hub id", 1, "ddim: --push-to-hub must be a hub id such as owner/name, got 'digits'"),
         (
             "another seed",
             1,
