@@ -166,6 +166,23 @@ def shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
+def pluralize(count: int, noun: str) -> str:
+    """Return a count with its noun.
+
+    Args:
+        count: how many.
+        noun: in the singular.
+
+    Returns:
+        Both, the noun in the plural where the count is not 1.
+
+    Example:
+        >>> pluralize(1, "image"), pluralize(2, "image")
+        ('1 image', '2 images')
+    """
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def _bounds(minimum: int | None, maximum: int | None) -> str:
     if minimum is not None and maximum is not None:
         return f" from {minimum} to {maximum}"

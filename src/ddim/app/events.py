@@ -202,20 +202,3 @@ def make_download_folder(parent: str | Path) -> Path:
         if time.time() - folder.stat().st_mtime > DOWNLOAD_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)
     return Path(tempfile.mkdtemp(dir=parent))
-
-
-def pluralize(count: int, noun: str) -> str:
-    """Return a count with its noun.
-
-    Args:
-        count: how many.
-        noun: in the singular.
-
-    Returns:
-        Both, the noun in the plural where the count is not 1.
-
-    Example:
-        >>> pluralize(1, "image"), pluralize(2, "image")
-        ('1 image', '2 images')
-    """
-    return f"{count} {noun}{'s' * (count != 1)}"

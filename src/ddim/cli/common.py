@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ddim.diffusion.sampling_config import SamplingConfig
-from ddim.validation import real
+from ddim.validation import pluralize, real
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -207,23 +207,6 @@ def report_result(path: Path, num_replaced: int, summary: str) -> None:
     note = f"; {pluralize(num_replaced, 'earlier file')} replaced" if num_replaced else ""
     print(f"{summary}{note}", file=sys.stderr)
     print(path)
-
-
-def pluralize(count: int, noun: str) -> str:
-    """Return a count with its noun.
-
-    Args:
-        count: how many.
-        noun: in the singular.
-
-    Returns:
-        Both, the noun in the plural where the count is not 1.
-
-    Example:
-        >>> pluralize(1, "image"), pluralize(2, "image")
-        ('1 image', '2 images')
-    """
-    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def parse_integers(text: str, option: str, example: str = "900,600,300,0") -> list[int]:

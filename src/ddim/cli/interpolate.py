@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Self
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import SamplingOptions, check_fps, load_pipeline, pluralize, read_images, report_result
-from ddim.validation import integer
+from ddim.cli.common import SamplingOptions, check_fps, load_pipeline, read_images, report_result
+from ddim.validation import integer, pluralize
 
 if TYPE_CHECKING:
     from PIL import Image

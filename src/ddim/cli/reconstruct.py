@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import SamplingOptions, fit_images, load_pipeline, pluralize, read_images, report_result
+from ddim.cli.common import SamplingOptions, fit_images, load_pipeline, read_images, report_result
+from ddim.validation import pluralize
 
 
 def reconstruct(

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import SamplingOptions, load_pipeline, pluralize, report_result
+from ddim.cli.common import SamplingOptions, load_pipeline, report_result
+from ddim.validation import pluralize
 
 AUTO_TOLERANCE = 0.001
 """Default of `--tolerance`: mean squared error in [0, 1]."""

@@ -12,11 +12,10 @@ from ddim.cli.common import (
     check_fps,
     load_pipeline,
     parse_integers,
-    pluralize,
     report_result,
     with_spacing,
 )
-from ddim.validation import integer
+from ddim.validation import integer, pluralize
 
 
 def trajectory(

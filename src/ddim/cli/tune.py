@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import load_pipeline, parse_integers, pluralize, report_result
+from ddim.cli.common import load_pipeline, parse_integers, report_result
+from ddim.validation import pluralize
 
 
 def tune(

@@ -11,13 +11,13 @@ import gradio as gr
 from PIL import Image
 
 from ddim.app import inputs, page
-from ddim.app.events import Endpoint, Shared, Task, Updates, fit, make_download_folder, pluralize, show_endpoints
+from ddim.app.events import Endpoint, Shared, Task, Updates, fit, make_download_folder, show_endpoints
 from ddim.app.rendering import Cell, data_url, grid
 from ddim.app.runs import Run, RunResult
 from ddim.diffusion.noise import noise_from_seeds
 from ddim.io.image_files import save_animation
 from ddim.pipeline import DDIMPipeline
-from ddim.validation import shown
+from ddim.validation import pluralize, shown
 
 ENDPOINT_STEPS = 20
 """Number of steps in which the images of seeds are sampled for the list of endpoints."""

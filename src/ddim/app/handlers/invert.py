@@ -14,11 +14,12 @@ from PIL import Image
 
 from ddim import validation
 from ddim.app import inputs, page
-from ddim.app.events import Endpoint, Shared, Task, Updates, fit, pluralize
+from ddim.app.events import Endpoint, Shared, Task, Updates, fit
 from ddim.app.rendering import Cell, grid
 from ddim.app.runs import Run, RunResult
 from ddim.io.images import to_output
 from ddim.pipeline import DDIMPipeline
+from ddim.validation import pluralize
 
 NUM_EDITS = 8
 """Edits of one image, side by side."""

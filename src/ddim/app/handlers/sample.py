@@ -13,13 +13,14 @@ from PIL import Image
 
 from ddim import validation
 from ddim.app import inputs, page
-from ddim.app.events import Endpoint, Shared, Task, Updates, make_download_folder, pluralize, show_endpoints
+from ddim.app.events import Endpoint, Shared, Task, Updates, make_download_folder, show_endpoints
 from ddim.app.rendering import Cell, grid
 from ddim.app.runs import Run, RunResult
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.diffusion.schedule import SPACINGS
 from ddim.io.image_files import save_images
 from ddim.pipeline import DDIMPipeline
+from ddim.validation import pluralize
 
 MODELS_OWN = "the model's own"
 """The spacing that leaves the timesteps to the model."""
