@@ -30,6 +30,7 @@ from dropin.library import (
     Library,
     diffusers_log,
     file_names,
+    fill,
     make_pipeline,
     make_unet,
     public,
@@ -235,7 +236,7 @@ def test_pipeline_calls_a_step_patched_on_the_class(monkeypatch: pytest.MonkeyPa
 # 4. Every module is called
 
 
-def weights_of(unet: nn.Module, *kinds: type[nn.Module]) -> list[str]:
+def layer_names(unet: nn.Module, *kinds: type[nn.Module]) -> list[str]:
     return [name for name, module in unet.named_modules() if type(module) in kinds]
 
 
@@ -348,19 +349,22 @@ def parametrize(unet: nn.Module, name: str) -> None:
 
 @pytest.mark.parametrize("change", [wrap, subclass, patch, hook, pre_hook, parametrize], ids=lambda f: f.__name__)
 def test_changed_layer_changes_the_output_as_in_diffusers(change: Callable[[nn.Module, str], None]) -> None:
-    for name in weights_of(make_unet(DDIM), nn.Conv2d, nn.GroupNorm, nn.Linear):
+    names = layer_names(make_unet(DDIM), nn.Conv2d, nn.GroupNorm, nn.Linear)
+    x = randn(2, 3, 8, 8)
+    # Layers of one name together: a layer without its change would leave the output of all of them different.
+    for child in sorted({name.rpartition(".")[2] for name in names}):
         outputs: list[list[Tensor]] = []
         for lib in LIBRARIES:
             unet = make_unet(lib)
-            change(unet, name)
-            x = randn(2, 3, 8, 8)
+            for name in names:
+                if name.rpartition(".")[2] == child:
+                    change(unet, name)
             with torch.no_grad():
                 evaluated = unet(x, T).sample
-            last = unet.to(memory_format=torch.channels_last)
-            trained = last.train()(x.to(memory_format=torch.channels_last), T).sample.detach()
-            outputs.append([evaluated, trained])
+            unet.train().to(memory_format=torch.channels_last)
+            outputs.append([evaluated, unet(x.to(memory_format=torch.channels_last), T).sample.detach()])
         for expected, actual in zip(*outputs, strict=True):
-            assert error(actual, expected) <= 1e-5, name
+            assert error(actual, expected) <= 1e-5, child
 
 
 class LowRank(nn.Module):
@@ -383,30 +387,40 @@ class LowRank(nn.Module):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_low_rank_addition_to_every_layer_has_an_effect_and_a_gradient(memory_format: torch.memory_format) -> None:
     x = randn(2, 3, 8, 8).to(memory_format=memory_format)
-    for name in weights_of(make_unet(DDIM, **MIXED), nn.Conv2d, nn.Linear):
-        unet = make_unet(DDIM, **MIXED).requires_grad_(False).to(memory_format=memory_format)
+    results = []
+    for lib in LIBRARIES:
+        unet = make_unet(lib, **MIXED).requires_grad_(False)
+        layers = {}
+        for name in layer_names(unet, nn.Conv2d, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            layers[name] = LowRank(unet.get_submodule(name))
+            setattr(unet.get_submodule(parent), child, layers[name])
+        for layer in layers.values():
+            fill(layer.down)
+            fill(layer.up)
+        unet.to(memory_format=memory_format)
         with torch.no_grad():
-            before = unet(x, T).sample
-        parent, _, child = name.rpartition(".")
-        layer = LowRank(unet.get_submodule(name)).to(memory_format=memory_format)
-        setattr(unet.get_submodule(parent), child, layer)
-        with torch.no_grad():
-            evaluated = unet(x, T).sample
-        trained = unet.train()(x, T).sample
-        trained.square().mean().backward()
-        # A key's score of every query is shifted by its bias alone, not by its matrix.
-        assert error(evaluated, before) > 1e-5, name
-        assert error(evaluated, trained.detach()) <= 1e-5, name
-        for parameter in (layer.down.weight, layer.up.weight):
-            assert parameter.grad is not None, name
-            assert parameter.grad.any(), name
+            outputs = [unet(x, T).sample]
+        outputs.append(unet.train()(x, T).sample)
+        outputs[-1].square().mean().backward()
+        gradients = {name: [layer.down.weight.grad, layer.up.weight.grad] for name, layer in layers.items()}
+        results.append((outputs, gradients))
+    (expected_outputs, theirs), (outputs, ours) = results
+    for actual, expected in zip(outputs, expected_outputs, strict=True):
+        assert relative_error(actual.detach(), expected.detach()) <= 1e-5
+    assert list(ours) == list(theirs)
+    for name in theirs:
+        for actual, expected in zip(ours[name], theirs[name], strict=True):
+            assert actual is not None, name
+            assert actual.any(), name
+            assert relative_error(actual, expected) <= 1e-5, name
 
 
 def test_weight_norm_of_every_convolution_is_trained() -> None:
     gradients = []
     for lib in LIBRARIES:
         unet = make_unet(lib, **MIXED).train()
-        for name in weights_of(unet, nn.Conv2d):
+        for name in layer_names(unet, nn.Conv2d):
             parametrizations.weight_norm(unet.get_submodule(name))
         unet(randn(2, 3, 8, 8), T).sample.square().mean().backward()
         gradients.append({name: p.grad for name, p in unet.named_parameters()})
