@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -184,6 +185,74 @@ def classifier_free_guidance(lib: Library, folder: Path) -> Observed:
     missing = outcome(lambda: unet(x, 3), ValueError)
     superfluous = outcome(lambda: make_unet(lib)(x, 3, class_labels=labels[:2]), ValueError)
     return {"x": x, "missing labels": missing, "superfluous labels": superfluous}
+
+
+@client()
+def sampling_by_sigmas(lib: Library, folder: Path) -> Observed:
+    unet, scheduler = make_unet(lib), lib.DDIMScheduler()
+    sigmas = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5
+    steps = torch.linspace(8, sigmas[0], 5)
+    x = randn(2, 3, 8, 8) * steps[0]
+    for sigma, following in itertools.pairwise(steps):
+        # A fractional timestep between the two whose sigmas enclose this one.
+        low = int((sigmas < sigma).sum()) - 1
+        t = low + (sigma.log() - sigmas[low].log()) / (sigmas[low + 1].log() - sigmas[low].log())
+        with torch.no_grad():
+            noise = unet(x / (sigma**2 + 1) ** 0.5, t.expand(2)).sample
+        x = x + noise * (following - sigma)
+    return {"x": x, "sigmas": sigmas}
+
+
+@client()
+def posterior_sampling(lib: Library, folder: Path) -> Observed:
+    unet, scheduler = make_unet(lib), lib.DDIMScheduler(beta_schedule="squaredcos_cap_v2")
+    scheduler.set_timesteps(6)
+    measured, x, distances = rand(2, 3, 4, 4), randn(2, 3, 8, 8, seed=1), []
+    for index, t in enumerate(scheduler.timesteps):
+        x = x.detach().requires_grad_()
+        out = scheduler.step(unet(x, t).sample, t, x, eta=1.0, generator=seeded(index))
+        distance = torch.linalg.norm(measured - nn.functional.avg_pool2d(out.pred_original_sample, 2))
+        x = out.prev_sample - 0.5 * torch.autograd.grad(distance, x)[0]
+        distances.append(distance.item())
+    return {"x": x.detach(), "distances": distances}
+
+
+def step_with_log_probability(
+    scheduler: Any, output: Tensor, t: Tensor, x: Tensor, eta: float
+) -> tuple[Tensor, Tensor]:
+    """Take a step as reinforcement learning does: on the attributes of the scheduler, private ones among them."""
+    previous = torch.clamp(t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps, 0)
+    alpha = scheduler.alphas_cumprod.gather(0, t).view(-1, 1, 1, 1)
+    alpha_previous = torch.where(
+        previous >= 0, scheduler.alphas_cumprod.gather(0, previous), scheduler.final_alpha_cumprod
+    )
+    alpha_previous = alpha_previous.view(-1, 1, 1, 1)
+    x0 = (x - (1 - alpha) ** 0.5 * output) / alpha**0.5
+    if scheduler.config.thresholding:
+        x0 = scheduler._threshold_sample(x0)
+    elif scheduler.config.clip_sample:
+        x0 = x0.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
+    deviation = eta * scheduler._get_variance(int(t[0]), int(previous[0])) ** 0.5
+    mean = alpha_previous**0.5 * x0 + (1 - alpha_previous - deviation**2) ** 0.5 * output
+    sample = mean + deviation * randn(*x.shape, seed=int(t[0]))
+    log_probability = -((sample.detach() - mean) ** 2) / (2 * deviation**2) - torch.log(deviation)
+    return sample, log_probability.mean(dim=(1, 2, 3))
+
+
+@client()
+def policy_gradient(lib: Library, folder: Path) -> Observed:
+    observed: Observed = {}
+    for settings in ({}, {"thresholding": True}):
+        unet, scheduler = make_unet(lib), lib.DDIMScheduler(**settings)
+        scheduler.set_timesteps(5)
+        x, total = randn(2, 3, 8, 8), torch.zeros(2)
+        for t in scheduler.timesteps[:-1]:
+            output = unet(x, t).sample
+            x, log_probability = step_with_log_probability(scheduler, output, t.repeat(2), x.detach(), 1.0)
+            total = total + log_probability
+        total.mean().backward()
+        observed[str(settings)] = [x.detach(), total.detach(), unet.conv_out.weight.grad]
+    return observed
 
 
 def recording_step(scheduler_class: Any) -> Any:

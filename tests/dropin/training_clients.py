@@ -15,7 +15,9 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel, compute_snr
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from dropin.library import TINY, Library, Observed, client, make_pipeline, make_unet, sample
 from helpers import rand, randn, seeded
@@ -156,7 +158,10 @@ def gradient_checkpointing(lib: Library, folder: Path) -> Observed:
     loss.backward()
     unet.disable_gradient_checkpointing()
     states.append(unet.is_gradient_checkpointing)
-    return {"states": states, "loss": loss, "gradients": {n: p.grad for n, p in unet.named_parameters()}}
+    gradients = {n: p.grad.clone() for n, p in unet.named_parameters()}
+    x = randn(2, 3, 8, 8).requires_grad_()
+    checkpoint(unet, x, torch.tensor([3, 500]), use_reentrant=False).sample.square().mean().backward()
+    return {"states": states, "loss": loss, "gradients": gradients, "by PyTorch": x.grad}
 
 
 @client()
@@ -268,6 +273,62 @@ def accelerate_in_float32(lib: Library, folder: Path) -> Observed:
 @client(tolerance=1e-2)
 def accelerate_in_bfloat16(lib: Library, folder: Path) -> Observed:
     return accelerated(lib, folder, "bf16")
+
+
+@client()
+def hooks_of_the_training_example(lib: Library, folder: Path) -> Observed:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    unet, scheduler = make_unet(lib).train(), lib.DDIMScheduler()
+    ema = EMAModel(unet.parameters(), decay=0.9, model_cls=lib.UNet2DModel, model_config=unet.config)
+
+    def save(models: list[Any], weights: list[Any], output: str) -> None:
+        ema.save_pretrained(str(Path(output) / "unet_ema"))
+        for model in models:
+            model.save_pretrained(str(Path(output) / "unet"))
+            weights.pop()
+
+    def load(models: list[Any], source: str) -> None:
+        ema.load_state_dict(EMAModel.from_pretrained(str(Path(source) / "unet_ema"), lib.UNet2DModel).state_dict())
+        while models:
+            model = models.pop()
+            stored = lib.UNet2DModel.from_pretrained(source, subfolder="unet")
+            model.register_to_config(**stored.config)
+            model.load_state_dict(stored.state_dict())
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+    optimizer = torch.optim.SGD(unet.parameters(), lr=0.05, momentum=0.9)
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    losses = []
+    for step, batch in enumerate(batches(6)):
+        if step == 3:
+            accelerator.save_state(str(folder / "checkpoint"))
+        losses += train(unet, scheduler, optimizer, [batch])
+        ema.step(unet.parameters())
+    accelerator.load_state(str(folder / "checkpoint"))
+    again = train(unet, scheduler, optimizer, batches(6)[3:])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return {
+        "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")),
+        "losses": losses,
+        "again": again,
+        "ema": ema.optimization_step,
+        "shadow": ema.shadow_params,
+    }
+
+
+@client()
+def distributed_data_parallel(lib: Library, folder: Path) -> Observed:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+    try:
+        unet = DistributedDataParallel(make_unet(lib).train(), static_graph=True)
+        optimizer = torch.optim.SGD(unet.parameters(), lr=0.05)
+        losses = train(unet, lib.DDIMScheduler(), optimizer, batches(2))
+        output = unet(randn(2, 3, 8, 8), torch.tensor([3, 500]))
+    finally:
+        torch.distributed.destroy_process_group()
+    return {"losses": losses, "output": output.sample, "channels": unet.module.config.in_channels}
 
 
 class LoraLayer(nn.Module):
