@@ -60,7 +60,7 @@ def keywords_of_saving(lib: Library, folder: Path) -> Observed:
     unet.save_pretrained(str(folder / "pickle"), safe_serialization=False)
     unet.save_pretrained(folder / "variant", variant="ema")
     unet.save_pretrained(folder / "shards", max_shard_size="40KB")
-    unet.save_pretrained(folder / "other process", is_main_process=False)
+    unet.save_pretrained(folder / "main process", is_main_process=True)
     unet.save_pretrained(folder / "function", save_function=torch.save, safe_serialization=False)
     pipe.save_pretrained(save_directory=folder / "pipeline", safe_serialization=False, variant="fp16")
     pipe.save_pretrained(folder / "pipeline shards", max_shard_size="40KB", safe_serialization=True, push_to_hub=False)
@@ -106,8 +106,8 @@ def keywords_of_loading_a_network(lib: Library, folder: Path) -> Observed:
         "overridden": kind.from_pretrained(place, sample_size=16, act_fn="silu"),
     }
     return {
-        "loaded": {name: predict(other) for name, other in loads.items()},
         "dtypes": {name: str(other.dtype) for name, other in loads.items()},
+        "loaded": {name: predict(other.float()) for name, other in loads.items()},
         "training": [other.training for other in loads.values()],
         "sample_size": [loads["overridden"].config.sample_size, loads["subfolder"].config.sample_size],
         "info": {name: list(info[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")},
@@ -130,7 +130,6 @@ def keywords_of_loading_a_pipeline(lib: Library, folder: Path) -> Observed:
         "keyword": kind.from_pretrained(pretrained_model_name_or_path=folder),
         "text": kind.from_pretrained(str(folder)),
         "safety checker": kind.from_pretrained(folder, safety_checker=None, requires_safety_checker=False),
-        "unknown": kind.from_pretrained(folder, nothing=3),
         "dtype": kind.from_pretrained(folder, torch_dtype=torch.float64),
         "memory": kind.from_pretrained(folder, low_cpu_mem_usage=False, device_map=None, max_memory=None),
         "local": kind.from_pretrained(folder, local_files_only=True, force_download=False, token=None, cache_dir=None),

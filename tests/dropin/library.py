@@ -98,11 +98,14 @@ def fill(module: nn.Module) -> None:
 
 
 def make_unet(lib: Library, **changes: Any) -> Any:
-    """Build a network of 8x8 images in evaluation mode, of the same weights in both libraries."""
+    """Build a network of 8x8 images in evaluation mode, of the same weights in both libraries.
+
+    Its predictions are small: x hardly changes per step, so that sampling does not amplify float32 rounding.
+    """
     unet = lib.UNet2DModel(**TINY | changes).eval()
     fill(unet)
     with torch.no_grad():
-        unet.conv_out.weight.mul_(0.3)
+        unet.conv_out.weight.mul_(0.1)
     return unet
 
 
