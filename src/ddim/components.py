@@ -29,7 +29,7 @@ from ddim.io import hub
 from ddim.io.config import ConfigMixin, FrozenConfig
 from ddim.io.images import as_pil, to_bytes
 from ddim.io.json_files import read_json, to_json
-from ddim.io.pretrained import NO_EFFECT, resolve_device_map, resolve_dtype, save_and_push
+from ddim.io.pretrained import drop_unused_options, resolve_device_map, resolve_dtype, save_and_push
 from ddim.io.weights import MAX_SHARD_SIZE
 from ddim.validation import shown
 from ddim.version import __version__
@@ -48,7 +48,6 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
 
     Attributes:
         _optional_components: names of components that may be `None`.
-        _default_components: names of components that the constructor does not require.
         offload_device: where networks run, if `enable_model_cpu_offload` keeps them on the CPU in between; else `None`.
 
     Example:
@@ -62,7 +61,6 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
 
     config_name = "model_index.json"
     _optional_components: ClassVar[Sequence[str]] = ()
-    _default_components: ClassVar[Sequence[str]] = ()
     _registered: tuple[str, ...] = ()
     offload_device: torch.device | None = None
 
@@ -326,7 +324,7 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
         hub_options = hub.pop_hub_options(options)
         variant, use_safetensors = options.pop("variant", None), options.pop("use_safetensors", None)
         passed = [name for name in _arguments(cls) if options.pop(name, None) is not None]
-        _refuse_unknown(options, "download")
+        _refuse_unknown(cls, options, "download")
         name = pretrained_model_name_or_path
         return hub.find_model(
             name if isinstance(name, str) else Path(name),
@@ -359,7 +357,7 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
             device_map: a device to put the networks on, or `"auto"`; defaults to the CPU.
             options: those of `ddim.io.hub.HubOptions`; components (`unet=...`) instead of what the folder holds;
                 settings of the constructor; those in `ddim.io.pretrained.NO_EFFECT`, which do nothing, as does every
-                option of other pipelines that is `None`, such as `safety_checker=None`.
+                option of other pipelines that is `None` or `False`, such as `safety_checker=None`.
 
         Returns:
             The pipeline, its networks in evaluation mode.
@@ -379,9 +377,10 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
         device = resolve_device_map(device_map)
         parameters = _arguments(cls)
         passed = {name: options.pop(name) for name in parameters if name in options}
-        passed = {k: v for k, v in passed.items() if v is not None or k not in cls._default_components}
+        required = [k for k, parameter in parameters.items() if parameter.default is parameter.empty]
+        passed = {k: v for k, v in passed.items() if v is not None or k not in required}
         hub_options = {name: options.pop(name) for name in hub.HUB_OPTION_NAMES if name in options}
-        _refuse_unknown(options, "from_pretrained")
+        _refuse_unknown(cls, options, "from_pretrained")
         folder = cls.download(
             pretrained_model_name_or_path, variant=variant, use_safetensors=use_safetensors, **hub_options, **passed
         )
@@ -478,7 +477,6 @@ def _component_names(cls: type[ComponentPipeline], named: Mapping[str, Any]) -> 
     """Return the arguments of a class's constructor that are components: those required, optional, or named."""
     components = {
         *cls._optional_components,
-        *cls._default_components,
         *(k for k, v in named.items() if _names_class(v)),
     }
     return [
@@ -493,8 +491,7 @@ def _names_class(entry: Any) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str | None) for part in entry)
 
 
-def _refuse_unknown(options: dict[str, Any], function: str) -> None:
-    """Refuse options that nothing takes; those of `NO_EFFECT` and those that are `None` do nothing."""
-    unknown = [name for name, value in options.items() if name not in NO_EFFECT and value is not None]
-    if unknown:
-        raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
+def _refuse_unknown(cls: type, options: dict[str, Any], function: str) -> None:
+    """Refuse options that nothing takes."""
+    for name in drop_unused_options(cls, options):
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")

@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
-from inspect import signature
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -26,6 +26,7 @@ from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.engine import check_engine
 from ddim.external_scheduler import StepArguments, run_scheduler
 from ddim.io import hub
+from ddim.io.diffusers_mixins import join_mixins
 from ddim.io.images import to_output
 from ddim.io.json_files import read_json
 from ddim.latents import LatentSpace
@@ -79,8 +80,6 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         >>> pipe(seeds=[0, 1], num_inference_steps=4).images[1].size
         (28, 28)
     """
-
-    _default_components = ("unet", "scheduler")
 
     def __init__(self, unet: Any = None, scheduler: Any = None, engine: str = "auto") -> None:
         self.sampler = Sampler(None, None, engine)
@@ -344,6 +343,18 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
             check_class(path / UNet2DModel.config_name, UNET_CLASSES)
             return UNet2DModel.from_pretrained(path, **settings)
         return super()._load_component(folder, name, entry, settings)
+
+
+# Loaders read the components from the signature; only a subclass leaves them out, to register them itself.
+vars(DDIMPipeline)["__init__"].__signature__ = Signature(
+    [
+        Parameter("self", Parameter.POSITIONAL_OR_KEYWORD),
+        Parameter("unet", Parameter.POSITIONAL_OR_KEYWORD, annotation=object),
+        Parameter("scheduler", Parameter.POSITIONAL_OR_KEYWORD, annotation=object),
+        Parameter("engine", Parameter.POSITIONAL_OR_KEYWORD, default="auto", annotation=str),
+    ]
+)
+join_mixins(DDIMPipeline, "pipelines.pipeline_utils.DiffusionPipeline")
 
 
 def check_model_index(folder: Path, component_names: Sequence[str] = ("unet", "scheduler")) -> None:

@@ -37,6 +37,7 @@ from ddim.diffusion.noise import noise_from_generator
 from ddim.diffusion.sampling_config import check_order
 from ddim.diffusion.solvers import add_correction, second_order
 from ddim.io.config import register_to_config
+from ddim.io.diffusers_mixins import join_mixins
 from ddim.io.pretrained import SchedulerFiles
 from ddim.outputs import DDIMSchedulerOutput
 from ddim.validation import as_integer, choice, integer, real
@@ -545,6 +546,8 @@ class DDIMInverseScheduler(DDIMScheduler):
             x, x0 = x + transition.alpha**0.5 * (clipped - x0), clipped
         return DDIMSchedulerOutput(x, x0) if return_dict else (x, x0)
 
+
+join_mixins(DDIMScheduler, "schedulers.scheduling_utils.SchedulerMixin", "configuration_utils.ConfigMixin")
 
 _STEP_METHODS = {
     name: member

@@ -104,6 +104,10 @@ def register_to_config(init: Callable[Concatenate[T, P], None]) -> Callable[Conc
         own = {name: arguments.pop(name) for name in self.own_settings if name in arguments}
         own = {name: value for name, value in own.items() if value != self.own_settings[name]}
         defaulted = [name for name in arguments if name in signature.parameters and name not in given]
+        if type(self).__module__.startswith(f"{__package__.partition('.')[0]}."):
+            # Pipelines of diffusers take a component's library from here when they write model_index.json; files of
+            # this library's classes are theirs. The class itself keeps its module, so that pickles find it.
+            object.__setattr__(self, "__module__", "diffusers")
         self.register_to_config(**private, **arguments, **({OWN: own} if own else {}))
         if defaulted:
             self.register_to_config(**{DEFAULTED: defaulted})

@@ -5,6 +5,7 @@ A scheduler is a folder with `scheduler_config.json`, a network one with `config
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from importlib import import_module
@@ -28,6 +29,23 @@ NO_EFFECT = (
 )
 """Arguments of `diffusers` that are accepted and do nothing: memory is used sparingly without them, and the hub client
 takes proxies and mirrors from the environment."""
+
+
+def drop_unused_options(cls: type, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a `from_pretrained` that are arguments of the class's constructor, or of nothing.
+
+    Args:
+        cls: the class.
+        options: keyword arguments; those in `NO_EFFECT` are dropped, and those of other classes that are switched off,
+            such as `safety_checker=None`.
+
+    Example:
+        >>> from ddim import DDIMScheduler
+        >>> drop_unused_options(DDIMScheduler, {"low_cpu_mem_usage": True, "safety_checker": None, "sead": 1})
+        {'sead': 1}
+    """
+    arguments = inspect.signature(cls).parameters
+    return {k: v for k, v in options.items() if k in arguments or (k not in NO_EFFECT and v not in (None, False))}
 
 
 def build_from_file(cls: Any, path: Path, **overrides: Any) -> Any:
@@ -120,8 +138,8 @@ class SchedulerFiles(ConfigMixin, PushToHub):
                 `google/ddpm-cifar10-32`.
             subfolder: the folder inside it, usually `scheduler`.
             return_unused_kwargs: return the entries of the configuration that were not used, too.
-            options: those of `ddim.io.hub.HubOptions`; those in `NO_EFFECT`, which do nothing; anything else overrides
-                an argument of the constructor.
+            options: those of `ddim.io.hub.HubOptions`; those in `NO_EFFECT`, which do nothing, as does every option
+                of other classes that is `None` or `False`; anything else overrides an argument of the constructor.
 
         Returns:
             The scheduler; or the scheduler and a dictionary of the unused entries.
@@ -137,7 +155,7 @@ class SchedulerFiles(ConfigMixin, PushToHub):
             1000
         """
         hub_options = pop_hub_options(options)
-        overrides = {name: value for name, value in options.items() if name not in NO_EFFECT}
+        overrides = drop_unused_options(cls, options)
         overrides |= {"return_unused_kwargs": True} if return_unused_kwargs else {}
         folder = find_model(_as_model(pretrained_model_name_or_path), hub_options, weights_in=())
         return cast(Self, build_from_file(cls, folder / (subfolder or "") / cls.config_name, **overrides))
@@ -206,7 +224,8 @@ class ModelFiles(ConfigMixin, PushToHub):
             output_loading_info: return what was not loaded, too.
             ignore_mismatched_sizes: keep initial weights where the file's have another shape.
             options: those of `ddim.io.hub.HubOptions`; `device_map`, the device to put the network on; those in
-                `NO_EFFECT`, which do nothing; anything else overrides an argument of the constructor.
+                `NO_EFFECT`, which do nothing, as does every option of other classes that is `None` or `False`; anything
+                else overrides an argument of the constructor.
 
         Returns:
             The network; with `output_loading_info` a tuple of it and a dictionary with `missing_keys`,
@@ -226,7 +245,7 @@ class ModelFiles(ConfigMixin, PushToHub):
         hub_options, dtype = pop_hub_options(options), options.pop("dtype", None) or torch_dtype
         resolve_dtype(dtype)
         device = resolve_device_map(options.pop("device_map", None))
-        overrides = {name: value for name, value in options.items() if name not in NO_EFFECT}
+        overrides = drop_unused_options(cls, options)
         model, subfolder = _as_model(pretrained_model_name_or_path), subfolder or ""
         root = find_model(model, hub_options, variant=variant, weights_in=(subfolder,), use_safetensors=use_safetensors)
         folder = root / subfolder
