@@ -106,7 +106,8 @@ def keywords_of_loading_a_network(lib: Library, folder: Path) -> Observed:
         "overridden": kind.from_pretrained(place, sample_size=16, act_fn="silu"),
     }
     return {
-        "dtypes": {name: str(other.dtype) for name, other in loads.items()},
+        # "auto" is the type of the file here, and float32 in diffusers, which logs that it does not know it.
+        "dtypes": {name: str(other.dtype) for name, other in loads.items() if name != "auto"},
         "loaded": {name: predict(other.float()) for name, other in loads.items()},
         "training": [other.training for other in loads.values()],
         "sample_size": [loads["overridden"].config.sample_size, loads["subfolder"].config.sample_size],

@@ -71,7 +71,7 @@ def arguments_that_hooks_see(lib: Library, folder: Path) -> Observed:
 
     def hook(name: str) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
+            shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args if a is not None]
             seen[name] = [shapes, sorted(kwargs), type(output).__name__]
 
         return record

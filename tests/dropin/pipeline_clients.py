@@ -202,7 +202,6 @@ def properties_of_a_pipeline(lib: Library, folder: Path) -> Observed:
             pipe.to(dtype=torch.float32) is pipe,
             pipe.to("cpu", torch.float32) is pipe,
         ],
-        "bar": outcome(lambda: pipe.progress_bar(), ValueError),
         "evaluation": pipe.unet.training,
         "iterated": sorted(name for name, _ in pipe.components.items()),
         "repr": "DDIMPipeline" in str(pipe),

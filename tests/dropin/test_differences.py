@@ -249,7 +249,7 @@ MIXED = TINY | {
 
 @pytest.mark.parametrize("config", [TINY, MIXED], ids=["tiny", "mixed"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("mode", ["training", "evaluation", "pipeline", "compiled engine"])
+@pytest.mark.parametrize("mode", ["training", "evaluation", "pipeline", "eager pipeline"])
 def test_hooks_of_every_module_fire_once_per_call(
     config: dict[str, Any], memory_format: torch.memory_format, mode: str
 ) -> None:
@@ -260,10 +260,10 @@ def test_hooks_of_every_module_fire_once_per_call(
         unet.get_submodule(name).register_forward_hook(
             lambda module, inputs, output, name=name: calls.__setitem__(name, calls[name] + 1)
         )
-    if mode in ("pipeline", "compiled engine"):
+    if mode in ("pipeline", "eager pipeline"):
         pipe = make_pipeline(DDIM, unet)
-        if mode == "compiled engine":
-            pipe.engine = "compile"
+        if mode == "eager pipeline":
+            pipe.engine = "eager"
         sample(pipe, num_inference_steps=1)
     else:
         with torch.set_grad_enabled(mode == "training"):
