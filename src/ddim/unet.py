@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ddim.io.config import ConfigMixin, register_to_config
-from ddim.io.hub import ModelFiles
+from ddim.io.config import register_to_config
+from ddim.io.pretrained import ModelFiles
 from ddim.nn.layers import (
     ACTIVATIONS,
     Attention,
@@ -320,7 +320,7 @@ UP_BLOCKS = {
 }
 
 
-class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
+class UNet2DModel(ModelFiles, nn.Module):
     """A U-Net that takes noisy samples and timesteps and returns predictions of the samples' shape.
 
     Args:
