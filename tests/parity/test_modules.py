@@ -399,6 +399,7 @@ class TestBlocks:
 
 
 class TestCheckpointing:
+    @pytest.mark.filterwarnings("ignore:Full backward hook")
     def test_resnets_are_computed_as_often(self) -> None:
         counts = []
         for cls in CLASSES:

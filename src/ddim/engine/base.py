@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +20,8 @@ SETTING_TYPES = (bool, int, float, str, tuple, type(None))
 """The types of the attributes of modules that decide what they compute."""
 STATE_NAMES = frozenset({"training", "sample_size", "gradient_checkpointing"})
 """Public attributes of modules that do not change what the network computes without gradients."""
+
+UNET_ARGUMENTS = frozenset(inspect.signature(UNet2DModel.__init__).parameters) - {"self"}
 
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -184,7 +187,7 @@ def expected_modules(config_json: str) -> dict[str, ModuleFacts]:
         (3, 3)
     """
     with torch.device("meta"):
-        unet = UNet2DModel.from_config(json.loads(config_json))
+        unet = UNet2DModel(**json.loads(config_json))
     facts = {}
     for name, module in unet.named_modules():
         public = {key: value for key, value in vars(module).items() if key[0] != "_" and key not in STATE_NAMES}
@@ -199,9 +202,9 @@ def _parameter_shapes(module: nn.Module) -> dict[str, torch.Size | None]:
 
 def _change_reason(unet: UNet2DModel) -> str | None:
     """Return how a network differs from the one that its configuration builds; `None` if it does not."""
-    entries = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    arguments = {key: value for key, value in unet.config.items() if key in UNET_ARGUMENTS}
     try:
-        expected = expected_modules(json.dumps(entries, sort_keys=True))
+        expected = expected_modules(json.dumps(arguments, sort_keys=True))
     except (TypeError, ValueError) as error:
         return f"its configuration does not build it: {error}"
     modules = dict(unet.named_modules())
