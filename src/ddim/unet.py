@@ -33,7 +33,7 @@ from ddim.nn.layers import (
     Upsample2D,
 )
 from ddim.nn.ops import norm_act
-from ddim.nn.untouched import is_untouched
+from ddim.nn.untouched import is_unchanged
 from ddim.outputs import UNet2DOutput
 from ddim.validation import choice, integer
 
@@ -590,7 +590,7 @@ class UNet2DModel(ModelFiles, nn.Module):
         Raises:
             ValueError: for another shape.
         """
-        if not is_untouched(self.conv_in, nn.Conv2d):
+        if not is_unchanged(self.conv_in, nn.Conv2d):
             return
         C, multiple = self.conv_in.in_channels, 2 ** (len(self.down_blocks) - 1)
         if sample.ndim != 4 or sample.shape[1] != C or sample.shape[2] % multiple or sample.shape[3] % multiple:

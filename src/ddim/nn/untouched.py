@@ -55,12 +55,28 @@ def is_untouched(module: nn.Module, expected: type[nn.Module]) -> bool:
         >>> is_untouched(conv, nn.Conv2d)
         False
     """
+    if not is_unchanged(module, expected):
+        return False
+    return torch.compiler.is_compiling() or not are_operators_transformed()
+
+
+def is_unchanged(module: nn.Module, expected: type[nn.Module]) -> bool:
+    """Return whether client code left a module as it is; see `is_untouched`, which asks about PyTorch's operators too.
+
+    Args:
+        module: the module.
+        expected: its class before any change.
+
+    Example:
+        >>> is_unchanged(nn.Identity(), nn.Identity), is_unchanged(nn.Sequential(), nn.Identity)
+        (True, False)
+    """
     if type(module) is not expected or has_hooks(module) or not INSTANCE_PATCHES.isdisjoint(vars(module)):
         return False
     for weights in module._parameters.values():
         if type(weights) not in PLAIN_TENSORS:
             return False
-    return torch.compiler.is_compiling() or not (is_patched(expected) or are_operators_transformed())
+    return torch.compiler.is_compiling() or not is_patched(expected)
 
 
 def has_hooks(module: nn.Module) -> bool:
