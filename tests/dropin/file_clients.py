@@ -113,7 +113,7 @@ def keywords_of_loading_a_network(lib: Library, folder: Path) -> Observed:
         "sample_size": [loads["overridden"].config.sample_size, loads["subfolder"].config.sample_size],
         "info": {name: list(info[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")},
         "wider": [tuple(wider.conv_in.weight.shape), wider.config.in_channels],
-        "wider info": [tuple(map(str, entry)) for entry in wider_info["mismatched_keys"]],
+        "wider info": [(name, tuple(stored), tuple(built)) for name, stored, built in wider_info["mismatched_keys"]],
         "kept": torch.equal(wider.conv_out.weight, unet.conv_out.weight),
         "mismatched": outcome(
             lambda: kind.from_pretrained(place, in_channels=5, low_cpu_mem_usage=False), RuntimeError, ValueError
@@ -183,7 +183,7 @@ def folders_read_by_diffusers(lib: Library, folder: Path) -> Observed:
     pipe.set_progress_bar_config(disable=True)
     return {
         "messages": messages,
-        "classes": [type(o).__module__ + type(o).__name__ for o in (pipe, pipe.unet, pipe.scheduler, ddpm, automatic)],
+        "classes": [type(o).__name__ for o in (pipe, pipe.unet, pipe.scheduler, ddpm, automatic)],
         "images": sample(pipe),
         "predictions": [predict(unet), predict(automatic), predict(ddpm.unet)],
         "configs": [flat(scheduler.config), flat(euler.config), flat(unet.config)],
