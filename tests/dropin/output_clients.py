@@ -135,6 +135,14 @@ def outputs_as_trees(lib: Library, folder: Path) -> Observed:
     }
 
 
+SMALL: dict[str, Any] = {  # tracing takes seconds per network, in proportion to the number of its layers
+    "down_block_types": ("AttnDownBlock2D",),
+    "up_block_types": ("AttnUpBlock2D",),
+    "block_out_channels": (8,),
+    "mid_block_type": None,
+}
+
+
 class Sample(nn.Module):
     """A network whose output is a tensor, for exporters that know nothing else."""
 
@@ -148,7 +156,7 @@ class Sample(nn.Module):
 
 @client()
 def network_exported(lib: Library, folder: Path) -> Observed:
-    unet = make_unet(lib)
+    unet = make_unet(lib, **SMALL)
     x, t = randn(2, 3, 8, 8), torch.tensor([3, 700])
     with torch.no_grad():
         program = torch.export.export(unet, (x, t))
@@ -169,7 +177,7 @@ def network_exported(lib: Library, folder: Path) -> Observed:
 
 @client()
 def network_compiled(lib: Library, folder: Path) -> Observed:
-    unet = make_unet(lib)
+    unet = make_unet(lib, **SMALL)
     x, t = randn(2, 3, 8, 8), torch.tensor([3, 700])
     torch.compiler.reset()
     # The eager backend: what is tested is that the graph has no break, not the code generated for it.

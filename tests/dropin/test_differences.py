@@ -448,7 +448,7 @@ def test_diffusers_saves_our_weights(tmp_path: Path, name: str) -> None:
 # 6. Values that are only defaults
 
 
-@pytest.mark.parametrize("settings", [{}, {"timestep_spacing": "leading"}, {"beta_schedule": "scaled_linear"}])
+@pytest.mark.parametrize("settings", [{}, {"timestep_spacing": "leading", "beta_schedule": "scaled_linear"}])
 @pytest.mark.parametrize("name", COMPATIBLE)
 def test_defaults_give_way_to_those_of_another_scheduler(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     kind = getattr(diffusers, name)
