@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -198,7 +199,21 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
         """
 
     enable_attention_slicing = disable_attention_slicing = set_attention_slice = _no_effect
-    enable_xformers_memory_efficient_attention = disable_xformers_memory_efficient_attention = _no_effect
+    disable_xformers_memory_efficient_attention = _no_effect
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Do nothing: attention runs by PyTorch's fused operator, which is as fast.
+
+        Args:
+            attention_op: ignored.
+
+        Raises:
+            ModuleNotFoundError: if xformers is not installed, which scripts catch.
+        """
+        if find_spec("xformers") is None:
+            raise ModuleNotFoundError(
+                "xformers is not installed; attention runs by PyTorch's fused operator"
+            )
 
     @staticmethod
     def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:

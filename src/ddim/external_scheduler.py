@@ -2,7 +2,7 @@
 
     scheduler.set_timesteps(S)
     for t in scheduler.timesteps:
-        x = scheduler.step(network(scheduler.scale_model_input(x, t), t), t, x, eta=..., generator=...).prev_sample
+        x = scheduler.step(network(x, t), t, x, eta=..., generator=...).prev_sample
 
 which is how pipelines of `diffusers` sample. Of `step`'s arguments those are given that the scheduler has; a setting
 that it has no argument for is refused. `DDIMScheduler` itself is sampled by `ddim.sampler`, faster and in float64.
@@ -109,10 +109,13 @@ def run_scheduler(
         raise ValueError(f"{name} requires the methods of DDIMScheduler, got a {type(scheduler).__name__} of its own")
     settings = arguments.accepted_by(scheduler)
     timesteps = _set_timesteps(scheduler, config, sampler.device)
-    scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
     denoiser = sampler.denoiser([])
-    if is_noise:
-        x = x * getattr(scheduler, "init_noise_sigma", 1.0)
+    scale = _no_scale
+    # A scheduler whose step takes eta is of DDIM's kind, and sampled as the DDIMPipeline of diffusers does. That one
+    # cannot run others, which may keep samples on another scale.
+    if not {"eta", "**"} & _arguments(scheduler.step):
+        scale = getattr(scheduler, "scale_model_input", _no_scale)
+        x = x * getattr(scheduler, "init_noise_sigma", 1.0) if is_noise else x
     with sampler.running(len(timesteps), progress_bar) as bar:
         for index, t in enumerate(timesteps):
             out = scheduler.step(denoiser(scale(x, t), t), t, x, **settings)
@@ -121,6 +124,10 @@ def run_scheduler(
             if on_step_end is not None:
                 x = on_step_end(index, int(t), x, getattr(out, "pred_original_sample", x))
     return x
+
+
+def _no_scale(sample: Tensor, timestep: Tensor) -> Tensor:
+    return sample
 
 
 def _set_timesteps(scheduler: Any, config: SamplingConfig, device: torch.device) -> Tensor:

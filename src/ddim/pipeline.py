@@ -41,7 +41,9 @@ UNET_CLASSES = ("UNet2DModel", "UNetUnconditionalModel")
 SCHEDULER_CLASSES = (
     "DDIMScheduler",
     "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
     "DDPMScheduler",
+    "DDPMParallelScheduler",
     "PNDMScheduler",
     "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
@@ -49,6 +51,12 @@ SCHEDULER_CLASSES = (
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
     "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverSDEScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "SASolverScheduler",
     "LMSDiscreteScheduler",
     "UniPCMultistepScheduler",
 )

@@ -12,7 +12,7 @@ three to the loop of `ddim.diffusion.loop`:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,8 +33,8 @@ from ddim.validation import integer
 
 logger = logging.getLogger(__name__)
 
-ProgressBar = Callable[..., "tqdm[Any]"]
-"""Opens a progress bar: `progress_bar(total=n)`; what a pipeline that overrides `progress_bar` passes on."""
+ProgressBar = Callable[..., Iterable[Any]]
+"""Wraps an iterable in a progress bar; what a pipeline that overrides `progress_bar` passes on."""
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ class Sampler:
         x: Tensor,
         steps: Sequence[Step],
         step_fn: StepFn,
-        bar: tqdm[Any],
+        bar: Progress,
         on_step_end: Callable[[State], None] | None = None,
     ) -> Tensor:
         """Take steps by any step function inside `running`, advance the bar, and return the last sample.
@@ -313,15 +313,23 @@ class Sampler:
         return x
 
     @contextmanager
-    def running(self, total: int, progress_bar: ProgressBar | None = None) -> Iterator[tqdm[Any]]:
+    def running(self, total: int, progress_bar: ProgressBar | None = None) -> Iterator[Progress]:
         """Run a `with` block with a progress bar, without gradients and in evaluation mode.
 
         Args:
             total: steps of the bar.
             progress_bar: opens the bar; `None` for the sampler's own.
+
+        Yields:
+            The progress, to be updated after each step.
         """
-        with (progress_bar or self.progress_bar)(total=total) as bar, torch.no_grad(), evaluating(self.unet):
-            yield bar
+        bar = iter((progress_bar or self.progress_bar)(range(total)))
+        try:
+            with torch.no_grad(), evaluating(self.unet):
+                yield Progress(bar)
+        finally:
+            if isinstance(bar, Generator):
+                bar.close()
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> tqdm[Any]:
         """Return a `tqdm` bar with the settings of `progress_bar_config`.
@@ -330,7 +338,32 @@ class Sampler:
             iterable: what the bar iterates over; `None` for one that is advanced by hand.
             total: its length.
         """
+        if iterable is None and total is None:
+            raise ValueError("progress_bar requires an iterable or a total")
         return tqdm(iterable, **({"total": total} | self.progress_bar_config))
+
+
+class Progress:
+    """Advances an iterator, such as a `tqdm` bar, from outside: it is in its first item from the beginning.
+
+    Args:
+        bar: the iterator.
+
+    Example:
+        >>> bar = iter(range(2))
+        >>> progress = Progress(bar)
+        >>> progress.update()
+        >>> list(bar)
+        []
+    """
+
+    def __init__(self, bar: Iterator[Any]) -> None:
+        self._bar = bar
+        next(bar, None)
+
+    def update(self) -> None:
+        """Go to the next item; after the last one the iterator ends."""
+        next(self._bar, None)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from inspect import getattr_static
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -40,6 +39,7 @@ from ddim.io.config import register_to_config
 from ddim.io.diffusers_mixins import join_mixins
 from ddim.io.pretrained import SchedulerFiles
 from ddim.outputs import DDIMSchedulerOutput
+from ddim.untouched import has_members
 from ddim.validation import as_integer, choice, integer, real
 
 FOREIGN_SETTINGS = frozenset(
@@ -417,6 +417,12 @@ class DDIMScheduler(SchedulerFiles):
             return strided if strided >= 0 else None
         return max((entry for entry in entries if entry < t), default=None)
 
+    def _get_variance(self, timestep: int, prev_timestep: int) -> Tensor:
+        """Return sigma^2 of equation (16) at eta = 1, which scripts read, float32 ()."""
+        alpha = self.alphas_cumprod[timestep]
+        alpha_prev = self.alphas_cumprod[prev_timestep] if prev_timestep >= 0 else self.final_alpha_cumprod
+        return (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
+
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) noise.
 
@@ -572,9 +578,7 @@ def has_own_steps(scheduler: Any) -> bool:
         >>> has_own_steps(DDIMScheduler()), has_own_steps(DDIMInverseScheduler())
         (True, False)
     """
-    return isinstance(scheduler, DDIMScheduler) and all(
-        getattr_static(scheduler, name, None) is member for name, member in _STEP_METHODS.items()
-    )
+    return isinstance(scheduler, DDIMScheduler) and has_members(scheduler, _STEP_METHODS)
 
 
 def check_own_steps(scheduler: Any) -> DDIMScheduler:

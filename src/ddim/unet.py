@@ -34,8 +34,8 @@ from ddim.nn.layers import (
     Upsample2D,
 )
 from ddim.nn.ops import norm_act
-from ddim.nn.untouched import is_unchanged
 from ddim.outputs import UNet2DOutput
+from ddim.untouched import is_unchanged
 from ddim.validation import choice, integer
 
 FOURIER_SCALE = 16.0
@@ -259,8 +259,11 @@ class UpBlock2D(Block):
                 hidden_states = attention(hidden_states)
         if self.upsamplers is not None:
             for upsampler in self.upsamplers:
-                second = temb if self.upsample_type == "resnet" else upsample_size
-                hidden_states = upsampler(hidden_states, second)
+                if self.upsample_type == "resnet":
+                    hidden_states = upsampler(hidden_states, temb)
+                else:
+                    size = () if upsample_size is None else (upsample_size,)
+                    hidden_states = upsampler(hidden_states, *size)
         return hidden_states
 
 

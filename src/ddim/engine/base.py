@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ddim.diffusion.equations import Step
 from ddim.diffusion.loop import StepFn, StepSettings
-from ddim.nn.untouched import has_hooks, is_untouched
 from ddim.unet import UNet2DModel
+from ddim.untouched import has_hooks, is_untouched
 
 SETTING_TYPES = (bool, int, float, str, tuple, type(None))
 """The types of the attributes of modules that decide what they compute."""

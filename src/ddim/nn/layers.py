@@ -23,7 +23,7 @@ from ddim.nn.ops import (
     norm_act,
     use_compiled_convolution,
 )
-from ddim.nn.untouched import is_untouched
+from ddim.untouched import is_untouched
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
@@ -320,6 +320,7 @@ class ResnetBlock2D(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, config: ResnetConfig, resample: str | None = None) -> None:
         super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.scale_shift = config.time_embedding_norm == "scale_shift"
         self.output_scale_factor = config.output_scale_factor
         self.norm1 = nn.GroupNorm(config.groups, in_channels, eps=config.eps)
@@ -392,11 +393,12 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(channels, inner)
         self.to_out = nn.ModuleList([nn.Linear(inner, channels), nn.Dropout(0.0)])
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
         """Add attention to a feature map.
 
         Args:
             hidden_states: (N, C, H, W).
+            temb: ignored; callers may pass every layer of a block the time embedding.
 
         Returns:
             (N, C, H, W).

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddim.nn.untouched import PLAIN_TENSORS, is_untouched
+from ddim.untouched import PLAIN_TENSORS, is_untouched
 
 logger = logging.getLogger(__name__)
 

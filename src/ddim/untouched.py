@@ -1,15 +1,18 @@
-"""When a module may be bypassed: the one rule for the fused, compiled and engine paths that use its weights directly.
+"""When an object may be bypassed: the one rule for all fast paths that do themselves what an object's methods would.
 
-Client code changes modules by hooks, parametrizations, adapters such as LoRA, wrappers, subclasses and patched methods.
-What it changed takes effect only if the module is called. The fast paths therefore call every module but those that are
-exactly as PyTorch, or this package, defines them. Nothing is remembered of a module from one call to the next.
+Client code changes modules by hooks, parametrizations, adapters such as LoRA, wrappers, subclasses and patched methods,
+and schedulers by subclasses and patches. What it changed takes effect only if the object is called. Fused, compiled and
+engine paths and the sampler's own loop therefore call every object but those that are exactly as PyTorch, or this
+package, defines them: modules by `is_untouched`, others by `has_members`. Nothing is remembered of an object from one
+call to the next.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -79,6 +82,24 @@ def is_unchanged(module: nn.Module, expected: type[nn.Module]) -> bool:
     return torch.compiler.is_compiling() or not is_patched(expected)
 
 
+def has_members(obj: Any, members: Mapping[str, Any]) -> bool:
+    """Return whether looking up names on an object gives exactly the members that its class was written with.
+
+    Args:
+        obj: any object.
+        members: functions and properties by name, as they stand in the class's `__dict__`.
+
+    Returns:
+        `False` if a subclass overrides one of them, the instance has one of its own, or the class has been patched.
+
+    Example:
+        >>> members = {"forward": nn.Conv2d.forward}
+        >>> has_members(nn.Conv2d(1, 1, 1), members), has_members(nn.Linear(1, 1), members)
+        (True, False)
+    """
+    return all(inspect.getattr_static(obj, name, None) is member for name, member in members.items())
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Return whether calling a module runs hooks, forward or backward: its own or PyTorch's global ones.
 
@@ -116,14 +137,15 @@ def is_patched(cls: type[nn.Module]) -> bool:
 
 
 def are_operators_transformed() -> bool:
-    """Return whether PyTorch's operators do more than compute: `torch.func`, forward-mode AD or a dispatch mode.
+    """Return whether PyTorch's operators do more than compute: tracing, `torch.func`, forward AD or a dispatch mode.
 
     Example:
         >>> torch.func.grad(lambda x: x * are_operators_transformed())(torch.tensor(1.0))
         tensor(1.)
     """
     return bool(
-        torch._C._are_functorch_transforms_active()
+        torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or forward_ad._current_level >= 0
     )

@@ -20,8 +20,8 @@ from torch.nn.utils.weight_norm import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddim.nn.layers import Attention, ResnetBlock2D, Upsample2D
-from ddim.nn.untouched import is_untouched
 from ddim.unet import UNet2DModel
+from ddim.untouched import is_untouched
 
 LIBRARY_MODULES = [
     *(nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), nn.Linear(4, 4), nn.Embedding(3, 4)),
