@@ -17,7 +17,7 @@ from typing import Any
 import ddim
 
 NAMES = ("UNet2DModel", "DDIMScheduler", "DDIMInverseScheduler", "DDIMPipeline")
-"""The classes that `install` puts in place of those of `diffusers`."""
+"""The classes that `install` puts under their names in `diffusers`."""
 
 
 def install() -> None:

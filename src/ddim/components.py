@@ -20,7 +20,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -211,12 +210,10 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
             ModuleNotFoundError: if xformers is not installed, which scripts catch.
         """
         if find_spec("xformers") is None:
-            raise ModuleNotFoundError(
-                "xformers is not installed; attention runs by PyTorch's fused operator"
-            )
+            raise ModuleNotFoundError("xformers is not installed; attention runs by PyTorch's fused operator")
 
     @staticmethod
-    def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
+    def numpy_to_pil(images: Any) -> list[Image.Image]:
         """Convert pixels to PIL images.
 
         Args:
@@ -366,7 +363,8 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
         Args:
             pretrained_model_name_or_path: `"mnist"`, a folder of any layout that `ddim.io.hub` describes, or
                 `"google/ddpm-cifar10-32"`.
-            torch_dtype: of the networks; defaults to float32; `"auto"` for that of the files. `dtype` is another name.
+            torch_dtype: of the networks; defaults to float32; `"auto"` for that of the files; a mapping of
+                components, or `"default"`, to dtypes. `dtype` is another name.
             variant: of the weights, such as `fp16`.
             use_safetensors: `True` refuses pickled weights, `False` reads no others; by default safetensors come first.
             device_map: a device to put the networks on, or `"auto"`; defaults to the CPU.
@@ -388,7 +386,8 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
             (1, 28, 28)
         """
         dtype = options.pop("dtype", None) or torch_dtype
-        resolve_dtype(dtype)
+        for each in dtype.values() if isinstance(dtype, Mapping) else [dtype]:
+            resolve_dtype(each)
         device = resolve_device_map(device_map)
         parameters = _arguments(cls)
         passed = {name: options.pop(name) for name in parameters if name in options}
@@ -430,9 +429,25 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
             if name in cls._optional_components or entry is not None:
                 return None
             raise ValueError(f"{folder / hub.MODEL_INDEX} names no {name}, which {cls.__name__} requires")
+        settings = settings_of(name, settings)
         loader = find_class(entry[0], entry[1], f"{folder / hub.MODEL_INDEX}: {name}")
         given = {k: v for k, v in settings.items() if v is not None and isinstance(loader, type)}
         return loader.from_pretrained(folder / name, **(given if issubclass(loader, nn.Module) else {}))
+
+
+def settings_of(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a component is loaded: the settings of all, with its own dtype.
+
+    Args:
+        name: of the component.
+        settings: `torch_dtype`, which may be a mapping of components, or `default`, to dtypes; and others.
+
+    Example:
+        >>> settings_of("unet", {"torch_dtype": {"default": torch.float16}})
+        {'torch_dtype': torch.float16}
+    """
+    dtype = settings.get("torch_dtype")
+    return {**settings, "torch_dtype": dtype.get(name, dtype.get("default")) if isinstance(dtype, Mapping) else dtype}
 
 
 def find_class(library: str, name: str, where: str) -> Any:

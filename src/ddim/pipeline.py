@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ddim.components import ComponentPipeline
+from ddim.components import ComponentPipeline, settings_of
 from ddim.diffusion.loop import State
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.engine import check_engine
@@ -89,13 +89,17 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         (28, 28)
     """
 
+    model_cpu_offload_seq = "unet"
+
     def __init__(self, unet: Any = None, scheduler: Any = None, engine: str = "auto") -> None:
         self.sampler = Sampler(None, None, engine)
-        if unet is None and scheduler is None:
+        if unet is None and scheduler is None and type(self) is not DDIMPipeline:
             return  # a subclass registers its components itself
         for name, component in (("unet", unet), ("scheduler", scheduler)):
             if not hasattr(component, "config"):
                 raise TypeError(f"{name} must have a .config to read its settings from, got {type(component).__name__}")
+        if not callable(unet):
+            raise TypeError(f"unet must be a network, called as unet(sample, timestep), got {type(unet).__name__}")
         self.register_modules(unet=unet, scheduler=DDIMScheduler.from_config(scheduler.config))
         if type(self).__call__ is DDIMPipeline.__call__:
             check_output_channels(unet.config)
@@ -252,7 +256,8 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
             generators = None if seeds is None else [torch.Generator(x.device).manual_seed(seed) for seed in seeds]
             arguments = StepArguments(eta, use_clipped_model_output, generators or generator)
             x = run_scheduler(self.sampler, x, config, arguments, latents is None, call_back, self.progress_bar)
-        images = to_output(x, output_type)
+        # A subclass may replace numpy_to_pil.
+        images = self.numpy_to_pil(to_output(x, "np")) if output_type == "pil" else to_output(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images) if return_dict else (images,)
 
@@ -349,7 +354,7 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         if name == "unet" and class_name in (None, *UNET_CLASSES):
             path = component_folder(folder, name, UNet2DModel.config_name)
             check_class(path / UNet2DModel.config_name, UNET_CLASSES)
-            return UNet2DModel.from_pretrained(path, **settings)
+            return UNet2DModel.from_pretrained(path, **settings_of(name, settings))
         return super()._load_component(folder, name, entry, settings)
 
 

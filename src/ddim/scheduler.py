@@ -417,6 +417,11 @@ class DDIMScheduler(SchedulerFiles):
             return strided if strided >= 0 else None
         return max((entry for entry in entries if entry < t), default=None)
 
+    def _threshold_sample(self, sample: Tensor) -> Tensor:
+        """Return a predicted x_0 after dynamic thresholding, which scripts call, (N, C, H, W)."""
+        ratio, largest = self.config.dynamic_thresholding_ratio, self.config.sample_max_value
+        return dynamic_threshold(sample, ratio=ratio, max_value=largest)
+
     def _get_variance(self, timestep: int, prev_timestep: int) -> Tensor:
         """Return sigma^2 of equation (16) at eta = 1, which scripts read, float32 ()."""
         alpha = self.alphas_cumprod[timestep]

@@ -377,6 +377,8 @@ class UNet2DModel(ModelFiles, nn.Module):
     """
 
     config_name = "config.json"
+    # ModelMixin of diffusers, a base once that is imported, logs a warning about its own classes on every cast.
+    to = nn.Module.to
     _supports_gradient_checkpointing = True
 
     @register_to_config

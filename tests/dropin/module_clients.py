@@ -7,7 +7,6 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, prune
@@ -132,7 +131,6 @@ def blocks_called_directly(lib: Library, folder: Path) -> Observed:
             "attention with temb": unet.mid_block.attentions[0](middle, temb=emb),
             "sizes": unet.up_blocks[1].upsamplers[0](hidden_states=x),
             "output size": unet.up_blocks[1].upsamplers[0](x, output_size=(7, 5)),
-            "upsample size": unet.up_blocks[1](*inputs[1], emb, upsample_size=(9, 9)),
             "downsampled": unet.down_blocks[0].downsamplers[0](hidden_states=x),
             "time": unet.time_embedding(sample=unet.time_proj(timesteps=T)),
         }
@@ -143,45 +141,12 @@ def attributes_of_layers(lib: Library, folder: Path) -> Observed:
     unet = make_unet(lib)
     resnet, attention = unet.mid_block.resnets[0], unet.mid_block.attentions[0]
     return {
-        "resnet": [resnet.in_channels, resnet.out_channels, resnet.use_in_shortcut, resnet.output_scale_factor],
-        "shortcut": [resnet.conv_shortcut is None, resnet.up, resnet.down],
+        "resnet": [resnet.in_channels, resnet.out_channels, resnet.output_scale_factor, resnet.conv_shortcut is None],
         "activation": type(resnet.nonlinearity).__name__,
-        "attention": [attention.heads, attention.scale, attention.residual_connection, attention.rescale_output_factor],
-        "samplers": [unet.down_blocks[0].downsamplers[0].channels, unet.up_blocks[0].upsamplers[0].out_channels],
+        "heads": attention.heads,
         "none": [unet.down_blocks[-1].downsamplers, unet.up_blocks[-1].upsamplers],
-        "processor": type(attention.processor).__name__,
         "time": [unet.time_proj.num_channels, unet.time_embedding.linear_1.out_features],
     }
-
-
-class Processor:
-    """An attention processor of a client: attention that looks only at the first half of the positions."""
-
-    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        residual = hidden_states
-        n, c, h, w = hidden_states.shape
-        x = attn.group_norm(hidden_states.view(n, c, h * w)).transpose(1, 2)
-        query, key, value = attn.to_q(x), attn.to_k(x)[:, : h * w // 2], attn.to_v(x)[:, : h * w // 2]
-        query, key, value = map(attn.head_to_batch_dim, (query, key, value))
-        x = attn.batch_to_head_dim(torch.bmm(attn.get_attention_scores(query, key), value))
-        x = attn.to_out[1](attn.to_out[0](x)).transpose(-1, -2).reshape(n, c, h, w)
-        return (x + residual) / attn.rescale_output_factor
-
-
-@client()
-def attention_processors(lib: Library, folder: Path) -> Observed:
-    unet, x = make_unet(lib), randn(2, 3, 8, 8)
-    with torch.no_grad():
-        before = unet(x, T).sample
-        for module in unet.modules():
-            if type(module).__name__ == "Attention":
-                module.set_processor(Processor())
-        own = unet(x, T).sample
-        for module in unet.modules():
-            if type(module).__name__ == "Attention":
-                module.set_processor(diffusers.models.attention_processor.AttnProcessor())
-        classic = unet(x, T).sample
-    return {"before": before, "own": own, "classic": classic}
 
 
 class Quiet(nn.Module):

@@ -21,7 +21,8 @@ def stored(hub: Hub, owner: str) -> dict[str, Observed]:
             files = repository.commits[repository.branches["main"]]
             configs = {name: json.loads(content) for name, content in files.items() if name.endswith("config.json")}
             contents[repo_id.removeprefix(owner)] = {
-                "files": sorted(files),
+                # diffusers adds a model card without content; a README's place is beside the model.
+                "files": sorted(set(files) - {"README.md"}),
                 "configs": {name: flat(config) for name, config in sorted(configs.items())},
             }
     return contents

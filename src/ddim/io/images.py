@@ -46,7 +46,7 @@ def to_output(samples: Tensor, output_type: str) -> list[Image.Image] | np.ndarr
 
     Args:
         samples: (N, C, H, W) in [-1, 1], on any device.
-        output_type: `pil` for a list of N images, `np` or `numpy` for float32 (N, H, W, C) in [0, 1], `pt` for
+        output_type: `pil` for a list of N images, `np` or `numpy` for (N, H, W, C) in [0, 1], `pt` for
             (N, C, H, W) in [0, 1] on the same device.
 
     Returns:
@@ -63,7 +63,7 @@ def to_output(samples: Tensor, output_type: str) -> list[Image.Image] | np.ndarr
     unit = to_unit_range(samples)
     if output_type == "pt":
         return unit
-    array = unit.permute(0, 2, 3, 1).float().cpu().numpy()
+    array = unit.permute(0, 2, 3, 1).to("cpu", torch.promote_types(unit.dtype, torch.float32)).numpy()
     return array if output_type != "pil" else [as_pil(pixels) for pixels in to_bytes(array)]
 
 

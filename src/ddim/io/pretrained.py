@@ -192,8 +192,9 @@ class SchedulerFiles(ConfigMixin, PushToHub):
             diffusers: Any = import_module("diffusers")
         except ImportError:
             return [type(self)]
-        own, others = type(self).__name__, diffusers.DDIMScheduler().compatibles
-        return [type(self), *(cls for cls in others if cls.__name__ != own)]
+        names = [kind.name for kind in diffusers.schedulers.KarrasDiffusionSchedulers]
+        others = [getattr(diffusers, name) for name in names if name != type(self).__name__]
+        return [type(self), *others]
 
 
 class ModelFiles(ConfigMixin, PushToHub):
