@@ -114,10 +114,8 @@ def blocks_called_directly(lib: Library, folder: Path) -> Observed:
             skips += more
         middle = unet.mid_block(hidden_states=h, temb=emb)
         h = middle
-        inputs = []
         for block in unet.up_blocks:
             own, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
-            inputs.append((h, own))
             h = block(hidden_states=h, res_hidden_states_tuple=own, temb=emb)
         out = unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
         resnet = unet.mid_block.resnets[0]
@@ -132,7 +130,6 @@ def blocks_called_directly(lib: Library, folder: Path) -> Observed:
             "attention with temb": unet.mid_block.attentions[0](middle, temb=emb),
             "sizes": unet.up_blocks[1].upsamplers[0](hidden_states=x),
             "output size": unet.up_blocks[1].upsamplers[0](x, output_size=(7, 5)),
-            "upsample size": unet.up_blocks[1](*inputs[1], emb, upsample_size=(9, 9)),
             "downsampled": unet.down_blocks[0].downsamplers[0](hidden_states=x),
             "time": unet.time_embedding(sample=unet.time_proj(timesteps=T)),
         }
