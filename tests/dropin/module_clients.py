@@ -113,10 +113,8 @@ def blocks_called_directly(lib: Library, folder: Path) -> Observed:
             skips += more
         middle = unet.mid_block(hidden_states=h, temb=emb)
         h = middle
-        inputs = []
         for block in unet.up_blocks:
             own, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
-            inputs.append((h, own))
             h = block(hidden_states=h, res_hidden_states_tuple=own, temb=emb)
         out = unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
         resnet = unet.mid_block.resnets[0]
