@@ -9,13 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
 import torch
 from numba import carray
 
+from ddim.io.cache import Cache
 from ddim.kernels.compiler import compile_kernel
+from ddim.kernels.machine import target_machine
 from ddim.kernels.record import Count, Flag, Pointer, Real, Record
+from ddim.kernels.runtime import Kernel
 from ddim.nn.ops import load_kernels, norm_silu
 from helpers import randn
 from kernel_helpers import channels_last, distance, gradients, make_norm
@@ -61,6 +65,20 @@ def run_python(code: str, **variables: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def run_kernel(cache: Path) -> subprocess.CompletedProcess[str]:
+    """A process that runs a kernel, and prints whether it had to compile it."""
+    environment = os.environ | {"DDIM_KERNEL_CACHE": str(cache)}
+    return subprocess.run([sys.executable, "-c", RUN_ONE_KERNEL], env=environment, capture_output=True, text=True)
+
+
+def _object_code(folder: str, function: str, declarations: str = "", body: str = "") -> bytes:
+    """Object code of a function with the name of a kernel."""
+    symbol = Kernel(folder, function, []).symbol
+    code = f"{declarations}\ndefine void @{symbol}(ptr %data) {{\n{body}\nret void\n}}"
+    result: bytes = target_machine().emit_object(llvm.parse_assembly(code))
+    return result
 
 
 def compiles(cache: Path) -> bool:
@@ -116,6 +134,39 @@ class TestCache:
         """A cache folder that cannot be made costs the compilation and nothing else."""
         (tmp_path / "file").touch()
         assert compiles(tmp_path / "file" / "kernels")
+
+    @pytest.mark.parametrize("others", ["cache", "version", "file"])
+    def test_planted_code_is_not_run(self, tmp_path: Path, others: str) -> None:
+        """Code that others could have put into the cache is compiled anew, in memory, with a warning."""
+        cache = tmp_path / "cache"
+        assert compiles(cache)
+        (file,) = cache.rglob("conv_grad.weight_gradient.o")
+        entry = str(file.relative_to(cache))
+        end_process = _object_code(
+            "conv_grad", "weight_gradient", "declare void @_exit(i32)", "call void @_exit(i32 7)"
+        )
+        assert Cache("kernels", cache).write(entry, [end_process])
+        # It would have been run.
+        assert run_kernel(cache).returncode == 7
+        {"cache": cache, "version": file.parent, "file": file}[others].chmod(0o777)
+        done = run_kernel(cache)
+        assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+        assert "can be written by other users; delete it" in done.stderr
+
+    @pytest.mark.parametrize("code", [b"", b"words", "another function"])
+    def test_entry_without_the_function(self, tmp_path: Path, code: bytes | str) -> None:
+        """Whatever an entry holds, with the right checksum: it does not end the process."""
+        assert compiles(tmp_path)
+        (file,) = tmp_path.rglob("conv_grad.weight_gradient.o")
+        content = code if isinstance(code, bytes) else _object_code("norm", "forward")
+        assert Cache("kernels", tmp_path).write(str(file.relative_to(tmp_path)), [content])
+        done = run_kernel(tmp_path)
+        assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+        assert done.stderr.count("the cached kernels in") == 1
+
+    def test_user_without_a_home_folder(self) -> None:
+        no_home = "import pathlib\ndef home(): raise RuntimeError('no home')\npathlib.Path.home = home\n"
+        assert run_python(no_home + RUN_ONE_KERNEL, DDIM_KERNEL_CACHE="", XDG_CACHE_HOME="") == "True\n"
 
 
 class TestCompiler:

@@ -172,7 +172,6 @@ def prepare_dataset(config: TrainConfig, accelerator: Accelerator, device: torch
         FileNotFoundError: if the source does not exist or holds no image.
         ValueError: if more images than allowed cannot be read, or there are fewer images than a batch.
         RuntimeError: if the hub cannot be reached or refuses.
-        OSError: if the cache cannot be written.
     """
     with accelerator.local_main_process_first():
         size, channels = config.model["sample_size"], config.model.get("in_channels", 3)
