@@ -47,6 +47,7 @@ from ddim.diffusion.equations import Step, sigma_ddim
 from ddim.diffusion.loop import StepSettings, sample
 from ddim.diffusion.noise import MAX_SEED, NoiseSource, check_seeds, noise_from_generator, noise_from_seeds
 from ddim.diffusion.schedule import SPACINGS
+from ddim.extras import require
 from ddim.io.atomic import atomic_write
 from ddim.io.cache import Cache
 from ddim.io.fingerprint import model_sha256
@@ -460,6 +461,7 @@ def plot_timesteps(lists: Mapping[str, Sequence[int]], path: Path) -> None:
         lists: timesteps by name.
         path: a PNG or SVG, by the suffix.
     """
+    require("a plot", "matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ddim.cli import options
 from ddim.cli.common import report_result
+
+if TYPE_CHECKING:
+    from ddim.convert import OpenAIFlags
+    from ddim.pipeline import DDIMPipeline
 
 PIPELINE_FILES = (
     "model_index.json",
@@ -110,5 +115,33 @@ def convert(
         dtype,
         overwrite,
     )
+    if not (layout == "diffusers" or (layout == "auto" and Path(checkpoint).is_dir())):
+        for line in assumptions(pipe, flags):
+            print(f"assumed: {line}", file=sys.stderr)
     size = pipe.unet.config.sample_size
     report_result(folder, num_replaced, f"{pipe.unet.num_parameters():,} parameters, sample_size {size}")
+
+
+def assumptions(pipe: DDIMPipeline, flags: OpenAIFlags) -> list[str]:
+    """Return what a checkpoint does not record, and the options that change it.
+
+    Args:
+        pipe: the converted model.
+        flags: those that were given.
+
+    Returns:
+        One phrase per assumption.
+    """
+    config = pipe.scheduler.config
+    lines = [
+        f"{config.num_train_timesteps} timesteps of training (--steps-trained)",
+        f"{config.beta_schedule} betas from {config.beta_start:g} to {config.beta_end:g} "
+        "(--beta-schedule, --beta-start, --beta-end)",
+        f"images of {pipe.unet.config.sample_size} pixels (--image-size)",
+    ]
+    if flags.heads is not None or flags.head_channels is not None:
+        order = "before" if flags.new_attention_order else "after"
+        lines.append(f"queries, keys and values split {order} heads (--new-attention-order)")
+    clipping = "the predicted x_0 is clipped" if config.clip_sample else "the predicted x_0 is not clipped"
+    lines.append(f"{clipping}, and epsilon not recomputed from it (ddim sample --use-clipped-model-output)")
+    return lines

@@ -34,6 +34,7 @@ from ddim.distributed import SINGLE_PROCESS, ProcessGroup
 from ddim.evaluation.features import extractor_id
 from ddim.evaluation.image_sets import ImageSet, sample_image_set
 from ddim.evaluation.metrics import compute_features, frechet
+from ddim.extras import require
 from ddim.io.atomic import atomic_write
 from ddim.io.cache import Cache
 from ddim.io.fingerprint import model_sha256
@@ -282,6 +283,7 @@ def plot(table: ResultTable, path: Path) -> None:
     Raises:
         OSError: if it cannot be written.
     """
+    require("a plot", "matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

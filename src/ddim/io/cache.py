@@ -73,7 +73,7 @@ class Cache:
         return None if root is None else root / self.kind
 
     def path(self, name: str) -> Path | None:
-        """Return where an entry is kept; `None` if there is no folder.
+        """Return where an entry is kept; `None` without a folder.
 
         Args:
             name: of the entry, relative to the folder.
@@ -89,7 +89,7 @@ class Cache:
                 it raises means that the entry is not what it should be.
 
         Returns:
-            What `parse` returns; `None` if there is no such entry, or none to be trusted.
+            What `parse` returns; `None` without such an entry, or if it is not to be trusted.
         """
         try:
             path = self._checked_path(name)

@@ -202,8 +202,10 @@ def read_pickle(path: Path) -> Any:
         raise ValueError(
             f"{path} is refused: it is damaged or holds more than tensors, and loading it could run code"
         ) from None
-    except Exception as error:  # damaged files raise errors of many kinds
-        raise ValueError(f"{path} is truncated or damaged: {type(error).__name__}") from None
+    except MemoryError:
+        raise
+    except Exception:  # damaged files raise errors of many kinds, whose texts are about the reader
+        raise ValueError(f"{path} is truncated or damaged, or not a file of torch.save") from None
 
 
 def _modern_name(name: str) -> str:
@@ -243,7 +245,8 @@ def fill_model(model: nn.Module, tensors: Mapping[str, Tensor], source: str, dty
         dtype: floating dtype that the parameters get.
 
     Raises:
-        ValueError: if tensors are missing, unexpected or of another shape; it names the first three.
+        ValueError: if tensors are missing, unexpected or of another shape; it names the first three. If a value is NaN
+            or infinite.
 
     Example:
         >>> with torch.device("meta"):
@@ -263,6 +266,10 @@ def fill_model(model: nn.Module, tensors: Mapping[str, Tensor], source: str, dty
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ValueError(f"the weights in {source} do not fit its configuration: {'; '.join(problems[:3])}{more}")
+    for name in shapes:
+        # A sum is not finite where a value is not; the sum of finite values may overflow.
+        if not bool(tensors[name].sum().isfinite()) and not bool(tensors[name].isfinite().all()):
+            raise ValueError(f"the weights in {source} are damaged: {name} has values that are NaN or infinite")
     model.load_state_dict({name: tensors[name].to(dtype) for name in shapes}, assign=True)
 
 
