@@ -146,11 +146,10 @@ def evaluate(
             "eta": eta,
             "order": order,
             "use_sigma_hat": sigma_hat,
-            "use_clipped_model_output": clipped_model_output,
             "timesteps": sampling.timesteps,
             "seed": seed,
             "spacing": spacing,
-        }
+        } | ({"use_clipped_model_output": True} if clipped_model_output else {})
     for path in outputs:
         report.write_report(result, Path(path))
     print(report.format_table(result))
