@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -123,14 +124,14 @@ class TestTune:
         assert tune(pipe, 6, num_latents=8, progress=False) == expected
         assert pipe.unet.nfe == 0
 
-    def test_cached_predictions_give_same_error(self, pipe: DDIMPipeline) -> None:
+    def test_cached_predictions_give_same_error(self, pipe: DDIMPipeline, tmp_path: Path) -> None:
         """Reusing predictions of the network does not change the error."""
         lists = [[900, 500, 200, 10], [900, 500, 100, 10], [900, 400, 100, 10], [950, 400, 100, 10]]
         evaluator = ErrorEvaluator(pipe, 2, 0.0, range(4), 64)
         for timesteps in lists:
             mse = evaluator.mse(timesteps)
             evaluator.set_best(timesteps)
-            (evaluator._path).unlink()
+            shutil.rmtree(tmp_path / "cache")
             assert mse == ErrorEvaluator(pipe, 2, 0.0, range(4), 64).mse(timesteps)
 
     def test_changed_model_invalidates_cache(self, pipe: DDIMPipeline) -> None:
@@ -140,10 +141,11 @@ class TestTune:
             pipe.unet.weight.add_(1)
         assert ErrorEvaluator(pipe, 2, 0.0, range(4), 64)._errors == {}
 
-    def test_damaged_cache_is_ignored(self, pipe: DDIMPipeline) -> None:
+    def test_damaged_cache_is_ignored(self, pipe: DDIMPipeline, tmp_path: Path) -> None:
         evaluator = ErrorEvaluator(pipe, 1, 0.0, range(4), 64)
         expected = evaluator.mse([900, 0])
-        evaluator._path.write_text("{")
+        (entry,) = (tmp_path / "cache" / "ddim" / "tuning").iterdir()
+        entry.write_text("{")
         assert ErrorEvaluator(pipe, 1, 0.0, range(4), 64).mse([900, 0]) == expected
 
     @pytest.mark.parametrize(

@@ -71,5 +71,15 @@ def count_flop(unet: UNet2DModel) -> int:
     # On the meta device only shapes are computed.
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         network = UNet2DModel.from_config(unet.config).eval()
-        network(torch.empty(1, network.config.in_channels, height, width), torch.zeros((), dtype=torch.int64))
+        sample, timestep = torch.empty(1, network.config.in_channels, height, width), torch.zeros((), dtype=torch.int64)
+        network(sample, timestep, None if network.class_embedding is None else _class_labels(network))
     return counter.get_total_flops()
+
+
+def _class_labels(network: UNet2DModel) -> torch.Tensor:
+    """Return labels of a batch of one, in the form that a class-conditional network takes."""
+    if isinstance(network.class_embedding, torch.nn.Embedding):
+        return torch.zeros(1, dtype=torch.int64)
+    if isinstance(network.class_embedding, torch.nn.Identity):
+        return torch.zeros(1, network.time_embedding.linear_2.out_features)
+    return torch.zeros(1)

@@ -38,6 +38,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -46,8 +47,9 @@ from ddim.diffusion.equations import Step, sigma_ddim
 from ddim.diffusion.loop import StepSettings, sample
 from ddim.diffusion.noise import MAX_SEED, NoiseSource, check_seeds, noise_from_generator, noise_from_seeds
 from ddim.diffusion.schedule import SPACINGS
+from ddim.extras import require
 from ddim.io.atomic import atomic_write
-from ddim.io.cache import cache_folder
+from ddim.io.cache import Cache
 from ddim.io.fingerprint import model_sha256
 from ddim.io.json_files import to_json
 from ddim.pipeline import DDIMPipeline
@@ -303,8 +305,8 @@ class ErrorEvaluator:
             "settings": [REFERENCE_STEPS, PRUNE_RATIO],
         }
         sha256 = hashlib.sha256(to_json(key).encode()).hexdigest()
-        self._path = cache_folder() / "tuning" / f"{sha256}.json"
-        self._errors = self._read()
+        self._cache, self._entry = Cache("tuning"), sha256
+        self._errors = self._cache.read(self._entry, _parse_errors) or {}
 
     def mse(self, timesteps: Sequence[int]) -> float:
         """Return the mean squared error in [0, 1], infinite where the trial was pruned.
@@ -336,7 +338,7 @@ class ErrorEvaluator:
         key = _key(timesteps)
         if key not in self._errors:
             self._errors[key] = self._measure(list(timesteps))
-            self._write()
+            self._cache.write(self._entry, [to_json(self._errors).encode()])
         return self._errors[key]
 
     def _mean(self, values: list[float]) -> float:
@@ -412,22 +414,13 @@ class ErrorEvaluator:
 
         return draw().__next__
 
-    def _read(self) -> dict[str, list[tuple[float, float]]]:
-        """Return the cached errors; a damaged file counts as none."""
-        try:
-            known = json.loads(self._path.read_text())
-            return {str(name): [(float(mse), float(rmse)) for mse, rmse in e] for name, e in known.items()}
-        except (OSError, ValueError, AttributeError, TypeError):
-            return {}
 
-    def _write(self) -> None:
-        """Cache the errors, where the folder can be written."""
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self._path) as temporary:
-                temporary.write_text(to_json(self._errors))
-        except OSError:
-            return
+def _parse_errors(content: np.ndarray) -> dict[str, list[tuple[float, float]]]:
+    """Read the cached errors of a search: those of each batch, by timesteps."""
+    errors = json.loads(content.tobytes())
+    if not all(errors.values()):
+        raise ValueError("errors of no batch")
+    return {str(key): [(float(mse), float(rmse)) for mse, rmse in batches] for key, batches in errors.items()}
 
 
 def _key(timesteps: Sequence[int]) -> str:
@@ -466,6 +459,7 @@ def plot_timesteps(lists: Mapping[str, Sequence[int]], path: Path) -> None:
         lists: timesteps by name.
         path: a PNG or SVG, by the suffix.
     """
+    require("a plot", "matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -57,7 +57,7 @@ GOOD = {
     "resumed": ["sample", "-n", "6", "--steps", "1", "--out", "images again"],
     "shards": ["sample", "-n", "6", "--steps", "1", "--out", "shards.tar", "--batch-size", "2", "--shard-size", "5"],
     "default name": ["sample", "-n", "1", "--steps", "1"],
-    "timesteps": [*QUICK, "--timesteps", "900,600,300,0", "-o", "timesteps.npz"],
+    "timesteps": ["sample", "-n", "2", "--timesteps", "900,600,300,0", "-o", "timesteps.npz"],
     "trailing": [*QUICK, "--spacing", "trailing", "-o", "trailing.npz"],
     "eta": [*QUICK, "--steps", "10", "--eta", "1", "-o", "eta.npz"],
     "sigma-hat": [*QUICK, "--steps", "10", "--eta", "1", "--sigma-hat", "-o", "sigma-hat.npz"],

@@ -563,7 +563,17 @@ def test_command(tmp_path: Path) -> None:
     completed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     pipe = DDIMPipeline.from_pretrained(tmp_path / "out")
     summary = f"{pipe.unet.num_parameters():,} parameters, sample_size 32\n"
-    assert (completed.returncode, completed.stdout, completed.stderr) == (0, "out\n", summary)
+    assert (completed.returncode, completed.stdout) == (0, "out\n")
+    *assumed, last = completed.stderr.splitlines(keepends=True)
+    assert last == summary
+    # Neither --heads nor --steps-trained, which were given.
+    assert assumed == [
+        "assumed: linear betas from 0.0002 to 0.04 (--beta-schedule, --beta-start, --beta-end)\n",
+        "assumed: images of 32 pixels (--image-size)\n",
+        "assumed: heads split before queries, keys and values (--new-attention-order)\n",
+        "assumed: the predicted x_0 is clipped, and epsilon not recomputed from it "
+        "(ddim sample --use-clipped-model-output)\n",
+    ]
     assert (len(pipe.scheduler), pipe.unet.config.attention_head_dim) == (500, 32)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -214,15 +213,21 @@ def test_disk_cache_is_decoded_once(image_folder: Path, cache_home: Path, monkey
     assert len(list((cache_home / "ddim/images").iterdir())) == 3
 
 
-def test_disk_cache_format(broken: Path, cache_home: Path) -> None:
-    dataset = open_dataset(DataConfig(source=str(broken), cache="disk"), 8, 1)
-    (cached,) = (cache_home / "ddim/images").iterdir()
-    assert (cached / "pixels.bin").read_bytes() == digits(40)[READABLE].tobytes()
-    about = json.loads((cached / "about.json").read_text())
-    assert about["source"] == str(broken)
-    assert about["shape"] == [37, 1, 8, 8]
-    assert about["sha256"] == dataset.fingerprint
-    assert len(about["unreadable"]) == 3
+@pytest.mark.parametrize("position", [40, 32 + 37 * 64 + 5, -3])
+def test_damaged_disk_cache_is_decoded_again(
+    broken: Path, cache_home: Path, position: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = DataConfig(source=str(broken), cache="disk")
+    first = open_dataset(config, 8, 1)
+    (entry,) = (cache_home / "ddim/images").iterdir()
+    content = bytearray(entry.read_bytes())
+    content[position] ^= 1
+    entry.write_bytes(content)
+    caplog.clear()
+    again = open_dataset(config, 8, 1)
+    assert np.array_equal(read_all(again)[:, 0], digits(40)[READABLE])
+    assert again.fingerprint == first.fingerprint
+    assert f"{entry} is damaged" in caplog.messages[0]
 
 
 def test_disk_cache_is_rebuilt_when_images_change(folder: Path) -> None:
@@ -259,11 +264,17 @@ def test_disk_cache_is_copy_on_write(image_folder: Path) -> None:
     assert np.array_equal(read_all(open_dataset(config, 8, 1))[:, 0], digits(40))
 
 
-def test_unwritable_cache_raises(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_cache_is_replaced_by_memory(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(OSError, match=r"\[Errno"):
-        open_dataset(DataConfig(source=str(image_folder), cache="disk"), 8, 1)
+    dataset = open_dataset(DataConfig(source=str(image_folder), cache="disk"), 8, 1)
+    assert np.array_equal(read_all(dataset)[:, 0], digits(40))
+    assert dataset.location == "memory"
+    assert len(caplog.messages) == 1
+    monkeypatch.setattr(dataset_module, "MEMORY_CACHE_BYTES", 1)
+    assert isinstance(open_dataset(DataConfig(source=str(image_folder), cache="disk"), 8, 1), LazyImageDataset)
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from ddim.evaluation import metrics
 from ddim.evaluation.features import DigitClassifier, Pixels, load_features
 from ddim.evaluation.image_sets import ImageSet, sample_image_set
 from ddim.evaluation.metrics import compute_features
+from ddim.io.cache import Cache
 from ddim.pipeline import DDIMPipeline
 
 
@@ -39,9 +42,35 @@ def test_features_are_cached(
     cache_file.write_bytes(b"\x93NUMPY damaged")
     assert torch.equal(compute_features(as_files(pixels), Recorder((1, 4, 4))).values, first.values)
     assert sum(computed) == 20
+    # Of another shape, with the right checksum.
+    stream = io.BytesIO()
+    np.save(stream, np.zeros((19, 16), np.float32))
+    assert Cache("features").write(cache_file.name, [stream.getvalue()])
+    assert torch.equal(compute_features(as_files(pixels), Recorder((1, 4, 4))).values, first.values)
+    assert sum(computed) == 40
     pixels[3, 0, 2, 2] += 1
     assert compute_features(as_files(pixels), Recorder((1, 4, 4))).sha256 != first.sha256
-    assert sum(computed) == 40
+    assert sum(computed) == 60
+
+
+def test_unwritable_cache_costs_only_time(
+    as_files: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    pixels = torch.randint(256, (20, 1, 4, 4), dtype=torch.uint8)
+    values = compute_features(as_files(pixels), Pixels((1, 4, 4))).values
+    assert torch.equal(values, (pixels.flatten(1).double() / 255).float())
+    assert len(caplog.messages) == 1
+
+
+def test_large_images_are_averaged() -> None:
+    """Otherwise the covariance of 256x256 images in color would take 309 GB."""
+    pixels = torch.randint(256, (2, 3, 96, 64), dtype=torch.uint8)
+    extractor = Pixels((3, 96, 64))
+    expected = pixels.double().reshape(2, 3, 32, 3, 32, 2).mean((3, 5)) / 255
+    assert extractor.num_features == 3 * 32 * 32
+    torch.testing.assert_close(extractor(pixels), expected.flatten(1))
 
 
 def test_classifier_recognizes_sampled_digits(pipe: DDIMPipeline) -> None:
@@ -80,7 +109,7 @@ def test_invalid_features_raise(tmp_path: Path) -> None:
 
 def test_inception_requires_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ImportError, match="require torch-fidelity and torchvision"):
+    with pytest.raises(ImportError, match=r"requires torch_fidelity; install it with: pip install 'ddim\[inception\]'"):
         load_features("inception", (3, 32, 32))
 
 

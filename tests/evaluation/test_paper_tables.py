@@ -19,6 +19,7 @@ from ddim.evaluation import paper_tables
 from ddim.evaluation.features import Pixels
 from ddim.evaluation.image_sets import ImageSet, open_files, sample_image_set
 from ddim.evaluation.metrics import frechet
+from ddim.io.cache import Cache
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from digits import write_digits
@@ -64,6 +65,18 @@ def test_table_1_cell_by_cell(small: DDIMPipeline, monkeypatch: pytest.MonkeyPat
     assert {settings["num_inference_steps"] for settings in sampled_again} == {4}
     paper_tables.table_1(small, digits, features, 12, seed=4, steps=(2,))
     assert len(sampled_again) == 10
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"key": {}, "result": {"fid": 0}}', b"{"])
+def test_damaged_cell_is_measured_again(
+    small: DDIMPipeline, features_cache: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    digits = open_files("digits", 20)
+    expected = paper_tables.figure_4(small, digits, Pixels(digits.shape), 12, steps=(2,)).rows[1]
+    (cell,) = (features_cache.parent / "tables").iterdir()
+    assert Cache("tables").write(cell.name, [content])
+    assert paper_tables.figure_4(small, digits, Pixels(digits.shape), 12, steps=(2,)).rows[1] == expected
+    assert len(caplog.messages) == 1
 
 
 def test_published_rows_are_included(make_unet: Any, as_files: Callable[..., ImageSet]) -> None:

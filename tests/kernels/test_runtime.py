@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
 import torch
 from numba import carray
 from torch import nn
 
+from ddim.io.cache import Cache
 from ddim.kernels.compiler import compile_kernel
+from ddim.kernels.machine import target_machine
 from ddim.kernels.record import Count, Flag, Pointer, Real, Record
+from ddim.kernels.runtime import Kernel
 from ddim.nn.ops import load_kernels, norm_act
 from helpers import randn
 from kernel_helpers import channels_last, distance, gradients, make_norm
@@ -64,6 +69,20 @@ def run_python(code: str, **variables: str) -> str:
     return done.stdout
 
 
+def run_kernel(cache: Path) -> subprocess.CompletedProcess[str]:
+    """A process that runs a kernel, and prints whether it had to compile it."""
+    environment = os.environ | {"DDIM_KERNEL_CACHE": str(cache)}
+    return subprocess.run([sys.executable, "-c", RUN_ONE_KERNEL], env=environment, capture_output=True, text=True)
+
+
+def _object_code(folder: str, function: str, declarations: str = "", body: str = "") -> bytes:
+    """Object code of a function with the name of a kernel."""
+    symbol = Kernel(folder, function, []).symbol
+    code = f"{declarations}\ndefine void @{symbol}(ptr %data) {{\n{body}\nret void\n}}"
+    result: bytes = target_machine().emit_object(llvm.parse_assembly(code))
+    return result
+
+
 def compiles(cache: Path) -> bool:
     """Whether a process that runs a kernel has to compile it."""
     return run_python(RUN_ONE_KERNEL, DDIM_KERNEL_CACHE=str(cache)) == "True\n"
@@ -96,6 +115,14 @@ class TestFallbacks:
         run_python(WITHOUT_OPENMP, OMP_NUM_THREADS="2")
 
 
+@pytest.fixture(scope="module")
+def compiled_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with one compiled kernel; tests copy it."""
+    folder = tmp_path_factory.mktemp("kernels")
+    assert compiles(folder)
+    return folder
+
+
 class TestCache:
     def test_several_are_compiled_by_other_processes(self, tmp_path: Path) -> None:
         assert run_python(LOAD_TRAINING_KERNELS, DDIM_KERNEL_CACHE=str(tmp_path)) == "False\n"
@@ -117,6 +144,38 @@ class TestCache:
         """A cache folder that cannot be made costs the compilation and nothing else."""
         (tmp_path / "file").touch()
         assert compiles(tmp_path / "file" / "kernels")
+
+    @pytest.mark.parametrize("others", ["cache", "file"])
+    def test_planted_code_is_not_run(self, compiled_cache: Path, tmp_path: Path, others: str) -> None:
+        """Code that others could have put into the cache is compiled anew, in memory, with a warning."""
+        cache = shutil.copytree(compiled_cache, tmp_path / "cache")
+        (file,) = cache.rglob("conv_grad.weight_gradient.o")
+        entry = str(file.relative_to(cache))
+        end_process = _object_code(
+            "conv_grad", "weight_gradient", "declare void @_exit(i32)", "call void @_exit(i32 7)"
+        )
+        assert Cache("kernels", cache).write(entry, [end_process])
+        # It would have been run.
+        assert run_kernel(cache).returncode == 7
+        {"cache": cache, "file": file}[others].chmod(0o777)
+        done = run_kernel(cache)
+        assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+        assert "can be written by other users; delete it" in done.stderr
+
+    @pytest.mark.parametrize("code", [b"words", "another function"])
+    def test_entry_without_the_function(self, compiled_cache: Path, tmp_path: Path, code: bytes | str) -> None:
+        """Whatever an entry holds, with the right checksum: it does not end the process."""
+        shutil.copytree(compiled_cache, tmp_path, dirs_exist_ok=True)
+        (file,) = tmp_path.rglob("conv_grad.weight_gradient.o")
+        content = code if isinstance(code, bytes) else _object_code("norm", "forward")
+        assert Cache("kernels", tmp_path).write(str(file.relative_to(tmp_path)), [content])
+        done = run_kernel(tmp_path)
+        assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+        assert done.stderr.count("the cached kernels in") == 1
+
+    def test_user_without_a_home_folder(self) -> None:
+        no_home = "import pathlib\ndef home(): raise RuntimeError('no home')\npathlib.Path.home = home\n"
+        assert run_python(no_home + RUN_ONE_KERNEL, DDIM_KERNEL_CACHE="", XDG_CACHE_HOME="") == "True\n"
 
 
 class TestCompiler:

@@ -1,25 +1,26 @@
 """The command line: one file per command; a command reads options, calls the library and prints the result.
 
-Results go to stdout, everything else to stderr. Exit status: 0; 1 for a failure, reported in one line; 2 for bad usage.
+Results go to stdout, everything else to stderr. Exit status: 0; 1 for a failure, reported in one line; 2 for bad usage;
+130 after Ctrl-C.
 Heavy modules are imported inside the commands, so that help and usage errors appear at once.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 from typing import Annotated
 
 import typer
 
 from ddim.cli.app import app as page
+from ddim.cli.checks import Command
 from ddim.cli.convert import convert
 from ddim.cli.edit import edit
 from ddim.cli.encode import decode, encode
 from ddim.cli.evaluate import evaluate
+from ddim.cli.failures import Commands, exit_with
 from ddim.cli.info import info
 from ddim.cli.interpolate import interpolate
-from ddim.cli.messages import to_options
 from ddim.cli.reconstruct import reconstruct
 from ddim.cli.sample import sample
 from ddim.cli.train import train
@@ -29,6 +30,7 @@ from ddim.version import __version__
 
 app = typer.Typer(
     name="ddim",
+    cls=Commands,
     help="Denoising Diffusion Implicit Models: sample, invert, interpolate, edit, train, tune, evaluate.",
     epilog="Example: ddim sample --model mnist --steps 20 --count 16 --out digits.png",
     no_args_is_help=True,
@@ -41,7 +43,7 @@ COMMANDS = (
     *(train, tune, evaluate, convert, info, page),
 )
 for command in COMMANDS:
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 def _print_version(is_given: bool) -> None:
@@ -60,12 +62,9 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; a failure that a user can cause ends in one line on stderr."""
+    """Run the command line; a failure ends in one line on stderr."""
     logging.basicConfig(format="ddim: %(message)s", level=logging.WARNING)
     try:
         app()
-    except KeyboardInterrupt:
-        sys.exit("ddim: interrupted")
-    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        sys.exit(f"ddim: {to_options(message, command=sys.argv[1])}")
+    except Exception as error:  # what goes wrong before a command runs
+        exit_with(error)

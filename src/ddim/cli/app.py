@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
 from ddim.cli import options
+from ddim.extras import require
 from ddim.validation import integer
 
 
@@ -18,6 +18,10 @@ def app(
             help="Built-in models, folders or hub ids; the page starts with the first; defaults to mnist.",
             show_default=False,
         ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="A model, as an argument; can be repeated.", show_default=False),
     ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on: 127.0.0.1 is this machine only, 0.0.0.0 the whole network.")
@@ -44,9 +48,8 @@ def app(
 
       ddim app mnist google/ddpm-cifar10-32 --device cuda
     """
-    if find_spec("gradio") is None:
-        raise RuntimeError("the page requires gradio; install it with: pip install 'ddim[app]'")
+    require("the page", "gradio")
     integer("--port", port, 0, 65535)
     from ddim.app import serve
 
-    serve(models or ["mnist"], host, port, share, allow_paths, open_browser, device, engine)
+    serve([*(models or []), *(model or [])] or ["mnist"], host, port, share, allow_paths, open_browser, device, engine)

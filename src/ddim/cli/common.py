@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ddim.diffusion.sampling_config import SamplingConfig
-from ddim.validation import pluralize, real
+from ddim.validation import pluralize, real, shown
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ddim.io.latent_files import LatentSettings
     from ddim.pipeline import DDIMPipeline
 
 
@@ -28,6 +29,7 @@ class SamplingOptions:
         eta: 0 for DDIM, 1 for DDPM.
         order: of the method, 1 or 2; `None` for the model's own.
         sigma_hat: whether noise has DDPM's larger variance.
+        clipped_model_output: whether epsilon is recomputed from the clipped x_0.
 
     Raises:
         ValueError: for an option out of range, whatever the model.
@@ -44,11 +46,11 @@ class SamplingOptions:
     eta: float = 0.0
     order: int | None = None
     sigma_hat: bool = False
+    clipped_model_output: bool = False
 
     def __post_init__(self) -> None:
         # Checked before a model is loaded.
-        num_steps = SamplingConfig.num_inference_steps if self.steps is None else self.steps
-        SamplingConfig(num_steps, self.eta, self.timesteps, self.order, self.sigma_hat)
+        self._config(self.timesteps)
 
     @classmethod
     def parse(cls, steps: int | None, spacing: str | None, timesteps: str | None = None, **settings: Any) -> Self:
@@ -58,7 +60,7 @@ class SamplingOptions:
             steps: the value of `--steps`.
             spacing: the value of `--spacing`.
             timesteps: the value of `--timesteps`: integers separated by commas.
-            settings: `eta`, `order` and `sigma_hat`, where the command has them.
+            settings: `eta`, `order`, `sigma_hat` and `clipped_model_output`, where the command has them.
 
         Returns:
             The options, with the timesteps as a list.
@@ -97,8 +99,11 @@ class SamplingOptions:
         Raises:
             ValueError: for an option out of range.
         """
+        return self._config(self.choose_timesteps(pipe))
+
+    def _config(self, timesteps: Sequence[int] | None) -> SamplingConfig:
         num_steps = SamplingConfig.num_inference_steps if self.steps is None else self.steps
-        return SamplingConfig(num_steps, self.eta, self.choose_timesteps(pipe), self.order, self.sigma_hat)
+        return SamplingConfig(num_steps, self.eta, timesteps, self.order, self.sigma_hat, self.clipped_model_output)
 
 
 def load_pipeline(model: str, device: str, dtype: str = "float32", engine: str = "auto") -> DDIMPipeline:
@@ -122,7 +127,66 @@ def load_pipeline(model: str, device: str, dtype: str = "float32", engine: str =
 
     # Checked before the weights are read, which takes long.
     target = choose_device(device), choose_dtype(dtype)
-    return DDIMPipeline.from_pretrained(model, engine=engine).to(*target)
+    pipe = DDIMPipeline.from_pretrained(model, engine=engine)
+    if pipe.unet.class_embedding is not None:
+        raise ValueError(f"{model} is a class-conditional model; class labels are supported in Python alone")
+    return pipe.to(*target)
+
+
+def choose_model(argument: str | None, option: str | None, default: str | None = None) -> str:
+    """Return the model that a user gave as an argument or as an option.
+
+    Args:
+        argument: the value of the argument.
+        option: the value of `--model`.
+        default: if neither is given.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if both are given and differ, or neither is given where one is required.
+
+    Example:
+        >>> choose_model(None, "mnist")
+        'mnist'
+    """
+    if argument is not None and option is not None and argument != option:
+        raise ValueError(f"give one model, got {shown(argument)} and --model {option}")
+    model = argument if option is None else option
+    if model is None and default is None:
+        raise ValueError("give a model: mnist, a folder, or a hub id")
+    return str(default) if model is None else model
+
+
+def load_latents_pipeline(
+    source: str, settings: LatentSettings, model: str | None, device: str, dtype: str, engine: str
+) -> DDIMPipeline:
+    """Load the model that encoded latents.
+
+    Args:
+        source: the file of latents, for messages.
+        settings: the settings of its latents, which name the model.
+        model: the model that the user gave instead, if any.
+        device: as for `load_pipeline`.
+        dtype: as for `load_pipeline`.
+        engine: as for `load_pipeline`.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        FileNotFoundError: if no such model exists.
+        ValueError: if it is damaged, or no such device, dtype or engine exists.
+    """
+    try:
+        return load_pipeline(settings.model if model is None else model, device, dtype, engine)
+    except FileNotFoundError as error:
+        if model is not None:
+            raise
+        raise FileNotFoundError(
+            f"{source} was encoded with the model {settings.model!r}, which is not there ({error}); name it by --model"
+        ) from None
 
 
 def with_spacing(pipe: DDIMPipeline, spacing: str | None) -> DDIMPipeline:
@@ -233,4 +297,6 @@ def parse_integers(text: str, option: str, example: str = "900,600,300,0") -> li
     try:
         return [int(entry) for entry in text.split(",")]
     except ValueError:
-        raise ValueError(f"{option} must be integers separated by commas, such as {example}, got {text!r}") from None
+        raise ValueError(
+            f"{option} must be integers separated by commas, such as {example}, got {shown(text)}"
+        ) from None

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ddim.cli import options
 from ddim.cli.common import report_result
+
+if TYPE_CHECKING:
+    from ddim.convert import OpenAIFlags
+    from ddim.pipeline import DDIMPipeline
 
 PIPELINE_FILES = (
     "model_index.json",
@@ -110,5 +116,38 @@ def convert(
         dtype,
         overwrite,
     )
+    if not (layout == "diffusers" or (layout == "auto" and Path(checkpoint).is_dir())):
+        for line in assumptions(pipe, flags, schedule, image_size):
+            print(f"assumed: {line}", file=sys.stderr)
     size = pipe.unet.config.sample_size
     report_result(folder, num_replaced, f"{pipe.unet.num_parameters():,} parameters, sample_size {size}")
+
+
+def assumptions(
+    pipe: DDIMPipeline, flags: OpenAIFlags, schedule: Mapping[str, Any], image_size: int | None
+) -> list[str]:
+    """Return what a checkpoint does not record and the user did not give, with the options that change it.
+
+    Args:
+        pipe: the converted model.
+        flags: those that were given.
+        schedule: arguments of the scheduler; `None` where they were not given.
+        image_size: the size that was given, if any.
+
+    Returns:
+        One phrase per assumption.
+    """
+    config = pipe.scheduler.config
+    lines = []
+    if schedule["num_train_timesteps"] is None:
+        lines.append(f"{config.num_train_timesteps} timesteps of training (--steps-trained)")
+    if None in (schedule["beta_schedule"], schedule["beta_start"], schedule["beta_end"]):
+        betas = f"{config.beta_schedule} betas from {config.beta_start:g} to {config.beta_end:g}"
+        lines.append(f"{betas} (--beta-schedule, --beta-start, --beta-end)")
+    if image_size is None:
+        lines.append(f"images of {pipe.unet.config.sample_size} pixels (--image-size)")
+    if (flags.heads is not None or flags.head_channels is not None) and not flags.new_attention_order:
+        lines.append("heads split before queries, keys and values (--new-attention-order)")
+    clipping = "the predicted x_0 is clipped" if config.clip_sample else "the predicted x_0 is not clipped"
+    lines.append(f"{clipping}, and epsilon not recomputed from it (ddim sample --use-clipped-model-output)")
+    return lines

@@ -22,10 +22,7 @@ def edit(
     strength: Annotated[
         float, typer.Option(help="Fraction of the steps to go back: 0 keeps the image, 1 keeps nothing.")
     ] = 0.5,
-    seed: Annotated[
-        int | None,
-        typer.Option(help="Seed of the first image's noise, seed + i for image i; defaults to encoding, not noise."),
-    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first image's noise: seed + i for image i.")] = 0,
     model: options.Model = "mnist",
     steps: options.Steps = 50,
     eta: options.Eta = 0.0,
@@ -43,7 +40,7 @@ def edit(
     The path of the result is printed.
 
     Examples:
-      ddim edit sketch.png --seed 0 --strength 0.6
+      ddim edit sketch.png --strength 0.6
 
       ddim edit digits/ --seed 7 --strength 0.4 --out edited/
     """
@@ -57,7 +54,7 @@ def edit(
         originals,
         strength,
         steps,
-        seeds=None if seed is None else range(seed, seed + len(originals)),
+        seeds=range(seed, seed + len(originals)),
         eta=sampling.eta,
         timesteps=sampling.choose_timesteps(pipe),
         order=sampling.order,

@@ -9,7 +9,13 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import SamplingOptions, load_pipeline, read_images, report_result
+from ddim.cli.common import (
+    SamplingOptions,
+    load_latents_pipeline,
+    load_pipeline,
+    read_images,
+    report_result,
+)
 from ddim.validation import pluralize
 
 
@@ -79,7 +85,7 @@ def decode(
             help="x.png is a grid, x.npz holds arr_0 (uint8, NHWC), a folder gets one PNG per image.",
         ),
     ] = "decoded.png",
-    model: options.Model = "mnist",
+    model: options.ModelOption = None,
     steps: Annotated[
         int | None, typer.Option(help="Number of function evaluations per image; defaults to that of the latents.")
     ] = None,
@@ -91,7 +97,7 @@ def decode(
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
 ) -> None:
-    """Decode latents into images: the inverse of ddim encode.
+    """Decode latents into images: the inverse of ddim encode, by the model that the file names.
 
     Latents of another model or of other timesteps are refused without --force: they decode to other images. The path
     of the result is printed.
@@ -107,7 +113,7 @@ def decode(
     target = check_output_path(out)
     sampling = SamplingOptions.parse(steps, spacing, timesteps)
     latents, settings = load_latents(codes)
-    pipe = load_pipeline(model, device, dtype, engine)
+    pipe = load_latents_pipeline(codes, settings, model, device, dtype, engine)
     chosen = settings.timesteps
     if sampling != SamplingOptions(None):
         num_steps = len(chosen) if steps is None else steps

@@ -11,20 +11,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import SamplingOptions, load_pipeline, parse_integers, with_spacing
+from ddim.cli.checks import refuse_sampling_options
+from ddim.cli.common import SamplingOptions, choose_model, load_pipeline, parse_integers, with_spacing
 
 if TYPE_CHECKING:
     from ddim.evaluation.image_sets import ImageSet
 
+DEFAULT_FEATURES = "pixels"
+"""They require neither a download nor an optional package."""
+
 
 def evaluate(
+    ctx: typer.Context,
     samples: Annotated[
-        str,
+        str | None,
         typer.Argument(
+            show_default=False,
             help="What to evaluate: a model (mnist, a folder), which generates --count images; or images: a folder, an "
-            ".npz or parquet file, tar shards, a data set."
+            ".npz or parquet file, tar shards, a data set.",
         ),
-    ],
+    ] = None,
+    model: options.ModelOption = None,
     reference: Annotated[
         str | None,
         typer.Option(help="What to compare with: images, or a model; required by all metrics but the inception score."),
@@ -35,9 +42,10 @@ def evaluate(
     features: Annotated[
         str,
         typer.Option(
-            help="Features to compare by: pixels, mnist (a classifier of digits), inception, or a TorchScript file."
+            help="Features to compare by: pixels, mnist (a classifier of digits), inception (published distances; "
+            "requires pip install 'ddim[inception]'), or a TorchScript file."
         ),
-    ] = "inception",
+    ] = DEFAULT_FEATURES,
     count: Annotated[
         int | None,
         typer.Option("--count", "-n", help="Number of images; defaults to 10000 of a model and to all of files."),
@@ -63,6 +71,7 @@ def evaluate(
     timesteps: options.Timesteps = None,
     order: options.Order = None,
     sigma_hat: options.SigmaHat = False,
+    clipped_model_output: options.ClippedModelOutput = False,
     out: Annotated[
         list[str] | None,
         typer.Option(
@@ -85,7 +94,7 @@ def evaluate(
 
       ddim evaluate images/ --reference owner/dataset --metrics fid,kid
 
-      ddim evaluate samples.npz --metrics is --out score.json --out score.md
+      ddim evaluate samples.npz --metrics is --features mnist --out score.json --out score.md
 
       ddim evaluate mnist --reference mnist/test.parquet --features mnist -n 500 --table 1 --out t.md --out t.png
 
@@ -94,11 +103,10 @@ def evaluate(
     from ddim import distributed
     from ddim.evaluation import report
     from ddim.evaluation.image_sets import is_model
-    from ddim.validation import integer
 
-    for option, number in (("--count", count), ("--reference-count", reference_count)):
-        if number is not None:
-            integer(option, number, 1)
+    if samples is None and model is None:
+        raise ValueError("give what to evaluate: a model, or images")
+    samples = choose_model(samples, model)
     source = Source(distributed.local_device(device), engine, split, seed)
     if table is not None or figure is not None:
         if (table, figure) not in ((1, None), (2, None), (None, 4)):
@@ -113,7 +121,17 @@ def evaluate(
         raise ValueError("--table-steps requires --table or --figure")
     names = [name.strip() for name in metrics.split(",")]
     outputs = report.check_outputs(out or [])
-    sampling = SamplingOptions.parse(steps, spacing, timesteps, eta=eta, order=order, sigma_hat=sigma_hat)
+    sampling = SamplingOptions.parse(
+        steps,
+        spacing,
+        timesteps,
+        eta=eta,
+        order=order,
+        sigma_hat=sigma_hat,
+        clipped_model_output=clipped_model_output,
+    )
+    if not (is_model(samples) or (reference is not None and is_model(reference))):
+        refuse_sampling_options(ctx, "on images of files")
     sample_set = source.open(samples, sampling, count, None)
     reference_set = None
     if reference is not None:
@@ -131,12 +149,17 @@ def evaluate(
             "timesteps": sampling.timesteps,
             "seed": seed,
             "spacing": spacing,
-        }
+        } | ({"use_clipped_model_output": True} if clipped_model_output else {})
     for path in outputs:
         report.write_report(result, Path(path))
     print(report.format_table(result))
+    print(f"compared by the features {features}{_comparability(features)}", file=sys.stderr)
     for path in outputs:
         print(f"also in {path}", file=sys.stderr)
+
+
+def _comparability(features: str) -> str:
+    return "" if features == "inception" else ", whose distances are not those of published figures (inception)"
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,13 @@ from typing import Annotated
 
 import typer
 
+from ddim.cli import options
+from ddim.cli.common import choose_model
+
 
 def info(
-    model: Annotated[str, typer.Argument(help="A built-in model, a folder, or a hub id.")] = "mnist",
+    model: options.ModelArgument = None,
+    model_option: options.ModelOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a model's location, size, cost and configuration.
@@ -21,7 +25,7 @@ def info(
     """
     from ddim.info import describe
 
-    facts = describe(model)
+    facts = describe(choose_model(model, model_option, "mnist"))
     if as_json:
         print(json.dumps(facts, indent=2))
         return

@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Self
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import SamplingOptions, check_fps, load_pipeline, read_images, report_result
-from ddim.validation import integer, pluralize
+from ddim.cli.checks import MAX_FRAMES
+from ddim.cli.common import (
+    SamplingOptions,
+    check_fps,
+    load_latents_pipeline,
+    load_pipeline,
+    read_images,
+    report_result,
+)
+from ddim.validation import integer, pluralize, shown
+
+MAX_SEED_DIGITS = 19
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,7 +51,7 @@ def interpolate(
         str | None, typer.Option(help="ROWSxCOLUMNS between four points, the corners, instead of a path.")
     ] = None,
     fps: options.Fps = 10.0,
-    model: options.Model = "mnist",
+    model: options.ModelOption = None,
     steps: options.LatentSteps = None,
     spacing: options.Spacing = None,
     resize: options.Resize = False,
@@ -53,7 +63,8 @@ def interpolate(
 ) -> None:
     """Interpolate spherically from point to point in latent space, and decode the latents between.
 
-    Images are encoded exactly, so that the path passes through them. The path of the result is printed.
+    Images are encoded exactly, so that the path passes through them. The model defaults to that of the first file of
+    latents, or mnist. The path of the result is printed.
 
     Examples:
       ddim interpolate 3 14 --out strip.png
@@ -81,7 +92,11 @@ def interpolate(
     if grid_shape is not None and closed:
         raise ValueError("--closed requires a path, got --grid")
     given = Points.read(points)
-    pipe = load_pipeline(model, device, dtype, engine)
+    if given.latents:
+        source, (_, settings) = next(iter(given.latents.items()))
+        pipe = load_latents_pipeline(source, settings, model, device, dtype, engine)
+    else:
+        pipe = load_pipeline("mnist" if model is None else model, device, dtype, engine)
     path_timesteps = given.choose_timesteps(pipe, SamplingOptions(steps, spacing))
     given.check(pipe, path_timesteps, grid_shape is not None, force)
     images = pipe.interpolate(
@@ -121,9 +136,12 @@ def parse_grid(text: str) -> tuple[int, int]:
         (8, 6)
     """
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() and int(part) >= 2 for part in parts):
-        raise ValueError(f"--grid must be ROWSxCOLUMNS, such as 8x8, each at least 2, got {text!r}")
-    return int(parts[0]), int(parts[1])
+    if len(parts) != 2 or not all(part.isdecimal() and len(part) < 10 and int(part) >= 2 for part in parts):
+        raise ValueError(f"--grid must be ROWSxCOLUMNS, such as 8x8, each at least 2, got {shown(text)}")
+    rows, columns = int(parts[0]), int(parts[1])
+    if rows * columns > MAX_FRAMES:
+        raise ValueError(f"--grid must have at most {MAX_FRAMES} images, got {shown(text)}")
+    return rows, columns
 
 
 @dataclass(frozen=True)
@@ -160,7 +178,10 @@ class Points:
         from ddim.io.latent_files import LATENT_SUFFIXES, load_latents
 
         latents = {name: load_latents(name) for name in names if Path(name).suffix.lower() in LATENT_SUFFIXES}
-        seeds = {name: int(name) for name in names if name.removeprefix("-").isdecimal()}
+        numbers = [name for name in names if name.removeprefix("-").isdecimal()]
+        if too_long := [name for name in numbers if len(name) > MAX_SEED_DIGITS]:
+            raise ValueError(f"a seed must be an integer from 0 to 2^63 - 1, got {shown(too_long[0])}")
+        seeds = {name: int(name) for name in numbers}
         check_seeds([integer("a seed", seed, 0) for seed in seeds.values()], len(seeds))
         others = [name for name in names if name not in latents and name not in seeds]
         return cls(names, latents, seeds, {name: read_images([name]) for name in others})

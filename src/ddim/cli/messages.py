@@ -16,6 +16,7 @@ IDENTIFIERS = {
     "num_inference_steps": "--steps",
     "timestep_spacing": "--spacing",
     "use_sigma_hat": "--sigma-hat",
+    "use_clipped_model_output": "--use-clipped-model-output",
     "batch_size": "--batch-size",
     "shard_size": "--shard-size",
     "max_iterations": "--max-iterations",
@@ -47,6 +48,7 @@ FLAGS = {
     "exact=True": "--exact",
     "exact=False": "--euler",
     "use_sigma_hat=True": "--sigma-hat",
+    "use_clipped_model_output=True": "--use-clipped-model-output",
 }
 """Arguments with values that are flags on the command line."""
 

@@ -12,6 +12,13 @@ Model = Annotated[
         "--model", "-m", help="A built-in model (mnist), a folder, or a hub id such as google/ddpm-cifar10-32."
     ),
 ]
+ModelArgument = Annotated[str | None, typer.Argument(help="The model, as for --model.", show_default=False)]
+"""Of commands without other arguments."""
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="A built-in model, a folder, or a hub id such as google/ddpm-cifar10-32."),
+]
+"""Of commands that also take the model as an argument, or know it from elsewhere."""
 Steps = Annotated[int, typer.Option(help="Number of function evaluations per image: fewer is faster, more is finer.")]
 LatentSteps = Annotated[
     int | None, typer.Option(help="Number of function evaluations per image; defaults to that of the latents, or 50.")
@@ -33,6 +40,12 @@ Order = Annotated[
     ),
 ]
 SigmaHat = Annotated[bool, typer.Option("--sigma-hat", help="Add noise with DDPM's larger variance; requires --eta 1.")]
+ClippedModelOutput = Annotated[
+    bool,
+    typer.Option(
+        "--use-clipped-model-output", help="Recompute epsilon from the clipped x_0 in each step, as OpenAI's code does."
+    ),
+]
 Count = Annotated[int, typer.Option("--count", "-n", help="Number of images.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first image: image i depends on seed + i alone.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.")]

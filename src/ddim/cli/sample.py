@@ -10,15 +10,18 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import SamplingOptions, load_pipeline, report_result
-from ddim.validation import pluralize
+from ddim.cli.common import SamplingOptions, choose_model, load_pipeline, report_result
+from ddim.validation import pluralize, shown
 
+MAX_GRID_BYTES = 2**28
+"""Pixels of a grid, which is held in memory several times."""
 AUTO_TOLERANCE = 0.001
 """Default of `--tolerance`: mean squared error in [0, 1]."""
 
 
 def sample(
-    model: options.Model = "mnist",
+    model: options.ModelArgument = None,
+    model_option: options.ModelOption = None,
     out: Annotated[
         str,
         typer.Option(
@@ -49,6 +52,7 @@ def sample(
     timesteps: options.Timesteps = None,
     order: options.Order = None,
     sigma_hat: options.SigmaHat = False,
+    clipped_model_output: options.ClippedModelOutput = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the images in --out and start from the first.")
     ] = False,
@@ -80,13 +84,23 @@ def sample(
     from ddim.io.image_files import OUTPUT_SUFFIXES, check_output_path, is_folder_path, save_images
 
     target = check_output_path(out, OUTPUT_SUFFIXES | {".tar": "WebDataset shards"})
-    sampling = SamplingOptions.parse(parse_steps(steps), spacing, timesteps, eta=eta, order=order, sigma_hat=sigma_hat)
+    sampling = SamplingOptions.parse(
+        parse_steps(steps),
+        spacing,
+        timesteps,
+        eta=eta,
+        order=order,
+        sigma_hat=sigma_hat,
+        clipped_model_output=clipped_model_output,
+    )
     if sampling.steps is None and (timesteps is not None or spacing is not None or eta):
         raise ValueError("--steps auto requires the model's own timesteps and --eta 0; omit --timesteps and --spacing")
     if sampling.steps is not None and tolerance is not None:
         raise ValueError(f"--tolerance requires --steps auto, got --steps {steps}")
     rank, world_size = rank_and_world_size()
-    pipe = load_pipeline(model, local_device(device), dtype, engine)
+    pipe = load_pipeline(choose_model(model, model_option, "mnist"), local_device(device), dtype, engine)
+    if target.suffix.lower() == ".png" and not is_folder_path(out):
+        check_grid(count, pipe.sample_shape)
     if sampling.steps is None:
         from ddim.tuning import enough_steps
 
@@ -131,6 +145,25 @@ def parse_steps(text: str) -> int | None:
     """
     if text == "auto":
         return None
-    if not text.removeprefix("-").isdecimal():
-        raise ValueError(f"--steps must be an integer or auto, got {text!r}")
+    if len(text) > 20 or not text.removeprefix("-").isdecimal():
+        raise ValueError(f"--steps must be an integer or auto, got {shown(text)}")
     return int(text)
+
+
+def check_grid(count: int, shape: tuple[int, int, int]) -> None:
+    """Check that images fit into one PNG.
+
+    Args:
+        count: number of images.
+        shape: (C, H, W) of each.
+
+    Raises:
+        ValueError: if there are too many of them.
+
+    Example:
+        >>> check_grid(16, (1, 28, 28))
+    """
+    channels, height, width = shape
+    largest = MAX_GRID_BYTES // (channels * height * width)
+    if count > largest:
+        raise ValueError(f"--count must be at most {largest} for a grid, got {count}; write a folder, x.npz or x.tar")

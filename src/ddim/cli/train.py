@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ddim.cli import options
+from ddim.extras import require
 
 if TYPE_CHECKING:
     from ddim.training.costs import RunCosts
@@ -82,9 +82,7 @@ def train(
         raise typer.BadParameter("give a folder for the run, such as --out runs/mine", param_hint="--out")
     if max_minutes is not None and not max_minutes > 0:
         raise typer.BadParameter(f"must be positive, got {max_minutes:g}", param_hint="--max-minutes")
-    for name in REQUIRED_MODULES:
-        if find_spec(name) is None:
-            raise RuntimeError(f"training requires {name}; install it with: pip install 'ddim[train]'")
+    require("training", *REQUIRED_MODULES)
     from accelerate import PartialState
 
     from ddim.io.hub import check_hub_id, push_folder
@@ -95,6 +93,8 @@ def train(
     if list_presets:
         print(preset_table())
         return
+    if out is not None and out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file, not a folder")
     overrides: dict[str, Any] = {
         "data.source": data,
         "seed": seed,
@@ -103,6 +103,8 @@ def train(
         "checkpoints.every": checkpoint_every,
     }
     resolved = load_config(preset, config, settings or (), overrides)
+    if any(resolved.model.get(name) is not None for name in ("class_embed_type", "num_class_embeds")):
+        raise ValueError("model.class_embed_type and model.num_class_embeds must be null: training is unconditional")
     if out is None or dry_run:
         print(_cost_table(estimate_costs(resolved, device)))
         return

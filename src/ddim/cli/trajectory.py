@@ -10,6 +10,7 @@ from ddim.cli import options
 from ddim.cli.common import (
     SamplingOptions,
     check_fps,
+    choose_model,
     load_pipeline,
     parse_integers,
     report_result,
@@ -19,6 +20,7 @@ from ddim.validation import integer, pluralize
 
 
 def trajectory(
+    model: options.ModelArgument = None,
     out: Annotated[
         str,
         typer.Option(
@@ -27,7 +29,7 @@ def trajectory(
             help="x.png has a row of x_t and one of the predicted x_0 per seed; x.gif and x.webp are animations.",
         ),
     ] = "trajectory.png",
-    model: options.Model = "mnist",
+    model_option: options.ModelOption = None,
     count: options.Count = 4,
     seed: options.Seed = 0,
     steps: options.Steps = 50,
@@ -65,7 +67,7 @@ def trajectory(
     sampling = SamplingOptions.parse(steps, spacing, timesteps, eta=eta, order=order)
     frame_timesteps = None if at is None else parse_integers(at, "--at")
     integer("--count", count, 1)
-    pipe = load_pipeline(model, device, dtype, engine)
+    pipe = load_pipeline(choose_model(model, model_option, "mnist"), device, dtype, engine)
     result = pipe.trajectory(
         count,
         steps,
@@ -87,10 +89,11 @@ def trajectory(
 
 
 def consistency(
+    model: options.ModelArgument = None,
     out: Annotated[
         str, typer.Option("--out", "-o", help="PNG to write: one row per number of steps, one column per seed.")
     ] = "consistency.png",
-    model: options.Model = "mnist",
+    model_option: options.ModelOption = None,
     count: options.Count = 8,
     seed: options.Seed = 0,
     steps: Annotated[str, typer.Option(help="Numbers of steps, separated by commas.")] = "10,20,50,100",
@@ -114,7 +117,7 @@ def consistency(
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     integer("--count", count, 1)
     numbers_of_steps = parse_integers(steps, "--steps", "10,20,50")
-    pipe = with_spacing(load_pipeline(model, device, dtype, engine), spacing)
+    pipe = with_spacing(load_pipeline(choose_model(model, model_option, "mnist"), device, dtype, engine), spacing)
     seeds = check_seeds(range(seed, seed + count), count)
     latents = noise_from_seeds((count, *pipe.sample_shape), seeds, pipe.device)()
     rows = pipe.consistency(latents, numbers_of_steps)

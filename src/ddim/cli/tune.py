@@ -9,18 +9,23 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import load_pipeline, parse_integers, report_result
+from ddim.cli.common import choose_model, load_pipeline, parse_integers, report_result
 from ddim.validation import pluralize
 
 
 def tune(
-    model: Annotated[str, typer.Argument(help="A built-in model (mnist), a folder, or a hub id.", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A built-in model (mnist), a folder, or a hub id.", show_default=False),
+    ] = None,
+    *,
     out: Annotated[
         str,
         typer.Option(
             "--out", "-o", help="Folder for the pipeline with the timesteps; the MODEL's own folder to add to it."
         ),
     ],
+    model_option: options.ModelOption = None,
     steps: Annotated[str, typer.Option(help="Numbers of steps, such as 10 or 5,10,20.")] = "10",
     order: Annotated[int, typer.Option(help="Order of the method: 1 is DDIM, 2 uses the last two predictions.")] = 2,
     eta: options.Eta = 0.0,
@@ -51,14 +56,17 @@ def tune(
     from ddim.tuning import draw_timesteps, plot_timesteps
     from ddim.tuning import tune as search
 
+    name = choose_model(model, model_option)
     numbers_of_steps = parse_integers(steps, "--steps", "5,10,20")
     folder = Path(out)
-    if (folder / MODEL_INDEX).exists() and not (Path(model).is_dir() and folder.samefile(model)):
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, not a folder")
+    if (folder / MODEL_INDEX).exists() and not (Path(name).is_dir() and folder.samefile(name)):
         raise FileExistsError(f"{out} holds a pipeline; give another --out, or give it as the MODEL to add to it")
     plot_path = None
     if plot is not None:
         plot_path = check_output_path(plot, {".png": "", ".svg": ""}, folder_allowed=False, name="plot")
-    pipe = load_pipeline(model, device, engine=engine)
+    pipe = load_pipeline(name, device, engine=engine)
     plotted: dict[str, list[int]] = {}
     for num_steps in numbers_of_steps:
         result = search(pipe, num_steps, order, eta, num_latents=codes, seed=seed, batch_size=batch_size)

@@ -1,7 +1,8 @@
 """Images of one size: decoded, fitted to the model, cached as bytes, read by index.
 
 Decoded images are kept in memory, or, where they are large or several processes share them, in a memory map in the
-user's cache folder; datasets too large for either are decoded at each visit, by threads.
+user's cache folder; datasets too large for either are decoded at each visit, by threads. Where the cache folder cannot
+be used, they are kept in memory if they are not large.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ import json
 import logging
 import math
 import os
-import shutil
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -27,8 +27,7 @@ from tqdm import tqdm
 from ddim.data.base import Source
 from ddim.data.config import DataConfig
 from ddim.data.sources import open_source
-from ddim.io.atomic import replace_folder
-from ddim.io.cache import cache_folder
+from ddim.io.cache import Cache
 from ddim.io.images import fit_image
 
 logger = logging.getLogger(__name__)
@@ -290,7 +289,6 @@ def open_dataset(config: DataConfig, size: int, channels: int, shared: bool = Fa
         FileNotFoundError: if the source does not exist or holds no image.
         ValueError: if it is of another kind, or more images than allowed cannot be read.
         RuntimeError: if the hub cannot be reached or refuses.
-        OSError: if the cache cannot be written.
 
     Example:
         >>> import tempfile
@@ -308,13 +306,18 @@ def open_dataset(config: DataConfig, size: int, channels: int, shared: bool = Fa
         return np.ascontiguousarray(pixels.reshape(stored_size, stored_size, channels).transpose(2, 0, 1))
 
     decoder = Decoder(source, fit, DecodeErrors(source.name, config.max_unreadable))
-    cache = choose_cache(source.count * math.prod(shape), shared) if config.cache == "auto" else config.cache
-    if cache == "none":
-        return LazyImageDataset(decoder, shape)
-    with contextlib.closing(decoder):
+    num_bytes = source.count * math.prod(shape)
+    cache = choose_cache(num_bytes, shared) if config.cache == "auto" else config.cache
+    with contextlib.ExitStack() as stack:
+        stack.callback(decoder.close)
         if cache == "disk":
             key = json.dumps([source.identity, shape, config.crop])
-            return _open_disk_cache(cache_folder() / "images" / hashlib.sha256(key.encode()).hexdigest(), decoder)
+            dataset = _open_disk_cache(hashlib.sha256(key.encode()).hexdigest(), shape, decoder)
+            if dataset is not None:
+                return dataset
+        if cache == "none" or (cache == "disk" and num_bytes > MEMORY_CACHE_BYTES):
+            stack.pop_all()
+            return LazyImageDataset(decoder, shape)
         return CachedImageDataset(torch.from_numpy(np.concatenate(list(decoder.decode_all()))))
 
 
@@ -334,37 +337,46 @@ def choose_cache(num_bytes: int, shared: bool) -> str:
     """
     if num_bytes <= MEMORY_CACHE_BYTES and not shared:
         return "memory"
-    folder = cache_folder()
-    while not folder.exists():
-        folder = folder.parent
-    return "disk" if num_bytes <= min(DISK_CACHE_BYTES, shutil.disk_usage(folder).free // 2) else "none"
+    return "disk" if num_bytes <= min(DISK_CACHE_BYTES, Cache("images").free_bytes() // 2) else "none"
 
 
-def _open_disk_cache(folder: Path, decoder: Decoder) -> CachedImageDataset:
-    """Map the decoded images of a folder into memory, writing the folder first where it is missing."""
-    reasons = decoder.errors.reasons
-    if not (folder / "about.json").is_file():
-        digest = hashlib.sha256()
-        shape: list[int] = []
-        with replace_folder(folder) as temporary:
-            with (temporary / "pixels.bin").open("wb") as file:
-                for chunk in decoder.decode_all():
-                    content = chunk.tobytes()
-                    digest.update(content)
-                    file.write(content)
-                    shape = [(shape or [0])[0] + len(chunk), *chunk.shape[1:]]
-            about = {
-                "source": decoder.source.name,
-                "shape": shape,
-                "sha256": digest.hexdigest(),
-                "unreadable": list(reasons.values()),
-            }
-            (temporary / "about.json").write_text(json.dumps(about))
-    about = json.loads((folder / "about.json").read_text())
-    if not reasons:
-        # An earlier run wrote the cache: its unreadable images count against this run's limit too.
-        for index, reason in enumerate(about["unreadable"]):
-            decoder.errors.add(index, reason)
-    # Copy on write ("c"), because PyTorch requires memory that can be written.
-    pixels = np.memmap(folder / "pixels.bin", np.uint8, "c", shape=tuple(about["shape"]))
-    return CachedImageDataset(torch.from_numpy(pixels), f"a memory map in {folder}", about["sha256"])
+def _open_disk_cache(entry: str, shape: tuple[int, int, int], decoder: Decoder) -> CachedImageDataset | None:
+    """Map cached images into memory, decoding them first where they are missing.
+
+    The entry holds the pixels, a JSON object that describes them, and the length of that in 8 bytes.
+
+    Args:
+        entry: the name in the cache.
+        shape: (C, H, W) of each image.
+        decoder: decodes the images.
+
+    Returns:
+        The images; `None` if they cannot be cached.
+    """
+    cache, reasons = Cache("images"), decoder.errors.reasons
+    digest = hashlib.sha256()
+
+    def chunks() -> Iterator[bytes]:
+        for chunk in decoder.decode_all():
+            content = chunk.tobytes()
+            digest.update(content)
+            yield content
+        text = json.dumps({"sha256": digest.hexdigest(), "unreadable": list(reasons.values())}).encode()
+        yield text + struct.pack("<Q", len(text))
+
+    def parse(content: np.ndarray) -> tuple[CachedImageDataset, list[str]]:
+        (length,) = struct.unpack("<Q", content[-8:].tobytes())
+        pixels, text = np.split(content[:-8], [len(content) - 8 - length])
+        about = json.loads(text.tobytes())
+        images = torch.from_numpy(pixels.reshape(-1, *shape))
+        return CachedImageDataset(images, f"a memory map in {cache.folder}", about["sha256"]), about["unreadable"]
+
+    cached = cache.read(entry, parse)
+    if cached is None:
+        # This run has counted the images that cannot be read, whether it could write the cache or not.
+        return result[0] if cache.write(entry, chunks()) and (result := cache.read(entry, parse)) else None
+    dataset, unreadable = cached
+    # An earlier run wrote the cache: its unreadable images count against this run's limit too.
+    for index, reason in enumerate(unreadable):
+        decoder.errors.add(index, reason)
+    return dataset

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ddim.data.base import Source, first_line
+from ddim.extras import require
 from ddim.io.hub import HUB_ID
 from ddim.io.image_files import find_images, read_image
 from ddim.io.images import as_pil
@@ -50,6 +51,7 @@ def open_source(source: str, split: str = "train", column: str | None = None) ->
     """
     path = Path(source)
     if source == DIGITS:
+        require(f"the data set {DIGITS}", "sklearn")
         from sklearn.datasets import load_digits
 
         return _from_array(np.round(load_digits().images * (255 / 16)).astype(np.uint8), DIGITS)
@@ -68,6 +70,7 @@ def open_source(source: str, split: str = "train", column: str | None = None) ->
             return _from_array(_read_npz(path), source)
         raise ValueError(f"{source} is neither a folder of images nor a .parquet or .npz file")
     if path.suffix not in (".parquet", ".npz") and HUB_ID.fullmatch(source):
+        require("reading a data set on the hub", "datasets")
         from ddim.data.parquet import read_hub_dataset
 
         return read_hub_dataset(source, split, column)
@@ -86,6 +89,7 @@ def _from_files(files: list[Path], folder: Path) -> Source:
 
 def _from_tables(files: list[str], name: str, column: str | None) -> Source:
     # `datasets` takes a second to import.
+    require("reading parquet files", "datasets")
     from ddim.data.parquet import read_parquet
 
     return read_parquet(files, name, column, _stamp([Path(file) for file in files]))

@@ -13,14 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddim.extras import require
 from ddim.io.weights import digest, fill_model
 
 CLASSIFIER = Path(__file__).with_name("mnist_classifier.safetensors")
 """The weights of `DigitClassifier`."""
+MAX_PIXELS_SIDE = 32
+"""Height and width above which `Pixels` averages: the covariance of N features has N^2 entries."""
 
 
 class Pixels(nn.Module):
-    """The pixels themselves, in [0, 1], as features.
+    """The pixels themselves, in [0, 1], as features; images larger than 32x32 are averaged down to it.
 
     They require neither a network nor a download. Distances compare means and covariances of pixels, not what images
     show.
@@ -36,11 +39,13 @@ class Pixels(nn.Module):
     def __init__(self, shape: tuple[int, int, int]) -> None:
         super().__init__()
         channels, height, width = shape
-        self.num_features = channels * height * width
+        self.size = min(height, MAX_PIXELS_SIDE), min(width, MAX_PIXELS_SIDE)
+        self.num_features = channels * self.size[0] * self.size[1]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map uint8 (N, C, H, W) to float64 (N, C H W)."""
-        return images.flatten(1).double() / 255
+        """Map uint8 (N, C, H, W) to float64 (N, D), D at most 1024 C."""
+        pixels = images.double() / 255
+        return (pixels if tuple(images.shape[2:]) == self.size else F.adaptive_avg_pool2d(pixels, self.size)).flatten(1)
 
 
 class DigitClassifier(nn.Module):
@@ -94,14 +99,10 @@ class Inception(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-            from torchmetrics.image.fid import NoTrainInceptionV3
-        except ImportError as error:
-            raise ImportError(
-                f"InceptionV3 features require torch-fidelity and torchvision ({error}); pip install torch-fidelity, "
-                "or choose other features"
-            ) from None
+        require("features='inception'", "torch_fidelity", "torchmetrics")
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
         try:
             # torchmetrics would unpickle whatever is in its cache. Therefore the file is first read without running
             # code, and a download is checked against the hash in its name.

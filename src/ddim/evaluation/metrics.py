@@ -15,10 +15,10 @@ Features are computed once for all metrics. Those of files are cached by a hash 
 from __future__ import annotations
 
 import hashlib
+import io
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,7 @@ from tqdm import tqdm
 from ddim.distributed import SINGLE_PROCESS, ProcessGroup
 from ddim.evaluation.features import extractor_id
 from ddim.evaluation.image_sets import ImageSet
-from ddim.io.atomic import atomic_write
-from ddim.io.cache import cache_folder
+from ddim.io.cache import Cache
 from ddim.validation import choice
 
 METRICS = ("fid", "kid", "is", "precision", "recall")
@@ -82,12 +81,14 @@ def compute_features(images: ImageSet, extractor: nn.Module, group: ProcessGroup
         >>> compute_features(images, Pixels((1, 4, 4))).values.shape
         torch.Size([2, 16])
     """
-    cache_path = None
+    cache, entry = Cache("features"), ""
     hashes = []
     if images.from_files:
         hashes = group.all_gather([_sha256(images.read_batch(number)) for number in group.shard(len(images))])
-        cache_path = cache_folder() / "features" / f"{extractor_id(extractor)}-{_set_sha256(images, hashes)}.npy"
-        if (cached := group.broadcast(_read_cached(cache_path) if group.is_main else None)) is not None:
+        entry = f"{extractor_id(extractor)}-{_set_sha256(images, hashes)}"
+        expected = images.count, int(extractor.num_features)  # type: ignore[arg-type]
+        cached = cache.read(entry, lambda content: _parse_features(content, expected)) if group.is_main else None
+        if (cached := group.broadcast(cached)) is not None:
             return FeatureSet(cached, _set_sha256(images, hashes))
     values, shard_hashes = [], []
     bar = tqdm(
@@ -105,10 +106,10 @@ def compute_features(images: ImageSet, extractor: nn.Module, group: ProcessGroup
             bar.update(min(len(batch) * group.size, images.count - bar.n))
     hashes = hashes or group.all_gather(shard_hashes)
     features = FeatureSet(torch.cat(group.all_gather(values)), _set_sha256(images, hashes))
-    if cache_path is not None and group.is_main:
-        cache_path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(cache_path) as temporary:
-            np.save(temporary, features.values.numpy(), allow_pickle=False)
+    if entry and group.is_main:
+        stream = io.BytesIO()
+        np.save(stream, features.values.numpy(), allow_pickle=False)
+        cache.write(entry, [stream.getvalue()])
     return features
 
 
@@ -309,12 +310,9 @@ def _set_sha256(images: ImageSet, hashes: list[str]) -> str:
     return hashlib.sha256(str((images.count, images.shape, hashes)).encode()).hexdigest()
 
 
-def _read_cached(path: Path) -> Tensor | None:
-    """Read cached features; a damaged file is deleted."""
-    try:
-        return torch.from_numpy(np.load(path, allow_pickle=False))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        path.unlink()
-        return None
+def _parse_features(content: np.ndarray, expected: tuple[int, int]) -> Tensor:
+    """Read cached features of an expected shape."""
+    values = np.load(io.BytesIO(content.tobytes()), allow_pickle=False)
+    if values.shape != expected or values.dtype != np.float32:
+        raise ValueError(f"expected float32 {expected}, got {values.dtype} {values.shape}")
+    return torch.from_numpy(values)

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -33,8 +34,9 @@ from ddim.distributed import SINGLE_PROCESS, ProcessGroup
 from ddim.evaluation.features import extractor_id
 from ddim.evaluation.image_sets import ImageSet, sample_image_set
 from ddim.evaluation.metrics import compute_features, frechet
+from ddim.extras import require
 from ddim.io.atomic import atomic_write
-from ddim.io.cache import cache_folder
+from ddim.io.cache import Cache
 from ddim.io.fingerprint import model_sha256
 from ddim.io.json_files import to_json
 from ddim.pipeline import DDIMPipeline
@@ -158,7 +160,8 @@ def table_1(
                 samples = sample_image_set(paper_pipe, count, seed, name, **settings)
                 return {"fid": frechet(compute_features(samples, extractor, group).values, real.values)}
 
-            values.append(cache.get({"table": 1, "reference": real.sha256, "sampling": fingerprint}, measure)["fid"])
+            key = {"table": 1, "reference": real.sha256, "sampling": fingerprint}
+            values.append(cache.get(key, ("fid",), measure)["fid"])
         rows.append((_row_name(eta), values))
         if dataset := DATASET_BY_SHAPE.get(pipe.sample_shape):
             published = dict(zip(TABLE_1_STEPS, PUBLISHED_FID[dataset][eta], strict=True))
@@ -205,7 +208,8 @@ def table_2(
                 errors[name] = float(torch.cat(group.all_gather(shard)).double().mean())
             return errors
 
-        results.append(cache.get({"table": 2, "images": sha256, "num_inference_steps": number}, measure))
+        key = {"table": 2, "images": sha256, "num_inference_steps": number}
+        results.append(cache.get(key, ("euler", "exact"), measure))
     return ResultTable(
         "Mean squared error per pixel of encoding and decoding (Table 2 of the paper)",
         ["steps", *map(str, steps)],
@@ -258,7 +262,7 @@ def figure_4(
             return {"seconds": seconds, "fid": frechet(features.values, real.values)}
 
         key = {"figure": 4, "reference": real.sha256, "num_inference_steps": number, "processes": group.size}
-        results.append(cache.get(key, measure))
+        results.append(cache.get(key, ("seconds", "fid"), measure))
     return ResultTable(
         "Seconds, and Fréchet distance, by number of steps (Figure 4 of the paper)",
         ["steps", *map(str, steps)],
@@ -280,6 +284,7 @@ def plot(table: ResultTable, path: Path) -> None:
     Raises:
         OSError: if it cannot be written.
     """
+    require("a plot", "matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -319,35 +324,32 @@ class _CellCache:
         self._key = settings | {"model_sha256": model_sha256(pipe), "scheduler": config}
         self.settings = settings | {"spacing": config["timestep_spacing"]}
 
-    def get(self, key: dict[str, Any], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def get(
+        self, key: dict[str, Any], names: Sequence[str], measure: Callable[[], dict[str, float]]
+    ) -> dict[str, float]:
         """Return a cached result; if there is none, measure it and cache it.
 
         Args:
             key: what distinguishes the cell from others of the same settings.
+            names: of the result's entries.
             measure: computes the result, in all processes together.
         """
-        text = to_json(self._key | key)
-        path = cache_folder() / "tables" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
-        cached = self._group.broadcast(self._read(path) if self._group.is_main else None)
-        if cached is not None:
+        full_key = self._key | key
+        entry = hashlib.sha256(to_json(full_key).encode()).hexdigest()
+        cache = Cache("tables")
+
+        def parse(content: np.ndarray) -> dict[str, float]:
+            cell = json.loads(content.tobytes())
+            if to_json(cell["key"]) != to_json(full_key):
+                raise ValueError("it is of another cell")
+            return {name: float(cell["result"][name]) for name in names}
+
+        cached = cache.read(entry, parse) if self._group.is_main else None
+        if (cached := self._group.broadcast(cached)) is not None:
             return cached
         result = measure()
         if self._group.is_main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as temporary:
-                temporary.write_text(to_json({"key": self._key | key, "result": result}))
-        return result
-
-    @staticmethod
-    def _read(path: Path) -> dict[str, float] | None:
-        """Read a cached result; a damaged file is deleted."""
-        try:
-            result: dict[str, float] = json.loads(path.read_text())["result"]
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError):
-            path.unlink()
-            return None
+            cache.write(entry, [to_json({"key": full_key, "result": result}).encode()])
         return result
 
 

@@ -17,6 +17,7 @@ from ddim.distributed import SINGLE_PROCESS, ProcessGroup
 from ddim.evaluation.features import extractor_id, load_features
 from ddim.evaluation.image_sets import ImageSet
 from ddim.evaluation.metrics import METRICS, check_metrics, compute_features, measure, sample_size_warning
+from ddim.extras import require
 from ddim.io.atomic import atomic_write
 from ddim.io.image_files import check_output_path
 from ddim.io.json_files import to_json
@@ -81,6 +82,7 @@ def evaluate(
 
     Raises:
         ValueError: for an unknown metric, sets that are too small, or features that do not accept the images.
+        ImportError: if torchmetrics, or what the features require, is not installed.
 
     Example:
         >>> pixels = torch.arange(32, dtype=torch.uint8).view(8, 1, 2, 2)
@@ -88,6 +90,7 @@ def evaluate(
         >>> evaluate(images, images, "pixels", ["precision"])["metrics"]
         {'precision': 1.0}
     """
+    require("evaluation", "torchmetrics")
     check_metrics(metrics, reference is not None)
     if "is" in metrics and features not in FEATURES_WITH_LOGITS:
         raise ValueError(

@@ -14,13 +14,14 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, mode: int | None = None) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, which replaces `path` when the `with` block succeeds.
 
     If the block raises, the temporary file is deleted and `path` is as it was.
 
     Args:
         path: the file to write; its folder must exist.
+        mode: the file's permissions; defaults to those that the umask leaves.
 
     Yields:
         A path with the same suffix in the same folder, to write to.
@@ -41,7 +42,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        _publish(temporary, path)
+        _publish(temporary, path, mode)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -131,9 +132,9 @@ def replace_folder(path: Path) -> Iterator[Path]:
     _flush(path.parent)
 
 
-def _publish(temporary: Path, path: Path) -> None:
-    """Give a complete file the permissions of the umask, flush it to the disk and rename it."""
-    temporary.chmod(0o666 & ~_umask())
+def _publish(temporary: Path, path: Path, mode: int | None = None) -> None:
+    """Give a complete file its permissions, flush it to the disk and rename it."""
+    temporary.chmod(0o666 & ~_umask() if mode is None else mode)
     _flush(temporary)
     temporary.replace(path)
 

@@ -25,6 +25,10 @@ PIL_OPEN_LOCK = threading.Lock()
 """Held while an image is opened with a filter on warnings, because Python's filters are shared by all threads."""
 
 
+class NonFiniteError(ValueError):
+    """Images that hold NaN or infinity."""
+
+
 def to_unit_range(samples: Tensor) -> Tensor:
     """Map samples from [-1, 1] to [0, 1], clipped.
 
@@ -222,10 +226,15 @@ def to_bytes(array: np.ndarray) -> np.ndarray:
     Returns:
         uint8 of the same shape.
 
+    Raises:
+        NonFiniteError: if a value is NaN or infinite, as are those of a network that overflows.
+
     Example:
         >>> to_bytes(np.array([0.0, 0.5, 1.0])).tolist()
         [0, 128, 255]
     """
+    if not np.isfinite(array).all():
+        raise NonFiniteError("images must be finite, got NaN or infinity: the network's predictions overflow")
     return (array * 255).round().astype(np.uint8)
 
 

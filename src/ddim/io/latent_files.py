@@ -186,6 +186,8 @@ def _read_npz(path: Path) -> tuple[Tensor, str]:
         # NumPy stops reading at the end of the array, before the checksum of its member is verified.
         if (damaged := file.zip.testzip()) is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")
+        if not {"latents", "settings"} <= set(file.files):
+            raise ValueError(f"it must hold the arrays latents and settings, got {', '.join(file.files) or 'none'}")
         return torch.from_numpy(file["latents"]), str(file["settings"])
 
 
@@ -193,7 +195,10 @@ def _read_safetensors(path: Path) -> tuple[Tensor, str]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return file.get_tensor("latents"), (file.metadata() or {})["settings"]
+        metadata = file.metadata() or {}
+        if "latents" not in file.keys() or "settings" not in metadata:  # noqa: SIM118 - it is not a mapping
+            raise ValueError("it must hold a tensor latents, and settings in its metadata")
+        return file.get_tensor("latents"), metadata["settings"]
 
 
 def _parse_settings(entries: Any) -> LatentSettings:

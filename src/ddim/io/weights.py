@@ -202,8 +202,10 @@ def read_pickle(path: Path) -> Any:
         raise ValueError(
             f"{path} is refused: it is damaged or holds more than tensors, and loading it could run code"
         ) from None
-    except Exception as error:  # damaged files raise errors of many kinds
-        raise ValueError(f"{path} is truncated or damaged: {type(error).__name__}") from None
+    except MemoryError:
+        raise
+    except Exception:  # damaged files raise errors of many kinds, whose texts are about the reader
+        raise ValueError(f"{path} is truncated or damaged, or not a file of torch.save") from None
 
 
 def _modern_name(name: str) -> str:
@@ -254,7 +256,8 @@ def fill_model(
         The parameters left as they are: name, shape of the tensor, shape of the parameter.
 
     Raises:
-        ValueError: if tensors are missing, unexpected or of another shape; it names the first three.
+        ValueError: if tensors are missing, unexpected or of another shape; it names the first three. If a value is NaN
+            or infinite.
 
     Example:
         >>> with torch.device("meta"):
@@ -280,6 +283,10 @@ def fill_model(
     kept = {name for name, *_ in mismatched}
     initial = model.state_dict() if kept else {}
     weights = {name: (initial if name in kept else tensors)[name].to(dtype) for name in shapes}
+    for name, tensor in weights.items():
+        # A sum is not finite where a value is not; the sum of finite values may overflow.
+        if tensor.device.type != "meta" and not tensor.sum().isfinite() and not tensor.isfinite().all():
+            raise ValueError(f"the weights in {source} are damaged: {name} has values that are NaN or infinite")
     model.load_state_dict(weights, assign=True)
     return mismatched
 

@@ -6,9 +6,8 @@ compiler does for `#pragma omp parallel`, and each thread does its range of the 
 run on the calling thread.
 
 numba compiles a kernel from `ddim.kernels.<folder>.source` once per machine. The object code is kept in the user's
-cache folder, or in `DDIM_KERNEL_CACHE`, under a hash of the sources, the compiler and the processor, and with its own
-checksum. Loading it takes llvmlite and a few milliseconds, without numba. Where nothing can be kept, each process
-compiles anew.
+cache folder, or in `DDIM_KERNEL_CACHE`, under a hash of the sources, the compiler and the processor (`ddim.io.cache`).
+Loading it takes llvmlite and a few milliseconds, without numba. Where nothing can be kept, each process compiles anew.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ import llvmlite.binding as llvm
 import torch
 from torch import Tensor
 
-from ddim.io.atomic import atomic_write
-from ddim.io.cache import cache_folder
+from ddim.io.cache import Cache
 from ddim.kernels.machine import THREAD_COUNT_SYMBOL, THREAD_SYMBOL, describe_machine, target_machine
 from ddim.kernels.record import Field, Record
 
@@ -40,8 +38,6 @@ logger = logging.getLogger(__name__)
 
 MAX_COMPILERS = 4
 """Processes that compile at the same time; there are about as many kernels."""
-
-CHECKSUM_BYTES = 32
 
 _execution_engines: list[Any] = []
 """Own the loaded code."""
@@ -76,10 +72,9 @@ class Kernel:
         return f"ddim_{self.folder}_{self.function}"
 
     @property
-    def path(self) -> Path:
-        """Where the object code is kept."""
-        folder = Path(os.environ.get("DDIM_KERNEL_CACHE") or cache_folder() / "kernels")
-        return folder / _code_version() / f"{self.name}.o"
+    def entry(self) -> str:
+        """The name of the object code in the cache."""
+        return f"{_code_version()}/{self.name}.o"
 
     @functools.cached_property
     def address(self) -> int:
@@ -89,7 +84,8 @@ class Kernel:
             ImportError: if it has to be compiled and numba is not installed.
         """
         openmp_library()
-        return _load(_object_code(self), self.symbol)
+        cached = kernel_cache().read(self.entry, lambda content: _load(content.tobytes(), self.symbol))
+        return _load(_compile(self), self.symbol) if cached is None else cached
 
     @property
     def is_loaded(self) -> bool:
@@ -123,19 +119,23 @@ def ensure_compiled(*kernels: Kernel) -> None:
         ImportError: if one has to be compiled and numba is not installed.
     """
     # One alone is compiled here: a process would import numba all the same.
-    missing = [kernel for kernel in kernels if not kernel.is_loaded and not kernel.path.exists()]
-    if len(missing) > 1 and _is_writable(missing[0].path.parent):
+    cache = kernel_cache()
+    missing = [kernel for kernel in kernels if not kernel.is_loaded and not cache.exists(kernel.entry)]
+    if len(missing) > 1 and cache.is_usable(missing[0].entry):
         _compile_in_processes(missing)
     for kernel in kernels:
         kernel.address  # noqa: B018 - loads
 
 
-def _is_writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)
+def kernel_cache() -> Cache:
+    """Return the cache of object code: `DDIM_KERNEL_CACHE`, or a folder of the user's cache folder.
+
+    Example:
+        >>> kernel_cache().kind
+        'kernels'
+    """
+    given = os.environ.get("DDIM_KERNEL_CACHE")
+    return Cache("kernels", Path(given) if given else None)
 
 
 def _compile_in_processes(kernels: Sequence[Kernel]) -> None:
@@ -185,22 +185,14 @@ def openmp_library() -> ctypes.CDLL | None:
 _return_0, _return_1 = (ctypes.CFUNCTYPE(ctypes.c_int32)(number) for number in (lambda: 0, lambda: 1))
 
 
-def _object_code(kernel: Kernel) -> bytes:
-    """Return the code from the cache, if its checksum is right; otherwise compile it and keep it there."""
-    with contextlib.suppress(OSError):
-        content = kernel.path.read_bytes()
-        if hashlib.sha256(content[CHECKSUM_BYTES:]).digest() == content[:CHECKSUM_BYTES]:
-            return content[CHECKSUM_BYTES:]
+def _compile(kernel: Kernel) -> bytes:
+    """Compile a kernel and cache its code."""
     logger.info("compiling %s, once per machine", kernel.name)
     # By name: sources and the compiler need numba, running a compiled kernel does not.
     source = importlib.import_module(f"ddim.kernels.{kernel.folder}.source")
     compiler = importlib.import_module("ddim.kernels.compiler")
     code: bytes = compiler.compile_kernel(getattr(source, kernel.function), kernel.record.dtype, kernel.symbol)
-    # Processes that compile the same kernel at once each write a complete file of the same content.
-    with contextlib.suppress(OSError):
-        kernel.path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(kernel.path) as temporary:
-            temporary.write_bytes(hashlib.sha256(code).digest() + code)
+    kernel_cache().write(kernel.entry, [code])
     return code
 
 
@@ -218,10 +210,19 @@ def _code_version() -> str:
 
 
 def _load(code: bytes, symbol: str) -> int:
-    """Load object code, and return the address of a function in it."""
+    """Load object code, and return the address of a function in it.
+
+    Raises:
+        ValueError: if it is not an object file, or has no such function.
+    """
+    # LLVM ends the process where it is given no object file, and so would a call of the address 0.
+    if not (object_file := llvm.ObjectFileRef.from_data(code)):
+        raise ValueError("it is not an object file")
     # An empty module makes the engine; the object file brings the code.
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.add_object_file(object_file)
     engine.finalize_object()
+    if not (address := int(engine.get_function_address(symbol))):
+        raise ValueError(f"it has no function {symbol}")
     _execution_engines.append(engine)
-    return int(engine.get_function_address(symbol))
+    return address

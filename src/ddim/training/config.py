@@ -388,9 +388,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         FileNotFoundError: the configuration missing.yaml cannot be read: ...
     """
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise FileNotFoundError(f"the configuration {path} cannot be read: {error}") from None
+        reason = (error.strerror or "").lower() if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise FileNotFoundError(f"the configuration {path} cannot be read: {reason}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"the configuration {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

@@ -29,6 +29,7 @@ from ddim.data.loader import loader_rate
 from ddim.devices import choose_device
 from ddim.io.atomic import atomic_write
 from ddim.io.image_files import make_grid, save_images
+from ddim.io.images import NonFiniteError
 from ddim.pipeline import DDIMPipeline
 from ddim.training.card import model_card
 from ddim.training.checkpoint import Checkpoint, load_checkpoint, load_newest, remove_partial
@@ -172,7 +173,6 @@ def prepare_dataset(config: TrainConfig, accelerator: Accelerator, device: torch
         FileNotFoundError: if the source does not exist or holds no image.
         ValueError: if more images than allowed cannot be read, or there are fewer images than a batch.
         RuntimeError: if the hub cannot be reached or refuses.
-        OSError: if the cache cannot be written.
     """
     with accelerator.local_main_process_first():
         size, channels = config.model["sample_size"], config.model.get("in_channels", 3)
@@ -200,11 +200,15 @@ def _train_and_log(trainer: Trainer, out: Path, max_minutes: float | None) -> No
     def after_step(progress: Progress) -> None:
         step = progress.step
         metrics_logger.log_step(progress, learning_rate(config.optim, step - 1, config.max_steps))
-        if config.samples.every and step % config.samples.every == 0:
-            metrics_logger.log_image(step, _write_samples(trainer, out / "samples" / f"step-{step:08d}.png"))
         evaluates = config.evaluate.every and step % config.evaluate.every == 0
-        if evaluates and (values := evaluate(trainer, _make_pipeline(trainer))):
-            metrics_logger.log(step, values)
+        try:
+            if config.samples.every and step % config.samples.every == 0:
+                metrics_logger.log_image(step, _write_samples(trainer, out / "samples" / f"step-{step:08d}.png"))
+            if evaluates and (values := evaluate(trainer, _make_pipeline(trainer))):
+                metrics_logger.log(step, values)
+        except NonFiniteError as error:
+            # The run itself may recover: these are samples of the weights so far.
+            logger.warning("no samples of step %d: %s", step, error)
 
     try:
         if not trainer.train(after_step, max_minutes):
@@ -219,7 +223,10 @@ def _write_result(trainer: Trainer, out: Path, record: dict[str, Any]) -> Path:
     """Write the pipeline, then what describes it."""
     final = out / "final"
     _make_pipeline(trainer).save_pretrained(final)
-    _write_samples(trainer, final / "samples.png")
+    try:
+        _write_samples(trainer, final / "samples.png")
+    except NonFiniteError as error:
+        logger.warning("no samples of the result: %s", error)
     plot_loss(out / "metrics.jsonl", out / "loss.png")
     for name, content in (
         ("loss.png", (out / "loss.png").read_bytes()),
