@@ -113,7 +113,7 @@ class NpzReader:
         if header.dtype.hasobject:
             raise ValueError(f"its array {name!r} is a pickle, which can run code")
         size, compressed = header.member.file_size, header.member.compress_size
-        if size != header.offset + header.num_bytes:
+        if size != header.offset + header.num_bytes or min(header.shape, default=0) < 0:
             raise ValueError(f"its array {name!r} of shape {header.shape} does not have the size of that shape")
         if size > max(SMALL_ARRAY_BYTES, MAX_COMPRESSION_RATIO * compressed):
             raise ValueError(f"its array {name!r} claims {size:,} bytes in {compressed:,} compressed ones")
