@@ -42,6 +42,8 @@ from ddim.validation import pluralize
 SHA256_BYTES = 32
 MAX_HEADER_BYTES = 1024
 """Bytes of a file beside its pixels, with room to spare."""
+PNG_COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
+"""Gray, gray with alpha, RGB and RGBA, by the number of channels."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ZIP_TIMESTAMP = (1980, 1, 1, 0, 0, 0)
 """The modification time of files in archives, so that equal images give equal bytes."""
@@ -506,7 +508,7 @@ def _verify_png(stream: IO[bytes], image_shape: ImageShape) -> None:
     H, W, C = image_shape
     # PNG files of noise are hardly larger than their pixels; a larger file need not be read.
     content = stream.read(2 * H * W * C + MAX_HEADER_BYTES)
-    if content[:8] != PNG_SIGNATURE or content[16:26] != struct.pack(">IIBB", W, H, 8, 0 if C == 1 else 2):
+    if content[:8] != PNG_SIGNATURE or content[16:26] != struct.pack(">IIBB", W, H, 8, PNG_COLOR_TYPES.get(C, 0)):
         raise ValueError(f"it is not a PNG file of {W}x{H} pixels and {pluralize(C, 'channel')}")
     position, kind = 8, b""
     while position < len(content):
