@@ -1,7 +1,7 @@
 """Atomic writes: a temporary name beside the target, flushed to the disk, then renamed.
 
 What was at the target stays until its replacement is complete. Temporary files are locked while they are written, so
-that those of killed processes can be told from those of running ones, and deleted.
+that those of killed processes differ from those of running ones, and are deleted.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class NpzReader:
             The array, read-only.
 
         Raises:
-            ValueError: if there is no such array, it is damaged, or too large for the archive.
+            ValueError: if the archive has no such array, or it is damaged or too large for the archive.
         """
         header = self._check(name)
         with self._archive.open(header.member) as stream:
@@ -100,7 +100,7 @@ class NpzReader:
             name: its name.
 
         Raises:
-            ValueError: if there is no such array, it is damaged, or too large for the archive.
+            ValueError: if the archive has no such array, or it is damaged or too large for the archive.
         """
         with self._archive.open(self._check(name).member) as stream:
             while stream.read(READ_CHUNK_BYTES):
