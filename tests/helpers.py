@@ -84,6 +84,18 @@ def run_cli(
     return subprocess.run(command, env=dict(env), cwd=cwd, capture_output=True, text=True, timeout=180)
 
 
+def run_main(arguments: list[str], folder: str, stderr: str, variables: Mapping[str, str]) -> None:
+    """Run `ddim` within this process, in a folder and with its standard error in a file: the target of a process."""
+    from ddim.cli import main
+
+    os.chdir(folder)
+    os.environ |= variables
+    sys.argv = ["ddim", *arguments]
+    with Path(stderr).open("a") as file:
+        os.dup2(file.fileno(), 2)
+    main()
+
+
 def messages(stderr: str) -> list[str]:
     """Return the lines of stderr that are messages of `ddim` rather than progress bars."""
     return [line for line in stderr.replace("\r", "\n").splitlines() if line.startswith("ddim: ")]

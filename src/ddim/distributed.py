@@ -8,10 +8,13 @@ example whether a result is cached (`broadcast`).
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from ddim.validation import integer
 
 T = TypeVar("T")
 
@@ -92,15 +95,46 @@ SINGLE_PROCESS = ProcessGroup()
 """The group of a process without a launcher."""
 
 
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What every launcher sets for each process that it starts."""
+
+
 def rank_and_world_size() -> tuple[int, int]:
     """Return (rank, world size) from the launcher's environment; (0, 1) without a launcher.
+
+    Raises:
+        ValueError: if the environment is incomplete or contradicts itself, so that work would be left out.
 
     Example:
         >>> rank, world_size = rank_and_world_size()
         >>> 0 <= rank < world_size
         True
     """
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not os.environ.keys() & {"RANK", "WORLD_SIZE"}:
+        return 0, 1
+    if missing := [name for name in LAUNCHER_VARIABLES if not os.environ.get(name)]:
+        given = [f"{name}={os.environ[name]}" for name in LAUNCHER_VARIABLES[:2] if os.environ.get(name)]
+        raise ValueError(
+            f"the environment has {' and '.join(given) or 'an empty RANK or WORLD_SIZE'} but not {', '.join(missing)}; "
+            "start several processes with torchrun, or unset RANK and WORLD_SIZE"
+        )
+    world_size = _variable("WORLD_SIZE", 1)
+    local_size = _variable("LOCAL_WORLD_SIZE", 1, world_size) if "LOCAL_WORLD_SIZE" in os.environ else world_size
+    _variable("LOCAL_RANK", 0, local_size - 1)
+    _variable("MASTER_PORT", 0, 65535)
+    return _variable("RANK", 0, world_size - 1), world_size
+
+
+def job_name() -> str:
+    """Return a name that the processes of one launcher share, and those of another do not; empty without a launcher.
+
+    Example:
+        >>> job_name()
+        ''
+    """
+    _, world_size = rank_and_world_size()
+    address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    return f"{address}:{port} {world_size}" if world_size > 1 else ""
 
 
 def local_device(device: str) -> str:
@@ -147,3 +181,10 @@ def init() -> Iterator[ProcessGroup]:
         yield ProcessGroup(rank, size)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _variable(name: str, minimum: int, maximum: int | None = None) -> int:
+    """Return the value of a variable of the environment, which must be an integer within bounds."""
+    text = os.environ[name].strip()
+    is_number = re.fullmatch(r"-?[0-9]{1,18}", text) is not None
+    return integer(f"the environment variable {name}", int(text) if is_number else text, minimum, maximum)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import multiprocessing
+import os
 import random
 import signal
 import subprocess
@@ -13,20 +15,25 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ddim.bulk import sample_many
-from ddim.bulk.targets import FolderTarget
+from ddim.bulk.targets import FolderTarget, NpzTarget
 from ddim.pipeline import DDIMPipeline
-from helpers import environment
+from helpers import environment, messages, run_main
 
 FORMATS = ("images", "images.npz", "images.tar")
 STEPS = 2
+
+# Its processes have imported everything: starting one takes no time that a test would wait for.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["ddim.bulk", "ddim.cli", "ddim.tuning"])
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +76,26 @@ def read(out: Path, count: int) -> np.ndarray:
 
 @contextmanager
 def launched_as(rank: int, world_size: int) -> Iterator[None]:
-    """Set the environment of a launcher's process."""
+    """Set the environment of a launcher's process, and allow it to leave images to processes that start later."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RANK", str(rank))
-        patch.setenv("WORLD_SIZE", str(world_size))
+        for name, value in launcher_environment(rank, world_size).items():
+            patch.setenv(name, value)
+        patch.setattr("ddim.bulk.run.START_SECONDS", 0)
+        with suppress_missing_images():
+            yield
+
+
+@contextmanager
+def suppress_missing_images() -> Iterator[None]:
+    try:
         yield
+    except RuntimeError as error:
+        assert "are present, and no other process of this job is running" in str(error)  # noqa: PT017
+
+
+def launcher_environment(rank: int, world_size: int) -> dict[str, str]:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    return {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)} | address
 
 
 class TestOutput:
@@ -95,7 +117,7 @@ class TestOutput:
         }
 
     def test_names_above_five_digits(self, tmp_path: Path) -> None:
-        target = FolderTarget(tmp_path, 100_001, 1, 0)
+        target = FolderTarget(tmp_path, 100_001, 1, 0, (2, 2, 1))
         target.write_batch(100_000, np.zeros((1, 2, 2, 1), np.uint8))
         assert target.done_batches() == {100_000}
 
@@ -110,11 +132,11 @@ class TestOutput:
         }
         for folder, processes in runs.items():
             (tmp_path / folder).mkdir()
-            done = []
             for rank, world_size in processes:
                 with launched_as(rank, world_size):
-                    done.append(sample_many(pipe, tmp_path / folder / name, 30, **settings))
-            assert sum(result.sampled for result in done) == done[-1].done == 30
+                    result = sample_many(pipe, tmp_path / folder / name, 30, **settings)
+            assert result.done == 30
+            assert result.sampled == (30 if folder == "one" else 10 if folder == "three" else 12)
         assert hashes(tmp_path / "one") == hashes(tmp_path / "three") == hashes(tmp_path / "changed")
 
     def test_manifest(self, pipe: DDIMPipeline, tmp_path: Path) -> None:
@@ -212,6 +234,144 @@ class TestResume:
         assert "torch 1.0 to " in caplog.text
 
 
+def flip_bit(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 16
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(b"mine" * 1000),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "end missing": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"0"),
+    "bit": lambda path: flip_bit(path, path.stat().st_size * 2 // 3),
+    "header": lambda path: flip_bit(path, 19),
+    "fifo": lambda path: (path.unlink(), os.mkfifo(path)),
+}
+
+
+class TestDamagedFiles:
+    """What an earlier run left is verified before it counts; what is damaged is made again, and named."""
+
+    SETTINGS: ClassVar[dict[str, Any]] = {"count": 8, "batch_size": 2, "shard_size": 4, "num_inference_steps": STEPS}
+
+    @pytest.mark.parametrize("damage", DAMAGES)
+    @pytest.mark.parametrize("name", ["images/00003.png", "images.npz", "images-000001.tar"])
+    def test_results(
+        self, pipe: DDIMPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str
+    ) -> None:
+        out = tmp_path / ("images" + Path(name).suffix.replace(".png", ""))
+        if damage == "fifo" and not name.startswith("images/"):
+            pytest.skip("like any other content of a file")
+        sample_many(pipe, out, **self.SETTINGS)
+        original, pixels = hashes(tmp_path), read(out, 8) if out.suffix != ".tar" else None
+        DAMAGES[damage](tmp_path / name)
+        result = sample_many(pipe, out, **self.SETTINGS)
+        if name == "images.npz" and damage in ("header", "longer"):
+            # A zip archive may have more bytes at its end, and has fields that say nothing of its content.
+            assert np.array_equal(read(out, 8), pixels)
+            return
+        assert hashes(tmp_path) == original
+        assert result.sampled == {"images": 2, "images.npz": 8, "images.tar": 4}[out.name]
+        (message,) = caplog.messages
+        assert message.startswith(f"sampling again what 1 damaged file held: {tmp_path / name} (")
+
+    @pytest.mark.parametrize("damage", DAMAGES)
+    @pytest.mark.parametrize("name", FORMATS[1:])
+    def test_parts(
+        self, pipe: DDIMPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str
+    ) -> None:
+        (tmp_path / "whole").mkdir()
+        sample_many(pipe, tmp_path / "whole" / name, **self.SETTINGS)
+        out = tmp_path / "interrupted" / name
+        out.parent.mkdir()
+        with launched_as(0, 2):
+            sample_many(pipe, out, **self.SETTINGS)
+        parts = out.with_name(f"{name}.parts")
+        assert [file.name for file in sorted(parts.iterdir())] == ["00000000.npy", "00000002.npy"]
+        part = parts / "00000002.npy"
+        assert np.load(part).shape == (2, 8, 8, 3)
+        DAMAGES[damage](part)
+        assert sample_many(pipe, out, **self.SETTINGS).sampled == 6
+        assert hashes(out.parent) == hashes(tmp_path / "whole")
+        (message,) = caplog.messages
+        assert message.startswith(f"sampling again what 1 damaged file held: {part} (")
+
+    @pytest.mark.parametrize("shape", [(2, 8, 8, 1), (2, 4, 4, 12), (1, 8, 8, 3), (2, 3, 8, 8), (384,)])
+    def test_part_of_another_shape(self, pipe: DDIMPipeline, tmp_path: Path, shape: tuple[int, ...]) -> None:
+        """A part with a checksum of its own, as one of another run has."""
+        out = tmp_path / "images.npz"
+        with launched_as(0, 2):
+            sample_many(pipe, out, **self.SETTINGS)
+        stream = io.BytesIO()
+        np.save(stream, np.zeros(shape, np.uint8))
+        data = stream.getvalue() + hashlib.sha256(stream.getvalue()).digest()
+        (tmp_path / "images.npz.parts" / "00000000.npy").write_bytes(data)
+        assert sample_many(pipe, out, **self.SETTINGS).sampled == 6
+        assert np.load(out)["arr_0"].shape == (8, 8, 8, 3)
+
+    def test_part_damaged_during_a_run_is_named(self, tmp_path: Path) -> None:
+        target = NpzTarget(tmp_path / "x.npz", 2, 1, 0, (2, 2, 1))
+        target.create_folders()
+        for batch in target.batches:
+            target.write_batch(batch, np.zeros((1, 2, 2, 1), np.uint8))
+        flip_bit(target.part_path(1), 129)
+        with pytest.raises(ValueError, match=r"x\.npz\.parts/00000001\.npy is damaged: .* delete it and run again"):
+            target.assemble()
+        assert names(tmp_path) == {"x.npz.parts/00000000.npy", "x.npz.parts/00000001.npy"}
+
+    @pytest.mark.parametrize("image", [Image.new("RGB", (8, 9)), Image.new("L", (8, 8)), Image.new("RGBA", (8, 8))])
+    def test_image_of_another_shape(self, pipe: DDIMPipeline, tmp_path: Path, image: Image.Image) -> None:
+        sample_many(pipe, tmp_path / "images", **self.SETTINGS)
+        original = hashes(tmp_path)
+        image.save(tmp_path / "images/00000.png")
+        assert sample_many(pipe, tmp_path / "images", **self.SETTINGS).sampled == 2
+        assert hashes(tmp_path) == original
+
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_leftovers_are_removed(self, pipe: DDIMPipeline, tmp_path: Path, name: str) -> None:
+        """Also of a process that was killed after the last image, before it had cleaned up."""
+        out = tmp_path / name
+        sample_many(pipe, out, **self.SETTINGS)
+        original = hashes(tmp_path)
+        leftovers = {
+            "images": ["images/.writing-00003-abcdefgh.png", "images/.writing-manifest-abcdefgh.json"],
+            "images.npz": ["images.npz.parts/00000001.npy", ".writing-images-abcdefgh.npz"],
+            "images.tar": ["images.tar.parts/.writing-00000001-abcdefgh.npy", ".writing-images-000001-abcdefgh.tar"],
+        }[name]
+        for leftover in leftovers:
+            (tmp_path / leftover).parent.mkdir(exist_ok=True)
+            (tmp_path / leftover).touch()
+        assert sample_many(pipe, out, **self.SETTINGS).sampled == 0
+        assert hashes(tmp_path) == original
+        assert not (tmp_path / f"{name}.parts").exists()
+
+
+class TestEnvironment:
+    @pytest.mark.parametrize("variables", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2"}])
+    def test_incomplete_environment_raises(
+        self, pipe: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+    ) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=r"^the environment has (RANK|WORLD_SIZE)=. .*but not"):
+            sample_many(pipe, tmp_path / "x", 3, num_inference_steps=STEPS)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_missing_processes_are_reported(
+        self, pipe: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        monkeypatch.setattr("ddim.bulk.run.START_SECONDS", 0)
+        for variable, value in launcher_environment(1, 2).items():
+            monkeypatch.setenv(variable, value)
+        settings: dict[str, Any] = {"batch_size": 2, "num_inference_steps": STEPS}
+        with pytest.raises(RuntimeError, match=r"^4 of 8 images are present, and no other process of "):
+            sample_many(pipe, tmp_path / name, 8, **settings)
+
+
 class TestInvalidInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -239,59 +399,111 @@ class TestInvalidInput:
         assert not list(tmp_path.iterdir())
 
 
-COMMAND = ["-m", "ddim", "sample", "-n", "400", "--steps", "6", "--batch-size", "8", "--shard-size", "120", "--out"]
+OPTIONS = ["-n", "96", "--steps", "3", "--batch-size", "8", "--shard-size", "24", "--out"]
+
+
+def start(folder: Path, name: str, **variables: str) -> BaseProcess:
+    """Start `ddim sample` in a folder; its standard error goes to a file there, and is hidden."""
+    arguments = ["sample", *OPTIONS, name]
+    process = FORKSERVER.Process(target=run_main, args=(arguments, str(folder), ".stderr", variables))
+    process.start()
+    return process
+
+
+def finish(folder: Path, name: str) -> str:
+    """Run `ddim sample` in a folder to its end, and return its standard error."""
+    process = start(folder, name)
+    process.join(120)
+    stderr = (folder / ".stderr").read_text()
+    assert process.exitcode == 0, stderr
+    return stderr
+
+
+def wait_for(path: Path, process: BaseProcess) -> None:
+    """Wait until a file exists or the process ends."""
+    deadline = time.monotonic() + 60
+    while not path.exists() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def manifest_path(folder: Path, name: str) -> Path:
+    return folder / name / "manifest.json" if name == "images" else folder / f"{name}.manifest.json"
+
+
+def outputs(folder: Path, name: str) -> dict[str, str]:
+    """Return the hashes of all files in a folder; files beside the output would be leftovers."""
+    return {key: value for key, value in hashes(folder).items() if key != ".stderr"}
 
 
 class TestProcesses:
-    """The command itself, killed at random moments, and run by launchers."""
+    """The command itself, killed at random moments, run twice at once, and run by launchers."""
 
     @pytest.fixture(scope="class")
-    def uninterrupted(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """Return a folder with the outputs of uninterrupted runs."""
-        folder = tmp_path_factory.mktemp("uninterrupted")
-        for name in FORMATS:
-            subprocess.run([sys.executable, *COMMAND, name], cwd=folder, env=environment(folder), check=True)
-        return folder
+    def uninterrupted(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+        """Return the hashes of the outputs of uninterrupted runs."""
+        folders = {name: tmp_path_factory.mktemp("uninterrupted") for name in FORMATS}
+        for name, folder in folders.items():
+            finish(folder, name)
+        return {name: outputs(folder, name) for name, folder in folders.items()}
 
     @pytest.mark.parametrize("name", FORMATS)
-    def test_resumes_after_kill(self, uninterrupted: Path, tmp_path: Path, name: str) -> None:
+    def test_resumes_after_kill(self, uninterrupted: dict[str, dict[str, str]], tmp_path: Path, name: str) -> None:
         chance = random.Random(name)
-        killed = 0
-        while killed < 3:
-            process = subprocess.Popen(
-                [sys.executable, *COMMAND, name], cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.DEVNULL
-            )
-            manifest = tmp_path / name / "manifest.json" if name == "images" else tmp_path / f"{name}.manifest.json"
-            while not manifest.exists() and process.poll() is None:
-                time.sleep(0.01)
-            time.sleep(chance.uniform(0.1, 1.5))
-            if process.poll() is not None:
-                break
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            killed += 1
-        assert killed
-        subprocess.run([sys.executable, *COMMAND, name], cwd=tmp_path, env=environment(tmp_path), check=True)
-        expected = {
-            key: value for key, value in hashes(uninterrupted).items() if key.startswith(name.replace(".tar", "-"))
-        }
-        expected = {k: v for k, v in expected.items() if k.endswith(Path(name).suffix or ".png")}
-        assert expected
-        assert hashes(tmp_path) == expected
+        for _ in range(4):
+            process = start(tmp_path, name)
+            wait_for(manifest_path(tmp_path, name), process)
+            time.sleep(chance.uniform(0, 0.8))
+            process.kill()
+            process.join()
+        finish(tmp_path, name)
+        assert outputs(tmp_path, name) == uninterrupted[name]
 
-    def test_two_processes_and_two_machines(self, uninterrupted: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_second_process_is_refused(
+        self, uninterrupted: dict[str, dict[str, str]], tmp_path: Path, name: str
+    ) -> None:
+        first = start(tmp_path, name)
+        wait_for(manifest_path(tmp_path, name), first)
+        os.kill(first.pid or 0, signal.SIGSTOP)
+        second = FORKSERVER.Process(target=run_main, args=(["sample", *OPTIONS, name], str(tmp_path), "2.stderr", {}))
+        second.start()
+        second.join(60)
+        advice = "wait until it has ended, or " + ("use another folder" if name == "images" else "write elsewhere")
+        assert second.exitcode == 1
+        (message,) = messages((tmp_path / "2.stderr").read_text())
+        assert message == f"ddim: {name} is in use by process {first.pid}; {advice}"
+        (tmp_path / "2.stderr").unlink()
+        os.kill(first.pid or 0, signal.SIGCONT)
+        first.join(60)
+        assert first.exitcode == 0
+        assert outputs(tmp_path, name) == uninterrupted[name]
+
+    def test_two_processes_at_once(self, uninterrupted: dict[str, dict[str, str]], tmp_path: Path) -> None:
+        """Both assemble the same file in the end; neither removes what the other writes."""
+        for name in FORMATS:
+            folder = tmp_path / f"of-{name}"
+            folder.mkdir()
+            processes = [start(folder, name, **launcher_environment(rank, 2)) for rank in range(2)]
+            for process in processes:
+                process.join(60)
+            assert [process.exitcode for process in processes] == [0, 0]
+            assert outputs(folder, name) == uninterrupted[name]
+
+    def test_launchers(self, uninterrupted: dict[str, dict[str, str]], tmp_path: Path) -> None:
         torchrun = [sys.executable, "-m", "torch.distributed.run"]
-        together = [*torchrun, "--standalone", "--nproc-per-node", "2", *COMMAND]
-        subprocess.run([*together, "images"], cwd=tmp_path, env=environment(tmp_path), check=True)
+        command = ["-m", "ddim", "sample", *OPTIONS]
+        together = [*torchrun, "--standalone", "--nproc-per-node", "2", *command]
         rendezvous = ["--master-addr", "127.0.0.1", "--master-port", str(unused_port())]
         machine = [*torchrun, "--nnodes", "2", "--nproc-per-node", "1", *rendezvous, "--node-rank"]
-        for name in FORMATS[1:]:
-            nodes = [
-                subprocess.Popen([*machine, node, *COMMAND, name], cwd=tmp_path, env=environment(tmp_path))
-                for node in ("0", "1")
+        commands = {"a/images": [together], "b/images.tar": [[*machine, node, *command] for node in ("0", "1")]}
+        for out, parts in commands.items():
+            folder, name = out.split("/")
+            (tmp_path / folder).mkdir()
+            processes = [
+                subprocess.Popen([*part, name], cwd=tmp_path / folder, env=environment(tmp_path)) for part in parts
             ]
-            assert [node.wait(300) for node in nodes] == [0, 0]
-        assert hashes(tmp_path) == hashes(uninterrupted)
+            assert [process.wait(120) for process in processes] == [0] * len(parts)
+            assert hashes(tmp_path / folder) == uninterrupted[name]
 
 
 def unused_port() -> int:

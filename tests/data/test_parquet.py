@@ -10,6 +10,7 @@ import datasets
 import huggingface_hub.constants
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ddim.data.sources import open_source
@@ -42,6 +43,15 @@ def test_folder_of_parquet_files(folder: Path) -> None:
     write_hugging_face(folder / "data/train-00002-of-00002.parquet", digits(3))
     assert open_source(str(folder)).count == 43
     assert open_source(str(folder)).identity != source.identity
+
+
+def test_bomb_raises_before_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddim.data.parquet.SMALL_ARRAY_BYTES", 2**20)
+    monkeypatch.setattr(datasets.Dataset, "from_parquet", lambda *_: pytest.fail("read"))
+    table = pa.table({"image": [bytes(2**16)] * 2**8})
+    pq.write_table(table, folder / "bomb.parquet", compression="gzip", use_dictionary=False)
+    with pytest.raises(ValueError, match=r"bomb\.parquet cannot be read as parquet: it claims 16,\d+,\d+ bytes in"):
+        open_source(str(folder / "bomb.parquet"))
 
 
 def test_images_take_precedence_over_parquet_files(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,26 @@ def test_damaged_npz_raises(folder: Path) -> None:
         with pytest.raises(ValueError, match=r"images\.npz cannot be read as \.npz: ") as caught:
             open_source(str(folder / "images.npz"))
         assert "\n" not in str(caught.value)
+
+
+def test_folder_with_names_in_another_encoding(folder: Path) -> None:
+    name = os.fsencode(folder) + b"/caf\xe9.png"
+    Path(os.fsdecode(name)).write_bytes(encode(digits(1)[0]))
+    source = open_source(str(folder))
+    assert source.count == 1
+    assert_images(source, digits(1))
+
+
+def test_other_members_of_npz_are_left_out(folder: Path) -> None:
+    np.savez(folder / "images.npz", digits(4))
+    with zipfile.ZipFile(folder / "images.npz", "a") as archive:
+        archive.writestr("README.txt", "notes")
+    assert_images(open_source(str(folder / "images.npz")), digits(4))
+
+
+@pytest.mark.parametrize("suffix", ["npz", "parquet"])
+def test_pipes_do_not_hang(folder: Path, suffix: str) -> None:
+    os.mkfifo(folder / f"pipe.{suffix}")
+    for source in (folder / f"pipe.{suffix}", folder):
+        with pytest.raises(FileNotFoundError):
+            open_source(str(source))

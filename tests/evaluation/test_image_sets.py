@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,21 @@ def test_count_and_shape(tmp_path: Path) -> None:
     (batch,) = images.batches()
     assert batch.shape == (5, 3, 6, 10)
     assert batch.dtype == torch.uint8
+
+
+def test_tar_of_another_machine(tmp_path: Path) -> None:
+    """Hidden files of macOS are left out, a pipe does not hang, and a truncated archive is refused by name."""
+    write_digits(tmp_path / "digits", 3)
+    with tarfile.open(tmp_path / "x-000000.tar", "w") as archive:
+        for file in sorted((tmp_path / "digits").iterdir()):
+            archive.add(file, f"digits/{file.name}")
+            archive.add(file, f"digits/._{file.name}")
+    os.mkfifo(tmp_path / "x-000001.tar")
+    assert open_files(str(tmp_path / "x.tar")).count == 3
+    with (tmp_path / "x-000000.tar").open("r+b") as stream:
+        stream.truncate(tarfile.BLOCKSIZE * 3 // 2)
+    with pytest.raises(ValueError, match=r"x-000000\.tar (is truncated|cannot be read as tar)"):
+        open_files(str(tmp_path / "x.tar"))
 
 
 def test_invalid_files_raise(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,3 +86,43 @@ def test_permissions_follow_the_umask(tiny_pipeline: DDIMPipeline, tmp_path: Pat
         os.umask(old)
     for path in tmp_path.rglob("*"):
         assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+def write_and_wait(path: Path, started: Any, proceed: Any) -> None:
+    with write_folder(path) if path.suffix == "" else atomic_write(path) as temporary:
+        (temporary if temporary.is_file() else temporary / "a.txt").write_text("new")
+        started.set()
+        proceed.wait(60)
+
+
+@pytest.mark.parametrize("name", ["file.txt", "folder"])
+def test_leftovers_of_killed_processes_are_removed(tmp_path: Path, name: str) -> None:
+    """Those of running processes stay, and so do files of others."""
+    context = multiprocessing.get_context("fork")
+    started, proceed = context.Event(), context.Event()
+    killed = context.Process(target=write_and_wait, args=(tmp_path / name, started, proceed))
+    killed.start()
+    assert started.wait(60)
+    leftovers = list(tmp_path.rglob(".writing-*"))
+    assert len(leftovers) == 1
+    if name == "file.txt":
+        with atomic_write(tmp_path / name) as path:
+            path.write_text("new")
+        assert leftovers[0].exists()
+    else:
+        with pytest.raises(RuntimeError, match=f"in use by process {killed.pid}"), write_folder(tmp_path / name):
+            pytest.fail("another process writes the folder")
+    killed.kill()
+    killed.join()
+    (tmp_path / ".writing-mine.txt").touch()
+    with write_folder(tmp_path / name) if name == "folder" else atomic_write(tmp_path / name) as path:
+        (path / "a.txt" if name == "folder" else path).write_text("newer")
+    files = {"file.txt": b"newer"} if name == "file.txt" else {"folder": None, "folder/a.txt": b"newer"}
+    assert contents(tmp_path) == {".writing-mine.txt": b"", **files}
+
+
+def test_long_names(tmp_path: Path) -> None:
+    for target in (tmp_path / ("x" * 251 + ".png"), tmp_path / ("ä" * 120 + ".png")):
+        with atomic_write(target) as path:
+            path.write_text("new")
+        assert target.read_text() == "new"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 import struct
 import warnings
 import zlib
@@ -602,3 +604,148 @@ def test_folders_without_images_raise(tmp_path: Path, kind: str) -> None:
     assert message.startswith(f"{folder} contains no images; looked for .bmp, ")
     assert ".png" in message
     assert len(message.splitlines()) == 1
+
+
+def test_files_that_are_not_regular_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither a pipe, which would be waited for, nor what macOS adds stops a folder; one line names them."""
+    write_digits(tmp_path, 2)
+    (tmp_path / "sub").mkdir()
+    for name in ("._0000.png", "sub/._x.jpg", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    assert [file.name for file in find_images(tmp_path)] == ["0000.png", "0001.png"]
+    expected = "5 hidden or special files skipped: ._0000.png, device.png, gone.png, pipe.png, sub/._x.jpg"
+    assert caplog.messages == [f"{tmp_path}: {expected}"]
+    with pytest.raises(FileNotFoundError):
+        read_image(tmp_path / "pipe.png")
+
+
+def test_names_in_another_encoding(tmp_path: Path) -> None:
+    write_digits(tmp_path, 1)
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    os.rename(tmp_path / "0000.png", name)  # noqa: PTH104 - bytes
+    (file,) = find_images(tmp_path)
+    assert os.fsencode(file) == name
+    assert read_image(file).size == (8, 8)
+
+
+# --- modes and orientations
+
+
+def save_tiff(path: Path, values: np.ndarray) -> Path:
+    Image.fromarray(values).save(path)
+    return path
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_floats_are_scaled(tmp_path: Path, channels: int) -> None:
+    values = np.linspace(0, 1, H * W).astype(np.float32).reshape(H, W)
+    image = read_image(save_tiff(tmp_path / "x.tiff", values))
+    assert image.mode == "F"
+    got = to_samples(image, channels, H, W, resize=True)[0].numpy()
+    np.testing.assert_allclose(got, np.stack([2 * values - 1] * channels), rtol=0, atol=1.01 / 255)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.array([[0, 254.5]], np.float32), r"must hold floats in \[0, 1\], got values in \[0, 254\.5\]"),
+        (np.array([[-1, 1]], np.float32), r"must hold floats in \[0, 1\], got values in \[-1, 1\]"),
+        (np.array([[0, np.nan]], np.float32), "must hold finite values, got NaN or infinity"),
+        (np.array([[0, np.inf]], np.float32), "must hold finite values, got NaN or infinity"),
+        (np.array([[0, 65536]], np.int32), "must hold 8 or 16 bits per pixel, got 32-bit integers from 0 to 65536"),
+        (np.array([[-1, 300]], np.int32), "must hold 8 or 16 bits per pixel, got 32-bit integers from -1 to 300"),
+        (np.array([[0, 255]], np.int32), r"from 0 to 255; convert it to mode L or I;16"),
+    ],
+)
+def test_values_of_unknown_range_raise(tmp_path: Path, values: np.ndarray, message: str) -> None:
+    path = save_tiff(tmp_path / "x.tiff", values)
+    with pytest.raises(ValueError, match=rf"^{path} {'must' if message.startswith('must') else '.*'}") as caught:
+        to_samples(read_image(path), 1, 1, 2, resize=True)
+    assert re.search(message, str(caught.value))
+
+
+def test_integers_of_sixteen_bits_are_scaled(tmp_path: Path) -> None:
+    """In 32 bits, as PIL returns gray PPM files, and as TIFF files hold them."""
+    deep = np.linspace(0, 65535, H * W).round().astype(np.int32).reshape(H, W)
+    dark = deep // 300
+    (tmp_path / "x.pgm").write_bytes(b"P5 %d %d 65535\n" % (W, H) + deep.astype(">u2").tobytes())
+    (tmp_path / "dark.pgm").write_bytes(b"P5 %d %d 65535\n" % (W, H) + dark.astype(">u2").tobytes())
+    save_tiff(tmp_path / "x.tiff", deep)
+    for name, values in (("x.pgm", deep), ("dark.pgm", dark), ("x.tiff", deep)):
+        got = to_samples(read_image(tmp_path / name), 1, H, W, resize=True)[0, 0].numpy()
+        np.testing.assert_allclose(got, values / 32767.5 - 1, rtol=0, atol=1.01 / 255)
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_modes_of_eight_bits(mode: str, channels: int) -> None:
+    """A white image is white and a black one black."""
+    for color in ("white", "black"):
+        rgb = Image.new("RGB", (W, H), color)
+        if mode in ("La", "RGBa"):
+            image = rgb.convert({"La": "LA", "RGBa": "RGBA"}[mode]).convert(mode)
+        elif mode == "PA":
+            image = rgb.convert("P").convert("PA")
+        elif mode == "RGBX":
+            image = Image.merge("RGBX", [*rgb.split(), Image.new("L", rgb.size)])
+        else:
+            image = rgb.convert(mode)
+        assert image.mode == mode
+        got = to_samples(image, channels, H, W, resize=True)
+        assert float((got - (1 if color == "white" else -1)).abs().max()) < 0.02
+
+
+def test_other_modes_are_refused_by_name(tmp_path: Path) -> None:
+    Image.new("LAB", (W, H)).save(tmp_path / "lab.tiff")
+    message = rf"^{tmp_path}/lab\.tiff must be gray or color, got mode LAB; convert it to RGB$"
+    with pytest.raises(ValueError, match=message):
+        to_samples(read_image(tmp_path / "lab.tiff"), 3, H, W, resize=True)
+    with pytest.raises(ValueError, match=r"^images\[0\] must be gray or color, got mode LAB"):
+        to_samples(Image.new("LAB", (W, H)), 3, H, W, resize=True)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+def test_orientation_is_applied(tmp_path: Path, suffix: str, orientation: int) -> None:
+    """The stored image is the upright one, turned back: every orientation shows the same."""
+    shown = smooth("RGB", 24, 16)
+    back = {2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}.get(orientation, [])
+    stored = shown
+    for operation in back:
+        stored = stored.transpose(Image.Transpose(operation))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 100, "subsampling": 0} if suffix == "jpg" else {"lossless": True} if suffix == "webp" else {}
+    stored.save(tmp_path / f"x.{suffix}", exif=exif, **options)
+    got = read_image(tmp_path / f"x.{suffix}")
+    assert got.size == shown.size
+    assert np.abs(np.asarray(got).astype(int) - np.asarray(shown)).mean() < 3
+    # An image that the caller opened is turned as well, and once.
+    with Image.open(tmp_path / f"x.{suffix}") as opened:
+        for image in (opened, got):
+            samples = to_samples(image, 3, 16, 24)[0].permute(1, 2, 0).numpy()
+            assert np.abs((samples + 1) * 127.5 - np.asarray(shown)).mean() < 3
+
+
+def test_damaged_orientation_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    noise().save(tmp_path / "x.png", exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff")
+    noise().save(tmp_path / "y.png", exif=b"Exif\x00\x00notes")
+    for name in ("x.png", "y.png"):
+        assert np.array_equal(np.asarray(read_image(tmp_path / name)), np.asarray(noise()))
+
+
+def test_other_formats_start_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An EPS file would be given to Ghostscript, whatever it is called."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("started"))
+    noise().save(tmp_path / "x.eps")
+    for suffix in ("eps", "png", "jpg"):
+        path = tmp_path / f"x.{suffix}"
+        path.write_bytes((tmp_path / "x.eps").read_bytes())
+        assert read_error(path) == "not an image of a known format"

@@ -136,7 +136,9 @@ def test_numpy_reads_npz(tmp_path: Path) -> None:
         assert set(file.files) == {"latents", "settings"}
         assert file["latents"].dtype == np.dtype("<f4")
         np.testing.assert_array_equal(file["latents"], make_latents().numpy())
-        assert json.loads(str(file["settings"])) == asdict(SETTINGS)
+        settings = json.loads(str(file["settings"]))
+    assert settings.items() >= asdict(SETTINGS).items()
+    assert settings.keys() - asdict(SETTINGS) == {"format_version", "sha256"}
 
 
 def test_safetensors_layout(tmp_path: Path) -> None:
@@ -145,7 +147,7 @@ def test_safetensors_layout(tmp_path: Path) -> None:
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     assert header["latents"] == {"dtype": "F32", "shape": [2, 1, 3, 4], "data_offsets": [0, 96]}
-    assert json.loads(header["__metadata__"]["settings"]) == asdict(SETTINGS)
+    assert json.loads(header["__metadata__"]["settings"]).items() >= asdict(SETTINGS).items()
     assert header.keys() == {"latents", "__metadata__"}
     np.testing.assert_array_equal(np.frombuffer(content[8 + length :], "<f4"), make_latents().numpy().ravel())
 
@@ -287,8 +289,7 @@ def test_truncated_file_raises(tmp_path: Path, suffix: str) -> None:
 def test_flipped_bits_raise_or_have_no_effect(tmp_path: Path, suffix: str) -> None:
     """One bit of each byte is flipped.
 
-    ZIP has checksums: whatever is read equals what was written. Safetensors has none: damaged values are noticed only
-    where they are non-finite, and damaged settings only where they are invalid.
+    Both formats hold a checksum of the latents and the settings: whatever is read equals what was written.
     """
     latents = make_latents()
     path = save_latents(tmp_path / f"latents{suffix}", latents, SETTINGS)
@@ -304,25 +305,19 @@ def test_flipped_bits_raise_or_have_no_effect(tmp_path: Path, suffix: str) -> No
             assert str(error).startswith(str(path))  # noqa: PT017 - not each flip is refused
             refused += 1
             continue
-        if suffix == ".npz":
-            assert torch.equal(bits(loaded), bits(latents))
-            assert settings == SETTINGS
-        assert loaded.dtype == torch.float32
-        assert loaded.ndim == 4
-        assert bool(torch.isfinite(loaded).all())
-        assert sorted(settings.timesteps, reverse=True) == settings.timesteps
-        assert {type(t) for t in settings.timesteps} == {int}
-    assert refused > (0.8 if suffix == ".npz" else 0.4) * len(whole)
+        assert torch.equal(bits(loaded), bits(latents))
+        assert settings == SETTINGS
+    assert refused > 0.8 * len(whole)
 
 
 @pytest.mark.parametrize(("old", "new"), [(b"(9, 1, 28,", b"(8, 1, 28,"), (b"28, 28)", b"28, 20)"), (b"<f4", b"<f2")])
 def test_reduced_shape_raises(tmp_path: Path, old: bytes, new: bytes) -> None:
-    """Such an array is not read to its end, where the checksum would be compared."""
+    """Such an array would not be read to its end, where the checksum of the archive is compared."""
     path = save_latents(tmp_path / "latents.npz", make_latents(9, 1, 28, 28), SETTINGS)
     whole = path.read_bytes()
     assert whole.count(old) == 1
     path.write_bytes(whole.replace(old, new))
-    with pytest.raises(ValueError, match=r"is damaged or not a latent file: the checksum of latents\.npy is wrong"):
+    with pytest.raises(ValueError, match=r"is damaged or not a latent file: its array 'latents' of .* size"):
         load_latents(path)
 
 

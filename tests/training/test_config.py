@@ -453,7 +453,7 @@ OTHER = {
     "objective.weighting": ("min_snr", False),
     "objective.gamma": (4.0, False),
     "objective.antithetic": (False, False),
-    "optim.lr": (1e-3, False),
+    "optim.lr": (1e-3, True),
     "optim.betas": ([0.9, 0.99], False),
     "optim.eps": (1e-6, False),
     "optim.weight_decay": (0.1, False),
@@ -514,7 +514,6 @@ def test_all_incompatible_changes_are_listed() -> None:
         "batch_size: expected 128, got 64",
         "optim.decay: expected constant, got linear",
         "optim.decay_steps: expected None, got 9",
-        "optim.lr: expected 0.0002, got 0.001",
         "seed: expected 0, got 1",
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -24,9 +25,11 @@ from torch import Tensor
 import cli_batch
 from ddim.data.dataset import CachedImageDataset
 from ddim.data.seeding import generator_for
+from ddim.io.locks import LOCK_NAME, OutputLock
 from ddim.pipeline import DDIMPipeline
 from ddim.training.checkpoint import load_checkpoint, load_newest
 from ddim.training.config import TrainConfig, validate
+from ddim.training.progress import TrainingStopped
 from ddim.training.run import train
 from ddim.training.trainer import Trainer
 from ddim.unet import UNet2DModel
@@ -400,9 +403,57 @@ def test_resumes_with_entries_that_may_change(
 
 
 def test_partial_config_file_is_not_a_run(make_config: MakeConfig, tmp_path: Path) -> None:
-    (tmp_path / ".config-a1b2c3.yaml").write_text("config:\n  da")
+    (tmp_path / ".writing-config-a1b2c3d4.yaml").write_text("config:\n  da")
+    (tmp_path / LOCK_NAME).write_text("{")
     train(make_config(max_steps=1), tmp_path, "cpu", resume="never")
     assert (tmp_path / "config.yaml").is_file()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_diverged_run_resumes_with_a_lower_learning_rate(
+    make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the message advises works in the same folder: from the last checkpoint, or from the one before."""
+    caplog.set_level("INFO", "ddim.training")
+
+    def run(lr: float, every: int, **arguments: Any) -> None:
+        optim = {"lr": lr, "warmup_steps": 0}
+        config = make_config(max_steps=4, checkpoints={"every": every, "keep": 2}, log_every=1, optim=optim)
+        train(config, tmp_path / f"every-{every}", "cpu", **arguments)
+
+    # Without a checkpoint the run starts again.
+    with pytest.raises(TrainingStopped, match=r"last checkpoint: none; resume the run with a lower optim\.lr$"):
+        run(1e30, every=3)
+    run(1e-3, every=3)
+    # Where the last checkpoint diverged, the one before is named.
+    run(1e-3, every=1, max_minutes=0)
+    with pytest.raises(TrainingStopped, match=r"; use resume=(\S+step-00000001) and a lower optim\.lr$") as caught:
+        run(1e30, every=1)
+    run(1e-3, every=1, resume=Path(str(caught.value).partition("resume=")[2].split()[0]))
+    assert "optim.lr is 0.001 from here on; it was 1e+30" in caplog.text
+    for out in (tmp_path / "every-3", tmp_path / "every-1"):
+        assert yaml.safe_load((out / "config.yaml").read_text())["config"]["optim"]["lr"] == 1e-3
+        assert [line["step"] for line in read_jsonl(out / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_longer_run_is_told_the_way(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Where the learning rate decays towards max_steps, another run trains on from the result."""
+    out, optim = tmp_path / "run", {"decay": "linear"}
+    train(make_config(max_steps=2, optim=optim), out, "cpu")
+    with pytest.raises(ValueError, match="max_steps: expected 2, got 4") as caught:
+        train(make_config(max_steps=4, optim=optim), out, "cpu")
+    advice = f"to train on from its result, use another folder and init={out / 'final'}"
+    assert str(caught.value).endswith(advice)
+    train(make_config(max_steps=2, optim=optim, init=str(out / "final")), tmp_path / "longer", "cpu")
+
+
+def test_second_process_is_refused(make_config: MakeConfig, started: Path) -> None:
+    before = contents(started)
+    with OutputLock(started / LOCK_NAME):
+        message = f"^{started} is in use by process {os.getpid()}; wait until it has ended, or use another folder$"
+        with pytest.raises(RuntimeError, match=message):
+            train(make_config(max_steps=9), started, "cpu")
+    assert contents(started) == before
 
 
 # --- init
@@ -439,7 +490,7 @@ def started(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -
     [
         ({"seed": 1}, "seed: expected 0, got 1"),
         ({"batch_size": 4, "precision": "bf16"}, "batch_size: expected 8, got 4; precision: expected fp32, got bf16"),
-        ({"optim": {"lr": 1e-3}}, "optim.lr: expected 0.002, got 0.001"),
+        ({"optim": {"warmup_steps": 7}}, "optim.warmup_steps: expected 4, got 7"),
         ({"model": {"dropout": 0.1}}, "model.dropout: expected None, got 0.1"),
         ({"scheduler": {"beta_end": 0.01}}, "scheduler.beta_end: expected None, got 0.01"),
         ({"data": {"holdout": 3}}, "data.holdout: expected 0, got 3"),

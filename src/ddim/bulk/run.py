@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,16 +16,23 @@ from tqdm import tqdm
 from ddim.bulk.manifest import check_manifest, write_manifest
 from ddim.bulk.targets import Target, make_target
 from ddim.diffusion.sampling_config import SamplingConfig
-from ddim.distributed import rank_and_world_size
+from ddim.distributed import job_name, rank_and_world_size
 from ddim.engine import get_engine
 from ddim.io.fingerprint import model_sha256
 from ddim.io.images import to_bytes
 from ddim.io.json_files import to_json
+from ddim.io.locks import OutputLock
 from ddim.pipeline import DDIMPipeline
-from ddim.validation import integer
+from ddim.validation import integer, pluralize
+
+logger = logging.getLogger(__name__)
 
 COUNT_INTERVAL_SECONDS = 1.0
 """Time between counts of the images of other processes."""
+START_SECONDS = 60.0
+"""How long a process that has finished waits for others of its job to start."""
+MAX_LISTED = 3
+"""Damaged files that a message names."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,11 @@ def sample_many(
 ) -> BulkResult:
     """Sample images into a folder, an npz file or tar shards; resume an earlier run with the same settings.
 
-    Under a launcher (`RANK` and `WORLD_SIZE` in the environment) each of n processes samples every n-th batch. They do
-    not wait for each other: the one that finishes the last batch of a file assembles it.
+    Under a launcher such as `torchrun` each of n processes samples every n-th batch. They do not wait for each other:
+    the one that finishes the last batch of a file assembles it, and the last to end checks that all images are present.
+
+    The output is locked against other runs. Files of earlier runs are verified; damaged ones are sampled again, with a
+    warning.
 
     Args:
         pipe: the pipeline; on CPUs its engine's results do not depend on the number of threads.
@@ -77,6 +88,7 @@ def sample_many(
     Raises:
         ValueError: for arguments out of range, or if `out` holds images with other settings.
         FileExistsError: if `out` holds images without a manifest.
+        RuntimeError: if another run writes to `out`, or images of other processes are missing in the end.
         OSError: if files cannot be written.
 
     Example:
@@ -91,36 +103,38 @@ def sample_many(
     count, batch_size = integer("count", count, 1), min(integer("batch_size", batch_size, 1), count)
     seed, shard_size = integer("seed", seed, 0), integer("shard_size", shard_size, 1)
     rank, world_size = rank_and_world_size()
-    target = make_target(out, count, batch_size, seed, shard_size)
+    C, H, W = pipe.sample_shape
+    target = make_target(out, count, batch_size, seed, (H, W, C), shard_size)
     identity = _identity(pipe, target, settings)
     if overwrite and world_size > 1:
         raise ValueError(
             f"overwrite=True must run in a single process, got {world_size}: it deletes files that others write"
         )
-    _open(target, identity, overwrite)
 
     quiet_pipe = DDIMPipeline(pipe.unet, pipe.scheduler, pipe.engine)
     quiet_pipe.set_progress_bar_config(disable=True)
-    done = target.done_batches()
-    remaining = [batch for batch in target.batches[rank::world_size] if batch not in done]
-    sampled = 0
-    bar = tqdm(total=count, unit="image", dynamic_ncols=True, disable=rank != 0)
-    bar.initial = bar.n = _count(target, done)
-    counted_at = time.monotonic()
-    with bar:
-        for batch in remaining:
-            indices = target.indices(batch)
-            seeds = range(seed + indices.start, seed + indices.start + batch_size)
-            images = quiet_pipe(batch_size, seeds=seeds, output_type="np", return_dict=False, **settings)[0]
-            target.write_batch(batch, to_bytes(np.asarray(images))[: len(indices)])
-            sampled += len(indices)
-            bar.update(len(indices))
-            if rank == 0 and world_size > 1 and time.monotonic() - counted_at > COUNT_INTERVAL_SECONDS:
-                bar.n, counted_at = _count(target, target.done_batches()), time.monotonic()
-                bar.refresh()
-    target.assemble()
-    total = _count(target, target.done_batches())
-    write_manifest(target.manifest, identity, total)
+    batches = target.batches[rank::world_size]
+    with OutputLock(target.lock_path, job_name()) as lock:
+        _open(target, identity, overwrite, batches)
+        done = target.done_batches()
+        sampled = 0
+        counted_at = time.monotonic()
+        with tqdm(total=count, unit="image", dynamic_ncols=True, disable=rank != 0) as bar:
+            bar.initial = bar.n = _count(target, done)
+            for batch in batches:
+                if batch in done:
+                    continue
+                indices = target.indices(batch)
+                seeds = range(seed + indices.start, seed + indices.start + batch_size)
+                images = quiet_pipe(batch_size, seeds=seeds, output_type="np", return_dict=False, **settings)[0]
+                target.write_batch(batch, to_bytes(np.asarray(images))[: len(indices)])
+                sampled += len(indices)
+                bar.update(len(indices))
+                if rank == 0 and world_size > 1 and time.monotonic() - counted_at > COUNT_INTERVAL_SECONDS:
+                    bar.n, counted_at = _count(target, target.done_batches()), time.monotonic()
+                    bar.refresh()
+        target.assemble()
+        total = _finish(target, identity, lock)
     return BulkResult(sampled, total, count)
 
 
@@ -149,8 +163,8 @@ def _count(target: Target, batches: set[int]) -> int:
     return sum(len(target.indices(batch)) for batch in batches)
 
 
-def _open(target: Target, identity: dict[str, Any], overwrite: bool) -> None:
-    """Check that existing images have these settings, or delete them; create folders and the manifest."""
+def _open(target: Target, identity: dict[str, Any], overwrite: bool, batches: range) -> None:
+    """Check that existing images have these settings and are undamaged, or delete them; create folders and manifest."""
     if overwrite:
         target.clear()
     if target.manifest.exists():
@@ -161,5 +175,31 @@ def _open(target: Target, identity: dict[str, Any], overwrite: bool) -> None:
             "write elsewhere"
         )
     target.create_folders()
+    target.remove_leftovers()
+    if damaged := target.discard_damaged(batches):
+        listed = ", ".join(damaged[:MAX_LISTED]) + (", ..." if len(damaged) > MAX_LISTED else "")
+        logger.warning("sampling again what %s held: %s", pluralize(len(damaged), "damaged file"), listed)
     if not target.manifest.exists():
         write_manifest(target.manifest, identity, 0)
+
+
+def _finish(target: Target, identity: dict[str, Any], lock: OutputLock) -> int:
+    """Write the manifest; return the number of images present once it is all, or others of the job are at work."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        # Asked before counting: another process may write its last images and end in between.
+        is_shared = lock.is_shared()
+        total, done = -1, target.done_batches()
+        # Counted again after writing: another process may have written a later count before.
+        while total != _count(target, done):
+            total = _count(target, done)
+            write_manifest(target.manifest, identity, total)
+            done = target.done_batches()
+        if total == target.count or is_shared:
+            return total
+        if not lock.job or time.monotonic() > deadline:
+            raise RuntimeError(
+                f"{total} of {pluralize(target.count, 'image')} are present, and no other process of this job is "
+                "running; run again to sample the rest"
+            )
+        time.sleep(COUNT_INTERVAL_SECONDS)

@@ -1,11 +1,12 @@
 """Targets of bulk sampling: a folder of PNG files, an npz file, or tar shards.
 
-Every kind takes batches in any order and from several processes at once. Files are written atomically, and two
-processes that write the same file write the same bytes.
+Every kind takes batches in any order and from several processes of one job at once. Files are written atomically, and
+two processes that write the same file write the same bytes. Files of earlier runs are verified before they count: PNG
+files, zip archives and parts have checksums.
 
 - A folder gets `00000.png`, ...; a batch is done when all of its files are present.
 - `x.npz` (`arr_0`, uint8 (N, H, W, C), as the ADM evaluator reads it) and `x.tar` collect batches as `.npy` files in
-  `x.npz.parts/` until all are present.
+  `x.npz.parts/` until all are present. A part ends in the SHA-256 of what stands before it.
 - `x.tar` stands for shards `x-000000.tar`, ... as WebDataset reads them: for image i, `000000042.png` and
   `000000042.json`, `{"index": 42, "seed": 42}`. Once its batches are present, a shard is written and they are deleted.
 """
@@ -13,26 +14,43 @@ processes that write the same file write the same bytes.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import re
 import shutil
+import struct
 import tarfile
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from ddim.bulk.manifest import MANIFEST_NAME
-from ddim.io.atomic import atomic_write
+from ddim.io.atomic import MAX_STEM_LENGTH, atomic_write, remove_leftovers
 from ddim.io.image_files import is_folder_path
 from ddim.io.images import as_pil
+from ddim.io.locks import LOCK_NAME
+from ddim.io.npz import open_npz
+from ddim.validation import pluralize
 
+SHA256_BYTES = 32
+MAX_HEADER_BYTES = 1024
+"""Bytes of a file beside its pixels, with room to spare."""
+PNG_COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
+"""Gray, gray with alpha, RGB and RGBA, by the number of channels."""
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ZIP_TIMESTAMP = (1980, 1, 1, 0, 0, 0)
 """The modification time of files in archives, so that equal images give equal bytes."""
+
+
+ImageShape = tuple[int, int, int]
+"""(H, W, C)."""
 
 
 class Target(ABC):
@@ -43,20 +61,22 @@ class Target(ABC):
         count: number of images.
         batch_size: images per batch.
         seed: seed of the first image.
+        image_shape: (H, W, C) of every image.
 
     Attributes:
         batches_per_shard: batches per file of a sharded output; 0 for outputs without shards.
 
     Example:
-        >>> target = FolderTarget(Path("samples"), count=10, batch_size=4, seed=0)
+        >>> target = FolderTarget(Path("samples"), count=10, batch_size=4, seed=0, image_shape=(8, 8, 3))
         >>> target.batches, target.indices(2)
         (range(0, 3), range(8, 10))
     """
 
     batches_per_shard = 0
 
-    def __init__(self, path: Path, count: int, batch_size: int, seed: int) -> None:
+    def __init__(self, path: Path, count: int, batch_size: int, seed: int, image_shape: ImageShape) -> None:
         self.path, self.count, self.batch_size, self.seed = path, count, batch_size, seed
+        self.image_shape = image_shape
 
     @property
     def batches(self) -> range:
@@ -72,9 +92,44 @@ class Target(ABC):
     def manifest(self) -> Path:
         """The manifest's path."""
 
+    @property
+    @abstractmethod
+    def lock_path(self) -> Path:
+        """The lock that processes writing this output hold."""
+
     @abstractmethod
     def existing_files(self) -> list[Path]:
         """Return the image files present, whatever their settings."""
+
+    def discard_damaged(self, batches: Iterable[int]) -> list[str]:
+        """Delete files that are not what was written: empty, truncated, changed, or of another shape.
+
+        Args:
+            batches: the batches whose files are verified.
+
+        Returns:
+            One phrase per deleted file, which names it.
+        """
+        reasons = []
+        for file in self.files_to_verify(set(batches)):
+            try:
+                self.verify(file)
+            except Exception as error:  # damaged files raise errors of many types
+                reasons.append(f"{file} ({' '.join(str(error).split()) or type(error).__name__})")
+                file.unlink(missing_ok=True)
+        return reasons
+
+    @abstractmethod
+    def files_to_verify(self, batches: set[int]) -> Iterator[Path]:
+        """Yield the files present that hold images of some batches."""
+
+    @abstractmethod
+    def verify(self, file: Path) -> None:
+        """Raise an error if a file is damaged, or holds other images than its name says."""
+
+    @abstractmethod
+    def remove_leftovers(self) -> None:
+        """Delete what killed processes left; files of running processes stay."""
 
     def clear(self) -> None:
         """Delete the images and the manifest."""
@@ -101,7 +156,7 @@ class Target(ABC):
 
     @abstractmethod
     def assemble(self) -> None:
-        """Write the files whose batches are all present, and delete leftovers of killed processes once all is done."""
+        """Write the files whose batches are all present, and delete what was collected for them."""
 
 
 class FolderTarget(Target):
@@ -110,7 +165,7 @@ class FolderTarget(Target):
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
-        ...     target = FolderTarget(Path(folder), count=3, batch_size=2, seed=0)
+        ...     target = FolderTarget(Path(folder), count=3, batch_size=2, seed=0, image_shape=(4, 4, 1))
         ...     target.write_batch(1, np.zeros((1, 4, 4, 1), np.uint8))
         ...     [file.name for file in target.existing_files()], target.done_batches()
         (['00002.png'], {1})
@@ -121,9 +176,31 @@ class FolderTarget(Target):
         """The manifest's path, in the folder."""
         return self.path / MANIFEST_NAME
 
+    @property
+    def lock_path(self) -> Path:
+        """The lock, in the folder."""
+        return self.path / LOCK_NAME
+
     def existing_files(self) -> list[Path]:
         """Return the numbered PNG files, sorted."""
         return sorted(file for file in self.path.glob("*.png") if re.fullmatch(r"\d{5,}", file.stem))
+
+    def files_to_verify(self, batches: set[int]) -> Iterator[Path]:
+        """Yield the PNG files of some batches."""
+        for file in self.existing_files():
+            if int(file.stem) // self.batch_size in batches and int(file.stem) < self.count:
+                yield file
+
+    def verify(self, file: Path) -> None:
+        """Raise an error if a PNG file is damaged, or of another shape."""
+        if not file.is_file():
+            raise ValueError("it is not a file")
+        with file.open("rb") as stream:
+            _verify_png(stream, self.image_shape)
+
+    def remove_leftovers(self) -> None:
+        """Delete temporary PNG files that killed processes left."""
+        remove_leftovers(self.path, r"\d{5,}", ".png")
 
     def create_folders(self) -> None:
         """Create the folder."""
@@ -137,13 +214,11 @@ class FolderTarget(Target):
     def write_batch(self, batch: int, pixels: np.ndarray) -> None:
         """Write one PNG file per image of a batch, uint8 (n, H, W, C)."""
         for index, image in zip(self.indices(batch), pixels, strict=True):
-            with atomic_write(self.path / f"{index:05d}.png") as temporary:
+            with atomic_write(self.path / f"{index:05d}.png", keep_leftovers=True) as temporary:
                 as_pil(image).save(temporary)
 
     def assemble(self) -> None:
-        """Delete leftovers of killed processes once all images are present."""
-        if len(self.done_batches()) == len(self.batches):
-            _remove_unfinished(self.path, r"\d{5,}", ".png")
+        """Do nothing: the images are the result."""
 
 
 class PartsTarget(Target):
@@ -153,6 +228,11 @@ class PartsTarget(Target):
     def manifest(self) -> Path:
         """The manifest's path, beside the output."""
         return self.path.with_name(f"{self.path.name}.{MANIFEST_NAME}")
+
+    @property
+    def lock_path(self) -> Path:
+        """The lock, beside the output."""
+        return self.path.with_name(f".{self.path.name}{LOCK_NAME}")
 
     @property
     def parts_folder(self) -> Path:
@@ -168,10 +248,50 @@ class PartsTarget(Target):
         numbers = {int(file.stem) for file in self.parts_folder.glob("*.npy") if file.stem.isdecimal()}
         return numbers & set(self.batches)
 
+    def part_shape(self, batch: int) -> tuple[int, ...]:
+        """Return the shape (n, H, W, C) of a batch's part."""
+        return (len(self.indices(batch)), *self.image_shape)
+
     def read_part(self, batch: int) -> np.ndarray:
-        """Return the pixels of a part, uint8 (n, H, W, C)."""
-        pixels: np.ndarray = np.load(self.part_path(batch), allow_pickle=False)
+        """Return the pixels of a part, uint8 (n, H, W, C).
+
+        Raises:
+            ValueError: if it is damaged, or of another shape.
+        """
+        path = self.part_path(batch)
+        content = path.read_bytes()
+        data, digest = content[:-SHA256_BYTES], content[-SHA256_BYTES:]
+        if hashlib.sha256(data).digest() != digest:
+            raise ValueError(f"{path} is damaged: its SHA-256 does not match; delete it and run again")
+        pixels: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+        if pixels.dtype != np.uint8 or pixels.shape != self.part_shape(batch):
+            raise ValueError(
+                f"{path} must hold uint8 {self.part_shape(batch)}, got {pixels.dtype} {pixels.shape}; delete it and "
+                "run again"
+            )
         return pixels
+
+    def files_to_verify(self, batches: set[int]) -> Iterator[Path]:
+        """Yield the parts of some batches."""
+        for batch in sorted(self.stored_parts() & batches):
+            yield self.part_path(batch)
+
+    def verify(self, file: Path) -> None:
+        """Raise an error if a part is damaged, or of another shape."""
+        batch = int(file.stem)
+        # Compared first, because a file of any size would be read.
+        expected = int(np.prod(self.part_shape(batch)))
+        if not file.is_file() or not expected <= file.stat().st_size <= expected + MAX_HEADER_BYTES:
+            raise ValueError(f"it does not have the size of uint8 {self.part_shape(batch)}")
+        try:
+            self.read_part(batch)
+        except ValueError:
+            raise ValueError(f"it does not hold what was written, uint8 {self.part_shape(batch)}") from None
+
+    def remove_leftovers(self) -> None:
+        """Delete temporary files that killed processes left."""
+        remove_leftovers(self.parts_folder, r"\d{8,}", ".npy")
+        remove_leftovers(self.path.parent, rf"{re.escape(self.path.stem[:MAX_STEM_LENGTH])}(-\d*)?", self.path.suffix)
 
     def clear(self) -> None:
         """Delete the images, the parts and the manifest."""
@@ -184,8 +304,11 @@ class PartsTarget(Target):
 
     def write_batch(self, batch: int, pixels: np.ndarray) -> None:
         """Write a batch, uint8 (n, H, W, C), as a part."""
-        with atomic_write(self.part_path(batch)) as temporary:
-            np.save(temporary, pixels, allow_pickle=False)
+        stream = io.BytesIO()
+        np.save(stream, pixels, allow_pickle=False)
+        data = stream.getvalue()
+        with atomic_write(self.part_path(batch), keep_leftovers=True) as temporary:
+            temporary.write_bytes(data + hashlib.sha256(data).digest())
 
 
 class NpzTarget(PartsTarget):
@@ -194,7 +317,7 @@ class NpzTarget(PartsTarget):
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
-        ...     target = NpzTarget(Path(folder) / "x.npz", count=1, batch_size=1, seed=0)
+        ...     target = NpzTarget(Path(folder) / "x.npz", 1, batch_size=1, seed=0, image_shape=(4, 4, 1))
         ...     target.create_folders()
         ...     target.write_batch(0, np.zeros((1, 4, 4, 1), np.uint8))
         ...     target.assemble()
@@ -210,22 +333,41 @@ class NpzTarget(PartsTarget):
         """Return all batches if the file is present, else those present as parts."""
         return set(self.batches) if self.path.exists() else self.stored_parts()
 
+    def files_to_verify(self, batches: set[int]) -> Iterator[Path]:
+        """Yield the parts of some batches, and the file."""
+        yield from super().files_to_verify(batches)
+        yield from self.existing_files()
+
+    def verify(self, file: Path) -> None:
+        """Raise an error if a part or the file is damaged, or of another shape."""
+        if file != self.path:
+            super().verify(file)
+            return
+        with open_npz(file) as archive:
+            archive.verify("arr_0")
+            header = archive.headers["arr_0"]
+        expected = (self.count, *self.image_shape)
+        if header.dtype != np.uint8 or header.shape != expected:
+            raise ValueError(f"it must hold uint8 {expected}, got {header.dtype} {header.shape}")
+
     def assemble(self) -> None:
         """Write the file from its parts once all are present, and delete them."""
-        if self.path.exists() or len(self.stored_parts()) < len(self.batches):
-            return
-        with _unless_assembled_elsewhere(self.path), atomic_write(self.path) as temporary:
-            shape = (self.count, *self.read_part(0).shape[1:])
-            entry = zipfile.ZipInfo("arr_0.npy", ZIP_TIMESTAMP)
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            # Streamed part by part, so that the array need not fit into memory.
-            with zipfile.ZipFile(temporary, "w") as archive, archive.open(entry, "w", force_zip64=True) as stream:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(stream, header)
-                for batch in self.batches:
-                    stream.write(self.read_part(batch).tobytes())
+        if not self.path.exists():
+            if len(self.stored_parts()) < len(self.batches):
+                return
+            with _unless_assembled_elsewhere(self.path), atomic_write(self.path) as temporary:
+                self._write(temporary)
         shutil.rmtree(self.parts_folder, ignore_errors=True)
-        _remove_unfinished(self.path.parent, re.escape(self.path.stem), self.path.suffix)
+
+    def _write(self, path: Path) -> None:
+        """Write the array, part by part, so that it need not fit into memory."""
+        entry = zipfile.ZipInfo("arr_0.npy", ZIP_TIMESTAMP)
+        entry.compress_type = zipfile.ZIP_DEFLATED
+        with zipfile.ZipFile(path, "w") as archive, archive.open(entry, "w", force_zip64=True) as stream:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self.image_shape)}
+            np.lib.format.write_array_header_1_0(stream, header)
+            for batch in self.batches:
+                stream.write(self.read_part(batch).tobytes())
 
 
 class TarTarget(PartsTarget):
@@ -236,16 +378,19 @@ class TarTarget(PartsTarget):
         count: number of images.
         batch_size: images per batch.
         seed: seed of the first image.
+        image_shape: (H, W, C) of every image.
         shard_size: images per shard, rounded down to whole batches, at least one.
 
     Example:
-        >>> target = TarTarget(Path("x.tar"), count=10, batch_size=2, seed=0, shard_size=5)
+        >>> target = TarTarget(Path("x.tar"), 10, batch_size=2, seed=0, image_shape=(8, 8, 3), shard_size=5)
         >>> target.batches_by_shard, target.shard_path(1).name
         ([range(0, 2), range(2, 4), range(4, 5)], 'x-000001.tar')
     """
 
-    def __init__(self, path: Path, count: int, batch_size: int, seed: int, shard_size: int) -> None:
-        super().__init__(path, count, batch_size, seed)
+    def __init__(
+        self, path: Path, count: int, batch_size: int, seed: int, image_shape: ImageShape, shard_size: int
+    ) -> None:
+        super().__init__(path, count, batch_size, seed, image_shape)
         self.batches_per_shard = max(1, shard_size // batch_size)
 
     def shard_path(self, number: int) -> Path:
@@ -272,6 +417,37 @@ class TarTarget(PartsTarget):
                 done.update(batches)
         return done
 
+    def files_to_verify(self, batches: set[int]) -> Iterator[Path]:
+        """Yield the parts of some batches, and the shards that hold them."""
+        yield from super().files_to_verify(batches)
+        for number, within in enumerate(self.batches_by_shard):
+            if not batches.isdisjoint(within) and self.shard_path(number).exists():
+                yield self.shard_path(number)
+
+    def verify(self, file: Path) -> None:
+        """Raise an error if a part or a shard is damaged, or holds other images."""
+        if file.parent == self.parts_folder:
+            super().verify(file)
+            return
+        number = int(file.stem.rpartition("-")[2])
+        if file.stat().st_size % tarfile.RECORDSIZE:
+            raise ValueError("it is truncated")
+        with tarfile.open(file, "r:") as archive:
+            for batch in self.batches_by_shard[number]:
+                for index in self.indices(batch):
+                    for suffix in ("png", "json"):
+                        entry = archive.next()
+                        if entry is None or entry.name != f"{index:09d}.{suffix}" or not entry.isreg():
+                            raise ValueError(f"image {index} is missing")
+                        content = archive.extractfile(entry)
+                        assert content is not None  # a regular file has content
+                        if suffix == "png":
+                            _verify_png(content, self.image_shape)
+                        elif content.read(MAX_HEADER_BYTES) != self._description(index):
+                            raise ValueError(f"the description of image {index} is another")
+            if archive.next() is not None:
+                raise ValueError("it holds more than its images")
+
     def write_batch(self, batch: int, pixels: np.ndarray) -> None:
         """Write a batch, uint8 (n, H, W, C), as a part, and its shard if that is complete."""
         super().write_batch(batch, pixels)
@@ -287,7 +463,6 @@ class TarTarget(PartsTarget):
                 self._write_shard(number)
         if all(self.shard_path(number).exists() for number in range(len(self.batches_by_shard))):
             shutil.rmtree(self.parts_folder, ignore_errors=True)
-            _remove_unfinished(self.path.parent, rf"{re.escape(self.path.stem)}-\d{{6,}}", self.path.suffix)
 
     def _write_shard(self, number: int) -> None:
         """Write a shard from its parts, and delete them."""
@@ -311,7 +486,11 @@ class TarTarget(PartsTarget):
         png = io.BytesIO()
         as_pil(image).save(png, "PNG")
         yield "png", png.getvalue()
-        yield "json", json.dumps({"index": index, "seed": self.seed + index}).encode()
+        yield "json", self._description(index)
+
+    def _description(self, index: int) -> bytes:
+        """Return the content of an image's JSON file."""
+        return json.dumps({"index": index, "seed": self.seed + index}).encode()
 
 
 @contextlib.contextmanager
@@ -324,15 +503,26 @@ def _unless_assembled_elsewhere(path: Path) -> Iterator[None]:
             raise
 
 
-def _remove_unfinished(folder: Path, stem: str, suffix: str) -> None:
-    """Delete temporary files of `atomic_write` that killed processes left."""
-    pattern = re.compile(rf"\.{stem}-\w{{8}}{re.escape(suffix)}")
-    for file in folder.glob(f".*{suffix}"):
-        if pattern.fullmatch(file.name):
-            file.unlink(missing_ok=True)
+def _verify_png(stream: IO[bytes], image_shape: ImageShape) -> None:
+    """Raise an error if a PNG file is of another shape, or is damaged by the checksums of its chunks."""
+    H, W, C = image_shape
+    # PNG files of noise are hardly larger than their pixels; a larger file need not be read.
+    content = stream.read(2 * H * W * C + MAX_HEADER_BYTES)
+    if content[:8] != PNG_SIGNATURE or content[16:26] != struct.pack(">IIBB", W, H, 8, PNG_COLOR_TYPES.get(C, 0)):
+        raise ValueError(f"it is not a PNG file of {W}x{H} pixels and {pluralize(C, 'channel')}")
+    position, kind = 8, b""
+    while position < len(content):
+        end = position + 8 + int.from_bytes(content[position : position + 4], "big")
+        if zlib.crc32(content[position + 4 : end]) != int.from_bytes(content[end : end + 4], "big"):
+            raise ValueError("its checksum does not match")
+        position, kind = end + 4, content[position + 4 : position + 8]
+    if kind != b"IEND":
+        raise ValueError("it is truncated")
 
 
-def make_target(out: str | Path, count: int, batch_size: int, seed: int, shard_size: int) -> Target:
+def make_target(
+    out: str | Path, count: int, batch_size: int, seed: int, image_shape: ImageShape, shard_size: int
+) -> Target:
     """Create the target that an output path means.
 
     Args:
@@ -340,6 +530,7 @@ def make_target(out: str | Path, count: int, batch_size: int, seed: int, shard_s
         count: number of images.
         batch_size: images per batch.
         seed: seed of the first image.
+        image_shape: (H, W, C) of every image.
         shard_size: images per tar shard.
 
     Returns:
@@ -349,14 +540,14 @@ def make_target(out: str | Path, count: int, batch_size: int, seed: int, shard_s
         ValueError: for another suffix.
 
     Example:
-        >>> type(make_target("x.tar", 10, 4, 0, 1000)).__name__
+        >>> type(make_target("x.tar", 10, 4, 0, (8, 8, 3), 1000)).__name__
         'TarTarget'
     """
     path = Path(out)
     if is_folder_path(out):
-        return FolderTarget(path, count, batch_size, seed)
+        return FolderTarget(path, count, batch_size, seed, image_shape)
     if path.suffix.lower() == ".npz":
-        return NpzTarget(path, count, batch_size, seed)
+        return NpzTarget(path, count, batch_size, seed, image_shape)
     if path.suffix.lower() == ".tar":
-        return TarTarget(path, count, batch_size, seed, shard_size)
+        return TarTarget(path, count, batch_size, seed, image_shape, shard_size)
     raise ValueError(f"out must end in .npz, .tar, or be a folder, got {str(out)!r}")

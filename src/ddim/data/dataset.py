@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ddim.data.base import Source
 from ddim.data.config import DataConfig
+from ddim.data.inspection import inspect_images
 from ddim.data.sources import open_source
 from ddim.io.cache import Cache
 from ddim.io.images import fit_image
@@ -298,6 +299,7 @@ def open_dataset(config: DataConfig, size: int, channels: int, shared: bool = Fa
         (1, 3, 8, 8)
     """
     source = open_source(config.source, config.split, config.column)
+    inspect_images(source, channels)
     stored_size = math.ceil(size * 9 / 8) if config.crop == "random" else size
     shape = (channels, stored_size, stored_size)
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ddim.data.base import Source, first_line
 from ddim.io.images import decode_image
+from ddim.io.npz import MAX_COMPRESSION_RATIO, SMALL_ARRAY_BYTES
 
 
 def read_parquet(files: list[str], name: str, column: str | None, identity: str) -> Source:
@@ -36,6 +37,8 @@ def read_parquet(files: list[str], name: str, column: str | None, identity: str)
     """
     _silence_datasets()
     try:
+        for file in files:
+            _check_size(Path(file))
         rows = datasets.Dataset.from_parquet(files)
     except Exception as error:  # every reader underneath has its own error types
         raise ValueError(f"{name} cannot be read as parquet: {first_line(error.__cause__ or error)}") from None
@@ -70,6 +73,17 @@ def read_hub_dataset(name: str, split: str, column: str | None) -> Source:
     except Exception as error:  # the network, the hub, the disk
         raise RuntimeError(f"the dataset {name} cannot be loaded: {first_line(error)}") from None
     return _from_rows(rows, f"{name} ({split})", column, str(rows._fingerprint))
+
+
+def _check_size(path: Path) -> None:
+    """Raise an error if a parquet file claims to hold far more than its compressed bytes can."""
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        groups = (file.metadata.row_group(index) for index in range(file.metadata.num_row_groups))
+        size, compressed = sum(group.total_byte_size for group in groups), path.stat().st_size
+    if size > max(SMALL_ARRAY_BYTES, MAX_COMPRESSION_RATIO * compressed):
+        raise ValueError(f"it claims {size:,} bytes in {compressed:,} compressed ones")
 
 
 def _silence_datasets() -> None:

@@ -8,6 +8,7 @@ Nothing that is read can run code: arrays are read without pickles, datasets as 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from ddim.extras import require
 from ddim.io.hub import HUB_ID
 from ddim.io.image_files import find_images, read_image
 from ddim.io.images import as_pil
+from ddim.io.npz import open_npz
 
 DIGITS = "digits"
 
@@ -56,7 +58,9 @@ def open_source(source: str, split: str = "train", column: str | None = None) ->
 
         return _from_array(np.round(load_digits().images * (255 / 16)).astype(np.uint8), DIGITS)
     if path.is_dir():
-        tables = sorted(str(file) for file in path.rglob("*.parquet"))
+        tables = sorted(
+            str(file) for file in path.rglob("*.parquet") if file.is_file() and not file.name.startswith(".")
+        )
         try:
             return _from_files(find_images(path), path)
         except FileNotFoundError:
@@ -108,18 +112,17 @@ def _from_array(pixels: np.ndarray, name: str) -> Source:
 def _read_npz(path: Path) -> np.ndarray:
     """Return the first array of an `.npz` file that can be images, without reading pickles."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except Exception as error:  # a damaged archive raises errors of many types
+        with open_npz(path) as file:
+            for name, header in file.headers.items():
+                if header.dtype.hasobject:
+                    raise ValueError(f"its array {name!r} is a pickle, which can run code")
+            for name, header in file.headers.items():
+                is_image = len(header.shape) == 3 or (len(header.shape) == 4 and header.shape[3] in (1, 3))
+                if header.dtype == np.uint8 and header.num_bytes and is_image:
+                    return file.read(name)
+            content = ", ".join(f"{name}: {header.dtype} {header.shape}" for name, header in file.headers.items())
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read as .npz: {first_line(error)}") from None
-    for array in arrays.values():
-        if (
-            array.dtype == np.uint8
-            and array.size
-            and (array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3)))
-        ):
-            return array
-    content = ", ".join(f"{key}: {array.dtype} {array.shape}" for key, array in arrays.items())
     raise ValueError(
         f"{path} must hold images as a uint8 array (N, H, W) or (N, H, W, C) with C 1 or 3, got {content or 'nothing'}"
     )
@@ -130,5 +133,6 @@ def _stamp(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         status = file.stat()
-        digest.update(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+        # Names may be in any encoding.
+        digest.update(os.fsencode(file.resolve()) + f" {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()

@@ -157,7 +157,7 @@ def is_model(source: str) -> bool:
 
 def _open_shards(path: Path) -> Source:
     """Open the images of tar files; members are located once and read from their offsets."""
-    shards = [path] if path.is_file() else sorted(path.parent.glob(f"{path.stem}-*.tar"))
+    shards = [path] if path.is_file() else sorted(p for p in path.parent.glob(f"{path.stem}-*.tar") if p.is_file())
     if not shards:
         raise FileNotFoundError(f"neither {path} nor {path.stem}-000000.tar exists")
     members: list[tuple[Path, int, int, str]] = []
@@ -167,7 +167,14 @@ def _open_shards(path: Path) -> Source:
                 entries = [entry for entry in archive if entry.isfile()]
         except tarfile.TarError as error:
             raise ValueError(f"{shard} cannot be read as tar: {error}") from None
-        images = [entry for entry in entries if entry.name.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))]
+        # macOS adds hidden files, `._x.png`.
+        images = [
+            entry
+            for entry in entries
+            if entry.name.lower().endswith((".png", ".jpg", ".jpeg", ".webp")) and Path(entry.name).name[0] != "."
+        ]
+        if images and images[-1].offset_data + images[-1].size > shard.stat().st_size:
+            raise ValueError(f"{shard} is truncated: it ends within {images[-1].name}")
         members += [(shard, entry.offset_data, entry.size, entry.name) for entry in images]
     if not members:
         raise FileNotFoundError(f"{path} contains no images")

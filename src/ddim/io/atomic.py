@@ -1,20 +1,33 @@
 """Atomic writes: a temporary name beside the target, flushed to the disk, then renamed.
 
-What was at the target stays until its replacement is complete.
+What was at the target stays until its replacement is complete. Temporary files are locked while they are written, so
+that those of killed processes differ from those of running ones, and are deleted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ddim.io.locks import LOCK_NAME, OutputLock, try_flock
+
+TEMPORARY_PREFIX = ".writing-"
+"""The names of temporary files and folders start with this."""
+MAX_STEM_LENGTH = 40
+"""Characters of a file's name that its temporary name repeats, which must not become too long for the file system."""
+ABANDONED_SECONDS = 3600
+"""Where files cannot be locked, a temporary file that was not written to for this time is a leftover."""
+
 
 @contextmanager
-def atomic_write(path: Path, mode: int | None = None) -> Iterator[Path]:
+def atomic_write(path: Path, mode: int | None = None, keep_leftovers: bool = False) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, which replaces `path` when the `with` block succeeds.
 
     If the block raises, the temporary file is deleted and `path` is as it was.
@@ -22,6 +35,8 @@ def atomic_write(path: Path, mode: int | None = None) -> Iterator[Path]:
     Args:
         path: the file to write; its folder must exist.
         mode: the file's permissions; defaults to those that the umask leaves.
+        keep_leftovers: do not look for temporary files of killed processes that were writing `path`, which takes a time
+            proportional to the number of files in the folder.
 
     Yields:
         A path with the same suffix in the same folder, to write to.
@@ -37,23 +52,70 @@ def atomic_write(path: Path, mode: int | None = None) -> Iterator[Path]:
         ...     path.read_text()
         'complete'
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
+    if not keep_leftovers:
+        remove_leftovers(path.parent, re.escape(path.stem[:MAX_STEM_LENGTH]), path.suffix)
+    descriptor, name = tempfile.mkstemp(
+        dir=path.parent, prefix=f"{TEMPORARY_PREFIX}{path.stem[:MAX_STEM_LENGTH]}-", suffix=path.suffix
+    )
     temporary = Path(name)
+    is_locked = try_flock(descriptor)
+    if not is_locked:
+        # Windows renames no open file.
+        os.close(descriptor)
     try:
         yield temporary
         _publish(temporary, path, mode)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        if is_locked:
+            os.close(descriptor)
     _flush(path.parent)
+
+
+def remove_leftovers(folder: Path, stem: str, suffix: str) -> None:
+    """Delete temporary files of `atomic_write` that killed processes left; those of running processes stay.
+
+    Args:
+        folder: the folder that was written to.
+        stem: regular expression of the written files' stems.
+        suffix: their suffix.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     (Path(folder) / ".writing-notes-abcdefgh.txt").touch()
+        ...     with atomic_write(Path(folder) / "other.txt") as temporary:
+        ...         remove_leftovers(Path(folder), ".*", ".txt")
+        ...         [path == temporary for path in Path(folder).iterdir()]
+        [True]
+    """
+    pattern = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}{stem}-\w{{8}}{re.escape(suffix)}", re.DOTALL)
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in [entry for entry in entries if pattern.fullmatch(entry.name)]:
+            # It may be renamed, or belong to another user.
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                if entry.is_file(follow_symlinks=False) and _is_abandoned(Path(entry.path)):
+                    Path(entry.path).unlink()
+
+
+def _is_abandoned(temporary: Path) -> bool:
+    """Return whether no process writes a temporary file."""
+    descriptor = os.open(temporary, os.O_RDWR)
+    try:
+        is_free = try_flock(descriptor)
+        age = time.time() - os.fstat(descriptor).st_mtime
+    finally:
+        os.close(descriptor)
+    return age > ABANDONED_SECONDS if is_free is None else is_free
 
 
 @contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
     """Add files to a folder: yield a temporary folder, whose files move into `path` when the `with` block succeeds.
 
-    Each file replaces the one of its name; other files in `path` stay. If the block raises, `path` is as it was.
+    Each file replaces the one of its name; other files in `path` stay. If the block raises, `path` is as it was. The
+    folder is locked: a second process does not mix its files in.
 
     Args:
         path: the folder; it and its parents are created if missing.
@@ -63,6 +125,7 @@ def write_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         NotADirectoryError: if `path` is a file.
+        RuntimeError: if another process writes the folder.
         OSError: if the folder cannot be written, or the disk is full.
 
     Example:
@@ -74,17 +137,19 @@ def write_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file, not a folder")
-    path.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path, prefix=".writing-"))
-    try:
-        yield temporary
-        for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            target = path / file.relative_to(temporary)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _publish(file, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _flush(path)
+    with OutputLock(path / LOCK_NAME):
+        for leftover in path.glob(f"{TEMPORARY_PREFIX}{'?' * 8}/"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(dir=path, prefix=TEMPORARY_PREFIX))
+        try:
+            yield temporary
+            for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
+                target = path / file.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _publish(file, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        _flush(path)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -12,19 +13,26 @@ from PIL import Image
 
 from ddim.io.atomic import atomic_write, write_folder
 from ddim.io.images import decode_image
-from ddim.validation import join_choices
+from ddim.validation import join_choices, pluralize
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 """Files with these suffixes are read as images."""
 OUTPUT_SUFFIXES = {".png": "a grid", ".npz": ""}
 """Suffixes that `save_images` writes, and what they mean."""
 ANIMATION_SUFFIXES = {".gif": "an animation", ".webp": "an animation"}
+MAX_LISTED = 5
+"""Skipped files that a message names."""
 GRID_GAP = 2
 """Pixels between and around the images of a grid."""
 
 
 def find_images(path: str | Path) -> list[Path]:
     """Find the image files in a folder and its subfolders, by their suffixes.
+
+    Hidden files, such as those that macOS adds (`._x.png`), and what is not a regular file, such as pipes and devices,
+    are skipped with a warning.
 
     Args:
         path: the folder.
@@ -41,10 +49,28 @@ def find_images(path: str | Path) -> list[Path]:
         ...     [file.name for file in find_images(folder)]
         ['one.png']
     """
-    files = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    files, skipped = [], []
+
+    def skip(error: OSError) -> None:
+        if error.filename != str(path):
+            skipped.append(f"{os.path.relpath(str(error.filename), path)} ({error.strerror})")
+
+    for folder, _, names in os.walk(path, onerror=skip):
+        for file in (Path(folder, name) for name in names):
+            if file.suffix.lower() not in IMAGE_SUFFIXES:
+                continue
+            if file.name.startswith(".") or not file.is_file():
+                skipped.append(str(file.relative_to(path)))
+            else:
+                files.append(file)
+    if skipped:
+        listed = ", ".join(sorted(skipped)[:MAX_LISTED]) + (", ..." if len(skipped) > MAX_LISTED else "")
+        # Names in another encoding hold characters that cannot be printed.
+        listed = listed.encode(errors="backslashreplace").decode()
+        logger.warning("%s: %s skipped: %s", path, pluralize(len(skipped), "hidden or special file"), listed)
     if not files:
         raise FileNotFoundError(f"{path} contains no images; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
-    return files
+    return sorted(files)
 
 
 def read_image(path: str | Path) -> Image.Image:

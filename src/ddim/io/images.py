@@ -6,6 +6,7 @@ for grayscale, 3 for color.
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from pathlib import Path
@@ -13,12 +14,19 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ddim.validation import choice
 
+logger = logging.getLogger(__name__)
+
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats that are decoded, whatever a file's name; PIL would start other programs for some of the others."""
+CONVERTIBLE_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}
+"""Modes of 8 bits per channel that PIL converts to gray and color."""
+MAX_UINT16 = 65535
 RANGE_TOLERANCE = 1e-3
 """By how much values may exceed the range of images, which allows for rounding."""
 PIL_OPEN_LOCK = threading.Lock()
@@ -126,7 +134,8 @@ def to_samples(
 def fit_image(image: Image.Image, height: int, width: int, channels: int, crop: bool = True) -> Image.Image:
     """Fit an image to a model: crop its center to the aspect ratio, resize it (Lanczos), convert it to gray or color.
 
-    An image of the right size is only converted. Transparent pixels are blended with white.
+    An image of the right size is only converted. Transparent pixels are blended with white. Pixels of 16 bits, and
+    floats in [0, 1], are scaled to 8 bits.
 
     Args:
         image: any mode and size.
@@ -138,14 +147,15 @@ def fit_image(image: Image.Image, height: int, width: int, channels: int, crop: 
     Returns:
         An image of mode `L` or `RGB`.
 
+    Raises:
+        ValueError: if the image has values of another range, non-finite ones, or a mode that is neither gray nor color.
+
     Example:
         >>> fitted = fit_image(Image.new("RGBA", (30, 20)), 8, 8, 1)
         >>> fitted.mode, fitted.size
         ('L', (8, 8))
     """
-    if image.mode.startswith("I"):
-        # PIL's conversion of 16-bit images clips at 255 instead of scaling.
-        image = Image.fromarray((np.asarray(image, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+    image = _to_eight_bits(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -168,7 +178,7 @@ def decode_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
         name: the image's name in messages.
 
     Returns:
-        The image, read completely, in its own mode and size; its `filename` is `name`.
+        The image, read completely, in its own mode, upright as its EXIF data says; its `filename` is `name`.
 
     Raises:
         ValueError: if it cannot be decoded, is animated, or is so large that decoding it would exhaust memory
@@ -183,12 +193,15 @@ def decode_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
     try:
         with PIL_OPEN_LOCK, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(source)
+            opened = Image.open(source, formats=FORMATS)
         with opened as image:
             # MPO is a camera's JPEG with a preview or depth map behind it, not an animation.
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             image.load()
-            still = image.copy()
+            still = upright(image, name)
+            if image.format in ("PPM", "PNG") and still.mode == "I":
+                # Their depths above 8 bits are 16 bits, which versions of PIL return as 32-bit integers.
+                still = Image.fromarray(np.asarray(still).astype(np.uint16))
         # PIL sets this attribute of images that it opens itself; messages name images by it.
         setattr(still, "filename", name)  # noqa: B010 - the copy's class does not declare it
     except Exception as error:  # decoders raise errors of many kinds
@@ -197,6 +210,27 @@ def decode_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
     if frames > 1:
         raise ValueError(f"{name} must be a still image, got an animation of {frames} frames")
     return still
+
+
+def upright(image: Image.Image, name: str) -> Image.Image:
+    """Return a copy of an image, turned and mirrored as its EXIF data says.
+
+    Args:
+        image: a decoded image.
+        name: its name in messages.
+
+    Returns:
+        The image without an orientation; damaged EXIF data is ignored, with a warning.
+
+    Example:
+        >>> upright(Image.new("L", (4, 3)), "x.png").size
+        (4, 3)
+    """
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # EXIF data is a file format of its own, and its reader raises errors of many kinds
+        logger.warning("%s has damaged EXIF data; its orientation is ignored", name)
+        return image.copy()
 
 
 def check_output_type(output_type: Any, channels: int | None = None) -> None:
@@ -258,12 +292,39 @@ def as_pil(pixels: np.ndarray) -> Image.Image:
 def _to_pixels(image: Image.Image, channels: int, height: int, width: int, resize: bool, name: str) -> np.ndarray:
     """Convert an image to the uint8 (H, W, C) that a model requires, or refuse it."""
     mode = "L" if channels == 1 else "RGB"
+    image = upright(image, name)
     if not resize and (image.size != (width, height) or image.mode != mode):
         raise ValueError(
             f"{name} must be {width}x{height} {mode}, got {image.width}x{image.height} {image.mode}; resize=True crops "
             "the center, scales it and converts it, with white behind transparent pixels"
         )
+    setattr(image, "filename", name)  # noqa: B010 - messages name images by it
     return np.atleast_3d(np.asarray(fit_image(image, height, width, channels)))
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Scale the values of an image to 8 bits, or refuse those whose range is unknown; PIL would clip them at 255."""
+    mode, name = image.mode, getattr(image, "filename", "") or "the image"
+    if mode in CONVERTIBLE_MODES:
+        # PIL converts gray with premultiplied alpha to nothing else.
+        return image.convert("LA") if mode == "La" else image
+    if mode != "F" and not mode.startswith("I"):
+        raise ValueError(f"{name} must be gray or color, got mode {mode}; convert it to RGB")
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if mode == "F":
+        if not np.isfinite([low, high]).all():
+            raise ValueError(f"{name} must hold finite values, got NaN or infinity")
+        if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+            raise ValueError(f"{name} must hold floats in [0, 1], got values in [{low:.4g}, {high:.4g}]")
+        return Image.fromarray(to_bytes(values.clip(0, 1)))
+    # In 32 bits, values up to 255 may be of 8 or of 16 bits.
+    if mode == "I" and (low < 0 or high > MAX_UINT16 or 0 < high <= 255):
+        raise ValueError(
+            f"{name} must hold 8 or 16 bits per pixel, got 32-bit integers from {low} to {high}; convert it to mode L "
+            "or I;16"
+        )
+    return Image.fromarray((values / np.float32(257)).round().astype(np.uint8))
 
 
 def _from_array(array: np.ndarray, name: str) -> Tensor:

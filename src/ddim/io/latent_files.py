@@ -4,11 +4,13 @@
     latents.safetensors    a tensor `latents`, and `settings` in the file's metadata
 
 A latent stands for an image only together with the model and the timesteps that encoded it. The settings therefore hold
-the SHA-256 of the model's weights, configuration and noise schedule.
+the SHA-256 of the model's weights, configuration and noise schedule, and one of the latents and all other settings: a
+changed bit would decode to another image. Files of other writers may lack the latter.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -21,9 +23,14 @@ from torch import Tensor
 
 from ddim.io.atomic import atomic_write
 from ddim.io.fingerprint import HasModel, model_sha256
+from ddim.io.npz import open_npz
 from ddim.validation import integer, real, shown
 
 LATENT_SUFFIXES = {".npz": "", ".safetensors": ""}
+FORMAT_KEY, FORMAT_VERSION = "format_version", 2
+"""Entry of the settings in a file that has a checksum."""
+CHECKSUM_KEY = "sha256"
+"""Entry of the settings in a file: SHA-256 of the latents and all other entries."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,8 @@ def save_latents(path: str | Path, latents: Tensor, settings: LatentSettings) ->
 
     target = _check_suffix(path)
     values = _check_latents(latents.detach(), "latents").cpu().contiguous()
-    text = json.dumps(asdict(settings), sort_keys=True)
+    entries = asdict(settings) | {FORMAT_KEY: FORMAT_VERSION}
+    text = json.dumps(entries | {CHECKSUM_KEY: _checksum(values, entries)}, sort_keys=True)
     with atomic_write(target) as temporary:
         if target.suffix.lower() == ".npz":
             # To an open file, because NumPy would append its suffix to a name in .NPZ.
@@ -119,7 +127,12 @@ def load_latents(path: str | Path) -> tuple[Tensor, LatentSettings]:
     _check_suffix(source)
     try:
         latents, text = _read_npz(source) if source.suffix.lower() == ".npz" else _read_safetensors(source)
-        settings = _parse_settings(json.loads(text))
+        entries = json.loads(text)
+        settings = _parse_settings(entries)
+        checksum = entries.pop(CHECKSUM_KEY, None)
+        # Either entry alone, too: the name of the other may be what is damaged.
+        if (checksum is not None or FORMAT_KEY in entries) and checksum != _checksum(latents, entries):
+            raise ValueError("its SHA-256 does not match")
     except Exception as error:  # readers raise errors of many kinds
         raise ValueError(f"{source} is damaged or not a latent file: {error}") from None
     return _check_latents(latents, str(source)), settings
@@ -182,13 +195,10 @@ def _check_latents(latents: Tensor, name: str) -> Tensor:
 
 
 def _read_npz(path: Path) -> tuple[Tensor, str]:
-    with np.load(path, allow_pickle=False) as file:
-        # NumPy stops reading at the end of the array, before the checksum of its member is verified.
-        if (damaged := file.zip.testzip()) is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
-        if not {"latents", "settings"} <= set(file.files):
-            raise ValueError(f"it must hold the arrays latents and settings, got {', '.join(file.files) or 'none'}")
-        return torch.from_numpy(file["latents"]), str(file["settings"])
+    with open_npz(path) as file:
+        latents = file.read("latents")
+        # A copy in the machine's byte order, which can be written.
+        return torch.from_numpy(latents.astype(latents.dtype.newbyteorder("="))), str(file.read("settings"))
 
 
 def _read_safetensors(path: Path) -> tuple[Tensor, str]:
@@ -225,3 +235,10 @@ def _check_timesteps(timesteps: Any) -> None:
     for timestep, following in pairwise(timesteps):
         if following >= timestep:
             raise ValueError(f"timesteps must be strictly decreasing, got {following} after {timestep}")
+
+
+def _checksum(latents: Tensor, entries: dict[str, Any]) -> str:
+    """Return the SHA-256 of latents, float32 in little-endian bytes, and of the settings of their encoding."""
+    digest = hashlib.sha256(json.dumps([list(latents.shape), entries], sort_keys=True).encode())
+    digest.update(latents.contiguous().numpy().astype("<f4").tobytes())
+    return digest.hexdigest()

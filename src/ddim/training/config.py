@@ -207,12 +207,14 @@ RESUME_MAY_CHANGE = (
     "evaluate",
     "checkpoints",
     "max_steps",
+    "optim.lr",
     "gradient_checkpointing",
     "compile",
 )
 """Entries that may differ when a run resumes: none of them changes, beyond rounding, what an earlier step has computed.
 
 The content of the data is compared, not its location. `max_steps` must stay where the learning rate decays towards it.
+`optim.lr` is the exception: a run that has diverged can resume with a lower one.
 """
 
 

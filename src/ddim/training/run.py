@@ -11,6 +11,7 @@ RUN/final/            the result: a pipeline folder for `ddim` and `diffusers`, 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 from datetime import timedelta
@@ -27,9 +28,12 @@ from PIL import Image
 from ddim.data.dataset import CachedImageDataset, ImageDataset, open_dataset
 from ddim.data.loader import loader_rate
 from ddim.devices import choose_device
-from ddim.io.atomic import atomic_write
+from ddim.distributed import rank_and_world_size
+from ddim.io.atomic import TEMPORARY_PREFIX, atomic_write
+from ddim.io.hub import MODEL_INDEX
 from ddim.io.image_files import make_grid, save_images
 from ddim.io.images import NonFiniteError
+from ddim.io.locks import LOCK_NAME, OutputLock
 from ddim.pipeline import DDIMPipeline
 from ddim.training.card import model_card
 from ddim.training.checkpoint import Checkpoint, load_checkpoint, load_newest, remove_partial
@@ -73,6 +77,7 @@ def train(
         FileNotFoundError: if the data or the checkpoint does not exist.
         ValueError: if the data, the run in `out`, or the checkpoint does not fit the configuration.
         FileExistsError: if `out` is not empty and `resume` is `never`, or it is not a run.
+        RuntimeError: if another process writes to `out`.
         TrainingStopped: on a signal, or a non-finite loss or gradient.
     """
     # Check everything before anything is written.
@@ -80,30 +85,30 @@ def train(
     accelerator, local_device = start_processes(device)
     dataset = prepare_dataset(config, accelerator, local_device)
     record = _make_record(config, dataset, local_device)
-    # Only the main process reads `out`, which other machines need not have.
-    loaded: list[Checkpoint | None] = [None]
-    if accelerator.is_main_process:
-        _check_run(record, config, out, resume)
-        loaded = [load_checkpoint(resume) if isinstance(resume, Path) else load_newest(out / "checkpoints")]
-    trainer = Trainer(config, dataset, out, local_device, accelerator)
-    _check_sampling(trainer)
-    (checkpoint,) = broadcast_object_list(loaded)
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
+    # Only the main process reads and writes `out`, which other machines need not have.
+    is_main = accelerator.is_main_process
+    with OutputLock(out / LOCK_NAME) if is_main else contextlib.nullcontext():
+        loaded: list[Checkpoint | None] = [None]
+        if is_main:
+            _check_run(record, config, out, resume)
+            loaded = [load_checkpoint(resume) if isinstance(resume, Path) else load_newest(out / "checkpoints")]
+        trainer = Trainer(config, dataset, out, local_device, accelerator)
+        _check_sampling(trainer)
+        (checkpoint,) = broadcast_object_list(loaded)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
 
-    # Train; the main process also writes.
-    if not accelerator.is_main_process:
-        trainer.train(lambda progress: progress.pending_metrics.clear(), max_minutes)
+        if not is_main:
+            trainer.train(lambda progress: progress.pending_metrics.clear(), max_minutes)
+            accelerator.wait_for_everyone()
+            return out / "final"
+        remove_partial(out / "checkpoints")
+        with atomic_write(out / "config.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(record, sort_keys=False))
+        _train_and_log(trainer, out, max_minutes)
+        final = _write_result(trainer, out, record)
         accelerator.wait_for_everyone()
-        return out / "final"
-    out.mkdir(parents=True, exist_ok=True)
-    remove_partial(out / "checkpoints")
-    with atomic_write(out / "config.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(record, sort_keys=False))
-    _train_and_log(trainer, out, max_minutes)
-    final = _write_result(trainer, out, record)
-    accelerator.wait_for_everyone()
-    return final
+        return final
 
 
 def complete_config(config: TrainConfig) -> TrainConfig:
@@ -142,12 +147,16 @@ def start_processes(device: str | torch.device) -> tuple[Accelerator, torch.devi
     Returns:
         The processes, and the device of this one.
 
+    Raises:
+        ValueError: if the launcher's environment is incomplete or contradicts itself.
+
     Example:
         >>> accelerator, device = start_processes("cpu")
         >>> accelerator.num_processes, device
         (1, device(type='cpu'))
     """
     chosen = choose_device(device)
+    rank_and_world_size()
     accelerator = Accelerator(
         cpu=chosen.type == "cpu",
         mixed_precision="no",  # the trainer applies autocast itself, as the configuration says
@@ -291,7 +300,7 @@ def _check_sampling(trainer: Trainer) -> None:
 def _check_run(record: dict[str, Any], config: TrainConfig, out: Path, resume: Literal["auto", "never"] | Path) -> None:
     """Compare with the run in `out`, if there is one."""
     # A process that was killed early may have left only a temporary config.yaml.
-    if not out.exists() or all(path.name.startswith(".config-") for path in out.iterdir()):
+    if all(path.name == LOCK_NAME or path.name.startswith(TEMPORARY_PREFIX) for path in out.iterdir()):
         return
     path = out / "config.yaml"
     if resume == "never":
@@ -300,16 +309,19 @@ def _check_run(record: dict[str, Any], config: TrainConfig, out: Path, resume: L
         raise FileExistsError(f"{out} is not empty and does not hold a run (no config.yaml); use another folder")
     try:
         old = yaml.safe_load(path.read_text())
-        changes = incompatible_changes(validate(old["config"]), config)
+        old_config = validate(old["config"])
+        changes = incompatible_changes(old_config, config)
         if old["data"] != record["data"]:
             changes.append(f"data: expected {_describe(old['data'])}, got {_describe(record['data'])}")
     except (yaml.YAMLError, ValueError, KeyError, TypeError):
         raise FileExistsError(f"{path} is not the record of a run; use another folder") from None
     if changes:
-        raise ValueError(
-            f"the run in {out} has another configuration ({'; '.join(changes)}); resume it with its own, or use "
-            "another folder"
-        )
+        advice = "resume it with its own, or use another folder"
+        if any(change.startswith("max_steps:") for change in changes) and (out / "final" / MODEL_INDEX).is_file():
+            advice += f"; to train on from its result, use another folder and init={out / 'final'}"
+        raise ValueError(f"the run in {out} has another configuration ({'; '.join(changes)}); {advice}")
+    if old_config.optim.lr != config.optim.lr:
+        logger.info("optim.lr is %g from here on; it was %g", config.optim.lr, old_config.optim.lr)
 
 
 def _describe(data: dict[str, Any]) -> str:

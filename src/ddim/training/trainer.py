@@ -33,7 +33,7 @@ from ddim.data.seeding import generator_for
 from ddim.distributed import ProcessGroup
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
-from ddim.training.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
+from ddim.training.checkpoint import Checkpoint, checkpoint_step, list_checkpoints, save_checkpoint
 from ddim.training.config import TrainConfig
 from ddim.training.objective import QUARTILES, by_quartile, draw_timesteps, loss_weights
 from ddim.training.optim import ema_update, learning_rate, make_optimizer, zero_last_layers
@@ -387,9 +387,15 @@ class Trainer:
     def _non_finite(self, step: int, loss: float, grad_norm: float) -> TrainingStopped:
         rate = learning_rate(self.config.optim, step, self.config.max_steps)
         checkpoints = list_checkpoints(self.out / "checkpoints")
+        advice = "resume the run with a lower optim.lr"
+        if checkpoints and checkpoint_step(checkpoints[0]) >= step:
+            # The weights that gave this loss are those of the last checkpoint.
+            earlier = [path for path in checkpoints if checkpoint_step(path) < step]
+            advice = f"use resume={earlier[0]} and" if earlier else "start again in another folder with"
+            advice += " a lower optim.lr"
         return TrainingStopped(
             f"loss {loss} or gradient norm {grad_norm} is not finite in step {step + 1} at learning rate {rate:.3g}; "
-            f"last checkpoint: {checkpoints[0] if checkpoints else 'none'}; a lower optim.lr may help"
+            f"last checkpoint: {checkpoints[0] if checkpoints else 'none'}; {advice}"
         )
 
 
