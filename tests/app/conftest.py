@@ -1,4 +1,4 @@
-"""The server that the tests of a file share."""
+"""The server and the browser that all tests of the page share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import cli_batch
 from app_server import AppServer
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
     """`ddim app mnist`."""
     with AppServer(tmp_path_factory.mktemp("app")) as server:

@@ -49,8 +49,12 @@ CSS = """
 .stage .controls button, .draw button { min-height: 44px; min-width: 5.5em; border-radius: 8px; cursor: pointer;
   border: 1px solid var(--border-color-primary); background: var(--button-secondary-background-fill);
   color: var(--button-secondary-text-color); }
-.draw canvas { width: min(100%, 280px); aspect-ratio: 1; border-radius: 8px; background: #000; touch-action: none;
-  cursor: crosshair; display: block; margin-bottom: 8px; }
+.draw canvas { width: min(100%, 280px); border-radius: 8px; touch-action: none; cursor: crosshair; display: block;
+  margin-bottom: 8px; border: 1px solid var(--border-color-primary); box-sizing: border-box; }
+.draw .tools { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
+.draw .tools label { display: inline-flex; gap: 6px; align-items: center; }
+.draw input[type=color] { width: 44px; height: 44px; padding: 2px; border-radius: 8px; cursor: pointer;
+  border: 1px solid var(--border-color-primary); background: var(--button-secondary-background-fill); }
 table.facts { border-collapse: collapse; width: 100%; max-width: 46em; font-variant-numeric: tabular-nums; }
 table.facts, table.facts tr, table.facts th, table.facts td { border: 0 !important; }
 table.facts th, table.facts td { text-align: start; padding: 5px 12px 5px 0 !important; vertical-align: top;
@@ -61,6 +65,8 @@ table.facts th, table.facts td { text-align: start; padding: 5px 12px 5px 0 !imp
 .ends { align-items: flex-end; } .ends button { min-height: 44px; padding-inline: 10px; white-space: nowrap; }
 #card table { display: block; overflow-x: auto; } #card th, #card td { overflow-wrap: normal; word-break: normal; }
 table.facts th { width: 40%; color: var(--body-text-color-subdued); }
+.dark input[type=range] { --neutral-200: var(--neutral-600); } /* Gradio's color of the track, which is too bright */
+#header p { margin: 0 0 4px; overflow-wrap: anywhere; }
 :focus-visible { outline: 3px solid var(--color-accent); outline-offset: 2px; }
 @media (max-width: 640px) {
   /* All tabs are visible; the hidden ones are those that Gradio measures. */
@@ -81,9 +87,23 @@ element.addEventListener('click', (event) => {
 """Reports which image of `ddim.app.rendering.grid` was clicked."""
 
 
-def header() -> gr.HTML:
-    """Return the page's title."""
-    return gr.HTML("<h1>ddim</h1><p>Denoising Diffusion Implicit Models, at work.</p>", elem_id="header")
+def header(model: str, shape: tuple[int, int, int]) -> str:
+    """Return the page's title, with the session's model, as HTML.
+
+    Args:
+        model: the model's name.
+        shape: (C, H, W) of its images.
+
+    Example:
+        >>> header("mnist", (1, 28, 28))[-65:]
+        '<p>Model: <b id="model-name">mnist</b>, gray, 28 x 28 pixels</p>'
+    """
+    channels, height, width = shape
+    kind = {1: "gray", 3: "color"}.get(channels, f"{channels} channels")
+    return (
+        "<h1>ddim</h1><p>Denoising Diffusion Implicit Models</p>"
+        f'<p>Model: <b id="model-name">{escape(model)}</b>, {kind}, {width} x {height} pixels</p>'
+    )
 
 
 def lead(*paragraphs: str) -> gr.HTML:

@@ -31,6 +31,7 @@ def tab(shared: Shared) -> None:
 
     handlers = ModelHandlers(shared, status, size, configuration, card)
     start.click(
-        follow_run(handlers.open, status), name, [status, shared.model, size, configuration, card], **run_event(status)
-    )
+        follow_run(handlers.open, status), name, [status, shared.model, shared.header, size, configuration, card],
+        **run_event(status),
+    )  # fmt: skip
     shared.model.change(handlers.unpin, None, [shared.endpoints, shared.endpoint_list], **INSTANT_EVENT)
