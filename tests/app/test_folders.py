@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from ddim.app import folders
 from ddim.app.folders import SETTLING_SECONDS, is_abandoned, server_folder
 
-HOLD = """
-import sys, time
-from ddim.app.folders import server_folder
-with server_folder() as folder:
+# The module alone: the package imports PyTorch.
+HOLD = f"""
+import runpy, time
+with runpy.run_path({folders.__file__!r})["server_folder"]() as folder:
     print(folder, flush=True)
     time.sleep(60)
 """
@@ -36,16 +37,16 @@ def test_only_folders_of_killed_servers_are_removed(temporary: Path) -> None:
         for _ in range(2)
     ]
     try:
-        folders = []
+        held = []
         for process in processes:
             assert process.stdout is not None
-            folders.append(Path(process.stdout.readline().strip()))
-            (folders[-1] / "upload.png").write_text("an upload")
+            held.append(Path(process.stdout.readline().strip()))
+            (held[-1] / "upload.png").write_text("an upload")
         processes[0].send_signal(signal.SIGKILL)
         processes[0].wait()
         with server_folder() as own:
-            assert not folders[0].exists()
-            assert (folders[1] / "upload.png").exists()
+            assert not held[0].exists()
+            assert (held[1] / "upload.png").exists()
             assert not is_abandoned(own)
         assert not own.exists()
     finally:

@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,7 +24,8 @@ from ddim.app.uploads import UploadLedger
 
 JSON = {"content-type": "application/json"}
 SAMPLE = ["mnist", 1, 1, 0, 0, 1, "the model's own"]
-LONG = ["mnist", 64, 1000, 0, 0, 1, "the model's own"]
+LONG: dict[str, Any] = {"count": 64, "steps": 1000}
+SHORT: dict[str, Any] = {"count": 1, "steps": 1}
 BOUNDARY = {"content-type": "multipart/form-data; boundary=x"}
 
 
@@ -312,6 +312,37 @@ def test_failures_of_gradio_become_one_sentence() -> None:
     assert sent[1]["body"] == b"the request is malformed (KeyError)"
 
 
+def test_sum_of_uploads_is_limited() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["more_body"]:
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b'["x.png"]'})
+
+    guarded = Guard(app, Access("127.0.0.1"), {}, Listeners(), UploadLedger(max_client=1000))
+
+    def upload(client: str) -> int:
+        headers = {
+            b"host": b"localhost",
+            b"content-type": b"multipart/form-data; boundary=x",
+            b"content-length": b"800",
+        }
+        scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": list(headers.items())}
+        messages = [{"type": "http.request", "body": bytes(400), "more_body": more} for more in (True, False)]
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            return messages.pop(0)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        asyncio.run(guarded(scope | {"client": (client, 1)}, receive, send))
+        return int(sent[0]["status"])
+
+    assert [upload("a"), upload("a"), upload("b"), upload("a")] == [200, 413, 200, 413]
+
+
 # --- hosts and origins
 
 
@@ -390,17 +421,6 @@ def test_loopback_addresses_are_known() -> None:
 # --- listeners
 
 
-def post(server: AppServer, data: list[Any]) -> str:
-    answer = httpx.post(f"{server.url}/gradio_api/call/sample", json={"data": data})
-    return str(answer.raise_for_status().json()["event_id"])
-
-
-@contextmanager
-def listening(server: AppServer, run: str) -> Iterator[Iterator[str]]:
-    with httpx.stream("GET", f"{server.url}/gradio_api/call/sample/{run}", timeout=60) as stream:
-        yield stream.iter_lines()
-
-
 def cpu_seconds(server: AppServer) -> float:
     import psutil
 
@@ -410,7 +430,7 @@ def cpu_seconds(server: AppServer) -> float:
 
 def test_runs_that_nobody_listens_to_do_not_start(server: AppServer) -> None:
     for _ in range(40):
-        post(server, LONG)
+        server.post("/sample", **LONG)
     before = cpu_seconds(server)
     started = time.monotonic()
     assert len(server.call("/sample", count=1, steps=1)["images"]) == 1
@@ -421,19 +441,19 @@ def test_runs_that_nobody_listens_to_do_not_start(server: AppServer) -> None:
 
 
 def test_posted_run_waits_for_its_listener(server: AppServer) -> None:
-    run = post(server, SAMPLE)
+    run = server.post("/sample", **SHORT)
     time.sleep(1)
-    with listening(server, run) as lines:
-        assert any("complete" in line for line in lines)
+    with server.listen("/sample", run) as reports:
+        assert any("images" in report for report in reports)
     again = httpx.get(f"{server.url}/gradio_api/call/sample/{run}")
     assert again.status_code == 404
     assert "waits for a listener" in again.text
 
 
 def test_second_listener_is_refused_and_the_run_ends_with_the_first(server: AppServer) -> None:
-    run = post(server, LONG)
-    with listening(server, run) as lines:
-        next(line for line in lines if "done" in line)
+    run = server.post("/sample", **LONG)
+    with server.listen("/sample", run) as reports:
+        next(report for report in reports if "done" in report)
         second = httpx.get(f"{server.url}/gradio_api/call/sample/{run}")
         assert (second.status_code, second.text) == (409, f"the run '{run}' is listened to already")
     started = time.monotonic()
@@ -442,18 +462,18 @@ def test_second_listener_is_refused_and_the_run_ends_with_the_first(server: AppS
 
 
 def test_waiting_run_leaves_the_queue_with_its_listener(server: AppServer) -> None:
-    with listening(server, post(server, LONG)) as lines:
-        next(line for line in lines if "done" in line)
-        for _ in range(20):  # more than may wait at a time
-            with listening(server, post(server, SAMPLE)) as others:
-                assert '"waiting": 1' in next(line for line in others if "data" in line)
+    with server.listen("/sample", server.post("/sample", **LONG)) as reports:
+        next(report for report in reports if "done" in report)
+        for _ in range(18):  # more than may wait at a time
+            with server.listen("/sample", server.post("/sample", **SHORT)) as others:
+                assert next(others) == {"waiting": 1}
             time.sleep(0.05)
 
 
 def test_dropped_streams_leave_the_server_well(server: AppServer) -> None:
     def drop(_: int) -> None:
         parts = urlsplit(server.url)
-        run = post(server, LONG)
+        run = server.post("/sample", **LONG)
         with socket.create_connection((parts.hostname, parts.port), timeout=20) as connection:
             connection.sendall(f"GET /gradio_api/call/sample/{run} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
             connection.recv(10)

@@ -18,7 +18,7 @@ from gradio.events import api
 from PIL import Image
 
 from ddim.app import inputs
-from ddim.app.events import DEVICE_QUEUE, REPORTED_ERRORS, Endpoint, Shared, fit, make_download_folder
+from ddim.app.events import DEVICE_EVENT, REPORTED_ERRORS, Endpoint, Shared, fit, make_download_folder
 from ddim.app.handlers import interpolate as interpolation
 from ddim.app.handlers import invert as inversion
 from ddim.app.handlers import sample as sampling
@@ -153,7 +153,7 @@ def add_endpoints(shared: Shared) -> None:
             report_progress(prepare),
             api_name=prepare.__name__,
             api_description=prepare.__doc__,
-            **DEVICE_QUEUE,
+            **DEVICE_EVENT,
         )
 
 

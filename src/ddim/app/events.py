@@ -33,8 +33,11 @@ Updates = dict[Any, Any]
 REPORTED_ERRORS = (ValueError, TypeError, OSError, RuntimeError, MemoryError)
 """Failures whose message is shown to the user, as on the command line."""
 
-DEVICE_QUEUE: dict[str, Any] = {"concurrency_limit": None}
+DEVICE_EVENT: dict[str, Any] = {"concurrency_limit": None}
 """Arguments of events that run the network: Gradio starts them at once, and they wait in `ddim.app.runs`."""
+
+RUN_EVENT: dict[str, Any] = DEVICE_EVENT | {"show_progress": "hidden", "api_visibility": "private"}
+"""Arguments of events of the page that run the network."""
 
 INSTANT_EVENT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """Arguments of events that do not run the network."""
@@ -133,18 +136,6 @@ def follow_run(prepare: Callable[..., Task[Any]], status: gr.HTML) -> Callable[.
             yield {status: page.failed(error)}
 
     return handle
-
-
-def run_event(status: gr.HTML) -> dict[str, Any]:
-    """Return the arguments of an event that becomes a run.
-
-    Args:
-        status: is marked while the event runs.
-
-    Returns:
-        The arguments.
-    """
-    return DEVICE_QUEUE | {"show_progress": "minimal", "show_progress_on": status, "api_visibility": "private"}
 
 
 def report_errors(answer: Callable[..., Updates], status: gr.HTML) -> Callable[..., Updates]:

@@ -22,7 +22,7 @@ from starlette.formparsers import MultiPartException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ddim.app.listeners import Listeners
+from ddim.app.listeners import Listeners, cancel_index
 from ddim.app.requests import (
     SESSION,
     Function,
@@ -59,6 +59,7 @@ HEADERS = (
     (b"content-security-policy", POLICY.encode()),
     (b"referrer-policy", b"no-referrer"),
     (b"x-content-type-options", b"nosniff"),
+    (b"cross-origin-resource-policy", b"same-origin"),
 )
 
 HOST_HEADERS = ("host", "x-forwarded-host", "x-gradio-server")
@@ -88,7 +89,7 @@ class Access:
     Attributes:
         host: the address that it listens on.
         share: whether it is published on the internet.
-        allowed: further names that it is reached by, and whose pages may use it.
+        allowed: further names that it is reached by.
     """
 
     host: str
@@ -153,7 +154,7 @@ class Guard:
         response = _Response(send, scope["path"])
         try:
             self._access.check(Headers(scope=scope))
-            await self._route(scope, receive, response)
+            await self._dispatch(scope, receive, response)
         except Refusal as refusal:
             await response.refuse(scope, refusal.status, str(refusal))
         except Exception as error:
@@ -162,7 +163,7 @@ class Guard:
                 traceback.print_exc()
             await response.refuse(scope, 400, f"the request is malformed ({type(error).__name__})")
 
-    async def _route(self, scope: Scope, receive: Receive, response: _Response) -> None:
+    async def _dispatch(self, scope: Scope, receive: Receive, response: _Response) -> None:
         path = scope["path"]
         route, names = find_route(scope["method"], path)
         if not SESSION.fullmatch(names.get("session", "x")):
@@ -173,13 +174,13 @@ class Guard:
                 await self._app(scope, receive, response.send)
             case "stream":
                 key = stream_key(names, scope["query_string"].decode("latin-1"), self._listeners)
-                await self._stream(key, "key" in names, scope, receive, response)
+                await self._answer_stream(key, "key" in names, scope, receive, response)
             case "json":
-                await self._json(path, names, scope, receive, response)
+                await self._answer_json(path, names, scope, receive, response)
             case "upload":
-                await self._upload(scope, receive, response)
+                await self._answer_upload(scope, receive, response)
 
-    async def _stream(self, key: str, is_run: bool, scope: Scope, receive: Receive, response: _Response) -> None:
+    async def _answer_stream(self, key: str, is_run: bool, scope: Scope, receive: Receive, response: _Response) -> None:
         """Answer by a stream, which ends as soon as its client leaves."""
         left = asyncio.Event()
 
@@ -209,7 +210,7 @@ class Guard:
         # Whatever becomes of a stream is in the stream.
         await asyncio.gather(watch, answer, return_exceptions=True)
 
-    async def _json(
+    async def _answer_json(
         self, path: str, names: Mapping[str, str], scope: Scope, receive: Receive, response: _Response
     ) -> None:
         headers = Headers(scope=scope)
@@ -218,6 +219,8 @@ class Guard:
         check_body(path, names, body, self._functions)
         if isinstance(session := body.get("session_hash"), str):
             self._listeners.expect(session)
+        if "/cancel" in path:
+            data = json.dumps(body | {"fn_index": cancel_index(body["event_id"])}).encode()
         response.on_body = self._expect_run
         messages = iter([{"type": "http.request", "body": data, "more_body": False}])
 
@@ -232,7 +235,7 @@ class Guard:
         if isinstance(answer, dict) and isinstance(run := answer.get("event_id"), str):
             self._listeners.expect(run)
 
-    async def _upload(self, scope: Scope, receive: Receive, response: _Response) -> None:
+    async def _answer_upload(self, scope: Scope, receive: Receive, response: _Response) -> None:
         """Pass an upload on part by part; Gradio removes what arrived when a part raises `MultiPartException`."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + UPLOAD_SECONDS
@@ -288,7 +291,7 @@ def check_origin(headers: Headers, names: Collection[str]) -> None:
 
     Args:
         headers: of the request.
-        names: hosts whose pages may use the server too.
+        names: hosts that the server is reached by, whatever a proxy made of the host that the browser named.
 
     Raises:
         Refusal: 403 for a page of another origin.

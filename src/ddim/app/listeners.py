@@ -9,6 +9,7 @@ All functions belong to the event loop of the server.
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from gradio.context import LocalContext
 LISTEN_SECONDS = 10
 """How long a run waits for its listener."""
 
-MAX_UNHEARD_RUNS = 16
+MAX_UNHEARD_RUNS = 32
 """Runs that wait for a listener; the oldest one is given up for another."""
 
 LINGER_SECONDS = 0.5
@@ -155,6 +156,19 @@ listeners = Listeners()
 """Those of the server of this process."""
 
 
+def cancel_index(event: str) -> int:
+    """Return what stands for the function in a request that cancels one event.
+
+    Args:
+        event: its id.
+
+    Example:
+        >>> cancel_index("0123456789abcdef")
+        1757737011
+    """
+    return zlib.crc32(event.encode())
+
+
 @dataclass(frozen=True)
 class StreamAudience:
     """Who listens to a run of the page: streams of its session, or of the run itself.
@@ -167,9 +181,16 @@ class StreamAudience:
 
     @classmethod
     def of_this_event(cls) -> StreamAudience:
-        """Return the audience of the event that Gradio is handling."""
+        """Return the audience of the event that Gradio is handling.
+
+        Gradio cancels tasks by their names, which hold the session and the function: all runs of a client that called
+        one function. The task of the event is renamed, so that `cancel_index` stands for it alone.
+        """
         request, event = LocalContext.request.get(None), LocalContext.event_id.get(None)
-        return cls(frozenset(key for key in (getattr(request, "session_hash", None), event) if key))
+        session = getattr(request, "session_hash", None)
+        if event and (task := asyncio.current_task()):
+            task.set_name(f"{session}_{cancel_index(event)}<gradio-sep>{event}")
+        return cls(frozenset(key for key in (session, event) if key))
 
     async def arrived(self) -> bool:
         """Wait until somebody listens; return whether somebody does."""

@@ -24,6 +24,7 @@ CSS = """
 .images li { margin: 0; min-width: 0; }
 .images img, .images .empty, .stage img { display: block; width: 100%; image-rendering: pixelated;
   border-radius: 6px; background: var(--background-fill-secondary); margin: 0; }
+.images img, .stage img { box-shadow: 0 0 0 1px var(--border-color-primary); }
 .images .empty { border: 1px dashed var(--border-color-primary); box-sizing: border-box; }
 .images button { display: block; width: 100%; padding: 0; border: 0; border-radius: 8px; background: none;
   cursor: pointer; outline-offset: 2px; }
@@ -36,7 +37,6 @@ CSS = """
 .status .bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
 .status .bar span { display: block; height: 100%; background: var(--color-accent); }
 .status p { margin: 0; }
-.block:has(.status) > .wrap.minimal { overflow: visible !important; } /* the position in the queue */
 .status.failed p { color: var(--error-text-color, #b91c1c); font-weight: 600; }
 .lead { max-width: 46em; } .lead p { margin: 0 0 .5em; }
 .rows { display: grid; gap: 14px; }
@@ -66,6 +66,8 @@ table.facts th, table.facts td { text-align: start; padding: 5px 12px 5px 0 !imp
 #card table { display: block; overflow-x: auto; } #card th, #card td { overflow-wrap: normal; word-break: normal; }
 table.facts th { width: 40%; color: var(--body-text-color-subdued); }
 .dark input[type=range] { --neutral-200: var(--neutral-600); } /* Gradio's color of the track, which is too bright */
+.dark .stage input { color-scheme: dark; }
+#inverted:not(:has(.ways)) { display: none; } /* the gap around it, too */
 #header p { margin: 0 0 4px; overflow-wrap: anywhere; }
 :focus-visible { outline: 3px solid var(--color-accent); outline-offset: 2px; }
 @media (max-width: 640px) {
@@ -95,7 +97,7 @@ def header(model: str, shape: tuple[int, int, int]) -> str:
         shape: (C, H, W) of its images.
 
     Example:
-        >>> header("mnist", (1, 28, 28))[-65:]
+        >>> header("mnist", (1, 28, 28))[-64:]
         '<p>Model: <b id="model-name">mnist</b>, gray, 28 x 28 pixels</p>'
     """
     channels, height, width = shape

@@ -54,25 +54,25 @@ class Route:
         return ("POST",) if self.kind in ("json", "upload") else ("GET", "HEAD")
 
 
-def _route(kind: Kind, pattern: str) -> Route:
+def _make_route(kind: Kind, pattern: str) -> Route:
     return Route(kind, re.compile(pattern))
 
 
 ROUTES = (
-    _route("plain", r"/|/config/?|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt"),
-    _route("plain", r"/(assets|static|svelte)/.+"),
-    _route("plain", rf"{API}/(info/?|openapi\.json|startup-events|theme\.css|app_id/?|user/?|login_check/?)"),
-    _route("plain", rf"{API}/(queue/status|upload_progress)"),
-    _route("plain", rf"{API}/file=.+"),
-    _route("plain", rf"{API}/heartbeat/(?P<session>[^/]+)"),
-    _route("stream", rf"{API}/queue/data"),
-    _route("stream", rf"{API}/call/(v2/)?(?P<name>[^/]+)/(?P<key>[^/]+)"),
-    _route("json", rf"{API}/queue/join"),
-    _route("json", rf"{API}/call/(?P<name>[^/]+)/?"),
-    _route("json", rf"{API}/call/v2/(?P<name>[^/]+)/?"),
-    _route("json", rf"{API}/(run|api)/(?P<name>[^/]+)/?"),
-    _route("json", rf"{API}/(cancel|reset)/?"),
-    _route("upload", rf"{API}/upload"),
+    _make_route("plain", r"/|/config/?|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt"),
+    _make_route("plain", r"/(assets|static|svelte)/.+"),
+    _make_route("plain", rf"{API}/(info/?|openapi\.json|startup-events|theme\.css|app_id/?|user/?|login_check/?)"),
+    _make_route("plain", rf"{API}/(queue/status|upload_progress)"),
+    _make_route("plain", rf"{API}/file=.+"),
+    _make_route("plain", rf"{API}/heartbeat/(?P<session>[^/]+)"),
+    _make_route("stream", rf"{API}/queue/data"),
+    _make_route("stream", rf"{API}/call/(v2/)?(?P<name>[^/]+)/(?P<key>[^/]+)"),
+    _make_route("json", rf"{API}/queue/join"),
+    _make_route("json", rf"{API}/call/(?P<name>[^/]+)/?"),
+    _make_route("json", rf"{API}/call/v2/(?P<name>[^/]+)/?"),
+    _make_route("json", rf"{API}/(run|api)/(?P<name>[^/]+)/?"),
+    _make_route("json", rf"{API}/(cancel|reset)/?"),
+    _make_route("upload", rf"{API}/upload"),
 )
 
 
@@ -213,7 +213,7 @@ def check_body(path: str, names: Mapping[str, str], body: dict[str, Any], functi
         functions: what may be called, by index.
 
     Raises:
-        Refusal: 400, or 404 if there is no such function.
+        Refusal: 400, or 404 if no such function exists.
     """
     _check_type(body, "session_hash", str, optional="/cancel" not in path)
     session = body.get("session_hash")

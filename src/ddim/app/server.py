@@ -20,12 +20,15 @@ from ddim.app.events import Shared, show_endpoints
 from ddim.app.folders import server_folder
 from ddim.app.guard import Access, Guard
 from ddim.app.inputs import MAX_MEGABYTES
-from ddim.app.listeners import listeners
+from ddim.app.listeners import MAX_UNHEARD_RUNS, listeners
 from ddim.app.models import ModelCache
 from ddim.app.requests import Function
 from ddim.app.runs import MAX_WAITING_RUNS
 from ddim.app.tabs import interpolate, invert, model, sample, steps
 from ddim.app.uploads import UPLOAD_LIFETIME_SECONDS, UploadLedger
+
+MAX_EVENTS = MAX_UNHEARD_RUNS + 2 * MAX_WAITING_RUNS
+"""Events that Gradio handles at a time: runs that wait for a listener or the device, and those that are refused."""
 
 CLEAN_SECONDS = 60
 """Time between looks for old files of runs and uploads."""
@@ -130,6 +133,7 @@ def serve(
         ValueError: if a model is damaged, or no such device or engine exists.
         OSError: if the port is taken, or the host is not an address of this machine.
     """
+    host = host.strip("[]")
     models = ModelCache(names, allow_paths, device, engine)
     processing_utils.async_ssrf_protected_download = _fetch_nothing
     free_port = check_port(host, port)
@@ -141,18 +145,19 @@ def serve(
         downloads.mkdir()
         blocks = build(models, str(downloads))
         _, address, public = blocks.launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,  # Gradio makes an address of it
             server_port=free_port,
             share=share,
             inbrowser=open_browser,
             quiet=True,
             prevent_thread_lock=True,
             max_file_size=MAX_MEGABYTES * 1_000_000,
-            footer_links=["api", "settings"],
+            footer_links=["api"],
             ssr_mode=False,
             theme=page.THEME,
             css=page.CSS,
             run_history=False,
+            max_threads=MAX_EVENTS,
             show_error=True,
             app_kwargs={"lifespan": guarded(blocks, access)},
         )

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from ddim.app import inputs, page
-from ddim.app.events import INSTANT_EVENT, Shared, follow_run, report_errors, run_event
+from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors
 from ddim.app.handlers.interpolate import READY, InterpolateHandlers
 
 SCRUB = """
@@ -76,19 +76,19 @@ def tab(shared: Shared) -> None:
             follow_run(handlers.add_seeds, status),
             [shared.model, shared.endpoints, seeds],
             endpoints,
-            **run_event(status),
+            **RUN_EVENT,
         ),
         files.upload(
             follow_run(handlers.add_files, status),
             [shared.model, shared.endpoints, files],
             endpoints,
-            **run_event(status),
+            **RUN_EVENT,
         ),
         start.click(
             follow_run(handlers.interpolate, status),
             [shared.model, shared.endpoints, seeds, frames, steps, closed],
             [*endpoints, strip, animation],
-            **run_event(status),
+            **RUN_EVENT,
         ),
     ]
     # The seeds in the box are those that are not endpoints yet.

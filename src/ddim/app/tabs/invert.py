@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from ddim.app import inputs, page
-from ddim.app.events import INSTANT_EVENT, Shared, follow_run, report_errors, run_event
+from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors
 from ddim.app.handlers.invert import READY, InvertHandlers, show_canvas, show_image
 
 DRAW = """
@@ -96,13 +96,13 @@ def tab(shared: Shared) -> None:
     )
     runs: list[Any] = [
         start_inversion.click(
-            follow_run(handlers.invert, status), [shared.model, image, steps], [status, inverted], **run_event(status)
+            follow_run(handlers.invert, status), [shared.model, image, steps], [status, inverted], **RUN_EVENT
         ),
         start_edit.click(
             follow_run(handlers.edit, status),
             [shared.model, image, strength, steps, seed],
             [status, edited],
-            **run_event(status),
+            **RUN_EVENT,
         ),
     ]
     stop.click(lambda: page.status("Stopped."), None, status, cancels=runs, **INSTANT_EVENT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gradio as gr
 
 from ddim.app import inputs, page
-from ddim.app.events import INSTANT_EVENT, Shared, follow_run, report_errors, run_event
+from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors
 from ddim.app.handlers.sample import MODELS_OWN, NOTHING_SAMPLED, SampleHandlers, SampleSettings, show_empty
 from ddim.diffusion.schedule import SPACINGS
 
@@ -64,7 +64,7 @@ def tab(shared: Shared) -> None:
         follow_run(handlers.sample, status),
         settings,
         outputs,
-        **run_event(status),
+        **RUN_EVENT,
     )
     shared.model.change(handlers.reset, settings, outputs, **INSTANT_EVENT)
     stop.click(lambda: page.status("Stopped."), None, status, cancels=run, **INSTANT_EVENT)

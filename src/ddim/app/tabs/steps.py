@@ -5,7 +5,7 @@ from __future__ import annotations
 import gradio as gr
 
 from ddim.app import inputs, page
-from ddim.app.events import INSTANT_EVENT, Shared, follow_run, run_event
+from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run
 from ddim.app.handlers.steps import StepsHandlers
 
 NOTHING_COMPARED = "Nothing has been sampled yet. DDPM comes last and takes longest."
@@ -18,7 +18,8 @@ def tab(shared: Shared) -> None:
         shared: what every tab is given.
     """
     page.lead(
-        "The paper's two claims. <b>Speed</b>: DDIM needs 10 to 100 steps where DDPM takes 1000. <b>Consistency</b>: "
+        "The paper's two claims. <b>Speed</b>: DDIM needs 10 to 100 steps where DDPM takes all timesteps "
+        "of the model, usually 1000. <b>Consistency</b>: "
         "without noise on the way the latent decides the image, so that a column shows the same image however many "
         "steps are taken; DDPM draws noise in each step and ends at another image.",
     )
@@ -37,7 +38,7 @@ def tab(shared: Shared) -> None:
         follow_run(handlers.compare, status),
         [shared.model, seed, count],
         [status, images],
-        **run_event(status),
+        **RUN_EVENT,
     )
     shared.model.change(lambda: (page.status(NOTHING_COMPARED), ""), None, [status, images], **INSTANT_EVENT)
     stop.click(lambda: page.status("Stopped."), None, status, cancels=run, **INSTANT_EVENT)
