@@ -94,7 +94,9 @@ def callers(frame: FrameType) -> Iterator[str]:
 
 
 def is_sample(value: Any) -> bool:
-    """Whether a value is a tensor, an image or an array, or a collection or record of them.
+    """Whether a value is an image, a tensor or array of two dimensions or more, or a collection or record of them.
+
+    Schedules and timesteps, of one dimension, are not derived from a sample.
 
     Args:
         value: any object.
@@ -103,7 +105,9 @@ def is_sample(value: Any) -> bool:
         return any(map(is_sample, value.values()))
     if isinstance(value, list | tuple):
         return any(map(is_sample, value[:2]))
-    return isinstance(value, Tensor | Image.Image | np.ndarray) or isinstance(getattr(value, "sample", None), Tensor)
+    if isinstance(value, Tensor | np.ndarray):
+        return value.ndim >= 2
+    return isinstance(value, Image.Image) or isinstance(getattr(value, "sample", None), Tensor)
 
 
 def run() -> None:

@@ -55,6 +55,11 @@ def same_tensors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a configuration that are arguments, not notes about the file."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
 def file_names(folder: Path) -> list[str]:
     """Return the sorted names in a folder."""
     return sorted(path.name for path in folder.iterdir())

@@ -281,10 +281,10 @@ class TestScheduler:
     def test_added_to_scheduler(self) -> None:
         tuned = TunedTimesteps([900, 300, 20], 0.1, {}, 2, 0.0)
         scheduler = tuned.added_to(DDIMScheduler(timesteps_by_steps={"1": [500]}))
-        assert scheduler.config.timesteps_by_steps == {"3": [900, 300, 20]}
-        assert scheduler.config.solver_order == 2
+        assert scheduler.timesteps_by_steps == {"3": [900, 300, 20]}
+        assert scheduler.solver_order == 2
         extended = TunedTimesteps([800, 0], 0.1, {}, 2, 0.0).added_to(scheduler)
-        assert extended.config.timesteps_by_steps == {"3": [900, 300, 20], "2": [800, 0]}
+        assert extended.timesteps_by_steps == {"3": [900, 300, 20], "2": [800, 0]}
 
     @pytest.mark.parametrize(
         ("lists", "message"),
@@ -345,9 +345,9 @@ class TestCommand:
     def test_writes_tuned_pipeline(self, tuned: tuple[Path, str]) -> None:
         folder, printed = tuned
         config = json.loads((folder / "tuned/scheduler/scheduler_config.json").read_text())
-        assert config["solver_order"] == 2
-        assert {key: len(value) for key, value in config["timesteps_by_steps"].items()} == {"2": 2, "3": 3}
-        for timesteps in config["timesteps_by_steps"].values():
+        assert config["_ddim"]["solver_order"] == 2
+        assert {key: len(value) for key, value in config["_ddim"]["timesteps_by_steps"].items()} == {"2": 2, "3": 3}
+        for timesteps in config["_ddim"]["timesteps_by_steps"].values():
             assert f"timesteps {','.join(map(str, timesteps))}\n" in printed
         assert "leading" in printed
         assert printed.splitlines()[-1] == "tuned"
@@ -358,7 +358,7 @@ class TestCommand:
         pipe = DDIMPipeline.from_pretrained(folder / "tuned")
         pipe.set_progress_bar_config(disable=True)
         pipe(seeds=[0], num_inference_steps=3)
-        assert pipe.scheduler.timesteps.tolist() == pipe.scheduler.config.timesteps_by_steps["3"]
+        assert pipe.scheduler.timesteps.tolist() == pipe.scheduler.timesteps_by_steps["3"]
         reference = diffusers.DDIMPipeline.from_pretrained(folder / "tuned")
         reference.set_progress_bar_config(disable=True)
         images = reference(num_inference_steps=3, output_type="np", generator=seeded(0)).images

@@ -34,10 +34,10 @@ from ddim.diffusion.inversion import Inversion
 from ddim.diffusion.loop import State, StepSettings, generative_step
 from ddim.diffusion.noise import check_seeds, noise_from_seeds
 from ddim.diffusion.sampling_config import SamplingConfig, check_order
-from ddim.io.images import check_output_type, to_output, to_samples
+from ddim.io.images import to_output, to_samples
 from ddim.outputs import EncodeOutput, ImagePipelineOutput, ReconstructOutput, TrajectoryOutput
 from ddim.sampler import ProgressBar, Sampler, SamplingPlan
-from ddim.scheduler import NO_INVERSE, DDIMScheduler
+from ddim.scheduler import NO_INVERSE, DDIMScheduler, check_own_steps
 from ddim.validation import as_integer, integer, real
 
 logger = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ class LatentSpace:
             >>> pipe.decode(torch.zeros(1, 1, 28, 28), num_inference_steps=2).images[0].size
             (28, 28)
         """
-        check_output_type(output_type)
+        self.sampler.check_output(output_type)
         steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps, order)
         if isinstance(latents, EncodeOutput):
             if order != 1:
@@ -256,7 +256,7 @@ class LatentSpace:
             >>> bool(pipe.reconstruct(images, num_inference_steps=10).mse < 1e-4)
             True
         """
-        check_output_type(output_type)
+        self.sampler.check_output(output_type)
         settings = InversionConfig(exact, tolerance, max_iterations, batch_size)
         samples = self._to_samples(images, resize)
         steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps)
@@ -312,7 +312,7 @@ class LatentSpace:
             >>> len(pipe.interpolate(z, frames=3, num_inference_steps=2).images)
             3
         """
-        check_output_type(output_type)
+        self.sampler.check_output(output_type)
         steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps, order)
         latents = list_latents(z0, z1)
         if isinstance(frames, tuple):
@@ -367,7 +367,7 @@ class LatentSpace:
             >>> pipe.trajectory(seeds=[3], num_inference_steps=4, frames=2).timesteps
             [750, 0]
         """
-        check_output_type(output_type)
+        self.sampler.check_output(output_type)
         plan = self.sampler.plan(SamplingConfig(num_inference_steps, eta, timesteps, order))
         kept = set(select_timesteps(plan.timesteps, frames, at))
         x, noise = self.sampler.initial_noise(batch_size, seeds=seeds, latents=latents)
@@ -417,7 +417,7 @@ class LatentSpace:
             >>> len(rows), len(rows[0])
             (2, 1)
         """
-        check_output_type(output_type)
+        self.sampler.check_output(output_type)
         if not isinstance(num_inference_steps, Iterable):
             raise TypeError(f"num_inference_steps must be a list of numbers of steps, got {num_inference_steps!r}")
         plans = [self.sampler.plan(SamplingConfig(count, order=order)) for count in num_inference_steps]
@@ -479,7 +479,7 @@ class LatentSpace:
             >>> len(pipe.edit(images, strength=0.5, num_inference_steps=4, seeds=[7]).images)
             1
         """
-        check_output_type(output_type)
+        self.sampler.check_output(output_type)
         strength = real("strength", strength, 0, 1)
         inversion = InversionConfig(batch_size=batch_size, verify=False)
         x = self._to_samples(images, resize)
@@ -537,12 +537,16 @@ def invertible_steps(
 
     Raises:
         ValueError: for an argument out of range, or timesteps among which 0 is the only one.
+        TypeError: if the scheduler does not take the steps of `DDIMScheduler`.
 
     Example:
         >>> [step.timestep for step in invertible_steps(DDIMScheduler(), 2)]
         [500, 0]
     """
-    without_jump = DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=False)
+    without_jump = DDIMScheduler.from_config(check_own_steps(scheduler).config, set_alpha_to_one=False)
+    # A schedule that was assigned to the scheduler is not in its configuration.
+    without_jump.alphas_cumprod = scheduler.alphas_cumprod
+    without_jump.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     chosen = without_jump.make_timesteps(num_inference_steps, order=order) if timesteps is None else timesteps
     steps = without_jump.make_steps(chosen, order=order)
     if not drop_identity_steps(steps):

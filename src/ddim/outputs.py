@@ -1,30 +1,87 @@
-"""Results with names: dataclasses that can also be indexed and unpacked as the tuples of `diffusers` can."""
+"""Results with names: dataclasses that are dictionaries, can be indexed as tuples, and are containers to PyTorch.
+
+The classes and their behavior are those of `diffusers.utils.BaseOutput`: code that casts, gathers, maps over or exports
+results (accelerate, `DataParallel`, `torch.utils._pytree`, `torch.export`) handles both alike.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
+
+from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
     import torch
 
 
-class Output:
+class Output(OrderedDict[str, Any]):
     """Base of results, whose fields are reached as `out.name`, `out["name"]` and `out[0]`.
+
+    As a dictionary and as a tuple a result holds the fields that are not `None`. Iterating over it gives names;
+    `to_tuple()` can be unpacked. Entries cannot be removed. A subclass is a dataclass; it can also be built from a
+    mapping, or an iterator of pairs, of its fields, as PyTorch's containers rebuild dictionaries.
+
+    Raises:
+        TypeError: when an entry is removed.
 
     Example:
         >>> out = ImagePipelineOutput(images=["an image"])
         >>> out.images is out["images"] is out[0]
         True
+        >>> ImagePipelineOutput({"images": []}).to_tuple()
+        ([],)
     """
+
+    def __init_subclass__(cls) -> None:
+        pytree.register_pytree_node(
+            cls,
+            lambda out: (list(out.values()), list(out)),
+            lambda values, names: cls(**dict(zip(names, values, strict=True))),
+            serialized_type_name=f"{cls.__module__}.{cls.__name__}",
+            flatten_with_keys_fn=lambda out: ([(pytree.MappingKey(k), v) for k, v in out.items()], list(out)),
+        )
+
+    def __post_init__(self) -> None:
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        first, *others = (getattr(self, name) for name in names)
+        if isinstance(first, Mapping | Iterator) and all(other is None for other in others):
+            entries = dict(first)
+            if unknown := entries.keys() - set(names):
+                raise TypeError(f"{type(self).__name__} has no field {', '.join(map(repr, sorted(unknown)))}")
+            super().__setattr__(names[0], None)
+        else:
+            entries = {name: getattr(self, name) for name in names}
+        for name, value in entries.items():
+            if value is not None:
+                self[name] = value
 
     def to_tuple(self) -> tuple[Any, ...]:
         """Return the fields that are not `None`."""
-        values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
-        return tuple(value for value in values if value is not None)
+        return tuple(self.values())
 
     def __getitem__(self, key: int | slice | str) -> Any:
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        super().__setattr__(key, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # Fields become entries in `__post_init__`: until then it is open whether the first one is a mapping of all.
+        if value is not None and name in self:
+            super().__setitem__(name, value)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"the fields of {type(self).__name__} cannot be removed or added")
+
+    __delitem__ = pop = popitem = clear = update = setdefault = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
 
 
 @dataclass

@@ -7,8 +7,11 @@ Arguments, defaults and results are those of the class of that name in `diffuser
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -17,25 +20,23 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ddim.devices import choose_device
+from ddim.components import ComponentPipeline
 from ddim.diffusion.loop import State
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.engine import check_engine
+from ddim.external_scheduler import StepArguments, run_scheduler
 from ddim.io import hub
-from ddim.io.atomic import write_folder
-from ddim.io.images import check_output_type, to_output
-from ddim.io.json_files import read_json, to_json
-from ddim.io.weights import MAX_SHARD_SIZE, remove_stale_weights
+from ddim.io.diffusers_mixins import join_mixins
+from ddim.io.images import to_output
+from ddim.io.json_files import read_json
 from ddim.latents import LatentSpace
 from ddim.outputs import ImagePipelineOutput
 from ddim.sampler import Sampler
-from ddim.scheduler import DDIMScheduler
+from ddim.scheduler import DDIMScheduler, has_own_steps
 from ddim.unet import UNet2DModel
 from ddim.validation import integer, join_choices, shown
-from ddim.version import __version__
 
 # The classes that a model_index.json may name. Nothing is ever imported by a name from a file.
-PIPELINE_CLASSES = ("DDIMPipeline", "DDPMPipeline", "PNDMPipeline")
 UNET_CLASSES = ("UNet2DModel", "UNetUnconditionalModel")
 SCHEDULER_CLASSES = (
     "DDIMScheduler",
@@ -53,7 +54,7 @@ SCHEDULER_CLASSES = (
 )
 
 
-class DDIMPipeline(LatentSpace):
+class DDIMPipeline(ComponentPipeline, LatentSpace):
     """A denoising diffusion model: samples images, and encodes images into latents and back.
 
     Args:
@@ -80,11 +81,16 @@ class DDIMPipeline(LatentSpace):
         (28, 28)
     """
 
-    def __init__(self, unet: Any, scheduler: Any, engine: str = "auto") -> None:
+    def __init__(self, unet: Any = None, scheduler: Any = None, engine: str = "auto") -> None:
+        self.sampler = Sampler(None, None, engine)
+        if unet is None and scheduler is None:
+            return  # a subclass registers its components itself
         for name, component in (("unet", unet), ("scheduler", scheduler)):
             if not hasattr(component, "config"):
                 raise TypeError(f"{name} must have a .config to read its settings from, got {type(component).__name__}")
-        self.sampler = Sampler(unet, DDIMScheduler.from_config(scheduler.config), engine)
+        self.register_modules(unet=unet, scheduler=DDIMScheduler.from_config(scheduler.config))
+        if type(self).__call__ is DDIMPipeline.__call__:
+            check_output_channels(unet.config)
 
     def __repr__(self) -> str:
         unet = f"{type(self.unet).__name__} on {self.device}, {self.dtype}"
@@ -100,12 +106,12 @@ class DDIMPipeline(LatentSpace):
         self.sampler.unet = unet
 
     @property
-    def scheduler(self) -> DDIMScheduler:
-        """The scheduler; may be replaced."""
+    def scheduler(self) -> Any:
+        """The scheduler; may be replaced by any that has `set_timesteps` and `step`."""
         return self.sampler.scheduler
 
     @scheduler.setter
-    def scheduler(self, scheduler: DDIMScheduler) -> None:
+    def scheduler(self, scheduler: Any) -> None:
         self.sampler.scheduler = scheduler
 
     @property
@@ -118,80 +124,19 @@ class DDIMPipeline(LatentSpace):
         self.sampler.engine = engine
 
     @property
-    def components(self) -> dict[str, Any]:
-        """`{"unet": ..., "scheduler": ...}`, from which another pipeline can be built without copying weights."""
-        return {"unet": self.unet, "scheduler": self.scheduler}
-
-    def register_modules(self, **modules: Any) -> None:
-        """Replace the `unet`, the `scheduler` or both.
-
-        Args:
-            modules: the components by name; of a scheduler a `DDIMScheduler` of its configuration is used.
-
-        Raises:
-            TypeError: for another name.
-
-        Example:
-            >>> pipe = DDIMPipeline.from_pretrained("mnist")
-            >>> pipe.register_modules(scheduler=DDIMScheduler(clip_sample=False))
-            >>> pipe.scheduler.config.clip_sample
-            False
-        """
-        for name, module in modules.items():
-            if name == "unet":
-                self.unet = module
-            elif name == "scheduler":
-                self.scheduler = DDIMScheduler.from_config(module.config)
-            else:
-                raise TypeError(f"a component of a DDIMPipeline must be unet or scheduler, got {name!r}")
-
-    @property
     def device(self) -> torch.device:
         """The device of the network."""
-        return self.sampler.device
+        return super().device if self.unet is None else self.sampler.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the network's parameters."""
-        return self.sampler.dtype
+        return super().dtype if self.unet is None else self.sampler.dtype
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """The shape (C, H, W) of the network's samples."""
         return self.sampler.sample_shape
-
-    def to(
-        self, *args: str | torch.device | torch.dtype, device: str | torch.device | None = None, dtype: Any = None
-    ) -> Self:
-        """Move the network to a device, a dtype, or both.
-
-        Args:
-            args: a device, a floating dtype, or both, in any order.
-            device: the device by name.
-            dtype: the dtype by name.
-
-        Returns:
-            The pipeline itself.
-
-        Raises:
-            ValueError: if the machine has no such device.
-            TypeError: for anything else than a device and a floating dtype.
-
-        Example:
-            >>> DDIMPipeline.from_pretrained("mnist").to("cpu", torch.bfloat16).dtype
-            torch.bfloat16
-        """
-        for arg in args:
-            if isinstance(arg, torch.dtype):
-                dtype = arg
-            else:
-                device = arg
-        if not isinstance(device, str | torch.device | None):
-            raise TypeError(f"device must be a device such as 'cpu' or 'cuda:0', got {shown(device)}")
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(f"dtype must be a floating dtype such as torch.bfloat16, got {shown(dtype)}")
-        self.unet.to(device=None if device is None else choose_device(device), dtype=dtype)
-        return self
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Set arguments of the `tqdm` progress bar.
@@ -232,14 +177,17 @@ class DDIMPipeline(LatentSpace):
 
         The network runs without gradients and in evaluation mode, and keeps the mode it was in.
 
+        A scheduler of another class, or with methods of its own, is run by its `set_timesteps` and `step`
+        (`ddim.external_scheduler`); `order` and `use_sigma_hat` are settings of `DDIMScheduler` alone.
+
         Args:
             batch_size: N. Left at 1, it follows the number of `seeds` or `latents`.
             generator: of all noise; one, or a list of N. The images are those that `diffusers` samples with it.
             eta: 0 for DDIM, 1 for DDPM; above 1 is allowed, with a warning.
             num_inference_steps: S, from 1 to the number of timesteps the model was trained with.
             use_clipped_model_output: recompute epsilon from the clipped x_0 in each step.
-            output_type: `pil`, `np` (float32 (N, H, W, C) in [0, 1]) or `pt` ((N, C, H, W) in [0, 1], on the model's
-                device).
+            output_type: `pil`; `np` or `numpy`: float32 (N, H, W, C) in [0, 1]; `pt`: (N, C, H, W) in [0, 1], on the
+                model's device.
             return_dict: `False` for `(images,)`.
             seeds: one integer per image instead of a generator: image i then depends on `seeds[i]` and on nothing else,
                 to within rounding.
@@ -269,17 +217,35 @@ class DDIMPipeline(LatentSpace):
             >>> pipe(batch_size=2, num_inference_steps=2, output_type="np").images.shape
             (2, 28, 28, 1)
         """
-        check_output_type(output_type)
-        plan = self.sampler.plan(
-            SamplingConfig(num_inference_steps, eta, timesteps, order, use_sigma_hat, bool(use_clipped_model_output))
+        self.sampler.check_output(output_type)
+        config = SamplingConfig(
+            num_inference_steps, eta, timesteps, order, use_sigma_hat, bool(use_clipped_model_output)
         )
-        x, noise = self.sampler.initial_noise(batch_size, generator, seeds, latents)
+        if self.offload_device is not None:
+            self.unet.to(self.offload_device)
+
+        seeds = None if seeds is None else list(seeds)
+
+        def call_back(index: int, timestep: int, sample: Tensor, pred_original_sample: Tensor) -> Tensor:
+            if callback_on_step_end is None:
+                return sample
+            tensors = {"latents": sample, "pred_original_sample": pred_original_sample}
+            return _returned_latents(callback_on_step_end(self, index, timestep, tensors), sample)
 
         def on_step_end(state: State) -> None:
-            if callback_on_step_end is not None:
-                _call_back(self, callback_on_step_end, state)
+            state.sample = call_back(state.index, state.step.timestep, state.sample, state.pred_original_sample)
 
-        images = to_output(self.sampler.run(x, plan, noise, on_step_end, self.progress_bar), output_type)
+        if has_own_steps(self.scheduler):
+            plan = self.sampler.plan(config)
+            x, noise = self.sampler.initial_noise(batch_size, generator, seeds, latents)
+            x = self.sampler.run(x, plan, noise, on_step_end, self.progress_bar)
+        else:
+            x, _ = self.sampler.initial_noise(batch_size, generator, seeds, latents)
+            generators = None if seeds is None else [torch.Generator(x.device).manual_seed(seed) for seed in seeds]
+            arguments = StepArguments(eta, use_clipped_model_output, generators or generator)
+            x = run_scheduler(self.sampler, x, config, arguments, latents is None, call_back, self.progress_bar)
+        images = to_output(x, output_type)
+        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images) if return_dict else (images,)
 
     def sample_images(self, count: int, seed: int = 0, batch_size: int = 64, **settings: Any) -> list[Image.Image]:
@@ -329,97 +295,19 @@ class DDIMPipeline(LatentSpace):
         warnings.warn("paint is deprecated; use sample_images", DeprecationWarning, stacklevel=2)
         return self.sample_images(*args, **kwargs)
 
-    def save_pretrained(
-        self, folder: str | Path, variant: str | None = None, max_shard_size: int | str = MAX_SHARD_SIZE
-    ) -> None:
-        """Write a folder that `from_pretrained` and `diffusers` load.
-
-        It holds `model_index.json`, `scheduler/scheduler_config.json`, `unet/config.json` and weights as safetensors.
-
-        Args:
-            folder: created if it does not exist; files of the same names in it are replaced atomically.
-            variant: part of the weights' name, such as `fp16`.
-            max_shard_size: larger weights are split into files of at most this size: bytes, or `"500MB"`.
-
-        Raises:
-            OSError: if it cannot be written.
-
-        Example:
-            >>> import tempfile
-            >>> folder = tempfile.mkdtemp()
-            >>> DDIMPipeline.from_pretrained("mnist").save_pretrained(folder)
-            >>> sorted(path.name for path in Path(folder).iterdir())
-            ['model_index.json', 'scheduler', 'unet']
-        """
-        index = {
-            "_class_name": "DDIMPipeline",
-            "_ddim_version": __version__,
-            # Who should build the parts; diffusers reads this too and has both classes.
-            "scheduler": ["diffusers", "DDIMScheduler"],
-            "unet": ["diffusers", "UNet2DModel"],
-        }
-        with write_folder(Path(folder)) as temporary:
-            self.unet.save_pretrained(temporary / "unet", variant=variant, max_shard_size=max_shard_size)
-            self.scheduler.save_pretrained(temporary / "scheduler")
-            (temporary / hub.MODEL_INDEX).write_text(to_json(index), encoding="utf-8")
-            written = [path.name for path in (temporary / "unet").iterdir()]
-        remove_stale_weights(Path(folder) / "unet", variant, written)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        commit_message: str = "Upload DDIMPipeline",
-        variant: str | None = None,
-    ) -> str:
-        """Publish the pipeline on the Hugging Face hub, in a repository that is created if it does not exist.
-
-        Args:
-            repo_id: `owner/name`.
-            private: whether a new repository is private; `None` for the owner's default.
-            token: with the right to write; defaults to the one stored on this machine.
-            commit_message: the message of the commit.
-            variant: part of the weights' name, such as `fp16`.
-
-        Returns:
-            The URL of the commit.
-
-        Raises:
-            RuntimeError: if the hub cannot be reached or refuses.
-        """
-        return hub.push_folder(
-            lambda folder: self.save_pretrained(folder, variant), repo_id, private, token, commit_message
-        )
-
     @classmethod
     def from_pretrained(
-        cls,
-        model: str | Path,
-        *,
-        torch_dtype: torch.dtype | None = None,
-        variant: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        use_safetensors: bool | None = None,
-        engine: str = "auto",
-        **components: Any,
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *, engine: str = "auto", **options: Any
     ) -> Self:
         """Load a pipeline: a built-in model, a folder, or a hub id.
 
         Args:
-            model: `"mnist"`, a folder of any layout that `ddim.io.hub` describes, or `"google/ddpm-cifar10-32"`.
-            torch_dtype: of the network; defaults to float32.
-            variant: of the weights, such as `fp16`.
-            cache_dir: the folder of downloads; defaults to the hub client's own cache.
-            local_files_only: use what has been downloaded, without a request to the hub.
-            revision: a branch, tag or commit of the hub repository.
-            token: for private repositories.
-            use_safetensors: `True` refuses pickled weights, `False` reads no others; by default safetensors come first.
+            pretrained_model_name_or_path: `"mnist"`, a folder of any layout that `ddim.io.hub` describes, or
+                `"google/ddpm-cifar10-32"`.
             engine: how the network is run: `auto`, `eager` or `compile`.
-            components: `unet=` or `scheduler=` instead of what the folder holds.
+            options: those of `ComponentPipeline.from_pretrained`: `torch_dtype`, `variant`, `use_safetensors`,
+                `device_map`; `cache_dir`, `local_files_only`, `revision`, `token`, `force_download`; `unet` or
+                `scheduler` instead of what the folder holds.
 
         Returns:
             The pipeline, its network in evaluation mode on the CPU.
@@ -427,62 +315,100 @@ class DDIMPipeline(LatentSpace):
         Raises:
             FileNotFoundError: if no such model exists, or files are missing in it; names the files looked for.
             ValueError: if a file is damaged, does not fit, or names a class that is not in this module's tables.
-            TypeError: for another component.
+            TypeError: for another option.
 
         Example:
             >>> DDIMPipeline.from_pretrained("mnist", engine="eager").sample_shape
             (1, 28, 28)
         """
-        for name in components:
-            if name not in ("unet", "scheduler"):
-                raise TypeError(f"a component of a DDIMPipeline must be unet or scheduler, got {name!r}")
         check_engine(engine)
-        weights_in = ("unet", "") if components.get("unet") is None else ()
-        folder = hub.find_model(
-            model,
-            hub.HubOptions(cache_dir, local_files_only, revision, token),
-            variant=variant,
-            weights_in=weights_in,
-            use_safetensors=use_safetensors,
-        )
-        check_model_index(folder)
-        unet, scheduler = components.get("unet"), components.get("scheduler")
-        # Both configurations are checked before the weights, the long part, are read.
-        unet_folder = component_folder(folder, "unet", UNet2DModel.config_name) if unet is None else None
-        if scheduler is None:
-            scheduler = DDIMScheduler.from_pretrained(component_folder(folder, "scheduler", DDIMScheduler.config_name))
-        if unet_folder is not None:
-            check_class(unet_folder / UNet2DModel.config_name, UNET_CLASSES)
-            unet = UNet2DModel.from_pretrained(
-                unet_folder, torch_dtype=torch_dtype, variant=variant, use_safetensors=use_safetensors
-            )
-        return cls(unet, scheduler, engine)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **options)
+        pipe.engine = engine
+        return pipe
+
+    @classmethod
+    def _check_index(cls, folder: Path) -> dict[str, Any]:
+        check_model_index(folder, component_names=tuple(signature(cls.__init__).parameters))
+        return super()._check_index(folder)
+
+    @classmethod
+    def _load_component(cls, folder: Path, name: str, entry: Any, settings: Mapping[str, Any]) -> Any:
+        class_name = entry[1] if entry else None
+        # The constructor of this class makes a DDIMScheduler of any; another one may need the class itself.
+        takes_any = cls.__init__ is DDIMPipeline.__init__ or not entry or find_spec("diffusers") is None
+        if name == "scheduler" and class_name in (None, *SCHEDULER_CLASSES) and takes_any:
+            return DDIMScheduler.from_pretrained(component_folder(folder, name, DDIMScheduler.config_name))
+        if name == "unet" and class_name in (None, *UNET_CLASSES):
+            path = component_folder(folder, name, UNet2DModel.config_name)
+            check_class(path / UNet2DModel.config_name, UNET_CLASSES)
+            return UNet2DModel.from_pretrained(path, **settings)
+        return super()._load_component(folder, name, entry, settings)
 
 
-def check_model_index(folder: Path) -> None:
-    """Check the classes that a folder's `model_index.json` names against the tables of this module.
+# Loaders read the components from the signature; only a subclass leaves them out, to register them itself.
+vars(DDIMPipeline)["__init__"].__signature__ = Signature(
+    [
+        Parameter("self", Parameter.POSITIONAL_OR_KEYWORD),
+        Parameter("unet", Parameter.POSITIONAL_OR_KEYWORD, annotation=object),
+        Parameter("scheduler", Parameter.POSITIONAL_OR_KEYWORD, annotation=object),
+        Parameter("engine", Parameter.POSITIONAL_OR_KEYWORD, default="auto", annotation=str),
+    ]
+)
+join_mixins(DDIMPipeline, "pipelines.pipeline_utils.DiffusionPipeline")
+
+
+def check_model_index(folder: Path, component_names: Sequence[str] = ("unet", "scheduler")) -> None:
+    """Check the components that a folder's `model_index.json` names against the tables of this module.
 
     Args:
         folder: of a pipeline; nothing is checked where it has no such file.
+        component_names: the components that the pipeline takes. Classes of others than `unet` and `scheduler` are not
+            checked.
 
     Raises:
         ValueError: naming the first class or component that is not in them.
+
+    Example:
+        >>> check_model_index(hub.find_model("mnist"))
     """
     path = folder / hub.MODEL_INDEX
     if not path.exists():
         return
-    index = read_json(path)
-    allowed = {"_class_name": PIPELINE_CLASSES, "unet": UNET_CLASSES, "scheduler": SCHEDULER_CLASSES}
-    for name, entry in index.items():
-        if name.startswith("_") and name != "_class_name":
+    allowed = {"unet": UNET_CLASSES, "scheduler": SCHEDULER_CLASSES}
+    is_custom = set(component_names) - {"self", "engine"} != set(allowed)
+    for name, entry in read_json(path).items():
+        if name.startswith("_"):
             continue
-        if name not in allowed:
+        if name not in component_names:
             raise ValueError(f"{path}: a component of a DDIM pipeline must be unet or scheduler, got {name!r}")
         class_name = entry[-1] if isinstance(entry, list) and entry else entry
-        if class_name not in allowed[name]:
+        if not is_custom and class_name not in allowed[name]:
             raise ValueError(
                 f"{path}: the class of {name} must be one of {join_choices(allowed[name])}, got {shown(class_name)}"
             )
+
+
+def check_output_channels(config: Any) -> None:
+    """Check that a network predicts as many channels as it takes, or twice as many.
+
+    Args:
+        config: of the network; one without channels is not checked.
+
+    Raises:
+        ValueError: for another number.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> check_output_channels(SimpleNamespace(in_channels=3, out_channels=4))
+        Traceback (most recent call last):
+        ValueError: the network's out_channels must be 3, or 6 with a learned variance, for in_channels=3, got 4
+    """
+    taken, predicted = getattr(config, "in_channels", None), getattr(config, "out_channels", None)
+    if isinstance(taken, int) and isinstance(predicted, int) and predicted not in (taken, 2 * taken):
+        raise ValueError(
+            f"the network's out_channels must be {taken}, or {2 * taken} with a learned variance, for "
+            f"in_channels={taken}, got {predicted}"
+        )
 
 
 def check_class(path: Path, allowed: Sequence[str]) -> None:
@@ -524,12 +450,11 @@ def component_folder(folder: Path, name: str, config_name: str) -> Path:
     raise FileNotFoundError(f"{folder} is not a model: neither {name}/{config_name} nor {config_name} exists in it")
 
 
-def _call_back(pipe: DDIMPipeline, callback: Callable[..., dict[str, Tensor] | None], state: State) -> None:
-    """Call a `callback_on_step_end`, and take over the latents that it returns."""
-    tensors = {"latents": state.sample, "pred_original_sample": state.pred_original_sample}
-    changed = callback(pipe, state.index, state.step.timestep, tensors)
-    if changed and "latents" in changed:
-        shape = tuple(state.sample.shape)
-        if changed["latents"].shape != shape:
-            raise ValueError(f"latents of the callback: expected shape {shape}, got {tuple(changed['latents'].shape)}")
-        state.sample = changed["latents"]
+def _returned_latents(returned: dict[str, Tensor] | None, sample: Tensor) -> Tensor:
+    """Return the latents that a `callback_on_step_end` has returned, else the sample it was called with."""
+    latents = (returned or {}).get("latents")
+    if latents is None:
+        return sample
+    if latents.shape != sample.shape:
+        raise ValueError(f"latents of the callback: expected shape {tuple(sample.shape)}, got {tuple(latents.shape)}")
+    return latents

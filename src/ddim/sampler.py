@@ -27,7 +27,8 @@ from ddim.diffusion.noise import NoiseSource, check_seeds, noise_from_generator,
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.engine import check_engine, get_engine
 from ddim.engine.base import Engine
-from ddim.scheduler import DDIMScheduler
+from ddim.io.images import check_output_type
+from ddim.scheduler import check_own_steps
 from ddim.validation import integer
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class Sampler:
         torch.Size([2, 1, 28, 28])
     """
 
-    def __init__(self, unet: Any, scheduler: DDIMScheduler, engine: str = "auto") -> None:
+    def __init__(self, unet: Any, scheduler: Any, engine: str = "auto") -> None:
         self.unet, self.scheduler = unet, scheduler
         self.engine = check_engine(engine)
         self.progress_bar_config: dict[str, Any] = {}
@@ -125,9 +126,10 @@ class Sampler:
 
         Raises:
             ValueError: if the schedule does not allow them: more steps than it has timesteps, a timestep outside it.
+            TypeError: if the scheduler does not take the steps of `DDIMScheduler`.
         """
-        scheduler = self.scheduler
-        order = scheduler.config.solver_order if config.order is None else config.order
+        scheduler = check_own_steps(self.scheduler)
+        order = scheduler.solver_order if config.order is None else config.order
         timesteps = config.timesteps
         if timesteps is None:
             timesteps = scheduler.make_timesteps(config.num_inference_steps, order=order)
@@ -140,6 +142,17 @@ class Sampler:
         visited = [step.timestep for step in steps]
         scheduler.set_timesteps(timesteps=visited)
         return SamplingPlan(replace(config, timesteps=visited, order=order), steps)
+
+    def check_output(self, output_type: str) -> None:
+        """Check that samples of the network can be given out as an output type.
+
+        Args:
+            output_type: one of `ddim.io.images.OUTPUT_TYPES`.
+
+        Raises:
+            ValueError: for another name, or PIL images of more than 4 channels.
+        """
+        check_output_type(output_type, getattr(self.unet.config, "in_channels", None))
 
     def initial_noise(
         self,
@@ -203,6 +216,11 @@ class Sampler:
             raise ValueError("latents must be finite floating-point numbers, got NaN, infinity or integers")
         return latents.to(self.device, torch.promote_types(latents.dtype, self.sample_dtype))
 
+    @property
+    def _learns_variance(self) -> bool:
+        config = self.unet.config
+        return bool(getattr(config, "out_channels", config.in_channels) != config.in_channels)
+
     def get_engine(self) -> Engine:
         """Return the engine that runs the network, made anew where weights have changed."""
         return get_engine(self.unet, self.engine)
@@ -220,7 +238,8 @@ class Sampler:
         engine.prepare([step.timestep for step in steps])
 
         def denoiser(x: Tensor, t: Tensor) -> Tensor:
-            return engine.predict(x.to(dtype), t).to(x.dtype)
+            # A learned variance follows in as many channels again; DDIM does not use it.
+            return engine.predict(x.to(dtype), t)[:, : x.shape[1]].to(x.dtype)
 
         return denoiser if batch_size is None else in_batches(denoiser, batch_size)
 
@@ -240,7 +259,7 @@ class Sampler:
             noise if config.eta > 0 else None,
         )
         engine = self.get_engine()
-        captured = engine.step_fn(x, plan.steps, settings)
+        captured = None if self._learns_variance else engine.step_fn(x, plan.steps, settings)
         return captured or generative_step(self.denoiser(plan.steps, engine=engine), plan.steps, settings)
 
     def run(

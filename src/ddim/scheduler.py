@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, Self
+from inspect import getattr_static
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -35,15 +36,28 @@ from ddim.diffusion.equations import (
 from ddim.diffusion.noise import noise_from_generator
 from ddim.diffusion.sampling_config import check_order
 from ddim.diffusion.solvers import add_correction, second_order
-from ddim.io.config import ConfigMixin, register_to_config
-from ddim.io.hub import SchedulerFiles
+from ddim.io.config import register_to_config
+from ddim.io.diffusers_mixins import join_mixins
+from ddim.io.pretrained import SchedulerFiles
 from ddim.outputs import DDIMSchedulerOutput
 from ddim.validation import as_integer, choice, integer, real
+
+FOREIGN_SETTINGS = frozenset(
+    (
+        *("algorithm_type", "disable_corrector", "euler_at_final", "final_sigmas_type", "flow_shift"),
+        *("interpolation_type", "lambda_min_clipped", "lower_order_final", "original_inference_steps", "predict_x0"),
+        *("rho", "shift_terminal", "sigma_data", "sigma_max", "sigma_min", "sigma_schedule", "skip_prk_steps"),
+        *("solver_order", "solver_p", "solver_type", "time_shift_type", "timestep_scaling", "timestep_type"),
+        *("use_beta_sigmas", "use_dynamic_shifting", "use_exponential_sigmas", "use_flow_sigmas", "use_karras_sigmas"),
+        *("use_lu_lambdas", "variance_type"),
+    )
+)
+"""Arguments of the other schedulers of `diffusers`, whose configurations are taken here."""
 
 NO_INVERSE = "a step of order 2 depends on the one before it and has no inverse of its own; use order=1"
 
 
-class DDIMScheduler(ConfigMixin, SchedulerFiles):
+class DDIMScheduler(SchedulerFiles):
     """The noise schedule, the timesteps at which the network is evaluated, and the step from one to the next.
 
     Args:
@@ -64,15 +78,23 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         rescale_betas_zero_snr: rescale the betas so that x_{T-1} is pure noise; requires a network that predicts x_0 or
             v.
         solver_order: 1 for DDIM, 2 for `ddim.diffusion.solvers.second_order`, whose steps remember the epsilon of the
-            previous one; `diffusers` ignores it.
+            previous one.
         timesteps_by_steps: learned subsequences, as `ddim.tuning` finds them for this `solver_order`, by their length:
-            `{"10": [999, ...]}`; `diffusers` ignores them.
+            `{"10": [999, ...]}`.
+
+    The last two are only this library's. The configuration holds them in the entry `_ddim`, where they differ from
+    their defaults, which `diffusers` passes on unread.
 
     Attributes:
-        alphas_cumprod: float32 (T,); `alphas_cumprod_float64` is the same as a float64 NumPy array.
+        alphas_cumprod: float32 (T,); `alphas_cumprod_float64` is the same before rounding. It may be replaced, or
+            changed in place, as all of these: methods use what it holds.
         timesteps: int64 tensor, decreasing: all T of them until `set_timesteps` is called.
-        num_inference_steps: how many there are, `None` until then.
+        num_inference_steps: how many there are, `None` until then. One that is assigned makes `step` lead from t to
+            t - T // num_inference_steps.
         final_alpha_cumprod: where the last step leads, float32 ().
+        betas: float32 (T,); `alphas` is 1 - betas. For information: steps depend on `alphas_cumprod`.
+        solver_order: as given.
+        timesteps_by_steps: as given; `{}` for none.
         init_noise_sigma: standard deviation of the initial noise, 1.
         order: of the method, 1.
 
@@ -90,6 +112,9 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
     """
 
     config_name = "scheduler_config.json"
+    own_settings: ClassVar = {"solver_order": 1, "timesteps_by_steps": None}
+    foreign_settings = FOREIGN_SETTINGS
+    has_compatibles = True
     order = 1
     init_noise_sigma = 1.0
 
@@ -127,23 +152,27 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         )
         if rescale_betas_zero_snr:
             betas = schedule.rescale_zero_terminal_snr(betas)
+        self.solver_order = solver_order
         learned = {} if timesteps_by_steps is None else timesteps_by_steps
-        self._timesteps_by_steps = schedule.check_timesteps_by_steps(learned, len(betas))
-        self.alphas_cumprod_float64: NDArray[np.float64] = schedule.make_alphas_cumprod(betas)
-        self._final_alpha = 1.0 if set_alpha_to_one else float(self.alphas_cumprod_float64[0])
+        self._learned_timesteps = schedule.check_timesteps_by_steps(learned, len(betas))
+        self.timesteps_by_steps = dict(learned)
+        alphas_cumprod = schedule.make_alphas_cumprod(betas)
+        final_alpha = np.float64(1.0) if set_alpha_to_one else alphas_cumprod[0]
         self.betas = torch.tensor(betas, dtype=torch.float32)
         self.alphas = torch.tensor(1 - betas, dtype=torch.float32)
-        self.alphas_cumprod = torch.tensor(self.alphas_cumprod_float64, dtype=torch.float32)
-        self.final_alpha_cumprod = torch.tensor(self._final_alpha, dtype=torch.float32)
+        self.alphas_cumprod = torch.tensor(alphas_cumprod, dtype=torch.float32)
+        self.final_alpha_cumprod = torch.tensor(final_alpha, dtype=torch.float32)
+        self._exact = {"alphas_cumprod": alphas_cumprod, "final_alpha_cumprod": np.asarray(final_alpha)}
         self.num_inference_steps: int | None = None
         self._set_timesteps(list(range(len(betas)))[::-1], None)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **overrides: Any) -> Self:
         """Build a scheduler from a configuration; another `solver_order` drops the timesteps learned for the old one.
 
         Args:
             config: a configuration of any diffusion scheduler, such as another scheduler's `.config`.
+            return_unused_kwargs: return the entries that were not used, too.
             overrides: constructor arguments that take precedence.
 
         Raises:
@@ -154,15 +183,28 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
             >>> DDIMScheduler.from_config({"num_train_timesteps": 100}, clip_sample=False).config.clip_sample
             False
         """
-        if isinstance(config, Mapping) and overrides.get("solver_order") not in (None, config.get("solver_order", 1)):
-            overrides = {"timesteps_by_steps": None} | overrides
-        return super().from_config(config, **overrides)
+        if isinstance(config, Mapping) and "solver_order" in overrides:
+            previous = cls.extract_init_dict(config)[0].get("solver_order", 1)
+            if overrides["solver_order"] != previous:
+                overrides = {"timesteps_by_steps": None} | overrides
+        return super().from_config(config, return_unused_kwargs, **overrides)
 
     def __len__(self) -> int:
-        return len(self.alphas_cumprod_float64)
+        return len(self.alphas_cumprod)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__} {self.config_json().rstrip()}"
+        return f"{type(self).__name__} {self.to_json_string().rstrip()}"
+
+    @property
+    def alphas_cumprod_float64(self) -> NDArray[np.float64]:
+        """`alphas_cumprod` before it was rounded, float64 (T,); what it holds, where it has been changed since."""
+        return self._before_rounding("alphas_cumprod")
+
+    def _before_rounding(self, name: str) -> NDArray[np.float64]:
+        """Return the numbers that a public tensor was rounded from, if they are still those that it holds."""
+        exact, held = self._exact[name], torch.as_tensor(getattr(self, name)).detach().cpu().double().numpy()
+        unchanged = held.shape == exact.shape and np.array_equal(held, exact.astype(np.float32))
+        return exact if unchanged else held
 
     @property
     def clip(self) -> Callable[[Tensor], Tensor] | None:
@@ -199,10 +241,10 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
             [999, 749, 499, 249]
         """
         config = self.config
-        order = config.solver_order if order is None else check_order(order)
+        order = self.solver_order if order is None else check_order(order)
         if spacing is None:
-            learned = self._timesteps_by_steps.get(as_integer(num_inference_steps) or 0)
-            if learned is not None and order == config.solver_order:
+            learned = self._learned_timesteps.get(as_integer(num_inference_steps) or 0)
+            if learned is not None and order == self.solver_order:
                 return list(learned)
             spacing = config.timestep_spacing
             if order == 2 and spacing == "leading":
@@ -234,7 +276,8 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         """
         check_order(order, real("eta", eta, minimum=0))
         checked = schedule.check_timesteps(timesteps, len(self))
-        steps = make_steps(checked, self.alphas_cumprod_float64, self._final_alpha, eta, use_sigma_hat)
+        final_alpha = float(self._before_rounding("final_alpha_cumprod"))
+        steps = make_steps(checked, self.alphas_cumprod_float64, final_alpha, eta, use_sigma_hat)
         if self.config.prediction_type == "epsilon" and steps[0].alpha == 0:
             raise ValueError(
                 f"at timestep {checked[0]} the schedule leaves no signal, so epsilon does not determine x_0; "
@@ -271,11 +314,13 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
             chosen = schedule.check_timesteps(timesteps, len(self))
         else:
             chosen = self.make_timesteps(num_inference_steps)  # type: ignore[arg-type]
-        self.num_inference_steps = len(chosen)
+        self.num_inference_steps = self._num_set = len(chosen)
         self._set_timesteps(chosen, device)
 
+    _num_set: int | None = None
+    """`num_inference_steps` as `set_timesteps` left it."""
+
     def _set_timesteps(self, timesteps: list[int], device: str | torch.device | None) -> None:
-        self._timesteps = timesteps
         self._previous: tuple[int, Tensor] | None = None
         self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
 
@@ -343,7 +388,7 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
             bool(use_clipped_model_output),
             noise,
         )
-        if self.config.solver_order == 2:
+        if self.solver_order == 2:
             is_next = self._previous is not None and self._previous[0] > transition.timestep
             previous_epsilon = self._previous[1] if self._previous is not None and is_next else None
             coefficients = transition.coefficients()
@@ -356,13 +401,21 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         if self.num_inference_steps is None:
             raise ValueError("set_timesteps(num_inference_steps) must be called before step")
         (t,) = schedule.check_timesteps([timestep], len(self))  # type: ignore[list-item]
-        if self.config.solver_order == 2 and self._previous is not None and self._previous[0] > t:
-            neighboring_timesteps = [self._previous[0], t]
-        else:
-            neighboring_timesteps = [t]
-        index = len(neighboring_timesteps) - 1
-        neighboring_timesteps += [entry for entry in self._timesteps if entry < t][:1]
-        return self.make_steps(neighboring_timesteps, eta, order=self.config.solver_order)[index]
+        previous = [self._previous[0]] if self._previous is not None and self._previous[0] > t else []
+        visited = [*previous, t] if self.solver_order == 2 else [t]
+        index = len(visited) - 1
+        next_timestep = self._next_timestep(t)
+        visited += [] if next_timestep is None else [next_timestep]
+        return self.make_steps(visited, eta, order=self.solver_order)[index]
+
+    def _next_timestep(self, t: int) -> int | None:
+        """Return where the step from t leads; `None` for `final_alpha_cumprod`."""
+        entries = torch.as_tensor(self.timesteps).tolist()
+        S = self.num_inference_steps
+        if S not in (None, self._num_set, len(entries)):
+            strided = t - len(self) // integer("num_inference_steps", S, 1, len(self))
+            return strided if strided >= 0 else None
+        return max((entry for entry in entries if entry < t), default=None)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) noise.
@@ -408,10 +461,17 @@ class DDIMScheduler(ConfigMixin, SchedulerFiles):
         )
 
     def _alphas(self, timesteps: Tensor, like: Tensor) -> Tensor:
-        """Return alphas_cumprod at the timesteps, of the dtype and device of `like`, broadcastable against it."""
-        self.alphas_cumprod = self.alphas_cumprod.to(like.device)
-        alphas = self.alphas_cumprod[timesteps.to(like.device)].to(like.dtype)
-        return alphas.reshape(-1, *[1] * (like.ndim - 1))
+        """Return alphas_cumprod at the timesteps, float64, on the device of `like` and broadcastable against it."""
+        alphas = self.alphas_cumprod_float64
+        device = torch.device("cpu") if like.device.type == "mps" else like.device  # MPS has no float64
+        cached, moved = self._moved_alphas
+        if cached is not alphas or moved.device != device:
+            moved = torch.from_numpy(alphas).to(device)
+            self._moved_alphas = alphas, moved
+        return moved[timesteps.to(device)].reshape(-1, *[1] * (like.ndim - 1))
+
+    _moved_alphas: tuple[NDArray[np.float64] | None, Tensor] = (None, torch.empty(0))
+    """The schedule, and its copy on the device where it was used last."""
 
 
 class DDIMInverseScheduler(DDIMScheduler):
@@ -455,8 +515,8 @@ class DDIMInverseScheduler(DDIMScheduler):
         return self.final_alpha_cumprod
 
     def _set_timesteps(self, timesteps: list[int], device: str | torch.device | None) -> None:
-        if self.config.solver_order != 1:
-            raise ValueError(f"solver_order must be 1, got {self.config.solver_order}: {NO_INVERSE}")
+        if self.solver_order != 1:
+            raise ValueError(f"solver_order must be 1, got {self.solver_order}: {NO_INVERSE}")
         super()._set_timesteps(timesteps, device)
         self.timesteps = self.timesteps.flip(0)
 
@@ -485,3 +545,58 @@ class DDIMInverseScheduler(DDIMScheduler):
             clipped = self.clip(x0)
             x, x0 = x + transition.alpha**0.5 * (clipped - x0), clipped
         return DDIMSchedulerOutput(x, x0) if return_dict else (x, x0)
+
+
+join_mixins(DDIMScheduler, "schedulers.scheduling_utils.SchedulerMixin", "configuration_utils.ConfigMixin")
+
+_STEP_METHODS = {
+    name: member
+    for name, member in vars(DDIMScheduler).items()
+    if callable(member) or isinstance(member, property)
+    if name not in ("__init__", "__repr__", "from_config", "add_noise", "get_velocity", "training_target", "_alphas")
+}
+"""The methods and properties that decide the steps, as they are defined above."""
+
+
+def has_own_steps(scheduler: Any) -> bool:
+    """Return whether a scheduler takes exactly the steps of `DDIMScheduler`, which a sampler may compute by itself.
+
+    Args:
+        scheduler: any object.
+
+    Returns:
+        `False` for another class, a subclass or an instance with its own `step`, `set_timesteps` or whatever they
+        depend on, and after a method of the class has been replaced.
+
+    Example:
+        >>> has_own_steps(DDIMScheduler()), has_own_steps(DDIMInverseScheduler())
+        (True, False)
+    """
+    return isinstance(scheduler, DDIMScheduler) and all(
+        getattr_static(scheduler, name, None) is member for name, member in _STEP_METHODS.items()
+    )
+
+
+def check_own_steps(scheduler: Any) -> DDIMScheduler:
+    """Check that a scheduler takes exactly the steps of `DDIMScheduler`.
+
+    Args:
+        scheduler: any object.
+
+    Returns:
+        The scheduler.
+
+    Raises:
+        TypeError: if it does not.
+
+    Example:
+        >>> check_own_steps(DDIMInverseScheduler())
+        Traceback (most recent call last):
+        TypeError: scheduler must be a DDIMScheduler without methods of its own, got DDIMInverseScheduler; ...
+    """
+    if not has_own_steps(scheduler):
+        raise TypeError(
+            f"scheduler must be a DDIMScheduler without methods of its own, got {type(scheduler).__name__}; use "
+            "DDIMScheduler.from_config(scheduler.config)"
+        )
+    return scheduler

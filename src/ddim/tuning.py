@@ -98,10 +98,9 @@ class TunedTimesteps:
             >>> tuned.added_to(DDIMScheduler()).make_timesteps(3)
             [900, 300, 0]
         """
-        config = scheduler.config
-        known = dict(config.timesteps_by_steps or {}) if config.solver_order == self.order else {}
+        known = dict(scheduler.timesteps_by_steps) if scheduler.solver_order == self.order else {}
         known[str(len(self.timesteps))] = list(self.timesteps)
-        return DDIMScheduler.from_config(config, solver_order=self.order, timesteps_by_steps=known)
+        return DDIMScheduler.from_config(scheduler.config, solver_order=self.order, timesteps_by_steps=known)
 
 
 def tune(
@@ -249,7 +248,7 @@ def enough_steps(
     """
     tolerance = real("tolerance", tolerance, above=0, below=1)
     scheduler = pipe.scheduler
-    order = scheduler.config.solver_order if order is None else order
+    order = scheduler.solver_order if order is None else order
     seeds = range(seed, seed + integer("num_latents", num_latents, 1))
     errors = ErrorEvaluator(pipe, order, 0.0, seeds, batch_size)
 
@@ -291,9 +290,8 @@ class ErrorEvaluator:
         self._latest = self._best
         self._best_rmse: list[float] = []
         self._limits: dict[int, Tensor] = {}
-        config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
-        for name in ("timestep_spacing", "timesteps_by_steps", "solver_order"):
-            config.pop(name)
+        overridden = ("timestep_spacing", *DDIMScheduler.own_settings)
+        config = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_" and key not in overridden}
         key = {
             "model_sha256": model_sha256(pipe),
             "scheduler": config,

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ddim.io.config import ConfigMixin, register_to_config
-from ddim.io.hub import ModelFiles
+from ddim.io.config import register_to_config
+from ddim.io.diffusers_mixins import join_mixins
+from ddim.io.pretrained import ModelFiles
 from ddim.nn.layers import (
     ACTIVATIONS,
     Attention,
@@ -62,7 +63,7 @@ UP_BLOCKS = {
 }
 
 
-class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
+class UNet2DModel(ModelFiles, nn.Module):
     """A U-Net that takes noisy samples and timesteps and returns predictions of the samples' shape.
 
     Args:
@@ -344,6 +345,9 @@ class UNet2DModel(ConfigMixin, ModelFiles, nn.Module):
         if self.config.time_embedding_type == "fourier":
             output = output / torch.as_tensor(timestep, device=output.device).to(output.dtype).reshape(-1, 1, 1, 1)
         return UNet2DOutput(output) if return_dict else (output,)
+
+
+join_mixins(UNet2DModel, "models.modeling_utils.ModelMixin", "configuration_utils.ConfigMixin")
 
 
 def check_embeddings(emb: Tensor, sample: Tensor) -> None:

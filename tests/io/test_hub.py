@@ -223,7 +223,7 @@ def test_repository_without_a_pipeline_raises(hub: Hub, client: Client) -> None:
     hub.add("org/text", {"config.json": b"{}", "model.safetensors": b"x", f"{WEIGHTS}.safetensors": b"x"})
     assert "neither scheduler/scheduler_config.json" in error_message(client, load, "org/text")
     hub.add("org/empty", {"README.md": b"x"})
-    assert "neither unet/config.json" in error_message(client, load, "org/empty")
+    assert "neither scheduler/scheduler_config.json" in error_message(client, load, "org/empty")
 
 
 def test_cache_works_offline(hub: Hub, client: Client, offline_client: Client, folder: Path, weights: Weights) -> None:

@@ -83,9 +83,9 @@ def test_bytes_are_rounded_to_nearest() -> None:
         assert np.array_equal(pixels(image).ravel(), every_byte.numpy())
 
 
-@pytest.mark.parametrize("output_type", ["numpy", "PIL", "", None, "latent"])
+@pytest.mark.parametrize("output_type", ["numppy", "PIL", "", None, "latent"])
 def test_unknown_output_type_raises(output_type: str | None) -> None:
-    with pytest.raises(ValueError, match=f"output_type must be one of pil, np, or pt, got {output_type!r}"):
+    with pytest.raises(ValueError, match=f"output_type must be one of pil, np, numpy, or pt, got {output_type!r}"):
         to_output(torch.zeros(1, 1, 2, 2), output_type)
 
 

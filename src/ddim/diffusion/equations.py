@@ -40,7 +40,8 @@ def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
     Args:
         x0: clean images, (N, C, H, W).
         noise: standard Gaussian, of the shape of `x0`.
-        alpha: alphas_cumprod at t; broadcasts against `x0`, for example (N, 1, 1, 1).
+        alpha: alphas_cumprod at t, float64: 1 - alpha cancels near the images, where half precision has no noise left;
+            broadcasts against `x0`, for example (N, 1, 1, 1).
 
     References:
         Equation (4) of arXiv 2010.02502.
@@ -49,7 +50,13 @@ def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
         >>> float(add_noise(torch.tensor(1.0), torch.tensor(0.5), torch.tensor(0.64)))
         1.100000023841858
     """
-    return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+    signal, scale = _coefficients(alpha, x0)
+    return signal * x0 + scale * noise
+
+
+def _coefficients(alpha: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sqrt(alpha) and sqrt(1 - alpha), computed in the dtype of `alpha`, in the dtype and device of `like`."""
+    return alpha.sqrt().to(like.device, like.dtype), (1 - alpha).sqrt().to(like.device, like.dtype)
 
 
 def velocity(x0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
@@ -58,7 +65,7 @@ def velocity(x0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
     Args:
         x0: clean images, (N, C, H, W).
         noise: epsilon, of the shape of `x0`.
-        alpha: alphas_cumprod at t; broadcasts against `x0`, for example (N, 1, 1, 1).
+        alpha: alphas_cumprod at t, float64; broadcasts against `x0`, for example (N, 1, 1, 1).
 
     References:
         Appendix D of arXiv 2202.00512.
@@ -67,7 +74,8 @@ def velocity(x0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
         >>> round(float(velocity(torch.tensor(1.0), torch.tensor(0.5), torch.tensor(0.64))), 6)
         -0.2
     """
-    return alpha.sqrt() * noise - (1 - alpha).sqrt() * x0
+    signal, scale = _coefficients(alpha, x0)
+    return signal * noise - scale * x0
 
 
 def training_target(x0: Tensor, noise: Tensor, alpha: Tensor, prediction_type: str) -> Tensor:
@@ -76,7 +84,7 @@ def training_target(x0: Tensor, noise: Tensor, alpha: Tensor, prediction_type: s
     Args:
         x0: clean images, (N, C, H, W).
         noise: epsilon, of the shape of `x0`.
-        alpha: alphas_cumprod at t; broadcasts against `x0`, for example (N, 1, 1, 1).
+        alpha: alphas_cumprod at t, float64; broadcasts against `x0`, for example (N, 1, 1, 1).
         prediction_type: `epsilon`, `sample` (x_0) or `v_prediction`.
 
     Example:

@@ -38,6 +38,7 @@ from ddim.io.cache import cache_folder
 from ddim.io.fingerprint import model_sha256
 from ddim.io.json_files import to_json
 from ddim.pipeline import DDIMPipeline
+from ddim.scheduler import DDIMScheduler
 
 TABLE_1_STEPS = (10, 20, 50, 100, 1000)
 """Numbers of steps in Table 1 and Figure 4."""
@@ -313,7 +314,7 @@ class _CellCache:
     def __init__(self, pipe: DDIMPipeline, settings: dict[str, Any], group: ProcessGroup) -> None:
         self._group = group
         # The tables set these themselves, whatever the pipeline's scheduler has.
-        overridden = ("clip_sample", "thresholding", "solver_order", "timesteps_by_steps")
+        overridden = ("clip_sample", "thresholding", *DDIMScheduler.own_settings)
         config = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_" and key not in overridden}
         self._key = settings | {"model_sha256": model_sha256(pipe), "scheduler": config}
         self.settings = settings | {"spacing": config["timestep_spacing"]}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,21 +24,10 @@ from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module, resources
 from pathlib import Path, PurePosixPath
-from typing import Any, Self, cast
+from typing import Any
 
-import torch
-
-from ddim.io.atomic import write_folder
 from ddim.io.json_files import read_json
-from ddim.io.weights import (
-    MAX_SHARD_SIZE,
-    WEIGHTS,
-    choose_weights,
-    fill_model,
-    read_weights,
-    remove_stale_weights,
-    write_weights,
-)
+from ddim.io.weights import WEIGHTS, choose_weights
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +36,7 @@ CONFIGS = (MODEL_INDEX, "config.json", "scheduler_config.json")
 HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 """The hub's rules for repository names. A few old models have no owner; none of them is a pipeline."""
 HUB_TIMEOUT_SECONDS = 10.0
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 OFFLINE = "downloads are turned off"
 
 
@@ -58,6 +49,7 @@ class HubOptions:
         local_files_only: use the cache only, without the network.
         revision: a branch, tag or commit of the repository; `None` for its main branch.
         token: a token for private repositories, or `True` for the one stored on this machine.
+        force_download: download files again that are in the cache.
 
     Example:
         >>> HubOptions(revision="v1.0").local_files_only
@@ -68,9 +60,27 @@ class HubOptions:
     local_files_only: bool = False
     revision: str | None = None
     token: str | bool | None = None
+    force_download: bool = False
 
 
 DEFAULT_HUB_OPTIONS = HubOptions()
+HUB_OPTION_NAMES = tuple(field.name for field in fields(HubOptions))
+
+
+def pop_hub_options(options: dict[str, Any]) -> HubOptions:
+    """Take the attributes of `HubOptions` out of a call's keyword arguments.
+
+    Args:
+        options: keyword arguments; those that are taken are removed.
+
+    Example:
+        >>> options = {"revision": "main", "subfolder": "unet"}
+        >>> pop_hub_options(options).revision, options
+        ('main', {'subfolder': 'unet'})
+    """
+    taken = {name: options.pop(name) for name in HUB_OPTION_NAMES if name in options}
+    # Scripts pass None for options that they leave to the library.
+    return HubOptions(**{name: value for name, value in taken.items() if value is not None})
 
 
 def builtin_models() -> dict[str, Path]:
@@ -91,6 +101,7 @@ def find_model(
     variant: str | None = None,
     weights_in: Sequence[str] = ("unet", ""),
     use_safetensors: bool | None = None,
+    folders: Sequence[str] = (),
 ) -> Path:
     """Find the folder of a model, downloading it from the hub if necessary.
 
@@ -102,6 +113,7 @@ def find_model(
         weights_in: folders of the repository; the weights in the first of them that has a `config.json` are downloaded.
             All configurations are.
         use_safetensors: `True` to download safetensors only, `False` for pickles only, `None` for either.
+        folders: further folders of the repository to download, all files but pickles.
 
     Returns:
         The folder on this machine.
@@ -124,7 +136,9 @@ def find_model(
             f"the model {name!r} does not exist: it is not built in ({', '.join(builtin)}), not a folder, and not a "
             "hub id such as google/ddpm-cifar10-32"
         )
-    select = partial(_required_files, variant=variant, weights_in=weights_in, use_safetensors=use_safetensors)
+    select = partial(
+        _required_files, variant=variant, weights_in=weights_in, use_safetensors=use_safetensors, folders=folders
+    )
     return _download(name, select, options)
 
 
@@ -147,7 +161,12 @@ def _download(repo_id: str, select: Callable[..., list[str]], options: HubOption
             with _hub_errors(repo_id, revision):
                 return Path(
                     snapshot_download(
-                        repo_id, revision=revision, token=options.token, cache_dir=cache_dir, allow_patterns=required
+                        repo_id,
+                        revision=revision,
+                        token=options.token,
+                        cache_dir=cache_dir,
+                        allow_patterns=required,
+                        force_download=options.force_download,
                     )
                 )
         except _HubUnreachableError as error:
@@ -221,7 +240,12 @@ def _transport_errors() -> tuple[type[Exception], ...]:
 
 
 def _required_files(
-    names: Iterable[str], variant: str | None, weights_in: Sequence[str], use_safetensors: bool | None, source: str
+    names: Iterable[str],
+    variant: str | None,
+    weights_in: Sequence[str],
+    use_safetensors: bool | None,
+    folders: Sequence[str],
+    source: str,
 ) -> list[str]:
     """Choose from a repository's files all configurations and one format of the weights.
 
@@ -230,6 +254,7 @@ def _required_files(
         variant: the variant of the weights, such as `fp16`.
         weights_in: folders; the weights are those of the first that has a `config.json`.
         use_safetensors: `True` for safetensors only, `False` for pickles only, `None` for either.
+        folders: further folders, of which all files but pickles are required.
         source: the repository's name in messages.
 
     Raises:
@@ -248,24 +273,8 @@ def _required_files(
                 shard = re.compile(rf"{WEIGHTS}({infix}-\d+-of-\d+|-\d+-of-\d+{infix})\.{suffix}")
                 required += [folder / name for name in siblings if shard.fullmatch(name)]
             break
-    return [str(path) for path in required]
-
-
-def _build(cls: Any, path: Path, **overrides: Any) -> Any:
-    """Build an instance of a class with `from_config` from a configuration file.
-
-    Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: if it does not describe an instance of the class.
-        TypeError: for an override that the constructor does not accept.
-    """
-    content = read_json(path)
-    try:
-        return cls.from_config(content, **overrides)
-    except Exception as error:  # given values of the wrong type, constructors raise errors of many kinds
-        if overrides:
-            raise
-        raise ValueError(f"{path} does not describe a {cls.__name__}: {error}") from error
+    required += [path for path in paths if path.parts[0] in folders and path.suffix not in PICKLES]
+    return [str(path) for path in dict.fromkeys(required)]
 
 
 def check_hub_id(repo_id: str) -> None:
@@ -286,8 +295,77 @@ def check_hub_id(repo_id: str) -> None:
         raise ValueError(f"repo_id must be a hub id such as owner/name, got {repo_id!r}")
 
 
+def read_config(
+    model: str | os.PathLike[str], config_name: str, subfolder: str | None, options: HubOptions
+) -> tuple[dict[str, Any], str | None]:
+    """Read a configuration file of a model.
+
+    Args:
+        model: the name of a built-in model, a folder, a hub id, or the file itself.
+        config_name: the file's name.
+        subfolder: its folder inside the model; without the file in it, that of the model itself is read.
+        options: the cache, revision and token for the hub.
+
+    Returns:
+        The content, and the hub's commit; `None` where the model is not from the hub.
+
+    Raises:
+        FileNotFoundError: if the model does not exist or has no such file.
+        ValueError: if the file does not hold a JSON object.
+
+    Example:
+        >>> read_config("mnist", "config.json", "unet", DEFAULT_HUB_OPTIONS)[0]["in_channels"]
+        1
+    """
+    name = os.fspath(model)
+    if Path(name).is_file():
+        return read_json(Path(name)), None
+    folder = find_model(model if isinstance(model, str) else Path(model), options, weights_in=())
+    commit = folder.name if folder.parent.name == "snapshots" else None
+    nested = folder / (subfolder or "") / config_name
+    return read_json(nested if nested.is_file() else folder / config_name), commit
+
+
+def push_saved(
+    save: Callable[[Path], Any],
+    folder: Path,
+    title: str,
+    *,
+    repo_id: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload what `save_pretrained(folder, push_to_hub=True, ...)` has written.
+
+    Args:
+        save: writes the files into an empty folder that it is given.
+        folder: where they were written.
+        title: the class's name, for the commit's message.
+        repo_id: the repository; defaults to one of the folder's name.
+        private: whether a new repository is private; `None` for the account's default.
+        token: a token that may write, or `True` for the one stored on this machine.
+        commit_message: the first line of the commit.
+        create_pr: propose the commit instead of adding it.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        RuntimeError: if the hub cannot be reached or refuses.
+    """
+    message = commit_message or f"Upload {title}"
+    return push_folder(save, repo_id or folder.resolve().name, private, token, message, create_pr)
+
+
 def push_folder(
-    save: Callable[[Path], Any], repo_id: str, private: bool | None, token: str | bool | None, commit_message: str
+    save: Callable[[Path], Any],
+    repo_id: str,
+    private: bool | None,
+    token: str | bool | None,
+    commit_message: str,
+    create_pr: bool = False,
 ) -> str:
     """Upload a folder to a hub repository, which is created if missing.
 
@@ -297,6 +375,7 @@ def push_folder(
         private: whether a new repository is private; `None` for the account's default.
         token: a token that may write, or `True` for the one stored on this machine.
         commit_message: the first line of the commit.
+        create_pr: propose the commit instead of adding it.
 
     Returns:
         The URL of the commit.
@@ -312,143 +391,45 @@ def push_folder(
         failures: tuple[type[Exception], ...] = (OSError, *_transport_errors())
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message).commit_url)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message, create_pr=create_pr
+            )
+            return str(commit.commit_url)
         except failures as error:
             raise RuntimeError(f"the upload to {repo_id} failed: {_reason(error)}") from error
 
 
-class SchedulerFiles:
-    """Mixin with `from_pretrained` and `save_pretrained` of a scheduler: a folder with `scheduler_config.json`."""
+class PushToHub:
+    """Mixin with `push_to_hub` for what has `save_pretrained`."""
 
-    @classmethod
-    def from_pretrained(cls, model: str | Path, subfolder: str | None = None, **options: Any) -> Self:
-        """Build a scheduler from the configuration of any diffusion scheduler.
-
-        Args:
-            model: the name of a built-in model, a folder, or a hub id such as `google/ddpm-cifar10-32`.
-            subfolder: the folder inside it, usually `scheduler`.
-            options: `cache_dir`, `local_files_only`, `revision` and `token`, as in `HubOptions`; anything else
-                overrides an argument of the constructor.
-
-        Returns:
-            The scheduler.
-
-        Raises:
-            FileNotFoundError: if the model does not exist, or has no configuration.
-            ValueError: if the configuration is not valid.
-            TypeError: for an override that the constructor does not accept.
-
-        Example:
-            >>> from ddim import DDIMScheduler
-            >>> DDIMScheduler.from_pretrained("mnist", "scheduler").config.num_train_timesteps
-            1000
-        """
-        hub_options = {field.name: options.pop(field.name) for field in fields(HubOptions) if field.name in options}
-        folder = find_model(model, HubOptions(**hub_options), weights_in=()) / (subfolder or "")
-        return cast(Self, _build(cls, folder / cast(Any, cls).config_name, **options))
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `scheduler_config.json` into a folder.
-
-        Args:
-            folder: the folder; it is created if missing.
-
-        Raises:
-            OSError: if it cannot be written.
-
-        Example:
-            >>> from ddim import DDIMScheduler
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     DDIMScheduler().save_pretrained(folder)
-            ...     [path.name for path in Path(folder).iterdir()]
-            ['scheduler_config.json']
-        """
-        configurable = cast(Any, self)
-        with write_folder(Path(folder)) as temporary:
-            (temporary / configurable.config_name).write_text(configurable.config_json(), encoding="utf-8")
-
-
-class ModelFiles:
-    """Mixin with `from_pretrained` and `save_pretrained` of a network: a folder with `config.json` and weights."""
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: str | Path,
-        subfolder: str | None = None,
-        torch_dtype: torch.dtype | None = None,
-        variant: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        revision: str | None = None,
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
         token: str | bool | None = None,
-        use_safetensors: bool | None = None,
-    ) -> Self:
-        """Build a network in evaluation mode from its configuration and weights.
+        create_pr: bool = False,
+        **settings: Any,
+    ) -> str:
+        """Publish this on the Hugging Face hub, in a repository that is created if it does not exist.
 
         Args:
-            model: the name of a built-in model, a folder, or a hub id such as `google/ddpm-cifar10-32`.
-            subfolder: the folder inside it, usually `unet`.
-            torch_dtype: a floating dtype for the parameters; defaults to float32, whatever the file holds.
-            variant: the variant of the weights, such as `fp16`.
-            cache_dir: the folder of downloads; defaults to the hub client's own cache.
-            local_files_only: use the cache only, without the network.
-            revision: a branch, tag or commit of the hub repository.
-            token: a token for private repositories, or `True` for the one stored on this machine.
-            use_safetensors: `True` to read safetensors only, `False` for pickles only, `None` for either.
+            repo_id: `owner/name`.
+            commit_message: the first line of the commit; defaults to "Upload" and the class's name.
+            private: whether a new repository is private; `None` for the owner's default.
+            token: with the right to write; defaults to the one stored on this machine.
+            create_pr: propose the commit instead of adding it.
+            settings: of `save_pretrained`, such as `variant="fp16"`.
 
         Returns:
-            The network.
+            The URL of the commit.
 
         Raises:
-            FileNotFoundError: if the model does not exist, or has no configuration or weights.
-            ValueError: if the configuration or the weights are damaged, or do not fit each other, or if `torch_dtype`
-                is not a floating dtype.
-
-        Example:
-            >>> from ddim import UNet2DModel
-            >>> UNet2DModel.from_pretrained("mnist", "unet").config.in_channels
-            1
+            RuntimeError: if the hub cannot be reached or refuses.
         """
-        dtype = torch_dtype or torch.float32
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"torch_dtype must be a floating dtype such as torch.bfloat16, got {dtype!r}")
-        subfolder = subfolder or ""
-        options = HubOptions(cache_dir, local_files_only, revision, token)
-        folder = find_model(model, options, variant=variant, weights_in=(subfolder,), use_safetensors=use_safetensors)
-        folder = folder / subfolder
-        # Built on the meta device, because initial weights would only be overwritten.
-        with torch.device("meta"):
-            network = _build(cls, folder / cast(Any, cls).config_name)
-        fill_model(network, read_weights(folder, variant, use_safetensors), str(folder), dtype)
-        return cast(Self, network.eval())
+        message = commit_message or f"Upload {type(self).__name__}"
 
-    def save_pretrained(
-        self, folder: str | Path, variant: str | None = None, max_shard_size: int | str = MAX_SHARD_SIZE
-    ) -> None:
-        """Write `config.json` and the weights as safetensors, replacing weights of the same variant.
+        def save(folder: Path) -> None:
+            self.save_pretrained(folder, **settings)  # type: ignore[attr-defined]
 
-        Args:
-            folder: the folder; it is created if missing.
-            variant: part of the weight file's name, such as `fp16`.
-            max_shard_size: the size above which weights are split into several files with an index, in bytes or as
-                `"500MB"`.
-
-        Raises:
-            OSError: if it cannot be written; the folder is as it was.
-
-        Example:
-            >>> from ddim import UNet2DModel
-            >>> unet = UNet2DModel(8, 1, 1, block_out_channels=(32,), down_block_types=("DownBlock2D",),
-            ...                    up_block_types=("UpBlock2D",))
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     unet.save_pretrained(folder)
-            ...     sorted(path.name for path in Path(folder).iterdir())
-            ['config.json', 'diffusion_pytorch_model.safetensors']
-        """
-        module = cast(Any, self)
-        with write_folder(Path(folder)) as temporary:
-            (temporary / module.config_name).write_text(module.config_json(), encoding="utf-8")
-            write_weights(module.state_dict(), temporary, variant, max_shard_size)
-            written = [path.name for path in temporary.iterdir()]
-        remove_stale_weights(Path(folder), variant, written)
+        return push_folder(save, repo_id, private, token, message, create_pr)

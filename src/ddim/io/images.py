@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddim.validation import choice
 
-OUTPUT_TYPES = ("pil", "np", "pt")
+OUTPUT_TYPES = ("pil", "np", "numpy", "pt")
 RANGE_TOLERANCE = 1e-3
 """By how much values may exceed the range of images, which allows for rounding."""
 PIL_OPEN_LOCK = threading.Lock()
@@ -46,8 +46,8 @@ def to_output(samples: Tensor, output_type: str) -> list[Image.Image] | np.ndarr
 
     Args:
         samples: (N, C, H, W) in [-1, 1], on any device.
-        output_type: `pil` for a list of N images, `np` for float32 (N, H, W, C) in [0, 1], `pt` for (N, C, H, W) in
-            [0, 1] on the same device.
+        output_type: `pil` for a list of N images, `np` or `numpy` for float32 (N, H, W, C) in [0, 1], `pt` for
+            (N, C, H, W) in [0, 1] on the same device.
 
     Returns:
         The images.
@@ -59,12 +59,12 @@ def to_output(samples: Tensor, output_type: str) -> list[Image.Image] | np.ndarr
         >>> to_output(torch.zeros(2, 1, 4, 4), "np").shape
         (2, 4, 4, 1)
     """
-    check_output_type(output_type)
+    check_output_type(output_type, samples.shape[1])
     unit = to_unit_range(samples)
     if output_type == "pt":
         return unit
     array = unit.permute(0, 2, 3, 1).float().cpu().numpy()
-    return array if output_type == "np" else [as_pil(pixels) for pixels in to_bytes(array)]
+    return array if output_type != "pil" else [as_pil(pixels) for pixels in to_bytes(array)]
 
 
 def to_samples(
@@ -195,19 +195,22 @@ def decode_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
     return still
 
 
-def check_output_type(output_type: Any) -> None:
-    """Check that an output type is one of `OUTPUT_TYPES`.
+def check_output_type(output_type: Any, channels: int | None = None) -> None:
+    """Check that an output type is one of `OUTPUT_TYPES` and takes images of so many channels.
 
     Args:
         output_type: what the caller gave.
+        channels: of the images; `None` if not known.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if it is not, or for PIL images of more channels than 4.
 
     Example:
-        >>> check_output_type("pil")
+        >>> check_output_type("pil", 3)
     """
     choice("output_type", output_type, OUTPUT_TYPES)
+    if output_type == "pil" and channels is not None and channels > 4:
+        raise ValueError(f"output_type must be 'np' or 'pt' for images of {channels} channels, got 'pil'")
 
 
 def to_bytes(array: np.ndarray) -> np.ndarray:
@@ -230,10 +233,10 @@ def as_pil(pixels: np.ndarray) -> Image.Image:
     """Convert pixels to a PIL image.
 
     Args:
-        pixels: uint8 (H, W, C), C is 1 or 3.
+        pixels: uint8 (H, W, C), C from 1 to 4.
 
     Returns:
-        An image of mode `L` for one channel, else `RGB`.
+        An image of mode `L`, `LA`, `RGB` or `RGBA`.
 
     Example:
         >>> image = as_pil(np.zeros((2, 3, 1), np.uint8))

@@ -233,7 +233,13 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return sha256.hexdigest()
 
 
-def fill_model(model: nn.Module, tensors: Mapping[str, Tensor], source: str, dtype: torch.dtype) -> None:
+def fill_model(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    dtype: torch.dtype,
+    ignore_mismatched_sizes: bool = False,
+) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
     """Assign tensors to the parameters of a model that was built on the meta device.
 
     Args:
@@ -241,6 +247,11 @@ def fill_model(model: nn.Module, tensors: Mapping[str, Tensor], source: str, dty
         tensors: tensors by name, as `read_weights` returns them; assigned without a copy where the dtype fits.
         source: the tensors' origin, for messages.
         dtype: floating dtype that the parameters get.
+        ignore_mismatched_sizes: leave parameters as they are, on a model built with initial weights, whose tensor has
+            another shape.
+
+    Returns:
+        The parameters left as they are: name, shape of the tensor, shape of the parameter.
 
     Raises:
         ValueError: if tensors are missing, unexpected or of another shape; it names the first three.
@@ -249,33 +260,45 @@ def fill_model(model: nn.Module, tensors: Mapping[str, Tensor], source: str, dty
         >>> with torch.device("meta"):
         ...     layer = nn.Linear(2, 1, bias=False)
         >>> fill_model(layer, {"weight": torch.ones(1, 2)}, "a test", torch.float32)
+        []
         >>> layer.weight.tolist()
         [[1.0, 1.0]]
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-    problems = [f"{name} is missing" for name in shapes if name not in tensors]
-    problems += [f"{name} is unexpected" for name in tensors if name not in shapes]
-    problems += [
-        f"{name}: expected shape {shape}, got {tuple(tensors[name].shape)}"
+    mismatched = [
+        (name, tuple(tensors[name].shape), shape)
         for name, shape in shapes.items()
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
+    problems = [f"{name} is missing" for name in shapes if name not in tensors]
+    problems += [f"{name} is unexpected" for name in tensors if name not in shapes]
+    if not ignore_mismatched_sizes:
+        problems += [f"{name}: expected shape {shape}, got {actual}" for name, actual, shape in mismatched]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ValueError(f"the weights in {source} do not fit its configuration: {'; '.join(problems[:3])}{more}")
-    model.load_state_dict({name: tensors[name].to(dtype) for name in shapes}, assign=True)
+    kept = {name for name, *_ in mismatched}
+    initial = model.state_dict() if kept else {}
+    weights = {name: (initial if name in kept else tensors)[name].to(dtype) for name in shapes}
+    model.load_state_dict(weights, assign=True)
+    return mismatched
 
 
 def write_weights(
-    tensors: Mapping[str, Tensor], folder: Path, variant: str | None = None, max_shard_size: int | str = MAX_SHARD_SIZE
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    variant: str | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    safe_serialization: bool = True,
 ) -> None:
-    """Write tensors as safetensors: one file, or shards with an index.
+    """Write tensors as safetensors, or as pickles: one file, or shards with an index.
 
     Args:
         tensors: tensors by name, on any device.
         folder: an existing folder.
         variant: part of the files' names, such as `fp16`.
         max_shard_size: the size above which weights are split, in bytes or as `"500MB"`.
+        safe_serialization: `False` writes `.bin` files with `torch.save`, for programs that read nothing else.
 
     Raises:
         OSError: if a file cannot be written.
@@ -290,16 +313,19 @@ def write_weights(
     from huggingface_hub import split_torch_state_dict_into_shards
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    infix = f".{variant}" if variant else ""
+    infix, suffix = f".{variant}" if variant else "", "safetensors" if safe_serialization else "bin"
     plan = split_torch_state_dict_into_shards(
-        tensors, filename_pattern=f"{WEIGHTS}{infix}{{suffix}}.safetensors", max_shard_size=max_shard_size
+        tensors, filename_pattern=f"{WEIGHTS}{infix}{{suffix}}.{suffix}", max_shard_size=max_shard_size
     )
     for name, keys in plan.filename_to_tensors.items():
         shard = {key: tensors[key] for key in keys}
-        _write_safetensors(shard, folder / name, {"format": "pt", "sha256": digest(shard)})
+        if safe_serialization:
+            _write_safetensors(shard, folder / name, {"format": "pt", "sha256": digest(shard)})
+        else:
+            torch.save(shard, folder / name)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / f"{WEIGHTS}.safetensors.index{infix}.json").write_text(to_json(index), encoding="utf-8")
+        (folder / f"{WEIGHTS}.{suffix}.index{infix}.json").write_text(to_json(index), encoding="utf-8")
 
 
 def _write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
@@ -356,7 +382,7 @@ def remove_stale_weights(folder: Path, variant: str | None, written: Iterable[st
     Args:
         folder: holds the weights.
         variant: the variant whose files are deleted; those of other variants stay.
-        written: names of the files of the latest save, which stay.
+        written: names of the files of the latest save, which stay; pickles, which are read last, stay as well.
 
     Example:
         >>> from tempfile import TemporaryDirectory
