@@ -201,14 +201,16 @@ class Guard:
         finally:
             if is_run:
                 self._listeners.forget(key)
-            if left.is_set() or not answer.done():
-                self._listeners.close(key)
-            else:
+            if response.is_complete:
                 self._listeners.close_soon(key)
+            else:
+                self._listeners.close(key)
             watch.cancel()
             answer.cancel()
         # Whatever becomes of a stream is in the stream.
         await asyncio.gather(watch, answer, return_exceptions=True)
+        if not left.is_set():
+            await response.refuse(scope, 404, "the stream of events broke off")
 
     async def _answer_json(
         self, path: str, names: Mapping[str, str], scope: Scope, receive: Receive, response: _Response
@@ -384,7 +386,7 @@ class _Response:
         self._send, self._path = send, path
         self._start: Message | None = None
         self._body = bytearray()
-        self._started = False
+        self._started = self.is_complete = False
         self.status = 0
         self.on_body: Callable[[bytes], str | None] | None = None
 
@@ -404,6 +406,7 @@ class _Response:
             return
         self._started = True
         await self._send(message)
+        self.is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
     async def _send_collected(self) -> None:
         start, body = self._start, bytes(self._body)
