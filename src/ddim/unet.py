@@ -1,15 +1,17 @@
 """`UNet2DModel`, the denoiser epsilon_theta(x_t, t).
 
-Its constructor, configuration, parameter names and numbers are those of the class of that name in `diffusers`.
+Its constructor, configuration, modules, parameters and numbers are those of the class of that name in `diffusers`: the
+same names in the same order, and under one seed the same initial weights.
 
 The network (DDPM, arXiv 2006.11239, appendix B) passes through feature maps of shrinking size, a middle block, and
 feature maps of growing size; every feature map of the down path is a skip connection to the up path. A block type is
-a name for two choices, attention or not and how to resample (`DOWN_BLOCKS`, `UP_BLOCKS`), so that one class serves for
+a name for two choices, attention or not and how to resample (`DOWN_BLOCKS`, `UP_BLOCKS`), so that one class implements
 all blocks of a path.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -31,35 +33,291 @@ from ddim.nn.layers import (
     Timesteps,
     Upsample2D,
 )
-from ddim.nn.ops import norm_silu
+from ddim.nn.ops import norm_act
+from ddim.nn.untouched import is_unchanged
 from ddim.outputs import UNet2DOutput
 from ddim.validation import choice, integer
 
 FOURIER_SCALE = 16.0
 """Standard deviation of the frequencies of the `fourier` time embedding."""
 
+CheckpointFn = Callable[..., Any]
+"""Calls a module with arguments, `fn(module, *args)`, such that its gradients need less memory."""
 
-class BlockType(NamedTuple):
-    """The two choices that a block's name stands for.
+
+def checkpoint_module(module: nn.Module, *args: Any) -> Any:
+    """Call a module and store its inputs alone; the rest is computed again in the backward pass.
+
+    Args:
+        module: the module.
+        args: its inputs.
+
+    Returns:
+        What the module returns.
+
+    Example:
+        >>> checkpoint_module(nn.Identity(), torch.ones(1))
+        tensor([1.])
+    """
+    return checkpoint(module, *args, use_reentrant=False)
+
+
+class Block(nn.Module):
+    """A block of a path or the middle: residual blocks, each of which gradient checkpointing may compute twice.
 
     Attributes:
+        gradient_checkpointing: whether it does, where gradients are computed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: CheckpointFn = checkpoint_module
+
+    def call_resnet(self, resnet: nn.Module, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """Call a residual block.
+
+        Args:
+            resnet: the residual block.
+            hidden_states: (N, C, H, W).
+            temb: (N, D) or (1, D).
+
+        Returns:
+            The feature map.
+        """
+        call = self._gradient_checkpointing_func if self.gradient_checkpointing and torch.is_grad_enabled() else None
+        output: Tensor = resnet(hidden_states, temb) if call is None else call(resnet, hidden_states, temb)
+        return output
+
+
+class DownBlock2D(Block):
+    """Residual blocks of one level, each perhaps followed by attention, then a halving of the size.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the level.
+        num_layers: residual blocks.
+        head_dim: channels per attention head; `None` for no attention.
+        downsample: how the size is halved: `conv`, `resnet`, or `None` for the last level.
+        padding: of the strided convolution (`Downsample2D`).
+        resnet: settings of all residual blocks.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_layers: int,
+        head_dim: int | None,
+        downsample: str | None,
+        padding: int,
+        resnet: ResnetConfig,
+    ) -> None:
+        super().__init__()
+        inputs = [in_channels] + [out_channels] * (num_layers - 1)
+        _add_layers(self, inputs, out_channels, head_dim, resnet)
+        self.downsample_type = downsample
+        self.downsamplers: nn.ModuleList | None = None
+        if downsample == "conv":
+            self.downsamplers = nn.ModuleList([Downsample2D(out_channels, use_conv=True, padding=padding)])
+        elif downsample == "resnet":
+            self.downsamplers = nn.ModuleList([ResnetBlock2D(out_channels, out_channels, resnet, resample="down")])
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Apply the block.
+
+        Args:
+            hidden_states: (N, in_channels, H, W).
+            temb: time embedding, (N, D) or (1, D).
+
+        Returns:
+            The last feature map, and all of them in order, which are the skip connections.
+        """
+        outputs: tuple[Tensor, ...] = ()
+        for resnet, attention in _layers(self):
+            hidden_states = self.call_resnet(resnet, hidden_states, temb)
+            if attention is not None:
+                hidden_states = attention(hidden_states)
+            outputs += (hidden_states,)
+        if self.downsamplers is not None:
+            for downsampler in self.downsamplers:
+                needs_temb = self.downsample_type == "resnet"
+                hidden_states = downsampler(hidden_states, temb) if needs_temb else downsampler(hidden_states)
+            outputs += (hidden_states,)
+        return hidden_states, outputs
+
+
+class AttnDownBlock2D(DownBlock2D):
+    """A `DownBlock2D` with attention."""
+
+
+class ResnetDownsampleBlock2D(DownBlock2D):
+    """A `DownBlock2D` that halves the size in a residual block."""
+
+
+class UNetMidBlock2D(Block):
+    """Two residual blocks with attention between them.
+
+    Args:
+        channels: of the feature map.
+        head_dim: channels per attention head; `None` for no attention.
+        attention_groups: groups of the attention's norm; `None` for no norm.
+        resnet: settings of both residual blocks.
+    """
+
+    def __init__(self, channels: int, head_dim: int | None, attention_groups: int | None, resnet: ResnetConfig) -> None:
+        super().__init__()
+        first = ResnetBlock2D(channels, channels, resnet)
+        attention = None
+        if head_dim is not None:
+            attention = Attention(channels, head_dim, attention_groups, resnet.eps, resnet.output_scale_factor)
+        # Without attention the list holds `None`, in `diffusers` as well.
+        self.attentions = nn.ModuleList([attention])  # type: ignore[list-item]
+        self.resnets = nn.ModuleList([first, ResnetBlock2D(channels, channels, resnet)])
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """Apply the block.
+
+        Args:
+            hidden_states: (N, channels, H, W).
+            temb: time embedding, (N, D) or (1, D).
+
+        Returns:
+            (N, channels, H, W).
+        """
+        # The first residual block is computed once even with gradient checkpointing, in `diffusers` as well.
+        hidden_states = self.resnets[0](hidden_states, temb)
+        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
+            if attention is not None:
+                hidden_states = attention(hidden_states)
+            hidden_states = self.call_resnet(resnet, hidden_states, temb)
+        return hidden_states
+
+
+class UpBlock2D(Block):
+    """Residual blocks of one level, each with a skip connection and perhaps attention, then a doubling of the size.
+
+    Args:
+        in_channels: channels of the input.
+        skip_channels: channels of each block's skip connection, in the order in which they are taken.
+        out_channels: channels of the level.
+        head_dim: channels per attention head; `None` for no attention.
+        upsample: how the size is doubled: `conv`, `resnet`, or `None` for the last level.
+        resnet: settings of all residual blocks.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        skip_channels: list[int],
+        out_channels: int,
+        head_dim: int | None,
+        upsample: str | None,
+        resnet: ResnetConfig,
+    ) -> None:
+        super().__init__()
+        inputs = [in_channels] + [out_channels] * (len(skip_channels) - 1)
+        inputs = [channels + skip for channels, skip in zip(inputs, skip_channels, strict=True)]
+        _add_layers(self, inputs, out_channels, head_dim, resnet)
+        self.upsample_type = upsample
+        self.upsamplers: nn.ModuleList | None = None
+        if upsample == "conv":
+            self.upsamplers = nn.ModuleList([Upsample2D(out_channels, use_conv=True)])
+        elif upsample == "resnet":
+            self.upsamplers = nn.ModuleList([ResnetBlock2D(out_channels, out_channels, resnet, resample="up")])
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        res_hidden_states_tuple: tuple[Tensor, ...],
+        temb: Tensor,
+        upsample_size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Apply the block.
+
+        Args:
+            hidden_states: (N, in_channels, H, W).
+            res_hidden_states_tuple: the block's skip connections, one per residual block, taken from the last to the
+                first.
+            temb: time embedding, (N, D) or (1, D).
+            upsample_size: height and width of the result, for blocks whose size a convolution doubles; defaults to
+                (2H, 2W).
+
+        Returns:
+            The last feature map, (N, out_channels, 2H, 2W), or (N, out_channels, H, W) without upsampling.
+
+        Raises:
+            ValueError: for an `upsample_size` where the size is not doubled by a convolution.
+        """
+        if upsample_size is not None and self.upsample_type != "conv":
+            raise ValueError(
+                f"upsample_size must be None for upsample_type={self.upsample_type!r}, got {upsample_size}"
+            )
+        for (resnet, attention), skip in zip(_layers(self), reversed(res_hidden_states_tuple), strict=True):
+            hidden_states = self.call_resnet(resnet, torch.cat([hidden_states, skip], dim=1), temb)
+            if attention is not None:
+                hidden_states = attention(hidden_states)
+        if self.upsamplers is not None:
+            for upsampler in self.upsamplers:
+                second = temb if self.upsample_type == "resnet" else upsample_size
+                hidden_states = upsampler(hidden_states, second)
+        return hidden_states
+
+
+class AttnUpBlock2D(UpBlock2D):
+    """An `UpBlock2D` with attention."""
+
+
+class ResnetUpsampleBlock2D(UpBlock2D):
+    """An `UpBlock2D` that doubles the size in a residual block."""
+
+
+def _add_layers(
+    block: nn.Module, inputs: list[int], out_channels: int, head_dim: int | None, resnet: ResnetConfig
+) -> None:
+    """Add the residual blocks of these input channels and their attention, drawn and named in the order of diffusers.
+
+    A block without attention has no attribute `attentions`.
+    """
+    resnets, attentions = [], []
+    for channels in inputs:
+        resnets.append(ResnetBlock2D(channels, out_channels, resnet))
+        if head_dim is not None:
+            attentions.append(Attention(out_channels, head_dim, resnet.groups, resnet.eps))
+    if head_dim is not None:
+        block.attentions = nn.ModuleList(attentions)
+    block.resnets = nn.ModuleList(resnets)
+
+
+def _layers(block: Any) -> list[tuple[nn.Module, nn.Module | None]]:
+    """Return a block's residual blocks, each with the attention after it or `None`."""
+    attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
+    return list(zip(block.resnets, attentions, strict=True))
+
+
+class BlockType(NamedTuple):
+    """What a block's name stands for.
+
+    Attributes:
+        block: the class.
         attention: whether each residual block is followed by self-attention.
         resample: `conv`, `resnet`, or `None` where the model's `downsample_type` or `upsample_type` decides.
     """
 
+    block: type[Any]
     attention: bool
     resample: str | None
 
 
 DOWN_BLOCKS = {
-    "DownBlock2D": BlockType(attention=False, resample="conv"),
-    "AttnDownBlock2D": BlockType(attention=True, resample=None),
-    "ResnetDownsampleBlock2D": BlockType(attention=False, resample="resnet"),
+    "DownBlock2D": BlockType(DownBlock2D, attention=False, resample="conv"),
+    "AttnDownBlock2D": BlockType(AttnDownBlock2D, attention=True, resample=None),
+    "ResnetDownsampleBlock2D": BlockType(ResnetDownsampleBlock2D, attention=False, resample="resnet"),
 }
 UP_BLOCKS = {
-    "UpBlock2D": BlockType(attention=False, resample="conv"),
-    "AttnUpBlock2D": BlockType(attention=True, resample=None),
-    "ResnetUpsampleBlock2D": BlockType(attention=False, resample="resnet"),
+    "UpBlock2D": BlockType(UpBlock2D, attention=False, resample="conv"),
+    "AttnUpBlock2D": BlockType(AttnUpBlock2D, attention=True, resample=None),
+    "ResnetUpsampleBlock2D": BlockType(ResnetUpsampleBlock2D, attention=False, resample="resnet"),
 }
 
 
@@ -116,6 +374,7 @@ class UNet2DModel(ModelFiles, nn.Module):
     """
 
     config_name = "config.json"
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
@@ -187,10 +446,11 @@ class UNet2DModel(ModelFiles, nn.Module):
             time_embedding_norm=resnet_time_scale_shift,
         )
 
-        self.down_blocks = nn.ModuleList()
+        # Named before the middle block, whose weights are drawn before those of the up path, as in `diffusers`.
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         for level, kind in enumerate(down_types):
             self.down_blocks.append(
-                DownBlock2D(
+                kind.block(
                     in_channels=channels[max(level - 1, 0)],
                     out_channels=channels[level],
                     num_layers=layers_per_block,
@@ -201,22 +461,21 @@ class UNet2DModel(ModelFiles, nn.Module):
                 )
             )
 
-        self.mid_block: MidBlock2D | None = None
+        self.mid_block: nn.Module | None = None
         if mid_block_type is not None:
             mid_groups = attn_norm_num_groups
             if mid_groups is None and resnet_time_scale_shift == "default":
                 mid_groups = norm_num_groups
-            self.mid_block = MidBlock2D(
+            self.mid_block = UNetMidBlock2D(
                 channels=channels[-1],
                 head_dim=(attention_head_dim or channels[-1]) if add_attention else None,
                 attention_groups=mid_groups,
                 resnet=replace(resnet, output_scale_factor=mid_block_scale_factor),
             )
 
-        self.up_blocks = nn.ModuleList()
         for level, kind in zip(reversed(range(levels)), up_types, strict=True):
             self.up_blocks.append(
-                UpBlock2D(
+                kind.block(
                     in_channels=channels[min(level + 1, levels - 1)],
                     skip_channels=[channels[level]] * layers_per_block + [channels[max(level - 1, 0)]],
                     out_channels=channels[level],
@@ -227,42 +486,79 @@ class UNet2DModel(ModelFiles, nn.Module):
             )
 
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], eps=norm_eps)
+        self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the parameters."""
-        return self.conv_in.weight.dtype
+        """The dtype of the first floating-point parameter, or buffer where there is none."""
+        return next((t.dtype for t in self._tensors() if t.is_floating_point()), torch.get_default_dtype())
 
     @property
     def device(self) -> torch.device:
-        """The device of the parameters."""
-        return self.conv_in.weight.device
+        """The device of the first parameter, or buffer where there is none."""
+        return next(self._tensors()).device
 
-    def enable_gradient_checkpointing(self) -> None:
+    def _tensors(self) -> Iterator[Tensor]:
+        """Yield parameters, then buffers, then other tensors: the replicas of `nn.DataParallel` have only those."""
+        yield from self.parameters()
+        yield from self.buffers()
+        for module in self.modules():
+            yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether any module computes something again in the backward pass."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: CheckpointFn | None = None) -> None:
         """Save memory in training: store the inputs of residual blocks alone and compute the rest again backward.
 
-        Attention and resampling are stored completely.
+        Attention, resampling and the first residual block of the middle are stored completely.
+
+        Args:
+            gradient_checkpointing_func: calls a residual block, `fn(module, *args)`; defaults to `checkpoint_module`.
         """
-        self.gradient_checkpointing = True
+        self._set_gradient_checkpointing(True, gradient_checkpointing_func or checkpoint_module)
 
     def disable_gradient_checkpointing(self) -> None:
         """Undo `enable_gradient_checkpointing`."""
-        self.gradient_checkpointing = False
+        self._set_gradient_checkpointing(False, checkpoint_module)
 
-    def num_parameters(self, only_trainable: bool = False) -> int:
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: CheckpointFn = checkpoint_module
+    ) -> None:
+        block: Any
+        for block in self.modules():
+            if hasattr(block, "gradient_checkpointing"):
+                block.gradient_checkpointing = enable
+                block._gradient_checkpointing_func = gradient_checkpointing_func
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Return the number of values in all parameters.
 
         Args:
             only_trainable: count only parameters that require a gradient.
+            exclude_embeddings: leave out the tables of `nn.Embedding` modules.
         """
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+        tables = {module.weight for module in self.modules() if isinstance(module, nn.Embedding)}
+        counted = [p for p in self.parameters() if not (exclude_embeddings and p in tables)]
+        return sum(p.numel() for p in counted if p.requires_grad or not only_trainable)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Return the bytes of all parameters.
+
+        Args:
+            return_buffers: count buffers too.
+        """
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def embed(self, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         """Embed timesteps, and class labels where the model has classes, as the residual blocks take them.
 
         Args:
-            timestep: a number, or a tensor () or (N,).
+            timestep: a number, or a tensor () or (N,) on the model's device.
             class_labels: (N,) integers, or what the model's `class_embed_type` requires.
 
         Returns:
@@ -271,8 +567,8 @@ class UNet2DModel(ModelFiles, nn.Module):
         Raises:
             ValueError: if labels are missing, or given to a model without classes.
         """
-        timesteps = torch.as_tensor(timestep, device=self.device).reshape(-1)
-        emb = self.time_embedding(self.time_proj(timesteps).to(self.dtype))
+        timesteps = timestep if isinstance(timestep, Tensor) else torch.as_tensor(timestep, device=self.device)
+        emb = self.time_embedding(self.time_proj(timesteps.reshape(-1)).to(self.dtype))
         if (self.class_embedding is None) != (class_labels is None):
             raise ValueError(
                 "class_labels must be None: the model is unconditional"
@@ -289,21 +585,18 @@ class UNet2DModel(ModelFiles, nn.Module):
         """Check that a sample's shape fits the model.
 
         Args:
-            sample: (N, in_channels, H, W), H and W multiples of 2 ** (len(block_out_channels) - 1).
+            sample: (N, C, H, W), H and W multiples of 2 ** (len(block_out_channels) - 1). C is the number of input
+                channels of `conv_in`; anything is accepted where client code wrapped it or hooked into it.
 
         Raises:
             ValueError: for another shape.
         """
-        multiple = 2 ** (len(self.down_blocks) - 1)
-        if (
-            sample.ndim != 4
-            or sample.shape[1] != self.config.in_channels
-            or sample.shape[2] % multiple
-            or sample.shape[3] % multiple
-        ):
+        if not is_unchanged(self.conv_in, nn.Conv2d):
+            return
+        C, multiple = self.conv_in.in_channels, 2 ** (len(self.down_blocks) - 1)
+        if sample.ndim != 4 or sample.shape[1] != C or sample.shape[2] % multiple or sample.shape[3] % multiple:
             raise ValueError(
-                f"sample: expected shape (N, {self.config.in_channels}, H, W), H and W multiples of {multiple}, got "
-                f"{tuple(sample.shape)}"
+                f"sample: expected shape (N, {C}, H, W), H and W multiples of {multiple}, got {tuple(sample.shape)}"
             )
 
     def forward(
@@ -314,7 +607,7 @@ class UNet2DModel(ModelFiles, nn.Module):
         Args:
             sample: (N, in_channels, H, W), H and W multiples of 2 ** (len(block_out_channels) - 1), of the model's
                 dtype and device.
-            timestep: a number, or a tensor () or (N,). A single one is embedded once for the whole batch.
+            timestep: a number, or a tensor () or (N,). A single one holds for the whole batch.
             class_labels: (N,) integers for a model with classes, or what its `class_embed_type` requires.
             return_dict: `False` for a tuple.
 
@@ -327,23 +620,29 @@ class UNet2DModel(ModelFiles, nn.Module):
         self.check_sample(sample)
         if self.config.center_input_sample:
             sample = 2 * sample - 1
-        emb = self.embed(timestep, class_labels)
-        check_embeddings(emb, sample)
-        save_memory = self.gradient_checkpointing and torch.is_grad_enabled()
+        N = sample.shape[0]
+        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1)
+        _check_count(timesteps.shape[0], N)
+        if class_labels is not None and class_labels.ndim:
+            _check_count(class_labels.shape[0], N)
+        emb = self.embed(timesteps.expand(N), class_labels)
 
         hidden_states = self.conv_in(sample)
-        skips = [hidden_states]
+        skips: tuple[Tensor, ...] = (hidden_states,)
         for down_block in self.down_blocks:
-            hidden_states, outputs = down_block(hidden_states, emb, save_memory)
-            skips += outputs
+            hidden_states, outputs = down_block(hidden_states=hidden_states, temb=emb)
+            skips += tuple(outputs)
         if self.mid_block is not None:
-            hidden_states = self.mid_block(hidden_states, emb, save_memory)
+            hidden_states = self.mid_block(hidden_states, emb)
+        up_block: Any
         for up_block in self.up_blocks:
-            hidden_states = up_block(hidden_states, skips, emb, save_memory)
-        output = self.conv_out(norm_silu(self.conv_norm_out, hidden_states))
+            number = len(up_block.resnets)
+            hidden_states = up_block(hidden_states, skips[-number:], emb)
+            skips = skips[:-number]
+        output = self.conv_out(norm_act(self.conv_norm_out, self.conv_act, hidden_states, conv=self.conv_out))
 
         if self.config.time_embedding_type == "fourier":
-            output = output / torch.as_tensor(timestep, device=output.device).to(output.dtype).reshape(-1, 1, 1, 1)
+            output = output / timesteps.to(output.dtype).reshape(-1, 1, 1, 1)
         return UNet2DOutput(output) if return_dict else (output,)
 
 
@@ -365,160 +664,15 @@ def check_embeddings(emb: Tensor, sample: Tensor) -> None:
         Traceback (most recent call last):
         ValueError: timestep and class_labels must be one for all samples or one per sample, got 2 for 3 samples
     """
-    if emb.shape[0] not in (1, sample.shape[0]):
+    _check_count(emb.shape[0], sample.shape[0])
+
+
+def _check_count(number: int, samples: int) -> None:
+    if number not in (1, samples):
         raise ValueError(
-            f"timestep and class_labels must be one for all samples or one per sample, got {emb.shape[0]} for "
-            f"{sample.shape[0]} samples"
+            f"timestep and class_labels must be one for all samples or one per sample, got {number} for {samples} "
+            "samples"
         )
-
-
-class DownBlock2D(nn.Module):
-    """Residual blocks of one level, each perhaps followed by attention, then a halving of the size.
-
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the level.
-        num_layers: residual blocks.
-        head_dim: channels per attention head; `None` for no attention.
-        downsample: how the size is halved: `conv`, `resnet`, or `None` for the last level.
-        padding: of the strided convolution (`Downsample2D`).
-        resnet: settings of all residual blocks.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        num_layers: int,
-        head_dim: int | None,
-        downsample: str | None,
-        padding: int,
-        resnet: ResnetConfig,
-    ) -> None:
-        super().__init__()
-        inputs = [in_channels] + [out_channels] * (num_layers - 1)
-        self.resnets = nn.ModuleList(ResnetBlock2D(channels, out_channels, resnet) for channels in inputs)
-        self.attentions = _attentions(num_layers, out_channels, head_dim, resnet.groups, resnet.eps)
-        self.downsamplers: nn.ModuleList | None = None
-        if downsample == "conv":
-            self.downsamplers = nn.ModuleList([Downsample2D(out_channels, padding)])
-        elif downsample == "resnet":
-            self.downsamplers = nn.ModuleList([ResnetBlock2D(out_channels, out_channels, resnet, resample="down")])
-
-    def forward(self, hidden_states: Tensor, emb: Tensor, save_memory: bool) -> tuple[Tensor, list[Tensor]]:
-        """Return the last feature map, and all of them in order as skip connections.
-
-        Args:
-            hidden_states: (N, in_channels, H, W).
-            emb: (N, D) or (1, D).
-            save_memory: compute the residual blocks again in the backward pass.
-        """
-        outputs = []
-        for index, resnet in enumerate(self.resnets):
-            hidden_states = _run(resnet, hidden_states, emb, save_memory)
-            if self.attentions is not None:
-                hidden_states = self.attentions[index](hidden_states)
-            outputs.append(hidden_states)
-        if self.downsamplers is not None:
-            hidden_states = _resample(self.downsamplers[0], hidden_states, emb)
-            outputs.append(hidden_states)
-        return hidden_states, outputs
-
-
-class MidBlock2D(nn.Module):
-    """Two residual blocks with attention between them.
-
-    Args:
-        channels: of the feature map.
-        head_dim: channels per attention head; `None` for no attention.
-        attention_groups: groups of the attention's norm; `None` for no norm.
-        resnet: settings of both residual blocks.
-    """
-
-    def __init__(self, channels: int, head_dim: int | None, attention_groups: int | None, resnet: ResnetConfig) -> None:
-        super().__init__()
-        self.attentions = _attentions(1, channels, head_dim, attention_groups, resnet.eps, resnet.output_scale_factor)
-        self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, resnet) for _ in range(2))
-
-    def forward(self, hidden_states: Tensor, emb: Tensor, save_memory: bool) -> Tensor:
-        """Return the feature map after both residual blocks.
-
-        Args:
-            hidden_states: (N, channels, H, W).
-            emb: (N, D) or (1, D).
-            save_memory: compute the residual blocks again in the backward pass.
-        """
-        hidden_states = _run(self.resnets[0], hidden_states, emb, save_memory)
-        if self.attentions is not None:
-            hidden_states = self.attentions[0](hidden_states)
-        return _run(self.resnets[1], hidden_states, emb, save_memory)
-
-
-class UpBlock2D(nn.Module):
-    """Residual blocks of one level, each with a skip connection and perhaps attention, then a doubling of the size.
-
-    Args:
-        in_channels: channels of the input.
-        skip_channels: channels of each block's skip connection, in the order in which they are taken.
-        out_channels: channels of the level.
-        head_dim: channels per attention head; `None` for no attention.
-        upsample: how the size is doubled: `conv`, `resnet`, or `None` for the last level.
-        resnet: settings of all residual blocks.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        skip_channels: list[int],
-        out_channels: int,
-        head_dim: int | None,
-        upsample: str | None,
-        resnet: ResnetConfig,
-    ) -> None:
-        super().__init__()
-        inputs = [in_channels] + [out_channels] * (len(skip_channels) - 1)
-        self.resnets = nn.ModuleList(
-            ResnetBlock2D(channels + skip, out_channels, resnet)
-            for channels, skip in zip(inputs, skip_channels, strict=True)
-        )
-        self.attentions = _attentions(len(inputs), out_channels, head_dim, resnet.groups, resnet.eps)
-        self.upsamplers: nn.ModuleList | None = None
-        if upsample == "conv":
-            self.upsamplers = nn.ModuleList([Upsample2D(out_channels)])
-        elif upsample == "resnet":
-            self.upsamplers = nn.ModuleList([ResnetBlock2D(out_channels, out_channels, resnet, resample="up")])
-
-    def forward(self, hidden_states: Tensor, skips: list[Tensor], emb: Tensor, save_memory: bool) -> Tensor:
-        """Return the last feature map; skip connections are removed from the end of `skips`.
-
-        Args:
-            hidden_states: (N, in_channels, H, W).
-            skips: feature maps of the down path, the latest last.
-            emb: (N, D) or (1, D).
-            save_memory: compute the residual blocks again in the backward pass.
-        """
-        for index, resnet in enumerate(self.resnets):
-            hidden_states = _run(resnet, torch.cat([hidden_states, skips.pop()], dim=1), emb, save_memory)
-            if self.attentions is not None:
-                hidden_states = self.attentions[index](hidden_states)
-        return hidden_states if self.upsamplers is None else _resample(self.upsamplers[0], hidden_states, emb)
-
-
-def _attentions(
-    number: int, channels: int, head_dim: int | None, groups: int | None, eps: float, output_scale_factor: float = 1.0
-) -> nn.ModuleList | None:
-    if head_dim is None:
-        return None
-    return nn.ModuleList(Attention(channels, head_dim, groups, eps, output_scale_factor) for _ in range(number))
-
-
-def _run(resnet: nn.Module, hidden_states: Tensor, emb: Tensor, save_memory: bool) -> Tensor:
-    return checkpoint(resnet, hidden_states, emb, use_reentrant=False) if save_memory else resnet(hidden_states, emb)
-
-
-def _resample(module: nn.Module, hidden_states: Tensor, emb: Tensor) -> Tensor:
-    """Call a resampling layer: residual blocks take the embedding, plain ones do not."""
-    return module(hidden_states, emb) if isinstance(module, ResnetBlock2D) else module(hidden_states)
 
 
 def _check_config(config: Any) -> tuple[list[BlockType], list[BlockType]]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddim.kernels import winograd
 from ddim.kernels.norm import NormTerms, normalize
-from ddim.nn.ops import norm_silu
+from ddim.nn.ops import norm_act
 from helpers import randn
 from kernel_helpers import channels_last, distance, gradients, make_norm, second_gradients
 
 
-class TestNormSiLU:
+class TestNormAct:
     @pytest.mark.parametrize("silu", [True, False])
     @pytest.mark.parametrize("shifted", [True, False])
     @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ class TestNormSiLU:
         x = channels_last(2 * randn(N, C, H, W) + 5).requires_grad_()
         shift = randn(N, C, seed=3).requires_grad_() if shifted else None
         inputs = [x, norm.weight, norm.bias] + ([shift] if shift is not None else [])
-        actual = gradients(lambda: norm_silu(norm, x, shift, silu), *inputs)
+        actual = gradients(lambda: norm_act(norm, nn.SiLU() if silu else None, x, shift), *inputs)
 
         doubles = [t.detach().double().requires_grad_() for t in inputs]
 
@@ -34,19 +34,19 @@ class TestNormSiLU:
             z = F.group_norm(u, groups, doubles[1], doubles[2], norm.eps)
             return F.silu(z) if silu else z
 
-        assert "_NormSiLU" in str(norm_silu(norm, x, shift, silu).grad_fn)
+        assert "_NormSiLU" in str(norm_act(norm, nn.SiLU() if silu else None, x, shift).grad_fn)
         assert distance(actual, gradients(expected, *doubles)) < 1e-6
 
     def test_one_shift_for_all_samples(self) -> None:
         norm, x, shift = make_norm(8, 2), channels_last(randn(3, 8, 4, 4)), randn(1, 8, seed=3).requires_grad_()
-        actual = gradients(lambda: norm_silu(norm, x, shift), shift)
+        actual = gradients(lambda: norm_act(norm, nn.SiLU(), x, shift), shift)
         assert (
             distance(actual, gradients(lambda: F.silu(norm((x + shift[:, :, None, None]).contiguous())), shift)) < 1e-6
         )
 
     def test_large_maps_keep_their_precision(self) -> None:
         norm, x = make_norm(4, 2), channels_last(randn(1, 4, 400, 300) + 100)
-        y = norm_silu(norm, x).detach()
+        y = norm_act(norm, nn.SiLU(), x).detach()
         expected = F.silu(F.group_norm(x.double(), 2, norm.weight.double(), norm.bias.double())).detach()
         assert float((y - expected).abs().max()) < 2e-5
 
@@ -55,7 +55,7 @@ class TestNormSiLU:
         norm, x = make_norm(8, 2), channels_last(randn(2, 8, 4, 4))
         x[1, 0, 2, 2] = value
         x.requires_grad_()
-        y = norm_silu(norm, x)
+        y = norm_act(norm, nn.SiLU(), x)
         assert not y[1, :4].isfinite().any()
         assert y[0].isfinite().all()
         assert y[1, 4:].isfinite().all()
@@ -69,14 +69,14 @@ class TestNormSiLU:
         with torch.no_grad():
             norm.bias.copy_(torch.tensor([-1e30, -1000, -100, -88, 88, 100, 1000, 1e30]))
         x = channels_last(randn(1, 8, 4, 4)).requires_grad_()
-        actual = gradients(lambda: norm_silu(norm, x), norm.bias)
+        actual = gradients(lambda: norm_act(norm, nn.SiLU(), x), norm.bias)
         expected = gradients(lambda: F.silu(norm(x.contiguous())), norm.bias)
         torch.testing.assert_close(actual[0], expected[0], rtol=1e-6, atol=1e-34)
         torch.testing.assert_close(actual[1], expected[1], rtol=1e-5, atol=1e-30)
 
     def test_gradients_of_gradients(self) -> None:
         norm, x = make_norm(8, 2), channels_last(randn(2, 8, 3, 3)).requires_grad_()
-        actual = second_gradients(lambda: norm_silu(norm, x), x, norm.weight)
+        actual = second_gradients(lambda: norm_act(norm, nn.SiLU(), x), x, norm.weight)
         expected = second_gradients(lambda: F.silu(norm(x.contiguous())), x, norm.weight)
         assert distance(actual, expected) < 1e-5
 
@@ -85,7 +85,7 @@ class TestNormSiLU:
         norm, x = make_norm(8, 2), channels_last(randn(2, 8, 4, 4)).requires_grad_()
 
         def compiled(x: Tensor) -> bool:
-            return "_NormSiLU" in str(norm_silu(norm, x).grad_fn)
+            return "_NormSiLU" in str(norm_act(norm, nn.SiLU(), x).grad_fn)
 
         assert compiled(x)
         assert not compiled(randn(2, 8, 4, 4).requires_grad_())
@@ -96,7 +96,7 @@ class TestNormSiLU:
         assert not compiled(x)
         norm.train().double()
         assert not compiled(x.double())
-        assert norm_silu(norm.to("meta"), x.to("meta").double()).device.type == "meta"
+        assert norm_act(norm.to("meta"), nn.SiLU(), x.to("meta").double()).device.type == "meta"
 
 
 class TestNormalize:

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from numba import carray
+from torch import nn
 
 from ddim.kernels.compiler import compile_kernel
 from ddim.kernels.record import Count, Flag, Pointer, Real, Record
-from ddim.nn.ops import load_kernels, norm_silu
+from ddim.nn.ops import load_kernels, norm_act
 from helpers import randn
 from kernel_helpers import channels_last, distance, gradients, make_norm
 
@@ -78,14 +79,14 @@ class TestFallbacks:
         load_kernels.cache_clear()
         norm, x = make_norm(8, 2), channels_last(randn(2, 8, 4, 4)).requires_grad_()
         try:
-            actual = gradients(lambda: norm_silu(norm, x), x, norm.weight)
-            assert "_NormSiLU" not in str(norm_silu(norm, x).grad_fn)
+            actual = gradients(lambda: norm_act(norm, nn.SiLU(), x), x, norm.weight)
+            assert "_NormSiLU" not in str(norm_act(norm, nn.SiLU(), x).grad_fn)
             assert load_kernels("norm") is None
         finally:
             load_kernels.cache_clear()
         monkeypatch.undo()
-        assert "_NormSiLU" in str(norm_silu(norm, x).grad_fn)
-        assert distance(gradients(lambda: norm_silu(norm, x), x, norm.weight), actual) < 1e-5
+        assert "_NormSiLU" in str(norm_act(norm, nn.SiLU(), x).grad_fn)
+        assert distance(gradients(lambda: norm_act(norm, nn.SiLU(), x), x, norm.weight), actual) < 1e-5
 
     def test_without_numba_and_llvmlite(self) -> None:
         assert run_python(WITHOUT_NUMBA_AND_LLVMLITE) == "UNet2DModel\n"

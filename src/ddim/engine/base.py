@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import json
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ddim.diffusion.equations import Step
 from ddim.diffusion.loop import StepFn, StepSettings
-from ddim.nn.layers import (
-    ACTIVATIONS,
-    Attention,
-    Downsample2D,
-    GaussianFourierProjection,
-    ResnetBlock2D,
-    TimestepEmbedding,
-    Timesteps,
-    Upsample2D,
-)
-from ddim.unet import DownBlock2D, MidBlock2D, UNet2DModel, UpBlock2D
+from ddim.nn.untouched import has_hooks, is_untouched
+from ddim.unet import UNet2DModel
 
-SUPPORTED_MODULES = {
-    *(UNet2DModel, DownBlock2D, MidBlock2D, UpBlock2D, ResnetBlock2D, Attention, Downsample2D, Upsample2D),
-    *(Timesteps, GaussianFourierProjection, TimestepEmbedding, *ACTIVATIONS.values()),
-    *(nn.Conv2d, nn.Linear, nn.GroupNorm, nn.Embedding, nn.Identity, nn.Dropout, nn.ModuleList),
-}
-"""The classes of modules, exactly, that the CPU and the CUDA engine implement."""
+SETTING_TYPES = (bool, int, float, str, tuple, type(None))
+"""The types of the attributes of modules that decide what they compute."""
+STATE_NAMES = frozenset({"training", "sample_size", "gradient_checkpointing"})
+"""Public attributes of modules that do not change what the network computes without gradients."""
+
+UNET_ARGUMENTS = frozenset(inspect.signature(UNet2DModel.__init__).parameters) - {"self"}
 
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -137,8 +131,8 @@ def unsupported_reason(unet: Any, device_type: str | None = None) -> str | None:
         device_type: `cpu` or `cuda`; the type of the network's own device if `None`.
 
     Returns:
-        The reason, to follow "the network runs as it is: "; `None` for a `UNet2DModel` as it was built, in a supported
-        dtype and on one device of that type.
+        The reason, to follow "the network runs as it is: "; `None` for a `UNet2DModel` as its configuration builds it,
+        with untouched modules, in a supported dtype and on one device of that type.
 
     Example:
         >>> unsupported_reason(nn.Identity())
@@ -146,11 +140,8 @@ def unsupported_reason(unet: Any, device_type: str | None = None) -> str | None:
     """
     if type(unet) is not UNet2DModel:
         return f"{type(unet).__name__} is not a UNet2DModel"
-    for name, module in unet.named_modules():
-        if type(module) not in SUPPORTED_MODULES or "forward" in vars(module):
-            return f"{name} has been replaced"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"{name} has hooks"
+    if reason := _change_reason(unet):
+        return reason
     parameters = list(unet.parameters())
     if (device_type or unet.device.type) != "cuda":
         supported = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in parameters)
@@ -162,3 +153,77 @@ def unsupported_reason(unet: Any, device_type: str | None = None) -> str | None:
     if any(p.device.type != "cuda" or p.device != unet.device for p in parameters):
         return "its parameters are not all on one CUDA device"
     return None
+
+
+class ModuleFacts(NamedTuple):
+    """What a module computes, besides its weights' values.
+
+    Attributes:
+        kind: its class.
+        settings: its public attributes that are numbers, strings, tuples or `None`, such as a convolution's stride.
+        shapes: of its own parameters, `None` for those that it lacks, such as a bias.
+    """
+
+    kind: type[nn.Module]
+    settings: dict[str, Any]
+    shapes: dict[str, torch.Size | None]
+
+
+@functools.lru_cache(maxsize=16)
+def expected_modules(config_json: str) -> dict[str, ModuleFacts]:
+    """Return the modules of the network that a configuration builds.
+
+    Args:
+        config_json: the arguments of `UNet2DModel` as JSON.
+
+    Returns:
+        The modules by name.
+
+    Raises:
+        ValueError: if the configuration builds none.
+
+    Example:
+        >>> expected_modules('{"block_out_channels": [32, 32, 32, 32]}')["conv_in"].settings["kernel_size"]
+        (3, 3)
+    """
+    with torch.device("meta"):
+        unet = UNet2DModel(**json.loads(config_json))
+    facts = {}
+    for name, module in unet.named_modules():
+        public = {key: value for key, value in vars(module).items() if key[0] != "_" and key not in STATE_NAMES}
+        settings = {key: value for key, value in public.items() if isinstance(value, SETTING_TYPES)}
+        facts[name] = ModuleFacts(type(module), settings, _parameter_shapes(module))
+    return facts
+
+
+def _parameter_shapes(module: nn.Module) -> dict[str, torch.Size | None]:
+    return {name: None if weights is None else weights.shape for name, weights in module._parameters.items()}
+
+
+def _change_reason(unet: UNet2DModel) -> str | None:
+    """Return how a network differs from the one that its configuration builds; `None` if it does not."""
+    arguments = {key: value for key, value in unet.config.items() if key in UNET_ARGUMENTS}
+    try:
+        expected = expected_modules(json.dumps(arguments, sort_keys=True))
+    except (TypeError, ValueError) as error:
+        return f"its configuration does not build it: {error}"
+    modules = dict(unet.named_modules())
+    for name, module in modules.items():
+        shown = name or type(unet).__name__
+        if name not in expected:
+            return f"{shown} has been added"
+        kind, settings, shapes = expected[name]
+        if not is_untouched(module, kind):
+            if type(module) is not kind:
+                return f"{shown} has been replaced"
+            return f"{shown} has hooks" if has_hooks(module) else f"{shown} has been patched"
+        attributes = vars(module)
+        for key, value in settings.items():
+            if attributes.get(key, nn.Module) != value:
+                return f"{shown}.{key} has been changed"
+        if _parameter_shapes(module) != shapes:
+            return f"{shown} has other parameters"
+        if kind is nn.Dropout and module.training and attributes["p"] > 0:
+            return f"{shown} is in training mode"
+    missing = expected.keys() - modules.keys()
+    return f"{min(missing)} has been removed" if missing else None

@@ -435,7 +435,8 @@ class _Resnet:
     def __init__(self, block: ResnetBlock2D, buffers: PaddedBuffers) -> None:
         self.norm1, self.norm2 = _Norm(block.norm1, block.nonlinearity), _Norm(block.norm2, block.nonlinearity)
         self.conv1, self.conv2 = _Conv3x3(block.conv1, buffers), _Conv3x3(block.conv2, buffers)
-        self.scale_shift, self.factor, self.resample = block.scale_shift, block.output_scale_factor, block.resample
+        self.scale_shift, self.factor = block.scale_shift, block.output_scale_factor
+        self.resample = block.upsample or block.downsample
         self.shortcut = block.conv_shortcut
         self._shortcuts: tuple[_Linear, ...] = ()
 
@@ -494,9 +495,8 @@ class _Block:
     def __init__(self, block: Any, buffers: PaddedBuffers, projections: list[nn.Linear]) -> None:
         self._buffers, self._projections = buffers, projections
         self.resnets = [self._make_resnet(resnet) for resnet in block.resnets]
-        self.attentions = (
-            None if block.attentions is None else [_Attention(cast(Attention, a)) for a in block.attentions]
-        )
+        # A block without attention has no list of them, or one of `None`.
+        self.attentions = [_Attention(a) for a in getattr(block, "attentions", ()) if a is not None]
         # A convolution, with nearest-neighbor upsampling before it in up blocks, or a residual block that resamples.
         samplers = getattr(block, "downsamplers", None) or getattr(block, "upsamplers", None)
         self.resnet_sampler: _Resnet | None = None
@@ -516,7 +516,7 @@ class _Block:
         """Apply a down block; its feature maps are appended to `skips`."""
         for index, resnet in enumerate(self.resnets):
             x = resnet(x, None, next(embeddings))
-            if self.attentions is not None:
+            if self.attentions:
                 x = self.attentions[index](x)
             skips.append(x)
         if self.resnet_sampler is not None or self.conv_sampler is not None:
@@ -527,7 +527,7 @@ class _Block:
     def apply_mid(self, x: FeatureMap, embeddings: Iterator[Tensor]) -> FeatureMap:
         """Apply the mid block."""
         x = self.resnets[0](x, None, next(embeddings))
-        if self.attentions is not None:
+        if self.attentions:
             x = self.attentions[0](x)
         return self.resnets[1](x, None, next(embeddings))
 
@@ -535,7 +535,7 @@ class _Block:
         """Apply an up block; its skip connections are taken off the end of `skips`."""
         for index, resnet in enumerate(self.resnets):
             x = resnet(x, skips.pop(), next(embeddings))
-            if self.attentions is not None:
+            if self.attentions:
                 x = self.attentions[index](x)
         return self._resample(x, embeddings)
 

@@ -37,7 +37,7 @@ from ddim.diffusion.equations import Coefficients, Step, ddim_step, dynamic_thre
 from ddim.diffusion.loop import StepFn, StepSettings
 from ddim.diffusion.solvers import add_correction
 from ddim.nn.layers import Attention
-from ddim.nn.ops import norm_silu
+from ddim.nn.ops import norm_act
 from ddim.unet import UNet2DModel
 
 Clip = Callable[[Tensor], Tensor]
@@ -79,7 +79,9 @@ class CUDAEngine:
             for block in list(self.network.modules()):
                 attentions: Any = getattr(block, "attentions", None)
                 if attentions is not None:
-                    block.attentions = nn.ModuleList(map(FusedAttention, attentions))
+                    # A middle block without attention has a list of `None`.
+                    fused: list[Any] = [None if a is None else FusedAttention(a) for a in attentions]
+                    block.attentions = nn.ModuleList(fused)
         self.runners: dict[Hashable, StepRunner] = {}
         self._stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
@@ -471,7 +473,7 @@ class FusedAttention(nn.Module):
             (N, C, H, W).
         """
         N, C, H, W = hidden_states.shape
-        normed = hidden_states if self.group_norm is None else norm_silu(self.group_norm, hidden_states, silu=False)
+        normed = hidden_states if self.group_norm is None else norm_act(self.group_norm, None, hidden_states)
         tokens = normed.permute(0, 2, 3, 1).reshape(N, H * W, C)
         q, k, v = F.linear(tokens, self.weight, self.bias).view(N, H * W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, H * W, -1)

@@ -7,13 +7,23 @@ either memory layout; time embeddings are (N, D), or (1, D) when one timestep ho
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddim.nn.ops import conv2d, convolve, norm_silu, use_compiled_kernels
+from ddim.nn.ops import (
+    conv2d,
+    convolve,
+    has_channels_last_weights,
+    is_plain_convolution,
+    norm_act,
+    use_compiled_convolution,
+)
+from ddim.nn.untouched import is_untouched
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
@@ -81,6 +91,8 @@ class GaussianFourierProjection(nn.Module):
 
     def __init__(self, embedding_size: int, scale: float) -> None:
         super().__init__()
+        # `diffusers` draws the frequencies twice and keeps the second: so that later draws agree, as they do.
+        torch.randn(embedding_size)
         self.weight = nn.Parameter(torch.randn(embedding_size) * scale, requires_grad=False)
 
     def forward(self, timesteps: Tensor) -> Tensor:
@@ -127,22 +139,28 @@ class TimestepEmbedding(nn.Module):
 
 
 class Downsample2D(nn.Module):
-    """A strided 3x3 convolution that halves height and width.
+    """Halve height and width, by a strided 3x3 convolution or by averages of 2x2 pixels.
 
     Args:
         channels: of input and output.
-        padding: rows and columns of zeros on every side; 0 pads one row and column at the bottom and right instead, as
-            the original TensorFlow models do.
+        use_conv: whether there is a convolution.
+        padding: of the convolution, rows and columns of zeros on every side; 0 pads one row and column at the bottom
+            and right instead, as the original TensorFlow models do.
 
     Example:
-        >>> Downsample2D(channels=8, padding=1)(torch.zeros(1, 8, 4, 4)).shape
+        >>> Downsample2D(channels=8, use_conv=True)(torch.zeros(1, 8, 4, 4)).shape
         torch.Size([1, 8, 2, 2])
+        >>> Downsample2D(channels=1, use_conv=False)(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])).item()
+        2.5
     """
 
-    def __init__(self, channels: int, padding: int) -> None:
+    def __init__(self, channels: int, use_conv: bool, padding: int = 1) -> None:
         super().__init__()
         self.padding = padding
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.use_conv = use_conv
+        self.conv: nn.Module = (
+            nn.Conv2d(channels, channels, 3, stride=2, padding=padding) if use_conv else nn.AvgPool2d(2)
+        )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Downsample a feature map.
@@ -151,51 +169,90 @@ class Downsample2D(nn.Module):
             hidden_states: (N, C, H, W).
 
         Returns:
-            (N, C, H / 2, W / 2), rounded up for padding 1.
+            (N, C, H / 2, W / 2), rounded up for a convolution with padding 1.
         """
-        return convolve(self.conv, F.pad(hidden_states, (0, 1, 0, 1)) if self.padding == 0 else hidden_states)
+        if self.use_conv and self.padding == 0:
+            hidden_states = F.pad(hidden_states, (0, 1, 0, 1))
+        return convolve(self.conv, hidden_states)
 
 
 class Upsample2D(nn.Module):
-    """Nearest-neighbor upsampling by 2, then a 3x3 convolution.
+    """Nearest-neighbor upsampling by 2, then a 3x3 convolution or none.
 
-    On a CPU the two are one operation, with four ninths of the multiplications. Of the nine pixels that a filter sees,
-    those that are copies of one another share the sum of its weights: each of the four pixels that come of one is a 2x2
-    convolution of the small map. The result is the same, to rounding, and so are the gradients.
+    On a CPU the two are one operation, with four ninths of the multiplications, in inference and where training runs
+    on compiled kernels. Of the nine pixels that a filter sees, those that are copies of one another share the sum of
+    its weights: each of the four pixels that come of one is a 2x2 convolution of the small map. The result is the same,
+    to rounding, and so are the gradients.
 
     Args:
         channels: of input and output.
+        use_conv: whether there is a convolution.
 
     Example:
-        >>> Upsample2D(channels=8)(torch.zeros(1, 8, 4, 4)).shape
+        >>> Upsample2D(channels=8, use_conv=True)(torch.zeros(1, 8, 4, 4)).shape
         torch.Size([1, 8, 8, 8])
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, use_conv: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv: nn.Module | None = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else None
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
         """Upsample a feature map.
 
         Args:
             hidden_states: (N, C, H, W).
+            output_size: (height, width); defaults to (2H, 2W).
 
         Returns:
-            (N, C, 2H, 2W), on a CPU in channels_last.
+            (N, C, 2H, 2W), or of `output_size`.
         """
-        if hidden_states.device.type != "cpu":
-            return self.conv(upsample_nearest(hidden_states))
-        filters = sub_pixel_filters(self.conv.weight)
-        convolution = conv2d if use_compiled_kernels(self.conv, hidden_states, self.conv.weight) else F.conv2d
-        rows = []
-        for i in (0, 1):
-            # Above or below, left or right: the neighbors that this pixel's window reaches.
-            padded = [F.pad(hidden_states, (1 - j, j, 1 - i, i)) for j in (0, 1)]
-            columns = [convolution(x, filters[i][j], self.conv.bias).permute(0, 2, 3, 1) for j, x in enumerate(padded)]
-            rows.append(torch.stack(columns, dim=3))
-        N, H, W, _, C = rows[0].shape
-        return torch.stack(rows, dim=2).view(N, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
+        if output_size is None and self.conv is not None:
+            is_compiled = use_compiled_convolution(self.conv, hidden_states)
+            # In training on PyTorch's operators rounding is that of the modules themselves: optimizers amplify it.
+            in_training = self.training and torch.is_grad_enabled()
+            if is_compiled or (hidden_states.device.type == "cpu" and not in_training):
+                conv = cast(nn.Conv2d, self.conv)
+                if is_untouched(conv, nn.Conv2d) and _is_plain_3x3(conv, hidden_states):
+                    return upsample_and_convolve(conv, hidden_states, conv2d if is_compiled else F.conv2d)
+        size = output_size or tuple(2 * length for length in hidden_states.shape[2:])
+        hidden_states = F.interpolate(hidden_states, size=size, mode="nearest")
+        return hidden_states if self.conv is None else convolve(self.conv, hidden_states)
+
+
+def _is_plain_3x3(conv: nn.Conv2d, x: Tensor) -> bool:
+    return (
+        is_plain_convolution(conv, x)
+        and conv.weight.shape[2:] == (3, 3)
+        and (conv.stride, conv.padding) == ((1, 1), (1, 1))
+    )
+
+
+def upsample_and_convolve(conv: nn.Conv2d, x: Tensor, convolution: Callable[..., Tensor] = F.conv2d) -> Tensor:
+    """Upsample a feature map by 2 and convolve it, as four convolutions of the small map.
+
+    Args:
+        conv: a 3x3 convolution with padding 1.
+        x: (N, C, H, W).
+        convolution: computes each of the four, as `F.conv2d` does.
+
+    Returns:
+        (N, K, 2H, 2W) in channels_last.
+
+    Example:
+        >>> conv, x = nn.Conv2d(1, 1, 3, padding=1), torch.ones(1, 1, 2, 2)
+        >>> torch.allclose(upsample_and_convolve(conv, x), conv(torch.ones(1, 1, 4, 4)))
+        True
+    """
+    filters = sub_pixel_filters(conv.weight)
+    rows = []
+    for i in (0, 1):
+        # Above or below, left or right: the neighbors that this pixel's window reaches.
+        padded = [F.pad(x, (1 - j, j, 1 - i, i)) for j in (0, 1)]
+        columns = [convolution(y, filters[i][j], conv.bias).permute(0, 2, 3, 1) for j, y in enumerate(padded)]
+        rows.append(torch.stack(columns, dim=3))
+    N, H, W, _, C = rows[0].shape
+    return torch.stack(rows, dim=2).reshape(N, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
 
 
 def sub_pixel_filters(weight: Tensor) -> list[list[Tensor]]:
@@ -219,38 +276,6 @@ def sub_pixel_filters(weight: Tensor) -> list[list[Tensor]]:
 
     layout = torch.channels_last if weight.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     return [[part.contiguous(memory_format=layout) for part in sum_pairs(row, 3)] for row in sum_pairs(weight, 2)]
-
-
-def upsample_nearest(hidden_states: Tensor) -> Tensor:
-    """Double height and width by nearest-neighbor upsampling.
-
-    Args:
-        hidden_states: (N, C, H, W).
-
-    Returns:
-        (N, C, 2H, 2W).
-
-    Example:
-        >>> upsample_nearest(torch.ones(1, 1, 1, 1)).shape
-        torch.Size([1, 1, 2, 2])
-    """
-    return F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
-
-
-def downsample_average(hidden_states: Tensor) -> Tensor:
-    """Halve height and width by averages of 2x2 pixels.
-
-    Args:
-        hidden_states: (N, C, 2H, 2W).
-
-    Returns:
-        (N, C, H, W).
-
-    Example:
-        >>> downsample_average(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])).item()
-        2.5
-    """
-    return F.avg_pool2d(hidden_states, 2)
 
 
 @dataclass(frozen=True)
@@ -297,7 +322,6 @@ class ResnetBlock2D(nn.Module):
         super().__init__()
         self.scale_shift = config.time_embedding_norm == "scale_shift"
         self.output_scale_factor = config.output_scale_factor
-        self.resample = {"up": upsample_nearest, "down": downsample_average, None: None}[resample]
         self.norm1 = nn.GroupNorm(config.groups, in_channels, eps=config.eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(config.temb_channels, out_channels * (2 if self.scale_shift else 1))
@@ -305,6 +329,8 @@ class ResnetBlock2D(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nonlinearity = ACTIVATIONS[config.act_fn.lower()]()
+        self.upsample = Upsample2D(in_channels, use_conv=False) if resample == "up" else None
+        self.downsample = Downsample2D(in_channels, use_conv=False) if resample == "down" else None
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
@@ -317,26 +343,25 @@ class ResnetBlock2D(nn.Module):
         Returns:
             (N, out_channels, H, W), twice or half as high and wide with `resample`.
         """
-        hidden_states = self._norm_act(self.norm1, input_tensor)
-        if self.resample is not None:
-            input_tensor, hidden_states = self.resample(input_tensor), self.resample(hidden_states)
+        hidden_states = norm_act(self.norm1, self.nonlinearity, input_tensor, conv=self.conv1)
+        resample = self.upsample or self.downsample
+        if resample is not None:
+            input_tensor, hidden_states = resample(input_tensor), resample(hidden_states)
         hidden_states = convolve(self.conv1, hidden_states)
         time = self.time_emb_proj(self.nonlinearity(temb))
         if self.scale_shift:
             scale, shift = time[:, :, None, None].chunk(2, dim=1)
             hidden_states = self.nonlinearity(self.norm2(hidden_states) * (1 + scale) + shift)
         else:
-            hidden_states = self._norm_act(self.norm2, hidden_states, time)
+            hidden_states = norm_act(self.norm2, self.nonlinearity, hidden_states, time, conv=self.conv2)
         hidden_states = convolve(self.conv2, self.dropout(hidden_states))
         if self.conv_shortcut is not None:
+            if self.training and not has_channels_last_weights(self.conv1):
+                # Back from the format that attention leaves, where gradients would otherwise change theirs.
+                input_tensor = input_tensor.contiguous()
             input_tensor = convolve(self.conv_shortcut, input_tensor)
         output = input_tensor + hidden_states
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor
-
-    def _norm_act(self, norm: nn.GroupNorm, hidden_states: Tensor, shift: Tensor | None = None) -> Tensor:
-        if isinstance(self.nonlinearity, nn.SiLU):
-            return norm_silu(norm, hidden_states, shift)
-        return self.nonlinearity(norm_silu(norm, hidden_states, shift, silu=False))
 
 
 class Attention(nn.Module):
@@ -365,8 +390,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, inner)
         self.to_k = nn.Linear(channels, inner)
         self.to_v = nn.Linear(channels, inner)
-        # A list, because its only entry is called `to_out.0` in the files.
-        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
+        self.to_out = nn.ModuleList([nn.Linear(inner, channels), nn.Dropout(0.0)])
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Add attention to a feature map.
@@ -378,13 +402,18 @@ class Attention(nn.Module):
             (N, C, H, W).
         """
         N, C, H, W = hidden_states.shape
-        normed = hidden_states if self.group_norm is None else norm_silu(self.group_norm, hidden_states, silu=False)
-        tokens = normed.flatten(2).transpose(1, 2)
+        tokens = hidden_states.flatten(2)
+        if self.group_norm is not None:
+            tokens = self.group_norm(tokens)
+        tokens = tokens.transpose(1, 2)
         q, k, v = (
             project(tokens).view(N, H * W, self.heads, self.head_dim).transpose(1, 2)
             for project in (self.to_q, self.to_k, self.to_v)
         )
         attended = F.scaled_dot_product_attention(q, k, v)
         attended = attended.transpose(1, 2).reshape(N, H * W, self.heads * self.head_dim)
-        output = hidden_states + self.to_out[0](attended).transpose(1, 2).reshape(N, C, H, W)
+        for module in self.to_out:
+            attended = module(attended)
+        # In channels_last, as the first term is, in every network.
+        output = attended.transpose(1, 2).reshape(N, C, H, W) + hidden_states
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor

@@ -2,7 +2,7 @@
 
 In training on a CPU, float32 feature maps in channels_last go through kernels compiled by numba (`ddim.kernels`), which
 read and write memory once where PyTorch does several times, and need fewer multiplications by Winograd's method. All
-else runs on PyTorch's operators: `use_compiled_kernels` decides.
+else runs by calling the modules: `use_compiled_kernels` decides.
 
 Group normalization of a feature map plus a shift, then SiLU, stands before nearly every convolution of the U-Net:
 
@@ -29,7 +29,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, cast
 
@@ -37,41 +37,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddim.nn.untouched import PLAIN_TENSORS, is_untouched
+
 logger = logging.getLogger(__name__)
 
 TRAINING_MODULES = ("norm", "conv_grad", "winograd")
 """The packages of `ddim.kernels` that training runs on."""
 
 
-def use_compiled_kernels(module: nn.Module, x: Tensor, *tensors: Tensor) -> bool:
-    """Return whether compiled kernels run instead of PyTorch's operators: in training in float32 on a CPU.
+def use_compiled_kernels(module: nn.Module, expected: type[nn.Module], x: Tensor, *tensors: Tensor) -> bool:
+    """Return whether compiled kernels run instead of a call of the module: in training in float32 on a CPU.
 
     Args:
         module: whose operation it is.
+        expected: the class whose operation the kernels compute.
         x: the feature map (N, C, H, W).
         tensors: the other operands.
 
     Returns:
-        `True` for a module in training mode whose feature map is in channels_last, outside of autocast and of graphs
-        that are being compiled or traced.
+        `True` for an untouched module in training mode whose feature map is in channels_last, outside of autocast and
+        of graphs that are being compiled or traced.
 
     Example:
         >>> x = torch.zeros(1, 8, 4, 4)
-        >>> use_compiled_kernels(nn.Identity(), x)
+        >>> use_compiled_kernels(nn.Identity(), nn.Identity, x)
         False
-        >>> use_compiled_kernels(nn.Identity(), x.contiguous(memory_format=torch.channels_last))
+        >>> use_compiled_kernels(nn.Identity(), nn.Identity, x.contiguous(memory_format=torch.channels_last))
         True
     """
     return (
         module.training
         and x.device.type == "cpu"
-        and all(tensor.dtype == torch.float32 for tensor in (x, *tensors))
         and not x.is_contiguous()
+        and is_untouched(module, expected)
         and x.is_contiguous(memory_format=torch.channels_last)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and all(_is_plain_float32(tensor) for tensor in (x, *tensors, *module.parameters(recurse=False)))
     )
+
+
+def _is_plain_float32(tensor: Tensor) -> bool:
+    return type(tensor) in PLAIN_TENSORS and tensor.dtype == torch.float32
 
 
 @functools.cache
@@ -96,14 +104,18 @@ def load_kernels(name: str) -> ModuleType | None:
         return None
 
 
-def norm_silu(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, silu: bool = True) -> Tensor:
-    """Normalize `x + shift`, then apply SiLU.
+def norm_act(
+    norm: nn.Module, act: nn.Module | None, x: Tensor, shift: Tensor | None = None, conv: nn.Module | None = None
+) -> Tensor:
+    """Normalize `x + shift`, then apply an activation.
 
     Args:
-        norm: groups, weights and eps.
+        norm: the normalization, an `nn.GroupNorm` or what client code replaced it by.
+        act: the activation; `None` for none.
         x: (N, C, H, W).
         shift: (N, C) or (1, C); `None` for none.
-        silu: `False` for the normalization alone.
+        conv: the convolution that reads the result. Compiled kernels run only if its weights are in channels_last:
+            attention leaves feature maps in channels_last in every network. `None` for no such condition.
 
     Returns:
         (N, C, H, W).
@@ -112,25 +124,50 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, silu: 
         Group normalization: arXiv 1803.08494.
 
     Example:
-        >>> norm_silu(nn.GroupNorm(1, 2, eps=0.0), torch.tensor([1.0, 3.0]).view(1, 2, 1, 1), silu=False).flatten()
-        tensor([-1.,  1.], grad_fn=<ViewBackward0>)
+        >>> norm_act(nn.GroupNorm(1, 2, eps=0.0), nn.ReLU(), torch.tensor([1.0, 3.0]).view(1, 2, 1, 1)).flatten()
+        tensor([0., 1.], grad_fn=<ViewBackward0>)
     """
-    others = () if shift is None else (shift,)
-    if use_compiled_kernels(norm, x, norm.weight, *others) and (kernels := load_kernels("norm")) is not None:
-        shift = x.new_zeros(x.shape[0], x.shape[1]) if shift is None else shift.expand(x.shape[0], -1).contiguous()
-        settings = (norm.num_groups, norm.eps, silu, kernels)
-        return _NormSiLU.apply(x, shift, norm.weight, norm.bias, settings)  # type: ignore[no-untyped-call]
-    return _plain_norm_silu(norm, x, shift, silu)
+    kernels = _norm_kernels(norm, x, shift, conv)
+    if kernels is None:
+        normed = norm(x if shift is None else x + shift[:, :, None, None])
+        return normed if act is None else cast(Tensor, act(normed))
+    norm = cast(nn.GroupNorm, norm)
+    shift = x.new_zeros(x.shape[:2]) if shift is None else shift.expand(x.shape[0], -1).contiguous()
+    silu = act is not None and is_untouched(act, nn.SiLU)
+    settings = (norm.num_groups, norm.eps, silu, kernels)
+    y: Tensor = _NormSiLU.apply(x, shift, norm.weight, norm.bias, settings)  # type: ignore[no-untyped-call]
+    return y if act is None or silu else cast(Tensor, act(y))
 
 
-def _plain_norm_silu(norm: Callable[[Tensor], Tensor], x: Tensor, shift: Tensor | None, silu: bool) -> Tensor:
-    """Compute `norm_silu` by PyTorch's operators."""
-    normed = norm(x if shift is None else x + shift[:, :, None, None])
-    return F.silu(normed) if silu else normed
+def _norm_kernels(norm: nn.Module, x: Tensor, shift: Tensor | None, conv: nn.Module | None) -> ModuleType | None:
+    """Return the kernels of `norm_act`, if they support its modules and tensors; `None` otherwise."""
+    if not use_compiled_kernels(norm, nn.GroupNorm, x, *(() if shift is None else (shift,))):
+        return None
+    N, C, *_ = x.shape
+    shapes = [tuple(parameter.shape) for parameter in norm.parameters(recurse=False)]
+    if shapes != [(C,), (C,)] or not (shift is None or tuple(shift.shape) in ((N, C), (1, C))):
+        return None
+    return load_kernels("norm") if conv is None or has_channels_last_weights(conv) else None
+
+
+def has_channels_last_weights(conv: nn.Module) -> bool:
+    """Return whether an untouched convolution's weights are in channels_last; `False` for any other module.
+
+    Args:
+        conv: the convolution.
+
+    Example:
+        >>> conv = nn.Conv2d(2, 2, 3)
+        >>> has_channels_last_weights(conv), has_channels_last_weights(conv.to(memory_format=torch.channels_last))
+        (False, True)
+    """
+    if not is_untouched(conv, nn.Conv2d):
+        return False
+    return cast(nn.Conv2d, conv).weight.is_contiguous(memory_format=torch.channels_last)
 
 
 class _NormSiLU(torch.autograd.Function):
-    """`norm_silu` by compiled kernels; settings are (groups, eps, silu, the package of kernels)."""
+    """`norm_act` by compiled kernels; settings are (groups, eps, silu, the package of kernels)."""
 
     @staticmethod
     def forward(
@@ -147,7 +184,8 @@ class _NormSiLU(torch.autograd.Function):
         x, shift, weight, bias, mean, rstd = ctx.saved_tensors
         groups, eps, silu, kernels = ctx.settings
         if torch.is_grad_enabled():
-            y = _plain_norm_silu(lambda u: F.group_norm(u, groups, weight, bias, eps), x, shift, silu)
+            y = F.group_norm(x + shift[:, :, None, None], groups, weight, bias, eps)
+            y = F.silu(y) if silu else y
             return *_differentiable_gradients(y, (x, shift, weight, bias), ctx.needs_input_grad[:4], dy), None
         dy = dy.contiguous(memory_format=torch.channels_last)
         return *kernels.backward(dy, x, shift, weight, bias, mean, rstd, silu), None
@@ -162,11 +200,11 @@ def _differentiable_gradients(
     return tuple(next(gradients) if need else None for need in needed)
 
 
-def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     """Apply a convolution.
 
     Args:
-        conv: the convolution.
+        conv: the convolution, an `nn.Conv2d` or what client code replaced it by.
         x: (N, C, H, W).
 
     Returns:
@@ -176,9 +214,51 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
         >>> convolve(nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.zeros(1, 3, 4, 4)).shape
         torch.Size([1, 8, 2, 2])
     """
-    if not use_compiled_kernels(conv, x, conv.weight):
-        return conv(x)
+    if not use_compiled_convolution(conv, x):
+        return cast(Tensor, conv(x))
+    conv = cast(nn.Conv2d, conv)
     return conv2d(x, conv.weight, conv.bias, conv.stride[0], int(conv.padding[0]))
+
+
+def use_compiled_convolution(conv: nn.Module, x: Tensor) -> bool:
+    """Return whether compiled kernels run instead of a call of a convolution.
+
+    Args:
+        conv: the convolution, an `nn.Conv2d` or what client code replaced it by.
+        x: its input, (N, C, H, W).
+
+    Example:
+        >>> use_compiled_convolution(nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 4, 4))
+        False
+    """
+    return (
+        use_compiled_kernels(conv, nn.Conv2d, x)
+        and has_channels_last_weights(conv)
+        and is_plain_convolution(cast(nn.Conv2d, conv), x)
+    )
+
+
+def is_plain_convolution(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Return whether a convolution is that of its weights, with one stride and one padding by zeros.
+
+    Args:
+        conv: the convolution.
+        x: its input, (N, C, H, W).
+
+    Example:
+        >>> x = torch.zeros(1, 2, 4, 4)
+        >>> is_plain_convolution(nn.Conv2d(2, 2, 3), x), is_plain_convolution(nn.Conv2d(2, 2, 3, groups=2), x)
+        (True, False)
+    """
+    return (
+        conv.padding_mode == "zeros"
+        and conv.groups == 1
+        and conv.dilation == (1, 1)
+        and conv.stride in ((1, 1), (2, 2))
+        and conv.padding in ((0, 0), (1, 1))
+        and conv.weight.shape[1] == x.shape[1]
+        and (conv.bias is None or conv.bias.shape == conv.weight.shape[:1])
+    )
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> Tensor:
