@@ -8,12 +8,17 @@ with AppServer(folder) as server:
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import httpx
 import psutil
 from gradio_client import Client
 
@@ -29,6 +34,8 @@ class AppServer:
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.folder = folder
         self.log = folder / "app.log"
+        self._client: Client | None = None
+        self._lock = threading.Lock()
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
@@ -59,8 +66,33 @@ class AppServer:
         return Client(self.url, verbose=False, download_files=str(self.folder / "downloads"))
 
     def call(self, endpoint: str, **arguments: Any) -> Any:
-        """Return the result of an endpoint."""
-        return self.client().predict(api_name=endpoint, **arguments)
+        """Return the result of an endpoint, called by one client for all."""
+        with self._lock:
+            self._client = self._client or self.client()
+        return self._client.predict(api_name=endpoint, **arguments)
+
+    def post(self, endpoint: str, **arguments: Any) -> str:
+        """Ask for a run without a client, and return its id; nobody listens to it yet."""
+        answer = httpx.post(f"{self.url}/gradio_api/call/v2{endpoint}", json=arguments, timeout=60)
+        return str(answer.raise_for_status().json()["event_id"])
+
+    @contextmanager
+    def listen(self, endpoint: str, run: str) -> Iterator[Iterator[Any]]:
+        """Listen to a run: its reports, of which the last is the result or the reason of a failure."""
+
+        def reports(lines: Iterator[str]) -> Iterator[Any]:
+            for line in lines:
+                if line.startswith("data: ") and line != "data: null":
+                    data = json.loads(line.removeprefix("data: "))
+                    yield data[0] if isinstance(data, list) else data
+
+        with httpx.stream("GET", f"{self.url}/gradio_api/call{endpoint}/{run}", timeout=60) as stream:
+            yield reports(stream.iter_lines())
+
+    def run(self, endpoint: str, **arguments: Any) -> Any:
+        """Return the result of an endpoint, or the reason of its failure, without a client."""
+        with self.listen(endpoint, self.post(endpoint, **arguments)) as reports:
+            return list(reports)[-1]
 
     def memory(self) -> int:
         """Return the resident bytes of the process."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import struct
 import time
@@ -28,7 +27,7 @@ LONG: dict[str, Any] = {"count": 64, "steps": 1000}
 """Minutes of work, unless cancelled."""
 
 
-def pixels(path: str | Path) -> np.ndarray:
+def pixels(path: str | Path | io.BytesIO) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image)
 
@@ -54,18 +53,11 @@ SAME: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def sampled(tmp_path_factory: pytest.TempPathFactory, run_commands: Callable[..., None]) -> Path:
-    """What `ddim sample` writes with the settings above."""
-    folder = tmp_path_factory.mktemp("sampled")
-    run_commands(folder, *(["sample", *command, "--out", f"{name}.png"] for name, (_, command) in SAME.items()))
-    return folder
-
-
 @pytest.mark.parametrize("name", SAME)
-def test_images_match_ddim_sample(server: AppServer, sampled: Path, name: str) -> None:
+def test_images_match_ddim_sample(server: AppServer, run_command: Callable[[list[str]], Path], name: str) -> None:
     result = server.call("/sample", **SAME[name][0])
-    assert np.array_equal(make_pixel_grid(result["images"]), pixels(sampled / f"{name}.png"))
+    grid = run_command(["sample", *SAME[name][1], "--out", f"{name}.png"])
+    assert np.array_equal(make_pixel_grid(result["images"]), pixels(grid))
     count, steps = SAME[name][0]["count"], SAME[name][0]["steps"]
     first = SAME[name][0].get("seed", 0)
     assert result["seeds"] == list(range(first, first + count))
@@ -93,10 +85,8 @@ def test_consistency(server: AppServer) -> None:
     assert np.abs(hundred - fifty).mean() < np.abs(hundred - ddpm).mean()
 
 
-def test_interpolation_passes_through_seeds_and_images(server: AppServer, tmp_path: Path) -> None:
-    pipe = DDIMPipeline.from_pretrained("mnist")
-    pipe.set_progress_bar_config(disable=True)
-    image = pipe(seeds=[3], num_inference_steps=20).images[0]
+def test_interpolation_passes_through_seeds_and_images(server: AppServer, mnist: DDIMPipeline, tmp_path: Path) -> None:
+    image = mnist(seeds=[3], num_inference_steps=20).images[0]
     image.save(tmp_path / "three.png")
     result = server.call("/interpolate", seeds=[1], pictures=[handle_file(tmp_path / "three.png")], frames=4, steps=20)
     frames = [pixels(path).astype(int) for path in result["images"]]
@@ -106,13 +96,11 @@ def test_interpolation_passes_through_seeds_and_images(server: AppServer, tmp_pa
     assert np.abs(frames[0] - frames[-1]).mean() > 5
 
 
-def test_reconstruction_and_edits(server: AppServer, tmp_path: Path) -> None:
-    pipe = DDIMPipeline.from_pretrained("mnist")
-    pipe.set_progress_bar_config(disable=True)
-    image = pipe(seeds=[3], num_inference_steps=20).images[0]
+def test_reconstruction_and_edits(server: AppServer, mnist: DDIMPipeline, tmp_path: Path) -> None:
+    image = mnist(seeds=[3], num_inference_steps=20).images[0]
     image.save(tmp_path / "three.png")
-    result = server.call("/reconstruct", picture=handle_file(tmp_path / "three.png"), steps=20)
-    expected = pipe.reconstruct(image, 20)
+    result = server.call("/reconstruct", picture=handle_file(tmp_path / "three.png"), steps=10)
+    expected = mnist.reconstruct(image, 10)
     assert result["exact"]["mse"] == pytest.approx(float(expected.mse[0]), rel=0.1, abs=1e-8)
     assert result["exact"]["mse"] < result["euler"]["mse"]
     assert result["euler"]["evaluations"] < result["exact"]["evaluations"]
@@ -120,7 +108,7 @@ def test_reconstruction_and_edits(server: AppServer, tmp_path: Path) -> None:
 
     edits = server.call("/edit", picture=handle_file(tmp_path / "three.png"), strength=0.4, count=2, steps=20, seed=9)
     assert edits["seeds"] == [9, 10]
-    expected_edits = pipe.edit([image] * 2, 0.4, 20, seeds=[9, 10]).images
+    expected_edits = mnist.edit([image] * 2, 0.4, 20, seeds=[9, 10]).images
     for path, edit in zip(edits["images"], expected_edits, strict=True):
         assert np.array_equal(pixels(path), np.asarray(edit))
 
@@ -166,7 +154,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "order and eta": ("/sample", {"order": 2, "eta": 1}, "order=2 requires eta=0"),
     "spacing": ("/sample", {"spacing": "even"}, "spacing must be one of the model's own, leading, .*, got 'even'"),
     "long word": ("/sample", {"spacing": "x" * 1000}, r"spacing must be .*, got 'x{30,60}\.\.\."),
-    "model": ("/sample", {"model": "monalisa"}, "model must be mnist or a hub id .*, got 'monalisa'"),
+    "model": ("/sample", {"model": "monalisa"}, "model must be mnist, color, or a hub id .*, got 'monalisa'"),
     "folder": ("/sample", {"model": "/etc"}, "model must be .*, got '/etc'; .*allow_paths=True"),
     "folder above": ("/info", {"model": "../../etc"}, "model must be .*, got '../../etc'; .*allow_paths=True"),
     "hub": ("/info", {"model": "nobody/nothing"}, "the model nobody/nothing is neither a folder nor in the cache"),
@@ -286,15 +274,13 @@ def test_content_security_policy_forbids_other_hosts(server: AppServer) -> None:
 # --- many clients, and cancellation
 
 
-def test_twenty_clients_at_once(server: AppServer) -> None:
-    pipe = DDIMPipeline.from_pretrained("mnist")
-    pipe.set_progress_bar_config(disable=True)
+def test_twenty_clients_at_once(server: AppServer, mnist: DDIMPipeline) -> None:
 
     def ask(seed: int) -> str | np.ndarray:
-        try:
-            return pixels(server.call("/sample", count=1, steps=10, seed=seed)["images"][0])
-        except Exception as error:
-            return str(error)
+        answer = server.run("/sample", count=1, steps=4, seed=seed)
+        if "error" in answer:
+            return str(answer["error"])
+        return pixels(io.BytesIO(httpx.get(answer["images"][0]["url"]).content))
 
     with ThreadPoolExecutor(20) as pool:
         list(pool.map(ask, range(20)))
@@ -306,17 +292,20 @@ def test_twenty_clients_at_once(server: AppServer) -> None:
             assert "queue is full" in answer.lower()
         else:
             num_sampled += 1
-            (expected,) = pipe(seeds=[seed], num_inference_steps=10).images
+            (expected,) = mnist(seeds=[seed], num_inference_steps=4).images
             assert np.array_equal(answer, np.asarray(expected))
     assert num_sampled >= 1
     assert server.memory() < 1.1 * before
 
 
 def test_full_queue_refuses_runs(server: AppServer) -> None:
-    long = server.client().submit(api_name="/sample", **LONG)
+    client = server.client()
+    long = client.submit(api_name="/sample", **LONG)
     wait_until_it_runs(long)
-    waiting = [server.client().submit(count=1, steps=1, seed=seed, api_name="/sample") for seed in range(18)]
-    time.sleep(2)
+    waiting = [client.submit(count=1, steps=1, seed=seed, api_name="/sample") for seed in range(18)]
+    for job in waiting:
+        while not (job.done() or job.outputs()):
+            time.sleep(0.05)
     long.cancel()
     refused = [job for job in waiting if job.exception(timeout=120) is not None]
     assert len(refused) == 2
@@ -343,12 +332,6 @@ def test_cancellation_frees_the_queue(server: AppServer) -> None:
 
 
 def test_disconnected_client_frees_the_queue(server: AppServer) -> None:
-    body = json.dumps({"data": ["mnist", LONG["count"], LONG["steps"], 0, 0, 1, "the model's own"]})
-    started = httpx.post(
-        f"{server.url}/gradio_api/call/sample", content=body, headers={"content-type": "application/json"}
-    ).json()["event_id"]
-    with httpx.stream("GET", f"{server.url}/gradio_api/call/sample/{started}", timeout=60) as stream:
-        for line in stream.iter_lines():
-            if "done" in line:
-                break
+    with server.listen("/sample", server.post("/sample", **LONG)) as reports:
+        next(report for report in reports if "done" in report)
     assert len(server.call("/sample", count=1, steps=1)["images"]) == 1

@@ -9,7 +9,12 @@
     tabs/          one module per tab: its layout, and which event calls which handler
     handlers/      one module per tab: its work, the HTML of its results, its event handlers
     api.py         the same work as named endpoints
-    server.py      the server and its limits
+    requests.py    which requests are answered, and what their bodies must look like
+    listeners.py   who listens to which run
+    uploads.py     how much may be uploaded
+    folders.py     the temporary folder of a server
+    guard.py       the layer around Gradio that refuses what these do not allow
+    server.py      the server
 
 All results are computed by the public API of `ddim`.
 """

@@ -1,12 +1,13 @@
 """The work of the tabs as named endpoints, for `gradio_client` and other programs; docs/web-page.md lists them.
 
 Names and settings are those of the command line. Arguments are checked as they come, images are files that the client
-uploads; an error is one sentence. While it runs, an endpoint reports its progress, `{"done": 3, "total": 20,
-"seconds": 0.1}`; its last report is the result.
+uploads; an error is one sentence. While an endpoint waits for other runs it reports `{"waiting": 2}`, while it runs
+`{"done": 3, "total": 20, "seconds": 0.1}`; its last report is the result.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from functools import wraps
@@ -17,12 +18,13 @@ from gradio.events import api
 from PIL import Image
 
 from ddim.app import inputs
-from ddim.app.events import DEVICE_QUEUE, REPORTED_ERRORS, Endpoint, Shared, fit, make_download_folder
+from ddim.app.events import DEVICE_EVENT, REPORTED_ERRORS, Endpoint, Shared, fit, make_download_folder
 from ddim.app.handlers import interpolate as interpolation
 from ddim.app.handlers import invert as inversion
 from ddim.app.handlers import sample as sampling
 from ddim.app.handlers import steps as comparison
-from ddim.app.runs import Run, RunProgress, RunResult, run_events
+from ddim.app.listeners import StreamAudience
+from ddim.app.runs import Run, RunProgress, RunResult, RunWaiting, run_events
 from ddim.io.image_files import save_image
 
 Answer = dict[str, Any]
@@ -43,6 +45,10 @@ def add_endpoints(shared: Shared) -> None:
         for image, path in zip(images, paths, strict=True):
             save_image(image, path)
         return [gr.FileData(path=str(path), orig_name=path.name, mime_type="image/png").model_dump() for path in paths]
+
+    def fit_upload(source: Any, model: str) -> Image.Image:
+        # Fitted at once: runs that wait must not hold images of 25 million pixels.
+        return inputs.upload(source, shared.uploads, lambda image: fit(open_model(model), image))
 
     def sample(
         model: str = first,
@@ -91,19 +97,17 @@ def add_endpoints(shared: Shared) -> None:
         checked_seeds = [inputs.seed(seed) for seed in inputs.sequence("seeds", seeds, 0, inputs.MAX_LATENTS)]
         sources = inputs.sequence("pictures", pictures, 0, inputs.MAX_LATENTS)
         interpolation.check_endpoints([*checked_seeds, *sources])
-        uploads = [inputs.upload(source, shared.uploads) for source in sources]
+        endpoints = [Endpoint(None, seed) for seed in checked_seeds]
+        endpoints += [Endpoint(fit_upload(source, model)) for source in sources]
 
         def work(run: Run) -> Answer:
-            base = open_model(model)
-            endpoints = [Endpoint(None, seed) for seed in checked_seeds]
-            endpoints += [Endpoint(fit(base, image)) for image in uploads]
-            return {"images": files(interpolation.interpolate(run, base, endpoints, settings).frames)}
+            return {"images": files(interpolation.interpolate(run, open_model(model), endpoints, settings).frames)}
 
         return work
 
     def reconstruct(picture: gr.FileData, model: str = first, steps: int = 50) -> Work:
         """Encode an image exactly and by Euler's steps, and decode both latents."""
-        image, S = inputs.upload(picture, shared.uploads), inputs.integer("steps", steps, 2, inputs.MAX_STEPS)
+        S, image = inputs.integer("steps", steps, 2, inputs.MAX_STEPS), fit_upload(picture, model)
 
         def work(run: Run) -> Answer:
             results = inversion.invert(run, open_model(model), image, S).results
@@ -131,8 +135,7 @@ def add_endpoints(shared: Shared) -> None:
         seed: int = 0,
     ) -> Work:
         """Add noise to an image up to `strength` and sample from there; edit i has the noise of seed + i."""
-        image = inputs.upload(picture, shared.uploads)
-        settings = inversion.EditSettings.checked(strength, steps, seed, count)
+        settings, image = inversion.EditSettings.checked(strength, steps, seed, count), fit_upload(picture, model)
 
         def work(run: Run) -> Answer:
             images = inversion.edit(run, open_model(model), image, settings)
@@ -150,7 +153,7 @@ def add_endpoints(shared: Shared) -> None:
             report_progress(prepare),
             api_name=prepare.__name__,
             api_description=prepare.__doc__,
-            **DEVICE_QUEUE,
+            **DEVICE_EVENT,
         )
 
 
@@ -166,10 +169,14 @@ def report_progress(prepare: Callable[..., Work]) -> Callable[..., AsyncIterator
 
     @wraps(prepare)
     async def handle(*arguments: Any) -> AsyncIterator[Answer]:
+        audience = StreamAudience.of_this_event()
         try:
-            async with aclosing(run_events(prepare(*arguments))) as events:
+            work = await asyncio.to_thread(prepare, *arguments)
+            async with aclosing(run_events(work, audience)) as events:
                 async for event in events:
-                    if isinstance(event, RunProgress):
+                    if isinstance(event, RunWaiting):
+                        yield {"waiting": event.ahead}
+                    elif isinstance(event, RunProgress):
                         yield {"done": event.done, "total": event.total, "seconds": event.seconds}
                     elif isinstance(event, RunResult):
                         yield event.value | {"seconds": event.seconds}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import tempfile
 import time
@@ -16,11 +17,13 @@ import gradio as gr
 from PIL import Image
 
 from ddim.app import page
+from ddim.app.listeners import StreamAudience
 from ddim.app.models import ModelCache
 from ddim.app.rendering import Cell, grid
-from ddim.app.runs import Run, RunPreview, RunProgress, RunResult, run_events
+from ddim.app.runs import Run, RunPreview, RunProgress, RunResult, RunWaiting, run_events
 from ddim.io.images import fit_image
 from ddim.pipeline import DDIMPipeline
+from ddim.validation import pluralize
 
 T = TypeVar("T")
 
@@ -30,8 +33,11 @@ Updates = dict[Any, Any]
 REPORTED_ERRORS = (ValueError, TypeError, OSError, RuntimeError, MemoryError)
 """Failures whose message is shown to the user, as on the command line."""
 
-DEVICE_QUEUE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
-"""Arguments of events that run the network: all wait in one queue."""
+DEVICE_EVENT: dict[str, Any] = {"concurrency_limit": None}
+"""Arguments of events that run the network: Gradio starts them at once, and they wait in `ddim.app.runs`."""
+
+RUN_EVENT: dict[str, Any] = DEVICE_EVENT | {"show_progress": "hidden", "api_visibility": "private"}
+"""Arguments of events of the page that run the network."""
 
 INSTANT_EVENT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """Arguments of events that do not run the network."""
@@ -65,6 +71,7 @@ class Shared:
     Attributes:
         models: the models that may be opened.
         model: the name of the session's model.
+        header: the page's title, which names the session's model; updated together with `model`.
         endpoints: a list of `Endpoint`s: what the user pinned.
         endpoint_list: the endpoints as HTML, in the tab Interpolate; updated together with `endpoints`.
         uploads: the folder of uploaded files.
@@ -73,6 +80,7 @@ class Shared:
 
     models: ModelCache
     model: gr.State
+    header: gr.HTML
     endpoints: gr.State
     endpoint_list: gr.HTML
     uploads: str
@@ -108,12 +116,16 @@ def follow_run(prepare: Callable[..., Task[Any]], status: gr.HTML) -> Callable[.
     """
 
     async def handle(*values: Any) -> AsyncIterator[Updates]:
+        audience = StreamAudience.of_this_event()
         try:
-            task = prepare(*values)
+            # Decoding an image, or opening a model, takes its time.
+            task = await asyncio.to_thread(prepare, *values)
             yield {status: page.status(task.description, 0)}
-            async with aclosing(run_events(task.work)) as events:
+            async with aclosing(run_events(task.work, audience)) as events:
                 async for event in events:
-                    if isinstance(event, RunProgress):
+                    if isinstance(event, RunWaiting):
+                        yield {status: page.status(f"Waiting: {pluralize(event.ahead, 'run')} before this one.")}
+                    elif isinstance(event, RunProgress):
                         details = f"step {event.done} of {event.total}, {event.seconds:.1f} s"
                         yield {status: page.status(task.description, event.done / max(1, event.total), details)}
                     elif isinstance(event, RunPreview):
@@ -124,18 +136,6 @@ def follow_run(prepare: Callable[..., Task[Any]], status: gr.HTML) -> Callable[.
             yield {status: page.failed(error)}
 
     return handle
-
-
-def run_event(status: gr.HTML) -> dict[str, Any]:
-    """Return the arguments of an event that becomes a run.
-
-    Args:
-        status: shows the event's position in the queue.
-
-    Returns:
-        The arguments.
-    """
-    return DEVICE_QUEUE | {"show_progress": "minimal", "show_progress_on": status, "api_visibility": "private"}
 
 
 def report_errors(answer: Callable[..., Updates], status: gr.HTML) -> Callable[..., Updates]:
@@ -160,6 +160,15 @@ def report_errors(answer: Callable[..., Updates], status: gr.HTML) -> Callable[.
     return handle
 
 
+def event_value(event: gr.EventData) -> Any:
+    """Return the value that a script of the page sent with an event; `None` if it sent none.
+
+    Args:
+        event: the event.
+    """
+    return getattr(event, "value", None)
+
+
 def show_endpoints(endpoints: Sequence[Endpoint]) -> str:
     """Return endpoints as HTML; a click removes one.
 
@@ -167,7 +176,8 @@ def show_endpoints(endpoints: Sequence[Endpoint]) -> str:
         endpoints: the endpoints, in order.
     """
     if not endpoints:
-        return "<p>No endpoints yet: pin images in the tab Sample, or add seeds and files below.</p>"
+        empty = grid([Cell(None, " ")] * 2, (1, 1), "Endpoints")
+        return f"{empty}<p>No endpoints yet: pin images in the tab Sample, or add seeds and files below.</p>"
     cells = [
         Cell(endpoint.image, endpoint.label, endpoint.label, action="Remove", value=index)
         for index, endpoint in enumerate(endpoints)

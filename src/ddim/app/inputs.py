@@ -7,7 +7,9 @@ argument and what is allowed.
 
 from __future__ import annotations
 
+import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +33,12 @@ MAX_LATENTS = 8
 MAX_FRAMES = 33
 MAX_MEGABYTES = 10
 MAX_PIXELS = 25_000_000
+MAX_DECODED = 2
+"""Images of clients that are decoded at a time: one may take 100 MB."""
+
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+
+_decoding = threading.BoundedSemaphore(MAX_DECODED)
 
 
 def integer(name: str, value: Any, minimum: int, maximum: int) -> int:
@@ -127,15 +134,18 @@ def seed(value: Any) -> int:
     return integer("seed", value, 0, MAX_SEED)
 
 
-def upload(source: Any, folder: str | Path) -> Image.Image:
+def upload(
+    source: Any, folder: str | Path, finish: Callable[[Image.Image], Image.Image] = lambda image: image
+) -> Image.Image:
     """Decode an uploaded image, after its size and its header have been checked.
 
     Args:
         source: the path of a file, or the dictionary with a `path` that Gradio's clients send.
         folder: where uploads are stored; no other file is opened.
+        finish: makes what is kept of the image; a few images at a time are in memory until then.
 
     Returns:
-        The image.
+        What `finish` returned.
 
     Raises:
         ValueError: if it is not a file in the folder, exceeds a limit, or is not a still image of a known format.
@@ -149,8 +159,8 @@ def upload(source: Any, folder: str | Path) -> Image.Image:
         raise ValueError("picture must be a file that was uploaded here; upload it first")
     if (size := path.stat().st_size) > MAX_MEGABYTES * 1_000_000:
         raise ValueError(f"{path.name} must have at most {MAX_MEGABYTES} MB, got {size / 1e6:.1f} MB")
-    with path.open("rb") as file:
-        return decode(file, path.name)
+    with _decoding, path.open("rb") as file:
+        return finish(decode(file, path.name))
 
 
 def decode(file: IO[bytes], name: str) -> Image.Image:

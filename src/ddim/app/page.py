@@ -24,6 +24,7 @@ CSS = """
 .images li { margin: 0; min-width: 0; }
 .images img, .images .empty, .stage img { display: block; width: 100%; image-rendering: pixelated;
   border-radius: 6px; background: var(--background-fill-secondary); margin: 0; }
+.images img, .stage img { box-shadow: 0 0 0 1px var(--border-color-primary); }
 .images .empty { border: 1px dashed var(--border-color-primary); box-sizing: border-box; }
 .images button { display: block; width: 100%; padding: 0; border: 0; border-radius: 8px; background: none;
   cursor: pointer; outline-offset: 2px; }
@@ -36,7 +37,6 @@ CSS = """
 .status .bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
 .status .bar span { display: block; height: 100%; background: var(--color-accent); }
 .status p { margin: 0; }
-.block:has(.status) > .wrap.minimal { overflow: visible !important; } /* the position in the queue */
 .status.failed p { color: var(--error-text-color, #b91c1c); font-weight: 600; }
 .lead { max-width: 46em; } .lead p { margin: 0 0 .5em; }
 .rows { display: grid; gap: 14px; }
@@ -49,8 +49,12 @@ CSS = """
 .stage .controls button, .draw button { min-height: 44px; min-width: 5.5em; border-radius: 8px; cursor: pointer;
   border: 1px solid var(--border-color-primary); background: var(--button-secondary-background-fill);
   color: var(--button-secondary-text-color); }
-.draw canvas { width: min(100%, 280px); aspect-ratio: 1; border-radius: 8px; background: #000; touch-action: none;
-  cursor: crosshair; display: block; margin-bottom: 8px; }
+.draw canvas { width: min(100%, 280px); border-radius: 8px; touch-action: none; cursor: crosshair; display: block;
+  margin-bottom: 8px; border: 1px solid var(--border-color-primary); box-sizing: border-box; }
+.draw .tools { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
+.draw .tools label { display: inline-flex; gap: 6px; align-items: center; }
+.draw input[type=color] { width: 44px; height: 44px; padding: 2px; border-radius: 8px; cursor: pointer;
+  border: 1px solid var(--border-color-primary); background: var(--button-secondary-background-fill); }
 table.facts { border-collapse: collapse; width: 100%; max-width: 46em; font-variant-numeric: tabular-nums; }
 table.facts, table.facts tr, table.facts th, table.facts td { border: 0 !important; }
 table.facts th, table.facts td { text-align: start; padding: 5px 12px 5px 0 !important; vertical-align: top;
@@ -61,6 +65,10 @@ table.facts th, table.facts td { text-align: start; padding: 5px 12px 5px 0 !imp
 .ends { align-items: flex-end; } .ends button { min-height: 44px; padding-inline: 10px; white-space: nowrap; }
 #card table { display: block; overflow-x: auto; } #card th, #card td { overflow-wrap: normal; word-break: normal; }
 table.facts th { width: 40%; color: var(--body-text-color-subdued); }
+.dark input[type=range] { --neutral-200: var(--neutral-600); } /* Gradio's color of the track, which is too bright */
+.dark .stage input { color-scheme: dark; }
+#inverted:not(:has(.ways)) { display: none; } /* the gap around it, too */
+#header p { margin: 0 0 4px; overflow-wrap: anywhere; }
 :focus-visible { outline: 3px solid var(--color-accent); outline-offset: 2px; }
 @media (max-width: 640px) {
   /* All tabs are visible; the hidden ones are those that Gradio measures. */
@@ -81,9 +89,23 @@ element.addEventListener('click', (event) => {
 """Reports which image of `ddim.app.rendering.grid` was clicked."""
 
 
-def header() -> gr.HTML:
-    """Return the page's title."""
-    return gr.HTML("<h1>ddim</h1><p>Denoising Diffusion Implicit Models, at work.</p>", elem_id="header")
+def header(model: str, shape: tuple[int, int, int]) -> str:
+    """Return the page's title, with the session's model, as HTML.
+
+    Args:
+        model: the model's name.
+        shape: (C, H, W) of its images.
+
+    Example:
+        >>> header("mnist", (1, 28, 28))[-64:]
+        '<p>Model: <b id="model-name">mnist</b>, gray, 28 x 28 pixels</p>'
+    """
+    channels, height, width = shape
+    kind = {1: "gray", 3: "color"}.get(channels, f"{channels} channels")
+    return (
+        "<h1>ddim</h1><p>Denoising Diffusion Implicit Models</p>"
+        f'<p>Model: <b id="model-name">{escape(model)}</b>, {kind}, {width} x {height} pixels</p>'
+    )
 
 
 def lead(*paragraphs: str) -> gr.HTML:

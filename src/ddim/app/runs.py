@@ -13,11 +13,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from tqdm import tqdm
 
@@ -31,14 +30,33 @@ T = TypeVar("T")
 REPORT_SECONDS = 0.1
 """Least time between reports of one kind: each costs the server time, which the network would have had."""
 
+MAX_WAITING_RUNS = 16
+"""Runs that wait for the device; further ones are refused."""
+
 _device_thread = ThreadPoolExecutor(1, "device")
 """One thread for all runs: PyTorch's thread pool belongs to the thread that calls it."""
 
-_active_runs: weakref.WeakSet[Run] = weakref.WeakSet()
+_line: list[Run] = []
+"""The runs in order; the first one has the device. It belongs to the server's event loop."""
 
 
 class Cancelled(BaseException):
     """The run was cancelled. Not an `Exception`: no handler on the way may take it for a failure."""
+
+
+class Unheard(RuntimeError):
+    """Nobody listens to the run."""
+
+
+@dataclass(frozen=True)
+class RunWaiting:
+    """A run waits for the device.
+
+    Attributes:
+        ahead: runs before it.
+    """
+
+    ahead: int
 
 
 @dataclass(frozen=True)
@@ -76,11 +94,21 @@ class RunResult(Generic[T]):
     seconds: float
 
 
+class Audience(Protocol):
+    """Who listens to a run."""
+
+    async def arrived(self) -> bool:
+        """Wait until somebody listens; return whether somebody does."""
+
+    async def left(self) -> None:
+        """Wait until nobody listens any more."""
+
+
 class Run:
     """Work in progress.
 
     Args:
-        report: takes the `RunProgress` and `RunPreview` events, in the thread of the work.
+        report: takes the run's events, in any thread.
     """
 
     def __init__(self, report: Callable[[Any], Any]) -> None:
@@ -88,11 +116,23 @@ class Run:
         self._cancelled = threading.Event()
         self.started = time.monotonic()
         self._last_progress = self._last_preview = 0.0
-        _active_runs.add(self)
 
     def cancel(self) -> None:
         """Stop at the next step."""
         self._cancelled.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether it was cancelled."""
+        return self._cancelled.is_set()
+
+    def wait(self, ahead: int) -> None:
+        """Report the runs before this one.
+
+        Args:
+            ahead: how many.
+        """
+        self._report(RunWaiting(ahead))
 
     def pipeline(self, base: DDIMPipeline) -> DDIMPipeline:
         """Make a pipeline of this run alone on the network of another.
@@ -181,22 +221,34 @@ class _RunSampler(Sampler):
         return _RunBar(self._run, total or 0)
 
 
-async def run_events(work: Callable[[Run], T]) -> AsyncGenerator[RunProgress | RunPreview | RunResult[T], None]:
+Event = RunWaiting | RunProgress | RunPreview
+
+
+async def run_events(
+    work: Callable[[Run], T], audience: Audience | None = None
+) -> AsyncGenerator[RunWaiting | RunProgress | RunPreview | RunResult[T], None]:
     """Do work in the thread of the device, after the runs that were started before.
 
     Args:
         work: called with the run.
+        audience: who listens to the run; `None` for whoever iterates.
 
     Yields:
-        `RunProgress` and `RunPreview` events, and at the end the `RunResult`. When the iterator is closed or its task
-        cancelled, the run is cancelled.
+        `RunWaiting`, `RunProgress` and `RunPreview` events, and at the end the `RunResult`. When the iterator is closed
+        or its task cancelled, or the audience leaves, the run is cancelled.
 
     Raises:
+        Unheard: if the audience does not come, or leaves.
+        RuntimeError: if `MAX_WAITING_RUNS` runs wait already.
         Exception: whatever the work raises.
     """
-    loop, events = asyncio.get_running_loop(), asyncio.Queue[RunProgress | RunPreview | None]()
+    if audience and not await audience.arrived():
+        raise Unheard("nobody listens to this run; open its stream of events right after asking for it")
+    if len(_line) > MAX_WAITING_RUNS:
+        raise RuntimeError(f"the queue is full: {MAX_WAITING_RUNS} runs wait already; try again later")
+    loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
 
-    def report(event: RunProgress | RunPreview | None) -> None:
+    def report(event: Event | None) -> None:
         loop.call_soon_threadsafe(events.put_nowait, event)
 
     run = Run(report)
@@ -209,19 +261,38 @@ async def run_events(work: Callable[[Run], T]) -> AsyncGenerator[RunProgress | R
         finally:
             report(None)
 
+    async def leave() -> None:
+        assert audience is not None
+        await audience.left()
+        run.cancel()
+        report(None)
+
+    leaving = asyncio.ensure_future(leave()) if audience else None
+    _line.append(run)
     future = loop.run_in_executor(_device_thread, execute)
     try:
+        if len(_line) > 1:
+            yield RunWaiting(len(_line) - 1)
         while (event := await events.get()) is not None:
             yield event
+        if run.is_cancelled:
+            raise Unheard("nobody listens to this run any more")
         yield RunResult(await future, time.monotonic() - run.started)
     finally:
         run.cancel()
-        # The outcome of a cancelled run is retrieved, so that asyncio does not log it.
+        _line.remove(run)
+        for ahead, other in enumerate(_line):
+            if ahead:
+                other.wait(ahead)
+        if leaving:
+            leaving.cancel()
+        # A run that waits leaves the executor; the outcome of a cancelled one is retrieved, so that it is not logged.
+        future.cancel()
         future.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 def stop_all() -> None:
     """Cancel all runs and start none; for the end of the program."""
     _device_thread.shutdown(wait=False, cancel_futures=True)
-    for run in list(_active_runs):
+    for run in list(_line):
         run.cancel()

@@ -1,84 +1,37 @@
-"""The server: its limits, its content security policy, and its life from start to SIGTERM."""
+"""The server: the page, the guard around it, and its life from start to SIGTERM."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import socket
-import tempfile
 import threading
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import gradio as gr
 from gradio import processing_utils
+from gradio.routes import App
 from gradio.utils import get_upload_folder
-from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ddim.app import api, page, runs
 from ddim.app.events import Shared, show_endpoints
+from ddim.app.folders import server_folder
+from ddim.app.guard import Access, Guard
 from ddim.app.inputs import MAX_MEGABYTES
+from ddim.app.listeners import MAX_UNHEARD_RUNS, listeners
 from ddim.app.models import ModelCache
+from ddim.app.requests import Function
+from ddim.app.runs import MAX_WAITING_RUNS
 from ddim.app.tabs import interpolate, invert, model, sample, steps
+from ddim.app.uploads import UPLOAD_LIFETIME_SECONDS, UploadLedger
 
-MAX_QUEUED_RUNS = 16
-"""Runs that wait; further ones are refused."""
+MAX_EVENTS = MAX_UNHEARD_RUNS + 2 * MAX_WAITING_RUNS
+"""Events that Gradio handles at a time: runs that wait for a listener or the device, and those that are refused."""
 
-MAX_BODY_BYTES = 2_000_000
-"""Size of a request that is not an upload."""
-
-FILE_LIFETIME_SECONDS = 3600
-"""Age at which the files of runs and uploads are deleted."""
-
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
-    "base-uri 'self'; form-action 'self'"
-)
-"""Browsers fetch from this server only, whatever a model card or Gradio's own page refers to."""
-
-
-class Guard:
-    """Middleware that adds `POLICY` to each response, and refuses bodies that are too large before they are read.
-
-    Args:
-        app: the application that it wraps.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, as ASGI asks.
-
-        Args:
-            scope: describes the request.
-            receive: returns the next part of its body.
-            send: takes the parts of the response.
-        """
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        length = headers.get(b"content-length", b"0")
-        # Gradio limits uploads itself.
-        if not scope["path"].endswith("/upload") and length.isdigit() and int(length) > MAX_BODY_BYTES:
-            answer = PlainTextResponse(f"a request has at most {MAX_BODY_BYTES:,} bytes", 413)
-            await answer(scope, receive, send)
-            return
-
-        async def send_guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [
-                    *message["headers"],
-                    (b"content-security-policy", POLICY.encode()),
-                    (b"referrer-policy", b"no-referrer"),
-                ]
-            await send(message)
-
-        await self._app(scope, receive, send_guarded)
+CLEAN_SECONDS = 60
+"""Time between looks for old files of runs and uploads."""
 
 
 async def _fetch_nothing(url: str, cache_dir: str) -> str:
@@ -96,12 +49,13 @@ def build(models: ModelCache, downloads: str) -> gr.Blocks:
     Returns:
         The page.
     """
-    with gr.Blocks(title="ddim", analytics_enabled=False, delete_cache=(FILE_LIFETIME_SECONDS,) * 2) as blocks:
-        endpoint_list = gr.HTML(
-            show_endpoints([]), js_on_load=page.CLICKS, elem_id="endpoints", min_height=130, render=False
-        )
-        shared = Shared(models, gr.State(models.names[0]), gr.State([]), endpoint_list, get_upload_folder(), downloads)
-        page.header()
+    with gr.Blocks(
+        title="ddim", analytics_enabled=False, delete_cache=(CLEAN_SECONDS, UPLOAD_LIFETIME_SECONDS)
+    ) as blocks:
+        endpoint_list = gr.HTML(show_endpoints([]), js_on_load=page.CLICKS, elem_id="endpoints", render=False)
+        first = models.names[0]
+        header = gr.HTML(page.header(first, models.open(first).sample_shape), elem_id="header")
+        shared = Shared(models, gr.State(first), header, gr.State([]), endpoint_list, get_upload_folder(), downloads)
         for name, tab in (
             ("Sample", sample.tab),
             ("Steps", steps.tab),
@@ -112,7 +66,42 @@ def build(models: ModelCache, downloads: str) -> gr.Blocks:
             with gr.Tab(name):
                 tab(shared)
         api.add_endpoints(shared)
-    return blocks.queue(max_size=MAX_QUEUED_RUNS)
+    # Runs wait in `ddim.app.runs`; this bounds what arrives faster than Gradio takes it.
+    return blocks.queue(max_size=MAX_WAITING_RUNS, api_open=False)
+
+
+def functions(blocks: gr.Blocks) -> dict[int, Function]:
+    """Return what requests may call, by index.
+
+    Args:
+        blocks: the page.
+    """
+    return {
+        index: Function(
+            function.api_name if isinstance(function.api_name, str) else "",
+            None if function.cancels else len(function.inputs),
+            tuple(inspect.signature(function.fn).parameters) if function.fn and function.api_visibility == "public"
+            else (),
+        )
+        for index, function in blocks.fns.items()
+    }  # fmt: skip
+
+
+def guarded(blocks: gr.Blocks, access: Access) -> Callable[[App], AbstractAsyncContextManager[None]]:
+    """Return a lifespan of the application that makes a `Guard` its outermost layer, around Gradio's own.
+
+    Args:
+        blocks: the page.
+        access: who may use the server.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: App) -> AsyncIterator[None]:
+        assert app.middleware_stack is not None
+        app.middleware_stack = Guard(app.middleware_stack, access, functions(blocks), listeners, UploadLedger())
+        yield
+
+    return lifespan
 
 
 def serve(
@@ -121,6 +110,7 @@ def serve(
     port: int = 7860,
     share: bool = False,
     allow_paths: bool = False,
+    allow_hosts: Sequence[str] = (),
     open_browser: bool = True,
     device: str = "auto",
     engine: str = "auto",
@@ -133,6 +123,7 @@ def serve(
         port: the port to listen on; 0 for a free one.
         share: publish the page on the internet through Gradio's servers.
         allow_paths: let the page open any folder of this machine as a model.
+        allow_hosts: names that the page is reached by beside those of this machine, such as a reverse proxy's.
         open_browser: open the page in a browser.
         device: where networks run: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         engine: how they run: `auto`, `eager` or `compile`.
@@ -142,30 +133,33 @@ def serve(
         ValueError: if a model is damaged, or no such device or engine exists.
         OSError: if the port is taken, or the host is not an address of this machine.
     """
+    host = host.strip("[]")
     models = ModelCache(names, allow_paths, device, engine)
     processing_utils.async_ssrf_protected_download = _fetch_nothing
     free_port = check_port(host, port)
-    with tempfile.TemporaryDirectory(prefix="ddim-app-") as temporary:
+    access = Access(host, share, frozenset(name.lower() for name in allow_hosts))
+    with server_folder() as temporary:
         # Gradio stores uploads there, and copies of files that are offered for download.
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(temporary, "gradio"))
-        downloads = Path(temporary, "downloads")
+        os.environ["GRADIO_TEMP_DIR"] = str(temporary / "gradio")
+        downloads = temporary / "downloads"
         downloads.mkdir()
         blocks = build(models, str(downloads))
         _, address, public = blocks.launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,  # Gradio makes an address of it
             server_port=free_port,
             share=share,
             inbrowser=open_browser,
             quiet=True,
             prevent_thread_lock=True,
             max_file_size=MAX_MEGABYTES * 1_000_000,
-            footer_links=["api", "settings"],
+            footer_links=["api"],
             ssr_mode=False,
             theme=page.THEME,
             css=page.CSS,
             run_history=False,
+            max_threads=MAX_EVENTS,
             show_error=True,
-            app_kwargs={"middleware": [Middleware(Guard)]},
+            app_kwargs={"lifespan": guarded(blocks, access)},
         )
         print(public or address, flush=True)
         if threading.current_thread() is threading.main_thread():

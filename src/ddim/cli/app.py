@@ -33,6 +33,13 @@ def app(
     allow_paths: Annotated[
         bool, typer.Option("--allow-paths", help="Let the page open any folder of this machine as a model.")
     ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another name that the page is reached by, such as a reverse proxy's; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
     device: options.Device = "auto",
     engine: options.Engine = "auto",
@@ -52,4 +59,5 @@ def app(
     integer("--port", port, 0, 65535)
     from ddim.app import serve
 
-    serve([*(models or []), *(model or [])] or ["mnist"], host, port, share, allow_paths, open_browser, device, engine)
+    names = [*(models or []), *(model or [])] or ["mnist"]
+    serve(names, host, port, share, allow_paths, allow_host or (), open_browser, device, engine)

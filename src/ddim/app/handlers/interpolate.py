@@ -11,7 +11,16 @@ import gradio as gr
 from PIL import Image
 
 from ddim.app import inputs, page
-from ddim.app.events import Endpoint, Shared, Task, Updates, fit, make_download_folder, show_endpoints
+from ddim.app.events import (
+    Endpoint,
+    Shared,
+    Task,
+    Updates,
+    event_value,
+    fit,
+    make_download_folder,
+    show_endpoints,
+)
 from ddim.app.rendering import Cell, data_url, grid
 from ddim.app.runs import Run, RunResult
 from ddim.diffusion.noise import noise_from_seeds
@@ -23,6 +32,8 @@ ENDPOINT_STEPS = 20
 """Number of steps in which the images of seeds are sampled for the list of endpoints."""
 
 MAX_SEED_DIGITS = 19
+
+READY = "A path needs at least two endpoints."
 
 
 @dataclass(frozen=True)
@@ -251,8 +262,11 @@ class InterpolateHandlers:
         self, model: str, endpoints: list[Endpoint], seeds: Sequence[int], paths: Sequence[str]
     ) -> Task[list[Endpoint]]:
         paths = inputs.sequence("images", paths, 0, inputs.MAX_LATENTS)
-        images = [inputs.upload(path, self.shared.uploads) for path in paths]
-        check_room(endpoints, len(seeds) + len(images))
+        check_room(endpoints, len(seeds) + len(paths))
+        open_model = self.shared.models.open
+        images = [
+            inputs.upload(path, self.shared.uploads, lambda image: fit(open_model(model), image)) for path in paths
+        ]
 
         def show_result(result: RunResult[list[Endpoint]]) -> Updates:
             text = f"{pluralize(len(result.value), 'endpoint')} added."
@@ -278,20 +292,29 @@ class InterpolateHandlers:
         Raises:
             ValueError: if no such endpoint exists.
         """
-        index = inputs.integer("endpoint", event.value, 0, len(endpoints) - 1)
+        index = inputs.integer("endpoint", event_value(event), 0, len(endpoints) - 1)
         return self._set_endpoints([endpoint for i, endpoint in enumerate(endpoints) if i != index])
 
     def _set_endpoints(self, endpoints: list[Endpoint]) -> Updates:
         return {self.shared.endpoints: endpoints, self.shared.endpoint_list: show_endpoints(endpoints)}
 
+    def reset(self) -> Updates:
+        """Remove the path, which is that of another model."""
+        return {
+            self.status: page.status(READY),
+            self.strip: "",
+            self.animation: gr.DownloadButton(value=None, interactive=False),
+        }
+
     def interpolate(
-        self, model: str, endpoints: list[Endpoint], frames: Any, steps: Any, closed: Any
+        self, model: str, endpoints: list[Endpoint], text: Any, frames: Any, steps: Any, closed: Any
     ) -> Task[PathFrames]:
         """Return the task of the interpolation.
 
         Args:
             model: the model's name.
             endpoints: those of the session.
+            text: further seeds, as a user wrote them, which become endpoints.
             frames: per leg, both ends included.
             steps: of encoding and decoding.
             closed: whether the path returns to the first endpoint.
@@ -299,17 +322,18 @@ class InterpolateHandlers:
         Raises:
             ValueError: if an input is not allowed, or there are too few endpoints.
         """
-        settings = PathSettings.checked(frames, steps, closed)
-        check_endpoints(endpoints)
+        settings, seeds = PathSettings.checked(frames, steps, closed), parse_seeds(text)
+        check_endpoints([*endpoints, *seeds])
+        base = self.shared.models.open(model)
+
+        def work(run: Run) -> PathFrames:
+            every = [*endpoints, *make_endpoints(run, base, seeds, ())]
+            run.show(every)
+            return interpolate(run, base, every, settings)
 
         def show_result(result: RunResult[PathFrames]) -> Updates:
             text = f"{pluralize(len(result.value.frames), 'frame')} in {result.seconds:.2f} s."
             file = gr.DownloadButton(value=save(result.value, self.shared.downloads), interactive=True)
             return {self.status: page.status(text, 1), self.strip: show_frames(result.value), self.animation: file}
 
-        return Task(
-            "Interpolating",
-            lambda run: interpolate(run, self.shared.models.open(model), endpoints, settings),
-            lambda _: {},
-            show_result,
-        )
+        return Task("Interpolating", work, self._set_endpoints, show_result)

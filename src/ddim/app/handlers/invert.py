@@ -14,12 +14,17 @@ from PIL import Image
 
 from ddim import validation
 from ddim.app import inputs, page
-from ddim.app.events import Endpoint, Shared, Task, Updates, fit
+from ddim.app.events import Endpoint, Shared, Task, Updates, event_value, fit
 from ddim.app.rendering import Cell, grid
 from ddim.app.runs import Run, RunResult
 from ddim.io.images import to_output
 from ddim.pipeline import DDIMPipeline
 from ddim.validation import pluralize
+
+READY = "Upload an image, draw one, or use a pinned one."
+
+CANVAS_SIZE = 280
+"""Longer side of the canvas."""
 
 NUM_EDITS = 8
 """Edits of one image, side by side."""
@@ -249,6 +254,26 @@ def show_image(image: Image.Image | None) -> str:
     return grid([Cell(image, label, "the image at the model's size")], image.size[::-1], "Image", 1)
 
 
+def show_canvas(shape: tuple[int, int, int]) -> str:
+    """Return a canvas of a model's shape as HTML: white on black for gray images, any colors on white for others.
+
+    Args:
+        shape: (C, H, W) of the model's images.
+    """
+    channels, height, width = shape
+    scale = CANVAS_SIZE / max(height, width)
+    background = "#000000" if channels == 1 else "#ffffff"
+    colors = (
+        '<label>Color <input type="color" value="#1f4e9e" data-color></label> '
+        '<button type="button" data-fill>Fill</button>'
+    )
+    return f"""<div class="draw"><canvas width="{width * scale:.0f}" height="{height * scale:.0f}" role="img"
+aria-label="Draw here" data-background="{background}"
+style="aspect-ratio:{width}/{height};background:{background}"></canvas><div class="tools">
+<button type="button" data-use>Use the drawing</button> <button type="button" data-clear>Clear</button>
+{colors if channels > 1 else ""}</div></div>"""
+
+
 @dataclass(frozen=True, eq=False)
 class InvertHandlers:
     """The event handlers of the tab, and the components that they update."""
@@ -257,6 +282,7 @@ class InvertHandlers:
     status: gr.HTML
     image: gr.State
     shown_image: gr.HTML
+    canvas: gr.HTML
     inverted: gr.HTML
     edited: gr.HTML
 
@@ -273,7 +299,7 @@ class InvertHandlers:
         Raises:
             ValueError: if it is not an image.
         """
-        return self._use(model, inputs.upload(path, self.shared.uploads))
+        return self._use(inputs.upload(path, self.shared.uploads, lambda image: self._fit(model, image)))
 
     def use_drawing(self, model: str, event: gr.EventData) -> Updates:
         """Use the drawing.
@@ -288,7 +314,7 @@ class InvertHandlers:
         Raises:
             ValueError: if it is not a drawing.
         """
-        return self._use(model, decode_drawing(event.value))
+        return self._use(self._fit(model, decode_drawing(event_value(event))))
 
     def use_last_pinned(self, model: str, endpoints: Sequence[Endpoint]) -> Updates:
         """Use the image that was pinned last.
@@ -305,23 +331,35 @@ class InvertHandlers:
         """
         if not endpoints:
             raise ValueError("no image is pinned; click one in the tab Sample first")
-        return self._use(model, check_image(endpoints[-1].image))
+        return self._use(self._fit(model, check_image(endpoints[-1].image)))
 
-    def _use(self, model: str, image: Image.Image) -> Updates:
-        fitted = fit(self.shared.models.open(model), image)
+    def _fit(self, model: str, image: Image.Image) -> Image.Image:
+        return fit(self.shared.models.open(model), image)
+
+    def _use(self, image: Image.Image) -> Updates:
         return {
-            self.image: fitted,
-            self.shown_image: show_image(fitted),
+            self.image: image,
+            self.shown_image: show_image(image),
             self.status: page.status("The image is ready."),
         }
 
-    def clear(self) -> tuple[None, str]:
-        """Remove the image, which has the size of another model.
+    def clear(self, model: str) -> Updates:
+        """Remove the image and its results, which are those of another model, and give the canvas the model's shape.
+
+        Args:
+            model: the model's name.
 
         Returns:
-            No image, and the empty box.
+            The updates.
         """
-        return None, show_image(None)
+        return {
+            self.status: page.status(READY),
+            self.image: None,
+            self.shown_image: show_image(None),
+            self.canvas: show_canvas(self.shared.models.open(model).sample_shape),
+            self.inverted: "",
+            self.edited: "",
+        }
 
     def invert(self, model: str, image: Image.Image | None, steps: Any) -> Task[InversionComparison]:
         """Return the task of the inversion.

@@ -73,13 +73,14 @@ class ModelHandlers:
         model = self.shared.models.check(name)
 
         def work(run: Run) -> dict[str, Any]:
-            self.shared.models.open(model)
-            return self.shared.models.facts(model)
+            shape = self.shared.models.open(model).sample_shape
+            return self.shared.models.facts(model) | {"shape": shape}
 
         def show_result(result: RunResult[dict[str, Any]]) -> Updates:
             return {
                 self.status: page.status(f"{model} is open."),
                 self.shared.model: model,
+                self.shared.header: page.header(model, result.value["shape"]),
                 self.size: show_size(result.value),
                 self.configuration: show_configuration(result.value),
                 self.card: show_card(result.value),

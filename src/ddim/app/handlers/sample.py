@@ -13,7 +13,7 @@ from PIL import Image
 
 from ddim import validation
 from ddim.app import inputs, page
-from ddim.app.events import Endpoint, Shared, Task, Updates, make_download_folder, show_endpoints
+from ddim.app.events import Endpoint, Shared, Task, Updates, event_value, make_download_folder, show_endpoints
 from ddim.app.rendering import Cell, grid
 from ddim.app.runs import Run, RunResult
 from ddim.diffusion.sampling_config import SamplingConfig
@@ -24,6 +24,8 @@ from ddim.validation import pluralize
 
 MODELS_OWN = "the model's own"
 """The spacing that leaves the timesteps to the model."""
+
+NOTHING_SAMPLED = "Nothing has been sampled yet."
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,15 @@ def sample(run: Run, base: DDIMPipeline, settings: SampleSettings) -> SampledIma
     return SampledImages(settings, output.images)
 
 
+def show_empty(count: int) -> str:
+    """Return boxes without images as HTML.
+
+    Args:
+        count: how many.
+    """
+    return grid([Cell(None, " ")] * count, (1, 1), "Images")
+
+
 def show_preview(images: Sequence[Image.Image], settings: SampleSettings) -> str:
     """Return unfinished images as HTML.
 
@@ -258,6 +269,30 @@ class SampleHandlers:
             show_result,
         )
 
+    def reset(self, model: str, *values: Any) -> Updates:
+        """Remove the images, which are those of another model, and return the program and the command for this one.
+
+        Args:
+            model: the model's name.
+            values: the arguments of `SampleSettings.checked`; the defaults stand in for what is not allowed.
+
+        Returns:
+            The updates.
+        """
+        try:
+            settings = SampleSettings.checked(*values)
+        except (ValueError, TypeError):
+            settings = SampleSettings()
+        return {
+            self.status: page.status(NOTHING_SAMPLED),
+            self.images: show_empty(settings.count),
+            self.sampled: None,
+            self.grid_file: gr.DownloadButton(value=None, interactive=False),
+            self.array_file: gr.DownloadButton(value=None, interactive=False),
+            self.python: settings.as_python(model),
+            self.command: settings.as_command(model),
+        }
+
     def pin(self, sampled: SampledImages | None, endpoints: list[Endpoint], event: gr.EventData) -> Updates:
         """Pin the image that was clicked, or unpin it.
 
@@ -274,7 +309,7 @@ class SampleHandlers:
         """
         if sampled is None:
             return {}
-        index = inputs.integer("image", event.value, 0, len(sampled.images) - 1)
+        index = inputs.integer("image", event_value(event), 0, len(sampled.images) - 1)
         others = [endpoint for endpoint in endpoints if endpoint.image is not sampled.images[index]]
         if len(others) == len(endpoints) == inputs.MAX_LATENTS:
             raise ValueError(f"at most {inputs.MAX_LATENTS} images can be pinned; click a pinned one to unpin it")

@@ -7,8 +7,8 @@ from typing import Any
 import gradio as gr
 
 from ddim.app import inputs, page
-from ddim.app.events import INSTANT_EVENT, Shared, follow_run, report_errors, run_event
-from ddim.app.handlers.interpolate import InterpolateHandlers
+from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors
+from ddim.app.handlers.interpolate import READY, InterpolateHandlers
 
 SCRUB = """
 const show = (index) => {
@@ -53,7 +53,8 @@ def tab(shared: Shared) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(min_width=260):
             with gr.Row(equal_height=False, elem_classes="ends"):
-                seeds = gr.Textbox("3, 14", label="Seeds", max_lines=1, scale=3, min_width=120)
+                seeds = gr.Textbox("3, 14", label="Seeds", max_lines=1, scale=3, min_width=120,
+                                   info="Interpolate adds them too.")  # fmt: skip
                 add_seeds = gr.Button("Add seeds", size="md", scale=1, min_width=110)
             files = gr.File(label="Images", file_count="multiple", type="filepath", height=120)
         with gr.Column(min_width=260):
@@ -64,8 +65,8 @@ def tab(shared: Shared) -> None:
         start = gr.Button("Interpolate", variant="primary", min_width=120)
         stop = gr.Button("Stop", min_width=96)
         animation = gr.DownloadButton("Animation as WebP", interactive=False, min_width=140)
-    status = gr.HTML(page.status("Add at least two endpoints."))
-    strip = gr.HTML(js_on_load=SCRUB, elem_id="walk", min_height=420)
+    status = gr.HTML(page.status(READY), elem_id="interpolate-status")
+    strip = gr.HTML(js_on_load=SCRUB, elem_id="walk")
 
     handlers = InterpolateHandlers(shared, status, strip, animation)
     endpoints = [status, shared.endpoints, shared.endpoint_list]
@@ -75,20 +76,23 @@ def tab(shared: Shared) -> None:
             follow_run(handlers.add_seeds, status),
             [shared.model, shared.endpoints, seeds],
             endpoints,
-            **run_event(status),
+            **RUN_EVENT,
         ),
         files.upload(
             follow_run(handlers.add_files, status),
             [shared.model, shared.endpoints, files],
             endpoints,
-            **run_event(status),
+            **RUN_EVENT,
         ),
         start.click(
             follow_run(handlers.interpolate, status),
-            [shared.model, shared.endpoints, frames, steps, closed],
-            [status, strip, animation],
-            **run_event(status),
+            [shared.model, shared.endpoints, seeds, frames, steps, closed],
+            [*endpoints, strip, animation],
+            **RUN_EVENT,
         ),
     ]
+    # The seeds in the box are those that are not endpoints yet.
+    shared.endpoints.change(lambda: "", None, seeds, **INSTANT_EVENT)
+    shared.model.change(handlers.reset, None, [status, strip, animation], **INSTANT_EVENT)
     stop.click(lambda: page.status("Stopped."), None, status, cancels=runs, **INSTANT_EVENT)
     shared.endpoint_list.select(report_errors(handlers.remove, status), shared.endpoints, endpoints, **INSTANT_EVENT)

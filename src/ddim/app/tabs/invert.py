@@ -7,38 +7,50 @@ from typing import Any
 import gradio as gr
 
 from ddim.app import inputs, page
-from ddim.app.events import INSTANT_EVENT, Shared, follow_run, report_errors, run_event
-from ddim.app.handlers.invert import InvertHandlers, show_image
+from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors
+from ddim.app.handlers.invert import READY, InvertHandlers, show_canvas, show_image
 
 DRAW = """
-const canvas = element.querySelector('canvas');
-const brush = canvas.getContext('2d');
-const clear = () => { brush.fillStyle = '#000'; brush.fillRect(0, 0, canvas.width, canvas.height); };
-const position = (event) => {
-  const box = canvas.getBoundingClientRect();
-  const scale = canvas.width / box.width;
-  return [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
+// The canvas is another one when the model has another shape.
+const drawing = () => {
+  const canvas = element.querySelector('canvas');
+  const brush = canvas.getContext('2d');
+  if (!canvas.dataset.ready) {
+    canvas.dataset.ready = true;
+    Object.assign(brush, { lineWidth: 22, lineCap: 'round', lineJoin: 'round' });
+    fill(canvas, brush, canvas.dataset.background);
+  }
+  brush.strokeStyle = element.querySelector('[data-color]')?.value || '#ffffff';
+  return [canvas, brush];
+};
+const fill = (canvas, brush, color) => {
+  brush.fillStyle = color;
+  brush.fillRect(0, 0, canvas.width, canvas.height);
 };
 let last = null;
 const line = (event) => {
-  const next = position(event);
+  const [canvas, brush] = drawing();
+  const box = canvas.getBoundingClientRect();
+  const scale = canvas.width / box.width;
+  const next = [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
   brush.beginPath(); brush.moveTo(...(last || next)); brush.lineTo(...next); brush.stroke();
   last = next;
 };
-clear();
-Object.assign(brush, { strokeStyle: '#fff', lineWidth: 22, lineCap: 'round', lineJoin: 'round' });
-canvas.addEventListener('pointerdown', (event) => { canvas.setPointerCapture(event.pointerId); line(event); });
-canvas.addEventListener('pointermove', (event) => { if (last) line(event); });
-for (const end of ['pointerup', 'pointercancel']) canvas.addEventListener(end, () => { last = null; });
+element.addEventListener('pointerdown', (event) => {
+  if (event.target.tagName !== 'CANVAS') return;
+  event.target.setPointerCapture(event.pointerId);
+  line(event);
+});
+element.addEventListener('pointermove', (event) => { if (last) line(event); });
+for (const end of ['pointerup', 'pointercancel']) element.addEventListener(end, () => { last = null; });
 element.addEventListener('click', (event) => {
-  if (event.target.closest('[data-clear]')) clear();
+  const [canvas, brush] = drawing();
+  if (event.target.closest('[data-clear]')) fill(canvas, brush, canvas.dataset.background);
+  if (event.target.closest('[data-fill]')) fill(canvas, brush, brush.strokeStyle);
   if (event.target.closest('[data-use]')) trigger('select', { value: canvas.toDataURL('image/png') });
 });
 """
-"""White strokes on black; the drawing is sent when its button is pressed."""
-
-CANVAS = """<div class="draw"><canvas width="280" height="280" role="img" aria-label="Draw here"></canvas>
-<button type="button" data-use>Use the drawing</button> <button type="button" data-clear>Clear</button></div>"""
+"""Strokes on a canvas; the drawing is sent when its button is pressed."""
 
 
 def tab(shared: Shared) -> None:
@@ -47,7 +59,7 @@ def tab(shared: Shared) -> None:
     Args:
         shared: what every tab is given.
     """
-    image = gr.State(None)
+    image, shape = gr.State(None), shared.models.open(shared.models.names[0]).sample_shape
     page.lead(
         "Without noise on the way each step can be inverted, so that an image has a latent, and the latent decodes to "
         "the image. The paper takes Euler's step backwards, which is approximate; here each step's equation is "
@@ -58,7 +70,7 @@ def tab(shared: Shared) -> None:
             file = gr.File(label="Image", type="filepath", height=140)
             use_pinned = gr.Button("Use the image pinned last")
         with gr.Column(min_width=240):
-            canvas = gr.HTML(CANVAS, js_on_load=DRAW, elem_id="draw")
+            canvas = gr.HTML(show_canvas(shape), js_on_load=DRAW, elem_id="draw")
         with gr.Column(min_width=160):
             shown_image = gr.HTML(show_image(None), elem_id="seen")
     with gr.Row(equal_height=True):
@@ -71,11 +83,11 @@ def tab(shared: Shared) -> None:
         start_inversion = gr.Button("Invert", variant="primary", min_width=120)
         start_edit = gr.Button("Edit", variant="primary", min_width=120)
         stop = gr.Button("Stop", min_width=96)
-    status = gr.HTML(page.status("Upload an image, draw one, or use a pinned one."))
-    inverted = gr.HTML(elem_id="inverted", min_height=300)
+    status = gr.HTML(page.status(READY), elem_id="invert-status")
+    inverted = gr.HTML(elem_id="inverted")
     edited = gr.HTML(elem_id="edited")
 
-    handlers = InvertHandlers(shared, status, image, shown_image, inverted, edited)
+    handlers = InvertHandlers(shared, status, image, shown_image, canvas, inverted, edited)
     outputs = [image, shown_image, status]
     file.upload(report_errors(handlers.use_upload, status), [shared.model, file], outputs, **INSTANT_EVENT)
     canvas.select(report_errors(handlers.use_drawing, status), shared.model, outputs, **INSTANT_EVENT)
@@ -84,14 +96,16 @@ def tab(shared: Shared) -> None:
     )
     runs: list[Any] = [
         start_inversion.click(
-            follow_run(handlers.invert, status), [shared.model, image, steps], [status, inverted], **run_event(status)
+            follow_run(handlers.invert, status), [shared.model, image, steps], [status, inverted], **RUN_EVENT
         ),
         start_edit.click(
             follow_run(handlers.edit, status),
             [shared.model, image, strength, steps, seed],
             [status, edited],
-            **run_event(status),
+            **RUN_EVENT,
         ),
     ]
     stop.click(lambda: page.status("Stopped."), None, status, cancels=runs, **INSTANT_EVENT)
-    shared.model.change(handlers.clear, None, [image, shown_image], **INSTANT_EVENT)
+    shared.model.change(
+        handlers.clear, shared.model, [status, image, shown_image, canvas, inverted, edited], **INSTANT_EVENT
+    )

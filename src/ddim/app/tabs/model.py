@@ -5,7 +5,7 @@ from __future__ import annotations
 import gradio as gr
 
 from ddim.app import page
-from ddim.app.events import INSTANT_EVENT, Shared, follow_run, run_event
+from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run
 from ddim.app.handlers.model import ModelHandlers, show_card, show_configuration, show_size
 
 
@@ -31,6 +31,7 @@ def tab(shared: Shared) -> None:
 
     handlers = ModelHandlers(shared, status, size, configuration, card)
     start.click(
-        follow_run(handlers.open, status), name, [status, shared.model, size, configuration, card], **run_event(status)
-    )
+        follow_run(handlers.open, status), name, [status, shared.model, shared.header, size, configuration, card],
+        **RUN_EVENT,
+    )  # fmt: skip
     shared.model.change(handlers.unpin, None, [shared.endpoints, shared.endpoint_list], **INSTANT_EVENT)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import gradio as gr
 
 from ddim.app import inputs, page
-from ddim.app.events import INSTANT_EVENT, Shared, follow_run, report_errors, run_event
-from ddim.app.handlers.sample import MODELS_OWN, SampleHandlers, SampleSettings
-from ddim.app.rendering import Cell, grid
+from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors
+from ddim.app.handlers.sample import MODELS_OWN, NOTHING_SAMPLED, SampleHandlers, SampleSettings, show_empty
 from ddim.diffusion.schedule import SPACINGS
 
 RANDOM_SEED = "() => Math.floor(Math.random() * 2 ** 32)"
@@ -23,7 +22,7 @@ def tab(shared: Shared) -> None:
     page.lead(
         "DDIM turns noise into images. Each image starts from a latent, a field of random numbers that its seed "
         "decides, and a network removes the noise in a number of steps.",
-        "Press <b>Sample</b>. Then halve the steps: the same digits come, in half the time. Raise eta: noise is added "
+        "Press <b>Sample</b>. Then halve the steps: the same images come, in half the time. Raise eta: noise is added "
         "on the way, and the latent alone no longer decides.",
     )
     with gr.Row(equal_height=False):
@@ -46,9 +45,8 @@ def tab(shared: Shared) -> None:
                 start = gr.Button("Sample", variant="primary", min_width=120)
                 stop = gr.Button("Stop", min_width=96)
         with gr.Column(scale=5, min_width=300):
-            status = gr.HTML(page.status("Nothing has been sampled yet."), elem_id="sample-status")
-            images = gr.HTML(grid([Cell(None, " ")] * defaults.count, (1, 1), "Images"), js_on_load=page.CLICKS,
-                             elem_id="sample-images")  # fmt: skip
+            status = gr.HTML(page.status(NOTHING_SAMPLED), elem_id="sample-status")
+            images = gr.HTML(show_empty(defaults.count), js_on_load=page.CLICKS, elem_id="sample-images")
             with gr.Row():
                 grid_file = gr.DownloadButton("Grid as PNG", interactive=False, size="md", min_width=120)
                 array_file = gr.DownloadButton("Array as NPZ", interactive=False, size="md", min_width=120)
@@ -59,13 +57,16 @@ def tab(shared: Shared) -> None:
 
     sampled = gr.State(None)
     handlers = SampleHandlers(shared, status, images, sampled, grid_file, array_file, python, command)
+    settings = [shared.model, steps, eta, order, spacing, count, seed]
+    outputs = [status, images, sampled, grid_file, array_file, python, command]
     run = gr.on(
         [start.click, seed.submit],
         follow_run(handlers.sample, status),
-        [shared.model, steps, eta, order, spacing, count, seed],
-        [status, images, sampled, grid_file, array_file, python, command],
-        **run_event(status),
+        settings,
+        outputs,
+        **RUN_EVENT,
     )
+    shared.model.change(handlers.reset, settings, outputs, **INSTANT_EVENT)
     stop.click(lambda: page.status("Stopped."), None, status, cancels=run, **INSTANT_EVENT)
     new_seed.click(None, None, seed, js=RANDOM_SEED, **INSTANT_EVENT)
     images.select(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gradio as gr
 
 from ddim.app import inputs, page
-from ddim.app.events import INSTANT_EVENT, Shared, follow_run, run_event
+from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run
 from ddim.app.handlers.steps import StepsHandlers
+
+NOTHING_COMPARED = "Nothing has been sampled yet. DDPM comes last and takes longest."
 
 
 def tab(shared: Shared) -> None:
@@ -16,8 +18,9 @@ def tab(shared: Shared) -> None:
         shared: what every tab is given.
     """
     page.lead(
-        "The paper's two claims. <b>Speed</b>: DDIM needs 10 to 100 steps where DDPM takes 1000. <b>Consistency</b>: "
-        "without noise on the way the latent decides the image, so that a column shows the same digit however many "
+        "The paper's two claims. <b>Speed</b>: DDIM needs 10 to 100 steps where DDPM takes all timesteps "
+        "of the model, usually 1000. <b>Consistency</b>: "
+        "without noise on the way the latent decides the image, so that a column shows the same image however many "
         "steps are taken; DDPM draws noise in each step and ends at another image.",
     )
     with gr.Row(equal_height=True):
@@ -26,8 +29,8 @@ def tab(shared: Shared) -> None:
     with gr.Row():
         start = gr.Button("Compare", variant="primary", min_width=120)
         stop = gr.Button("Stop", min_width=96)
-    status = gr.HTML(page.status("Nothing has been sampled yet. DDPM comes last and takes longest."))
-    images = gr.HTML(elem_id="steps-images", min_height=420)
+    status = gr.HTML(page.status(NOTHING_COMPARED), elem_id="steps-status")
+    images = gr.HTML(elem_id="steps-images")
 
     handlers = StepsHandlers(shared, status, images)
     run = gr.on(
@@ -35,6 +38,7 @@ def tab(shared: Shared) -> None:
         follow_run(handlers.compare, status),
         [shared.model, seed, count],
         [status, images],
-        **run_event(status),
+        **RUN_EVENT,
     )
+    shared.model.change(lambda: (page.status(NOTHING_COMPARED), ""), None, [status, images], **INSTANT_EVENT)
     stop.click(lambda: page.status("Stopped."), None, status, cancels=run, **INSTANT_EVENT)
