@@ -13,12 +13,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
-
-from tqdm import tqdm
 
 from ddim.io.images import to_output
 from ddim.pipeline import DDIMPipeline
@@ -197,17 +195,11 @@ class Run:
         self._report(RunPreview(value))
 
 
-class _RunBar(tqdm):  # type: ignore[type-arg]
-    """A progress bar that prints nothing and reports each step to a run."""
-
-    def __init__(self, run: Run, total: int) -> None:
-        super().__init__(disable=True)
-        self._run, self._done, self._total = run, 0, total
-
-    def update(self, n: float | None = 1) -> bool | None:
-        self._done += int(n or 0)
-        self._run.step(self._done, self._total)
-        return None
+def _reporting(run: Run, items: Sequence[Any]) -> Iterator[Any]:
+    """Yield items, and report each to a run when the next one is asked for."""
+    for done, item in enumerate(items, 1):
+        yield item
+        run.step(done, len(items))
 
 
 class _RunSampler(Sampler):
@@ -217,8 +209,10 @@ class _RunSampler(Sampler):
         super().__init__(unet, scheduler, engine)
         self._run = run
 
-    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> tqdm[Any]:
-        return _RunBar(self._run, total or 0)
+    def progress_bar(  # type: ignore[override]
+        self, iterable: Iterable[Any] | None = None, total: int | None = None
+    ) -> Iterator[Any]:
+        return _reporting(self._run, list(range(total or 0) if iterable is None else iterable))
 
 
 Event = RunWaiting | RunProgress | RunPreview
