@@ -35,7 +35,7 @@ from ddim.diffusion.equations import (
 from ddim.diffusion.noise import noise_from_generator
 from ddim.diffusion.sampling_config import check_order
 from ddim.diffusion.solvers import add_correction, second_order
-from ddim.io.config import register_to_config
+from ddim.io.config import DEFAULTED, register_to_config
 from ddim.io.diffusers_mixins import join_mixins
 from ddim.io.pretrained import SchedulerFiles
 from ddim.outputs import DDIMSchedulerOutput
@@ -54,6 +54,8 @@ FOREIGN_SETTINGS = frozenset(
 )
 """Arguments of the other schedulers of `diffusers`, whose configurations are taken here."""
 
+MAX_RANGE = 1e6
+"""Bounds of samples are below this: they are in [-1, 1]."""
 NO_INVERSE = "a step of order 2 depends on the one before it and has no inverse of its own; use order=1"
 
 
@@ -142,7 +144,8 @@ class DDIMScheduler(SchedulerFiles):
         choice("prediction_type", prediction_type, PREDICTION_TYPES)
         choice("timestep_spacing", timestep_spacing, schedule.SPACINGS)
         real("dynamic_thresholding_ratio", dynamic_thresholding_ratio, above=0, maximum=1)
-        real("clip_sample_range", clip_sample_range, above=0)
+        real("clip_sample_range", clip_sample_range, above=0, below=MAX_RANGE)
+        real("sample_max_value", sample_max_value, above=0, below=MAX_RANGE)
         integer("steps_offset", steps_offset, 0)
         check_order(solver_order)
         betas = (
@@ -150,6 +153,12 @@ class DDIMScheduler(SchedulerFiles):
             if trained_betas is None
             else schedule.check_betas(trained_betas)
         )
+        if num_train_timesteps != len(betas):
+            if "num_train_timesteps" not in self.config.get(DEFAULTED, ()):
+                raise ValueError(
+                    f"num_train_timesteps must be {len(betas)}, the number of trained_betas, got {num_train_timesteps}"
+                )
+            self.register_to_config(num_train_timesteps=len(betas))
         if rescale_betas_zero_snr:
             betas = schedule.rescale_zero_terminal_snr(betas)
         self.solver_order = solver_order

@@ -36,8 +36,23 @@ from ddim.nn.layers import (
 from ddim.nn.ops import norm_act
 from ddim.outputs import UNet2DOutput
 from ddim.untouched import is_unchanged
-from ddim.validation import choice, integer
+from ddim.validation import choice, integer, real
 
+MAX_LEVELS = 16
+MAX_CHANNELS = 65_536
+MAX_SAMPLE_SIZE = 16_384
+MAXIMA = {
+    "in_channels": MAX_CHANNELS,
+    "out_channels": MAX_CHANNELS,
+    "time_embedding_dim": MAX_CHANNELS,
+    "attention_head_dim": MAX_CHANNELS,
+    "norm_num_groups": MAX_CHANNELS,
+    "attn_norm_num_groups": MAX_CHANNELS,
+    "layers_per_block": 128,
+    "num_class_embeds": 10_000_000,
+    "num_train_timesteps": 1_000_000,
+}
+"""The largest values of a configuration, far above those of any model: a file must not make a loader build for ever."""
 FOURIER_SCALE = 16.0
 """Standard deviation of the frequencies of the `fourier` time embedding."""
 
@@ -683,6 +698,20 @@ def _check_count(number: int, samples: int) -> None:
 def _check_config(config: Any) -> tuple[list[BlockType], list[BlockType]]:
     """Check that names exist and numbers fit together, and return the block types behind the names."""
     levels = len(config.block_out_channels)
+    for name, most in MAXIMA.items():
+        if config[name] is not None:
+            integer(name, config[name], 1, most)
+    for size in (config.sample_size,) if isinstance(config.sample_size, int | None) else config.sample_size:
+        integer("sample_size", size or 1, 1, MAX_SAMPLE_SIZE)
+    if levels > MAX_LEVELS:
+        raise ValueError(f"block_out_channels must have at most {MAX_LEVELS} entries, got {levels}")
+    for channels in config.block_out_channels:
+        integer("each of block_out_channels", channels, 1, MAX_CHANNELS)
+    real("norm_eps", config.norm_eps, above=0)
+    real("dropout", config.dropout, 0, 1)
+    real("mid_block_scale_factor", config.mid_block_scale_factor, above=0)
+    integer("freq_shift", config.freq_shift, 0, max(0, config.block_out_channels[0] // 2 - 1))
+    integer("downsample_padding", config.downsample_padding, 0, 1)
     if not 0 < levels == len(config.down_block_types) == len(config.up_block_types):
         raise ValueError(
             f"block_out_channels, down_block_types and up_block_types must have the same length, got {levels}, "
@@ -704,8 +733,6 @@ def _check_config(config: Any) -> tuple[list[BlockType], list[BlockType]]:
     choice("class_embed_type", config.class_embed_type, (None, "timestep", "identity"))
     if config.time_embedding_type == "learned" and not config.num_train_timesteps:
         raise ValueError("time_embedding_type='learned' requires num_train_timesteps, the rows of the embedding")
-    integer("layers_per_block", config.layers_per_block, 1)
-    integer("norm_num_groups", config.norm_num_groups, 1)
     if config.attn_norm_num_groups is not None and config.block_out_channels[-1] % config.attn_norm_num_groups:
         raise ValueError(
             f"attn_norm_num_groups must divide {config.block_out_channels[-1]}, the channels of the middle block, got "

@@ -26,6 +26,7 @@ from ddim.validation import as_integer, integer, join_choices, shown
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "quad", "const", "jsd")
 SPACINGS = ("leading", "trailing", "linspace", "quad", "logsnr", "blend")
 
+MAX_TRAIN_TIMESTEPS = 1_000_000
 MAX_BETA_COSINE = 0.999
 QUAD_REACH = 0.8
 SIGMOID_REACH = 6.0
@@ -63,7 +64,7 @@ def make_betas(
         >>> make_betas("linear", 3, 0.1, 0.3)
         array([0.1, 0.2, 0.3])
     """
-    T = integer("num_train_timesteps", num_train_timesteps, 1)
+    T = integer("num_train_timesteps", num_train_timesteps, 1, MAX_TRAIN_TIMESTEPS)
     for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
         if not 0 < beta < 1:
             raise ValueError(f"{name} must be a number above 0 and below 1, got {beta}")
@@ -100,6 +101,7 @@ def check_betas(betas: ArrayLike) -> NDArray[np.float64]:
         array([0.1, 0.2])
     """
     array = np.asarray(betas, dtype=np.float64)
+    integer("the number of trained_betas", array.size, 1, MAX_TRAIN_TIMESTEPS)
     # 1 - beta, not beta: a beta that is lost in that difference adds no noise.
     signal = 1 - array
     if array.ndim != 1 or not array.size or not (np.all((signal[:-1] > 0) & (signal[:-1] < 1)) and 0 <= signal[-1] < 1):

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar, cast
 
+from ddim.annotations import check_arguments
 from ddim.io.atomic import write_folder
 from ddim.io.hub import pop_hub_options, push_saved, read_config
 from ddim.io.json_files import to_json
@@ -100,11 +101,13 @@ def register_to_config(init: Callable[Concatenate[T, P], None]) -> Callable[Conc
         for name, parameter in signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 arguments |= arguments.pop(name)
+        if is_own := init.__module__.startswith(f"{__package__.partition('.')[0]}."):
+            check_arguments(init, arguments)
         arguments = {name: value for name, value in arguments.items() if name not in self.ignore_for_config}
         own = {name: arguments.pop(name) for name in self.own_settings if name in arguments}
         own = {name: value for name, value in own.items() if value != self.own_settings[name]}
         defaulted = [name for name in arguments if name in signature.parameters and name not in given]
-        if type(self).__module__.startswith(f"{__package__.partition('.')[0]}."):
+        if is_own and type(self).__module__ == init.__module__:
             # Pipelines of diffusers take a component's library from here when they write model_index.json; files of
             # this library's classes are theirs. The class itself keeps its module, so that pickles find it.
             object.__setattr__(self, "__module__", "diffusers")

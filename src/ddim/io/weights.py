@@ -45,6 +45,8 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 """PyTorch's dtypes under the names of the safetensors format."""
+MAX_SHARED = 4
+"""Bytes of tensors per byte of a pickle, at most: weights that share a storage are stored once."""
 COPY_CHUNK_BYTES = 16 << 20
 """Bytes of a mapped file that are copied before it is opened anew, which bounds the memory beside the copies."""
 
@@ -174,6 +176,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     content = read_pickle(path)
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise ValueError(f"{path} does not hold a dictionary of tensors")
+    # A tensor may repeat the values of a small storage: copied, it would take memory that the file does not justify.
+    claimed, size = sum(tensor.nbytes for tensor in content.values()), path.stat().st_size
+    if claimed > MAX_SHARED * size:
+        raise ValueError(f"{path} is damaged: its tensors take {claimed} bytes, the file {size}")
     return {name: tensor.clone() for name, tensor in content.items()}
 
 
