@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddim import DDIMPipeline, DDIMScheduler
+from ddim.diffusion.noise import noise_from_seeds
 from ddim.latents import BATCHES_PER_GROUP, generate, invertible_steps
 from ddim.outputs import EncodeOutput, UNet2DOutput
 from digits import digits
@@ -787,3 +788,16 @@ def test_epsilon_prediction_without_signal_raises(pipe: DDIMPipeline) -> None:
         with pytest.raises(ValueError, match="no signal"):
             call()
     assert pipe.unet.timesteps == []
+
+
+@pytest.mark.parametrize("order", [None, 2])
+def test_interpolation_as_samples_ends_at_the_images_of_seeds(order: int | None) -> None:
+    pipe = DDIMPipeline.from_pretrained("mnist")
+    pipe.set_progress_bar_config(disable=True)
+    noise = noise_from_seeds((2, *pipe.sample_shape), [3, 14], pipe.device)()
+    settings: dict[str, Any] = {"num_inference_steps": 6, "output_type": "np", "order": order}
+    images = pipe(seeds=[3, 14], **settings).images
+    frames = pipe.interpolate(noise, frames=3, as_samples=True, **settings).images
+    assert np.abs(frames[[0, 2]] - images).max() <= 1e-4
+    # Decoding, the inverse of encoding, neither clips nor jumps to alpha = 1.
+    assert np.abs(pipe.interpolate(noise, frames=3, **settings).images[[0, 2]] - images).max() > 0.05

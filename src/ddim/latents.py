@@ -273,7 +273,8 @@ class LatentSpace:
         *,
         closed: bool = False,
         timesteps: Sequence[int] | None = None,
-        order: int = 1,
+        order: int | None = None,
+        as_samples: bool = False,
         batch_size: int = InversionConfig.batch_size,
     ) -> ImagePipelineOutput:
         """Decode the latents between latents, by spherical interpolation.
@@ -290,7 +291,10 @@ class LatentSpace:
             output_type: `pil`, `np` (float32 (N, H, W, C) in [0, 1]) or `pt` ((N, C, H, W) in [0, 1]).
             closed: return to the first latent (`ddim.diffusion.interpolation.slerp_path`).
             timesteps: a custom subsequence instead of S: strictly decreasing integers.
-            order: of the solver, 1 or 2.
+            order: of the solver, 1 or 2; defaults to 1, and with `as_samples` to the scheduler's `solver_order`.
+            as_samples: decode as a call of the pipeline samples, clipping and the jump to alpha = 1 included: frames of
+                latents that are the noise of seeds are then the images of these seeds. Without it, they are those of
+                `decode`, and latents of encoded images give these images back.
             batch_size: images per network evaluation.
 
         Returns:
@@ -313,7 +317,9 @@ class LatentSpace:
             3
         """
         self.sampler.check_output(output_type)
-        steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps, order)
+        config = SamplingConfig(num_inference_steps, timesteps=timesteps, order=order)
+        plan = self.sampler.plan(config) if as_samples else None
+        steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps, order or 1)
         latents = list_latents(z0, z1)
         if isinstance(frames, tuple):
             if len(frames) != 2 or closed:
@@ -321,7 +327,11 @@ class LatentSpace:
             path = slerp_grid(latents, *frames)
         else:
             path = slerp_path(latents, frames, closed)
-        return ImagePipelineOutput(to_output(self._decode(path, steps, batch_size), output_type))
+        if plan is None:
+            samples = self._decode(path, steps, batch_size)
+        else:
+            samples = self._sample(path, plan, integer("batch_size", batch_size, 1))
+        return ImagePipelineOutput(to_output(samples, output_type))
 
     def trajectory(
         self,
@@ -522,6 +532,15 @@ class LatentSpace:
     def _decode(self, latents: Tensor, steps: Sequence[Step], batch_size: int) -> Tensor:
         """Decode latents that a caller gave."""
         return generate(self.sampler, self.sampler.check_latents(latents), steps, batch_size, self.progress_bar)
+
+    def _sample(self, latents: Tensor, plan: SamplingPlan, batch_size: int) -> Tensor:
+        """Sample from latents as a call of the pipeline does, in batches of one size."""
+        latents = self.sampler.check_latents(latents)
+        denoiser = self.sampler.denoiser(plan.steps, min(batch_size, len(latents)))
+        scheduler = self.sampler.scheduler
+        step_fn = generative_step(denoiser, plan.steps, StepSettings(scheduler.config.prediction_type, scheduler.clip))
+        with self.sampler.running(len(plan.steps), self.progress_bar) as bar:
+            return self.sampler.take_steps(latents, plan.steps, step_fn, bar)
 
 
 def invertible_steps(

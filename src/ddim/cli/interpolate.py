@@ -66,6 +66,10 @@ def interpolate(
     Images are encoded exactly, so that the path passes through them. The model defaults to that of the first file of
     latents, or mnist. The path of the result is printed.
 
+    Between seeds alone the frames at the points are the images of `ddim sample --seed`. With an image or latents among
+    the points all are decoded as `ddim decode` does, without clipping and without the last step's jump, and the image
+    of a seed differs from that of `ddim sample`.
+
     Examples:
       ddim interpolate 3 14 --out strip.png
 
@@ -104,6 +108,7 @@ def interpolate(
         frames=frames if grid_shape is None else grid_shape,
         closed=closed,
         timesteps=path_timesteps,
+        as_samples=given.are_seeds,
         batch_size=batch_size,
     ).images
     num_replaced = sum(file.exists() for file in output_files(out, len(images)))
@@ -186,6 +191,11 @@ class Points:
         others = [name for name in names if name not in latents and name not in seeds]
         return cls(names, latents, seeds, {name: read_images([name]) for name in others})
 
+    @property
+    def are_seeds(self) -> bool:
+        """Whether all points are seeds."""
+        return not self.latents and not self.images
+
     def choose_timesteps(self, pipe: DDIMPipeline, sampling: SamplingOptions) -> list[int]:
         """Return the timesteps of encoding and decoding.
 
@@ -199,6 +209,10 @@ class Points:
         Raises:
             ValueError: for an option out of range.
         """
+        if self.are_seeds:
+            num_steps = 50 if sampling.steps is None else sampling.steps
+            chosen = replace(sampling, steps=num_steps).choose_timesteps(pipe)
+            return pipe.scheduler.make_timesteps(num_steps) if chosen is None else list(chosen)
         if sampling == SamplingOptions(None) and self.latents:
             _, settings = next(iter(self.latents.values()))
             return settings.timesteps

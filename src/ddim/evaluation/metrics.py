@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,9 +33,13 @@ from ddim.evaluation.image_sets import ImageSet
 from ddim.io.cache import Cache
 from ddim.validation import choice
 
+logger = logging.getLogger(__name__)
+
 METRICS = ("fid", "kid", "is", "precision", "recall")
 NUM_NEIGHBORS = 3
 """The neighbor whose distance is the radius of a ball of the manifold."""
+MIN_KID_IMAGES = 500
+"""Below this a kernel distance is reported with a warning."""
 NUM_KID_SUBSETS, MAX_KID_SUBSET_SIZE = 100, 1000
 MAX_IS_SPLITS = 10
 ROWS_PER_BLOCK = 1024
@@ -153,6 +158,11 @@ def measure(
             elif name == "fid":
                 values[name] = frechet(samples, reference)
             elif name == "kid":
+                if min(sizes) < MIN_KID_IMAGES:
+                    logger.warning(
+                        "the kernel distance of %d images varies more from set to set than models differ; use at least "
+                        "%d", min(sizes), MIN_KID_IMAGES,
+                    )  # fmt: skip
                 values |= _with_deviation(name, _kernel_distance(samples, reference))
             elif name == "precision":
                 values[name] = manifold_coverage(samples, reference)

@@ -340,6 +340,14 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
             f"the Fréchet distance of pixels requires at least 2 samples of at most {MAX_FEATURES} values each, got "
             f"{config.evaluate.count} of {channels * size**2}; 0 disables it",
         )
+    betas = config.scheduler.get("trained_betas")
+    has_zero_snr = config.scheduler.get("rescale_betas_zero_snr") or (betas is not None and max(betas) >= 1)
+    if has_zero_snr and config.scheduler.get("prediction_type", "epsilon") == "epsilon":
+        raise _invalid(
+            "scheduler.prediction_type",
+            "must be v_prediction or sample where the schedule ends in pure noise, of which epsilon says nothing, got "
+            "epsilon",
+        )
     if optim.decay_steps is not None and optim.decay == "constant":
         raise _invalid("optim.decay_steps", "requires optim.decay to be linear or cosine, got constant")
     return config

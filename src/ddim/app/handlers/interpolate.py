@@ -111,7 +111,10 @@ def interpolate(run: Run, base: DDIMPipeline, endpoints: Sequence[Endpoint], set
         else noise_from_seeds((1, *pipe.sample_shape), [endpoint.seed], pipe.device)()[0]
         for endpoint in endpoints
     ]
-    frames = pipe.interpolate(latents, frames=settings.frames, num_inference_steps=S, closed=settings.closed).images
+    are_seeds = all(endpoint.seed is not None for endpoint in endpoints)
+    frames = pipe.interpolate(
+        latents, frames=settings.frames, num_inference_steps=S, closed=settings.closed, as_samples=are_seeds
+    ).images
     return PathFrames(frames, list(range(0, len(frames), settings.frames - 1)))
 
 
