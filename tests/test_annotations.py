@@ -102,7 +102,6 @@ def test_network_configurations(changes: dict[str, Any]) -> None:
         {"set_alpha_to_one": []},
         {"clip_sample": 1},
         {"num_train_timesteps": 10**8},
-        {"num_train_timesteps": 1000, "trained_betas": [0.1] * 100},
         {"beta_start": "0.1"},
         {"steps_offset": 1.5},
     ],
@@ -113,8 +112,10 @@ def test_scheduler_configurations(changes: dict[str, Any]) -> None:
         DDIMScheduler(**changes)
 
 
-def test_trained_betas_give_the_number_of_timesteps() -> None:
-    scheduler = DDIMScheduler(trained_betas=[0.1] * 100)
+@pytest.mark.parametrize("given", [{}, {"num_train_timesteps": 1000}], ids=str)
+def test_trained_betas_give_the_number_of_timesteps(given: dict[str, int], caplog: pytest.LogCaptureFixture) -> None:
+    scheduler = DDIMScheduler(trained_betas=[0.1] * 100, **given)
+    assert ("num_train_timesteps is 100" in caplog.text) == bool(given)
     assert scheduler.config.num_train_timesteps == len(scheduler) == 100
     assert DDIMScheduler.from_config(scheduler.config).config.num_train_timesteps == 100
 

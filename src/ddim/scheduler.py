@@ -11,6 +11,7 @@ expect.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
@@ -42,6 +43,8 @@ from ddim.outputs import DDIMSchedulerOutput
 from ddim.untouched import has_members
 from ddim.validation import as_integer, choice, integer, real
 
+logger = logging.getLogger(__name__)
+
 FOREIGN_SETTINGS = frozenset(
     (
         *("algorithm_type", "disable_corrector", "euler_at_final", "final_sigmas_type", "flow_shift"),
@@ -67,7 +70,7 @@ class DDIMScheduler(SchedulerFiles):
         beta_start: beta at t = 0, in (0, 1).
         beta_end: beta at t = T - 1, in (0, 1).
         beta_schedule: one of `ddim.diffusion.schedule.BETA_SCHEDULES`; `diffusers` has the first three.
-        trained_betas: T betas that replace the schedule.
+        trained_betas: T betas that replace the schedule; `num_train_timesteps` follows their number.
         clip_sample: clip the predicted x_0 at `clip_sample_range`.
         set_alpha_to_one: the last step leads to alpha = 1, a clean image; otherwise to alphas_cumprod[0].
         steps_offset: added to `leading` timesteps.
@@ -155,8 +158,8 @@ class DDIMScheduler(SchedulerFiles):
         )
         if num_train_timesteps != len(betas):
             if "num_train_timesteps" not in self.config.get(DEFAULTED, ()):
-                raise ValueError(
-                    f"num_train_timesteps must be {len(betas)}, the number of trained_betas, got {num_train_timesteps}"
+                logger.warning(
+                    "num_train_timesteps is %d, the number of trained_betas, not %d", len(betas), num_train_timesteps
                 )
             self.register_to_config(num_train_timesteps=len(betas))
         if rescale_betas_zero_snr:

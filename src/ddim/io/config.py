@@ -4,7 +4,7 @@
 `Class.from_config(other.config)` builds an equal object and `config.json` describes a model without its weights. The
 entries and their meaning are those of `diffusers`, so that configurations travel between classes of both libraries:
 
-    _class_name, ...       entries that begin with an underscore are about the file, not arguments
+    _class_name, ...       entries that begin with an underscore are about a file, not arguments
     _use_default_values    arguments that were not given: another class takes its own defaults for them
     foreign entries        those of another class are kept, so that the way back loses nothing
     _ddim                  arguments that only this library has, where they differ from their defaults
@@ -35,6 +35,7 @@ T = TypeVar("T", bound="ConfigMixin")
 OWN = "_ddim"
 """The entry that holds the arguments that only this library has. Its underscore makes other libraries pass it on."""
 DEFAULTED = "_use_default_values"
+OF_THE_FILE = ("_class_name", "_ddim_version", "_diffusers_version")
 NOT_SAVED = (DEFAULTED, "_diffusers_version", "_ignore_files", "_name_or_path")
 
 
@@ -221,9 +222,7 @@ class ConfigMixin:
         if (unknown := overrides.keys() & unused.keys()) and not return_unused_kwargs:
             raise TypeError(f"{cls.__name__} has no argument {', '.join(map(repr, sorted(unknown)))}")
         instance = cls(**arguments)
-        if "_class_name" in hidden:
-            hidden["_class_name"] = cls.__name__
-        instance.register_to_config(**hidden)
+        instance.register_to_config(**{name: value for name, value in hidden.items() if name not in OF_THE_FILE})
         return cast(Self, (instance, unused | hidden)) if return_unused_kwargs else instance
 
     @classmethod

@@ -25,7 +25,7 @@ from ddim.validation import shown
 
 NO_EFFECT = (
     *("low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict", "disable_mmap"),
-    *("proxies", "mirror", "user_agent"),
+    *("proxies", "mirror", "user_agent", "model_cls"),
 )
 """Arguments of `diffusers` that are accepted and do nothing: memory is used sparingly without them, and the hub client
 takes proxies and mirrors from the environment."""
