@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddim.io import hub
+from ddim.io.config import public_entries
 from ddim.io.weights import choose_weights
 from ddim.pipeline import DDIMPipeline, component_folder
 from ddim.unet import UNet2DModel
@@ -46,8 +47,8 @@ def describe(model: str | Path) -> dict[str, Any]:
         "weights": choose_weights(path.name for path in weights_folder.iterdir()),
         "parameters": pipe.unet.num_parameters(),
         "gflop_per_image_and_step": round(count_flop(pipe.unet) / 1e9, 3),
-        "unet": dict(pipe.unet.config),
-        "scheduler": dict(pipe.scheduler.config),
+        "unet": public_entries(pipe.unet.config),
+        "scheduler": public_entries(pipe.scheduler.config),
     }
 
 

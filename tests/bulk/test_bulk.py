@@ -399,12 +399,17 @@ class TestInvalidInput:
         assert not list(tmp_path.iterdir())
 
 
-OPTIONS = ["-n", "96", "--steps", "3", "--batch-size", "8", "--shard-size", "24", "--out"]
+OPTIONS = ["-n", "96", "--steps", "3", "--batch-size", "8"]
+
+
+def options(name: str) -> list[str]:
+    """Return the options of a run into a file or folder."""
+    return [*OPTIONS, *(["--shard-size", "24"] if name.endswith(".tar") else []), "--out", name]
 
 
 def start(folder: Path, name: str, **variables: str) -> BaseProcess:
     """Start `ddim sample` in a folder; its standard error goes to a file there, and is hidden."""
-    arguments = ["sample", *OPTIONS, name]
+    arguments = ["sample", *options(name)]
     process = FORKSERVER.Process(target=run_main, args=(arguments, str(folder), ".stderr", variables))
     process.start()
     return process
@@ -465,7 +470,7 @@ class TestProcesses:
         first = start(tmp_path, name)
         wait_for(manifest_path(tmp_path, name), first)
         os.kill(first.pid or 0, signal.SIGSTOP)
-        second = FORKSERVER.Process(target=run_main, args=(["sample", *OPTIONS, name], str(tmp_path), "2.stderr", {}))
+        second = FORKSERVER.Process(target=run_main, args=(["sample", *options(name)], str(tmp_path), "2.stderr", {}))
         second.start()
         second.join(60)
         advice = "wait until it has ended, or " + ("use another folder" if name == "images" else "write elsewhere")
@@ -491,7 +496,7 @@ class TestProcesses:
 
     def test_launchers(self, uninterrupted: dict[str, dict[str, str]], tmp_path: Path) -> None:
         torchrun = [sys.executable, "-m", "torch.distributed.run"]
-        command = ["-m", "ddim", "sample", *OPTIONS]
+        command = ["-m", "ddim", "sample"]
         together = [*torchrun, "--standalone", "--nproc-per-node", "2", *command]
         rendezvous = ["--master-addr", "127.0.0.1", "--master-port", str(unused_port())]
         machine = [*torchrun, "--nnodes", "2", "--nproc-per-node", "1", *rendezvous, "--node-rank"]
@@ -500,7 +505,8 @@ class TestProcesses:
             folder, name = out.split("/")
             (tmp_path / folder).mkdir()
             processes = [
-                subprocess.Popen([*part, name], cwd=tmp_path / folder, env=environment(tmp_path)) for part in parts
+                subprocess.Popen([*part, *options(name)], cwd=tmp_path / folder, env=environment(tmp_path))
+                for part in parts
             ]
             assert [process.wait(120) for process in processes] == [0] * len(parts)
             assert hashes(tmp_path / folder) == uninterrupted[name]

@@ -583,6 +583,11 @@ def decoded(pipe: DDIMPipeline, latents: Tensor, timesteps: list[int] = TIMESTEP
     return gray(ddim(pipe, latents, [t for t in timesteps if t], float(ALPHAS[0]), clip=False)[2])
 
 
+def sampled(pipe: DDIMPipeline, latents: Tensor) -> np.ndarray:
+    """Return the images of latents as `ddim sample` makes them, which frames between seeds alone are."""
+    return stack(pipe(latents=latents, num_inference_steps=10).images)
+
+
 def slerp(z0: Tensor, z1: Tensor, t: float) -> Tensor:
     """Equation (67)."""
     a, b = z0.double().numpy(), z1.double().numpy()
@@ -690,6 +695,8 @@ def test_latents_match_the_api(
     # Latents of real images are not unit Gaussians, but of that scale.
     assert np.abs(latents.std((1, 2, 3)) - 1).max() < 0.3
     np.testing.assert_allclose(settings.pop("residual"), reference.codes.residual, rtol=0.1)
+    assert settings.pop("format_version") == 2
+    assert len(settings.pop("sha256")) == 64
     assert settings == {
         "model": "mnist",
         "model_sha256": model_sha256(pipe),
@@ -864,8 +871,8 @@ def test_originals_are_above_their_reconstructions(
 def test_strip_interpolates_between_two_seeds(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
     (got,) = cells(results.output("strip"), 1, 4)
     latents = noise(3, 14)
-    assert max_difference(got[[0, 3]], stack(pipe.decode(latents, 10, batch_size=2).images)) <= 1
-    assert max_difference(got, decoded(pipe, path_between(latents, 4)[0])) <= 1
+    assert max_difference(got[[0, 3]], stack(pipe(seeds=[3, 14], num_inference_steps=10).images)) <= 1
+    assert max_difference(got, sampled(pipe, path_between(latents, 4)[0])) <= 1
     # They are all different images.
     assert min(max_difference(a, b) for a, b in pairwise(got)) > 30
 
@@ -873,7 +880,7 @@ def test_strip_interpolates_between_two_seeds(results: Commands, folder: Path, p
 def test_path_has_one_row_per_leg(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
     """Each row begins where the one above ends, and the last of a closed path ends where the first begins."""
     latents = noise(3, 14, 7)
-    ends = decoded(pipe, latents)
+    ends = sampled(pipe, latents)
     rows = cells(results.output("path"), 2, 3)
     assert max_difference(rows[:, 0], ends[:2]) <= 1
     assert max_difference(rows[:, 2], ends[1:]) <= 1
@@ -882,7 +889,7 @@ def test_path_has_one_row_per_leg(results: Commands, folder: Path, pipe: DDIMPip
     assert max_difference(closed[:2], rows) <= 1
     assert np.array_equal(closed[2, 0], closed[1, 2])
     assert np.array_equal(closed[2, 2], closed[0, 0])
-    assert max_difference(closed[:, 1], decoded(pipe, path_between(latents, 3, closed=True)[:, 1])) <= 1
+    assert max_difference(closed[:, 1], sampled(pipe, path_between(latents, 3, closed=True)[:, 1])) <= 1
 
 
 def test_points_of_all_kinds_can_be_mixed(
@@ -911,7 +918,7 @@ def test_gif_holds_the_frames(results: Commands, folder: Path, pipe: DDIMPipelin
     assert {frame.size for frame in frames} == {(28, 28)}
     # There and back, without the first frame at the end.
     path = path_between(noise(3, 14), 4)[0]
-    expected = decoded(pipe, path)[[0, 1, 2, 3, 2, 1]]
+    expected = sampled(pipe, path)[[0, 1, 2, 3, 2, 1]]
     assert max_difference(stack(frames), expected) <= PALETTE
 
 
@@ -929,7 +936,7 @@ def test_grid_lies_between_four_corners(
     """Corners, and between them first along the upper and lower edges."""
     grid = cells(results.output("grid"), 2, 3)
     corners = noise(1, 2, 3, 4)
-    expected = decoded(pipe, torch.cat([path_between(corners[:2], 3)[0], path_between(corners[2:], 3)[0]]))
+    expected = sampled(pipe, torch.cat([path_between(corners[:2], 3)[0], path_between(corners[2:], 3)[0]]))
     assert max_difference(grid.reshape(6, 28, 28), expected) <= 1
     got = arrays(results.output("grid npz")).reshape(3, 2, 28, 28)
     assert max_difference(got[[0, 0, 2], [0, 1, 0]], originals) <= 2
@@ -941,7 +948,7 @@ def test_grid_lies_between_four_corners(
 
 def test_folder_names_may_have_suffixes(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
     """One that exists, and one named with a separator at its end, are filled with images."""
-    expected = decoded(pipe, noise(3, 14))
+    expected = sampled(pipe, noise(3, 14))
     for name in ("existing folder", "new folder"):
         assert results.output(name).is_dir()
         assert max_difference(files(results.output(name)), expected) <= 1

@@ -191,7 +191,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["train", "--config", "none.yaml", "--out", "run"],
         "the configuration none.yaml cannot be read: no such file or directory",
     ),
-    "wrong npz": (["decode", "x.npz"], "it must hold the arrays latents and settings, got arr_0"),
+    "wrong npz": (["decode", "x.npz"], "it has no array 'latents'"),
     "inception score": (["evaluate", "x.npz", "--metrics", "is"], "--features must be mnist or inception for the"),
 }
 

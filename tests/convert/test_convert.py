@@ -411,8 +411,8 @@ def test_shortcuts_under_their_second_name() -> None:
 
 
 def assert_same(a: DDIMPipeline, b: DDIMPipeline) -> None:
-    assert a.unet.to_json_string() == b.unet.config_json()
-    assert a.scheduler.to_json_string() == b.scheduler.config_json()
+    assert a.unet.to_json_string() == b.unet.to_json_string()
+    assert a.scheduler.to_json_string() == b.scheduler.to_json_string()
     first, second = a.unet.state_dict(), b.unet.state_dict()
     assert first.keys() == second.keys()
     for name, tensor in first.items():

@@ -122,8 +122,9 @@ def test_figure_4_and_plot(small: DDIMPipeline, tmp_path: Path) -> None:
 
 def test_command(tmp_path: Path) -> None:
     write_digits(tmp_path / "real", 30)
-    shared = ["mnist", "--reference", "real", "--features", "mnist", "-n", "6", "--table-steps", "2,3"]
-    completed = run_evaluate(tmp_path, *shared, "--table", "1", "--out", "t.md", "--out", "t.json", "--out", "t.png")
+    shared = ["mnist", "--reference", "real", "-n", "6", "--table-steps", "2,3"]
+    tables = {"1": ["--features", "mnist", "--table", "1"], "2": ["--table", "2"]}
+    completed = run_evaluate(tmp_path, *shared, *tables["1"], "--out", "t.md", "--out", "t.json", "--out", "t.png")
     assert completed.returncode == 0, completed.stderr
     assert "| sigma-hat |" in completed.stdout
     assert (tmp_path / "t.md").read_text() == completed.stdout
@@ -133,10 +134,10 @@ def test_command(tmp_path: Path) -> None:
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddim", "evaluate"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     for number in ("1", "2"):
-        command = [sys.executable, "-m", *launcher, *shared, "--table", number]
+        command = [sys.executable, "-m", *launcher, *shared, *tables[number]]
         pair = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert pair.returncode == 0, pair.stderr
-        alone = completed if number == "1" else run_evaluate(tmp_path, *shared, "--table", number)
+        alone = completed if number == "1" else run_evaluate(tmp_path, *shared, *tables[number])
         assert pair.stdout == alone.stdout
 
 

@@ -181,7 +181,7 @@ class TestInterfaces:
     def test_saved_pipeline_runs_in_diffusers(self, pipe: DDIMPipeline, tmp_path: Path) -> None:
         pipe.scheduler = DDIMScheduler(solver_order=2)
         pipe.save_pretrained(tmp_path)
-        assert DDIMPipeline.from_pretrained(tmp_path).scheduler.config.solver_order == 2
+        assert DDIMPipeline.from_pretrained(tmp_path).scheduler.solver_order == 2
         reference = diffusers.DDIMPipeline.from_pretrained(tmp_path)
         reference.set_progress_bar_config(disable=True)
         assert reference(num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)

@@ -67,6 +67,19 @@ class FrozenConfig(dict[str, Any]):
         return FrozenConfig, (dict(self),)
 
 
+def public_entries(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a configuration that are arguments, not notes about a file.
+
+    Args:
+        config: the configuration.
+
+    Example:
+        >>> public_entries({"in_channels": 3, "_name_or_path": "mnist"})
+        {'in_channels': 3}
+    """
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
 def register_to_config(init: Callable[Concatenate[T, P], None]) -> Callable[Concatenate[T, P], None]:
     """Decorate an `__init__` so that its arguments, defaults included, become `self.config`.
 

@@ -30,6 +30,7 @@ from ddim.data.loader import loader_rate
 from ddim.devices import choose_device
 from ddim.distributed import rank_and_world_size
 from ddim.io.atomic import TEMPORARY_PREFIX, atomic_write
+from ddim.io.config import public_entries
 from ddim.io.hub import MODEL_INDEX
 from ddim.io.image_files import make_grid, save_images
 from ddim.io.images import NonFiniteError
@@ -133,7 +134,7 @@ def complete_config(config: TrainConfig) -> TrainConfig:
     if config.init is None or config.model:
         return config
     unet = DDIMPipeline.from_pretrained(config.init).unet.config
-    model = {key: list(value) if isinstance(value, tuple) else value for key, value in unet.items()}
+    model = {key: list(value) if isinstance(value, tuple) else value for key, value in public_entries(unet).items()}
     check_model(model)
     return config.model_copy(update={"model": model})
 
