@@ -210,7 +210,7 @@ def test_damaged_npz_raises(folder: Path) -> None:
 
 
 def test_folder_with_names_in_another_encoding(folder: Path) -> None:
-    name = os.fsencode(folder) + b"/caf\xe9.png"
+    name = os.fsencode(folder) + b"/na\xefve.png"
     Path(os.fsdecode(name)).write_bytes(encode(digits(1)[0]))
     source = open_source(str(folder))
     assert source.count == 1

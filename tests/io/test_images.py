@@ -624,7 +624,7 @@ def test_files_that_are_not_regular_are_skipped(tmp_path: Path, caplog: pytest.L
 
 def test_names_in_another_encoding(tmp_path: Path) -> None:
     write_digits(tmp_path, 1)
-    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    name = os.fsencode(tmp_path) + b"/na\xefve.png"
     os.rename(tmp_path / "0000.png", name)  # noqa: PTH104 - bytes
     (file,) = find_images(tmp_path)
     assert os.fsencode(file) == name
