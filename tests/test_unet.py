@@ -339,7 +339,7 @@ LENGTHS = "block_out_channels, down_block_types and up_block_types must have the
         ({"down_block_types": ("DownBlock2D",)}, f"{LENGTHS}, got 2, 1 and 2"),
         ({"up_block_types": ("UpBlock2D",) * 3}, f"{LENGTHS}, got 2, 2 and 3"),
         ({"block_out_channels": (), "down_block_types": (), "up_block_types": ()}, "block_out_channels"),
-        ({"layers_per_block": 0}, "layers_per_block must be an integer of at least 1, got 0"),
+        ({"layers_per_block": 0}, "layers_per_block must be an integer from 1 to 128, got 0"),
         ({"norm_num_groups": 3}, r"block_out_channels must be multiples of norm_num_groups \(3\), got 8"),
         ({"norm_num_groups": 16}, r"block_out_channels must be multiples of norm_num_groups \(16\), got 8"),
         ({"norm_num_groups": 0}, "norm_num_groups"),

@@ -33,21 +33,24 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) 
         arguments: its arguments by name; those without an annotation are not checked.
 
     Raises:
-        TypeError: for the first value of another type, or a number that is not finite.
+        TypeError: for the first value of another type.
+        ValueError: for a number that is not finite.
 
     Example:
         >>> def scale(factor: float, sizes: tuple[int, ...] | None = None) -> None: ...
         >>> check_arguments(scale, {"factor": 2, "sizes": [1, 2]})
         >>> check_arguments(scale, {"factor": float("nan")})
         Traceback (most recent call last):
-        TypeError: factor must be a finite number, got nan
+        ValueError: factor must be a finite number, got nan
         >>> check_arguments(scale, {"sizes": 3})
         Traceback (most recent call last):
         TypeError: sizes must be a list of integers, or None, got 3
     """
     for name, hint in _hints(function).items():
         if name in arguments and not _matches(arguments[name], hint):
-            raise TypeError(f"{name} must be {_describe(hint)}, got {shown(arguments[name])}")
+            value = arguments[name]
+            kind = ValueError if isinstance(value, Real) and not _is_finite(value) else TypeError
+            raise kind(f"{name} must be {_describe(hint)}, got {shown(value)}")
 
 
 @functools.cache

@@ -220,6 +220,7 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
             images: floats in [0, 1], (N, H, W, C) or (H, W, C); C is 1, 3 or 4.
 
         Example:
+            >>> import numpy as np
             >>> ComponentPipeline.numpy_to_pil(np.zeros((2, 8, 8, 3)))[0].size
             (8, 8)
         """

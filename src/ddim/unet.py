@@ -45,7 +45,6 @@ MAXIMA = {
     "in_channels": MAX_CHANNELS,
     "out_channels": MAX_CHANNELS,
     "time_embedding_dim": MAX_CHANNELS,
-    "attention_head_dim": MAX_CHANNELS,
     "norm_num_groups": MAX_CHANNELS,
     "attn_norm_num_groups": MAX_CHANNELS,
     "layers_per_block": 128,
@@ -710,13 +709,13 @@ def _check_config(config: Any) -> tuple[list[BlockType], list[BlockType]]:
     real("norm_eps", config.norm_eps, above=0)
     real("dropout", config.dropout, 0, 1)
     real("mid_block_scale_factor", config.mid_block_scale_factor, above=0)
-    integer("freq_shift", config.freq_shift, 0, max(0, config.block_out_channels[0] // 2 - 1))
     integer("downsample_padding", config.downsample_padding, 0, 1)
     if not 0 < levels == len(config.down_block_types) == len(config.up_block_types):
         raise ValueError(
             f"block_out_channels, down_block_types and up_block_types must have the same length, got {levels}, "
             f"{len(config.down_block_types)} and {len(config.up_block_types)}"
         )
+    integer("freq_shift", config.freq_shift, 0, max(0, config.block_out_channels[0] // 2 - 1))
     # The first hub models write UNetResDownBlock2D for DownBlock2D.
     down_names = [name.removeprefix("UNetRes") for name in config.down_block_types]
     up_names = [name.removeprefix("UNetRes") for name in config.up_block_types]

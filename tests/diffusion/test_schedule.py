@@ -84,8 +84,8 @@ def test_zero_terminal_snr_keeps_first_and_zeroes_last_alpha(beta_schedule: str)
     ("arguments", "named"),
     [
         (("cubic", 10), "cubic"),
-        (("linear", 0), "num_train_timesteps must be an integer of at least 1, got 0"),
-        (("linear", 10.5), "num_train_timesteps must be an integer of at least 1, got 10.5"),
+        (("linear", 0), "num_train_timesteps must be an integer from 1 to 1000000, got 0"),
+        (("linear", 10.5), "num_train_timesteps must be an integer from 1 to 1000000, got 10.5"),
         (("linear", 10, 0.0), "beta_start must be a number above 0 and below 1, got 0.0"),
         (("linear", 10, 0.1, 1.0), "beta_end must be a number above 0 and below 1, got 1.0"),
         (("linear", 10, float("nan")), "beta_start must be a number above 0 and below 1, got nan"),

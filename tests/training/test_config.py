@@ -370,6 +370,15 @@ def test_accumulate_must_divide_the_batch(batch_size: int, accumulate: int, good
             validate(tree)
 
 
+@pytest.mark.parametrize(
+    "schedule", [{"rescale_betas_zero_snr": True}, {"trained_betas": [0.1, 1.0]}], ids=["rescaled", "trained"]
+)
+def test_epsilon_requires_a_signal_at_every_timestep(schedule: dict[str, Any]) -> None:
+    assert validate(MINIMAL | {"scheduler": schedule | {"prediction_type": "v_prediction"}})
+    with pytest.raises(ValueError, match=r"scheduler\.prediction_type: must be v_prediction or sample where the"):
+        validate(MINIMAL | {"scheduler": schedule})
+
+
 def test_decay_steps_require_a_decay() -> None:
     for decay in ("linear", "cosine"):
         assert validate(MINIMAL | {"optim": {"decay": decay, "decay_steps": 10}}).optim.decay_steps == 10

@@ -492,10 +492,6 @@ def test_run_beyond_max_steps_is_complete(make_config: MakeConfig, images: Tenso
         ({"scheduler": {"beta_schedule": "steep"}}, "beta_schedule must be one of .*, got 'steep'"),
         ({"scheduler": {"prediction_type": "noise"}}, "prediction_type must be one of .*, got 'noise'"),
         ({"scheduler": {"betas": 3}}, "betas"),
-        (
-            {"scheduler": {"rescale_betas_zero_snr": True}, "objective": {"weighting": "truncated_snr"}},
-            "prediction_type: must be v_prediction or sample where the schedule ends in pure noise",
-        ),
     ],
 )
 def test_unsuitable_configuration_raises_before_writing(

@@ -22,7 +22,7 @@ LISTEN_SECONDS = 10
 MAX_UNHEARD_RUNS = 32
 """Runs that wait for a listener; the oldest one is given up for another."""
 
-LINGER_SECONDS = 0.5
+LINGER_SECONDS = 3.0
 """How long a stream counts after the server has ended it: the client may just have asked for another run."""
 
 MAX_KEYS = 4096

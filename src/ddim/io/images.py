@@ -75,7 +75,8 @@ def to_output(samples: Tensor, output_type: str) -> list[Image.Image] | np.ndarr
     unit = to_unit_range(samples)
     if output_type == "pt":
         return unit
-    array = unit.permute(0, 2, 3, 1).to("cpu", torch.promote_types(unit.dtype, torch.float32)).numpy()
+    dtype = torch.float32 if output_type == "pil" else torch.promote_types(unit.dtype, torch.float32)
+    array = unit.permute(0, 2, 3, 1).to("cpu", dtype).numpy()
     return array if output_type != "pil" else [as_pil(pixels) for pixels in to_bytes(array)]
 
 
