@@ -29,7 +29,7 @@ from ddim.io import hub
 from ddim.io.config import ConfigMixin, FrozenConfig
 from ddim.io.images import as_pil, to_bytes
 from ddim.io.json_files import read_json, to_json
-from ddim.io.pretrained import drop_unused_options, resolve_device_map, resolve_dtype, save_and_push
+from ddim.io.pretrained import drop_unused_options, resolve_device_map, resolve_dtype
 from ddim.io.weights import MAX_SHARD_SIZE
 from ddim.validation import shown
 from ddim.version import __version__
@@ -308,7 +308,7 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
             (target / self.config_name).write_text(self.to_json_string(), encoding="utf-8")
 
         networks = tuple(name for name, module in components.items() if isinstance(module, nn.Module))
-        save_and_push(write, Path(save_directory), variant, push_to_hub, type(self).__name__, options, networks)
+        hub.save_and_push(write, Path(save_directory), push_to_hub, type(self).__name__, options, variant, networks)
 
     def to_json_string(self) -> str:
         """Return the text of `model_index.json`."""

@@ -330,7 +330,9 @@ class LatentSpace:
         if plan is None:
             samples = self._decode(path, steps, batch_size)
         else:
-            samples = self._sample(path, plan, integer("batch_size", batch_size, 1))
+            batch_size = min(integer("batch_size", batch_size, 1), len(path))
+            x = self.sampler.check_latents(path)
+            samples = self.sampler.run(x, plan, progress_bar=self.progress_bar, batch_size=batch_size)
         return ImagePipelineOutput(to_output(samples, output_type))
 
     def trajectory(
@@ -532,15 +534,6 @@ class LatentSpace:
     def _decode(self, latents: Tensor, steps: Sequence[Step], batch_size: int) -> Tensor:
         """Decode latents that a caller gave."""
         return generate(self.sampler, self.sampler.check_latents(latents), steps, batch_size, self.progress_bar)
-
-    def _sample(self, latents: Tensor, plan: SamplingPlan, batch_size: int) -> Tensor:
-        """Sample from latents as a call of the pipeline does, in batches of one size."""
-        latents = self.sampler.check_latents(latents)
-        denoiser = self.sampler.denoiser(plan.steps, min(batch_size, len(latents)))
-        scheduler = self.sampler.scheduler
-        step_fn = generative_step(denoiser, plan.steps, StepSettings(scheduler.config.prediction_type, scheduler.clip))
-        with self.sampler.running(len(plan.steps), self.progress_bar) as bar:
-            return self.sampler.take_steps(latents, plan.steps, step_fn, bar)
 
 
 def invertible_steps(

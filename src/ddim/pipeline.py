@@ -31,7 +31,7 @@ from ddim.io.images import to_output
 from ddim.io.json_files import read_json
 from ddim.latents import LatentSpace
 from ddim.outputs import ImagePipelineOutput
-from ddim.sampler import Sampler
+from ddim.sampler import Sampler, check_output_channels
 from ddim.scheduler import DDIMScheduler, has_own_steps
 from ddim.unet import UNet2DModel
 from ddim.validation import integer, join_choices, shown
@@ -399,29 +399,6 @@ def check_model_index(folder: Path, component_names: Sequence[str] = ("unet", "s
             raise ValueError(
                 f"{path}: the class of {name} must be one of {join_choices(allowed[name])}, got {shown(class_name)}"
             )
-
-
-def check_output_channels(config: Any) -> None:
-    """Check that a network predicts as many channels as it takes, or twice as many.
-
-    Args:
-        config: of the network; one without channels is not checked.
-
-    Raises:
-        ValueError: for another number.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> check_output_channels(SimpleNamespace(in_channels=3, out_channels=4))
-        Traceback (most recent call last):
-        ValueError: the network's out_channels must be 3, or 6 with a learned variance, for in_channels=3, got 4
-    """
-    taken, predicted = getattr(config, "in_channels", None), getattr(config, "out_channels", None)
-    if isinstance(taken, int) and isinstance(predicted, int) and predicted not in (taken, 2 * taken):
-        raise ValueError(
-            f"the network's out_channels must be {taken}, or {2 * taken} with a learned variance, for "
-            f"in_channels={taken}, got {predicted}"
-        )
 
 
 def check_class(path: Path, allowed: Sequence[str]) -> None:

@@ -232,7 +232,11 @@ class Sampler:
             steps: the steps of the run, whose timesteps the engine prepares.
             batch_size: evaluate the network on exactly so many samples at a time; `None` for all at once.
             engine: the engine; `None` for `get_engine()`.
+
+        Raises:
+            ValueError: if the network predicts another number of channels than it takes, or twice as many.
         """
+        check_output_channels(self.unet.config)
         dtype = self.dtype
         engine = self.get_engine() if engine is None else engine
         engine.prepare([step.timestep for step in steps])
@@ -243,13 +247,16 @@ class Sampler:
 
         return denoiser if batch_size is None else in_batches(denoiser, batch_size)
 
-    def step_fn(self, x: Tensor, plan: SamplingPlan, noise: NoiseSource | None = None) -> StepFn:
+    def step_fn(
+        self, x: Tensor, plan: SamplingPlan, noise: NoiseSource | None = None, batch_size: int | None = None
+    ) -> StepFn:
         """Return the step function of plain sampling: the engine's own where it has one.
 
         Args:
             x: the initial sample, (N, C, H, W).
             plan: the steps that will be taken.
             noise: draws noise of the shape of `x`; used where `eta` is above 0.
+            batch_size: evaluate the network on exactly so many samples at a time; `None` for all at once.
         """
         scheduler, config = self.scheduler, plan.config
         settings = StepSettings(
@@ -259,8 +266,9 @@ class Sampler:
             noise if config.eta > 0 else None,
         )
         engine = self.get_engine()
-        captured = None if self._learns_variance else engine.step_fn(x, plan.steps, settings)
-        return captured or generative_step(self.denoiser(plan.steps, engine=engine), plan.steps, settings)
+        takes_all = batch_size is None and not self._learns_variance
+        captured = engine.step_fn(x, plan.steps, settings) if takes_all else None
+        return captured or generative_step(self.denoiser(plan.steps, batch_size, engine), plan.steps, settings)
 
     def run(
         self,
@@ -269,6 +277,7 @@ class Sampler:
         noise: NoiseSource | None = None,
         on_step_end: Callable[[State], None] | None = None,
         progress_bar: ProgressBar | None = None,
+        batch_size: int | None = None,
     ) -> Tensor:
         """Sample: take all steps of a plan, without gradients and in evaluation mode.
 
@@ -278,12 +287,13 @@ class Sampler:
             noise: draws noise of the shape of `x`; used where `eta` is above 0.
             on_step_end: called with the `State` after each step; it may replace `state.sample`.
             progress_bar: opens the bar; `None` for the sampler's own.
+            batch_size: evaluate the network on exactly so many samples at a time; `None` for all at once.
 
         Returns:
             x after the last step, (N, C, H, W).
         """
         with self.running(len(plan.steps), progress_bar) as bar:
-            return self.take_steps(x, plan.steps, self.step_fn(x, plan, noise), bar, on_step_end)
+            return self.take_steps(x, plan.steps, self.step_fn(x, plan, noise, batch_size), bar, on_step_end)
 
     def take_steps(
         self,
@@ -341,6 +351,29 @@ class Sampler:
         if iterable is None and total is None:
             raise ValueError("progress_bar requires an iterable or a total")
         return tqdm(iterable, **({"total": total} | self.progress_bar_config))
+
+
+def check_output_channels(config: Any) -> None:
+    """Check that a network predicts as many channels as it takes, or twice as many.
+
+    Args:
+        config: of the network; one without channels is not checked.
+
+    Raises:
+        ValueError: for another number.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> check_output_channels(SimpleNamespace(in_channels=3, out_channels=4))
+        Traceback (most recent call last):
+        ValueError: the network's out_channels must be 3, or 6 with a learned variance, for in_channels=3, got 4
+    """
+    taken, predicted = getattr(config, "in_channels", None), getattr(config, "out_channels", None)
+    if isinstance(taken, int) and isinstance(predicted, int) and predicted not in (taken, 2 * taken):
+        raise ValueError(
+            f"the network's out_channels must be {taken}, or {2 * taken} with a learned variance, for "
+            f"in_channels={taken}, got {predicted}"
+        )
 
 
 class Progress:

@@ -223,9 +223,7 @@ class DDIMScheduler(SchedulerFiles):
         """The function applied to the predicted x_0: dynamic thresholding, clipping, or `None`."""
         config = self.config
         if config.thresholding:
-            return partial(
-                dynamic_threshold, ratio=config.dynamic_thresholding_ratio, max_value=config.sample_max_value
-            )
+            return self._threshold_sample
         if config.clip_sample:
             return partial(torch.clamp, min=-config.clip_sample_range, max=config.clip_sample_range)
         return None

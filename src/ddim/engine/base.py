@@ -218,9 +218,9 @@ def _change_reason(unet: UNet2DModel) -> str | None:
                 return f"{shown} has been replaced"
             return f"{shown} has hooks" if has_hooks(module) else f"{shown} has been patched"
         attributes = vars(module)
-        for key, value in settings.items():
-            if attributes.get(key, nn.Module) != value:
-                return f"{shown}.{key} has been changed"
+        if not settings.items() <= attributes.items():
+            changed = next(key for key, value in settings.items() if attributes.get(key, nn.Module) != value)
+            return f"{shown}.{changed} has been changed"
         if _parameter_shapes(module) != shapes:
             return f"{shown} has other parameters"
         if kind is nn.Dropout and module.training and attributes["p"] > 0:

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar, cast
 
 from ddim.annotations import check_arguments
-from ddim.io.atomic import write_folder
-from ddim.io.hub import pop_hub_options, push_saved, read_config
+from ddim.io.hub import pop_hub_options, read_config, save_and_push
 from ddim.io.json_files import to_json
 from ddim.validation import join_choices, shown
 from ddim.version import __version__
@@ -326,16 +325,11 @@ class ConfigMixin:
             ...     os.listdir(folder)
             ['scheduler_config.json']
         """
-        if options and not push_to_hub:
-            raise TypeError(f"{', '.join(sorted(options))} must be given with push_to_hub=True")
 
         def write(target: Path) -> None:
             (target / self.config_name).write_text(self.to_json_string(), encoding="utf-8")
 
-        with write_folder(Path(save_directory)) as temporary:
-            write(temporary)
-        if push_to_hub:
-            push_saved(write, Path(save_directory), type(self).__name__, **options)
+        save_and_push(write, Path(save_directory), push_to_hub, type(self).__name__, options)
 
     def to_json_string(self) -> str:
         """Return the text of this object's configuration file: its entries, the class and the version, keys sorted.

@@ -26,8 +26,9 @@ from importlib import import_module, resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ddim.io.atomic import write_folder
 from ddim.io.json_files import read_json
-from ddim.io.weights import WEIGHTS, choose_weights
+from ddim.io.weights import WEIGHTS, choose_weights, remove_stale_weights
 
 logger = logging.getLogger(__name__)
 
@@ -324,6 +325,42 @@ def read_config(
     commit = folder.name if folder.parent.name == "snapshots" else None
     nested = folder / (subfolder or "") / config_name
     return read_json(nested if nested.is_file() else folder / config_name), commit
+
+
+def save_and_push(
+    write: Callable[[Path], Any],
+    folder: Path,
+    push_to_hub: bool,
+    title: str,
+    options: dict[str, Any],
+    variant: str | None = None,
+    weights_in: tuple[str, ...] = (),
+) -> None:
+    """Write files into a folder, delete weights that an earlier save left there, and upload the files if required.
+
+    Args:
+        write: writes the files into an empty folder that it is given.
+        folder: where they end up; it is created if missing.
+        push_to_hub: whether to upload them.
+        title: the class's name, for the commit's message.
+        options: of the upload, as `push_saved` takes them.
+        variant: the variant of the weights.
+        weights_in: folders inside it that hold weights.
+
+    Raises:
+        TypeError: for options without `push_to_hub`, or that the upload does not know.
+        OSError: if the files cannot be written.
+        RuntimeError: if the hub cannot be reached or refuses.
+    """
+    if options and not push_to_hub:
+        raise TypeError(f"save_pretrained() takes {', '.join(sorted(options))} only with push_to_hub=True")
+    with write_folder(folder) as temporary:
+        write(temporary)
+        written = {name: [path.name for path in (temporary / name).iterdir()] for name in weights_in}
+    for name, names in written.items():
+        remove_stale_weights(folder / name, variant, names)
+    if push_to_hub:
+        push_saved(write, folder, title, **options)
 
 
 def push_saved(

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ddim.devices import choose_device
-from ddim.io.atomic import write_folder
 from ddim.io.config import ConfigMixin
-from ddim.io.hub import PushToHub, find_model, pop_hub_options, push_saved
+from ddim.io.hub import PushToHub, find_model, pop_hub_options, save_and_push
 from ddim.io.json_files import read_json
-from ddim.io.weights import MAX_SHARD_SIZE, fill_model, read_weights, remove_stale_weights, write_weights
+from ddim.io.weights import MAX_SHARD_SIZE, fill_model, read_weights, write_weights
 from ddim.validation import shown
 
 NO_EFFECT = (
@@ -312,43 +311,7 @@ class ModelFiles(ConfigMixin, PushToHub):
             weights = cast(nn.Module, self).state_dict()
             write_weights(weights, target, variant, max_shard_size, safe_serialization)
 
-        save_and_push(write, Path(save_directory), variant, push_to_hub, type(self).__name__, options)
-
-
-def save_and_push(
-    write: Callable[[Path], Any],
-    folder: Path,
-    variant: str | None,
-    push_to_hub: bool,
-    title: str,
-    options: dict[str, Any],
-    weights_in: tuple[str, ...] = ("",),
-) -> None:
-    """Write files into a folder, delete weights that an earlier save left there, and upload the files if required.
-
-    Args:
-        write: writes the files into an empty folder that it is given.
-        folder: where they end up; it is created if missing.
-        variant: the variant of the weights.
-        push_to_hub: whether to upload them.
-        title: the class's name, for the commit's message.
-        options: of the upload, as `push_saved` takes them.
-        weights_in: folders inside it that hold weights.
-
-    Raises:
-        TypeError: for options without `push_to_hub`, or that the upload does not know.
-        OSError: if the files cannot be written.
-        RuntimeError: if the hub cannot be reached or refuses.
-    """
-    if options and not push_to_hub:
-        raise TypeError(f"save_pretrained() takes {', '.join(sorted(options))} only with push_to_hub=True")
-    with write_folder(folder) as temporary:
-        write(temporary)
-        written = {name: [path.name for path in (temporary / name).iterdir()] for name in weights_in}
-    for name, names in written.items():
-        remove_stale_weights(folder / name, variant, names)
-    if push_to_hub:
-        push_saved(write, folder, title, **options)
+        save_and_push(write, Path(save_directory), push_to_hub, type(self).__name__, options, variant, ("",))
 
 
 def _as_model(model: str | os.PathLike[str]) -> str | Path:
