@@ -6,10 +6,8 @@ and errors for arguments that make no sense (README, "How it differs from diffus
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
 
@@ -23,15 +21,6 @@ from dropin import (  # noqa: F401  # imported for their clients
     training_clients,
 )
 from dropin.library import CLIENTS, DDIM, DIFFUSERS, assert_same
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    level = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    yield
-    diffusers.utils.logging.set_verbosity(level)
 
 
 @pytest.mark.parametrize("name", CLIENTS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -48,15 +48,6 @@ COMPATIBLE = sorted(
     for kind in diffusers.DDIMScheduler().compatibles
     if "dummy" not in kind.__module__
 )
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    level = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    yield
-    diffusers.utils.logging.set_verbosity(level)
 
 
 def assert_same_images(images: list[np.ndarray]) -> None:
@@ -567,6 +558,28 @@ def test_learned_variance_is_split_off() -> None:
 def with_own_step(pipe: Any) -> Any:
     pipe.scheduler = own_step(DDIM)
     return pipe
+
+
+def test_network_replaced_later_is_checked_before_it_runs() -> None:
+    pipe = make_pipeline(DDIM)
+    pipe.unet = make_unet(DDIM, out_channels=1)
+    for run in (lambda: pipe(num_inference_steps=1), lambda: pipe.decode(torch.zeros(1, 3, 8, 8), 2)):
+        with pytest.raises(ValueError, match="out_channels must be 3, or 6"):
+            run()
+
+
+def test_overridden_thresholding_is_used() -> None:
+    images = []
+    for lib in (DIFFUSERS, DDIM):
+
+        class Halved(lib.DDIMScheduler):  # type: ignore[misc,name-defined]
+            def _threshold_sample(self, sample: Tensor) -> Tensor:
+                return sample.clamp(-1, 1) / 2
+
+        pipe = make_pipeline(lib)
+        pipe.scheduler = Halved(thresholding=True)
+        images.append(sample(pipe))
+    assert_same_images(images)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 5, 7, 9])

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 
@@ -67,15 +65,6 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=180)
     assert run.returncode == 0, run.stderr[-2000:]
     return torch.load(folder / "results.pt", weights_only=False)
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    level = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    yield
-    diffusers.utils.logging.set_verbosity(level)
 
 
 @pytest.mark.parametrize("name", NAMES)
