@@ -223,10 +223,16 @@ class DDIMScheduler(SchedulerFiles):
         """The function applied to the predicted x_0: dynamic thresholding, clipping, or `None`."""
         config = self.config
         if config.thresholding:
-            return self._threshold_sample
+            ratio, largest = config.dynamic_thresholding_ratio, config.sample_max_value
+            return partial(dynamic_threshold, ratio=ratio, max_value=largest)
         if config.clip_sample:
             return partial(torch.clamp, min=-config.clip_sample_range, max=config.clip_sample_range)
         return None
+
+    @property
+    def _step_clip(self) -> Callable[[Tensor], Tensor] | None:
+        """`clip` as `step` applies it: dynamic thresholding by the method that subclasses override."""
+        return self._threshold_sample if self.config.thresholding else self.clip
 
     def make_timesteps(
         self, num_inference_steps: int, spacing: str | None = None, order: int | None = None
@@ -394,7 +400,7 @@ class DDIMScheduler(SchedulerFiles):
             sample,
             transition,
             self.config.prediction_type,
-            self.clip,
+            self._step_clip,
             bool(use_clipped_model_output),
             noise,
         )
@@ -562,8 +568,9 @@ class DDIMInverseScheduler(DDIMScheduler):
         """
         transition = self._transition(timestep, 0.0)
         x, x0 = ddim_inverse(model_output, sample, transition, self.config.prediction_type)
-        if self.clip is not None:
-            clipped = self.clip(x0)
+        clip = self._step_clip
+        if clip is not None:
+            clipped = clip(x0)
             x, x0 = x + transition.alpha**0.5 * (clipped - x0), clipped
         return DDIMSchedulerOutput(x, x0) if return_dict else (x, x0)
 
