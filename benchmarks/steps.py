@@ -6,6 +6,9 @@
    latents.
 2. Fréchet distance of 5,000 images to those of `--data`, on the features of the classifier of digits.
 
+With `--clipping` instead: mean squared differences between the images of S steps of DDIM and of the next larger S, for
+three kinds of clipping.
+
 Timesteps are learned with `ddim.tuning.tune` from other latents. Results that `steps.json` in `--out` has are not
 measured again, so that an interrupted run resumes; delete it for a new run.
 """
@@ -13,6 +16,7 @@ measured again, so that an interrupted run resumes; delete it for a new run.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import write_files
-from ddim import DDIMPipeline
+from ddim import DDIMPipeline, DDIMScheduler
 from ddim.diffusion.noise import noise_from_seeds
 from ddim.evaluation.features import load_features
 from ddim.evaluation.image_sets import open_files, sample_image_set
@@ -88,10 +92,30 @@ def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
     figure.savefig(path)
 
 
+def compare_clipping(pipe: DDIMPipeline, count: int) -> str:
+    """Measure whether more steps converge for three kinds of clipping; return a table."""
+    numbers = (10, 20, 50, 100, 200, 500)
+    kinds = {
+        "not at all": (False, False),
+        "the predicted x_0 (`clip_sample`)": (True, False),
+        "and epsilon with it (`use_clipped_model_output`)": (True, True),
+    }
+    pairs = list(itertools.pairwise(numbers))
+    lines = [f"| clipped | {' | '.join(f'{a} to {b}' for a, b in pairs)} |", "|---" * (1 + len(pairs)) + "|"]
+    for name, (clip, use_clipped) in kinds.items():
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=clip)
+        settings = {"seeds": range(count), "use_clipped_model_output": use_clipped, "output_type": "pt"}
+        images = {S: pipe(num_inference_steps=S, **settings).images for S in numbers}
+        values = [float((images[a] - images[b]).double().square().mean()) for a, b in pairs]
+        lines.append(f"| {name} | {' | '.join(f'{value:.1e}' for value in values)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure what is not cached; write and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", required=True, help="images: a parquet file, a folder, ...")
+    parser.add_argument("--data", help="images: a parquet file, a folder, ...")
+    parser.add_argument("--clipping", action="store_true", help="compare kinds of clipping instead")
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results"), help="a folder for steps.json, steps.md, steps.png"
     )
@@ -101,6 +125,11 @@ def main() -> None:
 
     pipe = DDIMPipeline.from_pretrained("mnist")
     pipe.set_progress_bar_config(disable=True)
+    if arguments.clipping:
+        print(compare_clipping(pipe, BATCH_SIZE))
+        return
+    if arguments.data is None:
+        parser.error("--data is required")
     results = Results(arguments.out / "steps.json")
     limit: list[Tensor] = []
 
