@@ -16,11 +16,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 VIEWPORT = {"width": 1280, "height": 800}
-MARGIN_PIXELS = 24
 NUM_COLORS = 64
 TIMEOUT_MS = 600_000
 
@@ -32,12 +31,10 @@ def press(page: Page, name: str, finished: str) -> None:
 
 
 def shoot(page: Page, path: Path) -> None:
-    """Write the whole page without empty space at its sides, and with few colors, which makes the file small."""
+    """Write the whole page with few colors, which makes the file small."""
     # The pointer leaves the button, which would be drawn as pointed at.
     page.mouse.move(0, 0)
     image = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
-    left, _, right, _ = ImageOps.invert(image.convert("L")).getbbox() or (0, 0, image.width, 0)
-    image = image.crop((max(left - MARGIN_PIXELS, 0), 0, min(right + MARGIN_PIXELS, image.width), image.height))
     image.quantize(NUM_COLORS).save(path, optimize=True)
     print(path)
 
