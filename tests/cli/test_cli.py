@@ -29,6 +29,7 @@ from ddim.unet import UNet2DModel
 from ddim.version import __version__
 from digits import TINY_MODEL, write_digits
 from helpers import public
+from programs import run_python
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -441,8 +442,8 @@ def test_finished_training_takes_no_step(results: Commands) -> None:
 def test_missing_training_modules_are_reported(folder: Path) -> None:
     for name in ("accelerate", "matplotlib", "yaml"):
         code = f"import sys; sys.modules[{name!r}] = None; from ddim.cli import main; main()"
-        got = program(folder, sys.executable, "-c", code, *TRAIN, "--out", "run")
-        assert (got.code, got.stdout) == (1, "")
+        got = run_python(code, *TRAIN, "--out", "run", env=environment(folder / "home"), cwd=folder)
+        assert (got.returncode, got.stdout) == (1, "")
         assert got.stderr.startswith(f"ddim: training requires {name}")
         assert got.stderr.endswith("install it with: pip install 'ddim[train]'\n")
 

@@ -12,8 +12,6 @@ import math
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -37,8 +35,8 @@ from ddim.scheduler import DDIMScheduler
 from ddim.unet import UNet2DModel
 from digits import TINY_MODEL, digits
 from helpers import ALPHAS
+from programs import run_cli
 
-DDIM = str(Path(sys.executable).parent / "ddim")
 COMMANDS = ("encode", "decode", "reconstruct", "interpolate", "trajectory", "consistency", "edit")
 DIGITS = (1, 2, 9)
 """Their number in scikit-learn's list and what they show; ten quadratic steps can be inverted for these."""
@@ -676,9 +674,7 @@ def test_separate_programs_write_the_same_bytes(results: Commands, folder: Path,
     shutil.copytree(folder / "digits", tmp_path / "digits")
     for other in results.prerequisites(name):
         shutil.copy(results.output(other), tmp_path)
-    program = subprocess.run(
-        [DDIM, *WORK[name]], cwd=tmp_path, env=environment(tmp_path / "home"), capture_output=True, text=True
-    )
+    program = run_cli(*WORK[name], env=environment(tmp_path / "home"), cwd=tmp_path)
     assert (program.returncode, program.stdout) == (0, results[name].stdout), program.stderr
     assert (tmp_path / OUT[name]).read_bytes() == results.output(name).read_bytes()
 

@@ -21,7 +21,8 @@ from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.unet import UNet2DModel
 from digits import TINY_MODEL
-from helpers import environment, messages, run_cli
+from helpers import environment, messages
+from programs import run_cli, run_python
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -137,14 +138,8 @@ class TestExtras:
         import numpy as np
 
         np.savez(tmp_path / "x.npz", np.zeros((5, 8, 8), np.uint8))
-        program = f"import sys; sys.modules[{module!r}] = None; sys.argv[1:] = {arguments!r}\n"
-        done = subprocess.run(
-            [sys.executable, "-c", program + "from ddim.cli import main; main()"],
-            env=environment(tmp_path),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
+        program = f"import sys; sys.modules[{module!r}] = None\nfrom ddim.cli import main\nmain()"
+        done = run_python(program, *arguments, env=environment(tmp_path), cwd=tmp_path)
         assert done.returncode == 1
         (message,) = messages(done.stderr)
         assert message.endswith(f" requires {module}; install it with: pip install 'ddim[{EXTRAS[module]}]'")
