@@ -38,16 +38,8 @@ os.environ.setdefault("DDIM_KERNEL_CACHE", str(Path(__file__).parents[1] / ".pyt
 
 
 SLOW = (
-    "processes",
-    "interruption",
-    "bulk",
-    "learning",
-    "run",
-    "checkpoint",
-    "report",
-    "paper_tables",
-    "convert",
-    "cli_latents",
+    *("endpoints", "page", "bulk", "cli", "cli_latents", "convert", "clients", "differences", "paper_tables", "report"),
+    *("modules", "checkpoint", "interruption", "learning", "processes", "run", "trainer", "compat", "docs"),
 )
 
 
