@@ -173,7 +173,7 @@ def test_resumes_after_sigterm_to_the_launcher(
         while not (metrics.exists() and metrics.stat().st_size) and p.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         p.send_signal(signal.SIGTERM)
-        stderr = p.communicate(timeout=60)[1]
+        stderr = p.communicate(timeout=180)[1]
     assert p.returncode != 0
     saved = max((out / "checkpoints").iterdir())
     step = int(saved.name.removeprefix("step-"))
