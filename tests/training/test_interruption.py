@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ddim.training.checkpoint import checkpoint_step, list_checkpoints, load_checkpoint
+from ddim.io.runs import checkpoint_step, list_checkpoints
+from ddim.training.checkpoint import TENSOR_FILES, load_checkpoint
 from ddim.training.config import TrainConfig
 from ddim.training.run import train
 from helpers import environment, messages
@@ -116,7 +117,7 @@ def test_killed_run_equals_uninterrupted_run(
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == sorted(names)
     for name in names:
         ours, theirs = (folder / "checkpoints" / name for folder in (out, uninterrupted))
-        for file in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
+        for file in TENSOR_FILES.values():
             assert (ours / file).read_bytes() == (theirs / file).read_bytes()
         states = [json.loads((path / "state.json").read_text()) for path in (ours, theirs)]
         assert all(state.pop("seconds") > 0 for state in states)

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddim.training.checkpoint import TENSOR_FILES
 from ddim.training.config import validate
 from ddim.training.run import train
 from digits import TINY_MODEL, write_digits
@@ -83,7 +84,7 @@ def losses(out: Path) -> list[float]:
 
 
 def ema_weights(out: Path, step: int) -> dict[str, Tensor]:
-    return load_file(out / "checkpoints" / f"step-{step:08d}" / "ema.safetensors")
+    return load_file(out / "checkpoints" / f"step-{step:08d}" / TENSOR_FILES["ema"])
 
 
 def max_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

@@ -27,7 +27,7 @@ from ddim.data.dataset import CachedImageDataset
 from ddim.data.seeding import generator_for
 from ddim.io.locks import LOCK_NAME, OutputLock
 from ddim.pipeline import DDIMPipeline
-from ddim.training.checkpoint import load_checkpoint, load_newest
+from ddim.training.checkpoint import TENSOR_FILES, load_checkpoint, load_newest
 from ddim.training.config import TrainConfig, validate
 from ddim.training.progress import TrainingStopped
 from ddim.training.run import train
@@ -330,8 +330,8 @@ def test_resumed_run_equals_uninterrupted_run(make_config: MakeConfig, tmp_path:
     train(config, parts, "cpu")
     assert same_tensors(weights(final), weights(parts / "final"))
     assert (parts / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
-    for name in ("model", "ema", "optimizer"):
-        files = [out / "checkpoints" / "step-00000012" / f"{name}.safetensors" for out in (uninterrupted, parts)]
+    for name in TENSOR_FILES.values():
+        files = [out / "checkpoints" / "step-00000012" / name for out in (uninterrupted, parts)]
         assert files[0].read_bytes() == files[1].read_bytes()
 
 

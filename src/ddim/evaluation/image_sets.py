@@ -22,8 +22,8 @@ from torch import Tensor
 from ddim.data.base import Source
 from ddim.data.sources import open_source
 from ddim.io.hub import MODEL_INDEX, builtin_models
-from ddim.io.image_files import is_folder_path
 from ddim.io.images import decode_image, fit_image, to_bytes
+from ddim.io.runs import is_run, split_variant
 from ddim.pipeline import DDIMPipeline
 
 BATCH_SIZE = 64
@@ -146,13 +146,15 @@ def sample_image_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = 
 
 
 def is_model(source: str) -> bool:
-    """Return whether a name means a model rather than images: a built-in one, or a folder with a pipeline.
+    """Return whether a name means a model rather than images: a built-in one, a folder with a pipeline, a training run.
 
     Example:
         >>> is_model("mnist"), is_model("images/")
         (True, False)
     """
-    return source in builtin_models() or (is_folder_path(source) and (Path(source) / MODEL_INDEX).is_file())
+    name = str(split_variant(source)[0])
+    folder = Path(name)
+    return name in builtin_models() or (folder / MODEL_INDEX).is_file() or is_run(folder)
 
 
 def _open_shards(path: Path) -> Source:

@@ -28,6 +28,7 @@ from typing import Any
 
 from ddim.io.atomic import write_folder
 from ddim.io.json_files import read_json
+from ddim.io.runs import resolve_run, split_variant
 from ddim.io.weights import WEIGHTS, choose_weights, remove_stale_weights
 
 logger = logging.getLogger(__name__)
@@ -108,9 +109,10 @@ def find_model(
 
     Args:
         model: the name of a built-in model, a folder, or a hub id such as `google/ddpm-cifar10-32`; tried in this
-            order, so that a folder called `mnist` is reached as `./mnist`.
+            order, so that a folder called `mnist` is reached as `./mnist`. The folder of a training run stands for its
+            result or its newest checkpoint (`ddim.io.runs`).
         options: the cache, revision and token for the hub.
-        variant: the variant of the weights to download, such as `fp16`.
+        variant: the variant of the weights to download, such as `fp16`; `model` may end in it instead (`NAME@fp16`).
         weights_in: folders of the repository; the weights in the first of them that has a `config.json` are downloaded.
             All configurations are.
         use_safetensors: `True` to download safetensors only, `False` for pickles only, `None` for either.
@@ -127,11 +129,12 @@ def find_model(
         >>> find_model("mnist").name
         'mnist'
     """
+    model, variant = split_variant(model, variant)
     name = str(model)
     if name in (builtin := builtin_models()):
         return builtin[name]
     if Path(name).is_dir():
-        return Path(name)
+        return resolve_run(Path(name), MODEL_INDEX)
     if isinstance(model, Path) or Path(name).exists() or not HUB_ID.fullmatch(name):
         raise FileNotFoundError(
             f"the model {name!r} does not exist: it is not built in ({', '.join(builtin)}), not a folder, and not a "

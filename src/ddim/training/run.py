@@ -5,7 +5,7 @@ RUN/metrics.jsonl     what the run computed, see `ddim.training.metrics_logger`
 RUN/tensorboard/      the same and more, for TensorBoard
 RUN/loss.png          the losses as a curve
 RUN/samples/          a grid of samples every so many steps, always from the same seeds
-RUN/checkpoints/      what resuming requires; the raw weights are in the last one
+RUN/checkpoints/      what resuming requires, each a pipeline folder too, with the averaged and the raw weights
 RUN/final/            the result: a pipeline folder for `ddim` and `diffusers`, with the averaged weights and a card
 """
 
@@ -35,6 +35,7 @@ from ddim.io.hub import MODEL_INDEX
 from ddim.io.image_files import make_grid, save_images
 from ddim.io.images import NonFiniteError
 from ddim.io.locks import LOCK_NAME, OutputLock
+from ddim.io.runs import CHECKPOINTS, FINAL
 from ddim.pipeline import DDIMPipeline
 from ddim.training.card import model_card
 from ddim.training.checkpoint import Checkpoint, load_checkpoint, load_newest, remove_partial
@@ -92,7 +93,7 @@ def train(
         loaded: list[Checkpoint | None] = [None]
         if is_main:
             _check_run(record, config, out, resume)
-            loaded = [load_checkpoint(resume) if isinstance(resume, Path) else load_newest(out / "checkpoints")]
+            loaded = [load_checkpoint(resume) if isinstance(resume, Path) else load_newest(out / CHECKPOINTS)]
         trainer = Trainer(config, dataset, out, local_device, accelerator)
         _check_sampling(trainer)
         (checkpoint,) = broadcast_object_list(loaded)
@@ -102,8 +103,8 @@ def train(
         if not is_main:
             trainer.train(lambda progress: progress.pending_metrics.clear(), max_minutes)
             accelerator.wait_for_everyone()
-            return out / "final"
-        remove_partial(out / "checkpoints")
+            return out / FINAL
+        remove_partial(out / CHECKPOINTS)
         with atomic_write(out / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(record, sort_keys=False))
         _train_and_log(trainer, out, max_minutes)
@@ -231,7 +232,7 @@ def _train_and_log(trainer: Trainer, out: Path, max_minutes: float | None) -> No
 
 def _write_result(trainer: Trainer, out: Path, record: dict[str, Any]) -> Path:
     """Write the pipeline, then what describes it."""
-    final = out / "final"
+    final = out / FINAL
     _make_pipeline(trainer).save_pretrained(final)
     try:
         _write_samples(trainer, final / "samples.png")
@@ -318,7 +319,7 @@ def _check_run(record: dict[str, Any], config: TrainConfig, out: Path, resume: L
         raise FileExistsError(f"{path} is not the record of a run; use another folder") from None
     if changes:
         advice = "resume it with its own, or use another folder"
-        if any(change.startswith("max_steps:") for change in changes) and (out / "final" / MODEL_INDEX).is_file():
+        if any(change.startswith("max_steps:") for change in changes) and (out / FINAL / MODEL_INDEX).is_file():
             advice += f"; to train on from its result, use another folder and init={out / 'final'}"
         raise ValueError(f"the run in {out} has another configuration ({'; '.join(changes)}); {advice}")
     if old_config.optim.lr != config.optim.lr:
