@@ -4,9 +4,9 @@ With eta = 0 sampling is a map from x at the largest timestep to an image, and i
 5.4 of arXiv 2010.02502): an image has a latent, decoding the latent gives the image back, and the latents between two
 latents are images too (section 5.3).
 
-`encode` and `decode` are inverses of each other, which plain sampling is not, for two reasons. It clips the predicted
-x_0, so that different x_t lead to one x_prev. And its last step jumps to alpha = 1, where a good denoiser is a
-projection onto the images it knows. Therefore both run between the largest timestep and the schedule's first alpha
+`encode` and `decode` are inverses of each other, which plain sampling is not, for two reasons. Its last step jumps to
+alpha = 1, where a good denoiser is a projection onto the images it knows. And many schedulers clip the predicted x_0,
+so that different x_t lead to one x_prev. Therefore both run between the largest timestep and the schedule's first alpha
 (`set_alpha_to_one=False`; with the usual schedule the noise left there is 0.01, which cannot be seen), and do not clip.
 
 Networks round a little differently for batches of different sizes, and near the images inversion magnifies small

@@ -152,6 +152,11 @@ BAD: dict[str, tuple[list[str], int, str]] = {
         "^ddim: --dtype must be one of float32, bfloat16, or float16, got 'float99'",
     ),
     "sigma-hat": (["sample", "--sigma-hat"], 1, "--sigma-hat .*--eta 1"),
+    "nothing clipped": (
+        ["sample", "--use-clipped-model-output"],
+        1,
+        r"^ddim: --use-clipped-model-output requires a model whose scheduler clips .* \(clip_sample or thresholding\)$",
+    ),
     "unknown option": (["sample", "--stepz", "3"], 2, "No such option: --stepz"),
     "unknown command": (["draw"], 2, "No such command 'draw'"),
     "app model": (["app", "monalisa"], 1, "the model 'monalisa' does not exist"),

@@ -562,14 +562,13 @@ def noise(*seeds: int) -> Tensor:
 
 @torch.no_grad()
 def ddim(
-    pipe: DDIMPipeline, x: Tensor, timesteps: list[int], last: float = 1.0, clip: bool = True
+    pipe: DDIMPipeline, x: Tensor, timesteps: list[int], last: float = 1.0
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Equation (12) of the paper with eta = 0: x_t and the predicted x_0 of each step, and the end at alpha = last."""
     samples, predicted = [], []
     for t, a, a_prev in zip(timesteps, ALPHAS[timesteps], [*ALPHAS[timesteps[1:]], last], strict=True):
         epsilon = pipe.unet(x, t).sample
         x0 = (x - math.sqrt(1 - a) * epsilon) / math.sqrt(a)
-        x0 = x0.clamp(-1, 1) if clip else x0
         samples.append(x)
         predicted.append(x0)
         x = math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev) * epsilon
@@ -577,8 +576,8 @@ def ddim(
 
 
 def decoded(pipe: DDIMPipeline, latents: Tensor, timesteps: list[int] = TIMESTEPS) -> np.ndarray:
-    """Without clipping, and only as far as the first alpha, where images lie; so that no step is left at timestep 0."""
-    return gray(ddim(pipe, latents, [t for t in timesteps if t], float(ALPHAS[0]), clip=False)[2])
+    """Return images of the first alpha, where decoding ends; so that no step is left at timestep 0."""
+    return gray(ddim(pipe, latents, [t for t in timesteps if t], float(ALPHAS[0]))[2])
 
 
 def sampled(pipe: DDIMPipeline, latents: Tensor) -> np.ndarray:

@@ -27,10 +27,11 @@ from ddim.data.dataset import CachedImageDataset
 from ddim.data.seeding import generator_for
 from ddim.io.locks import LOCK_NAME, OutputLock
 from ddim.pipeline import DDIMPipeline
+from ddim.scheduler import DDIMScheduler
 from ddim.training.checkpoint import TENSOR_FILES, load_checkpoint, load_newest
-from ddim.training.config import TrainConfig, validate
+from ddim.training.config import TrainConfig, load_config, preset_names, validate
 from ddim.training.progress import TrainingStopped
-from ddim.training.run import train
+from ddim.training.run import complete_config, train
 from ddim.training.trainer import Trainer
 from ddim.unet import UNet2DModel
 from digits import TINY_MODEL, digits, write_digits
@@ -77,7 +78,7 @@ def completed(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory)
         log_every=4,
     )
     out = tmp_path_factory.mktemp("runs") / "new" / "one"
-    return Run(config, out, train(config, out, "cpu"))
+    return Run(complete_config(config), out, train(config, out, "cpu"))
 
 
 def test_run_folder_layout(completed: Run) -> None:
@@ -130,6 +131,7 @@ def test_result_holds_the_average_and_loads_in_diffusers(completed: Run) -> None
 
     ours, theirs = (kind.from_pretrained(completed.final) for kind in (DDIMPipeline, diffusers.DDIMPipeline))
     assert theirs.scheduler.config.prediction_type == "v_prediction"
+    assert theirs.scheduler.config.clip_sample is False
     x, t = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 500, 999])
     with torch.no_grad():
         torch.testing.assert_close(ours.unet(x, t).sample, theirs.unet(x, t).sample, rtol=1e-5, atol=1e-6)
@@ -394,7 +396,7 @@ def test_resumes_with_entries_that_may_change(
     )
     train(config, out, "cpu")
     assert file_names(out / "checkpoints") == ["step-00000006"]
-    assert validate(yaml.safe_load((out / "config.yaml").read_text())["config"]) == config
+    assert validate(yaml.safe_load((out / "config.yaml").read_text())["config"]) == complete_config(config)
     # max_steps below the current step does not count as a time limit.
     before = weights(out / "final")
     train(make_config(max_steps=3), out, "cpu")
@@ -460,10 +462,11 @@ def test_second_process_is_refused(make_config: MakeConfig, started: Path) -> No
 
 
 def test_model_is_taken_from_init(make_config: MakeConfig, completed: Run, tmp_path: Path) -> None:
-    tree = make_config(max_steps=1, init=str(completed.final), scheduler=completed.config.scheduler).model_dump()
+    tree = make_config(max_steps=1, init=str(completed.final)).model_dump()
     final = train(validate(tree | {"model": {}}), tmp_path / "run", "cpu")
     record = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["config"]
     assert {key: record["model"][key] for key in TINY_MODEL} == TINY_MODEL
+    assert record["scheduler"] == {"clip_sample": False, "prediction_type": "v_prediction"}
     trainer = Trainer(validate(record), CachedImageDataset(torch.from_numpy(digits(40))[:, None]), tmp_path, CPU)
     first, second = weights(completed.final), weights(final)
     assert same_tensors(trainer.model.state_dict(), first)
@@ -472,6 +475,46 @@ def test_model_is_taken_from_init(make_config: MakeConfig, completed: Run, tmp_p
     # The run resumes without the model that it started from.
     config = validate(record | {"init": None, "max_steps": 2})
     train(config, tmp_path / "run", "cpu")
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_presets_do_not_clip(preset: str) -> None:
+    def completed_scheduler(*settings: str) -> dict[str, Any]:
+        return complete_config(load_config(preset, settings=["data.source=digits", *settings])).scheduler
+
+    assert completed_scheduler() == {"clip_sample": False}
+    assert completed_scheduler("scheduler.clip_sample=true") == {"clip_sample": True}
+    assert completed_scheduler("scheduler.beta_end=0.01") == {"clip_sample": False, "beta_end": 0.01}
+
+
+@pytest.mark.parametrize("clip_sample", [True, False])
+def test_scheduler_is_taken_from_init(clip_sample: bool, make_config: MakeConfig, tmp_path: Path) -> None:
+    """Fine-tuning keeps the schedule and the settings of sampling, but not timesteps learned for other weights."""
+    saved = {"beta_schedule": "scaled_linear", "clip_sample": clip_sample, "timestep_spacing": "trailing"}
+    learned = {"solver_order": 2, "timesteps_by_steps": {"2": [900, 100]}}
+    unet = UNet2DModel(**make_config().model)
+    DDIMPipeline(unet, DDIMScheduler(**saved, **learned)).save_pretrained(tmp_path / "saved")
+    init = str(tmp_path / "saved")
+    assert complete_config(make_config(init=init)).scheduler == saved
+    changed = {"clip_sample": not clip_sample, "beta_schedule": "linear"}
+    assert complete_config(make_config(init=init, scheduler=changed)).scheduler == saved | changed
+
+
+def test_unusable_schedule_of_init_raises(make_config: MakeConfig, tmp_path: Path) -> None:
+    unet = UNet2DModel(**make_config().model)
+    DDIMPipeline(unet, DDIMScheduler(rescale_betas_zero_snr=True)).save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"scheduler\.prediction_type: must be v_prediction or sample"):
+        complete_config(make_config(init=str(tmp_path / "saved")))
+
+
+def test_run_recorded_without_clipping_resumes(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Records of version 0.1 have no `scheduler.clip_sample`; it changes no weights."""
+    train(make_config(max_steps=1), tmp_path, "cpu")
+    record = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del record["config"]["scheduler"]["clip_sample"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(record))
+    final = train(make_config(max_steps=2), tmp_path, "cpu")
+    assert DDIMPipeline.from_pretrained(final).scheduler.config.clip_sample is False
 
 
 # --- invalid input

@@ -97,8 +97,13 @@ class SamplingOptions:
             The settings.
 
         Raises:
-            ValueError: for an option out of range.
+            ValueError: for an option out of range, or one that has no effect on the model.
         """
+        if self.clipped_model_output and pipe.scheduler.clip is None:
+            raise ValueError(
+                "use_clipped_model_output=True requires a model whose scheduler clips the predicted x_0 "
+                "(clip_sample or thresholding)"
+            )
         return self._config(self.choose_timesteps(pipe))
 
     def _config(self, timesteps: Sequence[int] | None) -> SamplingConfig:

@@ -21,6 +21,9 @@ PRESETS = resources.files("ddim.training") / "presets"
 MAX_FEATURES = 4096
 """Most features of a Fréchet distance, whose covariances grow with their square."""
 
+SCHEDULER_DEFAULTS: Mapping[str, Any] = {"clip_sample": False}
+"""Where a trained model's scheduler differs from `DDIMScheduler()`: without clipping more steps converge to a limit."""
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -153,7 +156,9 @@ class TrainConfig(Section):
         data: the images.
         model: arguments of `UNet2DModel`, `sample_size` among them; may be empty where `init` is set.
         init: weights to start from, as `DDIMPipeline.from_pretrained` takes them: a built-in model, a folder, a hub id.
-        scheduler: arguments of `DDIMScheduler`: the betas and the prediction type.
+        scheduler: arguments of `DDIMScheduler`: the betas, the prediction type, how the result is sampled. Where they
+            are omitted, the scheduler of `init` decides; without `init`, `SCHEDULER_DEFAULTS` and then the defaults of
+            `DDIMScheduler`.
         objective: the loss.
         optim: the optimizer.
         ema: the averaged weights.
@@ -203,6 +208,14 @@ RESUME_MAY_CHANGE = (
     "data.on_device",
     "data.max_unreadable",
     "init",
+    "scheduler.clip_sample",
+    "scheduler.clip_sample_range",
+    "scheduler.dynamic_thresholding_ratio",
+    "scheduler.sample_max_value",
+    "scheduler.set_alpha_to_one",
+    "scheduler.steps_offset",
+    "scheduler.thresholding",
+    "scheduler.timestep_spacing",
     "samples",
     "evaluate",
     "checkpoints",
@@ -213,8 +226,9 @@ RESUME_MAY_CHANGE = (
 )
 """Entries that may differ when a run resumes: none of them changes, beyond rounding, what an earlier step has computed.
 
-The content of the data is compared, not its location. `max_steps` must stay where the learning rate decays towards it.
-`optim.lr` is the exception: a run that has diverged can resume with a lower one.
+Of the scheduler these are the entries that sampling alone uses. The content of the data is compared, not its location.
+`max_steps` must stay where the learning rate decays towards it. `optim.lr` is the exception: a run that has diverged
+can resume with a lower one.
 """
 
 
@@ -340,14 +354,7 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
             f"the Fréchet distance of pixels requires at least 2 samples of at most {MAX_FEATURES} values each, got "
             f"{config.evaluate.count} of {channels * size**2}; 0 disables it",
         )
-    betas = config.scheduler.get("trained_betas")
-    has_zero_snr = config.scheduler.get("rescale_betas_zero_snr") or (betas is not None and max(betas) >= 1)
-    if has_zero_snr and config.scheduler.get("prediction_type", "epsilon") == "epsilon":
-        raise _invalid(
-            "scheduler.prediction_type",
-            "must be v_prediction or sample where the schedule ends in pure noise, of which epsilon says nothing, got "
-            "epsilon",
-        )
+    check_scheduler(config.scheduler)
     if optim.decay_steps is not None and optim.decay == "constant":
         raise _invalid("optim.decay_steps", "requires optim.decay to be linear or cosine, got constant")
     return config
@@ -376,6 +383,28 @@ def check_model(model: Mapping[str, Any]) -> None:
         raise _invalid(
             "model.in_channels",
             f"must be equal to model.out_channels, both 1 (gray) or 3 (color), got {channels!r} and {outputs!r}",
+        )
+
+
+def check_scheduler(scheduler: Mapping[str, Any]) -> None:
+    """Check what training requires of the scheduler's arguments.
+
+    Args:
+        scheduler: arguments of `DDIMScheduler`.
+
+    Raises:
+        ValueError: naming the wrong argument.
+
+    Example:
+        >>> check_scheduler({"clip_sample": False})
+    """
+    betas = scheduler.get("trained_betas")
+    has_zero_snr = scheduler.get("rescale_betas_zero_snr") or (betas is not None and max(betas) >= 1)
+    if has_zero_snr and scheduler.get("prediction_type", "epsilon") == "epsilon":
+        raise _invalid(
+            "scheduler.prediction_type",
+            "must be v_prediction or sample where the schedule ends in pure noise, of which epsilon says nothing, got "
+            "epsilon",
         )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import platform
+from collections.abc import Mapping
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,9 +38,17 @@ from ddim.io.images import NonFiniteError
 from ddim.io.locks import LOCK_NAME, OutputLock
 from ddim.io.runs import CHECKPOINTS, FINAL
 from ddim.pipeline import DDIMPipeline
+from ddim.scheduler import DDIMScheduler
 from ddim.training.card import model_card
 from ddim.training.checkpoint import Checkpoint, load_checkpoint, load_newest, remove_partial
-from ddim.training.config import TrainConfig, check_model, incompatible_changes, validate
+from ddim.training.config import (
+    SCHEDULER_DEFAULTS,
+    TrainConfig,
+    check_model,
+    check_scheduler,
+    incompatible_changes,
+    validate,
+)
 from ddim.training.evaluate import evaluate
 from ddim.training.metrics_logger import MetricsLogger, plot_loss
 from ddim.training.optim import learning_rate
@@ -114,30 +123,48 @@ def train(
 
 
 def complete_config(config: TrainConfig) -> TrainConfig:
-    """Fill in the network's arguments from `init` where the configuration has none.
+    """Fill in the arguments of the network and of the scheduler that the configuration leaves out.
+
+    With `init` they are those of the model that it names, so that fine-tuning keeps its schedule, its prediction type
+    and how it is sampled. Timesteps that were learned for its weights are not taken over.
 
     Args:
         config: the checked configuration.
 
     Returns:
-        A configuration with `model`.
+        A configuration with `model`, and with the entries of `scheduler` that are not defaults of `DDIMScheduler`;
+        `clip_sample` is always among them.
 
     Raises:
         FileNotFoundError: if the model `config.init` does not exist.
-        ValueError: if training does not support its network.
+        ValueError: if training does not support its network or its schedule.
 
     Example:
         >>> from ddim.training.config import load_config
-        >>> config = load_config("digits")
-        >>> complete_config(config) is config
-        True
+        >>> complete_config(load_config("digits")).scheduler
+        {'clip_sample': False}
+        >>> complete_config(load_config("digits", settings=["scheduler.clip_sample=true"])).scheduler
+        {'clip_sample': True}
     """
-    if config.init is None or config.model:
-        return config
-    unet = DDIMPipeline.from_pretrained(config.init).unet.config
-    model = {key: list(value) if isinstance(value, tuple) else value for key, value in public_entries(unet).items()}
+    model, scheduler = config.model, dict(SCHEDULER_DEFAULTS)
+    if config.init is not None:
+        pipe = DDIMPipeline.from_pretrained(config.init)
+        model = model or _plain_values(pipe.unet.config)
+        defaults = DDIMScheduler().config
+        scheduler = {
+            name: value
+            for name, value in _plain_values(pipe.scheduler.config).items()
+            if name in SCHEDULER_DEFAULTS or (name in defaults and value != defaults[name])
+        }
+    scheduler |= config.scheduler
     check_model(model)
-    return config.model_copy(update={"model": model})
+    check_scheduler(scheduler)
+    return config.model_copy(update={"model": model, "scheduler": scheduler})
+
+
+def _plain_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments in a component's configuration, as YAML holds them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in public_entries(config).items()}
 
 
 def start_processes(device: str | torch.device) -> tuple[Accelerator, torch.device]:

@@ -51,7 +51,7 @@ class Trainer:
     """A run in a folder: builds the model, trains it, writes checkpoints.
 
     Args:
-        config: the checked configuration.
+        config: the configuration, completed (`ddim.training.run.complete_config`).
         dataset: the images, of the size and channels of the model.
         out: folder of the run; nothing is written before the first checkpoint.
         device: device of this process.
