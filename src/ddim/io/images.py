@@ -6,6 +6,7 @@ for grayscale, 3 for color.
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import warnings
@@ -191,6 +192,14 @@ def decode_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
         Traceback (most recent call last):
         ValueError: notes.png cannot be read: not an image of a known format
     """
+    if isinstance(source, str | Path):
+        # A stream in any case: by its path PIL maps an uncompressed TIFF into memory, and scrambles one whose
+        # orientation swaps height and width.
+        try:
+            with Path(source).open("rb") as stream:
+                return decode_image(stream, name)
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read: {decoder_reason(error)}") from None
     try:
         with PIL_OPEN_LOCK, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -206,11 +215,33 @@ def decode_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
         # PIL sets this attribute of images that it opens itself; messages name images by it.
         setattr(still, "filename", name)  # noqa: B010 - the copy's class does not declare it
     except Exception as error:  # decoders raise errors of many kinds
-        reason = "not an image of a known format" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{name} cannot be read: {reason}") from None
+        raise ValueError(f"{name} cannot be read: {decoder_reason(error)}") from None
     if frames > 1:
         raise ValueError(f"{name} must be a still image, got an animation of {frames} frames")
     return still
+
+
+def decoder_reason(error: Exception) -> str:
+    """Return why an image cannot be decoded, in words about the image.
+
+    Args:
+        error: what PIL raised. The messages of some kinds are about PIL's own code.
+
+    Example:
+        >>> decoder_reason(OSError(22, "Invalid argument")), decoder_reason(ValueError("invalid literal for int()"))
+        ('it is damaged', 'it is damaged')
+        >>> decoder_reason(OSError("image file is truncated (0 bytes not processed)"))
+        'image file is truncated (0 bytes not processed)'
+    """
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a known format"
+    is_about_the_image = isinstance(
+        error, OSError | SyntaxError | Image.DecompressionBombError | Image.DecompressionBombWarning
+    )
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        return (error.strerror or str(error)).lower()
+    text = " ".join(str(error).split())
+    return text if is_about_the_image and text and not getattr(error, "errno", None) else "it is damaged"
 
 
 def upright(image: Image.Image, name: str) -> Image.Image:
