@@ -27,7 +27,7 @@ from ddim.io.weights import write_weights
 from ddim.unet import UNet2DModel
 from fuzz.harness import CRASH, Fault, attempt, empty, expect
 from fuzz.models import original, tiny_unet
-from fuzz.mutations import MUTATIONS, VALUES, Mutation, mutate
+from fuzz.mutations import MUTATIONS, VALUES, Mutation, make_zip, mutate, zip_bomb
 
 WEIGHTS = "diffusion_pytorch_model"
 FORMATS = ("safetensors", "foreign", "bin", "old bin", "shards", "bin shards", "half")
@@ -313,13 +313,9 @@ def write_zip_bomb(path: Path) -> None:
     """Write a file of `torch.save` whose storage is compressed: 3 GB in 3 MB."""
     stream = io.BytesIO()
     torch.save({"x": torch.zeros(4)}, stream)
-    with zipfile.ZipFile(stream) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as target:
-        for member in source.infolist():
-            if not member.filename.endswith("data/0"):
-                target.writestr(member.filename, source.read(member))
-                continue
-            with target.open(member.filename, "w", force_zip64=True) as file:
-                for _ in range(192):
-                    file.write(bytes(1 << 24))
-
-
+    with zipfile.ZipFile(stream) as source:
+        members = [
+            (name, *zip_bomb()) if name.endswith("data/0") else (name, source.read(name), None)
+            for name in source.namelist()
+        ]
+    path.write_bytes(make_zip(members))

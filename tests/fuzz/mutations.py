@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
@@ -57,6 +59,31 @@ def mutate(data: bytes, mutations: list[Mutation]) -> bytes:
         elif kind == "zero":
             data = before + b"\0" * min(amount, len(after)) + after[amount:]
     return data
+
+
+def zip_bomb(prefix: bytes = b"") -> tuple[bytes, int]:
+    """Return a raw deflate stream of a prefix and 3 GB of zeros, and the size of what it holds."""
+    first = zlib.compressobj(1, zlib.DEFLATED, -15)
+    block = zlib.compressobj(9, zlib.DEFLATED, -15)
+    zeros = bytes(1 << 24)
+    start = first.compress(prefix) + first.flush(zlib.Z_FULL_FLUSH)
+    # After a full flush the next bytes refer to nothing before.
+    middle = block.compress(zeros) + block.flush(zlib.Z_FULL_FLUSH)
+    return start + middle * 192 + block.flush(), len(prefix) + 192 * len(zeros)
+
+
+def make_zip(members: list[tuple[str, bytes, int | None]]) -> bytes:
+    """Return an archive of members: name, content, and for a deflate stream the size of what it holds."""
+    body, directory = b"", b""
+    for name, data, size in members:
+        common = struct.pack(
+            "<HHHHHIIIHH", 20, 0, 0 if size is None else 8, 0, 33, zlib.crc32(data) if size is None else 0, len(data),
+            len(data) if size is None else size, len(name), 0,
+        )  # fmt: skip
+        directory += b"PK\1\2\x14\0" + common + struct.pack("<HHHII", 0, 0, 0, 0, len(body)) + name.encode()
+        body += b"PK\3\4" + common + name.encode() + data
+    end = struct.pack("<HHHHIIH", 0, 0, len(members), len(members), len(directory), len(body), 0)
+    return body + directory + b"PK\5\6" + end
 
 
 HUGE_INTEGERS = (2**31 - 1, 2**31, 2**53, 2**63 - 1, 2**63, 10**18, 10**30, -1, -(2**31), -(2**63), 65536, 10**8, 10**9)

@@ -6,7 +6,6 @@ for grayscale, 3 for color.
 
 from __future__ import annotations
 
-import errno
 import logging
 import threading
 import warnings
@@ -18,6 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ddim.io.reading import DAMAGED, reader_reason
 from ddim.validation import choice
 
 logger = logging.getLogger(__name__)
@@ -225,23 +225,21 @@ def decoder_reason(error: Exception) -> str:
     """Return why an image cannot be decoded, in words about the image.
 
     Args:
-        error: what PIL raised. The messages of some kinds are about PIL's own code.
+        error: what PIL raised.
 
     Example:
-        >>> decoder_reason(OSError(22, "Invalid argument")), decoder_reason(ValueError("invalid literal for int()"))
-        ('it is damaged', 'it is damaged')
+        >>> decoder_reason(ValueError("invalid literal for int() with base 10: b'x'"))
+        'it is damaged'
         >>> decoder_reason(OSError("image file is truncated (0 bytes not processed)"))
         'image file is truncated (0 bytes not processed)'
     """
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a known format"
-    is_about_the_image = isinstance(
+    # PIL's errors of other kinds are about its own code.
+    has_reason = isinstance(
         error, OSError | SyntaxError | Image.DecompressionBombError | Image.DecompressionBombWarning
     )
-    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-        return (error.strerror or str(error)).lower()
-    text = " ".join(str(error).split())
-    return text if is_about_the_image and text and not getattr(error, "errno", None) else "it is damaged"
+    return reader_reason(error) if has_reason else DAMAGED
 
 
 def upright(image: Image.Image, name: str) -> Image.Image:
