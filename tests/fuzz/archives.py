@@ -225,7 +225,7 @@ def write_plain_parquet(
     elif content == "texts":
         rows, kind = ["a", "b"], pa.string()
     elif content == "zip bomb":
-        rows, kind = [bytes(1 << 24)] * 64, pa.binary()
+        rows, kind = [bytes(1 << 22)] * 64, pa.binary()
     elif content not in ("", "not images", "animation", "large", "empty files", "other sizes"):
         return None
     table = pa.table({"image": pa.array(rows, kind), "label": pa.array(list(range(len(rows))))})

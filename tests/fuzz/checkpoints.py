@@ -214,11 +214,11 @@ def save_pickle(content: Any, path: Path, **options: Any) -> None:
 def storable(tensors: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Return the tensors that safetensors can hold, each with its own memory."""
     kinds = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool)
-    tensors = {name: tensor for name, tensor in tensors.items() if getattr(tensor, "nbytes", 0) < 2**30}
+    dense = {n: t for n, t in tensors.items() if isinstance(t, Tensor) and t.layout == torch.strided and t.dtype in kinds}
     return {
         str(name): tensor.to(dtype or tensor.dtype).clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-        if isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.dtype in kinds
+        for name, tensor in dense.items()
+        if tensor.nbytes < 2**30
     }
 
 

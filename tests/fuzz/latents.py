@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -133,11 +132,10 @@ def write_foreign(path: Path, array: np.ndarray, text: str, is_compressed: bool)
         if array.nbytes > 1e8:
             header = io.BytesIO()
             np.lib.format.write_array(header, array[:0])
-            prefix = header.getvalue().replace(b"(0, 1, 64, 64), }    ", b"(196608, 1, 64, 64), }")
-            np.savez(path, latents=array[:1], settings=np.array(text))
-            with zipfile.ZipFile(path) as archive:
-                members = [("latents.npy", *zip_bomb(prefix)), ("settings.npy", archive.read("settings.npy"), None)]
-            path.write_bytes(make_zip(members))
+            prefix = header.getvalue().replace(b"(0, 1, 64, 64), }     ", b"(196608, 1, 64, 64), }")
+            settings = io.BytesIO()
+            np.save(settings, np.array(text))
+            path.write_bytes(make_zip([("latents.npy", *zip_bomb(prefix)), ("settings.npy", settings.getvalue(), None)]))
             return True
         with path.open("wb") as file:
             (np.savez_compressed if is_compressed else np.savez)(file, latents=array, settings=np.array(text))

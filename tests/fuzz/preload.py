@@ -4,10 +4,13 @@ One thread: networks this small are slower with more, and equal inputs must give
 """
 
 import os
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Kernels are compiled once, by whichever process needs them first.
+os.environ.setdefault("DDIM_KERNEL_CACHE", str(Path(__file__).parents[2] / ".pytest_cache" / "kernels"))
 
 import datasets  # noqa: E402, F401
 import diffusers  # noqa: E402

@@ -15,6 +15,7 @@ import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from ddim.data.config import DataConfig, Section
+from ddim.scheduler import DDIMScheduler
 from ddim.validation import as_integer, choice, shown
 
 PRESETS = resources.files("ddim.training") / "presets"
@@ -344,6 +345,10 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
             f"the Fréchet distance of pixels requires at least 2 samples of at most {MAX_FEATURES} values each, got "
             f"{config.evaluate.count} of {channels * size**2}; 0 disables it",
         )
+    try:
+        DDIMScheduler.from_config({}, **config.scheduler)
+    except (TypeError, ValueError) as error:
+        raise _invalid("scheduler", str(error)) from None
     betas = config.scheduler.get("trained_betas")
     has_zero_snr = config.scheduler.get("rescale_betas_zero_snr") or (betas is not None and max(betas) >= 1)
     if has_zero_snr and config.scheduler.get("prediction_type", "epsilon") == "epsilon":
