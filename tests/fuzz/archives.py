@@ -29,14 +29,37 @@ COUNT = 5
 KINDS = ("npz", "packed npz", "parquet", "plain parquet", "tar", "folder")
 ARRAYS = {
     **{dtype: np.zeros((3, 4, 4), dtype) for dtype in ("u1", "i1", ">u2", "f4", "?", "c8", "U3", "M8[s]", "V8")},
-    **{str(shape): np.zeros(shape, np.uint8) for shape in ((), (4,), (2, 2), (0, 4, 4), (2, 0, 4), (2, 4, 4, 2), (1,) * 5)},
+    **{
+        str(shape): np.zeros(shape, np.uint8)
+        for shape in ((), (4,), (2, 2), (0, 4, 4), (2, 0, 4), (2, 4, 4, 2), (1,) * 5)
+    },
     "fortran": np.asfortranarray(np.arange(48, dtype=np.uint8).reshape(3, 4, 4)),
     "objects": np.array([{"x": 1}], object),
     "structured": np.zeros(3, [("x", "u1"), ("y", "u1")]),
 }
 CONTENTS = (
-    *("nothing", "one member that is not an array", "huge shape", "negative shape", "long header", "zip bomb", "encrypted"),
-    *("names", "duplicates", "not images", "animation", "missing", "paths", "nulls", "texts", "no rows", "links", "device"),
+    *(
+        "nothing",
+        "one member that is not an array",
+        "huge shape",
+        "negative shape",
+        "long header",
+        "zip bomb",
+        "encrypted",
+    ),
+    *(
+        "names",
+        "duplicates",
+        "not images",
+        "animation",
+        "missing",
+        "paths",
+        "nulls",
+        "texts",
+        "no rows",
+        "links",
+        "device",
+    ),
     *("sparse", "hidden", "odd names", "large", "fifo", "empty files", "subfolders", "other sizes", *ARRAYS),
 )
 
@@ -81,7 +104,10 @@ def make_check(folder: Path) -> Callable[[Archive], None]:
         images = attempt(open_files, str(path), example.count, naming=(str(target), "count"))
         batches = attempt(lambda: list(images.batches()), naming=(str(target), "image"))
         read = np.concatenate([batch.numpy() for batch in batches])
-        expect(len(read) == images.count == (images.count if example.count is None else example.count), f"{len(read)} images")
+        expect(
+            len(read) == images.count == (images.count if example.count is None else example.count),
+            f"{len(read)} images",
+        )
         expect(read.shape[1:] == images.shape, f"shape {read.shape} instead of {images.shape}")
         if example.content in ("", "names", "hidden", "odd names", "nulls", "duplicates", "subfolders", "links"):
             known = originals if not example.mutations else originals | plain_images(path)
@@ -167,7 +193,9 @@ def write_npz(
         return path
     save(path, pixels)
     if content in ("huge shape", "negative shape", "long header"):
-        shape = {"huge shape": "(999999999999, 6, 6)", "negative shape": "(-5, -6, 6)"}.get(content, "(5, 6, 6" + " " * 70_000 + ")")
+        shape = {"huge shape": "(999999999999, 6, 6)", "negative shape": "(-5, -6, 6)"}.get(
+            content, "(5, 6, 6" + " " * 70_000 + ")"
+        )
         header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode()
         with zipfile.ZipFile(path, "w") as archive:
             version, size = (b"\x01\x00", "<H") if len(header) < 65536 else (b"\x02\x00", "<I")
@@ -221,7 +249,9 @@ def write_plain_parquet(
     if content in ("nothing", "no rows"):
         rows = []
     elif content in ("missing", "paths", "nulls"):
-        rows[2] = {"missing": {"bytes": None, "path": "x.png"}, "paths": {"bytes": None, "path": "/etc/passwd"}}.get(content)
+        rows[2] = {"missing": {"bytes": None, "path": "x.png"}, "paths": {"bytes": None, "path": "/etc/passwd"}}.get(
+            content
+        )
     elif content == "texts":
         rows, kind = ["a", "b"], pa.string()
     elif content == "zip bomb":
@@ -244,7 +274,11 @@ def write_tar(folder: Path, content: str, encoded: Sequence[bytes], pixels: np.n
             archive.addfile(member, io.BytesIO(data))
 
         for index, data in enumerate(encoded if content != "nothing" else ()):
-            names = {"names": f"../../{index}.png", "odd names": f"{index}\udcff\n.png", "subfolders": f"a/b/{index}.png"}
+            names = {
+                "names": f"../../{index}.png",
+                "odd names": f"{index}\udcff\n.png",
+                "subfolders": f"a/b/{index}.png",
+            }
             add(names.get(content, f"{index}.png"), data)
         if content == "hidden":
             add("._0.png", b"\0\5\x16\7")
@@ -262,7 +296,9 @@ def write_tar(folder: Path, content: str, encoded: Sequence[bytes], pixels: np.n
     if content in ("huge shape", "negative shape"):
         data = bytearray(path.read_bytes())
         size = 2**60 if content == "huge shape" else -512
-        data[124:136] = b"\x80" + size.to_bytes(11, "big") if size > 0 else b"\xff" + size.to_bytes(11, "big", signed=True)
+        data[124:136] = (
+            b"\x80" + size.to_bytes(11, "big") if size > 0 else b"\xff" + size.to_bytes(11, "big", signed=True)
+        )
         data[148:156] = f"{sum(data[:148]) + sum(data[156:512]) + 256:06o}\0 ".encode()
         path.write_bytes(data)
     return path

@@ -118,7 +118,7 @@ def campaign(targets: Sequence[str], seed: int, minutes: float, folder: Path) ->
         if tally.faults[known:]:
             print(Tally(faults=tally.faults[known:]).report(target), flush=True)
     for worker in workers.values():
-        worker.__exit__()
+        worker.close()
     return tallies
 
 

@@ -61,7 +61,9 @@ class Damage(NamedTuple):
 
 FORMAT = st.sampled_from((*FORMATS, *LAYOUTS))
 ENTRY = st.sampled_from(["dtype", "shape", "data_offsets", "weight_map", "__metadata__", "file"])
-HEADER_VALUES = VALUES | st.lists(st.integers(-2, 2**40), max_size=4) | st.sampled_from(["F32", "F16", "I64", "F8_E5M2"])
+HEADER_VALUES = (
+    VALUES | st.lists(st.integers(-2, 2**40), max_size=4) | st.sampled_from(["F32", "F16", "I64", "F8_E5M2"])
+)
 CHANGED = st.lists(st.tuples(st.sampled_from(CHANGES), st.integers(0, 60)), min_size=1, max_size=2)
 EXAMPLES = st.one_of(
     st.builds(lambda kind, mutations: Damage(kind, mutations=mutations), FORMAT, MUTATIONS),
@@ -167,7 +169,14 @@ def read_safetensors(data: bytes) -> dict[str, Tensor]:
     """Read safetensors by the format's description."""
     length = int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
-    types = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I64": np.int64, "I32": np.int32, "BF16": np.int16}
+    types = {
+        "F32": np.float32,
+        "F16": np.float16,
+        "F64": np.float64,
+        "I64": np.int64,
+        "I32": np.int32,
+        "BF16": np.int16,
+    }
     tensors = {}
     for name, entry in header.items():
         if name != "__metadata__":
@@ -214,7 +223,9 @@ def save_pickle(content: Any, path: Path, **options: Any) -> None:
 def storable(tensors: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Return the tensors that safetensors can hold, each with its own memory."""
     kinds = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool)
-    dense = {n: t for n, t in tensors.items() if isinstance(t, Tensor) and t.layout == torch.strided and t.dtype in kinds}
+    dense = {
+        n: t for n, t in tensors.items() if isinstance(t, Tensor) and t.layout == torch.strided and t.dtype in kinds
+    }
     return {
         str(name): tensor.to(dtype or tensor.dtype).clone(memory_format=torch.contiguous_format)
         for name, tensor in dense.items()

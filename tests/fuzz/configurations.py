@@ -87,7 +87,9 @@ INDEX: dict[str, Any] = {
     "vae": st.sampled_from([[None, None], ["diffusers", "AutoencoderKL"]]),
 }
 CLASSES = st.lists(
-    st.sampled_from(["diffusers", "ddim", "os", "subprocess", "builtins", "system", "Popen", "eval", "UNet2DModel", "x"]),
+    st.sampled_from(
+        ["diffusers", "ddim", "os", "subprocess", "builtins", "system", "Popen", "eval", "UNet2DModel", "x"]
+    ),
     max_size=3,
 )
 TRAINING: dict[str, Any] = {
@@ -117,7 +119,9 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 TEXTS = (
     *(BOMB, BOMB + "data: {source: digits}\nmodel: {sample_size: *j}", BOMB + "data: *j"),
-    "data: {source: digits}\nmodel: {sample_size: 8, x:\n  " + BOMB.replace("\n", "\n   ").replace("a: ", "{a: ", 1)[:-1] + "}",
+    "data: {source: digits}\nmodel: {sample_size: 8, x:\n  "
+    + BOMB.replace("\n", "\n   ").replace("a: ", "{a: ", 1)[:-1]
+    + "}",
     "data: {source: digits}\nscheduler: {trained_betas: 2001-99-99}",
     "data: &a [*a]",
     "data: &a {source: *a}",
@@ -168,8 +172,8 @@ def configurations(draw: Callable[[Any], Any]) -> Configuration:
     values = VALUES | CLASSES if kind == "index" else VALUES
     entries = {name: draw(values if name in hostile else KINDS[kind][name]) for name in names}
     if draw(st.integers(0, 9)) == 0:
-        entries[draw(st.sampled_from(["x", "", "_class_name", "_use_default_values", "_ddim", "__init__", "self"]))] = draw(
-            VALUES
+        entries[draw(st.sampled_from(["x", "", "_class_name", "_use_default_values", "_ddim", "__init__", "self"]))] = (
+            draw(VALUES)
         )
     mutations = draw(st.just([]) | st.just([]) | st.just([]) | MUTATIONS)
     text = draw(st.sampled_from(TEXTS)) if kind == "training" and draw(st.booleans()) else None
@@ -190,7 +194,13 @@ def make_check(folder: Path) -> Callable[[Configuration], None]:
         if kind == "training":
             check_training(target / "config.yaml", configuration)
             return
-        base = TINY if kind == "unet" else json.loads((template / "model_index.json").read_text()) if kind == "index" else {}
+        base = (
+            TINY
+            if kind == "unet"
+            else json.loads((template / "model_index.json").read_text())
+            if kind == "index"
+            else {}
+        )
         path = target / {"unet": "config.json", "scheduler": "scheduler_config.json", "index": "model_index.json"}[kind]
         content = base | entries
         path.write_bytes(mutate(json.dumps(content).encode(), mutations))
@@ -255,7 +265,9 @@ def check_unet(folder: Path, entries: dict[str, Any] | None) -> None:
     state = network.state_dict()
     expect(all(torch.equal(state[name], tensor) for name, tensor in again.state_dict().items()), "weights change")
     settings = network.config
-    height, width = (settings.sample_size or 8,) * 2 if not isinstance(settings.sample_size, list | tuple) else settings.sample_size
+    height, width = (
+        (settings.sample_size or 8,) * 2 if not isinstance(settings.sample_size, list | tuple) else settings.sample_size
+    )
     if height * width > 4096:
         return
     x = torch.randn(2, settings.in_channels, height, width, generator=torch.Generator().manual_seed(1))

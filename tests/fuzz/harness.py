@@ -35,6 +35,7 @@ VERDICTS = (ACCEPTED, REFUSED, TRACEBACK, CRASH, DIFFERENCE, HANG, MEMORY)
 FAULTS = VERDICTS[2:]
 
 HANG_SECONDS = 20
+MAX_SECONDS = 300
 START_SECONDS = 600
 MAX_BYTES = 2 << 30
 """Resident memory of a process, at its peak."""
@@ -203,10 +204,8 @@ class Worker:
         self._process: Any = None
         self._connection: Any = None
 
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the process."""
         if self._process is not None:
             self._connection.close()
             self._process.join(10)
@@ -234,26 +233,30 @@ class Worker:
         return outcome
 
     def _answers(self) -> bool:
-        """Return whether an answer comes in time; time in which other processes had the cores does not count."""
-        if self._connection.poll(1):
-            return True
-        started, waits = time.monotonic() - 1, self._seconds_waited()
-        while True:
-            if self._connection.poll(1):
-                return True
-            # Of a process that began meanwhile all counts.
-            waited = sum(seconds - waits.get(name, 0) for name, seconds in self._seconds_waited().items())
-            if time.monotonic() - started - waited > HANG_SECONDS:
-                return bool(self._connection.poll())
+        """Return whether an answer comes in time.
 
-    def _seconds_waited(self) -> dict[str, float]:
-        """Return how long each process of the worker was ready to run, and did not."""
-        waits = {}
-        for path in Path("/proc").glob("[0-9]*/schedstat"):
+        The time is that of processors: other processes may leave none to this one. A process that uses none for as long
+        waits for something that does not come.
+        """
+        started = progress = time.monotonic()
+        first = last = self._processor_seconds()
+        while not self._connection.poll(1):
+            now, seconds = time.monotonic(), self._processor_seconds()
+            if seconds > last:
+                last, progress = seconds, now
+            if seconds - first > HANG_SECONDS or now - progress > HANG_SECONDS or now - started > MAX_SECONDS:
+                return bool(self._connection.poll())
+        return True
+
+    def _processor_seconds(self) -> float:
+        """Return the processor time of a worker and its children, those that have ended among them."""
+        ticks = 0
+        for path in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
-                if os.getpgid(int(path.parent.name)) == self._process.pid:
-                    waits[path.parent.name] = int(path.read_text().split()[1]) / 1e9
-        return waits
+                fields = path.read_text().rpartition(")")[2].split()
+                if int(fields[2]) == self._process.pid:
+                    ticks += sum(map(int, fields[11:15]))
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def _start(self) -> None:
         self._connection, other = self._context.Pipe()

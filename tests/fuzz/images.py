@@ -145,7 +145,9 @@ def check_pixels(image: Image.Image, picture: Picture, pixels: np.ndarray) -> No
         return
     for channels in (1, 3):
         fitted = attempt(fit_image, image, height, width, channels, naming=(str(image.filename),))  # type: ignore[attr-defined]
-        expect(picture.mode != "LAB" and picture.values != "wild" or picture.mode not in ("F", "I", "LAB"), "unknown range")
+        expect(
+            picture.mode != "LAB" and picture.values != "wild" or picture.mode not in ("F", "I", "LAB"), "unknown range"
+        )
         if picture.mode == "F":
             expect(picture.values != "nan", "NaN was read")
         actual = np.asarray(fitted, np.float32).reshape(height, width, channels)
@@ -209,7 +211,9 @@ def make_pixels(picture: Picture) -> np.ndarray:
         shape = (height, width, len(Image.new(picture.mode, (1, 1)).getbands()))
     if picture.size[0] >= LARGE:
         kinds = {"F": np.float32, "I": np.int32, "I;16": np.uint16}
-        return np.ones(shape, kinds.get(picture.mode, np.uint8)) if picture.mode != "I" else np.full(shape, 999, np.int32)
+        return (
+            np.ones(shape, kinds.get(picture.mode, np.uint8)) if picture.mode != "I" else np.full(shape, 999, np.int32)
+        )
     values = np.full(shape, 0.5) if picture.values == "flat" else random.random(shape)
     if picture.mode == "F":
         scaled = values.astype(np.float32) * (1000 if picture.values == "wild" else 1)

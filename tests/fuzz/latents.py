@@ -80,13 +80,18 @@ def make_check(folder: Path) -> Callable[[Latents], None]:
     """Return the check of a latent-code file."""
     stored = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     folder.mkdir(exist_ok=True)
-    written = {suffix: save_latents(folder / f"x{suffix}", stored, SETTINGS).read_bytes() for suffix in (".npz", ".safetensors")}
+    written = {
+        suffix: save_latents(folder / f"x{suffix}", stored, SETTINGS).read_bytes()
+        for suffix in (".npz", ".safetensors")
+    }
 
     def check(example: Latents) -> None:
         path = empty(folder / "latents") / f"x{example.suffix}"
         if example.dtype:
             array = make_array(example)
-            entries = {name: value for name, value in (asdict(SETTINGS) | example.settings).items() if value is not None}
+            entries = {
+                name: value for name, value in (asdict(SETTINGS) | example.settings).items() if value is not None
+            }
             text = json.dumps(entries) if example.text is None else example.text
             if not write_foreign(path, array, text, example.is_compressed):
                 return
@@ -135,7 +140,9 @@ def write_foreign(path: Path, array: np.ndarray, text: str, is_compressed: bool)
             prefix = header.getvalue().replace(b"(0, 1, 64, 64), }     ", b"(196608, 1, 64, 64), }")
             settings = io.BytesIO()
             np.save(settings, np.array(text))
-            path.write_bytes(make_zip([("latents.npy", *zip_bomb(prefix)), ("settings.npy", settings.getvalue(), None)]))
+            path.write_bytes(
+                make_zip([("latents.npy", *zip_bomb(prefix)), ("settings.npy", settings.getvalue(), None)])
+            )
             return True
         with path.open("wb") as file:
             (np.savez_compressed if is_compressed else np.savez)(file, latents=array, settings=np.array(text))

@@ -62,29 +62,111 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 }
 PICTURES = st.sampled_from(
     [
-        *({"path": "/etc/passwd"}, {"path": "secret.txt"}, {"path": "../secret.txt"}, {"url": "http://127.0.0.1:1/x.png"}),
-        *({"path": "\0"}, {"path": ""}, {}, {"path": 3}, "uploaded", "x.png", "data:image/png;base64,AAAA", {"path": "uploaded"}),
+        *(
+            {"path": "/etc/passwd"},
+            {"path": "secret.txt"},
+            {"path": "../secret.txt"},
+            {"url": "http://127.0.0.1:1/x.png"},
+        ),
+        *(
+            {"path": "\0"},
+            {"path": ""},
+            {},
+            {"path": 3},
+            "uploaded",
+            "x.png",
+            "data:image/png;base64,AAAA",
+            {"path": "uploaded"},
+        ),
         {"path": "uploaded", "url": "file:///etc/passwd", "meta": {"_type": "gradio.FileData"}},
     ]
 )
 PATHS = st.sampled_from(
     [
-        *("/", "/config", "/theme.css", "/assets/x", "/static/../secret.txt", "/x", "//", "/%00", "/..", "/docs", "/openapi.json"),
-        *(f"{API}/info", f"{API}/queue/status", f"{API}/queue/data", f"{API}/heartbeat/x", f"{API}/heartbeat/../x", f"{API}/user"),
-        *(f"{API}/call/sample/x", f"{API}/call/x/x", f"{API}/upload_progress", f"{API}/reset", f"{API}/proxy=http://x/"),
-        *(f"{API}/file={name}" for name in ("secret.txt", "/etc/passwd", "../secret.txt", "http://x/", "%2e%2e/secret.txt")),
-        *(f"{API}/file=%00", f"{API}/file=" + "x" * 3000, f"{API}/stream/x/y", f"{API}/component_server", f"{API}/dev/reload"),
-        *(f"{API}/custom_component/x/y/z", "/login", "/logout", "/robots.txt", "/manifest.json", "/pwa_icon/9", "/monitoring"),
+        *(
+            "/",
+            "/config",
+            "/theme.css",
+            "/assets/x",
+            "/static/../secret.txt",
+            "/x",
+            "//",
+            "/%00",
+            "/..",
+            "/docs",
+            "/openapi.json",
+        ),
+        *(
+            f"{API}/info",
+            f"{API}/queue/status",
+            f"{API}/queue/data",
+            f"{API}/heartbeat/x",
+            f"{API}/heartbeat/../x",
+            f"{API}/user",
+        ),
+        *(
+            f"{API}/call/sample/x",
+            f"{API}/call/x/x",
+            f"{API}/upload_progress",
+            f"{API}/reset",
+            f"{API}/proxy=http://x/",
+        ),
+        *(
+            f"{API}/file={name}"
+            for name in ("secret.txt", "/etc/passwd", "../secret.txt", "http://x/", "%2e%2e/secret.txt")
+        ),
+        *(
+            f"{API}/file=%00",
+            f"{API}/file=" + "x" * 3000,
+            f"{API}/stream/x/y",
+            f"{API}/component_server",
+            f"{API}/dev/reload",
+        ),
+        *(
+            f"{API}/custom_component/x/y/z",
+            "/login",
+            "/logout",
+            "/robots.txt",
+            "/manifest.json",
+            "/pwa_icon/9",
+            "/monitoring",
+        ),
     ]
 ) | st.text(max_size=12).map(lambda text: "/" + quote(text.encode("utf-8", "replace")))
 HEADERS = st.lists(
     st.sampled_from(
         [
-            *(("host", "evil.example"), ("host", ""), ("host", "127.0.0.1:1"), ("origin", "http://evil.example"), ("origin", "null")),
-            *(("x-forwarded-host", "evil.example"), ("content-type", "text/plain"), ("content-type", ""), ("cookie", "x=" * 2000)),
-            *(("content-length", "99999999999"), ("content-length", "-1"), ("content-length", "0"), ("range", "bytes=0-")),
-            *(("transfer-encoding", "chunked"), ("expect", "100-continue"), ("accept-encoding", "br;q=nan"), ("upgrade", "websocket")),
-            *(("authorization", "Basic AAAA"), ("x-gradio-server", "http://evil.example"), ("if-none-match", "*"), ("te", "x")),
+            *(
+                ("host", "evil.example"),
+                ("host", ""),
+                ("host", "127.0.0.1:1"),
+                ("origin", "http://evil.example"),
+                ("origin", "null"),
+            ),
+            *(
+                ("x-forwarded-host", "evil.example"),
+                ("content-type", "text/plain"),
+                ("content-type", ""),
+                ("cookie", "x=" * 2000),
+            ),
+            *(
+                ("content-length", "99999999999"),
+                ("content-length", "-1"),
+                ("content-length", "0"),
+                ("range", "bytes=0-"),
+            ),
+            *(
+                ("transfer-encoding", "chunked"),
+                ("expect", "100-continue"),
+                ("accept-encoding", "br;q=nan"),
+                ("upgrade", "websocket"),
+            ),
+            *(
+                ("authorization", "Basic AAAA"),
+                ("x-gradio-server", "http://evil.example"),
+                ("if-none-match", "*"),
+                ("te", "x"),
+            ),
         ]
     ),
     max_size=2,
@@ -128,13 +210,24 @@ def requests(draw: Callable[[Any], Any]) -> Request:
             body[draw(st.sampled_from(["x", "session_hash", "data", "fn_index", "event_id"]))] = draw(VALUES)
         return Request(kind, name, body=body, headers=headers)
     if kind == "plain":
-        method = draw(st.sampled_from(["GET", "GET", "GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "X"]))
+        method = draw(
+            st.sampled_from(["GET", "GET", "GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "X"])
+        )
         return Request(kind, draw(PATHS), method, draw(st.none() | VALUES), headers)
     if kind == "upload":
         data = draw(st.sampled_from([b"", b"x" * 100, b"GIF89a", encode_image()]) | st.binary(max_size=50))
-        return Request(kind, draw(st.sampled_from(["x.png", "../x.png", "", "x" * 400, "\0.png", "é.png"])), "POST", None, headers, data)
+        return Request(
+            kind,
+            draw(st.sampled_from(["x.png", "../x.png", "", "x" * 400, "\0.png", "é.png"])),
+            "POST",
+            None,
+            headers,
+            data,
+        )
     path = draw(st.sampled_from([f"{API}/call/sample", f"{API}/queue/join", f"{API}/upload", "/", f"{API}/cancel"]))
-    body = draw(st.sampled_from([{"data": ["tiny", 1, 1, 0, 0, 1, "quad"]}, {"data": []}, {"session_hash": "x"}]) | VALUES)
+    body = draw(
+        st.sampled_from([{"data": ["tiny", 1, 1, 0, 0, 1, "quad"]}, {"data": []}, {"session_hash": "x"}]) | VALUES
+    )
     return Request(kind, path, "POST", body, headers, b"", draw(MUTATIONS))
 
 
@@ -173,7 +266,9 @@ class Check:
         """Send a request and judge the answer, and what became of the server."""
         written = self.server.log.stat().st_size
         try:
-            {"call": self.call, "run": self.call, "plain": self.send, "upload": self.upload, "raw": self.raw}[request.kind](request)
+            {"call": self.call, "run": self.call, "plain": self.send, "upload": self.upload, "raw": self.raw}[
+                request.kind
+            ](request)
         except httpx.TimeoutException as error:
             raise Fault(HANG, f"no answer in {SECONDS} s: {error!r}") from None
         except (h11.LocalProtocolError, httpx.LocalProtocolError, httpx.InvalidURL, httpx.UnsupportedProtocol):
@@ -202,7 +297,9 @@ class Check:
         content = body if request.kind == "call" else {"data": list(body.values())}
         if request.kind == "run" and is_long(body):
             return
-        answer = self.client.post(path, content=to_json(content), headers=make_headers(request.headers, "application/json"))
+        answer = self.client.post(
+            path, content=to_json(content), headers=make_headers(request.headers, "application/json")
+        )
         check_answer(answer, request.headers)
         if request.kind == "run":
             self.check_result(name, body, answer.json()["data"][0])
@@ -257,7 +354,11 @@ class Check:
         address = urlsplit(self.server.url)
         content = to_json(request.body)
         lines = [f"POST {request.path} HTTP/1.1", f"Host: {address.netloc}", f"Content-Length: {len(content)}"]
-        lines += ["Content-Type: application/json", "Connection: close", *(f"{name}: {value}" for name, value in request.headers)]
+        lines += [
+            "Content-Type: application/json",
+            "Connection: close",
+            *(f"{name}: {value}" for name, value in request.headers),
+        ]
         data = mutate("\r\n".join(lines).encode() + b"\r\n\r\n" + content, request.mutations)
         with socket.create_connection((address.hostname, address.port), timeout=SECONDS) as connection:
             answer = b""
@@ -302,13 +403,20 @@ def replace_uploads(value: Any, path: str) -> Any:
     if value == "uploaded":
         return {"path": path, "meta": {"_type": "gradio.FileData"}}
     if isinstance(value, dict):
-        return {key: path if item == "uploaded" and key == "path" else replace_uploads(item, path) for key, item in value.items()}
+        return {
+            key: path if item == "uploaded" and key == "path" else replace_uploads(item, path)
+            for key, item in value.items()
+        }
     return value
 
 
 def is_long(body: dict[str, Any]) -> bool:
     """Return whether a run would take many steps, or many images."""
-    return any(isinstance(value, int | float) and value > 64 for key, value in body.items() if key in ("count", "steps", "frames"))
+    return any(
+        isinstance(value, int | float) and value > 64
+        for key, value in body.items()
+        if key in ("count", "steps", "frames")
+    )
 
 
 def to_json(value: Any) -> bytes:
