@@ -392,7 +392,7 @@ def check_model_index(folder: Path, component_names: Sequence[str] = ("unet", "s
     for name, entry in read_json(path).items():
         if name.startswith("_"):
             continue
-        if name not in component_names:
+        if name not in (component_names if is_custom else allowed):
             raise ValueError(f"{path}: a component of a DDIM pipeline must be unet or scheduler, got {name!r}")
         class_name = entry[-1] if isinstance(entry, list) and entry else entry
         if not is_custom and class_name not in allowed[name]:

@@ -100,7 +100,10 @@ def check_betas(betas: ArrayLike) -> NDArray[np.float64]:
         >>> check_betas([0.1, 0.2])
         array([0.1, 0.2])
     """
-    array = np.asarray(betas, dtype=np.float64)
+    try:
+        array = np.asarray(betas, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"trained_betas must be a list of numbers, got {shown(betas)}") from None
     integer("the number of trained_betas", array.size, 1, MAX_TRAIN_TIMESTEPS)
     # 1 - beta, not beta: a beta that is lost in that difference adds no noise.
     signal = 1 - array

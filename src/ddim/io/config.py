@@ -157,7 +157,7 @@ class ConfigMixin:
         except KeyError:
             raise AttributeError(f"{type(self).__name__} has not been built: it has no config") from None
 
-    def register_to_config(self, **entries: Any) -> None:
+    def register_to_config(self, /, **entries: Any) -> None:
         """Change or add entries of the configuration; what reads them from there follows.
 
         Args:
@@ -257,6 +257,8 @@ class ConfigMixin:
             ({'beta_end': 0.01}, {}, {'algorithm_type': 'dpmsolver'})
         """
         defaulted = config.get(DEFAULTED, ())
+        if not isinstance(defaulted, list | tuple | set | frozenset):
+            raise TypeError(f"{DEFAULTED} must be a list of names, got {shown(defaulted)}")
         entries = {name: value for name, value in config.items() if name != DEFAULTED and name not in defaulted}
         own = _pop_own_settings(entries, cls.own_settings)
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]

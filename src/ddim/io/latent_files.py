@@ -24,6 +24,7 @@ from torch import Tensor
 from ddim.io.atomic import atomic_write
 from ddim.io.fingerprint import HasModel, model_sha256
 from ddim.io.npz import open_npz
+from ddim.io.reading import reader_reason
 from ddim.validation import integer, real, shown
 
 LATENT_SUFFIXES = {".npz": "", ".safetensors": ""}
@@ -134,7 +135,7 @@ def load_latents(path: str | Path) -> tuple[Tensor, LatentSettings]:
         if (checksum is not None or FORMAT_KEY in entries) and checksum != _checksum(latents, entries):
             raise ValueError("its SHA-256 does not match")
     except Exception as error:  # readers raise errors of many kinds
-        raise ValueError(f"{source} is damaged or not a latent file: {error}") from None
+        raise ValueError(f"{source} is damaged or not a latent file: {reader_reason(error)}") from None
     return _check_latents(latents, str(source)), settings
 
 
