@@ -228,6 +228,13 @@ def pixels(path: Path) -> np.ndarray:
 # --- start and help
 
 
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("train", "convert")])
+def test_model_is_an_option_and_an_argument(name: str) -> None:
+    kinds = {parameter.param_type_name for parameter in COMMANDS[name].params if "--model" not in parameter.opts}
+    assert "argument" in kinds
+    assert "-m" in next(parameter.opts for parameter in COMMANDS[name].params if "--model" in parameter.opts)
+
+
 def test_version(tmp_path: Path) -> None:
     for command in ([DDIM], [sys.executable, "-m", "ddim"]):
         assert program(tmp_path, *command, "--version") == Result(0, f"ddim {__version__}\n", "", [])

@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import SamplingOptions, fit_images, load_pipeline, read_images, report_result
+from ddim.cli.common import (
+    DEFAULT_MODEL,
+    SamplingOptions,
+    fit_images,
+    load_pipeline,
+    read_images,
+    report_result,
+    split_model,
+)
 from ddim.validation import pluralize
 
 
@@ -23,7 +31,7 @@ def edit(
         float, typer.Option(help="Fraction of the steps to go back: 0 keeps the image, 1 keeps nothing.")
     ] = 0.5,
     seed: Annotated[int, typer.Option(help="Seed of the first image's noise: seed + i for image i.")] = 0,
-    model: options.Model = "mnist",
+    model: options.ModelOption = None,
     steps: options.Steps = 50,
     eta: options.Eta = 0.0,
     spacing: options.Spacing = None,
@@ -48,8 +56,9 @@ def edit(
 
     target = check_output_path(out)
     sampling = SamplingOptions.parse(steps, spacing, timesteps, eta=eta, order=order)
-    originals = read_images(images)
-    pipe = load_pipeline(model, device, dtype, engine)
+    name, paths = split_model(images, model)
+    originals = read_images(paths)
+    pipe = load_pipeline(name or DEFAULT_MODEL, device, dtype, engine)
     edited = pipe.edit(
         originals,
         strength,

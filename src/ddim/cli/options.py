@@ -6,19 +6,17 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model", "-m", help="A built-in model (mnist), a folder, or a hub id such as google/ddpm-cifar10-32."
-    ),
-]
 ModelArgument = Annotated[str | None, typer.Argument(help="The model, as for --model.", show_default=False)]
 """Of commands without other arguments."""
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="A built-in model, a folder, or a hub id such as google/ddpm-cifar10-32."),
+    typer.Option(
+        "--model",
+        "-m",
+        help="A built-in model (mnist), a folder, or a hub id such as google/ddpm-cifar10-32; may also stand among the "
+        "arguments, without the option.",
+    ),
 ]
-"""Of commands that also take the model as an argument, or know it from elsewhere."""
 Steps = Annotated[int, typer.Option(help="Number of function evaluations per image: fewer is faster, more is finer.")]
 LatentSteps = Annotated[
     int | None, typer.Option(help="Number of function evaluations per image; defaults to that of the latents, or 50.")

@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import SamplingOptions, fit_images, load_pipeline, read_images, report_result
+from ddim.cli.common import (
+    DEFAULT_MODEL,
+    SamplingOptions,
+    fit_images,
+    load_pipeline,
+    read_images,
+    report_result,
+    split_model,
+)
 from ddim.validation import pluralize
 
 
@@ -16,7 +24,7 @@ def reconstruct(
     out: Annotated[
         str, typer.Option("--out", "-o", help="PNG to write: the images above their reconstructions.")
     ] = "reconstructed.png",
-    model: options.Model = "mnist",
+    model: options.ModelOption = None,
     steps: options.Steps = 50,
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
@@ -43,8 +51,9 @@ def reconstruct(
 
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     sampling = SamplingOptions.parse(steps, spacing, timesteps)
-    originals = read_images(images)
-    pipe = load_pipeline(model, device, dtype, engine)
+    name, paths = split_model(images, model)
+    originals = read_images(paths)
+    pipe = load_pipeline(name or DEFAULT_MODEL, device, dtype, engine)
     result = pipe.reconstruct(
         originals,
         steps,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import SamplingOptions, choose_model, load_pipeline, report_result
+from ddim.cli.common import DEFAULT_MODEL, SamplingOptions, choose_model, load_pipeline, report_result
 from ddim.validation import pluralize, shown
 
 MAX_GRID_BYTES = 2**28
@@ -98,7 +98,7 @@ def sample(
     if sampling.steps is not None and tolerance is not None:
         raise ValueError(f"--tolerance requires --steps auto, got --steps {steps}")
     rank, world_size = rank_and_world_size()
-    pipe = load_pipeline(choose_model(model, model_option, "mnist"), local_device(device), dtype, engine)
+    pipe = load_pipeline(choose_model(model, model_option, DEFAULT_MODEL), local_device(device), dtype, engine)
     if target.suffix.lower() == ".png" and not is_folder_path(out):
         check_grid(count, pipe.sample_shape)
     if sampling.steps is None:

@@ -8,6 +8,7 @@ import typer
 
 from ddim.cli import options
 from ddim.cli.common import (
+    DEFAULT_MODEL,
     SamplingOptions,
     check_fps,
     choose_model,
@@ -67,7 +68,7 @@ def trajectory(
     sampling = SamplingOptions.parse(steps, spacing, timesteps, eta=eta, order=order)
     frame_timesteps = None if at is None else parse_integers(at, "--at")
     integer("--count", count, 1)
-    pipe = load_pipeline(choose_model(model, model_option, "mnist"), device, dtype, engine)
+    pipe = load_pipeline(choose_model(model, model_option, DEFAULT_MODEL), device, dtype, engine)
     result = pipe.trajectory(
         count,
         steps,
@@ -117,7 +118,7 @@ def consistency(
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     integer("--count", count, 1)
     numbers_of_steps = parse_integers(steps, "--steps", "10,20,50")
-    pipe = with_spacing(load_pipeline(choose_model(model, model_option, "mnist"), device, dtype, engine), spacing)
+    pipe = with_spacing(load_pipeline(choose_model(model, model_option, DEFAULT_MODEL), device, dtype, engine), spacing)
     seeds = check_seeds(range(seed, seed + count), count)
     latents = noise_from_seeds((count, *pipe.sample_shape), seeds, pipe.device)()
     rows = pipe.consistency(latents, numbers_of_steps)

@@ -33,6 +33,8 @@ from ddim.io.weights import WEIGHTS, choose_weights, remove_stale_weights
 logger = logging.getLogger(__name__)
 
 MODEL_INDEX = "model_index.json"
+MODEL_FILES = (MODEL_INDEX, "scheduler_config.json", "scheduler/scheduler_config.json")
+"""A folder with one of them is a model."""
 CONFIGS = (MODEL_INDEX, "config.json", "scheduler_config.json")
 HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 """The hub's rules for repository names. A few old models have no owner; none of them is a pipeline."""
@@ -93,6 +95,22 @@ def builtin_models() -> dict[str, Path]:
     """
     root = Path(str(resources.files("ddim") / "models"))
     return {index.parent.name: index.parent for index in sorted(root.glob(f"*/{MODEL_INDEX}"))}
+
+
+def is_model(source: str) -> bool:
+    """Return whether a name means a model rather than images: a built-in one, or a folder with a pipeline.
+
+    A hub id alone does not show what it is the id of.
+
+    Args:
+        source: what a user gave.
+
+    Example:
+        >>> is_model("mnist"), is_model("images/")
+        (True, False)
+    """
+    folder = Path(source)
+    return source in builtin_models() or any((folder / name).is_file() for name in MODEL_FILES)
 
 
 def find_model(
