@@ -38,7 +38,7 @@ from ddim.io.images import to_output, to_samples
 from ddim.outputs import EncodeOutput, ImagePipelineOutput, ReconstructOutput, TrajectoryOutput
 from ddim.sampler import ProgressBar, Sampler, SamplingPlan
 from ddim.scheduler import NO_INVERSE, DDIMScheduler, check_own_steps
-from ddim.validation import as_integer, integer, real
+from ddim.validation import as_integer, integer, real, shown
 
 logger = logging.getLogger(__name__)
 
@@ -431,7 +431,7 @@ class LatentSpace:
         """
         self.sampler.check_output(output_type)
         if not isinstance(num_inference_steps, Iterable):
-            raise TypeError(f"num_inference_steps must be a list of numbers of steps, got {num_inference_steps!r}")
+            raise TypeError(f"num_inference_steps must be a list of numbers of steps, got {shown(num_inference_steps)}")
         plans = [self.sampler.plan(SamplingConfig(count, order=order)) for count in num_inference_steps]
         if not plans:
             raise ValueError("num_inference_steps must hold at least one number of steps, got none")
@@ -712,7 +712,7 @@ def select_timesteps(timesteps: Sequence[int], frames: int | None, at: Sequence[
     """
     if at is not None:
         if not isinstance(at, Iterable):
-            raise TypeError(f"at must be a list of timesteps, got {at!r}")
+            raise TypeError(f"at must be a list of timesteps, got {shown(at)}")
         chosen = set()
         for entry in at:
             t = as_integer(entry)

@@ -161,10 +161,10 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "info empty": (["info", "empty"], 1, "empty"),
     "no data": ([*TRAIN, "--data", "missing", "--out", "run"], 1, "missing does not exist"),
     "data without images": ([*TRAIN, "--data", "empty", "--out", "run"], 1, "empty contains no images"),
-    "train without data": (["train", "--config", "mine.yaml", "--out", "run"], 1, "data: Field required"),
+    "train without data": (["train", "--config", "mine.yaml", "--out", "run"], 1, "data: is required"),
     "train without out": (TRAIN, 2, "give a folder for the run, such as --out runs/mine"),
     "preset": ([*TRAIN, "--preset", "imagenet", "--out", "run"], 1, "preset must be one of .*mnist"),
-    "unknown key": ([*TRAIN, "--set", "optim.rate=1", "--out", "run"], 1, r"optim\.rate: Extra inputs"),
+    "unknown key": ([*TRAIN, "--set", "optim.rate=1", "--out", "run"], 1, r"optim\.rate: is not an entry"),
     "no key": (
         [*TRAIN, "--set", "optim.lr", "--out", "run"],
         1,

@@ -221,7 +221,8 @@ def load_latents_pipeline(
         if model is not None:
             raise
         raise FileNotFoundError(
-            f"{source} was encoded with the model {settings.model!r}, which is not there ({error}); name it by --model"
+            f"{source} was encoded with the model {shown(settings.model)}, which is not there ({error}); name it by "
+            "--model"
         ) from None
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from ddim.data.base import Source, first_line
 from ddim.io.images import decode_image
 from ddim.io.npz import MAX_COMPRESSION_RATIO, SMALL_ARRAY_BYTES
+from ddim.validation import nearest, shorten
 
 
 def read_parquet(files: list[str], name: str, column: str | None, identity: str) -> Source:
@@ -98,8 +99,9 @@ def _from_rows(rows: datasets.Dataset, name: str, column: str | None, identity: 
     if not len(rows):
         raise ValueError(f"{name} has no rows")
     if chosen not in rows.column_names:
-        missing = f"column {column}" if column else "column of images"
-        raise ValueError(f"{name} has no {missing}; its columns are {', '.join(rows.column_names)}")
+        missing = f"column {shorten(column)}" if column else "column of images"
+        near = nearest(column, rows.column_names)
+        raise ValueError(f"{name} has no {missing}; its columns are {', '.join(rows.column_names)}{near}")
     try:
         encoded = rows.select_columns(chosen).cast_column(chosen, datasets.Image(decode=False))
         encoded[0]

@@ -29,6 +29,7 @@ from typing import Any
 from ddim.io.atomic import write_folder
 from ddim.io.json_files import read_json
 from ddim.io.weights import WEIGHTS, choose_weights, remove_stale_weights
+from ddim.validation import nearest, shorten, shown
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +110,9 @@ def is_model(source: str) -> bool:
         >>> is_model("mnist"), is_model("images/")
         (True, False)
     """
+    # Not Path.is_file, which raises for names that no file can have.
     folder = Path(source)
-    return source in builtin_models() or any((folder / name).is_file() for name in MODEL_FILES)
+    return source in builtin_models() or any(os.path.isfile(folder / name) for name in MODEL_FILES)  # noqa: PTH113
 
 
 def find_model(
@@ -148,12 +150,12 @@ def find_model(
     name = str(model)
     if name in (builtin := builtin_models()):
         return builtin[name]
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # noqa: PTH112
         return Path(name)
-    if isinstance(model, Path) or Path(name).exists() or not HUB_ID.fullmatch(name):
+    if isinstance(model, Path) or os.path.exists(name) or not HUB_ID.fullmatch(name):  # noqa: PTH110
         raise FileNotFoundError(
-            f"the model {name!r} does not exist: it is not built in ({', '.join(builtin)}), not a folder, and not a "
-            "hub id such as google/ddpm-cifar10-32"
+            f"the model {shorten(repr(name))} does not exist: it is not built in ({', '.join(builtin)}), not a folder, "
+            f"and not a hub id such as google/ddpm-cifar10-32{nearest(name, builtin)}"
         )
     select = partial(
         _required_files, variant=variant, weights_in=weights_in, use_safetensors=use_safetensors, folders=folders
@@ -224,7 +226,7 @@ def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
             f"the model {repo_id} asks for permission on the hub; request it there and pass token="
         ) from None
     except RevisionNotFoundError:
-        raise FileNotFoundError(f"the hub model {repo_id} has no revision {revision!r}") from None
+        raise FileNotFoundError(f"the hub model {repo_id} has no revision {shown(revision)}") from None
     except RepositoryNotFoundError:
         raise FileNotFoundError(
             f"the hub has no model {repo_id}, or it is private and the token does not open it"
@@ -311,7 +313,7 @@ def check_hub_id(repo_id: str) -> None:
         ValueError: repo_id must be a hub id such as owner/name, got 'mine'
     """
     if not HUB_ID.fullmatch(repo_id):
-        raise ValueError(f"repo_id must be a hub id such as owner/name, got {repo_id!r}")
+        raise ValueError(f"repo_id must be a hub id such as owner/name, got {shown(repo_id)}")
 
 
 def read_config(

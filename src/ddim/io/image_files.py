@@ -13,7 +13,7 @@ from PIL import Image
 
 from ddim.io.atomic import atomic_write, write_folder
 from ddim.io.images import decode_image
-from ddim.validation import join_choices, pluralize
+from ddim.validation import join_choices, pluralize, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,8 @@ def is_folder_path(path: str | Path) -> bool:
         >>> is_folder_path("samples/"), is_folder_path("samples.png")
         (True, False)
     """
-    return str(path).endswith(("/", os.sep)) or Path(path).is_dir() or not Path(path).suffix
+    # Not Path.is_dir, which raises for names that no file can have.
+    return str(path).endswith(("/", os.sep)) or os.path.isdir(path) or not Path(path).suffix  # noqa: PTH112
 
 
 def is_animation_path(path: str | Path) -> bool:
@@ -209,7 +210,7 @@ def check_output_path(
     if target.suffix.lower() not in allowed if not is_folder_path(path) else not folder_allowed:
         kinds = [f"{suffix} ({meaning})" if meaning else suffix for suffix, meaning in allowed.items()]
         choices = join_choices([*kinds, "be a folder"] if folder_allowed else kinds)
-        raise ValueError(f"{name} must end in {choices}, got {str(path)!r}")
+        raise ValueError(f"{name} must end in {choices}, got {shorten(repr(str(path)))}")
     folder = target if target.is_dir() else target.parent
     if not folder.exists():
         raise FileNotFoundError(f"the folder {folder} does not exist; create it, or write {target.name} elsewhere")
