@@ -110,6 +110,7 @@ GOOD = {
     "edit": ["edit", "digits", "--seed", "7", "--strength", "0.4", *TEN, "--out", "edited.png"],
     "edit folder": ["edit", "digits", "mnist", "--seed", "7", "--strength", "0.4", *TEN, "--out", "edited"],
     "edit eta": ["edit", "digits", "--seed", "7", "--strength", "0.4", "--eta", "1", *TEN, "-o", "edited eta.npz"],
+    "edit several": ["edit", "digits/2.png", "-n", "3", "--seed", "7", "--strength", "0.4", *TEN, "-o", "several.png"],
     "edit nothing": ["edit", "digits", "--strength", "0", *TEN, "--out", "unedited.npz"],
     "edit everything": ["edit", "digits", "--seed", "7", "--strength", "1", *TEN, "--out", "repainted.npz"],
     "edit by default": ["edit", "digits/2.png", "--strength", "0.3", *TEN, *ALONE, "--out", "edit-default.png"],
@@ -376,6 +377,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
         1,
         r"--eta must be a number of at least 0, got -1\.0",
     ),
+    "count of edits": (["edit", "digits", "--count", "3"], 1, "--count requires a single image, got 3"),
     "negative seed of edit": (
         ["edit", "digits", "--seed", "-1"],
         1,
@@ -523,12 +525,12 @@ def max_difference(a: Any, b: Any) -> int:
 
 
 def cells(image: Image.Image | Path, rows: int, columns: int) -> np.ndarray:
-    """(rows, columns, 28, 28) of a grid with black gaps of two pixels."""
+    """(rows, columns, 28, 28) of a grid with black gaps of two pixels, each pixel of which is shown as nine."""
     if isinstance(image, Path):
         with Image.open(image) as opened:
             assert (opened.format, opened.mode) == ("PNG", "L")
             image = opened.copy()
-    pixels = np.asarray(image)
+    pixels = shrink(image)
     assert pixels.shape == (rows * 30 + 2, columns * 30 + 2)
     tiles = pixels[2:, 2:].reshape(rows, 30, columns, 30)
     assert not pixels[:2].any()
@@ -536,6 +538,14 @@ def cells(image: Image.Image | Path, rows: int, columns: int) -> np.ndarray:
     assert not tiles[:, 28:].any()
     assert not tiles[..., 28:].any()
     return tiles[:, :28, :, :28].swapaxes(1, 2)
+
+
+def shrink(image: Image.Image) -> np.ndarray:
+    """The pixels of an image that was enlarged three times."""
+    shown = np.asarray(image)
+    pixels = shown[::3, ::3]
+    assert np.array_equal(shown, pixels.repeat(3, 0).repeat(3, 1))
+    return pixels
 
 
 def arrays(path: Path) -> np.ndarray:
@@ -934,15 +944,15 @@ def test_resize_and_force_accept_other_points(results: Commands, folder: Path, p
 
 def test_gif_holds_the_frames(results: Commands, folder: Path, pipe: DDIMPipeline) -> None:
     frames = animation_frames(results.output("gif"), 50)
-    assert {frame.size for frame in frames} == {(28, 28)}
+    assert {frame.size for frame in frames} == {(84, 84)}
     # There and back, without the first frame at the end.
     path = path_between(noise(3, 14), 4)[0]
     expected = sampled(pipe, path)[[0, 1, 2, 3, 2, 1]]
-    assert max_difference(stack(frames), expected) <= PALETTE
+    assert max_difference(np.stack([shrink(frame) for frame in frames]), expected) <= PALETTE
 
 
 def test_webp_holds_the_frames(results: Commands, folder: Path, pipe: DDIMPipeline, originals: np.ndarray) -> None:
-    frames = stack(animation_frames(results.output("webp"), 100))
+    frames = np.stack([shrink(frame) for frame in animation_frames(results.output("webp"), 100)])
     with safe_open(results.output("encode one"), "pt") as file:
         latent = file.get_tensor("latents")
     assert max_difference(frames, decoded(pipe, path_between(torch.cat([latent, noise(3)]), 3)[0])) <= 1
@@ -1053,6 +1063,15 @@ def test_edit_adds_noise_and_denoises(
     difference = np.abs(below.astype(int) - originals)
     assert difference.max() > 50
     assert difference.mean() < 20
+
+
+def test_single_image_has_several_edits(results: Commands, pipe: DDIMPipeline, originals: np.ndarray) -> None:
+    above, below = cells(results.output("edit several"), 2, 3)
+    assert np.array_equal(above[0], originals[1])
+    assert not above[1:].any()
+    image = Image.fromarray(originals[1])
+    expected = [pipe.edit(image, 0.4, 10, seeds=[seed]).images[0] for seed in (7, 8, 9)]
+    assert max_difference(below, stack(expected)) <= 1
 
 
 def test_edit_with_eta(results: Commands, folder: Path, pipe: DDIMPipeline, originals: np.ndarray) -> None:

@@ -95,6 +95,7 @@ def decode(
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
     force: options.Force = False,
+    scale: options.Scale = None,
     batch_size: options.LatentBatchSize = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
@@ -130,7 +131,7 @@ def decode(
     images = pipe.decode(latents, timesteps=chosen, batch_size=batch_size).images
     seconds = time.monotonic() - started
     num_replaced = sum(file.exists() for file in output_files(out, len(latents)))
-    save_images(images, out)
+    save_images(images, out, scale=scale)
     summary = f"{pluralize(len(latents), 'image')} in {seconds:.1f} s, {pluralize(len(chosen), 'step')}"
     named = f" of the model {shown(settings.model)}, which {file} names" if name is None else ""
     report_result(target, num_replaced, f"{summary}{named}")

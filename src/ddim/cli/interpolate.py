@@ -53,6 +53,7 @@ def interpolate(
         str | None, typer.Option(help="ROWSxCOLUMNS between four points, the corners, instead of a path.")
     ] = None,
     fps: options.Fps = 10.0,
+    scale: options.Scale = None,
     model: options.ModelOption = None,
     steps: options.LatentSteps = None,
     spacing: options.Spacing = None,
@@ -83,6 +84,7 @@ def interpolate(
         ANIMATION_SUFFIXES,
         OUTPUT_SUFFIXES,
         check_output_path,
+        enlarge,
         is_folder_path,
         output_files,
         save_animation,
@@ -117,13 +119,14 @@ def interpolate(
     num_replaced = sum(file.exists() for file in output_files(out, len(images)))
     suffix = "" if is_folder_path(out) else target.suffix.lower()
     if suffix in ANIMATION_SUFFIXES:
-        save_animation(images, out, fps)
+        save_animation([enlarge(image, image, scale) for image in images], out, fps)
     elif suffix == ".png" and grid_shape is None:
         starts = range(0, len(images) if closed else len(images) - 1, frames - 1)
         cycle = [*images, images[0]]
-        save_image(stack_rows([cycle[start : start + frames] for start in starts], frames), target)
+        strip = stack_rows([cycle[start : start + frames] for start in starts], frames)
+        save_image(enlarge(strip, images[0], scale), target)
     else:
-        save_images(images, out, columns=grid_shape and grid_shape[1])
+        save_images(images, out, columns=grid_shape and grid_shape[1], scale=scale)
     summary = pluralize(len(images), "frame")
     if given.latents and name is None:
         summary += (

@@ -65,5 +65,12 @@ Exact = Annotated[
 Tolerance = Annotated[float, typer.Option(help="Largest residual at which a step counts as solved.")]
 MaxIterations = Annotated[int, typer.Option(help="Maximum number of function evaluations per step and image.")]
 LatentBatchSize = Annotated[int, typer.Option("--batch-size", help="Images per network call; more is faster on a GPU.")]
+Scale = Annotated[
+    int | None,
+    typer.Option(
+        help="Factor by which grids and animations are enlarged, each pixel to a square; defaults to what shows each "
+        "image at 64 pixels or more. Single images, folders and x.npz keep their size without it."
+    ),
+]
 Fps = Annotated[float, typer.Option(help="Frames per second of animations.")]
 Force = Annotated[bool, typer.Option("--force", help="Accept latents that other settings made.")]

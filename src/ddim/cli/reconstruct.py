@@ -32,6 +32,7 @@ def reconstruct(
     tolerance: options.Tolerance = 1e-5,
     max_iterations: options.MaxIterations = 50,
     resize: options.Resize = False,
+    scale: options.Scale = None,
     batch_size: options.LatentBatchSize = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
@@ -47,7 +48,7 @@ def reconstruct(
 
       ddim reconstruct digits/ --euler --steps 20
     """
-    from ddim.io.image_files import check_output_path, save_image, stack_rows
+    from ddim.io.image_files import check_output_path, enlarge, save_image, stack_rows
 
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     sampling = SamplingOptions.parse(steps, spacing, timesteps)
@@ -73,5 +74,6 @@ def reconstruct(
     mean = result.mse.mean(), result.psnr.mean(), nfe.double().mean(), residual.mean()
     print(" mean  {:.2e}  {:5.1f}  {:11.0f}  {:.2e}".format(*mean))
     num_replaced = int(target.exists())
-    save_image(stack_rows([fit_images(pipe, originals), result.images]), target)
+    grid = stack_rows([fit_images(pipe, originals), result.images])
+    save_image(enlarge(grid, result.images[0], scale), target)
     report_result(target, num_replaced, pluralize(len(originals), "image"))
