@@ -21,9 +21,7 @@ from torch import Tensor
 
 from ddim.data.base import Source
 from ddim.data.sources import open_source
-from ddim.io.hub import MODEL_INDEX, builtin_models
 from ddim.io.images import decode_image, fit_image, to_bytes
-from ddim.io.runs import is_run, split_variant
 from ddim.pipeline import DDIMPipeline
 
 BATCH_SIZE = 64
@@ -143,18 +141,6 @@ def sample_image_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = 
         return pixels.permute(0, 3, 1, 2).contiguous()
 
     return ImageSet(name, pipe.sample_shape, count, read_batch, from_files=False)
-
-
-def is_model(source: str) -> bool:
-    """Return whether a name means a model rather than images: a built-in one, a folder with a pipeline, a training run.
-
-    Example:
-        >>> is_model("mnist"), is_model("images/")
-        (True, False)
-    """
-    name = str(split_variant(source)[0])
-    folder = Path(name)
-    return name in builtin_models() or (folder / MODEL_INDEX).is_file() or is_run(folder)
 
 
 def _open_shards(path: Path) -> Source:

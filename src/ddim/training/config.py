@@ -6,17 +6,21 @@ It is merged from a preset, a YAML file, settings and overrides, later ones repl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import resources
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
+from ddim.annotations import check_arguments
 from ddim.data.config import DataConfig, Section
 from ddim.scheduler import DDIMScheduler
-from ddim.validation import as_integer, choice, shown
+from ddim.unet import UNet2DModel
+from ddim.validation import as_integer, choice, find_nearest, nearest, shorten, shown
 
 PRESETS = resources.files("ddim.training") / "presets"
 
@@ -337,17 +341,19 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
     Example:
         >>> validate({"data": {"source": "digits"}, "model": {"sample_size": 8}, "seed": -1})
         Traceback (most recent call last):
-        ValueError: training configuration, seed: Input should be greater than or equal to 0
+        ValueError: training configuration, seed: must be greater than or equal to 0, got -1
     """
     # Types and bounds of single entries.
     try:
         config = TrainConfig.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        raise _invalid(".".join(map(str, first["loc"])), first["msg"]) from None
+        raise _invalid(".".join(map(str, first["loc"])), _describe(first)) from None
     # Entries that depend on each other.
     if config.model or config.init is None:
         check_model(config.model)
+    _check_section("model", UNet2DModel.__init__, config.model)
+    _check_section("scheduler", DDIMScheduler.__init__, config.scheduler)
     optim = config.optim
     if config.batch_size % optim.accumulate:
         raise _invalid("optim.accumulate", f"must divide batch_size ({config.batch_size}), got {optim.accumulate}")
@@ -387,7 +393,8 @@ def check_model(model: Mapping[str, Any]) -> None:
     if channels not in (1, 3) or channels != outputs:
         raise _invalid(
             "model.in_channels",
-            f"must be equal to model.out_channels, both 1 (gray) or 3 (color), got {shown(channels)} and {shown(outputs)}",
+            "must be equal to model.out_channels, both 1 (gray) or 3 (color), got "
+            f"{shown(channels)} and {shown(outputs)}",
         )
 
 
@@ -442,7 +449,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror or "").lower() if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise FileNotFoundError(f"the configuration {path} cannot be read: {reason}") from None
+        raise FileNotFoundError(f"the configuration {shorten(str(path))} cannot be read: {reason}") from None
     try:
         tree = _parse_yaml(text)
     except ValueError as error:
@@ -477,8 +484,52 @@ def incompatible_changes(old: TrainConfig, new: TrainConfig) -> list[str]:
     ]
 
 
+def _check_section(section: str, constructor: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Check names and types of the arguments of a constructor."""
+    names = list(signature(constructor).parameters)[1:]
+    for name in arguments:
+        if name not in names:
+            raise _invalid(f"{section}.{name}", f"is not an entry{nearest(name, names)}")
+    try:
+        check_arguments(constructor, arguments)
+    except (TypeError, ValueError) as error:
+        name, _, reason = str(error).partition(" ")
+        raise _invalid(f"{section}.{name}", reason) from None
+
+
+def _describe(error: Mapping[str, Any]) -> str:
+    """Return what is wrong with an entry."""
+    if error["type"] == "missing":
+        return "is required"
+    if error["type"] == "extra_forbidden":
+        *sections, name = map(str, error["loc"])
+        return f"is not an entry{_suggest(name, '.'.join(sections))}"
+    # Some messages add how the value was read.
+    allowed = re.sub(r", (unable to|got a|input was) .*", "", error["msg"]).replace("Input should be", "must be")
+    return f"{allowed}, got {shown(error['input'])}"
+
+
+def _suggest(name: str, section: str) -> str:
+    """Return the entry that was meant by a name: the nearest of its section, or of all; or a list of its section's."""
+    entries = list(_entry_names(TrainConfig))
+    siblings = {entry.rpartition(".")[2]: entry for entry in entries if entry.rpartition(".")[0] == section}
+    everywhere = {entry.rpartition(".")[2]: entry for entry in reversed(entries)}
+    for by_name in (siblings, everywhere):
+        if (match := find_nearest(name, by_name)) is not None:
+            return f" (did you mean {by_name[match]}?)"
+    return f"; {section or 'the configuration'} has {', '.join(siblings)}"
+
+
+def _entry_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield dotted names of all entries, sections first."""
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _entry_names(field.annotation, f"{prefix}{name}.")
+
+
 def _invalid(entry: str, reason: str) -> ValueError:
-    return ValueError(f"training configuration, {entry}: {reason}")
+    return ValueError(f"training configuration, {shorten(entry)}: {reason}")
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
