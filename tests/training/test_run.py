@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ from ddim.data.seeding import generator_for
 from ddim.io.locks import LOCK_NAME, OutputLock
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
-from ddim.training.checkpoint import load_checkpoint, load_newest
+from ddim.training.checkpoint import TENSOR_FILES, load_checkpoint, load_newest
 from ddim.training.config import TrainConfig, load_config, preset_names, validate
 from ddim.training.progress import TrainingStopped
 from ddim.training.run import complete_config, train
@@ -100,6 +101,7 @@ def test_run_record(completed: Run, images: Tensor) -> None:
     record = yaml.safe_load((completed.out / "config.yaml").read_text())
     assert record.keys() == {"config", "data", "device", "versions"}
     assert validate(record["config"]) == completed.config
+    assert record["data"].pop("identity")
     assert record["data"] == {"images": 40, "sha256": CachedImageDataset(images).fingerprint}
     assert re.fullmatch(r"cpu \(.+\)", record["device"])
     packages = {"ddim", "torch", "numpy", "pillow", "datasets", "accelerate", "safetensors", "pydantic"}
@@ -332,8 +334,8 @@ def test_resumed_run_equals_uninterrupted_run(make_config: MakeConfig, tmp_path:
     train(config, parts, "cpu")
     assert same_tensors(weights(final), weights(parts / "final"))
     assert (parts / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
-    for name in ("model", "ema", "optimizer"):
-        files = [out / "checkpoints" / "step-00000012" / f"{name}.safetensors" for out in (uninterrupted, parts)]
+    for name in TENSOR_FILES.values():
+        files = [out / "checkpoints" / "step-00000012" / name for out in (uninterrupted, parts)]
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -566,6 +568,26 @@ def test_other_data_raises(make_config: MakeConfig, started: Path, tmp_path: Pat
     assert contents(started) == before
 
 
+def test_resumes_where_images_can_no_longer_be_cached(
+    make_config: MakeConfig,
+    started: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    runs = [shutil.copytree(started, tmp_path / name) for name in ("cached", "uncached")]
+    train(make_config(max_steps=2), runs[0], "cpu")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("ddim.data.dataset.MEMORY_CACHE_BYTES", 1)
+    caplog.clear()
+    train(make_config(max_steps=2, data={"cache": "disk"}), runs[1], "cpu")
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert "the cached images" in warnings[0]
+    assert same_tensors(*(weights(run / "final") for run in runs))
+
+
 def test_folder_without_a_run_raises(make_config: MakeConfig, started: Path, tmp_path: Path) -> None:
     with pytest.raises(
         FileExistsError, match="is not empty; use resume='auto' to resume the run in it, or another folder"
@@ -745,7 +767,7 @@ def test_push_to_hub_uploads_the_result(results: dict[str, Result], folder: Path
             r"ddim: --batch-size must be at most the number of images to train on, 40 \(images has 40, "
             r"data\.holdout is 0\), got 100",
         ),
-        ("no such entry", 1, r"ddim: training configuration, optim\.rate: Extra inputs are not permitted"),
+        ("no such entry", 1, r"ddim: training configuration, optim\.rate: is not an entry"),
     ],
 )
 def test_errors_are_reported_in_one_line(

@@ -5,7 +5,7 @@ RUN/metrics.jsonl     what the run computed, see `ddim.training.metrics_logger`
 RUN/tensorboard/      the same and more, for TensorBoard
 RUN/loss.png          the losses as a curve
 RUN/samples/          a grid of samples every so many steps, always from the same seeds
-RUN/checkpoints/      what resuming requires; the raw weights are in the last one
+RUN/checkpoints/      what resuming requires, each a pipeline folder too, with the averaged and the raw weights
 RUN/final/            the result: a pipeline folder for `ddim` and `diffusers`, with the averaged weights and a card
 """
 
@@ -36,6 +36,7 @@ from ddim.io.hub import MODEL_INDEX
 from ddim.io.image_files import make_grid, save_images
 from ddim.io.images import NonFiniteError
 from ddim.io.locks import LOCK_NAME, OutputLock
+from ddim.io.runs import CHECKPOINTS, FINAL
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.training.card import model_card
@@ -101,7 +102,7 @@ def train(
         loaded: list[Checkpoint | None] = [None]
         if is_main:
             _check_run(record, config, out, resume)
-            loaded = [load_checkpoint(resume) if isinstance(resume, Path) else load_newest(out / "checkpoints")]
+            loaded = [load_checkpoint(resume) if isinstance(resume, Path) else load_newest(out / CHECKPOINTS)]
         trainer = Trainer(config, dataset, out, local_device, accelerator)
         _check_sampling(trainer)
         (checkpoint,) = broadcast_object_list(loaded)
@@ -111,8 +112,8 @@ def train(
         if not is_main:
             trainer.train(lambda progress: progress.pending_metrics.clear(), max_minutes)
             accelerator.wait_for_everyone()
-            return out / "final"
-        remove_partial(out / "checkpoints")
+            return out / FINAL
+        remove_partial(out / CHECKPOINTS)
         with atomic_write(out / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(record, sort_keys=False))
         _train_and_log(trainer, out, max_minutes)
@@ -221,7 +222,8 @@ def prepare_dataset(config: TrainConfig, accelerator: Accelerator, device: torch
             f"{count}, data.holdout is {holdout}), got {config.batch_size}"
         )
     if config.data.on_device and isinstance(dataset, CachedImageDataset):
-        dataset = CachedImageDataset(dataset.pixels.to(device), str(device), dataset.fingerprint)
+        pixels = dataset.pixels.to(device)
+        dataset = CachedImageDataset(pixels, str(device), dataset.fingerprint, dataset.identity)
     return dataset
 
 
@@ -258,7 +260,7 @@ def _train_and_log(trainer: Trainer, out: Path, max_minutes: float | None) -> No
 
 def _write_result(trainer: Trainer, out: Path, record: dict[str, Any]) -> Path:
     """Write the pipeline, then what describes it."""
-    final = out / "final"
+    final = out / FINAL
     _make_pipeline(trainer).save_pretrained(final)
     try:
         _write_samples(trainer, final / "samples.png")
@@ -295,7 +297,7 @@ def _make_record(config: TrainConfig, dataset: ImageDataset, device: torch.devic
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "config": config.model_dump(mode="json"),
-        "data": {"images": dataset.shape[0], "sha256": dataset.fingerprint},
+        "data": {"images": dataset.shape[0], "sha256": dataset.fingerprint, "identity": dataset.identity},
         "device": f"{device.type} ({name})",
         "versions": {
             **{package: _package_version(package) for package in PACKAGES},
@@ -339,17 +341,27 @@ def _check_run(record: dict[str, Any], config: TrainConfig, out: Path, resume: L
         old = yaml.safe_load(path.read_text())
         old_config = validate(old["config"])
         changes = incompatible_changes(old_config, config)
-        if old["data"] != record["data"]:
+        if not _is_same_data(old["data"], record["data"]):
             changes.append(f"data: expected {_describe(old['data'])}, got {_describe(record['data'])}")
     except (yaml.YAMLError, ValueError, KeyError, TypeError):
         raise FileExistsError(f"{path} is not the record of a run; use another folder") from None
     if changes:
         advice = "resume it with its own, or use another folder"
-        if any(change.startswith("max_steps:") for change in changes) and (out / "final" / MODEL_INDEX).is_file():
+        if any(change.startswith("max_steps:") for change in changes) and (out / FINAL / MODEL_INDEX).is_file():
             advice += f"; to train on from its result, use another folder and init={out / 'final'}"
         raise ValueError(f"the run in {out} has another configuration ({'; '.join(changes)}); {advice}")
     if old_config.optim.lr != config.optim.lr:
         logger.info("optim.lr is %g from here on; it was %g", config.optim.lr, old_config.optim.lr)
+
+
+def _is_same_data(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Return whether two records are of the same images, by their pixels, or by their files where no pixels are cached.
+
+    The record of a run that began before files were recorded has pixels alone.
+    """
+    if old["images"] != new["images"]:
+        return False
+    return old["sha256"] == new["sha256"] or old.get("identity") == new["identity"]
 
 
 def _describe(data: dict[str, Any]) -> str:
