@@ -502,6 +502,18 @@ def test_scheduler_is_taken_from_init(clip_sample: bool, make_config: MakeConfig
     assert complete_config(make_config(init=init, scheduler=changed)).scheduler == saved | changed
 
 
+def test_scheduler_entries_are_checked_beside_those_of_init(make_config: MakeConfig, tmp_path: Path) -> None:
+    """A schedule that ends in noise requires another prediction than epsilon, which `init` may have."""
+    unet = UNet2DModel(**make_config().model)
+    for prediction_type in ("v_prediction", "epsilon"):
+        DDIMPipeline(unet, DDIMScheduler(prediction_type=prediction_type)).save_pretrained(tmp_path / prediction_type)
+    zero_snr = {"rescale_betas_zero_snr": True}
+    config = make_config(init=str(tmp_path / "v_prediction"), scheduler=zero_snr)
+    assert complete_config(config).scheduler == {"clip_sample": True, "prediction_type": "v_prediction"} | zero_snr
+    with pytest.raises(ValueError, match=r"scheduler\.prediction_type: must be v_prediction or sample"):
+        complete_config(make_config(init=str(tmp_path / "epsilon"), scheduler=zero_snr))
+
+
 def test_unusable_schedule_of_init_raises(make_config: MakeConfig, tmp_path: Path) -> None:
     unet = UNet2DModel(**make_config().model)
     DDIMPipeline(unet, DDIMScheduler(rescale_betas_zero_snr=True)).save_pretrained(tmp_path / "saved")

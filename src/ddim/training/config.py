@@ -349,7 +349,7 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
     except ValidationError as error:
         first = error.errors()[0]
         raise _invalid(".".join(map(str, first["loc"])), _describe(first)) from None
-    # Entries that depend on each other.
+    # Entries that depend on each other; with `init`, on those of its model as well, and then `complete_config` checks.
     if config.model or config.init is None:
         check_model(config.model)
     _check_section("model", UNet2DModel.__init__, config.model)
@@ -365,7 +365,8 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
             f"the Fréchet distance of pixels requires at least 2 samples of at most {MAX_FEATURES} values each, got "
             f"{config.evaluate.count} of {channels * size**2}; 0 disables it",
         )
-    check_scheduler(config.scheduler)
+    if config.init is None:
+        check_scheduler(config.scheduler)
     if optim.decay_steps is not None and optim.decay == "constant":
         raise _invalid("optim.decay_steps", "requires optim.decay to be linear or cosine, got constant")
     return config
