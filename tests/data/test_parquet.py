@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from ddim.data.sources import open_source
 from digits import digits
@@ -31,6 +32,24 @@ def test_parquet_in_hugging_face_layout(folder: Path) -> None:
     indices = [7, 3, 3, 39, 0]
     images = [np.asarray(decode()) for decode in source.fetch(indices)]
     assert np.array_equal(np.stack(images), digits(40)[indices])
+
+
+def test_other_columns_are_read_as_text(folder: Path) -> None:
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "kind": datasets.ClassLabel(names=["cat", "dog"]),
+            "beard": datasets.Value("string"),
+        }
+    )
+    images = [Image.fromarray(pixels) for pixels in digits(3)]
+    columns = {"image": images, "kind": [1, 0, None], "beard": ["full", "", None]}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(folder / "a.parquet"))
+    source = open_source(str(folder / "a.parquet"))
+    assert source.read_column("kind") == ["dog", "cat", "none"]
+    assert source.read_column("beard") == ["full", "none", "none"]
+    assert source.read_column("label") is None
+    assert open_source(write_hugging_face(folder / "b.parquet", digits(3))).read_column("label") == ["0", "1", "2"]
 
 
 def test_folder_of_parquet_files(folder: Path) -> None:

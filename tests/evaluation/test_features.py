@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ddim.evaluation import metrics
-from ddim.evaluation.features import DigitClassifier, Pixels, load_features
+from ddim.evaluation.classifiers import DigitClassifier
+from ddim.evaluation.features import Pixels, load_features
 from ddim.evaluation.image_sets import ImageSet, sample_image_set
 from ddim.evaluation.metrics import compute_features
 from ddim.io.cache import Cache
@@ -97,7 +98,7 @@ def test_torchscript_file(tmp_path: Path) -> None:
 
 def test_invalid_features_raise(tmp_path: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match="features must be pixels, mnist, inception or a TorchScript file, got 'resnet'"
+        FileNotFoundError, match="features must be pixels, mnist, faces, inception or a TorchScript file, got 'resnet'"
     ):
         load_features("resnet", (3, 8, 8))
     with pytest.raises(ValueError, match="grayscale images of 28x28"):

@@ -89,7 +89,10 @@ COMMAND_CONFLICTS: Mapping[str, Sequence[Conflict]] = {
     "trajectory": (_FPS, Conflict(("frames",), lambda values: values["at"] is not None, "beside --at")),
     "evaluate": (
         Conflict(
-            ("metrics", "steps", "eta", "timesteps", "order", "sigma_hat", "clipped_model_output"),
+            (
+                *("metrics", "attributes"),
+                *("steps", "eta", "timesteps", "order", "sigma_hat", "clipped_model_output"),
+            ),
             _is_table,
             "beside --table and --figure, which choose them",
         ),

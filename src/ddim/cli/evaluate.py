@@ -42,8 +42,8 @@ def evaluate(
     features: Annotated[
         str,
         typer.Option(
-            help="Features to compare by: pixels, mnist (a classifier of digits), inception (published distances; "
-            "requires pip install 'ddim[inception]'), or a TorchScript file."
+            help="Features to compare by: pixels, mnist (a classifier of digits), faces (a classifier of drawn faces), "
+            "inception (published distances; requires pip install 'ddim[inception]'), or a TorchScript file."
         ),
     ] = DEFAULT_FEATURES,
     count: Annotated[
@@ -53,6 +53,14 @@ def evaluate(
     reference_count: Annotated[
         int | None, typer.Option(help="Number of images of the reference; defaults to all.")
     ] = None,
+    attributes: Annotated[
+        bool,
+        typer.Option(
+            "--attributes",
+            help="Also report how frequent the values of each attribute are; requires features that recognize "
+            "attributes: mnist or faces.",
+        ),
+    ] = False,
     split: Annotated[str, typer.Option(help="Split of data sets on the hub.")] = "train",
     table: Annotated[
         int | None,
@@ -136,7 +144,7 @@ def evaluate(
     if reference is not None:
         reference_set = source.open(reference, sampling, reference_count, sample_set.shape)
     with distributed.init() as group:
-        result = report.evaluate(sample_set, reference_set, features, names, group)
+        result = report.evaluate(sample_set, reference_set, features, names, group, attributes)
     if not group.is_main:
         return
     if source.is_model(samples):

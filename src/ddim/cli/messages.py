@@ -45,6 +45,7 @@ FLAGS = {
     "resize=True": "--resize",
     "force=True": "--force",
     "closed=True": "--closed",
+    "attributes=True": "--attributes",
     "exact=True": "--exact",
     "exact=False": "--euler",
     "use_sigma_hat=True": "--sigma-hat",

@@ -18,6 +18,8 @@ class Source:
         fetch: returns, for a sequence of indices, one decoder per image: a function that returns the decoded image or
             raises a `ValueError` that names it. `fetch` is quick and called by one thread; decoders may run in many.
         identity: changes whenever the images do, as far as that shows without decoding them.
+        read_column: returns the values of another column of a table as text, one per image; `None` where there is no
+            such column.
 
     Example:
         >>> pixel = Image.new("L", (1, 1))
@@ -30,6 +32,7 @@ class Source:
     count: int
     fetch: Callable[[Sequence[int]], list[Callable[[], Image.Image]]]
     identity: str
+    read_column: Callable[[str], list[str] | None] = lambda name: None
 
 
 def first_line(error: BaseException) -> str:

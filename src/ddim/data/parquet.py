@@ -167,7 +167,16 @@ def _from_rows(rows: datasets.Dataset, name: str, column: str | None, identity: 
         content = encoded[list(indices)][chosen]
         return [partial(_decode_row, row, f"image {i} of {name}") for row, i in zip(content, indices, strict=True)]
 
-    return Source(name, len(encoded), fetch, f"{identity} {chosen}")
+    return Source(name, len(encoded), fetch, f"{identity} {chosen}", partial(_read_column, rows))
+
+
+def _read_column(rows: datasets.Dataset, name: str) -> list[str] | None:
+    """Return a column as text: classes by their names, what is empty or missing as "none"."""
+    if name not in rows.column_names:
+        return None
+    feature, values = rows.features[name], rows.select_columns(name)[name]
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    return ["none" if value in (None, "") else names[value] if names else str(value) for value in values]
 
 
 def _decode_row(row: dict[str, Any] | None, name: str) -> Image.Image:

@@ -1,7 +1,8 @@
 """Features: networks, or simpler functions, from images to vectors whose distributions are compared.
 
 A feature extractor is a module that maps uint8 (N, C, H, W) to float (N, D) and has an attribute `num_features`, D. One
-that classifies also has a method `logits`, which maps (N, D) features to (N, classes).
+that classifies also has a method `logits`, which maps (N, D) features to (N, classes), for the inception score. One
+that recognizes attributes is an `AttributeClassifier` (`ddim.evaluation.classifiers`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddim.evaluation.classifiers import CLASSIFIERS, load_classifier
 from ddim.extras import require
-from ddim.io.weights import digest, fill_model
+from ddim.io.weights import digest
 from ddim.validation import nearest, shorten
 
-CLASSIFIER = Path(__file__).with_name("mnist_classifier.safetensors")
-"""The weights of `DigitClassifier`."""
 MAX_PIXELS_SIDE = 32
 """Height and width above which `Pixels` averages: the covariance of N features has N^2 entries."""
 
@@ -47,39 +47,6 @@ class Pixels(nn.Module):
         """Map uint8 (N, C, H, W) to float64 (N, D), D at most 1024 C."""
         pixels = images.double() / 255
         return (pixels if tuple(images.shape[2:]) == self.size else F.adaptive_avg_pool2d(pixels, self.size)).flatten(1)
-
-
-class DigitClassifier(nn.Module):
-    """A small classifier of handwritten digits, 28x28 grayscale, with 64 features, for the built-in model.
-
-    `scripts/classifier.py` trains it. Distances on its features are comparable only with each other.
-
-    Example:
-        >>> classifier = DigitClassifier()
-        >>> features = classifier(torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
-        >>> features.shape, classifier.logits(features).shape
-        (torch.Size([2, 64]), torch.Size([2, 10]))
-    """
-
-    num_features = 64
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
-        self.hidden, self.classes = nn.Linear(32 * 7 * 7, self.num_features), nn.Linear(self.num_features, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map uint8 (N, 1, 28, 28) to float32 (N, 64)."""
-        x = images.float() / 255
-        for conv in (self.conv1, self.conv2):
-            x = F.max_pool2d(conv(x).relu(), 2)
-        hidden: Tensor = self.hidden(x.flatten(1))
-        return hidden.relu()
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Map features (N, 64) to logits (N, 10)."""
-        result: Tensor = self.classes(features.float())
-        return result
 
 
 class Inception(nn.Module):
@@ -169,7 +136,8 @@ def load_features(name: str, shape: tuple[int, int, int]) -> nn.Module:
     """Load a feature extractor in evaluation mode.
 
     Args:
-        name: `pixels`, `mnist` (the classifier of digits), `inception`, or a TorchScript file.
+        name: `pixels`, `mnist` or `faces` (the classifiers of digits and of drawn faces), `inception`, or a TorchScript
+            file.
         shape: (C, H, W) of the images.
 
     Returns:
@@ -189,23 +157,13 @@ def load_features(name: str, shape: tuple[int, int, int]) -> nn.Module:
         return Pixels(shape).eval()
     if name == "inception":
         return Inception().eval()
-    if name == "mnist":
-        if shape != (1, 28, 28):
-            raise ValueError(
-                f"features='mnist' requires grayscale images of 28x28: expected shape (1, 28, 28), got {shape}; choose "
-                "pixels or inception"
-            )
-        from safetensors.torch import load_file
-
-        with torch.device("meta"):
-            classifier = DigitClassifier()
-        fill_model(classifier, load_file(CLASSIFIER), CLASSIFIER.name, torch.float32)
-        return classifier.eval()
+    if name in CLASSIFIERS:
+        return load_classifier(name, shape)
     if Path(name).is_file():
         return Scripted(Path(name), shape).eval()
     raise FileNotFoundError(
-        f"features must be pixels, mnist, inception or a TorchScript file, got {shorten(repr(name))}"
-        f"{nearest(name, ('pixels', 'mnist', 'inception'))}"
+        f"features must be pixels, mnist, faces, inception or a TorchScript file, got {shorten(repr(name))}"
+        f"{nearest(name, ('pixels', *CLASSIFIERS, 'inception'))}"
     )
 
 

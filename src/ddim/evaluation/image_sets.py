@@ -6,6 +6,7 @@ pixels, samples by their model, settings and seeds.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,8 @@ class ImageSet:
         read_batch: reads or samples a batch anew, given its number: uint8 (n, C, H, W). All batches have `BATCH_SIZE`
             images but the last.
         from_files: whether the images come from files, so that their features are cached.
+        read_column: returns the values of another column of a table as text, one per image; `None` where there is no
+            such column.
 
     Example:
         >>> pixels = torch.zeros(100, 1, 4, 4, dtype=torch.uint8)
@@ -54,6 +57,7 @@ class ImageSet:
     count: int
     read_batch: Callable[[int], Tensor]
     from_files: bool
+    read_column: Callable[[str], list[str] | None] = lambda name: None
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -104,7 +108,11 @@ def open_files(source: str, count: int | None = None, shape: Shape | None = None
         pixels = torch.from_numpy(np.stack([np.atleast_3d(np.asarray(image)) for image in fitted]))
         return pixels.permute(0, 3, 1, 2).contiguous()
 
-    return ImageSet(source, shape, total, read_batch, from_files=True)
+    def read_column(name: str) -> list[str] | None:
+        values = images.read_column(name)
+        return None if values is None else values[:total]
+
+    return ImageSet(source, shape, total, read_batch, True, read_column)
 
 
 def sample_image_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = "samples", **settings: Any) -> ImageSet:
@@ -141,6 +149,30 @@ def sample_image_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = 
         return pixels.permute(0, 3, 1, 2).contiguous()
 
     return ImageSet(name, pipe.sample_shape, count, read_batch, from_files=False)
+
+
+def batch_sha256(batch: Tensor) -> str:
+    """Return a hash of a batch of images, uint8 (n, C, H, W).
+
+    Example:
+        >>> batch_sha256(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))[:8]
+        'df3f6198'
+    """
+    return hashlib.sha256(batch.numpy().tobytes()).hexdigest()
+
+
+def set_sha256(images: ImageSet, hashes: Sequence[str]) -> str:
+    """Return the hash of a set of images from those of its batches.
+
+    Args:
+        images: the set.
+        hashes: `batch_sha256` of each batch, in order.
+
+    Example:
+        >>> len(set_sha256(open_files("digits", 1), ["0" * 64]))
+        64
+    """
+    return hashlib.sha256(str((images.count, images.shape, list(hashes))).encode()).hexdigest()
 
 
 def _open_shards(path: Path) -> Source:

@@ -14,7 +14,6 @@ Features are computed once for all metrics. Those of files are cached by a hash 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import warnings
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from ddim.distributed import SINGLE_PROCESS, ProcessGroup
 from ddim.evaluation.features import extractor_id
-from ddim.evaluation.image_sets import ImageSet
+from ddim.evaluation.image_sets import ImageSet, batch_sha256, set_sha256
 from ddim.io.cache import Cache
 from ddim.validation import choice
 
@@ -89,12 +88,12 @@ def compute_features(images: ImageSet, extractor: nn.Module, group: ProcessGroup
     cache, entry = Cache("features"), ""
     hashes = []
     if images.from_files:
-        hashes = group.all_gather([_sha256(images.read_batch(number)) for number in group.shard(len(images))])
-        entry = f"{extractor_id(extractor)}-{_set_sha256(images, hashes)}"
+        hashes = group.all_gather([batch_sha256(images.read_batch(number)) for number in group.shard(len(images))])
+        entry = f"{extractor_id(extractor)}-{set_sha256(images, hashes)}"
         expected = images.count, int(extractor.num_features)  # type: ignore[arg-type]
         cached = cache.read(entry, lambda content: _parse_features(content, expected)) if group.is_main else None
         if (cached := group.broadcast(cached)) is not None:
-            return FeatureSet(cached, _set_sha256(images, hashes))
+            return FeatureSet(cached, set_sha256(images, hashes))
     values, shard_hashes = [], []
     bar = tqdm(
         total=images.count,
@@ -106,11 +105,11 @@ def compute_features(images: ImageSet, extractor: nn.Module, group: ProcessGroup
     with bar:
         for number in group.shard(len(images)):
             batch = images.read_batch(number)
-            shard_hashes.append(_sha256(batch))
+            shard_hashes.append(batch_sha256(batch))
             values.append(extractor(batch).float())
             bar.update(min(len(batch) * group.size, images.count - bar.n))
     hashes = hashes or group.all_gather(shard_hashes)
-    features = FeatureSet(torch.cat(group.all_gather(values)), _set_sha256(images, hashes))
+    features = FeatureSet(torch.cat(group.all_gather(values)), set_sha256(images, hashes))
     if entry and group.is_main:
         stream = io.BytesIO()
         np.save(stream, features.values.numpy(), allow_pickle=False)
@@ -309,15 +308,6 @@ def _inception_score(logits: Tensor) -> tuple[Tensor, Tensor]:
 def _with_deviation(name: str, result: tuple[Tensor, Tensor]) -> dict[str, float]:
     mean, deviation = result
     return {name: float(mean), f"{name}_std": float(deviation)}
-
-
-def _sha256(batch: Tensor) -> str:
-    return hashlib.sha256(batch.numpy().tobytes()).hexdigest()
-
-
-def _set_sha256(images: ImageSet, hashes: list[str]) -> str:
-    """Return the hash of a set from those of its batches."""
-    return hashlib.sha256(str((images.count, images.shape, hashes)).encode()).hexdigest()
 
 
 def _parse_features(content: np.ndarray, expected: tuple[int, int]) -> Tensor:

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from ddim.distributed import SINGLE_PROCESS, ProcessGroup
+from ddim.evaluation.attributes import read_labels, summarize_attributes
+from ddim.evaluation.classifiers import CLASSIFIERS, AttributeClassifier
 from ddim.evaluation.features import extractor_id, load_features
 from ddim.evaluation.image_sets import ImageSet
-from ddim.evaluation.metrics import METRICS, check_metrics, compute_features, measure, sample_size_warning
+from ddim.evaluation.metrics import check_metrics, compute_features, measure, sample_size_warning
 from ddim.extras import require
 from ddim.io.atomic import atomic_write
 from ddim.io.image_files import check_output_path
@@ -32,9 +34,15 @@ METRIC_NAMES = {
     "is": "inception score",
     "precision": "precision",
     "recall": "recall",
+    "confident": "confident samples",
+    "confident_reference": "confident reference",
+    "confident_ratio": "their ratio",
+    "largest_difference": "largest difference, points",
 }
+"""Of the metrics of all reports; others are shown by their keys."""
 REPORT_SUFFIXES = {".json": "", ".csv": "", ".md": "Markdown"}
 FEATURES_WITH_LOGITS = ("mnist", "inception")
+ATTRIBUTE_COLUMNS = ("attribute", "value", "samples", "reference", "difference")
 MAX_HASH_LENGTH = 16
 """Digits of a SHA-256 that tables show."""
 
@@ -68,21 +76,25 @@ def evaluate(
     features: str,
     metrics: Sequence[str],
     group: ProcessGroup = SINGLE_PROCESS,
+    attributes: bool = False,
 ) -> dict[str, Any]:
     """Compute metrics of a set of images, and describe how.
 
     Args:
         samples: the images to evaluate.
         reference: the images to compare with; `None` if the inception score is the only metric.
-        features: `pixels`, `mnist`, `inception`, or a TorchScript file.
+        features: `pixels`, `mnist`, `faces`, `inception`, or a TorchScript file.
         metrics: names among `ddim.evaluation.metrics.METRICS`.
         group: the processes that share the work.
+        attributes: whether to report attributes (`ddim.evaluation.attributes`), which requires features that recognize
+            some, `mnist` or `faces`.
 
     Returns:
-        `{"metrics": {...}, "settings": {...}}`.
+        `{"metrics": {...}, "settings": {...}}`, and with `attributes` also `{"attributes": {...}}`.
 
     Raises:
-        ValueError: for an unknown metric, sets that are too small, or features that do not accept the images.
+        ValueError: for an unknown metric, sets that are too small, features that do not accept the images or do not
+            recognize attributes.
         ImportError: if torchmetrics, or what the features require, is not installed.
 
     Example:
@@ -97,7 +109,11 @@ def evaluate(
         raise ValueError(
             f"features must be {' or '.join(FEATURES_WITH_LOGITS)} for the inception score, got {shown(features)}"
         )
+    if attributes and reference is None:
+        raise ValueError("reference must be given for attributes=True, got None")
     extractor: Any = load_features(features, samples.shape)
+    if attributes and not isinstance(extractor, AttributeClassifier):
+        raise ValueError(f"features must be {' or '.join(CLASSIFIERS)} for attributes=True, got {features!r}")
     counts = [images.count for images in (samples, reference) if images is not None]
     if group.is_main and "fid" in metrics and (warning := sample_size_warning(extractor, *counts)):
         logger.warning(warning)
@@ -105,21 +121,63 @@ def evaluate(
     reference_features = None if reference is None else compute_features(reference, extractor, group)
     with torch.no_grad():
         logits = extractor.logits(sample_features.values) if "is" in metrics else None
-    settings: dict[str, Any] = {
-        "samples": samples.name,
-        "samples_count": samples.count,
-        "samples_sha256": sample_features.sha256,
-        "reference": None if reference is None else reference.name,
-        "reference_count": None if reference is None else reference.count,
-        "reference_sha256": None if reference_features is None else reference_features.sha256,
-        "image_shape": list(samples.shape),
-        "fitting": "center crop, Lanczos, where images are of another size",
-        "features": extractor_id(extractor),
-        "versions": {"ddim": __version__, "python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "torchmetrics", "pillow")},
-    }
+    settings = describe_set("samples", samples, sample_features.sha256)
+    settings |= describe_set("reference", reference, None if reference_features is None else reference_features.sha256)
+    settings |= describe_method(samples.shape, extractor_id(extractor), ("torch", "torchmetrics", "pillow"))
     reference_values = None if reference_features is None else reference_features.values
-    return {"metrics": measure(sample_features.values, reference_values, metrics, logits), "settings": settings}
+    result: dict[str, Any] = {"metrics": measure(sample_features.values, reference_values, metrics, logits)}
+    if attributes and reference is not None and reference_values is not None:
+        summary = summarize_attributes(
+            extractor, sample_features.values, reference_values, read_labels(reference, extractor)
+        )
+        result["metrics"] |= summary.metrics
+        result["attributes"] = summary.frequencies
+    return result | {"settings": settings}
+
+
+def describe_set(role: str, images: ImageSet | None, sha256: str | None) -> dict[str, Any]:
+    """Describe a set of images, for the settings of a report.
+
+    Args:
+        role: `samples`, `reference`, ...
+        images: the set; `None` where there is none.
+        sha256: the hash of its pixels.
+
+    Returns:
+        Its name, number of images and hash.
+
+    Example:
+        >>> describe_set("reference", None, None)
+        {'reference': None, 'reference_count': None, 'reference_sha256': None}
+    """
+    name, count = (None, None) if images is None else (images.name, images.count)
+    return {role: name, f"{role}_count": count, f"{role}_sha256": sha256}
+
+
+def describe_method(
+    shape: tuple[int, int, int], features: str, packages: Sequence[str] = ("torch", "pillow")
+) -> dict[str, Any]:
+    """Describe how images are compared, for the settings of a report.
+
+    Args:
+        shape: (C, H, W) of the images.
+        features: the identifier of the features.
+        packages: installed packages on which the numbers depend.
+
+    Returns:
+        The shape, how images are fitted to it, the features, and the packages' versions.
+
+    Example:
+        >>> describe_method((1, 28, 28), "pixels")["image_shape"]
+        [1, 28, 28]
+    """
+    return {
+        "image_shape": list(shape),
+        "fitting": "center crop, Lanczos, where images are of another size",
+        "features": features,
+        "versions": {"ddim": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in packages},
+    }
 
 
 def format_table(result: dict[str, Any]) -> str:
@@ -136,9 +194,10 @@ def format_table(result: dict[str, Any]) -> str:
         Fréchet distance  12.35
         samples_count     100
     """
-    rows = _rows(result)
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    tables = [_align(_rows(result))]
+    if "attributes" in result:
+        tables.append(_align([ATTRIBUTE_COLUMNS, *_attribute_rows(result["attributes"])]))
+    return "\n\n".join(tables)
 
 
 def write_report(result: dict[str, Any], path: Path) -> None:
@@ -163,15 +222,22 @@ def write_report(result: dict[str, Any], path: Path) -> None:
         text = to_json(result)
     elif path.suffix.lower() == ".csv":
         scalars = {name: value for name, value in result["settings"].items() if not isinstance(value, dict | list)}
-        columns = result["metrics"] | scalars
+        frequencies = {
+            f"{role}_{attribute}_{value}": fractions[role]
+            for attribute, values in result.get("attributes", {}).items()
+            for value, fractions in values.items()
+            for role in ("samples", "reference")
+        }
+        columns = result["metrics"] | frequencies | scalars
         stream = io.StringIO()
         writer = csv.writer(stream)
         writer.writerow(columns)
         writer.writerow(columns.values())
         text = stream.getvalue()
     else:
-        rows = "".join(f"| {name} | {value} |\n" for name, value in _rows(result))
-        text = f"| | |\n|---|---|\n{rows}"
+        text = _markdown(("", ""), _rows(result))
+        if "attributes" in result:
+            text += "\n" + _markdown(ATTRIBUTE_COLUMNS, _attribute_rows(result["attributes"]))
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -180,10 +246,12 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the names and values of a report as text."""
     values = result["metrics"]
     rows = []
-    for name in METRICS:
-        if name in values:
-            deviation = f" ± {values[f'{name}_std']:.2g}" if f"{name}_std" in values else ""
-            rows.append((METRIC_NAMES[name], f"{values[name]:.4g}{deviation}"))
+    for name, value in values.items():
+        if name.endswith("_std"):
+            continue
+        deviation = f" ± {values[f'{name}_std']:.2g}" if f"{name}_std" in values else ""
+        text = str(value) if isinstance(value, int) else f"{value:.4g}"
+        rows.append((METRIC_NAMES.get(name, name.replace("_", " ")), f"{text}{deviation}"))
     for key, value in result["settings"].items():
         if isinstance(value, dict):
             value = ", ".join(f"{name} {entry}" for name, entry in value.items())
@@ -191,3 +259,26 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
             text = str(value)
             rows.append((key, f"{text[:MAX_HASH_LENGTH]}..." if key.endswith("sha256") else text))
     return rows
+
+
+def _attribute_rows(attributes: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the frequencies of all values as text, in percent; differences in points."""
+    rows: list[tuple[str, ...]] = []
+    for attribute, values in attributes.items():
+        for value, fractions in values.items():
+            samples, reference = 100 * fractions["samples"], 100 * fractions["reference"]
+            rows.append((attribute, value, f"{samples:.1f}%", f"{reference:.1f}%", f"{samples - reference:+.1f}"))
+    return rows
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as lines whose columns are aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines) + "\n"
