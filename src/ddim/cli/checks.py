@@ -28,6 +28,8 @@ NOT_EMPTY = (
     "model_option",
     "samples",
     "reference",
+    "held_out",
+    "pairs",
     "data",
     "checkpoint",
     "codes",
@@ -90,7 +92,7 @@ COMMAND_CONFLICTS: Mapping[str, Sequence[Conflict]] = {
     "evaluate": (
         Conflict(
             (
-                *("metrics", "attributes"),
+                *("metrics", "attributes", "memorization", "held_out", "pairs"),
                 *("steps", "eta", "timesteps", "order", "sigma_hat", "clipped_model_output"),
             ),
             _is_table,
@@ -102,6 +104,8 @@ COMMAND_CONFLICTS: Mapping[str, Sequence[Conflict]] = {
             "beside --table 2, which compares images with themselves",
         ),
         Conflict(("reference_count",), lambda values: values["reference"] is None, "without --reference"),
+        Conflict(("metrics", "attributes"), lambda values: values["memorization"], "beside --memorization"),
+        Conflict(("held_out", "pairs"), lambda values: not values["memorization"], "without --memorization"),
     ),
     "convert": (
         Conflict(("head_channels",), lambda values: values["heads"] is not None, "beside --heads"),

@@ -16,7 +16,9 @@ from ddim.cli.common import SamplingOptions, choose_model, load_pipeline, parse_
 
 if TYPE_CHECKING:
     from ddim.evaluation.image_sets import ImageSet
+    from ddim.evaluation.memorization import Memorization
 
+PLOT_SUFFIXES = {".png": "a plot", ".svg": "a plot"}
 DEFAULT_FEATURES = "pixels"
 """They require neither a download nor an optional package."""
 
@@ -61,6 +63,25 @@ def evaluate(
             "attributes: mnist or faces.",
         ),
     ] = False,
+    memorization: Annotated[
+        bool,
+        typer.Option(
+            "--memorization",
+            help="Report instead how near samples are to the training images, which are the --reference, and how near "
+            "held-out images are.",
+        ),
+    ] = False,
+    held_out: Annotated[
+        str | None,
+        typer.Option(help="Images not trained on, for --memorization; defaults to training images, drawn at random."),
+    ] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(
+            help="With --memorization, a .png file of the samples nearest to training images, each above the image "
+            "that it is near to."
+        ),
+    ] = None,
     split: Annotated[str, typer.Option(help="Split of data sets on the hub.")] = "train",
     table: Annotated[
         int | None,
@@ -86,7 +107,7 @@ def evaluate(
             "--out",
             "-o",
             help="Also write the result to a .json, .csv or .md file, a table to .json, .md, or as a plot to .png or "
-            ".svg; can be repeated.",
+            ".svg, distances of --memorization also as histograms to .png or .svg; can be repeated.",
         ),
     ] = None,
     device: options.Device = "auto",
@@ -106,10 +127,14 @@ def evaluate(
 
       ddim evaluate mnist --reference mnist/test.parquet --features mnist -n 500 --table 1 --out t.md --out t.png
 
+      ddim evaluate mnist --reference mnist/train.parquet --memorization -n 1000 --out distances.png
+
       torchrun --nproc-per-node 8 -m ddim evaluate my-model --reference owner/dataset -n 50000
     """
     from ddim import distributed
     from ddim.evaluation import report
+    from ddim.evaluation.memorization import draw_pairs, measure_memorization, plot_distances
+    from ddim.io.image_files import check_output_path, save_image
 
     if samples is None and model is None:
         raise ValueError("give what to evaluate: a model, or images")
@@ -127,7 +152,9 @@ def evaluate(
     if table_steps is not None:
         raise ValueError("--table-steps requires --table or --figure")
     names = [name.strip() for name in metrics.split(",")]
-    outputs = report.check_outputs(out or [])
+    outputs = report.check_outputs(out or [], PLOT_SUFFIXES if memorization else {})
+    if pairs is not None:
+        check_output_path(pairs, {".png": ""}, False, "--pairs")
     sampling = SamplingOptions.parse(
         steps,
         spacing,
@@ -143,8 +170,13 @@ def evaluate(
     reference_set = None
     if reference is not None:
         reference_set = source.open(reference, sampling, reference_count, sample_set.shape)
+    held_out_set = None if held_out is None else source.open(held_out, sampling, None, sample_set.shape)
+    distances: Memorization | None = None
     with distributed.init() as group:
-        result = report.evaluate(sample_set, reference_set, features, names, group, attributes)
+        if memorization:
+            distances, result = measure_memorization(sample_set, reference_set, held_out_set, features, group)
+        else:
+            result = report.evaluate(sample_set, reference_set, features, names, group, attributes)
     if not group.is_main:
         return
     if source.is_model(samples):
@@ -158,10 +190,15 @@ def evaluate(
             "spacing": spacing,
         } | ({"use_clipped_model_output": True} if clipped_model_output else {})
     for path in outputs:
-        report.write_report(result, Path(path))
+        if Path(path).suffix.lower() in report.REPORT_SUFFIXES:
+            report.write_report(result, Path(path))
+        elif distances is not None:
+            plot_distances(distances, Path(path))
+    if pairs is not None and distances is not None and reference_set is not None:
+        save_image(draw_pairs(distances, reference_set), pairs)
     print(report.format_table(result))
-    print(f"compared by the features {features}{_comparability(features)}", file=sys.stderr)
-    for path in outputs:
+    print(f"compared by the features {features}{'' if memorization else _comparability(features)}", file=sys.stderr)
+    for path in (*outputs, *([] if pairs is None else [pairs])):
         print(f"also in {path}", file=sys.stderr)
 
 
@@ -274,7 +311,7 @@ class PaperTable:
         if not source.is_model(model):
             raise ValueError(f"the paper's tables require a model, got {model}")
         for path in out:
-            check_output_path(path, {".json": "", ".md": "Markdown", ".png": "a plot", ".svg": "a plot"}, False)
+            check_output_path(path, {".json": "", ".md": "Markdown"} | PLOT_SUFFIXES, False)
         pipe = load_pipeline(model, source.device, engine=source.engine)
         spacing = "quad" if self.spacing is None and pipe.sample_shape == paper_tables.CIFAR_SHAPE else self.spacing
         pipe = with_spacing(pipe, spacing)

@@ -23,6 +23,7 @@ IDENTIFIERS = {
     "max_minutes": "--max-minutes",
     "image_size": "--image-size",
     "reference_count": "--reference-count",
+    "held_out": "--held-out",
     "table_steps": "--table-steps",
     "torch_dtype": "--dtype",
     "allow_paths": "--allow-paths",

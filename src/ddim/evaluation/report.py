@@ -6,7 +6,7 @@ import csv
 import io
 import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,18 @@ METRIC_NAMES = {
     "confident_reference": "confident reference",
     "confident_ratio": "their ratio",
     "largest_difference": "largest difference, points",
+    "samples_min": "samples, minimum",
+    "samples_p1": "samples, 1st percentile",
+    "samples_p5": "samples, 5th percentile",
+    "samples_p50": "samples, median",
+    "held_out_min": "held-out, minimum",
+    "held_out_p1": "held-out, 1st percentile",
+    "held_out_p5": "held-out, 5th percentile",
+    "held_out_p50": "held-out, median",
+    "copies": "samples that are copies",
+    "nearer_than_held_out": "samples below held-out minimum",
+    "nearer_than_held_out_p1": "samples below its 1st percentile",
+    "mann_whitney_z": "Mann-Whitney Z",
 }
 """Of the metrics of all reports; others are shown by their keys."""
 REPORT_SUFFIXES = {".json": "", ".csv": "", ".md": "Markdown"}
@@ -47,11 +59,12 @@ MAX_HASH_LENGTH = 16
 """Digits of a SHA-256 that tables show."""
 
 
-def check_outputs(paths: Sequence[str]) -> list[str]:
+def check_outputs(paths: Sequence[str], others: Mapping[str, str] | None = None) -> list[str]:
     """Check, before any work, that reports can be written to paths.
 
     Args:
         paths: `.json`, `.csv` or `.md` files.
+        others: further suffixes that are allowed, and what they mean.
 
     Returns:
         The paths.
@@ -66,7 +79,7 @@ def check_outputs(paths: Sequence[str]) -> list[str]:
         ValueError: out must end in .json, .csv, or .md (Markdown), got 'score.txt'
     """
     for path in paths:
-        check_output_path(path, REPORT_SUFFIXES, folder_allowed=False)
+        check_output_path(path, REPORT_SUFFIXES | dict(others or {}), folder_allowed=False)
     return list(paths)
 
 
