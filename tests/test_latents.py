@@ -356,6 +356,7 @@ METHODS: dict[str, Callable[[DDIMPipeline], Any]] = {
     "trajectory": lambda pipe: pipe.trajectory(num_inference_steps=3),
     "consistency": lambda pipe: pipe.consistency(randn(1, 1, 8, 8), [2, 3]),
     "edit": lambda pipe: pipe.edit(rand(1, 1, 8, 8), 0.7, 3),
+    "direction": lambda pipe: pipe.direction(rand(1, 1, 8, 8), rand(1, 1, 8, 8), 3),
 }
 
 
@@ -536,7 +537,19 @@ def test_consistency_matches_sampling(tiny_pipeline: DDIMPipeline) -> None:
         assert torch.equal(images, tiny_pipeline(latents=z, num_inference_steps=S, output_type="pt").images)
 
 
-# --- edit
+# --- edit, direction
+
+
+def test_direction_is_the_difference_of_mean_latents(pipe: DDIMPipeline) -> None:
+    dark, bright = rand(5, 1, 8, 8) * 0.2 - 0.3, rand(4, 1, 8, 8, seed=1) * 0.2 + 0.3
+    timesteps = [800, 400, 0]
+    direction = pipe.direction(bright, dark, timesteps=timesteps)
+    sides = [pipe.encode(images, timesteps=timesteps).latents for images in (bright, dark)]
+    torch.testing.assert_close(direction, sides[0].mean(0) - sides[1].mean(0))
+    # Added to a dark image, it makes it as bright as the others.
+    latents = sides[1] + direction
+    images = pipe.decode(latents, timesteps=timesteps, output_type="pt").images
+    assert abs(float(images.mean()) - float(unit(bright).mean())) < 0.02
 
 
 def test_zero_strength_returns_images(pipe: DDIMPipeline) -> None:

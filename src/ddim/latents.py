@@ -513,6 +513,59 @@ class LatentSpace:
         x = self.sampler.run(x, SamplingPlan(plan.config, steps), noise, progress_bar=self.progress_bar)
         return ImagePipelineOutput(to_output(x, output_type))
 
+    def direction(
+        self,
+        positive: Any,
+        negative: Any,
+        num_inference_steps: int = 50,
+        tolerance: float = InversionConfig.tolerance,
+        *,
+        max_iterations: int = InversionConfig.max_iterations,
+        timesteps: Sequence[int] | None = None,
+        resize: bool = False,
+        batch_size: int = InversionConfig.batch_size,
+    ) -> Tensor:
+        """Compute the direction of an attribute in latent space: experimental.
+
+        It is the mean latent of images with the attribute minus that of images without it. Some multiple of it, added
+        by `ddim.diffusion.interpolation.add_direction` to the latents of other images, adds the attribute, as far as
+        the model has such a direction; the multiple is found by trying. The mean of few images is mostly noise.
+
+        Args:
+            positive: images with the attribute, as for `encode`.
+            negative: images without it.
+            num_inference_steps: S, from 1 to the number of timesteps the model was trained with.
+            tolerance: of a step's residual, on the scale of [-1, 1]; above 0, below 1.
+            max_iterations: function evaluations per step and image, at most; from 1 to 1000.
+            timesteps: a custom subsequence instead of S: strictly decreasing integers.
+            resize: fit PIL images of other sizes and modes; otherwise they are refused.
+            batch_size: images per network evaluation.
+
+        Returns:
+            The direction, (C, H, W), for latents of the same timesteps.
+
+        Raises:
+            ValueError: for an argument out of range or an image that the model does not take, before the network runs.
+            TypeError: for one of a wrong type.
+
+        Example:
+            >>> from ddim import DDIMPipeline
+            >>> from ddim.diffusion.interpolation import add_direction
+            >>> pipe = DDIMPipeline.from_pretrained("mnist")
+            >>> pipe.set_progress_bar_config(disable=True)
+            >>> images = pipe(seeds=[0, 1, 2], num_inference_steps=4).images
+            >>> direction = pipe.direction(images[:1], images[1:], num_inference_steps=4)
+            >>> latents = pipe.encode(images[1:], num_inference_steps=4).latents
+            >>> len(pipe.decode(add_direction(latents, direction, 0.5), num_inference_steps=4).images)
+            2
+        """
+        settings = InversionConfig(True, tolerance, max_iterations, batch_size, verify=False)
+        sides = [self._to_samples(images, resize) for images in (positive, negative)]
+        steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps)
+        latents = invert(self.sampler, torch.cat(sides), steps, settings, self.progress_bar)[0].latents
+        with_attribute, without = latents.double().split_with_sizes([len(side) for side in sides])
+        return (with_attribute.mean(0) - without.mean(0)).to(latents.dtype)
+
     def latent_timesteps(self, num_inference_steps: int = 50, timesteps: Sequence[int] | None = None) -> list[int]:
         """Return the timesteps that encoding and decoding visit, decreasing.
 

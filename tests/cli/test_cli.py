@@ -257,7 +257,7 @@ def test_help_lists_every_command(results: Commands) -> None:
     assert (code, stderr) == (0, "")
     assert "Usage: ddim [OPTIONS] COMMAND" in stdout
     assert "Example: ddim sample --model mnist --steps 20 --count 16 --out digits.png" in stdout
-    latent_space = {"encode", "decode", "reconstruct", "interpolate", "trajectory", "consistency", "edit"}
+    latent_space = {"encode", "decode", "reconstruct", "interpolate", "trajectory", "consistency", "edit", "direction"}
     assert COMMANDS.keys() == {"sample", "train", "tune", "evaluate", "convert", "info", "app"} | latent_space
     for name in (*COMMANDS, "--version", "--help"):
         assert re.search(rf"│ {name} ", stdout)

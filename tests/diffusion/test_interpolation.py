@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ddim
-from ddim.diffusion.interpolation import slerp, slerp_grid, slerp_path
+from ddim.diffusion.interpolation import add_direction, slerp, slerp_grid, slerp_path
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -545,3 +545,23 @@ def test_grid_latents_must_have_image_shape(shape: tuple[int, ...]) -> None:
     """Stacked, other shapes would be taken for one latent or for batches of latents."""
     with pytest.raises(ValueError, match=r"latent 0 of a grid: expected shape \(C, H, W\), got \(.*\)"):
         slerp_grid([torch.ones(shape)] * 4, 3, 3)
+
+
+# --- directions
+
+
+@pytest.mark.parametrize("strength", [-3.0, 0.0, 0.5, 100.0])
+def test_directions_keep_the_norm(strength: float) -> None:
+    latents, direction = latent(0, 4, 3, 5, 5), latent(1, 3, 5, 5)
+    moved = add_direction(latents, direction, strength)
+    for before, after in zip(latents.numpy(), moved.numpy(), strict=True):
+        expected = before + strength * direction.numpy()
+        np.testing.assert_allclose(after, expected * np.linalg.norm(before) / np.linalg.norm(expected), rtol=1e-12)
+
+
+def test_invalid_directions_raise() -> None:
+    latents = latent(0, 2, 3, 5, 5)
+    with pytest.raises(ValueError, match=r"direction: expected shape \(3, 5, 5\), that of a latent, got \(5, 5\)"):
+        add_direction(latents, latent(1, 5, 5), 1.0)
+    with pytest.raises(ValueError, match="strength must leave something of every latent"):
+        add_direction(latents, latents[0], -1.0)

@@ -141,10 +141,12 @@ KINDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("model", "model_option", "models"), MODELS),
     **dict.fromkeys(("images", "checkpoint"), IMAGES),
     "points": (*IMAGES, *LATENTS, *NUMBERS[:8], "1", "2", "3"),
-    **dict.fromkeys(("samples", "reference", "data"), SETS),
+    **dict.fromkeys(("samples", "reference", "held_out", "data", "sources"), SETS),
+    "direction": LATENTS,
+    "where": ("label=3", "label", "=", "label=", "x=1", "label=3=3"),
     **dict.fromkeys(("timesteps", "at", "table_steps"), LISTS),
     **dict.fromkeys(("spacing", "device", "dtype", "engine", "metrics", "features", "split", "layout"), CHOICES),
-    **dict.fromkeys(("out", "plot", "resume"), OUTS),
+    **dict.fromkeys(("out", "pairs", "plot", "resume"), OUTS),
     "beta_schedule": CHOICES,
     "config": CONFIGS,
     "settings": SETTINGS,
@@ -161,7 +163,7 @@ LIKELY: dict[str, tuple[str, ...]] = {
     "points": ("1", "2", "x.png", "x.npz"),
     "codes": ("x.npz", "x.safetensors"),
     "samples": ("images", "images.npz", "tiny", "x.tar"),
-    "reference": ("images", "images.npz"),
+    **dict.fromkeys(("reference", "held_out", "sources"), ("images", "images.npz")),
     "data": ("images", "images.npz", "digits"),
     "steps": ("1", "2", "3", "5"),
     "count": ("1", "2", "3"),
@@ -184,10 +186,11 @@ DEFAULTS = {
     "reconstruct": ["--steps", "3", "--tolerance", "1e-3"],
     "tune": ["--codes", "4"],
     "evaluate": ["-n", "4", "--steps", "2"],
+    "direction": ["-n", "2", "--steps", "3"],
     "train": ["--config", "config.yaml"],
 }
 """Options that keep a command short, unless the same are drawn."""
-NEEDED = ("images", "codes", "points", "checkpoint", "samples")
+NEEDED = ("images", "codes", "points", "checkpoint", "samples", "sources")
 SLOW = ("train", "tune", "evaluate")
 
 
@@ -273,7 +276,9 @@ class Check:
         if fingerprint(self.template) != before:
             empty(self.template)
             make_files(self.template)
-            writable = any(argument in ("--out", "-o", "--plot", "--resume") for argument in example.arguments)
+            writable = any(
+                argument in ("--out", "-o", "--pairs", "--plot", "--resume") for argument in example.arguments
+            )
             if not writable:
                 raise Fault(DIFFERENCE, f"a file that is not its output was changed; {stdout} {stderr}")
         judge_output(status, stdout, stderr)

@@ -15,6 +15,7 @@ import typer
 from ddim.cli.app import app as page
 from ddim.cli.checks import Command
 from ddim.cli.convert import convert
+from ddim.cli.direction import direction
 from ddim.cli.edit import edit
 from ddim.cli.encode import decode, encode
 from ddim.cli.evaluate import evaluate
@@ -39,7 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = (
-    *(sample, encode, decode, reconstruct, interpolate, trajectory, consistency, edit),
+    *(sample, encode, decode, reconstruct, interpolate, trajectory, consistency, edit, direction),
     *(train, tune, evaluate, convert, info, page),
 )
 for command in COMMANDS:

@@ -18,7 +18,7 @@ from ddim.cli.common import (
     report_result,
     split_model,
 )
-from ddim.validation import pluralize, shown
+from ddim.validation import pluralize, real, shown
 
 
 def encode(
@@ -88,6 +88,11 @@ def decode(
             help="x.png is a grid, x.npz holds arr_0 (uint8, NHWC), a folder gets one PNG per image.",
         ),
     ] = "decoded.png",
+    direction: Annotated[
+        str | None,
+        typer.Option(help="File that ddim direction wrote: added to the latents, whose norms are kept (experimental)."),
+    ] = None,
+    strength: Annotated[float, typer.Option(help="Multiple of the --direction that is added.")] = 1.0,
     model: options.ModelOption = None,
     steps: Annotated[
         int | None, typer.Option(help="Number of function evaluations per image; defaults to that of the latents.")
@@ -110,7 +115,10 @@ def decode(
       ddim decode digit.npz --out digit.png
 
       ddim decode codes.safetensors --steps 20 --force --out images/
+
+      ddim decode digits.npz --direction three.safetensors --strength 3
     """
+    from ddim.diffusion.interpolation import add_direction
     from ddim.io.image_files import check_output_path, output_files, save_images
     from ddim.io.latent_files import check_latent_settings, load_latents
 
@@ -127,6 +135,12 @@ def decode(
         num_steps = len(chosen) if steps is None else steps
         chosen = pipe.latent_timesteps(num_steps, replace(sampling, steps=num_steps).choose_timesteps(pipe))
     check_latent_settings(file, settings, pipe, chosen, force)
+    if direction is not None:
+        directions, direction_settings = load_latents(direction)
+        if len(directions) != 1:
+            raise ValueError(f"--direction must be a file with one direction, got {len(directions)} latents")
+        check_latent_settings(direction, direction_settings, pipe, chosen, force)
+        latents = add_direction(latents, directions[0], real("strength", strength))
     started = time.monotonic()
     images = pipe.decode(latents, timesteps=chosen, batch_size=batch_size).images
     seconds = time.monotonic() - started

@@ -1,4 +1,4 @@
-"""Spherical interpolation between latents, along paths and over grids (appendix D.5 of arXiv 2010.02502).
+"""Spherical interpolation between latents, along paths and over grids (appendix D.5 of arXiv 2010.02502); directions.
 
 With theta the angle between two latents as vectors,
 
@@ -120,6 +120,37 @@ def slerp_grid(corners: Sequence[Tensor], rows: int, columns: int) -> Tensor:
     upper = slerp_path(corners[:2], columns)
     lower = slerp_path(corners[2:], columns)
     return slerp(upper, lower, torch.linspace(0, 1, rows, dtype=torch.float64)).flatten(0, 1)
+
+
+def add_direction(latents: Tensor, direction: Tensor, strength: float) -> Tensor:
+    """Add a multiple of a direction to latents, and keep the norm of each.
+
+    A sum alone would leave the shell on which Gaussian latents lie, and decode to noise.
+
+    Args:
+        latents: (N, C, H, W).
+        direction: (C, H, W), as `DDIMPipeline.direction` returns it.
+        strength: the multiple; a negative one goes the other way.
+
+    Returns:
+        (N, C, H, W), in the dtype of `latents`.
+
+    Raises:
+        ValueError: for a direction of another shape, or a sum that is zero.
+
+    Example:
+        >>> add_direction(torch.tensor([[[[3.0, 0.0]]]]), torch.tensor([[[0.0, 4.0]]]), 1.0)
+        tensor([[[[1.8000, 2.4000]]]])
+    """
+    if direction.shape != latents.shape[1:]:
+        raise ValueError(
+            f"direction: expected shape {tuple(latents.shape[1:])}, that of a latent, got {tuple(direction.shape)}"
+        )
+    moved = latents.double() + strength * direction.double()
+    before, after = (x.double().flatten(1).norm(dim=1)[:, None, None, None] for x in (latents, moved))
+    if not bool((after > 0).all()):
+        raise ValueError("strength must leave something of every latent, got a sum of zero")
+    return (moved * (before / after)).to(latents.dtype)
 
 
 def check_path(latents: Sequence[Tensor]) -> None:
