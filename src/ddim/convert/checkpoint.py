@@ -54,8 +54,8 @@ def read_checkpoint(path: Path, ema: bool = True) -> dict[str, Tensor]:
         content = _choose_state(content, path, ema)
     if not content or not is_state_dict(content):
         raise ValueError(
-            f"{path} is not a checkpoint of a network: it holds neither a dictionary of dense tensors nor a list [model, "
-            "optimizer, epoch, step, averaged model]"
+            f"{path} is not a checkpoint of a network: it holds neither a dictionary of dense tensors nor a list "
+            "[model, optimizer, epoch, step, averaged model]"
         )
     if all(name.startswith(DATA_PARALLEL_PREFIX) for name in content):
         return {name.removeprefix(DATA_PARALLEL_PREFIX): tensor for name, tensor in content.items()}

@@ -24,7 +24,9 @@ from ddim.data.sources import open_source
 from ddim.io.hub import MODEL_INDEX, builtin_models
 from ddim.io.image_files import is_folder_path
 from ddim.io.images import decode_image, fit_image, to_bytes
+from ddim.io.reading import reader_reason
 from ddim.pipeline import DDIMPipeline
+from ddim.validation import shown
 
 BATCH_SIZE = 64
 
@@ -155,6 +157,13 @@ def is_model(source: str) -> bool:
     return source in builtin_models() or (is_folder_path(source) and (Path(source) / MODEL_INDEX).is_file())
 
 
+def _check_size(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Return a member of a tar file unless its size is negative, after which `tarfile` may find it again for ever."""
+    if entry.size < 0:
+        raise tarfile.ReadError(f"the member {shown(entry.name)} must have a size of at least 0, got {entry.size}")
+    return entry
+
+
 def _open_shards(path: Path) -> Source:
     """Open the images of tar files; members are located once and read from their offsets."""
     shards = [path] if path.is_file() else sorted(p for p in path.parent.glob(f"{path.stem}-*.tar") if p.is_file())
@@ -164,17 +173,18 @@ def _open_shards(path: Path) -> Source:
     for shard in shards:
         try:
             with tarfile.open(shard, "r:") as archive:
-                entries = [entry for entry in archive if entry.isfile()]
-        except tarfile.TarError as error:
-            raise ValueError(f"{shard} cannot be read as tar: {error}") from None
+                entries = [entry for entry in map(_check_size, archive) if entry.isfile()]
+        except Exception as error:  # damaged headers raise errors of many kinds
+            raise ValueError(f"{shard} cannot be read as tar: {reader_reason(error)}") from None
         # macOS adds hidden files, `._x.png`.
         images = [
             entry
             for entry in entries
             if entry.name.lower().endswith((".png", ".jpg", ".jpeg", ".webp")) and Path(entry.name).name[0] != "."
         ]
-        if images and images[-1].offset_data + images[-1].size > shard.stat().st_size:
-            raise ValueError(f"{shard} is truncated: it ends within {images[-1].name}")
+        for entry in images:
+            if entry.offset_data + entry.size > shard.stat().st_size:
+                raise ValueError(f"{shard} is truncated: it ends within {shown(entry.name)}")
         members += [(shard, entry.offset_data, entry.size, entry.name) for entry in images]
     if not members:
         raise FileNotFoundError(f"{path} contains no images")

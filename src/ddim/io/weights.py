@@ -308,7 +308,7 @@ def fill_model(
         The parameters left as they are: name, shape of the tensor, shape of the parameter.
 
     Raises:
-        ValueError: if tensors are missing, unexpected or of another shape; it names the first three. If a value is NaN
+        ValueError: if tensors are missing, unexpected, complex or of another shape; it names three. If a value is NaN
             or infinite.
 
     Example:
@@ -327,6 +327,7 @@ def fill_model(
     ]
     problems = [f"{name} is missing" for name in shapes if name not in tensors]
     problems += [f"{name} is unexpected" for name in tensors if name not in shapes]
+    problems += [f"{name} must be real, got {tensor.dtype}" for name, tensor in tensors.items() if tensor.is_complex()]
     if not ignore_mismatched_sizes:
         problems += [f"{name}: expected shape {shape}, got {actual}" for name, actual, shape in mismatched]
     if problems:

@@ -384,7 +384,8 @@ def check_model(model: Mapping[str, Any]) -> None:
     if channels not in (1, 3) or channels != outputs:
         raise _invalid(
             "model.in_channels",
-            f"must be equal to model.out_channels, both 1 (gray) or 3 (color), got {shown(channels)} and {shown(outputs)}",
+            "must be equal to model.out_channels, both 1 (gray) or 3 (color), got "
+            f"{shown(channels)} and {shown(outputs)}",
         )
 
 
