@@ -33,7 +33,19 @@ WEIGHTS = "diffusion_pytorch_model"
 FORMATS = ("safetensors", "foreign", "bin", "old bin", "shards", "bin shards", "half")
 LAYOUTS = ("ddpm.pt", "ddpm.ckpt", "ddpm.safetensors", "openai.pt", "openai.safetensors")
 WITHOUT_CHECKSUM = ("foreign", "old bin", "ddpm.safetensors", "openai.safetensors")
-FILES = ("fifo", "folder", "nothing", "loop", "missing", "zip bomb", "empty zip", "text", "long header")
+FILES = (
+    "fifo",
+    "folder",
+    "nothing",
+    "loop",
+    "missing",
+    "zip bomb",
+    "empty zip",
+    "text",
+    "long header",
+    "tensor",
+    "number",
+)
 MARK = "/tmp/ddim-fuzz-code-was-run"
 
 
@@ -315,6 +327,8 @@ def replace(path: Path, kind: str) -> None:
         path.write_bytes(struct.pack("<Q", 2**62) + data[8:])
     elif kind == "empty zip":
         path.write_bytes(b"PK\x05\x06" + bytes(18))
+    elif kind in ("tensor", "number"):
+        torch.save(torch.zeros(3) if kind == "tensor" else 3, path)
     elif kind == "zip bomb":
         write_zip_bomb(path)
 

@@ -56,17 +56,17 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "number as a name": (
         "checkpoints",
         Damage("bin", changes=[("rename", 3)]),
-        "does not hold a dictionary of dense tensors",
+        "all of them dense and named",
     ),
     "sparse tensor": (
         "checkpoints",
         Damage("bin", changes=[("sparse", 4)]),
-        "does not hold a dictionary of dense tensors",
+        "all of them dense and named",
     ),
     "sparse tensor to convert": (
         "checkpoints",
         Damage("ddpm.pt", changes=[("sparse", 4)]),
-        "a dictionary of dense tensors",
+        "a dictionary of tensors, dense and named",
     ),
     "complex tensor": ("checkpoints", Damage("bin", changes=[("complex", 4)]), "must be real, got torch.complex64"),
     # Entries of configurations.

@@ -181,7 +181,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return tensors
     content = read_pickle(path)
     if not is_state_dict(content):
-        raise ValueError(f"{path} does not hold a dictionary of dense tensors")
+        raise ValueError(f"{path} does not hold a dictionary of tensors, all of them dense and named")
     # A tensor may repeat the values of a small storage: copied, it would take memory that the file does not justify.
     claimed, size = sum(tensor.nbytes for tensor in content.values()), path.stat().st_size
     if claimed > MAX_SHARED * size:
@@ -255,9 +255,9 @@ def _verify_archive(path: Path) -> None:
                         while stream.read(COPY_CHUNK_BYTES):
                             pass
     except Exception:  # a damaged archive raises errors of many types
-        raise ValueError(f"{path} is damaged: it does not match the checksums in it") from None
+        raise ValueError(f"{path} is truncated or damaged: it does not match the checksums in it") from None
     if claimed > size:
-        raise ValueError(f"{path} is damaged: its members take {claimed} bytes, the file {size}")
+        raise ValueError(f"{path} is truncated or damaged: its members take {claimed} bytes, the file {size}")
 
 
 def _modern_name(name: str) -> str:
