@@ -6,8 +6,8 @@ encodes the first 256 images of a data set with the built-in model and decodes t
 
 - Euler: `pipe.encode(images, S, exact=False)`, equation (13) of the paper;
 - exact: `pipe.encode(images, S)`;
-- diffusers: its `DDIMInverseScheduler` and its `DDIMScheduler`, with the same network, without clipping and with
-  `set_alpha_to_one=False`, which favors it over its defaults.
+- diffusers: its `DDIMInverseScheduler` and its `DDIMScheduler`, with the same network and configuration, but for
+  `set_alpha_to_one=False`, which favors it over its default.
 
 All three use the same network, run by the CPU engine. The error is the mean squared error per pixel in [0, 1], before
 clipping and rounding. Numbers of steps above 200 take two hours on two cores (`--images-beyond` uses fewer images for
@@ -44,7 +44,7 @@ PAPER = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.000
 
 def reconstruct_with_diffusers(pipe: DDIMPipeline, samples: Tensor, steps: int) -> Tensor:
     """Encode and decode samples as scripts for `diffusers` do."""
-    settings = dict(pipe.scheduler.config) | {"clip_sample": False, "set_alpha_to_one": False}
+    settings = dict(pipe.scheduler.config) | {"set_alpha_to_one": False}
     settings.pop("trained_betas", None)
     x = samples
     for scheduler in (

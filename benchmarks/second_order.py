@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddim import DDIMPipeline, DDIMScheduler
+from ddim import DDIMPipeline
 from ddim.diffusion.noise import noise_from_seeds
 from ddim.diffusion.schedule import make_timesteps
 from ddim.diffusion.solvers import BEND
@@ -30,7 +30,7 @@ from ddim.diffusion.solvers import BEND
 Denoiser = Callable[[Tensor, int], Tensor]
 Variable = Callable[[np.ndarray], np.ndarray]
 
-PIPE = DDIMPipeline.from_pretrained("mnist", scheduler=DDIMScheduler(clip_sample=False))
+PIPE = DDIMPipeline.from_pretrained("mnist")
 ALPHAS = PIPE.scheduler.alphas_cumprod_float64
 NUM_LATENTS = 128
 SPACINGS = ("leading", "trailing", "logsnr", "blend")

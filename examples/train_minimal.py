@@ -68,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(1)  # Faster for products of small matrices.
     torch.manual_seed(0)
     images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 8 - 1
-    scheduler = DDIMScheduler(prediction_type="v_prediction")
+    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
     samples = generate(train(images, scheduler), scheduler, 8)
     nearest = torch.cdist(samples.flatten(1), images.flatten(1)).amin(1).mean()
     print(f"distance to the nearest training image, mean of {len(samples)}: {float(nearest):.2f}\n")

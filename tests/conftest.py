@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,17 +38,21 @@ os.environ.setdefault("DDIM_KERNEL_CACHE", str(Path(__file__).parents[1] / ".pyt
 
 
 SLOW = (
-    "processes",
-    "interruption",
-    "bulk",
-    "learning",
-    "run",
-    "checkpoint",
-    "report",
-    "paper_tables",
-    "convert",
-    "cli_latents",
+    *("endpoints", "page", "bulk", "cli", "cli_latents", "convert", "clients", "differences", "paper_tables", "report"),
+    *("modules", "checkpoint", "interruption", "learning", "processes", "run", "trainer", "compat", "docs"),
 )
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compile all kernels before workers start, of which each would compile them for itself."""
+    if session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput"):
+        # Without numba, networks run on PyTorch's operators.
+        with contextlib.suppress(ImportError):
+            from ddim.kernels import conv_grad, direct, norm, winograd
+            from ddim.kernels.runtime import ensure_compiled
+
+            packages = (norm, conv_grad, winograd, direct)
+            ensure_compiled(*(kernel for package in packages for kernel in package.KERNELS))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Shared test helpers: seeded tensors, error measures, a reference schedule, comparisons, and the `ddim` command.
+"""Shared test helpers: seeded tensors, error measures, a reference schedule, comparisons, environments.
 
 Run tests with OMP_NUM_THREADS=1: on a loaded machine, more threads make encoding and reconstruction many times slower.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,26 +73,6 @@ def environment(home: Path, **variables: str) -> dict[str, str]:
     """Return a subprocess environment with one thread, and with caches below `home` instead of the user's."""
     caches = {"HF_HOME": str(home / "hf"), "XDG_CACHE_HOME": str(home / "cache")}
     return os.environ | {"OMP_NUM_THREADS": "1"} | caches | variables
-
-
-def run_cli(
-    *arguments: str | Path, env: Mapping[str, str], cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run `ddim` with arguments and capture its output."""
-    command = [str(BIN / "ddim"), *map(str, arguments)]
-    return subprocess.run(command, env=dict(env), cwd=cwd, capture_output=True, text=True, timeout=180)
-
-
-def run_main(arguments: list[str], folder: str, stderr: str, variables: Mapping[str, str]) -> None:
-    """Run `ddim` within this process, in a folder and with its standard error in a file: the target of a process."""
-    from ddim.cli import main
-
-    os.chdir(folder)
-    os.environ |= variables
-    sys.argv = ["ddim", *arguments]
-    with Path(stderr).open("a") as file:
-        os.dup2(file.fileno(), 2)
-    main()
 
 
 def messages(stderr: str) -> list[str]:

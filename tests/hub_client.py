@@ -9,14 +9,12 @@ is called there must be a function of a module that can be imported, hence this 
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +22,7 @@ from numpy.typing import NDArray
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.unet import UNet2DModel
+from programs import FORKSERVER
 
 Weights = dict[str, NDArray[np.float32]]
 
@@ -41,11 +40,14 @@ def client(url: str, home: Path, **environment: str) -> Iterator[Callable[..., A
     """
     settings = {"HF_ENDPOINT": url, "HF_HOME": str(home)} | SETTINGS | environment
     own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    with patch.dict(os.environ, own | settings, clear=True):
-        executor = ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
-        executor.submit(int).result()
-    with executor:
+    with ProcessPoolExecutor(1, FORKSERVER, _set_environment, (own | settings,)) as executor:
         yield lambda function, *arguments, **named: executor.submit(function, *arguments, **named).result(timeout=60)
+
+
+def _set_environment(variables: dict[str, str]) -> None:
+    """Prepare the process, before it imports `huggingface_hub`."""
+    os.environ.clear()
+    os.environ.update(variables)
 
 
 def numbers(unet: UNet2DModel) -> Weights:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
 from ddim.annotations import check_arguments
 from ddim.io.hub import builtin_models
+from programs import run_python
 
 SMALL: dict[str, Any] = {
     "sample_size": 8,
@@ -143,10 +142,10 @@ def copy_of_mnist(folder: Path) -> Path:
 def test_files_are_refused_at_once(part: str, changes: dict[str, Any], tmp_path: Path) -> None:
     path = copy_of_mnist(tmp_path) / part / ("config.json" if part == "unet" else "scheduler_config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ValueError, match=f"{path.name} does not describe .*{next(iter(changes))}"):
         DDIMPipeline.from_pretrained(tmp_path)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_small_pickle_of_a_large_tensor_takes_no_memory(tmp_path: Path) -> None:
@@ -162,7 +161,8 @@ except ValueError as error:
     print(error)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
-    result = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
+    result = run_python(script, tmp_path)
+    assert result.returncode == 0, result.stderr
     message, mebibytes = result.stdout.splitlines()
     assert re.search(r"\.bin is damaged: its tensors take 8589934592 bytes, the file \d+$", message)
     assert int(mebibytes) < 3000

@@ -14,6 +14,7 @@ import pytest
 from ddim import DDIMPipeline
 
 IMPORTS = {
+    "not installed": "",
     "installed first": "import ddim.compat; ddim.compat.install()",
     "installed last": "import diffusers; from diffusers import DDPMPipeline, DDIMPipeline\n"
     "import ddim.compat; ddim.compat.install()",
@@ -37,16 +38,18 @@ from diffusers.models.unets.unet_2d import UNet2DModel as Same
 from diffusers.schedulers import DDIMScheduler as Also
 
 assert UNet2DModel is Same and DDIMScheduler is Also
-source, target = sys.argv[1:]
-pipe = DiffusionPipeline.from_pretrained(source)
-pipe.set_progress_bar_config(disable=True)
-assert isinstance(pipe, DDIMPipeline) and isinstance(pipe.unet, UNet2DModel)
-assert isinstance(pipe.scheduler, DDIMScheduler)
-generator = torch.Generator().manual_seed(0)
-images = pipe(batch_size=2, num_inference_steps=3, generator=generator, output_type="np").images
-DDPMPipeline.from_pretrained(source).save_pretrained(target)
-modules = [type(part).__module__ for part in (pipe, pipe.unet, pipe.scheduler)]
-print(json.dumps([modules, images.tolist()]))
+results = []
+for source, target in zip(sys.argv[1::2], sys.argv[2::2]):
+    pipe = DiffusionPipeline.from_pretrained(source)
+    pipe.set_progress_bar_config(disable=True)
+    assert isinstance(pipe, DDIMPipeline) and isinstance(pipe.unet, UNet2DModel)
+    assert isinstance(pipe.scheduler, DDIMScheduler)
+    generator = torch.Generator().manual_seed(0)
+    images = pipe(batch_size=2, num_inference_steps=3, generator=generator, output_type="np").images
+    DDPMPipeline.from_pretrained(source).save_pretrained(target)
+    modules = [type(part).__module__ for part in (pipe, pipe.unet, pipe.scheduler)]
+    results.append([modules, images.tolist(), target])
+print(json.dumps(results))
 """
 
 
@@ -66,25 +69,36 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if "_version" not in k and k != "_name_or_path"}
 
 
+@pytest.fixture(scope="module")
+def results(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Return what the script reports, by imports and by who saved the folder; one process for each kind of imports."""
+    results = {}
+    for name, imports in IMPORTS.items():
+        target = tmp_path_factory.mktemp("saved")
+        arguments = [path for saved_by, source in folders.items() for path in (source, target / saved_by)]
+        results[name] = dict(zip(folders, run(f"{imports}\n{SCRIPT}", *arguments), strict=True))
+    return results
+
+
 @pytest.mark.parametrize("saved_by", ["ours", "theirs"])
-@pytest.mark.parametrize("imports", IMPORTS.values(), ids=IMPORTS)
-def test_unmodified_script(imports: str, saved_by: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    theirs, expected = run(SCRIPT, folders[saved_by], tmp_path / "theirs")
+@pytest.mark.parametrize("imports", ["installed first", "installed last"])
+def test_unmodified_script(imports: str, saved_by: str, results: dict[str, dict[str, Any]]) -> None:
+    theirs, expected, expected_folder = results["not installed"][saved_by]
     assert all(name.startswith("diffusers.") for name in theirs)
-    ours, images = run(f"{imports}\n{SCRIPT}", folders[saved_by], tmp_path / "ours")
+    ours, images, folder = results[imports][saved_by]
     assert ours == ["ddim.pipeline", "ddim.unet", "ddim.scheduler"]
     assert np.abs(np.array(images) - np.array(expected)).max() <= 1e-5
     for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
-        a, b = (json.loads((tmp_path / by / name).read_text()) for by in ("ours", "theirs"))
+        a, b = (json.loads(Path(path, name).read_text()) for path in (folder, expected_folder))
         assert comparable(a) == comparable(b)
-    assert (tmp_path / "ours/unet/diffusion_pytorch_model.safetensors").is_file()
+    assert Path(folder, "unet/diffusion_pytorch_model.safetensors").is_file()
 
 
 JOINED = """
 import json, sys
 {first}
-{second}
 from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
+{second}
 unet = UNet2DModel.from_pretrained("mnist", "unet")
 {third}
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+
+from programs import run_python
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -56,13 +56,7 @@ def test_blocks_are_extracted() -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page.read_text())], ids=by_name)
 def test_python_blocks_run_in_order(page: Path, tmp_path: Path) -> None:
     script = "\n".join(python_blocks(page.read_text()))
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = run_python(script, env=os.environ | {"HF_HUB_OFFLINE": "1"}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

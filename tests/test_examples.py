@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from programs import run_python
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run_example(name: str, *arguments: str) -> str:
     """Return what an example prints."""
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = run_python((EXAMPLES / f"{name}.py").read_text(), *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ from ddim.diffusion.noise import noise_from_seeds
 from ddim.diffusion.schedule import SPACINGS, check_timesteps_by_steps
 from ddim.tuning import ErrorEvaluator, TunedTimesteps, draw_timesteps, enough_steps, plot_timesteps, search, tune
 from helpers import ALPHAS, randn, seeded
+from programs import run_cli
 
 MEAN, STD = 0.2, 0.25
 
@@ -325,9 +326,7 @@ class TestDrawing:
 
 
 def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ddim", *arguments], cwd=folder, capture_output=True, text=True, check=False
-    )
+    return run_cli(*arguments, env=os.environ, cwd=folder)
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,9 @@ from ddim.io.config import ConfigMixin, FrozenConfig
 from ddim.io.images import as_pil, to_bytes
 from ddim.io.json_files import read_json, to_json
 from ddim.io.pretrained import drop_unused_options, resolve_device_map, resolve_dtype
+from ddim.io.runs import split_variant
 from ddim.io.weights import MAX_SHARD_SIZE
-from ddim.validation import shown
+from ddim.validation import nearest, shown
 from ddim.version import __version__
 
 LIBRARIES = ("diffusers", "transformers")
@@ -386,6 +387,7 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
             >>> DDIMPipeline.from_pretrained("mnist", engine="eager").sample_shape
             (1, 28, 28)
         """
+        model, variant = split_variant(pretrained_model_name_or_path, variant)
         dtype = options.pop("dtype", None) or torch_dtype
         for each in dtype.values() if isinstance(dtype, Mapping) else [dtype]:
             resolve_dtype(each)
@@ -396,9 +398,7 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
         passed = {k: v for k, v in passed.items() if v is not None or k not in required}
         hub_options = {name: options.pop(name) for name in hub.HUB_OPTION_NAMES if name in options}
         _refuse_unknown(cls, options, "from_pretrained")
-        folder = cls.download(
-            pretrained_model_name_or_path, variant=variant, use_safetensors=use_safetensors, **hub_options, **passed
-        )
+        folder = cls.download(model, variant=variant, use_safetensors=use_safetensors, **hub_options, **passed)
         index = cls._check_index(folder)
         settings = {"torch_dtype": dtype, "variant": variant, "use_safetensors": use_safetensors}
         names = [name for name in _component_names(cls, index) if name not in passed]
@@ -525,4 +525,9 @@ def _names_class(entry: Any) -> bool:
 def _refuse_unknown(cls: type, options: dict[str, Any], function: str) -> None:
     """Refuse options that nothing takes."""
     for name in drop_unused_options(cls, options):
-        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+        known = [
+            *_arguments(cls),
+            *inspect.signature(ComponentPipeline.from_pretrained).parameters,
+            *hub.HUB_OPTION_NAMES,
+        ]
+        raise TypeError(f"{function}() got an unexpected keyword argument {shown(name)}{nearest(name, known)}")

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddim.io import hub
 from ddim.io.config import public_entries
+from ddim.io.runs import split_variant
 from ddim.io.weights import choose_weights
 from ddim.pipeline import DDIMPipeline, component_folder
 from ddim.unet import UNet2DModel
@@ -37,14 +38,15 @@ def describe(model: str | Path) -> dict[str, Any]:
         >>> describe("mnist")["parameters"]
         1805121
     """
-    folder = hub.find_model(model)
-    pipe = DDIMPipeline.from_pretrained(folder)
+    name, variant = split_variant(model)
+    folder = hub.find_model(name)
+    pipe = DDIMPipeline.from_pretrained(folder, variant=variant)
     weights_folder = component_folder(folder, "unet", pipe.unet.config_name)
     return {
         "model": str(model),
         "found": str(folder),
         "layout": "diffusers" if weights_folder != folder else "flat",
-        "weights": choose_weights(path.name for path in weights_folder.iterdir()),
+        "weights": choose_weights([path.name for path in weights_folder.iterdir()], variant),
         "parameters": pipe.unet.num_parameters(),
         "gflop_per_image_and_step": round(count_flop(pipe.unet) / 1e9, 3),
         "unet": public_entries(pipe.unet.config),

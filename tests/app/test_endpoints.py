@@ -40,7 +40,7 @@ def make_pixel_grid(paths: list[str]) -> np.ndarray:
 
 
 SAME: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "16 digits": ({"count": 16, "steps": 20}, ["-n", "16", "--steps", "20"]),
+    "16 digits": ({"count": 16, "steps": 5}, ["-n", "16", "--steps", "5"]),
     "order": (
         {"count": 4, "steps": 6, "seed": 7, "order": 2},
         ["-n", "4", "--steps", "6", "--seed", "7", "--order", "2"],
@@ -65,7 +65,7 @@ def test_images_match_ddim_sample(server: AppServer, run_command: Callable[[list
 
 
 def test_progress_is_reported(server: AppServer) -> None:
-    job = server.client().submit(count=8, steps=100, api_name="/sample")
+    job = server.client().submit(count=1, steps=100, api_name="/sample")
     reports = [update for update in job if "done" in update]
     done = [update["done"] for update in reports]
     assert done == sorted(done)
@@ -86,9 +86,9 @@ def test_consistency(server: AppServer) -> None:
 
 
 def test_interpolation_passes_through_seeds_and_images(server: AppServer, mnist: DDIMPipeline, tmp_path: Path) -> None:
-    image = mnist(seeds=[3], num_inference_steps=20).images[0]
+    image = mnist(seeds=[3], num_inference_steps=10).images[0]
     image.save(tmp_path / "three.png")
-    result = server.call("/interpolate", seeds=[1], pictures=[handle_file(tmp_path / "three.png")], frames=4, steps=20)
+    result = server.call("/interpolate", seeds=[1], pictures=[handle_file(tmp_path / "three.png")], frames=4, steps=10)
     frames = [pixels(path).astype(int) for path in result["images"]]
     assert len(frames) == 4
     # Inversion is exact: the path ends at the image.
@@ -97,7 +97,7 @@ def test_interpolation_passes_through_seeds_and_images(server: AppServer, mnist:
 
 
 def test_reconstruction_and_edits(server: AppServer, mnist: DDIMPipeline, tmp_path: Path) -> None:
-    image = mnist(seeds=[3], num_inference_steps=20).images[0]
+    image = mnist(seeds=[3], num_inference_steps=10).images[0]
     image.save(tmp_path / "three.png")
     result = server.call("/reconstruct", picture=handle_file(tmp_path / "three.png"), steps=10)
     expected = mnist.reconstruct(image, 10)
@@ -106,9 +106,9 @@ def test_reconstruction_and_edits(server: AppServer, mnist: DDIMPipeline, tmp_pa
     assert result["euler"]["evaluations"] < result["exact"]["evaluations"]
     assert np.array_equal(pixels(result["exact"]["image"]), np.asarray(expected.images[0]))
 
-    edits = server.call("/edit", picture=handle_file(tmp_path / "three.png"), strength=0.4, count=2, steps=20, seed=9)
+    edits = server.call("/edit", picture=handle_file(tmp_path / "three.png"), strength=0.4, count=2, steps=10, seed=9)
     assert edits["seeds"] == [9, 10]
-    expected_edits = mnist.edit([image] * 2, 0.4, 20, seeds=[9, 10]).images
+    expected_edits = mnist.edit([image] * 2, 0.4, 10, seeds=[9, 10]).images
     for path, edit in zip(edits["images"], expected_edits, strict=True):
         assert np.array_equal(pixels(path), np.asarray(edit))
 
@@ -277,7 +277,7 @@ def test_content_security_policy_forbids_other_hosts(server: AppServer) -> None:
 def test_twenty_clients_at_once(server: AppServer, mnist: DDIMPipeline) -> None:
 
     def ask(seed: int) -> str | np.ndarray:
-        answer = server.run("/sample", count=1, steps=4, seed=seed)
+        answer = server.run("/sample", count=1, steps=2, seed=seed)
         if "error" in answer:
             return str(answer["error"])
         return pixels(io.BytesIO(httpx.get(answer["images"][0]["url"]).content))
@@ -292,7 +292,7 @@ def test_twenty_clients_at_once(server: AppServer, mnist: DDIMPipeline) -> None:
             assert "queue is full" in answer.lower()
         else:
             num_sampled += 1
-            (expected,) = mnist(seeds=[seed], num_inference_steps=4).images
+            (expected,) = mnist(seeds=[seed], num_inference_steps=2).images
             assert np.array_equal(answer, np.asarray(expected))
     assert num_sampled >= 1
     assert server.memory() < 1.1 * before

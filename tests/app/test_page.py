@@ -144,6 +144,7 @@ def test_every_tab_works(visit: Callable[..., Page]) -> None:
     """One walk through all tabs, as a user would go."""
     page = visit()
     expect(page.locator("#header")).to_contain_text("Model: mnist, gray, 28 x 28 pixels")
+    set_number(page, "number input for Steps", 10)
     sample(page)
     images = page.locator("#sample-images")
     expect(images.locator("img")).to_have_count(16)
@@ -160,6 +161,7 @@ def test_every_tab_works(visit: Callable[..., Page]) -> None:
     button(page, "Add seeds").click()
     expect(ends.get_by_role("button")).to_have_count(3)
     expect(page.get_by_label("Seeds")).to_have_value("")
+    set_number(page, "number input for Steps", 10)
     button(page, "Interpolate").click()
     walk = page.locator("#walk")
     expect(walk.locator(".strip img")).to_have_count(21)
@@ -303,9 +305,11 @@ def test_tracks_of_sliders_are_dark_in_the_dark(visit: Callable[..., Page]) -> N
 
 def test_images_load_without_layout_shifts(visit: Callable[..., Page]) -> None:
     page = visit()
+    set_number(page, "number input for Steps", 5)
     sample(page)
     before = page.evaluate("window.shifted")
-    set_number(page, "number input for Steps", 50)
+    # Longer than the half second after an input whose shifts are not counted.
+    set_number(page, "number input for Steps", 30)
     page.wait_for_timeout(600)
     sample(page)
     # The authors of the measure call less than 0.1 good.
@@ -316,6 +320,8 @@ def test_downloads_match_ddim_sample(
     visit: Callable[..., Page], tmp_path: Path, run_command: Callable[[list[str]], Path]
 ) -> None:
     page = visit()
+    set_number(page, "number input for Steps", 5)
+    set_number(page, "number input for Images", 4)
     sample(page)
     names = {"Grid as PNG": "grid.png", "Array as NPZ": "array.npz"}
     for name, file in names.items():
@@ -326,7 +332,7 @@ def test_downloads_match_ddim_sample(
     with page.expect_download() as download:
         page.get_by_role("link", name="Save seed-3.png").click()
     download.value.save_as(tmp_path / "three.png")
-    arguments = ["sample", "-n", "16", "--steps", "20", "--seed", "0"]
+    arguments = ["sample", "-n", "4", "--steps", "5", "--seed", "0"]
     expected_grid = run_command([*arguments, "--out", "expected.png"])
     expected_array = run_command([*arguments, "--out", "expected.npz"])
     assert (tmp_path / "grid.png").read_bytes() == expected_grid.read_bytes()
@@ -354,10 +360,11 @@ def test_shown_command_and_program_sample_the_same_images(
     with Image.open(path) as grid:
         for index, image in enumerate(scope["images"]):
             left, top = index % 2 * 30 + 2, index // 2 * 30 + 2
-            assert np.array_equal(np.asarray(grid.crop((left, top, left + 28, top + 28))), np.asarray(image))
+            shown = np.asarray(grid)[::3, ::3][top : top + 28, left : left + 28]
+            assert np.array_equal(shown, np.asarray(image))
 
 
-def test_failures_are_shown_on_the_page(visit: Callable[..., Page]) -> None:
+def test_failures_are_shown_on_the_page(visit: Callable[..., Page], tmp_path: Path) -> None:
     page = visit()
     tab(page, "Interpolate")
     set_seeds(page, "")
@@ -366,15 +373,11 @@ def test_failures_are_shown_on_the_page(visit: Callable[..., Page]) -> None:
     page.get_by_label("Seeds").fill("three")
     button(page, "Add seeds").click()
     expect(page.get_by_role("alert").first).to_contain_text("Seeds must be integers such as 3, 14, 15, got 'three'")
-
-
-def test_unreadable_upload_is_reported(visit: Callable[..., Page], tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("I am a text.")
-    Image.new("RGB", (40, 30), "white").save(tmp_path / "white.png")
-    page = visit()
     tab(page, "Invert")
     page.locator("input[type=file]").last.set_input_files(tmp_path / "text.png")
-    expect(page.get_by_role("alert").first).to_contain_text("ext.png is not an image of a known format")
+    alert = page.get_by_role("alert").filter(has_text="ext.png is not an image of a known format")
+    expect(alert).to_have_count(1)
 
 
 def long_run(page: Page) -> None:

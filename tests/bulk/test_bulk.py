@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -15,7 +14,6 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,14 +24,13 @@ from PIL import Image
 from ddim.bulk import sample_many
 from ddim.bulk.targets import FolderTarget, NpzTarget
 from ddim.pipeline import DDIMPipeline
-from helpers import environment, messages, run_main
+from helpers import environment, messages
+from programs import Program, free_port, launcher_environment, run_cli, start_cli
 
 FORMATS = ("images", "images.npz", "images.tar")
 STEPS = 2
-
-# Its processes have imported everything: starting one takes no time that a test would wait for.
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["ddim.bulk", "ddim.cli", "ddim.tuning"])
+PORT = 29511
+"""Of a job; its processes do not connect to each other."""
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +75,7 @@ def read(out: Path, count: int) -> np.ndarray:
 def launched_as(rank: int, world_size: int) -> Iterator[None]:
     """Set the environment of a launcher's process, and allow it to leave images to processes that start later."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in launcher_environment(rank, world_size).items():
+        for name, value in launcher_environment(rank, world_size, PORT).items():
             patch.setenv(name, value)
         patch.setattr("ddim.bulk.run.START_SECONDS", 0)
         with suppress_missing_images():
@@ -91,11 +88,6 @@ def suppress_missing_images() -> Iterator[None]:
         yield
     except RuntimeError as error:
         assert "are present, and no other process of this job is running" in str(error)  # noqa: PT017
-
-
-def launcher_environment(rank: int, world_size: int) -> dict[str, str]:
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
-    return {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)} | address
 
 
 class TestOutput:
@@ -365,7 +357,7 @@ class TestEnvironment:
         self, pipe: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:
         monkeypatch.setattr("ddim.bulk.run.START_SECONDS", 0)
-        for variable, value in launcher_environment(1, 2).items():
+        for variable, value in launcher_environment(1, 2, PORT).items():
             monkeypatch.setenv(variable, value)
         settings: dict[str, Any] = {"batch_size": 2, "num_inference_steps": STEPS}
         with pytest.raises(RuntimeError, match=r"^4 of 8 images are present, and no other process of "):
@@ -407,37 +399,26 @@ def options(name: str) -> list[str]:
     return [*OPTIONS, *(["--shard-size", "24"] if name.endswith(".tar") else []), "--out", name]
 
 
-def start(folder: Path, name: str, **variables: str) -> BaseProcess:
-    """Start `ddim sample` in a folder; its standard error goes to a file there, and is hidden."""
-    arguments = ["sample", *options(name)]
-    process = FORKSERVER.Process(target=run_main, args=(arguments, str(folder), ".stderr", variables))
-    process.start()
-    return process
+def start(folder: Path, name: str, **variables: str) -> Program:
+    """Start `ddim sample` in a folder."""
+    return start_cli("sample", *options(name), env=os.environ | variables, cwd=folder)
 
 
-def finish(folder: Path, name: str) -> str:
-    """Run `ddim sample` in a folder to its end, and return its standard error."""
-    process = start(folder, name)
-    process.join(120)
-    stderr = (folder / ".stderr").read_text()
-    assert process.exitcode == 0, stderr
-    return stderr
+def finish(folder: Path, name: str) -> None:
+    """Run `ddim sample` in a folder to its end."""
+    done = run_cli("sample", *options(name), env=os.environ, cwd=folder)
+    assert done.returncode == 0, done.stderr
 
 
-def wait_for(path: Path, process: BaseProcess) -> None:
-    """Wait until a file exists or the process ends."""
-    deadline = time.monotonic() + 60
-    while not path.exists() and process.is_alive() and time.monotonic() < deadline:
+def wait_for(path: Path, program: Program) -> None:
+    """Wait until a file exists or the program ends."""
+    deadline = time.monotonic() + 120
+    while not path.exists() and program.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
 
 
 def manifest_path(folder: Path, name: str) -> Path:
     return folder / name / "manifest.json" if name == "images" else folder / f"{name}.manifest.json"
-
-
-def outputs(folder: Path, name: str) -> dict[str, str]:
-    """Return the hashes of all files in a folder; files beside the output would be leftovers."""
-    return {key: value for key, value in hashes(folder).items() if key != ".stderr"}
 
 
 class TestProcesses:
@@ -449,56 +430,48 @@ class TestProcesses:
         folders = {name: tmp_path_factory.mktemp("uninterrupted") for name in FORMATS}
         for name, folder in folders.items():
             finish(folder, name)
-        return {name: outputs(folder, name) for name, folder in folders.items()}
+        return {name: hashes(folder) for name, folder in folders.items()}
 
     @pytest.mark.parametrize("name", FORMATS)
     def test_resumes_after_kill(self, uninterrupted: dict[str, dict[str, str]], tmp_path: Path, name: str) -> None:
         chance = random.Random(name)
         for _ in range(4):
-            process = start(tmp_path, name)
-            wait_for(manifest_path(tmp_path, name), process)
-            time.sleep(chance.uniform(0, 0.8))
-            process.kill()
-            process.join()
+            with start(tmp_path, name) as program:
+                wait_for(manifest_path(tmp_path, name), program)
+                time.sleep(chance.uniform(0, 0.8))
+                program.send_signal(signal.SIGKILL)
         finish(tmp_path, name)
-        assert outputs(tmp_path, name) == uninterrupted[name]
+        assert hashes(tmp_path) == uninterrupted[name]
 
     @pytest.mark.parametrize("name", FORMATS)
     def test_second_process_is_refused(
         self, uninterrupted: dict[str, dict[str, str]], tmp_path: Path, name: str
     ) -> None:
-        first = start(tmp_path, name)
-        wait_for(manifest_path(tmp_path, name), first)
-        os.kill(first.pid or 0, signal.SIGSTOP)
-        second = FORKSERVER.Process(target=run_main, args=(["sample", *options(name)], str(tmp_path), "2.stderr", {}))
-        second.start()
-        second.join(60)
-        advice = "wait until it has ended, or " + ("use another folder" if name == "images" else "write elsewhere")
-        assert second.exitcode == 1
-        (message,) = messages((tmp_path / "2.stderr").read_text())
-        assert message == f"ddim: {name} is in use by process {first.pid}; {advice}"
-        (tmp_path / "2.stderr").unlink()
-        os.kill(first.pid or 0, signal.SIGCONT)
-        first.join(60)
-        assert first.exitcode == 0
-        assert outputs(tmp_path, name) == uninterrupted[name]
+        with start(tmp_path, name) as first:
+            wait_for(manifest_path(tmp_path, name), first)
+            first.send_signal(signal.SIGSTOP)
+            second = run_cli("sample", *options(name), env=os.environ, cwd=tmp_path)
+            advice = "wait until it has ended, or " + ("use another folder" if name == "images" else "write elsewhere")
+            assert second.returncode == 1
+            assert messages(second.stderr) == [f"ddim: {name} is in use by process {first.pid}; {advice}"]
+            first.send_signal(signal.SIGCONT)
+            assert first.wait(120) == 0
+        assert hashes(tmp_path) == uninterrupted[name]
 
     def test_two_processes_at_once(self, uninterrupted: dict[str, dict[str, str]], tmp_path: Path) -> None:
         """Both assemble the same file in the end; neither removes what the other writes."""
         for name in FORMATS:
             folder = tmp_path / f"of-{name}"
             folder.mkdir()
-            processes = [start(folder, name, **launcher_environment(rank, 2)) for rank in range(2)]
-            for process in processes:
-                process.join(60)
-            assert [process.exitcode for process in processes] == [0, 0]
-            assert outputs(folder, name) == uninterrupted[name]
+            programs = [start(folder, name, **launcher_environment(rank, 2, PORT)) for rank in range(2)]
+            assert [program.wait(120) for program in programs] == [0, 0]
+            assert hashes(folder) == uninterrupted[name]
 
     def test_launchers(self, uninterrupted: dict[str, dict[str, str]], tmp_path: Path) -> None:
         torchrun = [sys.executable, "-m", "torch.distributed.run"]
         command = ["-m", "ddim", "sample"]
         together = [*torchrun, "--standalone", "--nproc-per-node", "2", *command]
-        rendezvous = ["--master-addr", "127.0.0.1", "--master-port", str(unused_port())]
+        rendezvous = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
         machine = [*torchrun, "--nnodes", "2", "--nproc-per-node", "1", *rendezvous, "--node-rank"]
         commands = {"a/images": [together], "b/images.tar": [[*machine, node, *command] for node in ("0", "1")]}
         for out, parts in commands.items():
@@ -510,11 +483,3 @@ class TestProcesses:
             ]
             assert [process.wait(120) for process in processes] == [0] * len(parts)
             assert hashes(tmp_path / folder) == uninterrupted[name]
-
-
-def unused_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from ddim.convert import CheckpointSettings, OpenAIFlags, convert, ddpm, make_pi
 from ddim.convert.placement import place_tensors
 from ddim.pipeline import DDIMPipeline
 from ddim.unet import UNet2DModel
+from programs import run_cli
 
 TIMESTEPS = (0, 17, 999)
 TOLERANCE = 1e-5
@@ -558,9 +558,7 @@ def test_old_diffusers_folder(tmp_path: Path, saved_pipeline: Path) -> None:
 def test_command(tmp_path: Path) -> None:
     torch.save(dict(guided_weights(heads=2)), tmp_path / "x.pt")
     options = ["--out", "out", "--heads", "2", "--steps-trained", "500", "--plain-timesteps"]
-    command = [sys.executable, "-m", "ddim", "convert", "x.pt", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    completed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    completed = run_cli("convert", "x.pt", *options, env=os.environ, cwd=tmp_path)
     pipe = DDIMPipeline.from_pretrained(tmp_path / "out")
     summary = f"{pipe.unet.num_parameters():,} parameters, sample_size 32\n"
     assert (completed.returncode, completed.stdout) == (0, "out\n")

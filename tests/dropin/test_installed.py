@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from dropin import file_clients, pipeline_clients, scheduler_clients, training_clients  # noqa: F401
 from dropin.library import CLIENTS, DIFFUSERS, assert_same
 from helpers import environment
+from programs import run_python
 
 NAMES = (
     "configuration_interface",
@@ -59,10 +58,7 @@ torch.save(results, Path(sys.argv[1]) / "results.pt")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Run the clients in a process where the classes are installed."""
     folder = tmp_path_factory.mktemp("installed")
-    tests = str(Path(__file__).parents[1])
-    variables = environment(folder, PYTHONPATH=f"{tests}:{':'.join(path for path in sys.path if path)}")
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder), *NAMES]
-    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=180)
+    run = run_python(SCRIPT, folder, *NAMES, env=environment(folder))
     assert run.returncode == 0, run.stderr[-2000:]
     return torch.load(folder / "results.pt", weights_only=False)
 

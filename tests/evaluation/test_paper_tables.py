@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,11 @@ from ddim.io.cache import Cache
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from digits import write_digits
+from programs import run_cli, run_pair
 
 
 def run_evaluate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
-    command = [sys.executable, "-m", "ddim", "evaluate", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return run_cli("evaluate", *arguments, env=os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}, cwd=folder)
 
 
 @pytest.fixture
@@ -130,15 +128,12 @@ def test_command(tmp_path: Path) -> None:
     assert (tmp_path / "t.md").read_text() == completed.stdout
     assert len(json.loads((tmp_path / "t.json").read_text())["rows"]) == 5
     assert (tmp_path / "t.png").stat().st_size > 1000
-    (tmp_path / "cache").rename(tmp_path / "cache of one process")
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddim", "evaluate"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     for number in ("1", "2"):
-        command = [sys.executable, "-m", *launcher, *shared, *tables[number]]
-        pair = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert pair.returncode == 0, pair.stderr
+        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache of two processes")}
+        first, second = run_pair("evaluate", *shared, *tables[number], env=environment, cwd=tmp_path)
+        assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
         alone = completed if number == "1" else run_evaluate(tmp_path, *shared, *tables[number])
-        assert pair.stdout == alone.stdout
+        assert (first.stdout, second.stdout) == (alone.stdout, "")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from ddim.evaluation.image_sets import ImageSet
 from ddim.evaluation.report import evaluate
 from digits import write_digits
+from programs import run_cli
 
 
 def test_report_describes_everything_that_changes_the_numbers(
@@ -33,9 +34,7 @@ def test_report_describes_everything_that_changes_the_numbers(
 
 
 def run_evaluate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
-    command = [sys.executable, "-m", "ddim", "evaluate", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return run_cli("evaluate", *arguments, env=os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}, cwd=folder)
 
 
 def test_model_against_files(tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ import pytest
 from ddim.io import cache as cache_module
 from ddim.io.cache import STALE_SECONDS, Cache, cache_folder
 from helpers import file_names
+from programs import Program, run_python
 
 CONTENT = b"content" * 100
 
@@ -95,8 +94,8 @@ class TestEntries:
             f"for _ in range(50): assert Cache('kernels').write('a/b', [{CONTENT!r}])\n"
             f"assert Cache('kernels').read('a/b', bytes) == {CONTENT!r}"
         )
-        processes = [subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE) for _ in range(2)]
-        assert [process.communicate()[1] for process in processes] == [b"", b""]
+        with Program(program, env=os.environ) as first, Program(program, env=os.environ) as second:
+            assert [process.communicate()[1] for process in (first, second)] == ["", ""]
         assert file_names(root / "kernels" / "a") == ["b"]
 
 
@@ -242,7 +241,7 @@ class TestUnwritable:
             "cache = Cache('features')\n"
             "print(json.dumps([cache.write('a', [bytes(10)]), cache.write('b', [bytes(10000)])]))"
         )
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        done = run_python(program)
         assert json.loads(done.stdout) == [True, False]
         assert done.stderr == f"the cached features in {root / 'features'} are not used: file too large\n"
         assert file_names(root / "features") == ["a"]
@@ -257,7 +256,7 @@ class TestUnwritable:
             "assert cache.read('a/b', bytes) is None\n"
             "assert not cache.exists('a/b') and not cache.is_usable('a/b') and not cache.write('a/b', [b'x'])"
         )
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        done = run_python(program)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("\n") == 1
         assert "are not used: permission denied" in done.stderr

@@ -26,12 +26,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ddim.io.atomic import replace_folder
-from ddim.training.checkpoint import load_checkpoint, load_newest, remove_partial, save_checkpoint
+from ddim.training.checkpoint import TENSOR_FILES, load_checkpoint, load_newest, remove_partial, save_checkpoint
 from ddim.training.config import TrainConfig
 from ddim.training.run import train
 from helpers import BIN, environment, file_names, messages
 
-FILES = ("SHA256SUMS", "ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json")
+FILES = ("SHA256SUMS", "optimizer.safetensors", "state.json", TENSOR_FILES["model"], TENSOR_FILES["ema"])
 
 
 class Malicious:
@@ -84,11 +84,11 @@ def test_round_trip(tmp_path: Path) -> None:
     assert load_newest(folder) is None
     (path,) = save(folder, 7)
     assert path == folder / "step-00000007"
-    assert file_names(path) == sorted(FILES)
+    assert sorted(str(file.relative_to(path)) for file in path.rglob("*.*")) == sorted(FILES[1:])
     assert holds_step(7, load_checkpoint(path))
     assert holds_step(7, load_newest(folder))
     # And by other readers.
-    assert torch.equal(load_file(path / "ema.safetensors")["a.weight"], torch.full((50,), 3.5))
+    assert torch.equal(load_file(path / TENSOR_FILES["ema"])["a.weight"], torch.full((50,), 3.5))
     assert json.loads((path / "state.json").read_text()) == {"step": 7, **state(7)}
 
 
@@ -107,13 +107,25 @@ def test_round_trip_of_layouts_and_dtypes(tmp_path: Path) -> None:
             assert torch.equal(loaded.tensors[name][key], tensor.detach())
 
 
+def test_layout_of_version_0_1(tmp_path: Path) -> None:
+    """The tensors beside each other, under their names: runs begun by that version resume."""
+    (path,) = save(tmp_path, 3)
+    for name, file in TENSOR_FILES.items():
+        (path / file).rename(path / f"{name}.safetensors")
+    (path / "unet").rmdir()
+    names = sorted(set(file_names(path)) - {"SHA256SUMS"})
+    sums = subprocess.run(["sha256sum", *names], cwd=path, capture_output=True, check=True).stdout
+    (path / "SHA256SUMS").write_bytes(sums)
+    assert holds_step(3, load_checkpoint(path))
+
+
 def test_sha256sum_detects_changed_files(tmp_path: Path) -> None:
     (path,) = save(tmp_path, 3)
     command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
     good = subprocess.run(command, cwd=path, capture_output=True, text=True)
     assert good.returncode == 0
-    assert good.stdout.splitlines() == [f"{name}: OK" for name in sorted(FILES) if name != "SHA256SUMS"]
-    with (path / "ema.safetensors").open("ab") as file:
+    assert good.stdout.splitlines() == [f"{name}: OK" for name in FILES[1:]]
+    with (path / TENSOR_FILES["ema"]).open("ab") as file:
         file.write(b"\0")
     assert subprocess.run(command, cwd=path, capture_output=True).returncode == 1
     with pytest.raises(ValueError, match="its files do not match SHA256SUMS"):
@@ -206,10 +218,10 @@ def test_missing_replaced_and_extra_files_are_detected(
     file.write_bytes((older / name).read_bytes())
     check_refused(path, caplog)
     file.write_bytes(content)
-    for added in ("model.safetensors.bak", ".hidden", "folder"):
-        (path / added).mkdir() if added == "folder" else (path / added).write_bytes(b"")
+    for added in ("optimizer.safetensors.bak", ".hidden", "unet/config.json"):
+        (path / added).write_bytes(b"")
         check_refused(path, caplog)
-        (path / added).rmdir() if added == "folder" else (path / added).unlink()
+        (path / added).unlink()
     assert holds_step(2, load_newest(tmp_path))
 
 
@@ -373,7 +385,7 @@ def test_permissions_follow_the_umask(tmp_path: Path, umask: int) -> None:
     finally:
         os.umask(old)
     assert path.stat().st_mode & 0o777 == 0o777 & ~umask
-    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o666 & ~umask}
+    assert {(path / name).stat().st_mode & 0o777 for name in FILES} == {0o666 & ~umask}
 
 
 # --- a full disk
@@ -460,7 +472,7 @@ def test_full_disk_fails_in_one_line_and_resumes_later(
         reason = "No space left on device"
     else:
         prefix = [sys.executable]
-        size = (checkpoint / "model.safetensors").stat().st_size * 3 // 2
+        size = (checkpoint / TENSOR_FILES["model"]).stat().st_size * 3 // 2
         arguments = ["-c", WITH_SMALL_FILES, str(size), *command, str(out)]
         reason = "File too large"
     done = subprocess.run(
@@ -478,7 +490,7 @@ def test_full_disk_fails_in_one_line_and_resumes_later(
     assert {path: path.read_bytes() for path in (out / "checkpoints").rglob("*.*")} == before
 
     train(config, out, "cpu")
-    for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
+    for name in TENSOR_FILES.values():
         ours, theirs = (folder / "checkpoints" / "step-00000012" / name for folder in (out, uninterrupted))
         assert ours.read_bytes() == theirs.read_bytes()
     assert (out / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()

@@ -1,12 +1,10 @@
-"""Several processes and machines, started by the real launchers: the same numbers as one process, another number of
-processes on resuming, and processes that fail or are stopped.
+"""Several processes and machines: the same numbers as one process, another number of processes on resuming, and
+processes that fail or are stopped, as the launchers `torchrun` and `accelerate` see them.
 """
 
 from __future__ import annotations
 
-import re
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -17,17 +15,18 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddim.training.checkpoint import TENSOR_FILES
 from ddim.training.config import validate
 from ddim.training.run import train
-from digits import TINY_MODEL
-from helpers import BIN, environment, read_jsonl
+from digits import TINY_MODEL, write_digits
+from helpers import BIN, environment, messages, read_jsonl
+from programs import free_port, launcher_environment, run_pair, start_cli
 
 TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "ddim", "train"]
 ACCELERATE = [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "ddim", "train"]
 
 SETTINGS: dict[str, Any] = {
-    "data": {"source": "digits", "horizontal_flip": True},
     "model": TINY_MODEL,
     "batch_size": 16,
     "max_steps": 50,
@@ -63,10 +62,11 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configuration as a file."""
-    path = tmp_path_factory.mktemp("settings") / "mine.yaml"
-    path.write_text(yaml.safe_dump(SETTINGS))
-    return path
+    """The configuration as a file, of images in a folder: reading them imports nothing large."""
+    folder = tmp_path_factory.mktemp("settings")
+    data = {"source": str(write_digits(folder / "images", 400)), "horizontal_flip": True}
+    (folder / "mine.yaml").write_text(yaml.safe_dump(SETTINGS | {"data": data}))
+    return folder / "mine.yaml"
 
 
 def command(launcher: list[str], settings: Path, out: Path, *options: str) -> list[str]:
@@ -77,12 +77,6 @@ def run(arguments: list[str], env: dict[str, str]) -> subprocess.CompletedProces
     return subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=180)
 
 
-def finish(arguments: list[str], env: dict[str, str], out: Path) -> None:
-    """Run to the end; only the main process prints the path of the result."""
-    done = run(arguments, env)
-    assert (done.returncode, done.stdout) == (0, f"{out / 'final'}\n"), done.stderr
-
-
 def losses(out: Path) -> list[float]:
     lines = [line for line in read_jsonl(out / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
@@ -90,7 +84,7 @@ def losses(out: Path) -> list[float]:
 
 
 def ema_weights(out: Path, step: int) -> dict[str, Tensor]:
-    return load_file(out / "checkpoints" / f"step-{step:08d}" / "ema.safetensors")
+    return load_file(out / "checkpoints" / f"step-{step:08d}" / TENSOR_FILES["ema"])
 
 
 def max_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -98,22 +92,17 @@ def max_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
-def train_single(out: Path, max_steps: int = 50) -> None:
+def train_single(settings: Path, out: Path, max_steps: int = 50) -> None:
     """Train in this process."""
-    assert train(validate(SETTINGS | {"max_steps": max_steps}), out, "cpu") == out / "final"
+    config = validate(yaml.safe_load(settings.read_text()) | {"max_steps": max_steps})
+    assert train(config, out, "cpu") == out / "final"
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def single(settings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
     out = tmp_path_factory.mktemp("single") / "run"
-    train_single(out)
+    train_single(settings, out)
     return out
 
 
@@ -121,7 +110,9 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pair(env: dict[str, str], settings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of two processes."""
     out = tmp_path_factory.mktemp("pair") / "run"
-    finish(command(TORCHRUN, settings, out), env, out)
+    first, second = run_pair(*command(["train"], settings, out), env=env)
+    assert (first.returncode, first.stdout) == (0, f"{out / 'final'}\n"), first.stderr
+    assert (second.returncode, second.stdout) == (0, ""), second.stderr
     return out
 
 
@@ -137,25 +128,25 @@ def test_resumes_with_another_number_of_processes(
 ) -> None:
     """One process, then two that `accelerate` starts, then one."""
     out = tmp_path / "run"
-    train_single(out, 15)
-    finish(command(ACCELERATE, settings, out, "--max-steps", "35"), env, out)
-    train_single(out)
+    train_single(settings, out, 15)
+    done = run(command(ACCELERATE, settings, out, "--max-steps", "35"), env)
+    # Only the main process prints the path of the result.
+    assert (done.returncode, done.stdout) == (0, f"{out / 'final'}\n"), done.stderr
+    train_single(settings, out)
     assert losses(out) == pytest.approx(losses(single), abs=1e-5)
     assert max_difference(ema_weights(single, 50), ema_weights(out, 50)) < 1e-4
 
 
 def test_two_machines_train_and_one_writes(single: Path, env: dict[str, str], settings: Path, tmp_path: Path) -> None:
     """Each has its own folder; the second gets the checkpoint from the first."""
-    train_single(tmp_path / "0", 20)
+    train_single(settings, tmp_path / "0", 20)
     port = free_port()
     machines = []
-    for rank in ("0", "1"):
-        launcher = [str(BIN / "torchrun"), "--nnodes", "2", "--node-rank", rank, "--nproc-per-node", "1"]
-        launcher += ["--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "ddim", "train"]
-        arguments = command(launcher, settings, tmp_path / rank, "--max-steps", "30")
-        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-        machines.append(subprocess.Popen(arguments, env=env, **streams))
-    ends = [(process.communicate(timeout=180)[0], process.returncode) for process in machines]
+    for rank in range(2):
+        arguments = command(["train"], settings, tmp_path / str(rank), "--max-steps", "30")
+        variables = launcher_environment(rank, 2, port, machines=2)
+        machines.append(start_cli(*arguments, env=env | variables))
+    ends = [(program.communicate()[0], program.returncode) for program in machines]
     assert ends == [(f"{tmp_path / '0' / 'final'}\n", 0), ("", 0)]
     assert not (tmp_path / "1").exists()
     assert losses(tmp_path / "0") == pytest.approx(losses(single)[:30], abs=1e-5)
@@ -183,21 +174,21 @@ def test_resumes_after_sigterm_to_the_launcher(
         while not (metrics.exists() and metrics.stat().st_size) and p.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         p.send_signal(signal.SIGTERM)
-        stderr = p.communicate(timeout=60)[1]
+        stderr = p.communicate(timeout=180)[1]
     assert p.returncode != 0
     saved = max((out / "checkpoints").iterdir())
     step = int(saved.name.removeprefix("step-"))
     assert f"ddim: stopped by SIGTERM after step {step}; saved {saved}; run again to resume" in stderr
     assert len(losses(out)) == step
     if step < 50:
-        train_single(out)
+        train_single(settings, out)
         assert losses(out) == pytest.approx(losses(single), abs=1e-5)
 
 
 def test_indivisible_batch_raises(env: dict[str, str], settings: Path, tmp_path: Path) -> None:
-    done = run(command(TORCHRUN, settings, tmp_path / "run", "--batch-size", "18"), env)
-    assert done.returncode == 1
-    assert re.search(
-        r"--batch-size must be a multiple of 4 \(processes: 2, optim\.accumulate: 2\), got 18", done.stderr
-    )
+    for done in run_pair(*command(["train"], settings, tmp_path / "run", "--batch-size", "18"), env=env):
+        assert done.returncode == 1
+        assert messages(done.stderr) == [
+            "ddim: --batch-size must be a multiple of 4 (processes: 2, optim.accumulate: 2), got 18"
+        ]
     assert not (tmp_path / "run").exists()

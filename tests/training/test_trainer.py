@@ -7,10 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +30,7 @@ from ddim.training.trainer import Trainer
 from ddim.unet import UNet2DModel
 from digits import TINY_MODEL
 from helpers import ALPHAS, same_tensors
+from programs import run_python
 
 MakeConfig = Callable[..., TrainConfig]
 CPU = torch.device("cpu")
@@ -649,11 +647,6 @@ trainer.train(lambda progress: None)
 
 def test_second_signal_ends_the_program(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(checkpoints={"every": 2}).model_dump(mode="json")
-    done = subprocess.run(
-        [sys.executable, "-c", TWO_SIGNALS, json.dumps(config), str(tmp_path / "run")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = run_python(TWO_SIGNALS, json.dumps(config), tmp_path / "run")
     assert (done.returncode, done.stdout) == (-signal.SIGTERM, "SIGINT\nSIGTERM\n"), done.stderr
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]

@@ -112,8 +112,8 @@ class ModelCache:
             FileNotFoundError: if no such model exists.
             ValueError: if it may not be opened, or is damaged.
         """
-        folder = find_model(self.check(name))
-        facts = describe(folder) | {"model": name}
+        name = self.check(name)
+        folder, facts = find_model(name), describe(name)
         del facts["found"]
         card = folder / "README.md"
         return facts | {"card": card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""}

@@ -21,8 +21,6 @@ from torch import Tensor
 
 from ddim.data.base import Source
 from ddim.data.sources import open_source
-from ddim.io.hub import MODEL_INDEX, builtin_models
-from ddim.io.image_files import is_folder_path
 from ddim.io.images import decode_image, fit_image, to_bytes
 from ddim.io.reading import reader_reason
 from ddim.pipeline import DDIMPipeline
@@ -145,16 +143,6 @@ def sample_image_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = 
         return pixels.permute(0, 3, 1, 2).contiguous()
 
     return ImageSet(name, pipe.sample_shape, count, read_batch, from_files=False)
-
-
-def is_model(source: str) -> bool:
-    """Return whether a name means a model rather than images: a built-in one, or a folder with a pipeline.
-
-    Example:
-        >>> is_model("mnist"), is_model("images/")
-        (True, False)
-    """
-    return source in builtin_models() or (is_folder_path(source) and (Path(source) / MODEL_INDEX).is_file())
 
 
 def _check_size(entry: tarfile.TarInfo) -> tarfile.TarInfo:

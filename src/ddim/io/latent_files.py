@@ -167,7 +167,7 @@ def check_latent_settings(
         return
     if settings.model_sha256 != model_sha256(pipe):
         raise ValueError(
-            f"{source} was encoded with the model {settings.model!r}, which differs from this one in its weights, "
+            f"{source} was encoded with the model {shown(settings.model)}, which differs from this one in its weights, "
             "dtype, configuration or schedule; force=True decodes it anyway"
         )
     if settings.timesteps != timesteps:

@@ -19,6 +19,7 @@ from ddim.devices import choose_device
 from ddim.io.config import ConfigMixin
 from ddim.io.hub import PushToHub, find_model, pop_hub_options, save_and_push
 from ddim.io.json_files import read_json
+from ddim.io.runs import split_variant
 from ddim.io.weights import MAX_SHARD_SIZE, fill_model, read_weights, write_weights
 from ddim.validation import shown
 
@@ -246,7 +247,8 @@ class ModelFiles(ConfigMixin, PushToHub):
         resolve_dtype(dtype)
         device = resolve_device_map(options.pop("device_map", None))
         overrides = drop_unused_options(cls, options)
-        model, subfolder = _as_model(pretrained_model_name_or_path), subfolder or ""
+        model, variant = split_variant(pretrained_model_name_or_path, variant)
+        subfolder = subfolder or ""
         root = find_model(model, hub_options, variant=variant, weights_in=(subfolder,), use_safetensors=use_safetensors)
         folder = root / subfolder
         # Built on the meta device, because initial weights would only be overwritten.

@@ -1,11 +1,12 @@
 """Checkpoints: everything that decides the future of a run, one folder per step, written atomically.
 
     RUN/checkpoints/step-00001000/
-        model.safetensors        the weights being trained, under the names of `diffusers`
-        ema.safetensors          their moving average
-        optimizer.safetensors    the moments of AdamW
-        state.json               the step, the loss scale, the metrics that no line of `metrics.jsonl` covers yet
-        SHA256SUMS               of all of these, as `sha256sum --check` reads it
+        model_index.json, scheduler/, unet/    a pipeline folder, with the averaged weights and, as the variant `raw`,
+                                               the weights being trained; see `ddim.io.runs`
+        optimizer.safetensors                  the moments of AdamW
+        state.json                             the step, the loss scale, the metrics that no line of `metrics.jsonl`
+                                               covers yet
+        SHA256SUMS                             of all of these, as `sha256sum --check` reads it
 
 Data order, augmentation, timesteps, noise and dropout are functions of the seed and the step, so that they have no
 state to save. Nothing here is pickled: reading a checkpoint cannot run code. A folder is accepted only if its
@@ -15,12 +16,11 @@ state to save. Nothing here is pickled: reading a checkpoint cannot run code. A 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
@@ -29,12 +29,17 @@ from torch import Tensor
 
 from ddim.io.atomic import replace_folder
 from ddim.io.json_files import read_json, to_json
+from ddim.io.runs import RAW, SUMS_FILE, checkpoint_step, checksums, list_checkpoints, verify_checksums
+from ddim.io.weights import WEIGHTS
 
 logger = logging.getLogger(__name__)
 
-FOLDER_NAME = re.compile(r"step-(\d{8,})")
-TENSOR_GROUPS = ("model", "ema", "optimizer")
-STATE_FILE, SUMS_FILE = "state.json", "SHA256SUMS"
+TENSOR_FILES = {
+    "model": f"unet/{WEIGHTS}.{RAW}.safetensors",
+    "ema": f"unet/{WEIGHTS}.safetensors",
+    "optimizer": "optimizer.safetensors",
+}
+STATE_FILE = "state.json"
 
 
 class Checkpoint(NamedTuple):
@@ -62,6 +67,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
     keep_every: int = 0,
+    configs: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write the checkpoint of a step atomically, then delete older ones.
 
@@ -72,6 +78,7 @@ def save_checkpoint(
         state: values that JSON can hold.
         keep: number of checkpoints to keep, the newest up to this step.
         keep_every: keep checkpoints of multiples of this step as well; 0 for none.
+        configs: further files of the pipeline folder: texts by name.
 
     Returns:
         The folder of the checkpoint.
@@ -81,7 +88,7 @@ def save_checkpoint(
 
     Example:
         >>> import tempfile, torch
-        >>> tensors = {name: {"w": torch.zeros(2)} for name in TENSOR_GROUPS}
+        >>> tensors = {name: {"w": torch.zeros(2)} for name in TENSOR_FILES}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save_checkpoint(Path(folder), 7, tensors, {}, keep=1)
         ...     path.name, load_checkpoint(path).step
@@ -89,12 +96,16 @@ def save_checkpoint(
     """
     path = folder / f"step-{step:08d}"
     with replace_folder(path) as temporary:
-        for name in TENSOR_GROUPS:
+        for name, file in TENSOR_FILES.items():
             content = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors[name].items()}
+            (temporary / file).parent.mkdir(exist_ok=True)
             try:
-                save_file(content, temporary / f"{name}.safetensors")
+                save_file(content, temporary / file, {"format": "pt"})
             except SafetensorError as error:
                 raise OSError(f"cannot write {path}: {error}") from error
+        for file, text in configs.items():
+            (temporary / file).parent.mkdir(exist_ok=True)
+            (temporary / file).write_text(text, encoding="utf-8")
         (temporary / STATE_FILE).write_text(to_json({"step": step, **state}), encoding="utf-8")
         (temporary / SUMS_FILE).write_text(checksums(temporary), encoding="utf-8")
     checkpoints = list_checkpoints(folder)
@@ -125,14 +136,19 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.is_dir():
         raise FileNotFoundError(f"the checkpoint {path} does not exist")
+    verify_checksums(path)
     try:
-        if (path / SUMS_FILE).read_bytes() != checksums(path).encode():
-            raise ValueError(f"its files do not match {SUMS_FILE}")
         state = read_json(path / STATE_FILE)
-        tensors = {name: load_file(path / f"{name}.safetensors") for name in TENSOR_GROUPS}
+        tensors = {name: load_file(_tensor_file(path, name)) for name in TENSOR_FILES}
         return Checkpoint(state.pop("step"), tensors, state)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"the checkpoint {path} is damaged or incomplete: {' '.join(str(error).split())}") from None
+
+
+def _tensor_file(path: Path, name: str) -> Path:
+    """Return the file of a group of tensors; version 0.1 kept them beside each other, under their names."""
+    file = path / TENSOR_FILES[name]
+    return file if file.exists() else path / f"{name}.safetensors"
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
@@ -154,59 +170,6 @@ def load_newest(folder: Path) -> Checkpoint | None:
         except ValueError as error:
             logger.warning("%s; it is skipped", error)
     return None
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints in a folder, the newest first, complete or not.
-
-    Args:
-        folder: folder of all checkpoints; may be missing.
-
-    Returns:
-        Folders, in descending order of their steps.
-
-    Example:
-        >>> list_checkpoints(Path("missing"))
-        []
-    """
-    folders = [path for path in folder.glob("step-*") if FOLDER_NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(folders, key=checkpoint_step, reverse=True)
-
-
-def checkpoint_step(path: Path) -> int:
-    """Return the step in a checkpoint's name.
-
-    Args:
-        path: folder of the checkpoint, `step-...`.
-
-    Example:
-        >>> checkpoint_step(Path("checkpoints/step-00001000"))
-        1000
-    """
-    return int(path.name.removeprefix("step-"))
-
-
-def checksums(path: Path) -> str:
-    """Compute the content of a folder's `SHA256SUMS`: per file, SHA-256, two spaces, name.
-
-    Args:
-        path: the folder.
-
-    Returns:
-        One line per file except `SHA256SUMS`, sorted by name.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = Path(folder, "empty").write_text("")
-        ...     checksums(Path(folder))[:8]
-        'e3b0c442'
-    """
-    lines = []
-    for file in sorted(p for p in path.iterdir() if p.name != SUMS_FILE):
-        with file.open("rb") as content:
-            lines.append(f"{hashlib.file_digest(content, 'sha256').hexdigest()}  {file.name}\n")
-    return "".join(lines)
 
 
 def remove_partial(folder: Path) -> None:

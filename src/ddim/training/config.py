@@ -6,22 +6,29 @@ It is merged from a preset, a YAML file, settings and overrides, later ones repl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import resources
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
+from ddim.annotations import check_arguments
 from ddim.data.config import DataConfig, Section
 from ddim.scheduler import DDIMScheduler
-from ddim.validation import as_integer, choice, shown
+from ddim.unet import UNet2DModel
+from ddim.validation import as_integer, choice, find_nearest, nearest, shorten, shown
 
 PRESETS = resources.files("ddim.training") / "presets"
 
 MAX_FEATURES = 4096
 """Most features of a Fréchet distance, whose covariances grow with their square."""
+
+SCHEDULER_DEFAULTS: Mapping[str, Any] = {"clip_sample": False}
+"""Where a trained model's scheduler differs from `DDIMScheduler()`: without clipping more steps converge to a limit."""
 
 MAX_YAML_VALUES = 100_000
 """Values of a YAML file, each alias counted as what it stands for: a few lines of aliases can stand for billions."""
@@ -158,7 +165,9 @@ class TrainConfig(Section):
         data: the images.
         model: arguments of `UNet2DModel`, `sample_size` among them; may be empty where `init` is set.
         init: weights to start from, as `DDIMPipeline.from_pretrained` takes them: a built-in model, a folder, a hub id.
-        scheduler: arguments of `DDIMScheduler`: the betas and the prediction type.
+        scheduler: arguments of `DDIMScheduler`: the betas, the prediction type, how the result is sampled. Where they
+            are omitted, the scheduler of `init` decides; without `init`, `SCHEDULER_DEFAULTS` and then the defaults of
+            `DDIMScheduler`.
         objective: the loss.
         optim: the optimizer.
         ema: the averaged weights.
@@ -208,6 +217,14 @@ RESUME_MAY_CHANGE = (
     "data.on_device",
     "data.max_unreadable",
     "init",
+    "scheduler.clip_sample",
+    "scheduler.clip_sample_range",
+    "scheduler.dynamic_thresholding_ratio",
+    "scheduler.sample_max_value",
+    "scheduler.set_alpha_to_one",
+    "scheduler.steps_offset",
+    "scheduler.thresholding",
+    "scheduler.timestep_spacing",
     "samples",
     "evaluate",
     "checkpoints",
@@ -218,8 +235,9 @@ RESUME_MAY_CHANGE = (
 )
 """Entries that may differ when a run resumes: none of them changes, beyond rounding, what an earlier step has computed.
 
-The content of the data is compared, not its location. `max_steps` must stay where the learning rate decays towards it.
-`optim.lr` is the exception: a run that has diverged can resume with a lower one.
+Of the scheduler these are the entries that sampling alone uses. The content of the data is compared, not its location.
+`max_steps` must stay where the learning rate decays towards it. `optim.lr` is the exception: a run that has diverged
+can resume with a lower one.
 """
 
 
@@ -323,17 +341,19 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
     Example:
         >>> validate({"data": {"source": "digits"}, "model": {"sample_size": 8}, "seed": -1})
         Traceback (most recent call last):
-        ValueError: training configuration, seed: Input should be greater than or equal to 0
+        ValueError: training configuration, seed: must be greater than or equal to 0, got -1
     """
     # Types and bounds of single entries.
     try:
         config = TrainConfig.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        raise _invalid(".".join(map(str, first["loc"])), first["msg"]) from None
-    # Entries that depend on each other.
+        raise _invalid(".".join(map(str, first["loc"])), _describe(first)) from None
+    # Entries that depend on each other; with `init`, on those of its model as well, and then `complete_config` checks.
     if config.model or config.init is None:
         check_model(config.model)
+    _check_section("model", UNet2DModel.__init__, config.model)
+    _check_section("scheduler", DDIMScheduler.__init__, config.scheduler)
     optim = config.optim
     if config.batch_size % optim.accumulate:
         raise _invalid("optim.accumulate", f"must divide batch_size ({config.batch_size}), got {optim.accumulate}")
@@ -345,18 +365,8 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
             f"the Fréchet distance of pixels requires at least 2 samples of at most {MAX_FEATURES} values each, got "
             f"{config.evaluate.count} of {channels * size**2}; 0 disables it",
         )
-    try:
-        DDIMScheduler.from_config({}, **config.scheduler)
-    except (TypeError, ValueError) as error:
-        raise _invalid("scheduler", str(error)) from None
-    betas = config.scheduler.get("trained_betas")
-    has_zero_snr = config.scheduler.get("rescale_betas_zero_snr") or (betas is not None and max(betas) >= 1)
-    if has_zero_snr and config.scheduler.get("prediction_type", "epsilon") == "epsilon":
-        raise _invalid(
-            "scheduler.prediction_type",
-            "must be v_prediction or sample where the schedule ends in pure noise, of which epsilon says nothing, got "
-            "epsilon",
-        )
+    if config.init is None:
+        check_scheduler(config.scheduler)
     if optim.decay_steps is not None and optim.decay == "constant":
         raise _invalid("optim.decay_steps", "requires optim.decay to be linear or cosine, got constant")
     return config
@@ -389,6 +399,32 @@ def check_model(model: Mapping[str, Any]) -> None:
         )
 
 
+def check_scheduler(scheduler: Mapping[str, Any]) -> None:
+    """Check what training requires of the scheduler's arguments.
+
+    Args:
+        scheduler: arguments of `DDIMScheduler`.
+
+    Raises:
+        ValueError: naming the wrong argument.
+
+    Example:
+        >>> check_scheduler({"clip_sample": False})
+    """
+    try:
+        DDIMScheduler.from_config({}, **scheduler)
+    except (TypeError, ValueError) as error:
+        raise _invalid("scheduler", str(error)) from None
+    betas = scheduler.get("trained_betas")
+    has_zero_snr = scheduler.get("rescale_betas_zero_snr") or (betas is not None and max(betas) >= 1)
+    if has_zero_snr and scheduler.get("prediction_type", "epsilon") == "epsilon":
+        raise _invalid(
+            "scheduler.prediction_type",
+            "must be v_prediction or sample where the schedule ends in pure noise, of which epsilon says nothing, got "
+            "epsilon",
+        )
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping.
 
@@ -414,7 +450,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror or "").lower() if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise FileNotFoundError(f"the configuration {path} cannot be read: {reason}") from None
+        raise FileNotFoundError(f"the configuration {shorten(str(path))} cannot be read: {reason}") from None
     try:
         tree = _parse_yaml(text)
     except ValueError as error:
@@ -449,8 +485,52 @@ def incompatible_changes(old: TrainConfig, new: TrainConfig) -> list[str]:
     ]
 
 
+def _check_section(section: str, constructor: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Check names and types of the arguments of a constructor."""
+    names = list(signature(constructor).parameters)[1:]
+    for name in arguments:
+        if name not in names:
+            raise _invalid(f"{section}.{name}", f"is not an entry{nearest(name, names)}")
+    try:
+        check_arguments(constructor, arguments)
+    except (TypeError, ValueError) as error:
+        name, _, reason = str(error).partition(" ")
+        raise _invalid(f"{section}.{name}", reason) from None
+
+
+def _describe(error: Mapping[str, Any]) -> str:
+    """Return what is wrong with an entry."""
+    if error["type"] == "missing":
+        return "is required"
+    if error["type"] == "extra_forbidden":
+        *sections, name = map(str, error["loc"])
+        return f"is not an entry{_suggest(name, '.'.join(sections))}"
+    # Some messages add how the value was read.
+    allowed = re.sub(r", (unable to|got a|input was) .*", "", error["msg"]).replace("Input should be", "must be")
+    return f"{allowed}, got {shown(error['input'])}"
+
+
+def _suggest(name: str, section: str) -> str:
+    """Return the entry that was meant by a name: the nearest of its section, or of all; or a list of its section's."""
+    entries = list(_entry_names(TrainConfig))
+    siblings = {entry.rpartition(".")[2]: entry for entry in entries if entry.rpartition(".")[0] == section}
+    everywhere = {entry.rpartition(".")[2]: entry for entry in reversed(entries)}
+    for by_name in (siblings, everywhere):
+        if (match := find_nearest(name, by_name)) is not None:
+            return f" (did you mean {by_name[match]}?)"
+    return f"; {section or 'the configuration'} has {', '.join(siblings)}"
+
+
+def _entry_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield dotted names of all entries, sections first."""
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _entry_names(field.annotation, f"{prefix}{name}.")
+
+
 def _invalid(entry: str, reason: str) -> ValueError:
-    return ValueError(f"training configuration, {entry}: {reason}")
+    return ValueError(f"training configuration, {shorten(entry)}: {reason}")
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

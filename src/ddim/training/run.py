@@ -5,7 +5,7 @@ RUN/metrics.jsonl     what the run computed, see `ddim.training.metrics_logger`
 RUN/tensorboard/      the same and more, for TensorBoard
 RUN/loss.png          the losses as a curve
 RUN/samples/          a grid of samples every so many steps, always from the same seeds
-RUN/checkpoints/      what resuming requires; the raw weights are in the last one
+RUN/checkpoints/      what resuming requires, each a pipeline folder too, with the averaged and the raw weights
 RUN/final/            the result: a pipeline folder for `ddim` and `diffusers`, with the averaged weights and a card
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import platform
+from collections.abc import Mapping
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,10 +36,19 @@ from ddim.io.hub import MODEL_INDEX
 from ddim.io.image_files import make_grid, save_images
 from ddim.io.images import NonFiniteError
 from ddim.io.locks import LOCK_NAME, OutputLock
+from ddim.io.runs import CHECKPOINTS, FINAL
 from ddim.pipeline import DDIMPipeline
+from ddim.scheduler import DDIMScheduler
 from ddim.training.card import model_card
 from ddim.training.checkpoint import Checkpoint, load_checkpoint, load_newest, remove_partial
-from ddim.training.config import TrainConfig, check_model, incompatible_changes, validate
+from ddim.training.config import (
+    SCHEDULER_DEFAULTS,
+    TrainConfig,
+    check_model,
+    check_scheduler,
+    incompatible_changes,
+    validate,
+)
 from ddim.training.evaluate import evaluate
 from ddim.training.metrics_logger import MetricsLogger, plot_loss
 from ddim.training.optim import learning_rate
@@ -92,7 +102,7 @@ def train(
         loaded: list[Checkpoint | None] = [None]
         if is_main:
             _check_run(record, config, out, resume)
-            loaded = [load_checkpoint(resume) if isinstance(resume, Path) else load_newest(out / "checkpoints")]
+            loaded = [load_checkpoint(resume) if isinstance(resume, Path) else load_newest(out / CHECKPOINTS)]
         trainer = Trainer(config, dataset, out, local_device, accelerator)
         _check_sampling(trainer)
         (checkpoint,) = broadcast_object_list(loaded)
@@ -102,8 +112,8 @@ def train(
         if not is_main:
             trainer.train(lambda progress: progress.pending_metrics.clear(), max_minutes)
             accelerator.wait_for_everyone()
-            return out / "final"
-        remove_partial(out / "checkpoints")
+            return out / FINAL
+        remove_partial(out / CHECKPOINTS)
         with atomic_write(out / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(record, sort_keys=False))
         _train_and_log(trainer, out, max_minutes)
@@ -113,30 +123,48 @@ def train(
 
 
 def complete_config(config: TrainConfig) -> TrainConfig:
-    """Fill in the network's arguments from `init` where the configuration has none.
+    """Fill in the arguments of the network and of the scheduler that the configuration leaves out.
+
+    With `init` they are those of the model that it names, so that fine-tuning keeps its schedule, its prediction type
+    and how it is sampled. Timesteps that were learned for its weights are not taken over.
 
     Args:
         config: the checked configuration.
 
     Returns:
-        A configuration with `model`.
+        A configuration with `model`, and with the entries of `scheduler` that are not defaults of `DDIMScheduler`;
+        `clip_sample` is always among them.
 
     Raises:
         FileNotFoundError: if the model `config.init` does not exist.
-        ValueError: if training does not support its network.
+        ValueError: if training does not support its network or its schedule.
 
     Example:
         >>> from ddim.training.config import load_config
-        >>> config = load_config("digits")
-        >>> complete_config(config) is config
-        True
+        >>> complete_config(load_config("digits")).scheduler
+        {'clip_sample': False}
+        >>> complete_config(load_config("digits", settings=["scheduler.clip_sample=true"])).scheduler
+        {'clip_sample': True}
     """
-    if config.init is None or config.model:
-        return config
-    unet = DDIMPipeline.from_pretrained(config.init).unet.config
-    model = {key: list(value) if isinstance(value, tuple) else value for key, value in public_entries(unet).items()}
+    model, scheduler = config.model, dict(SCHEDULER_DEFAULTS)
+    if config.init is not None:
+        pipe = DDIMPipeline.from_pretrained(config.init)
+        model = model or _plain_values(pipe.unet.config)
+        defaults = DDIMScheduler().config
+        scheduler = {
+            name: value
+            for name, value in _plain_values(pipe.scheduler.config).items()
+            if name in SCHEDULER_DEFAULTS or (name in defaults and value != defaults[name])
+        }
+    scheduler |= config.scheduler
     check_model(model)
-    return config.model_copy(update={"model": model})
+    check_scheduler(scheduler)
+    return config.model_copy(update={"model": model, "scheduler": scheduler})
+
+
+def _plain_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments in a component's configuration, as YAML holds them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in public_entries(config).items()}
 
 
 def start_processes(device: str | torch.device) -> tuple[Accelerator, torch.device]:
@@ -194,7 +222,8 @@ def prepare_dataset(config: TrainConfig, accelerator: Accelerator, device: torch
             f"{count}, data.holdout is {holdout}), got {config.batch_size}"
         )
     if config.data.on_device and isinstance(dataset, CachedImageDataset):
-        dataset = CachedImageDataset(dataset.pixels.to(device), str(device), dataset.fingerprint)
+        pixels = dataset.pixels.to(device)
+        dataset = CachedImageDataset(pixels, str(device), dataset.fingerprint, dataset.identity)
     return dataset
 
 
@@ -231,7 +260,7 @@ def _train_and_log(trainer: Trainer, out: Path, max_minutes: float | None) -> No
 
 def _write_result(trainer: Trainer, out: Path, record: dict[str, Any]) -> Path:
     """Write the pipeline, then what describes it."""
-    final = out / "final"
+    final = out / FINAL
     _make_pipeline(trainer).save_pretrained(final)
     try:
         _write_samples(trainer, final / "samples.png")
@@ -268,7 +297,7 @@ def _make_record(config: TrainConfig, dataset: ImageDataset, device: torch.devic
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "config": config.model_dump(mode="json"),
-        "data": {"images": dataset.shape[0], "sha256": dataset.fingerprint},
+        "data": {"images": dataset.shape[0], "sha256": dataset.fingerprint, "identity": dataset.identity},
         "device": f"{device.type} ({name})",
         "versions": {
             **{package: _package_version(package) for package in PACKAGES},
@@ -312,17 +341,27 @@ def _check_run(record: dict[str, Any], config: TrainConfig, out: Path, resume: L
         old = yaml.safe_load(path.read_text())
         old_config = validate(old["config"])
         changes = incompatible_changes(old_config, config)
-        if old["data"] != record["data"]:
+        if not _is_same_data(old["data"], record["data"]):
             changes.append(f"data: expected {_describe(old['data'])}, got {_describe(record['data'])}")
     except (yaml.YAMLError, ValueError, KeyError, TypeError):
         raise FileExistsError(f"{path} is not the record of a run; use another folder") from None
     if changes:
         advice = "resume it with its own, or use another folder"
-        if any(change.startswith("max_steps:") for change in changes) and (out / "final" / MODEL_INDEX).is_file():
+        if any(change.startswith("max_steps:") for change in changes) and (out / FINAL / MODEL_INDEX).is_file():
             advice += f"; to train on from its result, use another folder and init={out / 'final'}"
         raise ValueError(f"the run in {out} has another configuration ({'; '.join(changes)}); {advice}")
     if old_config.optim.lr != config.optim.lr:
         logger.info("optim.lr is %g from here on; it was %g", config.optim.lr, old_config.optim.lr)
+
+
+def _is_same_data(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Return whether two records are of the same images, by their pixels, or by their files where no pixels are cached.
+
+    The record of a run that began before files were recorded has pixels alone.
+    """
+    if old["images"] != new["images"]:
+        return False
+    return old["sha256"] == new["sha256"] or old.get("identity") == new["identity"]
 
 
 def _describe(data: dict[str, Any]) -> str:

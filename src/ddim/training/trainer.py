@@ -31,9 +31,10 @@ from ddim.data.dataset import ImageDataset
 from ddim.data.loader import Batches, Prefetcher, split_holdout
 from ddim.data.seeding import generator_for
 from ddim.distributed import ProcessGroup
+from ddim.io.runs import CHECKPOINTS, checkpoint_step, list_checkpoints
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
-from ddim.training.checkpoint import Checkpoint, checkpoint_step, list_checkpoints, save_checkpoint
+from ddim.training.checkpoint import Checkpoint, save_checkpoint
 from ddim.training.config import TrainConfig
 from ddim.training.objective import QUARTILES, by_quartile, draw_timesteps, loss_weights
 from ddim.training.optim import ema_update, learning_rate, make_optimizer, zero_last_layers
@@ -50,7 +51,7 @@ class Trainer:
     """A run in a folder: builds the model, trains it, writes checkpoints.
 
     Args:
-        config: the checked configuration.
+        config: the configuration, completed (`ddim.training.run.complete_config`).
         dataset: the images, of the size and channels of the model.
         out: folder of the run; nothing is written before the first checkpoint.
         device: device of this process.
@@ -187,8 +188,14 @@ class Trainer:
             "seconds": self.seconds,
             "records": self.pending_metrics,
         }
+        pipe = DDIMPipeline(self.ema, self.scheduler)
+        configs = {
+            pipe.config_name: pipe.to_json_string(),
+            f"unet/{self.ema.config_name}": self.ema.to_json_string(),
+            f"scheduler/{self.scheduler.config_name}": self.scheduler.to_json_string(),
+        }
         keep, keep_every = self.config.checkpoints.keep, self.config.checkpoints.keep_every
-        return save_checkpoint(self.out / "checkpoints", self.step, tensors, state, keep, keep_every)
+        return save_checkpoint(self.out / CHECKPOINTS, self.step, tensors, state, keep, keep_every, configs)
 
     def train(self, after_step: Callable[[Progress], None], max_minutes: float | None = None) -> bool:
         """Train from the current step to `max_steps`, with checkpoints on the way and at the end.
@@ -386,7 +393,7 @@ class Trainer:
 
     def _non_finite(self, step: int, loss: float, grad_norm: float) -> TrainingStopped:
         rate = learning_rate(self.config.optim, step, self.config.max_steps)
-        checkpoints = list_checkpoints(self.out / "checkpoints")
+        checkpoints = list_checkpoints(self.out / CHECKPOINTS)
         advice = "resume the run with a lower optim.lr"
         if checkpoints and checkpoint_step(checkpoints[0]) >= step:
             # The weights that gave this loss are those of the last checkpoint.

@@ -1,0 +1,183 @@
+"""Training runs as models: a run stands for its result or its newest checkpoint, and a checkpoint is a pipeline folder.
+
+    RUN/final/                                          the result
+    RUN/checkpoints/step-00001000/                      a pipeline folder, with files of its own:
+        unet/diffusion_pytorch_model.safetensors            the averaged weights
+        unet/diffusion_pytorch_model.raw.safetensors        the weights being trained: the variant `raw`
+        SHA256SUMS                                          of all files, as `sha256sum --check` reads it
+
+A model may be named with a variant of its weights: `RUN@raw`, `RUN/checkpoints/step-00001000@raw`, `folder@fp16`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+RAW = "raw"
+"""The variant of a checkpoint's weights that are being trained; those without a variant are averaged."""
+CHECKPOINTS, FINAL = "checkpoints", "final"
+SUMS_FILE = "SHA256SUMS"
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+VARIANT = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def split_variant(model: str | os.PathLike[str], variant: str | None = None) -> tuple[str | Path, str | None]:
+    """Split a model's name from the variant that it may end in.
+
+    Args:
+        model: a name such as `RUN@raw`; one that is a folder as it stands is not split.
+        variant: given beside it.
+
+    Returns:
+        The model's name, a `Path` unless `model` is a string, and the variant, `None` for the weights without one.
+
+    Raises:
+        ValueError: if both name a variant.
+
+    Example:
+        >>> split_variant("runs/faces@raw")
+        ('runs/faces', 'raw')
+        >>> split_variant("mnist")
+        ('mnist', None)
+    """
+    kind = str if isinstance(model, str) else Path
+    name, _, suffix = os.fspath(model).rpartition("@")
+    if not name or not VARIANT.fullmatch(suffix) or Path(model).exists():
+        return kind(model), variant
+    if variant is not None:
+        raise ValueError(f"give the variant in the model's name or as an argument, not both, got {model} and {variant}")
+    return kind(name), suffix
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is a training run that can be loaded as a model.
+
+    Args:
+        folder: any path.
+
+    Example:
+        >>> is_run(Path("missing"))
+        False
+    """
+    return (folder / CHECKPOINTS).is_dir() and (folder / "config.yaml").is_file()
+
+
+def resolve_run(folder: Path, index_name: str) -> Path:
+    """Return the pipeline folder that a training run stands for: its result, else its newest complete checkpoint.
+
+    Args:
+        folder: of a run, a checkpoint or anything else.
+        index_name: of the file that every pipeline folder has.
+
+    Returns:
+        The pipeline folder; `folder` itself if it is not a run.
+
+    Raises:
+        FileNotFoundError: if a run has no checkpoint that is a pipeline folder yet.
+        ValueError: if `folder` is a checkpoint and damaged.
+
+    Example:
+        >>> resolve_run(Path("images"), "model_index.json")
+        PosixPath('images')
+    """
+    if STEP_FOLDER.fullmatch(folder.name) and (folder / SUMS_FILE).is_file():
+        verify_checksums(folder)
+        return folder
+    if (folder / index_name).exists() or not is_run(folder):
+        return folder
+    if (folder / FINAL / index_name).is_file():
+        return folder / FINAL
+    for checkpoint in list_checkpoints(folder / CHECKPOINTS):
+        try:
+            verify_checksums(checkpoint)
+        except ValueError as error:
+            logger.warning("%s; it is skipped", error)
+            continue
+        if (checkpoint / index_name).is_file():
+            return checkpoint
+    raise FileNotFoundError(f"the training run {folder} has no checkpoint that can be loaded as a model yet")
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints in a folder, the newest first, complete or not.
+
+    Args:
+        folder: folder of all checkpoints; may be missing.
+
+    Returns:
+        Folders, in descending order of their steps.
+
+    Example:
+        >>> list_checkpoints(Path("missing"))
+        []
+    """
+    folders = [path for path in folder.glob("step-*") if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=checkpoint_step, reverse=True)
+
+
+def checkpoint_step(path: Path) -> int:
+    """Return the step in a checkpoint's name.
+
+    Args:
+        path: folder of the checkpoint, `step-...`.
+
+    Example:
+        >>> checkpoint_step(Path("checkpoints/step-00001000"))
+        1000
+    """
+    return int(path.name.removeprefix("step-"))
+
+
+def checksums(path: Path) -> str:
+    """Compute the content of a folder's `SHA256SUMS`: per file, SHA-256, two spaces, name.
+
+    Args:
+        path: the folder.
+
+    Returns:
+        One line per file in it and below it, except `SHA256SUMS`, sorted by name.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "empty").write_text("")
+        ...     checksums(Path(folder))[:8]
+        'e3b0c442'
+    """
+    lines = []
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and p != path / SUMS_FILE):
+        with file.open("rb") as content:
+            name = file.relative_to(path).as_posix()
+            lines.append(f"{hashlib.file_digest(content, 'sha256').hexdigest()}  {name}\n")
+    return "".join(lines)
+
+
+def verify_checksums(path: Path) -> None:
+    """Check that a checkpoint's files are, to the byte, what was written.
+
+    Args:
+        path: folder of the checkpoint.
+
+    Raises:
+        ValueError: if they are not, or a file is missing.
+
+    Example:
+        >>> verify_checksums(Path("step-00000001"))
+        Traceback (most recent call last):
+        ValueError: the checkpoint step-00000001 is damaged or incomplete: it has no SHA256SUMS
+    """
+    sums = path / SUMS_FILE
+    if not sums.is_file():
+        raise ValueError(f"the checkpoint {path} is damaged or incomplete: it has no {SUMS_FILE}")
+    try:
+        is_complete = sums.read_bytes() == checksums(path).encode()
+    except OSError as error:
+        raise ValueError(f"the checkpoint {path} is damaged or incomplete: {error}") from None
+    if not is_complete:
+        raise ValueError(f"the checkpoint {path} is damaged or incomplete: its files do not match {SUMS_FILE}")

@@ -1,0 +1,145 @@
+"""Training runs and their checkpoints as models, everywhere a model is taken."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from cli_batch import Commands
+from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
+from ddim.app.models import ModelCache
+from ddim.info import describe
+from ddim.io.hub import is_model
+from ddim.io.runs import split_variant
+from ddim.training.checkpoint import load_checkpoint
+from ddim.training.config import TrainConfig
+from ddim.training.run import train
+from helpers import same_tensors
+
+STEPS = (3, 6)
+
+
+@pytest.fixture(scope="module")
+def stopped(make_config: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two checkpoints that has not come to its end."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    config = make_config(max_steps=6, checkpoints={"every": 3}, scheduler={"prediction_type": "v_prediction"})
+    train(config, out, "cpu")
+    shutil.rmtree(out / "final")
+    return out
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def holds(network: nn.Module, run: Path, step: int, name: str) -> bool:
+    """Whether a network has the weights of a checkpoint: `ema` or `model`."""
+    return same_tensors(network.state_dict(), load_checkpoint(checkpoint(run, step)).tensors[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "weights"),
+    [
+        ("run", 6, "ema"),
+        ("run@raw", 6, "model"),
+        ("run/checkpoints/step-00000003", 3, "ema"),
+        ("run/checkpoints/step-00000003@raw", 3, "model"),
+    ],
+)
+def test_is_loaded(stopped: Path, name: str, step: int, weights: str) -> None:
+    path = str(stopped.parent / name)
+    for model in (path, Path(path)):
+        pipe = DDIMPipeline.from_pretrained(model)
+        assert holds(pipe.unet, stopped, step, weights)
+        assert pipe.scheduler.config.prediction_type == "v_prediction"
+    assert holds(UNet2DModel.from_pretrained(path, "unet"), stopped, step, weights)
+    assert DDIMScheduler.from_pretrained(path, subfolder="scheduler").config.prediction_type == "v_prediction"
+    facts = describe(path)
+    assert Path(facts["found"]) == checkpoint(stopped, step)
+    assert facts["weights"].endswith(".raw.safetensors") == (weights == "model")
+    assert is_model(path)
+
+
+def test_raw_and_averaged_weights_differ(stopped: Path) -> None:
+    images = [
+        DDIMPipeline.from_pretrained(f"{stopped}{suffix}")(seeds=[0], num_inference_steps=3, output_type="np").images
+        for suffix in ("", "@raw")
+    ]
+    assert np.abs(images[0] - images[1]).max() > 0
+
+
+@pytest.mark.parametrize(("variant", "weights"), [(None, "ema"), ("raw", "model")])
+def test_checkpoint_is_a_model_of_diffusers(stopped: Path, variant: str | None, weights: str) -> None:
+    pipe = diffusers.DDIMPipeline.from_pretrained(checkpoint(stopped, 3), variant=variant)
+    assert holds(pipe.unet, stopped, 3, weights)
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_result_stands_for_the_run(stopped: Path, make_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    shutil.copytree(stopped, tmp_path / "run")
+    shutil.copytree(checkpoint(stopped, 3), tmp_path / "run" / "final")
+    assert holds(DDIMPipeline.from_pretrained(tmp_path / "run").unet, stopped, 3, "ema")
+
+
+def test_damaged_checkpoints(stopped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The newest is skipped with a warning where it is not named, and refused where it is."""
+    run = shutil.copytree(stopped, tmp_path / "run")
+    weights = checkpoint(run, 6) / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"step-00000006 is damaged or incomplete: its files do not match SHA256SUMS"):
+        DDIMPipeline.from_pretrained(checkpoint(run, 6))
+    assert holds(DDIMPipeline.from_pretrained(run).unet, stopped, 3, "ema")
+    assert [record.getMessage()[-13:] for record in caplog.records] == ["it is skipped"]
+    shutil.rmtree(checkpoint(run, 3))
+    with pytest.raises(FileNotFoundError, match="has no checkpoint that can be loaded as a model yet"):
+        DDIMPipeline.from_pretrained(run)
+
+
+def test_missing_variant_is_named(stopped: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="fp16"):
+        DDIMPipeline.from_pretrained(f"{stopped}@fp16")
+    with pytest.raises(ValueError, match="give the variant in the model's name or as an argument, not both"):
+        DDIMPipeline.from_pretrained(f"{stopped}@raw", variant="raw")
+
+
+def test_folder_whose_name_has_an_at_sign(stopped: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint(stopped, 3), tmp_path / "mine@raw")
+    assert holds(DDIMPipeline.from_pretrained(folder).unet, stopped, 3, "ema")
+    assert split_variant(f"{folder}@raw") == (str(folder), "raw")
+
+
+def test_init(stopped: Path, make_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """A run that starts from another's raw weights, before its first step has changed anything."""
+    config = make_config(max_steps=1, model={}, optim={"lr": 1e-12, "warmup_steps": 0}, checkpoints={"every": 1})
+    config = config.model_copy(update={"init": f"{stopped}@raw", "model": {}})
+    train(config, tmp_path / "run", "cpu")
+    ours = load_checkpoint(checkpoint(tmp_path / "run", 1)).tensors["model"]
+    theirs = load_checkpoint(checkpoint(stopped, 6)).tensors["model"]
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
+
+
+def test_commands_and_page(stopped: Path, image_folder: Path, tmp_path: Path) -> None:
+    raw, few = f"{stopped}@raw", ["--steps", "2"]
+    images = sorted(map(str, image_folder.iterdir()))[:2]
+    script = {
+        "sample": ["sample", "--model", raw, *few, "--out", "x.png"],
+        "info": ["info", raw],
+        "encode": ["encode", *images, "--model", str(stopped), *few, "--out", "latents.safetensors"],
+        "evaluate": ["evaluate", raw, "--reference", str(image_folder), "-n", "8", "--metrics", "precision", *few],
+    }
+    with Commands(tmp_path, script) as commands:
+        assert [commands[name].code for name in script] == [0] * 4, [commands[name].stderr for name in script]
+        assert "raw.safetensors" in commands["info"].stdout
+    assert ModelCache([raw], device="cpu").facts(raw)["weights"] == "diffusion_pytorch_model.raw.safetensors"
+    assert load_file(tmp_path / "latents.safetensors")["latents"].shape[0] == 2
