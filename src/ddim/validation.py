@@ -144,7 +144,7 @@ def nearest(name: Any, names: Iterable[str]) -> str:
     Example:
         >>> nearest("block_out_channel", ["in_channels", "block_out_channels"])
         " (did you mean 'block_out_channels'?)"
-        >>> nearest("colour", ["act_fn"])
+        >>> nearest("hue", ["act_fn"])
         ''
     """
     match = find_nearest(name, names)

@@ -258,6 +258,7 @@ def test_page_follows_the_model(visit: Callable[..., Page]) -> None:
 
     # The seeds in the box are interpolated without further ado.
     tab(page, "Interpolate")
+    expect(page.get_by_text("Between seeds alone every frame is a sample")).to_be_visible()
     set_number(page, "number input for Steps", 2)
     set_seeds(page, "3, 14")
     button(page, "Interpolate").click()

@@ -49,8 +49,8 @@ class ImageDataset(Protocol):
     Attributes:
         shape: (N, C, H, W).
         fingerprint: changes whenever the images do.
-        identity: changes whenever the files do. A run resumes only with the same fingerprint, or the same identity:
-            without a cache there is no fingerprint of pixels.
+        identity: changes whenever the files do. A run resumes only with the same fingerprint or the same identity,
+            because the fingerprint of images without a cache is not that of their pixels.
         location: where decoded images are kept, for messages.
 
     Example:
