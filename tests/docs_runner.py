@@ -27,6 +27,7 @@ import ddim.tuning
 from ddim.cli import main
 from ddim.cli.checks import Command, check_options
 from ddim.data import parquet
+from ddim.io import hub
 from ddim.io.hub import find_model
 from ddim.pipeline import DDIMPipeline
 from ddim.training.config import read_preset
@@ -132,7 +133,8 @@ def reduce_work(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(function.__kwdefaults__, "num_latents", 2)  # type: ignore[arg-type]
     monkeypatch.setattr(ddim.tuning, "REFERENCE_STEPS", 10)
     monkeypatch.setattr(ddim.app, "serve", lambda names, *_: [find_model(name) for name in names])
-    # A data set on the hub: one that the reader's machine has in the cache.
+    # A model and a data set on the hub: those that the reader's machine has in the cache.
+    monkeypatch.setattr(hub, "_download", lambda *_: find_model("mnist"))
     monkeypatch.setattr(
         parquet, "read_hub_dataset", lambda *_: parquet.read_parquet(["mnist/train.parquet"], "hub", None, "")
     )
@@ -164,7 +166,10 @@ def reduced(command: str, given: dict[str, Any]) -> dict[str, Any]:
         channels = read_preset(given["preset"])["model"]["block_out_channels"] if given["preset"] else [8, 16]
         small = [f"model.block_out_channels={[min(width, 32) for width in channels]}", "model.attention_head_dim=8"]
         samples = ["samples.count=2", "samples.num_inference_steps=2", "checkpoints.every=2"]
-        options |= {"max_steps": 2, "batch_size": 8, "settings": [*(given["settings"] or ()), *small, *samples]}
+        settings = given["settings"] or ()
+        if any(setting.startswith("init=") for setting in settings):
+            small = []  # the network is that of the model it starts from
+        options |= {"max_steps": 2, "batch_size": 8, "settings": [*settings, *small, *samples]}
     return options
 
 
@@ -187,9 +192,9 @@ def bring_files(folder: Path, text: str) -> None:
         with tarfile.open(folder / "images.tar", "w") as archive:
             for index in range(8):
                 archive.add(folder / "digit.png", f"{index:09d}.png")
-    for run in set(re.findall(r"(runs/\w+)/final", text)):
-        if f"--out {run}" not in text:
-            DDIMPipeline.from_pretrained("mnist").save_pretrained(folder / run / "final")
+    for name in set(re.findall(r"runs/\w+/final|(?<=--model )runs/\w+", text)):
+        if f"--out {name.removesuffix('/final')}" not in text:
+            DDIMPipeline.from_pretrained("mnist").save_pretrained(folder / name)
     (folder / "mine.yaml").write_text(yaml.safe_dump({"model": TINY_MODEL, "samples": {"every": 1000}}))
 
 

@@ -144,10 +144,10 @@ def decode(data: bytes) -> bytes:
         return b""
 
 
-def encode(pixels: np.ndarray, format: str = "PNG") -> bytes:
+def encode(pixels: np.ndarray) -> bytes:
     """Return an encoded image."""
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, format)
+    Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -294,12 +294,13 @@ def write_tar(folder: Path, content: str, encoded: Sequence[bytes], pixels: np.n
         elif content in ("missing", "paths", "nulls", "no rows", "texts", "fifo") or content in ARRAYS:
             return None
     if content in ("huge shape", "negative shape"):
+        # The second member's.
+        start = 512 + len(encoded[0]) + -len(encoded[0]) % 512
         data = bytearray(path.read_bytes())
-        size = 2**60 if content == "huge shape" else -512
-        data[124:136] = (
-            b"\x80" + size.to_bytes(11, "big") if size > 0 else b"\xff" + size.to_bytes(11, "big", signed=True)
-        )
-        data[148:156] = f"{sum(data[:148]) + sum(data[156:512]) + 256:06o}\0 ".encode()
+        size = (2**60).to_bytes(11, "big") if content == "huge shape" else (-512).to_bytes(11, "big", signed=True)
+        data[start + 124 : start + 136] = (b"\x80" if content == "huge shape" else b"\xff") + size
+        checksum = sum(data[start : start + 148]) + sum(data[start + 156 : start + 512]) + 8 * ord(" ")
+        data[start + 148 : start + 156] = f"{checksum:06o}\0 ".encode()
         path.write_bytes(data)
     return path
 

@@ -353,8 +353,8 @@ def judge_output(status: int, stdout: str, stderr: str) -> None:
         if (match := INTERNAL.search(sentence) or OF_THE_LIBRARY.search(sentence)) or len(sentence) > 1500:
             raise Fault(TRACEBACK, f"not a sentence ({match and match[0]!r}): {sentence}")
         raise Refused(sentence)
-    if "Usage:" not in stderr:
-        raise Fault(TRACEBACK, f"status 2 without usage: {stderr[-3000:]}")
+    if "Usage:" not in stderr and "Error" not in stderr:
+        raise Fault(TRACEBACK, f"status 2 without a usage error: {stderr[-3000:]}")
     raise Refused("usage: " + " ".join(stderr.split())[-200:])
 
 

@@ -1,7 +1,7 @@
 """Configurations of networks, schedulers, pipelines and training runs, with entries of every kind.
 
-What is accepted can be saved and read again to an equal object, and where `diffusers` takes the same configuration, both
-compute the same numbers.
+What is accepted can be saved and read again to an equal object, and where `diffusers` takes the same configuration,
+both compute the same numbers.
 """
 
 from __future__ import annotations
@@ -235,7 +235,6 @@ def check_scheduler(folder: Path, entries: dict[str, Any] | None) -> None:
         alphas = other.alphas_cumprod.double()
     except Exception:
         return
-    settings = scheduler.config
     expect(len(alphas) == len(scheduler), "another number of timesteps than diffusers")
     # float32 products of diffusers, float64 here.
     expect(bool((alphas - scheduler.alphas_cumprod.double()).abs().max() < 1e-4), "alphas_cumprod are not diffusers'")

@@ -12,15 +12,15 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Kernels are compiled once, by whichever process needs them first.
 os.environ.setdefault("DDIM_KERNEL_CACHE", str(Path(__file__).parents[2] / ".pytest_cache" / "kernels"))
 
-import datasets  # noqa: E402, F401
-import diffusers  # noqa: E402
-import pydantic  # noqa: E402, F401
-import torch  # noqa: E402
+import datasets  # noqa: F401
+import diffusers
+import pydantic  # noqa: F401
+import torch
 
-import ddim  # noqa: E402, F401
-import ddim.cli  # noqa: E402, F401
-import ddim.convert  # noqa: E402, F401
-import ddim.pipeline  # noqa: E402, F401
+import ddim
+import ddim.cli
+import ddim.convert
+import ddim.pipeline  # noqa: F401
 
 torch.set_num_threads(1)
 # Imported lazily; workers would each do so.

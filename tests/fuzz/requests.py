@@ -1,7 +1,7 @@
 """Requests to the web page: a real server on a loopback address, and anything that a client may send.
 
-Every answer is a result or one sentence with a status of 4xx, in time; no file is shown that was not offered; images are
-those that the library samples.
+Every answer is a result or one sentence with a status of 4xx, in time; no file is shown that was not offered; images
+are those that the library samples.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ HEADERS = st.lists(
                 ("authorization", "Basic AAAA"),
                 ("x-gradio-server", "http://evil.example"),
                 ("if-none-match", "*"),
-                ("te", "x"),
+                ("via", "x"),
             ),
         ]
     ),

@@ -18,15 +18,15 @@ from fuzz.campaign import TARGETS, Tally, fault_kind, main, run, table
 from fuzz.harness import FAULTS, Fault, Outcome, Refused, Worker, attempt, expect, judge
 
 COUNTS = {
-    "checkpoints": 60,
-    "configurations": 80,
-    "commands": 20,
-    "images": 120,
+    "checkpoints": 50,
+    "configurations": 60,
+    "commands": 15,
+    "images": 100,
     "archives": 60,
-    "latents": 120,
-    "requests": 50,
+    "latents": 100,
+    "requests": 25,
 }
-"""Inputs per target: a minute in all."""
+"""Inputs per target: 45 s of one processor in all."""
 
 
 @pytest.mark.parametrize("target", TARGETS)

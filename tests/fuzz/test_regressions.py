@@ -56,18 +56,19 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "number as a name": (
         "checkpoints",
         Damage("bin", changes=[("rename", 3)]),
-        "does not hold a dictionary of dense tensors",
+        "all of them dense and named",
     ),
     "sparse tensor": (
         "checkpoints",
         Damage("bin", changes=[("sparse", 4)]),
-        "does not hold a dictionary of dense tensors",
+        "all of them dense and named",
     ),
     "sparse tensor to convert": (
         "checkpoints",
         Damage("ddpm.pt", changes=[("sparse", 4)]),
-        "a dictionary of dense tensors",
+        "a dictionary of tensors, dense and named",
     ),
+    "complex tensor": ("checkpoints", Damage("bin", changes=[("complex", 4)]), "must be real, got torch.complex64"),
     # Entries of configurations.
     "another encoding": (
         "configurations",
@@ -133,6 +134,13 @@ CASES: dict[str, tuple[str, Any, str]] = {
         "not a latent file: it is damaged",
     ),
     "impossible position of images": ("archives", Archive("packed npz", "", DELETE_BEFORE_THE_END), "it is damaged"),
+    "damaged deflate stream": (
+        "archives",
+        Archive("packed npz", "", [Mutation("set", -97, 1, b"\x07\x86")]),
+        "cannot be read as .npz: it is damaged",
+    ),
+    # `tarfile` of Python finds such a member again for ever.
+    "negative size": ("archives", Archive("tar", "negative shape"), "must have a size of at least 0, got -512"),
     "header as long as the file": (
         "archives",
         Archive("npz", "", [Mutation("set", 25, 244, b"\xff" * 8)]),

@@ -52,10 +52,10 @@ def read_checkpoint(path: Path, ema: bool = True) -> dict[str, Tensor]:
     content = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     if isinstance(content, list | tuple):
         content = _choose_state(content, path, ema)
-    if not content or not is_state_dict(content):
+    if not is_state_dict(content) or not content:
         raise ValueError(
-            f"{path} is not a checkpoint of a network: it holds neither a dictionary of dense tensors nor a list [model, "
-            "optimizer, epoch, step, averaged model]"
+            f"{path} is not a checkpoint of a network: it holds neither a dictionary of tensors, dense and "
+            "named, nor a list [model, optimizer, epoch, step, averaged model]"
         )
     if all(name.startswith(DATA_PARALLEL_PREFIX) for name in content):
         return {name.removeprefix(DATA_PARALLEL_PREFIX): tensor for name, tensor in content.items()}

@@ -23,7 +23,9 @@ from torch import Tensor
 from ddim.data.base import Source
 from ddim.data.sources import open_source
 from ddim.io.images import decode_image, fit_image, to_bytes
+from ddim.io.reading import reader_reason
 from ddim.pipeline import DDIMPipeline
+from ddim.validation import shown
 
 BATCH_SIZE = 64
 
@@ -175,6 +177,13 @@ def set_sha256(images: ImageSet, hashes: Sequence[str]) -> str:
     return hashlib.sha256(str((images.count, images.shape, list(hashes))).encode()).hexdigest()
 
 
+def _check_size(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Return a member of a tar file unless its size is negative, after which `tarfile` may find it again for ever."""
+    if entry.size < 0:
+        raise tarfile.ReadError(f"the member {shown(entry.name)} must have a size of at least 0, got {entry.size}")
+    return entry
+
+
 def _open_shards(path: Path) -> Source:
     """Open the images of tar files; members are located once and read from their offsets."""
     shards = [path] if path.is_file() else sorted(p for p in path.parent.glob(f"{path.stem}-*.tar") if p.is_file())
@@ -184,17 +193,18 @@ def _open_shards(path: Path) -> Source:
     for shard in shards:
         try:
             with tarfile.open(shard, "r:") as archive:
-                entries = [entry for entry in archive if entry.isfile()]
-        except tarfile.TarError as error:
-            raise ValueError(f"{shard} cannot be read as tar: {error}") from None
+                entries = [entry for entry in map(_check_size, archive) if entry.isfile()]
+        except Exception as error:  # damaged headers raise errors of many kinds
+            raise ValueError(f"{shard} cannot be read as tar: {reader_reason(error)}") from None
         # macOS adds hidden files, `._x.png`.
         images = [
             entry
             for entry in entries
             if entry.name.lower().endswith((".png", ".jpg", ".jpeg", ".webp")) and Path(entry.name).name[0] != "."
         ]
-        if images and images[-1].offset_data + images[-1].size > shard.stat().st_size:
-            raise ValueError(f"{shard} is truncated: it ends within {images[-1].name}")
+        for entry in images:
+            if entry.offset_data + entry.size > shard.stat().st_size:
+                raise ValueError(f"{shard} is truncated: it ends within {shown(entry.name)}")
         members += [(shard, entry.offset_data, entry.size, entry.name) for entry in images]
     if not members:
         raise FileNotFoundError(f"{path} contains no images")

@@ -126,7 +126,7 @@ def evaluate(
         raise ValueError("reference must be given for attributes=True, got None")
     extractor: Any = load_features(features, samples.shape)
     if attributes and not isinstance(extractor, AttributeClassifier):
-        raise ValueError(f"features must be {' or '.join(CLASSIFIERS)} for attributes=True, got {features!r}")
+        raise ValueError(f"features must be {' or '.join(CLASSIFIERS)} for attributes=True, got {shown(features)}")
     counts = [images.count for images in (samples, reference) if images is not None]
     if group.is_main and "fid" in metrics and (warning := sample_size_warning(extractor, *counts)):
         logger.warning(warning)

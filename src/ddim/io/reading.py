@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import zlib
 
 ABOUT_THE_READER = (
     *(ArithmeticError, AttributeError, EOFError, LookupError, NotImplementedError, RecursionError, UnicodeError),
+    zlib.error,
 )
 """Kinds of errors whose messages are about a reader's own code."""
 DAMAGED = "it is damaged"
@@ -20,7 +22,7 @@ def reader_reason(error: Exception) -> str:
         error: what its reader raised.
 
     Returns:
-        The start of the error's message on one line, or that the file is damaged where the message is not about the file.
+        The start of the error's message on one line; "it is damaged" where the message is about the reader.
 
     Example:
         >>> reader_reason(ValueError("it has no array 'latents'"))

@@ -181,7 +181,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return tensors
     content = read_pickle(path)
     if not is_state_dict(content):
-        raise ValueError(f"{path} does not hold a dictionary of dense tensors")
+        raise ValueError(f"{path} does not hold a dictionary of tensors, all of them dense and named")
     # A tensor may repeat the values of a small storage: copied, it would take memory that the file does not justify.
     claimed, size = sum(tensor.nbytes for tensor in content.values()), path.stat().st_size
     if claimed > MAX_SHARED * size:
@@ -255,9 +255,9 @@ def _verify_archive(path: Path) -> None:
                         while stream.read(COPY_CHUNK_BYTES):
                             pass
     except Exception:  # a damaged archive raises errors of many types
-        raise ValueError(f"{path} is damaged: it does not match the checksums in it") from None
+        raise ValueError(f"{path} is truncated or damaged: it does not match the checksums in it") from None
     if claimed > size:
-        raise ValueError(f"{path} is damaged: its members take {claimed} bytes, the file {size}")
+        raise ValueError(f"{path} is truncated or damaged: its members take {claimed} bytes, the file {size}")
 
 
 def _modern_name(name: str) -> str:
@@ -308,7 +308,7 @@ def fill_model(
         The parameters left as they are: name, shape of the tensor, shape of the parameter.
 
     Raises:
-        ValueError: if tensors are missing, unexpected or of another shape; it names the first three. If a value is NaN
+        ValueError: if tensors are missing, unexpected, complex or of another shape; it names three. If a value is NaN
             or infinite.
 
     Example:
@@ -327,6 +327,7 @@ def fill_model(
     ]
     problems = [f"{name} is missing" for name in shapes if name not in tensors]
     problems += [f"{name} is unexpected" for name in tensors if name not in shapes]
+    problems += [f"{name} must be real, got {tensor.dtype}" for name, tensor in tensors.items() if tensor.is_complex()]
     if not ignore_mismatched_sizes:
         problems += [f"{name}: expected shape {shape}, got {actual}" for name, actual, shape in mismatched]
     if problems:
