@@ -1,4 +1,4 @@
-"""Scripts that change what a network computes: its mode, weights in place, PyTorch's functions, attributes of layers."""
+"""Scripts that change what a network computes: mode, weights in place, PyTorch's functions, attributes of layers."""
 
 from __future__ import annotations
 
