@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ddim.devices import choose_device
+from ddim.devices import choose_device, execution_device
 from ddim.io import hub
 from ddim.io.config import ConfigMixin, FrozenConfig
 from ddim.io.images import as_pil, to_bytes
@@ -86,7 +86,7 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
     def config(self) -> FrozenConfig:
         """Library and class of each component, and the settings that were registered."""
         classes = {name: _library_and_class(getattr(self, name)) for name in self._registered}
-        return FrozenConfig({**classes, **self.__dict__.get("_internal_dict", {})})
+        return FrozenConfig({**self.__dict__.get("_internal_dict", {}), **classes})
 
     @property
     def components(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
     @property
     def _execution_device(self) -> torch.device:
         """The device on which networks run: that of the networks, unless they are offloaded in between."""
-        return self.offload_device or self.device
+        return self.offload_device or next((execution_device(network) for network in self._networks()), self.device)
 
     def _networks(self) -> list[nn.Module]:
         modules = (getattr(self, name) for name in self._registered)
@@ -162,22 +162,34 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
                 module.to(device=chosen, dtype=dtype)
         return self
 
-    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device = "cuda") -> None:
-        """Keep networks on the CPU, and move them to an accelerator only while the pipeline runs.
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device | None = None) -> None:
+        """Keep networks on the CPU, and move them to another device only while the pipeline runs.
 
         Args:
-            gpu_id: the accelerator's index.
-            device: the accelerator.
+            gpu_id: the device's index.
+            device: the device; defaults to the machine's accelerator.
 
         Raises:
-            RuntimeError: if the machine has no accelerator.
+            RuntimeError: without a `device`, if the machine has no accelerator.
+            ValueError: if the machine has no such device, or for two indices.
+
+        Example:
+            >>> from ddim import DDIMPipeline
+            >>> pipe = DDIMPipeline.from_pretrained("mnist")
+            >>> pipe.enable_model_cpu_offload(device="cpu")
+            >>> pipe.offload_device
+            device(type='cpu', index=0)
         """
-        accelerator = torch.device(device)
-        if accelerator.type == "cpu" or not torch.accelerator.is_available():
+        if device is None and torch.accelerator.is_available():
+            device = torch.accelerator.current_accelerator()
+        if device is None:
             raise RuntimeError("enable_model_cpu_offload requires an accelerator, and this machine has none")
-        index = gpu_id if gpu_id is not None else accelerator.index
+        chosen = torch.device(device)
+        if gpu_id is not None and chosen.index is not None:
+            raise ValueError(f"device must have no index where gpu_id is given, got {chosen} and gpu_id={gpu_id}")
+        index = chosen.index if gpu_id is None else gpu_id
+        self.offload_device = choose_device(torch.device(chosen.type, index or 0))
         self.to("cpu")
-        self.offload_device = torch.device(accelerator.type, index or 0)
 
     enable_sequential_cpu_offload = enable_model_cpu_offload
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from inspect import Parameter, Signature, signature
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self, cast
 
 import torch
@@ -73,7 +74,9 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         engine: how the network is run: `auto`, `eager` or `compile` (`ddim.engine`).
 
     Attributes:
-        sampler: the network, the scheduler and the engine, ready to run.
+        unet: the network; may be replaced.
+        scheduler: the scheduler; may be replaced by any that has `set_timesteps` and `step`.
+        engine: the name of the engine that runs the network; may be changed.
 
     Raises:
         TypeError: for a network or scheduler without `.config`.
@@ -90,9 +93,13 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
     """
 
     model_cpu_offload_seq = "unet"
+    unet: Any = None
+    scheduler: Any = None
+    engine: str = "auto"
+    _progress_bar_config: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, unet: Any = None, scheduler: Any = None, engine: str = "auto") -> None:
-        self.sampler = Sampler(None, None, engine)
+        self.engine = check_engine(engine)
         if unet is None and scheduler is None and type(self) is not DDIMPipeline:
             return  # a subclass registers its components itself
         for name, component in (("unet", unet), ("scheduler", scheduler)):
@@ -109,36 +116,16 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         return f"{type(self).__name__}(unet={unet}, scheduler={type(self.scheduler).__name__})"
 
     @property
-    def unet(self) -> Any:
-        """The network; may be replaced."""
-        return self.sampler.unet
-
-    @unet.setter
-    def unet(self, unet: Any) -> None:
-        self.sampler.unet = unet
-
-    @property
-    def scheduler(self) -> Any:
-        """The scheduler; may be replaced by any that has `set_timesteps` and `step`."""
-        return self.sampler.scheduler
-
-    @scheduler.setter
-    def scheduler(self, scheduler: Any) -> None:
-        self.sampler.scheduler = scheduler
-
-    @property
-    def engine(self) -> str:
-        """The name of the engine that runs the network: `auto`, `eager` or `compile`; may be changed."""
-        return self.sampler.engine
-
-    @engine.setter
-    def engine(self, engine: str) -> None:
-        self.sampler.engine = engine
+    def sampler(self) -> Sampler:
+        """The network, the scheduler and the engine as they are now, ready to run."""
+        sampler = Sampler(self.unet, self.scheduler, self.engine)
+        sampler.progress_bar_config = dict(self._progress_bar_config)
+        return sampler
 
     @property
     def device(self) -> torch.device:
-        """The device of the network."""
-        return super().device if self.unet is None else self.sampler.device
+        """The device of the network's weights."""
+        return super().device if self.unet is None else torch.device(getattr(self.unet, "device", "cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,7 +143,7 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         Args:
             config: such as `disable=True` or `desc="sampling"`.
         """
-        self.sampler.progress_bar_config = config
+        self._progress_bar_config = config
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> tqdm[Any]:
         """Return a `tqdm` bar with the settings of `set_progress_bar_config`.
@@ -187,7 +174,8 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Sample images.
 
-        The network runs without gradients and in evaluation mode, and keeps the mode it was in.
+        The network runs without gradients and in the mode it is in: dropout takes effect in training mode. Networks
+        that are loaded are in evaluation mode.
 
         A scheduler of another class, or with methods of its own, is run by its `set_timesteps` and `step`
         (`ddim.external_scheduler`); `order` and `use_sigma_hat` are settings of `DDIMScheduler` alone.
@@ -202,7 +190,7 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
                 model's device.
             return_dict: `False` for `(images,)`.
             seeds: one integer per image instead of a generator: image i then depends on `seeds[i]` and on nothing else,
-                to within rounding.
+                to within rounding, if the network is deterministic (dropout draws from PyTorch's global generator).
             latents: x at the first timestep, (N, C, H, W), instead of noise that is drawn.
             timesteps: a custom subsequence instead of S: strictly decreasing integers.
             order: of the solver: 1 for DDIM, 2 for the two-step method of `ddim.diffusion.solvers.second_order`, which

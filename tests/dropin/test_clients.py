@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dropin import (  # noqa: F401  # imported for their clients
+    change_clients,
     file_clients,
     module_clients,
     output_clients,

@@ -26,6 +26,7 @@ from ddim.diffusion.noise import noise_from_seeds
 from ddim.engine import cuda
 from ddim.engine.base import unsupported_reason
 from ddim.engine.cuda import CUDAEngine, StepOptions, check_compiler, clip_identity, compile_network
+from ddim.sampler import Sampler
 from ddim.unet import UNet2DModel
 from helpers import error, randn
 
@@ -83,7 +84,12 @@ class FastPipeline(DDIMPipeline):
     def __init__(self, unet: UNet2DModel, scheduler: DDIMScheduler) -> None:
         super().__init__(unet, scheduler)
         self.fast = CUDAEngine(unet)
-        self.sampler.get_engine = lambda: self.fast
+
+    @property
+    def sampler(self) -> Sampler:
+        sampler = super().sampler
+        sampler.get_engine = lambda: self.fast
+        return sampler
 
 
 def pair(unet: UNet2DModel, **settings: Any) -> tuple[DDIMPipeline, FastPipeline]:
