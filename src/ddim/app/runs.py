@@ -143,7 +143,7 @@ class Run:
         """
         # The scheduler is copied: a call sets its timesteps.
         scheduler = DDIMScheduler.from_config(base.scheduler.config)
-        pipe = DDIMPipeline(base.unet, scheduler, base.engine)
+        pipe = DDIMPipeline(base.unet, scheduler, engine=base.engine)
         pipe.sampler = _RunSampler(base.unet, scheduler, base.engine, self)
         return pipe
 
