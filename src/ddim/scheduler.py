@@ -224,7 +224,7 @@ class DDIMScheduler(SchedulerFiles):
 
     def _before_rounding(self, name: str) -> NDArray[np.float64]:
         """Return the numbers that a public tensor was rounded from, if they are still those that it holds."""
-        exact, held = self._exact[name], _read(torch.as_tensor(getattr(self, name)))
+        exact, held = self._exact[name], torch.as_tensor(getattr(self, name)).detach().cpu().double().numpy()
         unchanged = held.shape == exact.shape and np.array_equal(held, exact.astype(np.float32))
         return exact if unchanged else held
 
@@ -349,6 +349,7 @@ class DDIMScheduler(SchedulerFiles):
     def _set_timesteps(self, timesteps: list[int], device: str | torch.device | None) -> None:
         self._previous: tuple[int, Tensor] | None = None
         self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
+        self._listed = self.timesteps, timesteps[::-1]
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
         """Return the sample unchanged: DDIM feeds x_t to the network unscaled.
@@ -435,7 +436,7 @@ class DDIMScheduler(SchedulerFiles):
         next_timestep = self._next_timestep(t)
         visited += [] if next_timestep is None else [next_timestep]
         is_differentiable = not all(_is_plain(values) for values in (self.alphas_cumprod, self.final_alpha_cumprod))
-        own_variance = has_members(self, _VARIANCE)
+        own_variance = not torch.compiler.is_compiling() and has_members(self, _VARIANCE)
         if own_variance and not is_differentiable:
             return t, self.make_steps(visited, eta, order=self.solver_order)[index].coefficients()
         check_order(self.solver_order, real("eta", eta, minimum=0))
@@ -452,13 +453,15 @@ class DDIMScheduler(SchedulerFiles):
     def _alpha(self, t: int) -> Tensor:
         """Return alphas_cumprod at t, or for t = -1 where the last step leads, float64 ()."""
         name = "alphas_cumprod" if t >= 0 else "final_alpha_cumprod"
-        held = torch.as_tensor(getattr(self, name))
-        values = torch.from_numpy(self._before_rounding(name)) if _is_plain(held) else held.double()
+        held = getattr(self, name)
+        values = torch.from_numpy(self._before_rounding(name)) if _is_plain(held) else torch.as_tensor(held).double()
         return values[t] if t >= 0 else values
 
     def _next_timestep(self, t: int) -> int | None:
         """Return where the step from t leads; `None` for `final_alpha_cumprod`."""
-        entries = sorted(torch.as_tensor(self.timesteps).tolist())
+        timesteps, entries = self._listed
+        if timesteps is not self.timesteps or not torch.compiler.is_compiling():
+            entries = sorted(torch.as_tensor(self.timesteps).tolist())
         T, S = len(self), self.num_inference_steps
         is_assigned = S not in (None, self._num_set, len(entries))
         # Between the entries of `leading` timesteps, which scripts of `diffusers` start from.
@@ -470,7 +473,8 @@ class DDIMScheduler(SchedulerFiles):
         if is_assigned or is_between:
             strided = t - T // integer("num_inference_steps", S, 1, T)
             return strided if strided >= 0 else None
-        return max((entry for entry in entries if entry < t), default=None)
+        smaller = [entry for entry in entries if entry < t]
+        return smaller[-1] if smaller else None
 
     def _threshold_sample(self, sample: Tensor) -> Tensor:
         """Return a predicted x_0 after dynamic thresholding, which scripts call, (N, C, H, W)."""
@@ -590,6 +594,7 @@ class DDIMInverseScheduler(DDIMScheduler):
             raise ValueError(f"solver_order must be 1, got {self.solver_order}: {NO_INVERSE}")
         super()._set_timesteps(timesteps, device)
         self.timesteps = self.timesteps.flip(0)
+        self._listed = self.timesteps, timesteps[::-1]
 
     def step(  # type: ignore[override]  # the interface of `diffusers`
         self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True
@@ -628,21 +633,10 @@ def _variance(alpha: Tensor, alpha_prev: Tensor) -> Tensor:
 
 
 def _is_plain(values: Any) -> bool:
-    """Return whether reading a tensor's numbers loses nothing: no gradient, no transform, no compilation."""
-    if torch.compiler.is_compiling():
+    """Return whether reading a tensor's numbers is possible and loses no gradient."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if not isinstance(values, Tensor):
-        return True
-    needs_gradient = values.requires_grad and torch.is_grad_enabled()
-    return not needs_gradient and not torch._C._functorch.is_functorch_wrapped_tensor(values)
-
-
-def _read(values: Tensor) -> NDArray[np.float64]:
-    """Return a tensor's numbers; by no operator, which `torch.func` would transform, where it can be read directly."""
-    is_direct = values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
-    if is_direct and not values.requires_grad:
-        return values.numpy().astype(np.float64)
-    return values.detach().cpu().double().numpy()
+    return not (isinstance(values, Tensor) and values.requires_grad and torch.is_grad_enabled())
 
 
 join_mixins(DDIMScheduler, "schedulers.scheduling_utils.SchedulerMixin", "configuration_utils.ConfigMixin")
