@@ -16,7 +16,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -25,6 +24,7 @@ from PIL import Image
 from torch import nn
 
 from ddim.devices import choose_device
+from ddim.extras import check_xformers
 from ddim.io import hub
 from ddim.io.config import ConfigMixin, FrozenConfig
 from ddim.io.images import as_pil, to_bytes
@@ -215,8 +215,7 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
         Raises:
             ModuleNotFoundError: if xformers is not installed, which scripts catch.
         """
-        if find_spec("xformers") is None:
-            raise ModuleNotFoundError("xformers is not installed; attention runs by PyTorch's fused operator")
+        check_xformers()
 
     @staticmethod
     def numpy_to_pil(images: Any) -> list[Image.Image]:

@@ -13,10 +13,12 @@ import torch
 
 from dropin import (  # noqa: F401  # imported for their clients
     file_clients,
+    interface_clients,
     module_clients,
     output_clients,
     pipeline_clients,
     sampling_clients,
+    schedule_clients,
     scheduler_clients,
     training_clients,
 )

@@ -153,6 +153,7 @@ class ConfigMixin:
         own_settings: arguments that only this library has, with their defaults; recorded in the entry `_ddim`, and only
             where they differ.
         foreign_settings: entries of related classes' configurations, which are kept without a word.
+        has_compatibles: whether other classes take this one's configuration.
         config: the arguments of the constructor.
     """
 
@@ -160,6 +161,7 @@ class ConfigMixin:
     ignore_for_config: ClassVar[Collection[str]] = []
     own_settings: ClassVar[Mapping[str, Any]] = {}
     foreign_settings: ClassVar[Collection[str]] = ()
+    has_compatibles: ClassVar[bool] = False
 
     @property
     def config(self) -> FrozenConfig:
@@ -321,6 +323,22 @@ class ConfigMixin:
         config, commit = read_config(pretrained_model_name_or_path, cls.config_name, subfolder, hub_options)
         result = (config, *([options] if return_unused_kwargs else []), *([commit] if return_commit_hash else []))
         return config if len(result) == 1 else result
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """Call `load_config`, of which this is a deprecated alias.
+
+        Args:
+            args: as for `load_config`.
+            kwargs: as for `load_config`.
+        """
+        warnings.warn("get_config_dict is deprecated; use load_config", FutureWarning, stacklevel=2)
+        return cls.load_config(*args, **kwargs)
+
+    @staticmethod
+    def _get_init_keys(input_class: type) -> set[str]:
+        """Return the names of a constructor's arguments, with `self`, which scripts compare configurations with."""
+        return set(inspect.signature(input_class.__init__).parameters)  # type: ignore[misc]
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **options: Any) -> None:
         """Write the configuration file of this object into a folder.
