@@ -3,10 +3,11 @@
 Their constructors, methods and configuration files are those of the classes of these names in `diffusers`, and so are
 their numbers, with one exception: `step` of `diffusers` assumes that the previous timestep is t - T // S, false for
 `linspace`, for `trailing` where S does not divide T, and for every custom list. Here the previous timestep is the next
-entry of `timesteps`.
+entry of `timesteps`; only from between `leading` timesteps a step leads to t - T // S, too.
 
 Schedules are computed in float64 (`diffusers`: float32); `betas`, `alphas` and `alphas_cumprod` are float32, as scripts
-expect.
+expect. Where their numbers cannot be read without losing a gradient or breaking a trace, the tensors themselves are
+computed with.
 """
 
 from __future__ import annotations
@@ -376,7 +377,7 @@ class DDIMScheduler(SchedulerFiles):
         Args:
             model_output: what the network predicts from `sample`, (N, C, H, W).
             timestep: t. The step leads to the next smaller entry of `timesteps`, or to `final_alpha_cumprod` after the
-                last.
+                last; from between `leading` timesteps to t - T // S.
             sample: x_t, (N, C, H, W).
             eta: 0 for DDIM, 1 for DDPM.
             use_clipped_model_output: recompute epsilon from the clipped x_0.
