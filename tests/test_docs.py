@@ -1,15 +1,15 @@
-"""README and docs: Python blocks run in order, links and files exist, lines are short, words are those of the field."""
+"""README and docs: all snippets run in order, links and files exist, lines are short, words are those of the field."""
 
 from __future__ import annotations
 
-import os
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from programs import run_python
+from ddim.info import describe
+from docs_runner import excluded, parse_shell, run_page, snippets
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -17,19 +17,15 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "src" / "ddim" / "models").glob("*/README.md")),
 ]
-NOT_RUN = re.compile(r"<!-- not run: .+ -->\n\Z")
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DEVELOPERS_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")
+MAX_NOT_RUN = 3
+"""Snippets of all pages that are not run."""
 MAX_LINE = 120
 UNWANTED = re.compile(
     r"\b(paint\w*|pictures?|unless given|in place of|goes on|gone on|tells?|told|the peer|of one's own|wants|"
     r"(?<!there )is no|evaluations? an?|images? a|steps? an?)\b",
     re.IGNORECASE,
 )
-
-
-def python_blocks(text: str) -> list[str]:
-    """Return the Python blocks of a page, without those that a comment excludes."""
-    return [match[1] for match in BLOCK.finditer(text) if not NOT_RUN.search(text[: match.start()])]
 
 
 def prose(text: str) -> str:
@@ -48,16 +44,31 @@ def by_name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def test_blocks_are_extracted() -> None:
-    text = "a\n```python\nx = 1\n```\n\n<!-- not run: network -->\n```python\ny\n```\n```python\nz = 2\n```\n"
-    assert python_blocks(text) == ["x = 1\n", "z = 2\n"]
+def test_snippets_are_extracted() -> None:
+    text = "a\n```python\nx = 1\n```\n\n<!-- not run: network -->\n```python\ny\n```\n```sh\nddim info\n```\n"
+    assert snippets(text) == [("python", "x = 1\n", 3), ("sh", "ddim info\n", 11)]
+    assert excluded(text) == ["network"]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page.read_text())], ids=by_name)
-def test_python_blocks_run_in_order(page: Path, tmp_path: Path) -> None:
-    script = "\n".join(python_blocks(page.read_text()))
-    done = run_python(script, env=os.environ | {"HF_HUB_OFFLINE": "1"}, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_shell_is_parsed_by_the_shell() -> None:
+    code = "ddim info  # words\nddim sample 'a b' \\\n  --out \"x.png\"\n"
+    assert parse_shell(code) == [["ddim", "info"], ["ddim", "sample", "a b", "--out", "x.png"]]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in DEVELOPERS_PAGES], ids=by_name)
+def test_snippets_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_page(page, tmp_path, monkeypatch)
+
+
+def test_few_snippets_are_not_run() -> None:
+    reasons = [reason for page in PAGES for reason in excluded(page.read_text())]
+    assert len(reasons) <= MAX_NOT_RUN, reasons
+
+
+def test_gflop_is_that_of_ddim_info() -> None:
+    given = [value for page in PAGES for value in re.findall(r"([\d.]+) GFLOP per image and step", page.read_text())]
+    assert len(given) >= 2
+    assert set(given) == {str(describe("mnist")["gflop_per_image_and_step"])}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)

@@ -32,7 +32,7 @@ from ddim.io.json_files import read_json
 from ddim.io.pretrained import drop_unused_options, resolve_device_map, resolve_dtype
 from ddim.io.runs import split_variant
 from ddim.io.weights import MAX_SHARD_SIZE
-from ddim.validation import shown
+from ddim.validation import nearest, shown
 
 LIBRARIES = ("diffusers", "transformers")
 """Libraries whose classes a `model_index.json` may name without the program having imported them."""
@@ -539,4 +539,9 @@ def names_class(entry: Any) -> bool:
 def _refuse_unknown(cls: type, options: dict[str, Any], function: str) -> None:
     """Refuse options that nothing takes."""
     for name in drop_unused_options(cls, options):
-        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+        known = [
+            *_arguments(cls),
+            *inspect.signature(ComponentPipeline.from_pretrained).parameters,
+            *hub.HUB_OPTION_NAMES,
+        ]
+        raise TypeError(f"{function}() got an unexpected keyword argument {shown(name)}{nearest(name, known)}")

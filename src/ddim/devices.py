@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ddim.validation import choice
+from ddim.validation import choice, shown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,7 +34,7 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(
-            f"device must be auto or a device of this machine, such as cpu, cuda or cuda:1, got {str(name)!r}"
+            f"device must be auto or a device of this machine, such as cpu, cuda or cuda:1, got {shown(str(name))}"
         ) from None
     return device
 

@@ -38,7 +38,7 @@ from ddim.io.images import to_output, to_samples
 from ddim.outputs import EncodeOutput, ImagePipelineOutput, ReconstructOutput, TrajectoryOutput
 from ddim.sampler import ProgressBar, Sampler, SamplingPlan
 from ddim.scheduler import NO_INVERSE, DDIMScheduler, check_own_steps
-from ddim.validation import as_integer, integer, real
+from ddim.validation import as_integer, integer, real, shown
 
 logger = logging.getLogger(__name__)
 
@@ -431,7 +431,7 @@ class LatentSpace:
         """
         self.sampler.check_output(output_type)
         if not isinstance(num_inference_steps, Iterable):
-            raise TypeError(f"num_inference_steps must be a list of numbers of steps, got {num_inference_steps!r}")
+            raise TypeError(f"num_inference_steps must be a list of numbers of steps, got {shown(num_inference_steps)}")
         plans = [self.sampler.plan(SamplingConfig(count, order=order)) for count in num_inference_steps]
         if not plans:
             raise ValueError("num_inference_steps must hold at least one number of steps, got none")
@@ -466,7 +466,8 @@ class LatentSpace:
             strength: the share of the steps that is taken, from 0 (the images unchanged) to 1 (all of them).
             num_inference_steps: S of a whole process; round(strength S) of them are taken.
             output_type: `pil`, `np` (float32 (N, H, W, C) in [0, 1]) or `pt` ((N, C, H, W) in [0, 1]).
-            seeds: one integer per image, for the noise.
+            seeds: integers, for the noise: one per image, one for all images, or several for a single image, which then
+                has as many edits.
             eta: of the steps back, 0 for DDIM, 1 for DDPM; above 0 it requires `seeds`.
             timesteps: a custom subsequence instead of S: strictly decreasing integers.
             order: of the steps back, 1 or 2; `None` for the scheduler's `solver_order`.
@@ -498,7 +499,9 @@ class LatentSpace:
         plan = self.sampler.plan(SamplingConfig(num_inference_steps, eta, timesteps, order))
         if eta > 0 and seeds is None:
             raise ValueError(f"eta above 0 draws noise and requires seeds, one per image, got eta={eta:g}")
-        checked = None if seeds is None else check_seeds(seeds, len(x))
+        checked = None
+        if seeds is not None:
+            x, checked = pair_with_seeds(x, seeds)
         steps = plan.steps[len(plan.steps) - round(strength * len(plan.steps)) :]
         noise = None if checked is None else noise_from_seeds(x.shape, checked, self.sampler.device)
         if steps and noise is not None:
@@ -712,7 +715,7 @@ def select_timesteps(timesteps: Sequence[int], frames: int | None, at: Sequence[
     """
     if at is not None:
         if not isinstance(at, Iterable):
-            raise TypeError(f"at must be a list of timesteps, got {at!r}")
+            raise TypeError(f"at must be a list of timesteps, got {shown(at)}")
         chosen = set()
         for entry in at:
             t = as_integer(entry)
@@ -724,6 +727,31 @@ def select_timesteps(timesteps: Sequence[int], frames: int | None, at: Sequence[
     count = len(timesteps) if frames is None else min(integer("frames", frames, 1), len(timesteps))
     last = len(timesteps) - 1
     return [timesteps[round(i * last / max(1, count - 1))] for i in range(count)]
+
+
+def pair_with_seeds(samples: Tensor, seeds: Iterable[int]) -> tuple[Tensor, list[int]]:
+    """Repeat a single image for all seeds, or a single seed for all images.
+
+    Args:
+        samples: (N, C, H, W).
+        seeds: N integers; or one; or, if N is 1, any number.
+
+    Returns:
+        As many samples as seeds.
+
+    Raises:
+        ValueError: for other numbers, or an entry that is not a seed.
+
+    Example:
+        >>> pair_with_seeds(torch.zeros(1, 1, 8, 8), range(3))[0].shape
+        torch.Size([3, 1, 8, 8])
+    """
+    entries = list(seeds)
+    if entries and len(samples) == 1:
+        samples = samples.repeat(len(entries), 1, 1, 1)
+    elif len(entries) == 1:
+        entries *= len(samples)
+    return samples, check_seeds(entries, len(samples))
 
 
 def list_latents(z0: Tensor | EncodeOutput | Sequence[Tensor], z1: Tensor | None) -> list[Tensor]:

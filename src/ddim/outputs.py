@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils import _pytree as pytree
 
+from ddim.validation import list_unknown
+
 if TYPE_CHECKING:
     import torch
 
@@ -50,7 +52,7 @@ class Output(OrderedDict[str, Any]):
         if isinstance(first, Mapping | Iterator) and all(other is None for other in others):
             entries = dict(first)
             if unknown := entries.keys() - set(names):
-                raise TypeError(f"{type(self).__name__} has no field {', '.join(map(repr, sorted(unknown)))}")
+                raise TypeError(f"{type(self).__name__} has no field {list_unknown(sorted(unknown), names)}")
             object.__setattr__(self, names[0], None)
         else:
             entries = {name: getattr(self, name) for name in names}

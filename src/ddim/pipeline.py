@@ -34,7 +34,7 @@ from ddim.outputs import ImagePipelineOutput
 from ddim.sampler import Sampler, check_output_channels
 from ddim.scheduler import DDIMScheduler, has_own_steps
 from ddim.unet import UNet2DModel
-from ddim.validation import integer, join_choices, shown
+from ddim.validation import integer, join_choices, nearest, shown
 
 # The classes that a model_index.json may name. Nothing is ever imported by a name from a file.
 UNET_CLASSES = ("UNet2DModel", "UNetUnconditionalModel")
@@ -396,14 +396,15 @@ def check_model_index(folder: Path, component_names: Sequence[str] = ("unet", "s
     for name, entry in read_json(path).items():
         if name.startswith("_"):
             continue
-        if name not in component_names:
+        if name not in (component_names if is_custom else allowed):
             if names_class(entry) and entry != [None, None]:
-                raise ValueError(f"{path}: a component of a DDIM pipeline must be unet or scheduler, got {name!r}")
+                raise ValueError(f"{path}: a component of a DDIM pipeline must be unet or scheduler, got {shown(name)}")
             continue  # a setting, or a component that was not given, of a subclass
         class_name = entry[-1] if isinstance(entry, list) and entry else entry
         if not is_custom and class_name not in allowed[name]:
             raise ValueError(
                 f"{path}: the class of {name} must be one of {join_choices(allowed[name])}, got {shown(class_name)}"
+                f"{nearest(class_name, allowed[name])}"
             )
 
 
@@ -422,7 +423,8 @@ def check_class(path: Path, allowed: Sequence[str]) -> None:
     """
     name = read_json(path).get("_class_name", allowed[0])
     if name not in allowed:
-        raise ValueError(f"{path}: the class must be one of {join_choices(allowed)}, got {shown(name)}")
+        near = nearest(name, allowed)
+        raise ValueError(f"{path}: the class must be one of {join_choices(allowed)}, got {shown(name)}{near}")
 
 
 def component_folder(folder: Path, name: str, config_name: str) -> Path:

@@ -10,6 +10,7 @@ replaces names of arguments by those of its options (`ddim.cli.messages`).
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 from collections.abc import Iterable
@@ -20,6 +21,8 @@ T = TypeVar("T")
 
 MAX_SHOWN = 60
 """Characters of a value that a message repeats."""
+MAX_NAME_SHOWN = 300
+"""Characters of a name, such as a path, whose end is as important as its start; a longer one is cut as a value is."""
 
 
 def integer(name: str, value: Any, minimum: int | None = None, maximum: int | None = None) -> int:
@@ -117,11 +120,68 @@ def choice(name: str, value: T, allowed: Iterable[Any]) -> T:
         >>> choice("output_type", "gif", ("pil", "np", "pt"))
         Traceback (most recent call last):
         ValueError: output_type must be one of pil, np, or pt, got 'gif'
+        >>> choice("spacing", "trialing", ("leading", "trailing"))
+        Traceback (most recent call last):
+        ValueError: spacing must be one of leading or trailing, got 'trialing' (did you mean 'trailing'?)
     """
     options = list(allowed)
     if not any(type(value) is type(option) and value == option for option in options):
-        raise ValueError(f"{name} must be one of {join_choices(map(str, options))}, got {shown(value)}")
+        near = nearest(value, [option for option in options if isinstance(option, str)])
+        raise ValueError(f"{name} must be one of {join_choices(map(str, options))}, got {shown(value)}{near}")
     return value
+
+
+def nearest(name: Any, names: Iterable[str]) -> str:
+    """Return a question about the name that someone who mistyped one may have meant, for the end of a message.
+
+    Args:
+        name: what was given.
+        names: those that exist.
+
+    Returns:
+        The question, after a space; empty if none is near.
+
+    Example:
+        >>> nearest("block_out_channel", ["in_channels", "block_out_channels"])
+        " (did you mean 'block_out_channels'?)"
+        >>> nearest("hue", ["act_fn"])
+        ''
+    """
+    match = find_nearest(name, names)
+    return "" if match is None else f" (did you mean {match!r}?)"
+
+
+def find_nearest(name: Any, names: Iterable[str]) -> str | None:
+    """Return the name that someone who mistyped one may have meant; `None` if none is near.
+
+    Args:
+        name: what was given.
+        names: those that exist.
+
+    Example:
+        >>> find_nearest("Preset", ["seed", "preset"])
+        'preset'
+    """
+    if not isinstance(name, str) or len(name) > MAX_SHOWN:
+        return None
+    by_lower = {other.lower(): other for other in names}
+    matches = difflib.get_close_matches(name.lower(), by_lower, 1)
+    return by_lower[matches[0]] if matches else None
+
+
+def list_unknown(unknown: Iterable[str], names: Iterable[str]) -> str:
+    """Return names that do not exist as they are written in a message, each with the nearest that does.
+
+    Args:
+        unknown: what was given.
+        names: those that exist.
+
+    Example:
+        >>> list_unknown(["sead", "x"], ["seed", "count"])
+        "'sead' (did you mean 'seed'?), 'x'"
+    """
+    known = list(names)
+    return ", ".join(f"{shown(name)}{nearest(name, known)}" for name in unknown)
 
 
 def as_integer(value: Any) -> int | None:
@@ -164,6 +224,16 @@ def shown(value: Any) -> str:
     except ValueError:  # Python refuses to print integers of thousands of digits
         text = "a number of thousands of digits"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def shorten(text: str) -> str:
+    """Cut a name, such as a path, that is longer than any real one.
+
+    Example:
+        >>> shorten("samples.png"), len(shorten("x" * 10_000))
+        ('samples.png', 63)
+    """
+    return text if len(text) <= MAX_NAME_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def pluralize(count: int, noun: str) -> str:

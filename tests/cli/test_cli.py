@@ -50,6 +50,10 @@ GOOD = {
     "short help": ["train", "-h"],
     "grid": ["sample", "-n", "5", "--steps", "2", "--out", "grid.png"],
     "grid again": ["sample", "-n", "5", "--steps", "2", "--out", "again.png"],
+    "grid as it is": ["sample", "-n", "5", "--steps", "2", "--scale", "1", "--out", "small.png"],
+    "enlarged": ["sample", "-n", "1", "--steps", "1", "--scale", "2", "--out", "enlarged.png"],
+    "single": ["sample", "-n", "1", "--seed", "3", "--steps", "2", "--out", "single.png"],
+    "encode single": ["encode", "single.png", "--steps", "2", "--euler", "--out", "single-latent.npz"],
     "npz": ["sample", "--count", "5", "--steps", "2", "-o", "x.npz"],
     "folder": ["sample", "-n", "5", "--steps", "2", "--out", "images of digits/"],
     "third": ["sample", "-n", "1", "--seed", "3", "--steps", "2", "--out", "third.npz"],
@@ -95,6 +99,8 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "eta nan": (["sample", "--eta", "nan"], 1, "^ddim: --eta must be a number of at least 0, got nan"),
     "eta inf": (["sample", "--eta", "inf"], 1, "^ddim: --eta must be a number of at least 0, got inf"),
     "eta much": (["sample", "--eta", "much"], 2, "Invalid value for '--eta'"),
+    "scale": (["sample", "--scale", "0"], 1, "^ddim: --scale must be an integer from 1 to 64, got 0"),
+    "scale of a folder": (["sample", "--scale", "2", "-o", "new/"], 1, "^ddim: --scale has no effect on a folder"),
     "count": (["sample", "--count", "0"], 1, "^ddim: --count must be an integer of at least 1, got 0"),
     "batch size": (["sample", "--batch-size", "0"], 1, "^ddim: --batch-size must be an integer of at least 1, got 0"),
     "order": (["sample", "--order", "3"], 1, r"^ddim: --order must be 1 \(DDIM\) or 2 .*, got 3"),
@@ -167,10 +173,10 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "info empty": (["info", "empty"], 1, "empty"),
     "no data": ([*TRAIN, "--data", "missing", "--out", "run"], 1, "missing does not exist"),
     "data without images": ([*TRAIN, "--data", "empty", "--out", "run"], 1, "empty contains no images"),
-    "train without data": (["train", "--config", "mine.yaml", "--out", "run"], 1, "data: Field required"),
+    "train without data": (["train", "--config", "mine.yaml", "--out", "run"], 1, "data: is required"),
     "train without out": (TRAIN, 2, "give a folder for the run, such as --out runs/mine"),
     "preset": ([*TRAIN, "--preset", "imagenet", "--out", "run"], 1, "preset must be one of .*mnist"),
-    "unknown key": ([*TRAIN, "--set", "optim.rate=1", "--out", "run"], 1, r"optim\.rate: Extra inputs"),
+    "unknown key": ([*TRAIN, "--set", "optim.rate=1", "--out", "run"], 1, r"optim\.rate: is not an entry"),
     "no key": (
         [*TRAIN, "--set", "optim.lr", "--out", "run"],
         1,
@@ -234,6 +240,13 @@ def pixels(path: Path) -> np.ndarray:
 # --- start and help
 
 
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("train", "convert")])
+def test_model_is_an_option_and_an_argument(name: str) -> None:
+    kinds = {parameter.param_type_name for parameter in COMMANDS[name].params if "--model" not in parameter.opts}
+    assert "argument" in kinds
+    assert "-m" in next(parameter.opts for parameter in COMMANDS[name].params if "--model" in parameter.opts)
+
+
 def test_version(tmp_path: Path) -> None:
     for command in ([DDIM], [sys.executable, "-m", "ddim"]):
         assert program(tmp_path, *command, "--version") == Result(0, f"ddim {__version__}\n", "", [])
@@ -272,7 +285,8 @@ def test_sample_writes_a_grid(results: Commands, folder: Path) -> None:
     assert re.search(r"^5 images in \d+\.\d s$", stderr, re.MULTILINE)
     assert evaluations == [[500, 5, "torch.float32"], [0, 5, "torch.float32"]]
     with Image.open(results.output("grid")) as grid:
-        assert (grid.mode, grid.size) == ("L", (3 * 30 + 2, 2 * 30 + 2))
+        # Enlarged, so that digits of 28 pixels have 64 or more.
+        assert (grid.mode, grid.size) == ("L", (3 * (3 * 30 + 2), 3 * (2 * 30 + 2)))
 
 
 def test_the_same_command_gives_the_same_bytes(results: Commands, folder: Path) -> None:
@@ -296,7 +310,7 @@ def test_formats_hold_the_same_images(results: Commands, folder: Path) -> None:
                 assert np.array_equal(np.asarray(image), array[..., 0])
             left, top = index % 3 * 30 + 2, index // 3 * 30 + 2
             # A grid is sampled by the network itself, files by its engine.
-            cut = np.asarray(grid.crop((left, top, left + 28, top + 28)), int)
+            cut = np.asarray(grid, int)[::3, ::3][top : top + 28, left : left + 28]
             assert np.abs(cut - array[..., 0]).max() <= 1
     assert len({array.tobytes() for array in arrays}) == 5
 
@@ -316,7 +330,21 @@ def test_replaced_files_are_reported(results: Commands, folder: Path) -> None:
     assert "replaced" not in results["folder"].stderr
     assert len(list(results.output("folder again").glob("*.png"))) == 6
     with Image.open(results.output("replaced")) as image:
-        assert image.size == (32, 32)
+        assert image.size == (28, 28)
+
+
+def test_scale_of_a_grid(results: Commands) -> None:
+    with Image.open(results.output("grid")) as chosen, Image.open(results.output("grid as it is")) as exact:
+        assert exact.size == (3 * 30 + 2, 2 * 30 + 2)
+        assert np.array_equal(np.kron(np.asarray(exact), np.ones((3, 3), np.uint8)), np.asarray(chosen))
+    with Image.open(results.output("enlarged")) as image:
+        assert image.size == (56, 56)
+
+
+def test_single_image_is_read_back(results: Commands) -> None:
+    with Image.open(results.output("single")) as image:
+        assert np.array_equal(np.asarray(image), pixels(results.output("third"))[0, ..., 0])
+    assert results["encode single"].code == 0, results["encode single"].stderr
 
 
 def test_completed_command_samples_nothing(results: Commands) -> None:

@@ -42,7 +42,7 @@ def test_arguments_become_options(message: str, command: str, expected: str) -> 
         "batch_size/num_inference_steps.npz is damaged",
         "the folder batch_size.old does not exist",
         "scheduler_config.json: timestep_spacing must be one of leading or trailing, got 'even'",
-        "batch_size: Input should be a valid integer",
+        "batch_size: must be a valid integer",
         "optim.batch_size must be positive",
         "out of memory",
         "an interpolation requires at least two points, got 1",

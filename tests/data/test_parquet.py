@@ -54,6 +54,32 @@ def test_bomb_raises_before_it_is_read(folder: Path, monkeypatch: pytest.MonkeyP
         open_source(str(folder / "bomb.parquet"))
 
 
+@pytest.mark.parametrize("keeps_schema", [True, False])
+@pytest.mark.parametrize("layout", ["bytes", "struct"])
+def test_rows_that_are_one_entry_of_a_dictionary_raise_in_bounded_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, layout: str, keeps_schema: bool
+) -> None:
+    monkeypatch.setattr("ddim.data.parquet.SMALL_ARRAY_BYTES", 2**22)
+    monkeypatch.setattr(datasets.Dataset, "from_parquet", lambda *_: pytest.fail("read"))
+    entry = pa.array([np.random.default_rng(0).bytes(2**16)])
+    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(2**13, np.int32)), entry)
+    if layout == "struct":
+        column = pa.StructArray.from_arrays([column], ["bytes"])
+    pq.write_table(pa.table({"image": column}), folder / "bomb.parquet", store_schema=keeps_schema)
+    before = pa.default_memory_pool().bytes_allocated()
+    with pytest.raises(ValueError, match=r"bomb\.parquet cannot be read as parquet: it claims \d\d,\d+,\d+ bytes in"):
+        open_source(str(folder / "bomb.parquet"))
+    # The rows are 512 MiB.
+    assert pa.default_memory_pool().bytes_allocated() - before < 2**25
+    assert (folder / "bomb.parquet").stat().st_size < 2**18
+
+
+def test_repeated_images_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddim.data.parquet.SMALL_ARRAY_BYTES", 2**12)
+    pixels = np.concatenate([digits(2)] * 20)
+    assert_images(open_source(write_hugging_face(folder / "train.parquet", pixels)), pixels)
+
+
 def test_images_take_precedence_over_parquet_files(folder: Path) -> None:
     write_hugging_face(folder / "train.parquet", digits(5))
     (folder / "a.png").write_bytes(encode(digits(1)[0]))
@@ -80,7 +106,9 @@ def test_column_is_detected_or_given(folder: Path) -> None:
     assert_images(open_source(path, column="image"), digits(3))
     assert_images(open_source(path, column="photo"), digits(6)[3:])
     assert open_source(path, column="photo").identity != open_source(path).identity
-    with pytest.raises(ValueError, match=r"given\.parquet has no column img; its columns are label, photo, image$"):
+    with pytest.raises(
+        ValueError, match=r"given\.parquet has no column img; its columns are label, photo, image \(did"
+    ):
         open_source(path, column="img")
 
 
@@ -205,7 +233,10 @@ def test_hub_dataset_split_and_column(client: Client) -> None:
     with pytest.raises(ValueError, match=r"the dataset owner/digits cannot be used: .*nothing") as caught:
         client(load_images, "owner/digits", split="nothing")
     assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"^owner/digits \(train\) has no column image; its columns are label, img$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^owner/digits \(train\) has no column image; its columns are label, img \(did you mean 'img'\?\)$",
+    ):
         client(load_images, "owner/digits", column="image")
 
 

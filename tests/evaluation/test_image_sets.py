@@ -12,8 +12,9 @@ import torch
 
 from ddim.bulk import sample_many
 from ddim.evaluation.features import Pixels
-from ddim.evaluation.image_sets import is_model, open_files, sample_image_set
+from ddim.evaluation.image_sets import open_files, sample_image_set
 from ddim.evaluation.metrics import compute_features
+from ddim.io.hub import is_model
 from ddim.pipeline import DDIMPipeline
 from digits import write_digits
 

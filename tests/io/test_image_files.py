@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from ddim.io.image_files import check_output_path, make_grid, save_images
+from ddim.io.image_files import check_output_path, enlarge, make_grid, save_images
 from ddim.io.images import fit_image, to_output
 
 # Every byte, every point halfway between two bytes, and values beyond the range.
@@ -212,6 +212,25 @@ def test_npz_holds_bytes_in_nhwc(tmp_path: Path, channels: int) -> None:
     assert array.shape == (3, 4, 6, channels)
     assert array.dtype == np.uint8
     assert np.array_equal(array, np.stack([pixels(image).reshape(4, 6, channels) for image in images]))
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "factor"),
+    [((28, 28), 4, 3), ((8, 8), 64, 8), ((32, 48), 2, 2), ((64, 64), 9, 1), ((28, 28), 5000, 1)],
+)
+def test_small_images_are_enlarged_exactly(size: tuple[int, int], count: int, factor: int) -> None:
+    tile = noise_image("RGB", *size)
+    grid = make_grid([tile] * count)
+    assert np.array_equal(pixels(enlarge(grid, tile)), pixels(grid).repeat(factor, 0).repeat(factor, 1))
+    assert enlarge(tile, tile, 2).size == (2 * size[0], 2 * size[1])
+
+
+def test_single_image_keeps_its_pixels(tmp_path: Path) -> None:
+    image = noise_image("L", 6, 4)
+    for scale in (1, None):
+        save_images([image], tmp_path / "x.png", scale=scale)
+        with Image.open(tmp_path / "x.png") as saved:
+            assert np.array_equal(pixels(saved), pixels(image))
 
 
 def test_png_is_a_grid(tmp_path: Path) -> None:

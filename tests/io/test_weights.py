@@ -362,7 +362,7 @@ def test_malicious_pickle_is_refused(
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_damaged_pickle_raises(tmp_path: Path, legacy: bool) -> None:
-    """Neither another exception nor a part of the tensors; flips in their data go undetected."""
+    """Neither another exception nor a part of the tensors; flips in the data of a legacy file go undetected."""
     small = Small()
     path = tmp_path / PICKLE
     torch.save(small.state_dict(), path, _use_new_zipfile_serialization=not legacy)

@@ -146,7 +146,7 @@ def test_built_in_model_matches_its_preset() -> None:
 
 @pytest.mark.parametrize("name", ["imagenet", "", "mnist.yaml", "../presets/mnist"])
 def test_unknown_preset_raises(name: str) -> None:
-    with pytest.raises(ValueError, match=r"^preset must be one of celeba64, .*mnist, got '.*'$") as caught:
+    with pytest.raises(ValueError, match=r"^preset must be one of celeba64, .*mnist, got '.*'( |$)") as caught:
         load_config(name, overrides=DATA)
     assert all(preset in str(caught.value) for preset in preset_names())
     with pytest.raises(ValueError, match="preset must be one of"):
@@ -158,7 +158,7 @@ def test_preset_without_source_requires_one(name: str) -> None:
     if "source" in read_preset(name)["data"]:
         assert load_config(name).data.source == read_preset(name)["data"]["source"]
     else:
-        with pytest.raises(ValueError, match=r"training configuration, data\.source: Field required"):
+        with pytest.raises(ValueError, match=r"training configuration, data\.source: is required"):
             load_config(name)
 
 
@@ -268,12 +268,12 @@ def test_yaml_round_trip(name: str) -> None:
         ("data.cache", "cloud", "'auto', 'memory', 'disk' or 'none'"),
         ("data.holdout", -1, "greater than or equal to 0"),
         ("data.max_unreadable", -1, "greater than or equal to 0"),
-        ("data.folder", "images", "not permitted"),
+        ("data.folder", "images", "is not an entry"),
         ("objective.weighting", "p2", "'simple', 'min_snr' or 'truncated_snr'"),
         ("objective.gamma", 0, "greater than 0"),
         ("objective.gamma", float("inf"), "finite"),
         ("objective.antithetic", 2, "boolean"),
-        ("objective.loss", "l1", "not permitted"),
+        ("objective.loss", "l1", "is not an entry"),
         ("optim", 5, "dictionary"),
         ("optim.lr", 0, "greater than 0"),
         ("optim.lr", -1e-3, "greater than 0"),
@@ -288,16 +288,16 @@ def test_yaml_round_trip(name: str) -> None:
         ("optim.grad_clip", 0, "greater than 0"),
         ("optim.grad_clip", float("nan"), "greater than 0"),
         ("optim.accumulate", 0, "greater than 0"),
-        ("optim.momentum", 0.9, "not permitted"),
-        ("optim.ema_decay", 0.9, "not permitted"),
+        ("optim.momentum", 0.9, "is not an entry"),
+        ("optim.ema_decay", 0.9, "is not an entry"),
         ("ema.decay", 1, "less than 1"),
         ("ema.decay", -0.1, "greater than or equal to 0"),
         ("ema.decay", float("nan"), "less than 1|greater than or equal to 0"),
-        ("ema.every", 10, "not permitted"),
+        ("ema.every", 10, "is not an entry"),
         ("samples.every", -1, "greater than or equal to 0"),
         ("samples.count", 0, "greater than 0"),
         ("samples.num_inference_steps", 0, "greater than 0"),
-        ("samples.steps", 5, "not permitted"),
+        ("samples.steps", 5, "is not an entry"),
         ("evaluate.every", -1, "greater than or equal to 0"),
         ("evaluate.count", -1, "greater than or equal to 0"),
         ("evaluate.num_inference_steps", 0, "greater than 0"),
@@ -305,8 +305,8 @@ def test_yaml_round_trip(name: str) -> None:
         ("checkpoints.every", 0, "greater than 0"),
         ("checkpoints.keep", 0, "greater than 0"),
         ("checkpoints.keep_every", -1, "greater than or equal to 0"),
-        ("checkpoint_every", 5, "not permitted"),
-        ("learning_rate", 1, "not permitted"),
+        ("checkpoint_every", 5, "is not an entry"),
+        ("learning_rate", 1, "is not an entry"),
         ("model", 5, "dictionary"),
         ("scheduler", "linear", "dictionary"),
     ],
@@ -315,6 +315,41 @@ def test_invalid_entry_is_named(key: str, value: Any, allowed: str) -> None:
     with pytest.raises(ValueError, match=rf"^training configuration, {key}: .*({allowed})") as caught:
         validate(with_entry(key, value))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("optim.warmup_step", r"optim\.warmup_step: is not an entry \(did you mean optim\.warmup_steps\?\)"),
+        ("optim.learning_rate", r"optim\.learning_rate: is not an entry; optim has lr, betas, eps, "),
+        ("weight_decay", r"weight_decay: is not an entry \(did you mean optim\.weight_decay\?\)"),
+        ("batchsize", r"batchsize: is not an entry \(did you mean batch_size\?\)"),
+        ("zzz", "zzz: is not an entry; the configuration has data, model, init, "),
+        (
+            "model.block_out_channel",
+            r"model\.block_out_channel: is not an entry .did you mean 'block_out_channels'",
+        ),
+        ("scheduler.beta_schedul", r"scheduler\.beta_schedul: is not an entry \(did you mean 'beta_schedule'\?\)"),
+    ],
+)
+def test_nearest_entry_is_named(key: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^training configuration, {message}"):
+        validate(with_entry(key, 1))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("batch_size", "many", "batch_size: must be a valid integer, got 'many'"),
+        ("max_steps", 0, "max_steps: must be greater than 0, got 0"),
+        ("model.block_out_channels", 32, r"model\.block_out_channels: must be a list of integers, got 32"),
+        ("scheduler.beta_start", "low", r"scheduler\.beta_start: must be a finite number, got 'low'"),
+        ("precision", "x" * 10_000, r"precision: must be 'fp32', 'bf16' or 'fp16', got 'x{59}\.\.\."),
+    ],
+)
+def test_message_names_what_is_allowed_and_what_was_given(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^training configuration, {message}$"):
+        validate(with_entry(key, value))
 
 
 @pytest.mark.parametrize(("betas", "index"), [([0.9, 1.0], 1), ([1.5, 0.9], 0), ([0.9, -0.1], 1)])
@@ -338,9 +373,9 @@ def test_channels_must_be_gray_or_color_on_both_sides(inputs: Any, outputs: Any)
 
 
 def test_missing_entry_is_named() -> None:
-    with pytest.raises(ValueError, match=r"^training configuration, data: Field required$"):
+    with pytest.raises(ValueError, match=r"^training configuration, data: is required$"):
         validate({"model": {"sample_size": 8}})
-    with pytest.raises(ValueError, match=r"^training configuration, data\.source: Field required$"):
+    with pytest.raises(ValueError, match=r"^training configuration, data\.source: is required$"):
         validate(MINIMAL | {"data": {"crop": "none"}})
     for model in ({}, {"model": {}}):
         with pytest.raises(ValueError, match=r"^training configuration, model\.sample_size: "):

@@ -16,8 +16,8 @@ from torch import nn
 from cli_batch import Commands
 from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
 from ddim.app.models import ModelCache
-from ddim.evaluation.image_sets import is_model
 from ddim.info import describe
+from ddim.io.hub import is_model
 from ddim.io.runs import split_variant
 from ddim.training.checkpoint import load_checkpoint
 from ddim.training.config import TrainConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -100,6 +101,7 @@ def test_run_record(completed: Run, images: Tensor) -> None:
     record = yaml.safe_load((completed.out / "config.yaml").read_text())
     assert record.keys() == {"config", "data", "device", "versions"}
     assert validate(record["config"]) == completed.config
+    assert record["data"].pop("identity")
     assert record["data"] == {"images": 40, "sha256": CachedImageDataset(images).fingerprint}
     assert re.fullmatch(r"cpu \(.+\)", record["device"])
     packages = {"ddim", "torch", "numpy", "pillow", "datasets", "accelerate", "safetensors", "pydantic"}
@@ -500,6 +502,18 @@ def test_scheduler_is_taken_from_init(clip_sample: bool, make_config: MakeConfig
     assert complete_config(make_config(init=init, scheduler=changed)).scheduler == saved | changed
 
 
+def test_scheduler_entries_are_checked_beside_those_of_init(make_config: MakeConfig, tmp_path: Path) -> None:
+    """A schedule that ends in noise requires another prediction than epsilon, which `init` may have."""
+    unet = UNet2DModel(**make_config().model)
+    for prediction_type in ("v_prediction", "epsilon"):
+        DDIMPipeline(unet, DDIMScheduler(prediction_type=prediction_type)).save_pretrained(tmp_path / prediction_type)
+    zero_snr = {"rescale_betas_zero_snr": True}
+    config = make_config(init=str(tmp_path / "v_prediction"), scheduler=zero_snr)
+    assert complete_config(config).scheduler == {"clip_sample": True, "prediction_type": "v_prediction"} | zero_snr
+    with pytest.raises(ValueError, match=r"scheduler\.prediction_type: must be v_prediction or sample"):
+        complete_config(make_config(init=str(tmp_path / "epsilon"), scheduler=zero_snr))
+
+
 def test_unusable_schedule_of_init_raises(make_config: MakeConfig, tmp_path: Path) -> None:
     unet = UNet2DModel(**make_config().model)
     DDIMPipeline(unet, DDIMScheduler(rescale_betas_zero_snr=True)).save_pretrained(tmp_path / "saved")
@@ -564,6 +578,26 @@ def test_other_data_raises(make_config: MakeConfig, started: Path, tmp_path: Pat
         ):
             train(make_config(data={"source": str(folder)}), started, "cpu")
     assert contents(started) == before
+
+
+def test_resumes_where_images_can_no_longer_be_cached(
+    make_config: MakeConfig,
+    started: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    runs = [shutil.copytree(started, tmp_path / name) for name in ("cached", "uncached")]
+    train(make_config(max_steps=2), runs[0], "cpu")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("ddim.data.dataset.MEMORY_CACHE_BYTES", 1)
+    caplog.clear()
+    train(make_config(max_steps=2, data={"cache": "disk"}), runs[1], "cpu")
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert "the cached images" in warnings[0]
+    assert same_tensors(*(weights(run / "final") for run in runs))
 
 
 def test_folder_without_a_run_raises(make_config: MakeConfig, started: Path, tmp_path: Path) -> None:
@@ -745,7 +779,7 @@ def test_push_to_hub_uploads_the_result(results: dict[str, Result], folder: Path
             r"ddim: --batch-size must be at most the number of images to train on, 40 \(images has 40, "
             r"data\.holdout is 0\), got 100",
         ),
-        ("no such entry", 1, r"ddim: training configuration, optim\.rate: Extra inputs are not permitted"),
+        ("no such entry", 1, r"ddim: training configuration, optim\.rate: is not an entry"),
     ],
 )
 def test_errors_are_reported_in_one_line(

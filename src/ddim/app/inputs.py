@@ -16,7 +16,7 @@ from typing import IO, Any
 from PIL import Image, UnidentifiedImageError
 
 from ddim import validation
-from ddim.io.images import PIL_OPEN_LOCK, decode_image
+from ddim.io.images import PIL_OPEN_LOCK, decode_image, decoder_reason
 from ddim.validation import join_choices, shown
 
 MAX_COUNT = 64
@@ -198,4 +198,4 @@ def _size(file: IO[bytes], name: str) -> tuple[int, int]:
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not an image of a known format; give {join_choices(FORMATS)}") from None
     except Exception as error:  # every decoder fails in its own way
-        raise ValueError(f"{name} cannot be read: {error}") from None
+        raise ValueError(f"{name} cannot be read: {decoder_reason(error)}") from None

@@ -37,7 +37,7 @@ from ddim.io.image_files import is_folder_path
 from ddim.io.images import as_pil
 from ddim.io.locks import LOCK_NAME
 from ddim.io.npz import open_npz
-from ddim.validation import pluralize
+from ddim.validation import pluralize, shorten
 
 SHA256_BYTES = 32
 MAX_HEADER_BYTES = 1024
@@ -550,4 +550,4 @@ def make_target(
         return NpzTarget(path, count, batch_size, seed, image_shape)
     if path.suffix.lower() == ".tar":
         return TarTarget(path, count, batch_size, seed, image_shape, shard_size)
-    raise ValueError(f"out must end in .npz, .tar, or be a folder, got {str(out)!r}")
+    raise ValueError(f"out must end in .npz, .tar, or be a folder, got {shorten(repr(str(out)))}")

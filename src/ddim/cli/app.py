@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
+from ddim.cli.common import DEFAULT_MODEL
 from ddim.extras import require
 from ddim.validation import integer
 
@@ -59,5 +60,5 @@ def app(
     integer("--port", port, 0, 65535)
     from ddim.app import serve
 
-    names = [*(models or []), *(model or [])] or ["mnist"]
+    names = [*(models or []), *(model or [])] or [DEFAULT_MODEL]
     serve(names, host, port, share, allow_paths, allow_host or (), open_browser, device, engine)

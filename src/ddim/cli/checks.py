@@ -18,6 +18,7 @@ MAX_COUNT = 10**8
 MAX_FRAMES = 10_000
 MAX_COLUMNS = 1024
 """Images that `trajectory` and `consistency` sample side by side, all of them in memory."""
+MAX_SCALE = 64
 MIN_TOLERANCE = 1e-8
 """Below the rounding of float32 to images in [-1, 1]: it would never be met, after all possible work."""
 NOT_EMPTY = (
@@ -58,12 +59,23 @@ def _is_animation(values: Values) -> bool:
     return Path(values["out"]).suffix.lower() in (".gif", ".webp")
 
 
+def _is_not_shown(values: Values) -> bool:
+    """Return whether what is written is not one image or animation, but files or arrays that keep their pixels."""
+    from ddim.io.image_files import is_folder_path
+
+    out = values["out"]
+    return is_folder_path(out) or Path(out).suffix.lower() in (".npz", ".tar")
+
+
 def _is_table(values: Values) -> bool:
     return values["table"] is not None or values["figure"] is not None
 
 
 SAMPLING = ("steps", "eta", "spacing", "timesteps", "order", "sigma_hat", "clipped_model_output", "seed")
-CONFLICTS = (Conflict(("steps", "spacing"), lambda values: values.get("timesteps") is not None, "beside --timesteps"),)
+CONFLICTS = (
+    Conflict(("steps", "spacing"), lambda values: values.get("timesteps") is not None, "beside --timesteps"),
+    Conflict(("scale",), _is_not_shown, "on a folder, x.npz and x.tar, which keep their pixels"),
+)
 """Of all commands that have such options."""
 _EULER = Conflict(("tolerance", "max_iterations"), lambda values: not values["exact"], "beside --euler")
 _FPS = Conflict(("fps",), lambda values: not _is_animation(values), "unless --out is x.gif or x.webp")
@@ -135,6 +147,8 @@ def check_options(command: TyperCommand, context: Any) -> None:
     for name in given & {"count", "reference_count"}:
         if values[name] is not None and values[name] < 1:
             integer(names[name], values[name], 1)
+    if "scale" in given:
+        integer(names["scale"], values["scale"], 1, MAX_SCALE)
     if "seed" in given:
         integer(names["seed"], values["seed"], 0)
     if "tolerance" in given and 0 < values["tolerance"] < MIN_TOLERANCE:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ddim.io.latent_files import LatentSettings
     from ddim.pipeline import DDIMPipeline
 
+DEFAULT_MODEL = "mnist"
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -157,11 +159,45 @@ def choose_model(argument: str | None, option: str | None, default: str | None =
         'mnist'
     """
     if argument is not None and option is not None and argument != option:
-        raise ValueError(f"give one model, got {shown(argument)} and --model {option}")
+        raise ValueError(f"give one model, got {shown(argument)} and --model {shown(option)}")
     model = argument if option is None else option
     if model is None and default is None:
         raise ValueError("give a model: mnist, a folder, or a hub id")
     return str(default) if model is None else model
+
+
+def split_model(words: Sequence[str], option: str | None) -> tuple[str | None, list[str]]:
+    """Take the model out of the arguments of a command that has others, such as images.
+
+    Args:
+        words: the arguments. One that names a model, as `ddim.io.hub.is_model` recognizes it, is the model, unless it
+            is the only one.
+        option: the value of `--model`.
+
+    Returns:
+        The model, `None` if none is given; and the other arguments.
+
+    Raises:
+        ValueError: if two are given and differ.
+
+    Example:
+        >>> split_model(["mnist", "digit.png"], None)
+        ('mnist', ['digit.png'])
+        >>> split_model(["mnist"], None)
+        (None, ['mnist'])
+    """
+    from ddim.io.hub import is_model
+
+    models = [word for word in words if is_model(word)] if len(words) > 1 else []
+    others = [word for word in words if word not in models]
+    if not others:
+        # All are folders of models: their images are meant.
+        return option, list(words)
+    if len(set(models)) > 1:
+        raise ValueError(f"give one model, got {shown(models[0])} and {shown(models[1])}")
+    if not models and option is None:
+        return None, others
+    return choose_model(next(iter(models), None), option), others
 
 
 def load_latents_pipeline(
@@ -190,7 +226,8 @@ def load_latents_pipeline(
         if model is not None:
             raise
         raise FileNotFoundError(
-            f"{source} was encoded with the model {settings.model!r}, which is not there ({error}); name it by --model"
+            f"{source} was encoded with the model {shown(settings.model)}, which is not there ({error}); name it by "
+            "--model"
         ) from None
 
 

@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import SamplingOptions, fit_images, load_pipeline, read_images, report_result
+from ddim.cli.common import (
+    DEFAULT_MODEL,
+    SamplingOptions,
+    fit_images,
+    load_pipeline,
+    read_images,
+    report_result,
+    split_model,
+)
 from ddim.validation import pluralize
 
 
@@ -16,20 +24,27 @@ def edit(
     out: Annotated[
         str,
         typer.Option(
-            "--out", "-o", help="x.png shows the images above their edits; x.npz and a folder get the edits alone."
+            "--out",
+            "-o",
+            help="x.png shows images above their edits; x.npz and a folder get the edits alone.",
         ),
     ] = "edited.png",
     strength: Annotated[
         float, typer.Option(help="Fraction of the steps to go back: 0 keeps the image, 1 keeps nothing.")
     ] = 0.5,
-    seed: Annotated[int, typer.Option(help="Seed of the first image's noise: seed + i for image i.")] = 0,
-    model: options.Model = "mnist",
+    seed: Annotated[int, typer.Option(help="Seed of the first edit's noise: seed + i for edit i.")] = 0,
+    count: Annotated[
+        int | None,
+        typer.Option("--count", "-n", help="Number of edits of a single image; several images have one edit each."),
+    ] = None,
+    model: options.ModelOption = None,
     steps: options.Steps = 50,
     eta: options.Eta = 0.0,
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
     order: options.Order = None,
     resize: options.Resize = False,
+    scale: options.Scale = None,
     batch_size: options.LatentBatchSize = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
@@ -40,21 +55,33 @@ def edit(
     The path of the result is printed.
 
     Examples:
-      ddim edit sketch.png --strength 0.6
+      ddim edit sketch.png --strength 0.6 --count 8
 
       ddim edit digits/ --seed 7 --strength 0.4 --out edited/
     """
-    from ddim.io.image_files import check_output_path, is_folder_path, output_files, save_image, save_images, stack_rows
+    from ddim.io.image_files import (
+        check_output_path,
+        enlarge,
+        is_folder_path,
+        output_files,
+        save_image,
+        save_images,
+        stack_rows,
+    )
 
     target = check_output_path(out)
     sampling = SamplingOptions.parse(steps, spacing, timesteps, eta=eta, order=order)
-    originals = read_images(images)
-    pipe = load_pipeline(model, device, dtype, engine)
+    name, paths = split_model(images, model)
+    originals = read_images(paths)
+    if count is not None and len(originals) > 1:
+        raise ValueError(f"--count requires a single image, got {len(originals)}")
+    num_edits = len(originals) if count is None else count
+    pipe = load_pipeline(name or DEFAULT_MODEL, device, dtype, engine)
     edited = pipe.edit(
         originals,
         strength,
         steps,
-        seeds=range(seed, seed + len(originals)),
+        seeds=range(seed, seed + num_edits),
         eta=sampling.eta,
         timesteps=sampling.choose_timesteps(pipe),
         order=sampling.order,
@@ -63,7 +90,7 @@ def edit(
     ).images
     num_replaced = sum(file.exists() for file in output_files(out, len(edited)))
     if target.suffix.lower() == ".png" and not is_folder_path(out):
-        save_image(stack_rows([fit_images(pipe, originals), edited]), target)
+        save_image(enlarge(stack_rows([fit_images(pipe, originals), edited]), edited[0], scale), target)
     else:
         save_images(edited, out)
     report_result(target, num_replaced, pluralize(len(edited), "image"))

@@ -10,13 +10,15 @@ import typer
 
 from ddim.cli import options
 from ddim.cli.common import (
+    DEFAULT_MODEL,
     SamplingOptions,
     load_latents_pipeline,
     load_pipeline,
     read_images,
     report_result,
+    split_model,
 )
-from ddim.validation import pluralize
+from ddim.validation import pluralize, shown
 
 
 def encode(
@@ -24,7 +26,7 @@ def encode(
     out: Annotated[
         str, typer.Option("--out", "-o", help="File of latents to write: x.npz or x.safetensors.")
     ] = "codes.npz",
-    model: options.Model = "mnist",
+    model: options.ModelOption = None,
     steps: options.Steps = 50,
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
@@ -52,8 +54,9 @@ def encode(
 
     target = check_output_path(out, LATENT_SUFFIXES, folder_allowed=False)
     sampling = SamplingOptions.parse(steps, spacing, timesteps)
-    originals = read_images(images)
-    pipe = load_pipeline(model, device, dtype, engine)
+    name, paths = split_model(images, model)
+    originals = read_images(paths)
+    pipe = load_pipeline(name or DEFAULT_MODEL, device, dtype, engine)
     started = time.monotonic()
     result = pipe.encode(
         originals,
@@ -67,7 +70,7 @@ def encode(
     )
     seconds = time.monotonic() - started
     residual = [float(entry) for entry in result.residual]
-    settings = LatentSettings(model, model_sha256(pipe), result.timesteps, exact, tolerance, residual)
+    settings = LatentSettings(name or DEFAULT_MODEL, model_sha256(pipe), result.timesteps, exact, tolerance, residual)
     num_replaced = int(target.exists())
     save_latents(target, result.latents, settings)
     nfe = float(result.evaluations.sum(1).float().mean())
@@ -76,7 +79,7 @@ def encode(
 
 
 def decode(
-    codes: Annotated[str, typer.Argument(help="File of latents that ddim encode wrote.", show_default=False)],
+    codes: Annotated[list[str], typer.Argument(help="File of latents that ddim encode wrote.", show_default=False)],
     out: Annotated[
         str,
         typer.Option(
@@ -92,6 +95,7 @@ def decode(
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
     force: options.Force = False,
+    scale: options.Scale = None,
     batch_size: options.LatentBatchSize = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
@@ -112,16 +116,22 @@ def decode(
 
     target = check_output_path(out)
     sampling = SamplingOptions.parse(steps, spacing, timesteps)
-    latents, settings = load_latents(codes)
-    pipe = load_latents_pipeline(codes, settings, model, device, dtype, engine)
+    name, files = split_model(codes, model)
+    if len(files) > 1:
+        raise ValueError(f"give one file of latents, got {shown(files[0])} and {shown(files[1])}")
+    file = files[0]
+    latents, settings = load_latents(file)
+    pipe = load_latents_pipeline(file, settings, name, device, dtype, engine)
     chosen = settings.timesteps
     if sampling != SamplingOptions(None):
         num_steps = len(chosen) if steps is None else steps
         chosen = pipe.latent_timesteps(num_steps, replace(sampling, steps=num_steps).choose_timesteps(pipe))
-    check_latent_settings(codes, settings, pipe, chosen, force)
+    check_latent_settings(file, settings, pipe, chosen, force)
     started = time.monotonic()
     images = pipe.decode(latents, timesteps=chosen, batch_size=batch_size).images
     seconds = time.monotonic() - started
     num_replaced = sum(file.exists() for file in output_files(out, len(latents)))
-    save_images(images, out)
-    report_result(target, num_replaced, f"{pluralize(len(latents), 'image')} in {seconds:.1f} s")
+    save_images(images, out, scale=scale)
+    summary = f"{pluralize(len(latents), 'image')} in {seconds:.1f} s, {pluralize(len(chosen), 'step')}"
+    named = f" of the model {shown(settings.model)}, which {file} names" if name is None else ""
+    report_result(target, num_replaced, f"{summary}{named}")

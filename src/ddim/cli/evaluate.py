@@ -102,12 +102,11 @@ def evaluate(
     """
     from ddim import distributed
     from ddim.evaluation import report
-    from ddim.evaluation.image_sets import is_model
 
     if samples is None and model is None:
         raise ValueError("give what to evaluate: a model, or images")
     samples = choose_model(samples, model)
-    source = Source(distributed.local_device(device), engine, split, seed)
+    source = Source(distributed.local_device(device), engine, split, seed, model)
     if table is not None or figure is not None:
         if (table, figure) not in ((1, None), (2, None), (None, 4)):
             raise ValueError("give one of --table 1, --table 2 and --figure 4")
@@ -130,7 +129,7 @@ def evaluate(
         sigma_hat=sigma_hat,
         clipped_model_output=clipped_model_output,
     )
-    if not (is_model(samples) or (reference is not None and is_model(reference))):
+    if not (source.is_model(samples) or (reference is not None and source.is_model(reference))):
         refuse_sampling_options(ctx, "on images of files")
     sample_set = source.open(samples, sampling, count, None)
     reference_set = None
@@ -140,7 +139,7 @@ def evaluate(
         result = report.evaluate(sample_set, reference_set, features, names, group)
     if not group.is_main:
         return
-    if is_model(samples):
+    if source.is_model(samples):
         result["settings"] |= {
             "num_inference_steps": steps,
             "eta": eta,
@@ -171,12 +170,24 @@ class Source:
         engine: how networks run.
         split: of data sets on the hub.
         seed: of the first generated image.
+        model: the value of `--model`, which makes a hub id one of a model rather than of a data set.
     """
 
     device: str
     engine: str
     split: str
     seed: int
+    model: str | None = None
+
+    def is_model(self, name: str) -> bool:
+        """Return whether a name means a model rather than images.
+
+        Args:
+            name: a model, or where images are.
+        """
+        from ddim.io.hub import is_model
+
+        return name == self.model or is_model(name)
 
     def open(
         self, name: str, sampling: SamplingOptions, count: int | None, shape: tuple[int, int, int] | None
@@ -196,9 +207,9 @@ class Source:
             FileNotFoundError: if the images do not exist.
             ValueError: if they cannot be read, or an option is out of range.
         """
-        from ddim.evaluation.image_sets import is_model, open_files, sample_image_set
+        from ddim.evaluation.image_sets import open_files, sample_image_set
 
-        if not is_model(name):
+        if not self.is_model(name):
             return open_files(name, count, shape, self.split)
         pipe = load_pipeline(name, self.device, engine=self.engine)
         count = 10_000 if count is None else count
@@ -249,10 +260,10 @@ class PaperTable:
         from ddim import distributed
         from ddim.evaluation import paper_tables
         from ddim.evaluation.features import load_features
-        from ddim.evaluation.image_sets import is_model, open_files
+        from ddim.evaluation.image_sets import open_files
         from ddim.io.image_files import check_output_path
 
-        if not is_model(model):
+        if not source.is_model(model):
             raise ValueError(f"the paper's tables require a model, got {model}")
         for path in out:
             check_output_path(path, {".json": "", ".md": "Markdown", ".png": "a plot", ".svg": "a plot"}, False)

@@ -17,11 +17,9 @@ from typer.core import TyperGroup
 
 from ddim.cli.messages import to_options
 from ddim.extras import missing_module
-from ddim.validation import MAX_SHOWN
+from ddim.validation import MAX_NAME_SHOWN, shorten
 
 INTERRUPTED = 130
-LONG_ARGUMENT = 300
-"""Characters of an argument that messages repeat in full."""
 OS_ERRORS = {
     errno.ENOENT: "does not exist",
     errno.EACCES: "cannot be opened: you have no permission",
@@ -38,6 +36,7 @@ OS_ERRORS = {
     errno.EIO: "cannot be read or written: the disk reports an error",
 }
 """What is wrong with a file, by the system's error number."""
+LONG_WORD = re.compile(rf"\S{{{MAX_NAME_SHOWN + 1},}}")
 MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "bad allocation", "bad_alloc")
 
 
@@ -124,9 +123,10 @@ def shorten_arguments(message: str) -> str:
         part for argument in sys.argv[1:] for part in (argument, argument.partition("=")[2], repr(argument)[1:-1])
     }
     for value in sorted(values, key=len, reverse=True):
-        if len(value) > LONG_ARGUMENT:
-            message = message.replace(value, f"{value[:MAX_SHOWN]}...")
-    return message
+        if len(value) > MAX_NAME_SHOWN:
+            message = message.replace(value, shorten(value))
+    # Parts of arguments, such as a path without its last separator.
+    return LONG_WORD.sub(lambda match: shorten(match[0]), message)
 
 
 def _describe_os_error(error: OSError) -> str:

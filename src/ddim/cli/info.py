@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import choose_model
+from ddim.cli.common import DEFAULT_MODEL, choose_model
 
 
 def info(
@@ -25,7 +25,7 @@ def info(
     """
     from ddim.info import describe
 
-    facts = describe(choose_model(model, model_option, "mnist"))
+    facts = describe(choose_model(model, model_option, DEFAULT_MODEL))
     if as_json:
         print(json.dumps(facts, indent=2))
         return

@@ -12,12 +12,14 @@ import typer
 from ddim.cli import options
 from ddim.cli.checks import MAX_FRAMES
 from ddim.cli.common import (
+    DEFAULT_MODEL,
     SamplingOptions,
     check_fps,
     load_latents_pipeline,
     load_pipeline,
     read_images,
     report_result,
+    split_model,
 )
 from ddim.validation import integer, pluralize, shown
 
@@ -51,6 +53,7 @@ def interpolate(
         str | None, typer.Option(help="ROWSxCOLUMNS between four points, the corners, instead of a path.")
     ] = None,
     fps: options.Fps = 10.0,
+    scale: options.Scale = None,
     model: options.ModelOption = None,
     steps: options.LatentSteps = None,
     spacing: options.Spacing = None,
@@ -81,6 +84,7 @@ def interpolate(
         ANIMATION_SUFFIXES,
         OUTPUT_SUFFIXES,
         check_output_path,
+        enlarge,
         is_folder_path,
         output_files,
         save_animation,
@@ -95,12 +99,13 @@ def interpolate(
     grid_shape = None if grid is None else parse_grid(grid)
     if grid_shape is not None and closed:
         raise ValueError("--closed requires a path, got --grid")
-    given = Points.read(points)
+    name, others = split_model(points, model)
+    given = Points.read(others)
     if given.latents:
         source, (_, settings) = next(iter(given.latents.items()))
-        pipe = load_latents_pipeline(source, settings, model, device, dtype, engine)
+        pipe = load_latents_pipeline(source, settings, name, device, dtype, engine)
     else:
-        pipe = load_pipeline("mnist" if model is None else model, device, dtype, engine)
+        pipe = load_pipeline(name or DEFAULT_MODEL, device, dtype, engine)
     path_timesteps = given.choose_timesteps(pipe, SamplingOptions(steps, spacing))
     given.check(pipe, path_timesteps, grid_shape is not None, force)
     images = pipe.interpolate(
@@ -114,14 +119,20 @@ def interpolate(
     num_replaced = sum(file.exists() for file in output_files(out, len(images)))
     suffix = "" if is_folder_path(out) else target.suffix.lower()
     if suffix in ANIMATION_SUFFIXES:
-        save_animation(images, out, fps)
+        save_animation([enlarge(image, image, scale) for image in images], out, fps)
     elif suffix == ".png" and grid_shape is None:
         starts = range(0, len(images) if closed else len(images) - 1, frames - 1)
         cycle = [*images, images[0]]
-        save_image(stack_rows([cycle[start : start + frames] for start in starts], frames), target)
+        strip = stack_rows([cycle[start : start + frames] for start in starts], frames)
+        save_image(enlarge(strip, images[0], scale), target)
     else:
-        save_images(images, out, columns=grid_shape and grid_shape[1])
-    report_result(target, num_replaced, pluralize(len(images), "frame"))
+        save_images(images, out, columns=grid_shape and grid_shape[1], scale=scale)
+    summary = pluralize(len(images), "frame")
+    if given.latents and name is None:
+        summary += (
+            f", {pluralize(len(path_timesteps), 'step')} of the model {shown(settings.model)}, which {source} names"
+        )
+    report_result(target, num_replaced, summary)
 
 
 def parse_grid(text: str) -> tuple[int, int]:

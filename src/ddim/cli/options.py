@@ -6,24 +6,17 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        help="A built-in model (mnist), a folder, a training run or one of its checkpoints (RUN@raw: the weights being "
-        "trained), or a hub id such as google/ddpm-cifar10-32.",
-    ),
-]
 ModelArgument = Annotated[str | None, typer.Argument(help="The model, as for --model.", show_default=False)]
 """Of commands without other arguments."""
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", help="A built-in model, a folder, a training run, or a hub id such as google/ddpm-cifar10-32."
+        "--model",
+        "-m",
+        help="A built-in model (mnist), a folder, a training run or one of its checkpoints (RUN@raw: the weights being "
+        "trained), or a hub id such as google/ddpm-cifar10-32; may also stand among the arguments, without the option.",
     ),
 ]
-"""Of commands that also take the model as an argument, or know it from elsewhere."""
 Steps = Annotated[int, typer.Option(help="Number of function evaluations per image: fewer is faster, more is finer.")]
 LatentSteps = Annotated[
     int | None, typer.Option(help="Number of function evaluations per image; defaults to that of the latents, or 50.")
@@ -72,5 +65,12 @@ Exact = Annotated[
 Tolerance = Annotated[float, typer.Option(help="Largest residual at which a step counts as solved.")]
 MaxIterations = Annotated[int, typer.Option(help="Maximum number of function evaluations per step and image.")]
 LatentBatchSize = Annotated[int, typer.Option("--batch-size", help="Images per network call; more is faster on a GPU.")]
+Scale = Annotated[
+    int | None,
+    typer.Option(
+        help="Factor by which grids and animations are enlarged, each pixel to a square; defaults to what shows each "
+        "image at 64 pixels or more. Single images, folders and x.npz keep their size without it."
+    ),
+]
 Fps = Annotated[float, typer.Option(help="Frames per second of animations.")]
 Force = Annotated[bool, typer.Option("--force", help="Accept latents that other settings made.")]

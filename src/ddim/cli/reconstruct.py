@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import SamplingOptions, fit_images, load_pipeline, read_images, report_result
+from ddim.cli.common import (
+    DEFAULT_MODEL,
+    SamplingOptions,
+    fit_images,
+    load_pipeline,
+    read_images,
+    report_result,
+    split_model,
+)
 from ddim.validation import pluralize
 
 
@@ -16,7 +24,7 @@ def reconstruct(
     out: Annotated[
         str, typer.Option("--out", "-o", help="PNG to write: the images above their reconstructions.")
     ] = "reconstructed.png",
-    model: options.Model = "mnist",
+    model: options.ModelOption = None,
     steps: options.Steps = 50,
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
@@ -24,6 +32,7 @@ def reconstruct(
     tolerance: options.Tolerance = 1e-5,
     max_iterations: options.MaxIterations = 50,
     resize: options.Resize = False,
+    scale: options.Scale = None,
     batch_size: options.LatentBatchSize = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
@@ -39,12 +48,13 @@ def reconstruct(
 
       ddim reconstruct digits/ --euler --steps 20
     """
-    from ddim.io.image_files import check_output_path, save_image, stack_rows
+    from ddim.io.image_files import check_output_path, enlarge, save_image, stack_rows
 
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     sampling = SamplingOptions.parse(steps, spacing, timesteps)
-    originals = read_images(images)
-    pipe = load_pipeline(model, device, dtype, engine)
+    name, paths = split_model(images, model)
+    originals = read_images(paths)
+    pipe = load_pipeline(name or DEFAULT_MODEL, device, dtype, engine)
     result = pipe.reconstruct(
         originals,
         steps,
@@ -64,5 +74,6 @@ def reconstruct(
     mean = result.mse.mean(), result.psnr.mean(), nfe.double().mean(), residual.mean()
     print(" mean  {:.2e}  {:5.1f}  {:11.0f}  {:.2e}".format(*mean))
     num_replaced = int(target.exists())
-    save_image(stack_rows([fit_images(pipe, originals), result.images]), target)
+    grid = stack_rows([fit_images(pipe, originals), result.images])
+    save_image(enlarge(grid, result.images[0], scale), target)
     report_result(target, num_replaced, pluralize(len(originals), "image"))

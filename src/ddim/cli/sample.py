@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import SamplingOptions, choose_model, load_pipeline, report_result
+from ddim.cli.common import DEFAULT_MODEL, SamplingOptions, choose_model, load_pipeline, report_result
 from ddim.validation import pluralize, shown
 
 MAX_GRID_BYTES = 2**28
@@ -53,6 +53,7 @@ def sample(
     order: options.Order = None,
     sigma_hat: options.SigmaHat = False,
     clipped_model_output: options.ClippedModelOutput = False,
+    scale: options.Scale = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the images in --out and start from the first.")
     ] = False,
@@ -98,9 +99,9 @@ def sample(
     if sampling.steps is not None and tolerance is not None:
         raise ValueError(f"--tolerance requires --steps auto, got --steps {steps}")
     rank, world_size = rank_and_world_size()
-    pipe = load_pipeline(choose_model(model, model_option, "mnist"), local_device(device), dtype, engine)
+    pipe = load_pipeline(choose_model(model, model_option, DEFAULT_MODEL), local_device(device), dtype, engine)
     if target.suffix.lower() == ".png" and not is_folder_path(out):
-        check_grid(count, pipe.sample_shape)
+        check_grid(count, pipe.sample_shape, scale or 1)
     if sampling.steps is None:
         from ddim.tuning import enough_steps
 
@@ -123,7 +124,7 @@ def sample(
     images = pipe.sample_images(count, seed, batch_size, **settings)
     seconds = time.monotonic() - started
     num_replaced = int(target.exists())
-    save_images(images, out)
+    save_images(images, out, scale=scale)
     report_result(target, num_replaced, f"{pluralize(len(images), 'image')} in {seconds:.1f} s")
 
 
@@ -150,12 +151,13 @@ def parse_steps(text: str) -> int | None:
     return int(text)
 
 
-def check_grid(count: int, shape: tuple[int, int, int]) -> None:
+def check_grid(count: int, shape: tuple[int, int, int], scale: int = 1) -> None:
     """Check that images fit into one PNG.
 
     Args:
         count: number of images.
         shape: (C, H, W) of each.
+        scale: factor by which they are enlarged.
 
     Raises:
         ValueError: if there are too many of them.
@@ -164,6 +166,6 @@ def check_grid(count: int, shape: tuple[int, int, int]) -> None:
         >>> check_grid(16, (1, 28, 28))
     """
     channels, height, width = shape
-    largest = MAX_GRID_BYTES // (channels * height * width)
+    largest = MAX_GRID_BYTES // (channels * height * width * scale**2)
     if count > largest:
         raise ValueError(f"--count must be at most {largest} for a grid, got {count}; write a folder, x.npz or x.tar")

@@ -8,6 +8,7 @@ import typer
 
 from ddim.cli import options
 from ddim.cli.common import (
+    DEFAULT_MODEL,
     SamplingOptions,
     check_fps,
     choose_model,
@@ -40,6 +41,7 @@ def trajectory(
     timesteps: options.Timesteps = None,
     order: options.Order = None,
     fps: options.Fps = 10.0,
+    scale: options.Scale = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
@@ -56,6 +58,7 @@ def trajectory(
     from ddim.io.image_files import (
         ANIMATION_SUFFIXES,
         check_output_path,
+        enlarge,
         is_animation_path,
         save_animation,
         save_image,
@@ -67,7 +70,7 @@ def trajectory(
     sampling = SamplingOptions.parse(steps, spacing, timesteps, eta=eta, order=order)
     frame_timesteps = None if at is None else parse_integers(at, "--at")
     integer("--count", count, 1)
-    pipe = load_pipeline(choose_model(model, model_option, "mnist"), device, dtype, engine)
+    pipe = load_pipeline(choose_model(model, model_option, DEFAULT_MODEL), device, dtype, engine)
     result = pipe.trajectory(
         count,
         steps,
@@ -81,10 +84,11 @@ def trajectory(
     num_replaced = int(target.exists())
     samples, predicted = [*result.samples, result.images], [*result.pred_original_samples, result.images]
     if is_animation_path(out):
-        save_animation([stack_rows(pair) for pair in zip(samples, predicted, strict=True)], out, fps)
+        pairs = [stack_rows(pair) for pair in zip(samples, predicted, strict=True)]
+        save_animation([enlarge(pair, result.images[0], scale) for pair in pairs], out, fps)
     else:
         rows = [[frame[i] for frame in part] for i in range(count) for part in (samples, predicted)]
-        save_image(stack_rows(rows, len(samples)), target)
+        save_image(enlarge(stack_rows(rows, len(samples)), result.images[0], scale), target)
     report_result(target, num_replaced, f"timesteps {', '.join(map(str, result.timesteps))}, then the result")
 
 
@@ -98,6 +102,7 @@ def consistency(
     seed: options.Seed = 0,
     steps: Annotated[str, typer.Option(help="Numbers of steps, separated by commas.")] = "10,20,50,100",
     spacing: options.Spacing = None,
+    scale: options.Scale = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
@@ -112,16 +117,16 @@ def consistency(
       ddim consistency --count 12 --steps 5,10,100
     """
     from ddim.diffusion.noise import check_seeds, noise_from_seeds
-    from ddim.io.image_files import check_output_path, save_image, stack_rows
+    from ddim.io.image_files import check_output_path, enlarge, save_image, stack_rows
 
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     integer("--count", count, 1)
     numbers_of_steps = parse_integers(steps, "--steps", "10,20,50")
-    pipe = with_spacing(load_pipeline(choose_model(model, model_option, "mnist"), device, dtype, engine), spacing)
+    pipe = with_spacing(load_pipeline(choose_model(model, model_option, DEFAULT_MODEL), device, dtype, engine), spacing)
     seeds = check_seeds(range(seed, seed + count), count)
     latents = noise_from_seeds((count, *pipe.sample_shape), seeds, pipe.device)()
     rows = pipe.consistency(latents, numbers_of_steps)
     num_replaced = int(target.exists())
-    save_image(stack_rows(rows), target)
+    save_image(enlarge(stack_rows(rows), rows[0][0], scale), target)
     summary = f"{pluralize(count, 'latent')}, rows of {', '.join(map(str, numbers_of_steps))} steps"
     report_result(target, num_replaced, summary)

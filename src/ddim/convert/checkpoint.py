@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ddim.io.weights import read_pickle
+from ddim.io.weights import is_state_dict, read_pickle
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +52,10 @@ def read_checkpoint(path: Path, ema: bool = True) -> dict[str, Tensor]:
     content = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     if isinstance(content, list | tuple):
         content = _choose_state(content, path, ema)
-    if not _is_state_dict(content):
+    if not is_state_dict(content) or not content:
         raise ValueError(
-            f"{path} is not a checkpoint of a network: it holds neither a dictionary of tensors nor a list [model, "
-            "optimizer, epoch, step, averaged model]"
+            f"{path} is not a checkpoint of a network: it holds neither a dictionary of tensors, dense and "
+            "named, nor a list [model, optimizer, epoch, step, averaged model]"
         )
     if all(name.startswith(DATA_PARALLEL_PREFIX) for name in content):
         return {name.removeprefix(DATA_PARALLEL_PREFIX): tensor for name, tensor in content.items()}
@@ -69,14 +69,6 @@ def _choose_state(states: list[Any] | tuple[Any, ...], path: Path, ema: bool) ->
     if ema and states:
         logger.warning("%s holds no averaged weights; the raw ones are used", path)
     return states[0] if states else None
-
-
-def _is_state_dict(content: Any) -> bool:
-    return (
-        isinstance(content, dict)
-        and len(content) > 0
-        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items())
-    )
 
 
 def _read_safetensors(path: Path) -> Any:

@@ -17,7 +17,7 @@ from ddim.convert.placement import ConversionPlan, build_unet
 from ddim.devices import choose_dtype
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
-from ddim.validation import choice, integer
+from ddim.validation import choice, integer, shown
 
 LAYOUTS = ("auto", "ddpm", "openai", "diffusers")
 ATTENTION_SIZE = 16
@@ -133,7 +133,7 @@ def make_pipeline(
         if layout == "openai":
             plan, tensors = openai.plan_conversion(tensors, settings.flags or OpenAIFlags(), len(scheduler))
         elif settings.flags is not None:
-            raise ValueError(f"flags of heads, their order and timesteps require layout='openai', got {layout!r}")
+            raise ValueError(f"flags of heads, their order and timesteps require layout='openai', got {shown(layout)}")
         else:
             plan = ddpm.plan_conversion(tensors)
         config = plan.config | {"sample_size": sample_size(plan.config, settings.image_size)}

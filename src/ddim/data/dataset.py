@@ -48,7 +48,9 @@ class ImageDataset(Protocol):
 
     Attributes:
         shape: (N, C, H, W).
-        fingerprint: changes whenever the images do; a run resumes only with the same.
+        fingerprint: changes whenever the images do.
+        identity: changes whenever the files do. A run resumes only with the same fingerprint or the same identity,
+            because the fingerprint of images without a cache is not that of their pixels.
         location: where decoded images are kept, for messages.
 
     Example:
@@ -59,6 +61,7 @@ class ImageDataset(Protocol):
 
     shape: tuple[int, int, int, int]
     fingerprint: str
+    identity: str
     location: str
 
     def read(self, indices: Tensor) -> Tensor:
@@ -80,6 +83,7 @@ class CachedImageDataset:
         pixels: uint8 (N, C, H, W).
         location: where they are kept, for messages.
         fingerprint: defaults to the SHA-256 of the pixels.
+        identity: of the files that hold the images; defaults to the fingerprint.
 
     Example:
         >>> dataset = CachedImageDataset(torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1, 1))
@@ -87,10 +91,17 @@ class CachedImageDataset:
         tensor([2, 0], dtype=torch.uint8)
     """
 
-    def __init__(self, pixels: Tensor, location: str = "memory", fingerprint: str | None = None) -> None:
+    def __init__(
+        self,
+        pixels: Tensor,
+        location: str = "memory",
+        fingerprint: str | None = None,
+        identity: str | None = None,
+    ) -> None:
         self.pixels, self.location = pixels, location
         self.shape = (pixels.shape[0], pixels.shape[1], pixels.shape[2], pixels.shape[3])
         self.fingerprint = fingerprint or hashlib.sha256(pixels.numpy().data).hexdigest()
+        self.identity = identity or self.fingerprint
 
     def read(self, indices: Tensor) -> Tensor:
         """Read images by index.
@@ -247,7 +258,7 @@ class LazyImageDataset:
     def __init__(self, decoder: Decoder, shape: tuple[int, int, int]) -> None:
         self.decoder = decoder
         self.shape = (decoder.source.count, *shape)
-        self.fingerprint = hashlib.sha256(decoder.source.identity.encode()).hexdigest()
+        self.fingerprint = self.identity = _hash_identity(decoder.source)
 
     def read(self, indices: Tensor) -> Tensor:
         """Decode images by index.
@@ -320,7 +331,8 @@ def open_dataset(config: DataConfig, size: int, channels: int, shared: bool = Fa
         if cache == "none" or (cache == "disk" and num_bytes > MEMORY_CACHE_BYTES):
             stack.pop_all()
             return LazyImageDataset(decoder, shape)
-        return CachedImageDataset(torch.from_numpy(np.concatenate(list(decoder.decode_all()))))
+        pixels = torch.from_numpy(np.concatenate(list(decoder.decode_all())))
+        return CachedImageDataset(pixels, identity=_hash_identity(source))
 
 
 def choose_cache(num_bytes: int, shared: bool) -> str:
@@ -340,6 +352,10 @@ def choose_cache(num_bytes: int, shared: bool) -> str:
     if num_bytes <= MEMORY_CACHE_BYTES and not shared:
         return "memory"
     return "disk" if num_bytes <= min(DISK_CACHE_BYTES, Cache("images").free_bytes() // 2) else "none"
+
+
+def _hash_identity(source: Source) -> str:
+    return hashlib.sha256(source.identity.encode()).hexdigest()
 
 
 def _open_disk_cache(entry: str, shape: tuple[int, int, int], decoder: Decoder) -> CachedImageDataset | None:
@@ -371,7 +387,8 @@ def _open_disk_cache(entry: str, shape: tuple[int, int, int], decoder: Decoder) 
         pixels, text = np.split(content[:-8], [len(content) - 8 - length])
         about = json.loads(text.tobytes())
         images = torch.from_numpy(pixels.reshape(-1, *shape))
-        return CachedImageDataset(images, f"a memory map in {cache.folder}", about["sha256"]), about["unreadable"]
+        location, identity = f"a memory map in {cache.folder}", _hash_identity(decoder.source)
+        return CachedImageDataset(images, location, about["sha256"], identity), about["unreadable"]
 
     cached = cache.read(entry, parse)
     if cached is None:

@@ -9,15 +9,20 @@ import io
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import huggingface_hub.constants
+import pyarrow as pa
 from PIL import Image
 
 from ddim.data.base import Source, first_line
 from ddim.io.images import decode_image
 from ddim.io.npz import MAX_COMPRESSION_RATIO, SMALL_ARRAY_BYTES
+from ddim.validation import nearest, shorten
+
+FIELD_OF_INT32 = b"\x15"
+"""Byte before a field of 32 bits that follows the field before it, in Thrift's compact protocol."""
 
 
 def read_parquet(files: list[str], name: str, column: str | None, identity: str) -> Source:
@@ -38,7 +43,7 @@ def read_parquet(files: list[str], name: str, column: str | None, identity: str)
     _silence_datasets()
     try:
         for file in files:
-            _check_size(Path(file))
+            check_size(Path(file))
         rows = datasets.Dataset.from_parquet(files)
     except Exception as error:  # every reader underneath has its own error types
         raise ValueError(f"{name} cannot be read as parquet: {first_line(error.__cause__ or error)}") from None
@@ -75,15 +80,66 @@ def read_hub_dataset(name: str, split: str, column: str | None) -> Source:
     return _from_rows(rows, f"{name} ({split})", column, str(rows._fingerprint))
 
 
-def _check_size(path: Path) -> None:
-    """Raise an error if a parquet file claims to hold far more than its compressed bytes can."""
+def check_size(path: Path) -> None:
+    """Check, in bounded memory, that a parquet file does not hold far more than its compressed bytes can.
+
+    Its metadata say how large the encoded columns are. A column with a dictionary, where many rows may be one entry,
+    can be larger: by how much is bounded by the size of the dictionary, or else counted, few rows at a time.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ValueError: if it does.
+    """
     from pyarrow.parquet import ParquetFile
 
-    with ParquetFile(path) as file:
-        groups = (file.metadata.row_group(index) for index in range(file.metadata.num_row_groups))
-        size, compressed = sum(group.total_byte_size for group in groups), path.stat().st_size
-    if size > max(SMALL_ARRAY_BYTES, MAX_COMPRESSION_RATIO * compressed):
-        raise ValueError(f"it claims {size:,} bytes in {compressed:,} compressed ones")
+    compressed = path.stat().st_size
+    limit = max(SMALL_ARRAY_BYTES, MAX_COMPRESSION_RATIO * compressed)
+
+    def check(size: int) -> None:
+        if size > limit:
+            raise ValueError(f"it claims {size:,} bytes in {compressed:,} compressed ones")
+
+    with ParquetFile(path) as file, path.open("rb") as content:
+        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+        check(sum(group.total_byte_size for group in groups))
+        chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
+        chunks = [chunk for chunk in chunks if chunk.has_dictionary_page and "BYTE_ARRAY" in chunk.physical_type]
+        pages = [_dictionary_bytes(content, chunk.dictionary_page_offset) for chunk in chunks]
+        if sum(chunk.num_values * page for chunk, page in zip(chunks, pages, strict=True)) <= limit:
+            return
+        size, rows = 0, max(1, SMALL_ARRAY_BYTES // max(pages))
+        for batch in file.iter_batches(rows, columns=sorted({chunk.path_in_schema for chunk in chunks})):
+            size += sum(map(_plain_bytes, batch.columns))
+            check(size)
+
+
+def _plain_bytes(array: pa.Array) -> int:
+    """Return the size of an array without dictionaries."""
+    if pa.types.is_dictionary(array.type):
+        return int(array.dictionary_decode().nbytes)
+    return sum(map(_plain_bytes, array.flatten())) if pa.types.is_struct(array.type) else int(array.nbytes)
+
+
+def _dictionary_bytes(content: BinaryIO, offset: int) -> int:
+    """Return the uncompressed size of a dictionary: the second field of its page's header, in Thrift's compact form."""
+    content.seek(offset)
+    fields = [_read_int32(content) for _ in range(2)]
+    return fields[1]
+
+
+def _read_int32(content: BinaryIO) -> int:
+    """Read a field of Thrift's compact form: its type, then 7 bits per byte, the lowest first, the sign in bit 0."""
+    if content.read(1) != FIELD_OF_INT32:
+        raise ValueError("the header of a dictionary is damaged")
+    value = 0
+    for shift in range(0, 35, 7):
+        (byte,) = content.read(1)
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            break
+    return value >> 1
 
 
 def _silence_datasets() -> None:
@@ -98,8 +154,9 @@ def _from_rows(rows: datasets.Dataset, name: str, column: str | None, identity: 
     if not len(rows):
         raise ValueError(f"{name} has no rows")
     if chosen not in rows.column_names:
-        missing = f"column {column}" if column else "column of images"
-        raise ValueError(f"{name} has no {missing}; its columns are {', '.join(rows.column_names)}")
+        missing = f"column {shorten(column)}" if column else "column of images"
+        near = nearest(column, rows.column_names)
+        raise ValueError(f"{name} has no {missing}; its columns are {', '.join(rows.column_names)}{near}")
     try:
         encoded = rows.select_columns(chosen).cast_column(chosen, datasets.Image(decode=False))
         encoded[0]

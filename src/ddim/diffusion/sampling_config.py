@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ddim.validation import integer, real
+from ddim.validation import integer, real, shown
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def check_order(order: int, eta: float = 0.0) -> int:
         2
     """
     if order not in (1, 2) or isinstance(order, bool):
-        raise ValueError(f"order must be 1 (DDIM) or 2 (the two-step method), got {order!r}")
+        raise ValueError(f"order must be 1 (DDIM) or 2 (the two-step method), got {shown(order)}")
     if order == 2 and eta:
         raise ValueError(f"order=2 requires eta=0 (deterministic sampling), got eta={eta:g}")
     return order

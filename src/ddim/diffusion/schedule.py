@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ddim.validation import as_integer, integer, join_choices, shown
+from ddim.validation import as_integer, integer, join_choices, nearest, shown
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "quad", "const", "jsd")
 SPACINGS = ("leading", "trailing", "linspace", "quad", "logsnr", "blend")
@@ -81,7 +81,8 @@ def make_betas(
         return np.full(T, float(beta_end))
     if beta_schedule == "jsd":
         return 1.0 / np.linspace(T, 1, T)
-    raise ValueError(f"beta_schedule must be one of {join_choices(BETA_SCHEDULES)}, got {shown(beta_schedule)}")
+    near = nearest(beta_schedule, BETA_SCHEDULES)
+    raise ValueError(f"beta_schedule must be one of {join_choices(BETA_SCHEDULES)}, got {shown(beta_schedule)}{near}")
 
 
 def check_betas(betas: ArrayLike) -> NDArray[np.float64]:
@@ -100,7 +101,10 @@ def check_betas(betas: ArrayLike) -> NDArray[np.float64]:
         >>> check_betas([0.1, 0.2])
         array([0.1, 0.2])
     """
-    array = np.asarray(betas, dtype=np.float64)
+    try:
+        array = np.asarray(betas, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"trained_betas must be a list of numbers, got {shown(betas)}") from None
     integer("the number of trained_betas", array.size, 1, MAX_TRAIN_TIMESTEPS)
     # 1 - beta, not beta: a beta that is lost in that difference adds no noise.
     signal = 1 - array
@@ -225,7 +229,8 @@ def make_timesteps(
     elif spacing == "logsnr":
         ascending = _equal_log_snr(S, alphas_cumprod)
     else:
-        raise ValueError(f"timestep_spacing must be one of {join_choices(SPACINGS)}, got {shown(spacing)}")
+        near = nearest(spacing, SPACINGS)
+        raise ValueError(f"timestep_spacing must be one of {join_choices(SPACINGS)}, got {shown(spacing)}{near}")
     return [int(t) for t in ascending[::-1]]
 
 

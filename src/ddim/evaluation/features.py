@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ddim.extras import require
 from ddim.io.weights import digest, fill_model
+from ddim.validation import nearest, shorten
 
 CLASSIFIER = Path(__file__).with_name("mnist_classifier.safetensors")
 """The weights of `DigitClassifier`."""
@@ -202,7 +203,10 @@ def load_features(name: str, shape: tuple[int, int, int]) -> nn.Module:
         return classifier.eval()
     if Path(name).is_file():
         return Scripted(Path(name), shape).eval()
-    raise FileNotFoundError(f"features must be pixels, mnist, inception or a TorchScript file, got {name!r}")
+    raise FileNotFoundError(
+        f"features must be pixels, mnist, inception or a TorchScript file, got {shorten(repr(name))}"
+        f"{nearest(name, ('pixels', 'mnist', 'inception'))}"
+    )
 
 
 def extractor_id(extractor: nn.Module) -> str:

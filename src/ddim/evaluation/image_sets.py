@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ddim.data.base import Source
 from ddim.data.sources import open_source
-from ddim.io.hub import MODEL_INDEX, builtin_models
 from ddim.io.images import decode_image, fit_image, to_bytes
-from ddim.io.runs import is_run, split_variant
+from ddim.io.reading import reader_reason
 from ddim.pipeline import DDIMPipeline
+from ddim.validation import shown
 
 BATCH_SIZE = 64
 
@@ -145,16 +145,11 @@ def sample_image_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = 
     return ImageSet(name, pipe.sample_shape, count, read_batch, from_files=False)
 
 
-def is_model(source: str) -> bool:
-    """Return whether a name means a model rather than images: a built-in one, a folder with a pipeline, a training run.
-
-    Example:
-        >>> is_model("mnist"), is_model("images/")
-        (True, False)
-    """
-    name = str(split_variant(source)[0])
-    folder = Path(name)
-    return name in builtin_models() or (folder / MODEL_INDEX).is_file() or is_run(folder)
+def _check_size(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Return a member of a tar file unless its size is negative, after which `tarfile` may find it again for ever."""
+    if entry.size < 0:
+        raise tarfile.ReadError(f"the member {shown(entry.name)} must have a size of at least 0, got {entry.size}")
+    return entry
 
 
 def _open_shards(path: Path) -> Source:
@@ -166,17 +161,18 @@ def _open_shards(path: Path) -> Source:
     for shard in shards:
         try:
             with tarfile.open(shard, "r:") as archive:
-                entries = [entry for entry in archive if entry.isfile()]
-        except tarfile.TarError as error:
-            raise ValueError(f"{shard} cannot be read as tar: {error}") from None
+                entries = [entry for entry in map(_check_size, archive) if entry.isfile()]
+        except Exception as error:  # damaged headers raise errors of many kinds
+            raise ValueError(f"{shard} cannot be read as tar: {reader_reason(error)}") from None
         # macOS adds hidden files, `._x.png`.
         images = [
             entry
             for entry in entries
             if entry.name.lower().endswith((".png", ".jpg", ".jpeg", ".webp")) and Path(entry.name).name[0] != "."
         ]
-        if images and images[-1].offset_data + images[-1].size > shard.stat().st_size:
-            raise ValueError(f"{shard} is truncated: it ends within {images[-1].name}")
+        for entry in images:
+            if entry.offset_data + entry.size > shard.stat().st_size:
+                raise ValueError(f"{shard} is truncated: it ends within {shown(entry.name)}")
         members += [(shard, entry.offset_data, entry.size, entry.name) for entry in images]
     if not members:
         raise FileNotFoundError(f"{path} contains no images")

@@ -21,6 +21,7 @@ from ddim.extras import require
 from ddim.io.atomic import atomic_write
 from ddim.io.image_files import check_output_path
 from ddim.io.json_files import to_json
+from ddim.validation import shown
 from ddim.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def evaluate(
     check_metrics(metrics, reference is not None)
     if "is" in metrics and features not in FEATURES_WITH_LOGITS:
         raise ValueError(
-            f"features must be {' or '.join(FEATURES_WITH_LOGITS)} for the inception score, got {features!r}"
+            f"features must be {' or '.join(FEATURES_WITH_LOGITS)} for the inception score, got {shown(features)}"
         )
     extractor: Any = load_features(features, samples.shape)
     counts = [images.count for images in (samples, reference) if images is not None]

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar, cast
 from ddim.annotations import check_arguments
 from ddim.io.hub import pop_hub_options, read_config, save_and_push
 from ddim.io.json_files import to_json
-from ddim.validation import join_choices, shown
+from ddim.validation import join_choices, list_unknown, nearest, shown
 from ddim.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -60,11 +60,15 @@ class FrozenConfig(OrderedDict[str, Any]):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        OrderedDict.__init__(self, *args, **kwargs)
         vars(self).update(self)
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"the configuration has no entry {name!r}")
+        raise AttributeError(f"the configuration has no entry {name!r}{nearest(name, self)}")
+
+    # Not those of FrozenDict, which may have become a base, and which look for an attribute that is never there.
+    __setattr__ = object.__setattr__
+    __setitem__ = OrderedDict.__setitem__
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
@@ -113,11 +117,16 @@ def register_to_config(init: Callable[Concatenate[T, P], None]) -> Callable[Conc
         {'steps': 1000, '_use_default_values': ['steps']}
     """
     signature = inspect.signature(init)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
 
     @functools.wraps(init)
     def wrapped(self: T, *args: P.args, **kwargs: P.kwargs) -> None:
         private = {name: kwargs[name] for name in kwargs if name.startswith("_")}
         passed: dict[str, Any] = {name: value for name, value in kwargs.items() if name not in private}
+        if not takes_any and (unknown := passed.keys() - signature.parameters.keys()):
+            raise TypeError(
+                f"{type(self).__name__} has no argument {list_unknown(sorted(unknown), signature.parameters)}"
+            )
         bound = signature.bind(self, *args, **passed)
         given = set(bound.arguments)
         bound.apply_defaults()
@@ -171,7 +180,7 @@ class ConfigMixin:
         except KeyError:
             raise AttributeError(f"{type(self).__name__} has not been built: it has no config") from None
 
-    def register_to_config(self, **entries: Any) -> None:
+    def register_to_config(self, /, **entries: Any) -> None:
         """Change or add entries of the configuration; what reads them from there follows.
 
         Args:
@@ -248,7 +257,8 @@ class ConfigMixin:
             raise TypeError(f"config must be a mapping, got {type(config).__name__}")
         arguments, unused, hidden = cls.extract_init_dict(config, **overrides)
         if (unknown := overrides.keys() & unused.keys()) and not return_unused_kwargs:
-            raise TypeError(f"{cls.__name__} has no argument {', '.join(map(repr, sorted(unknown)))}")
+            accepted = inspect.signature(cls.__init__).parameters
+            raise TypeError(f"{cls.__name__} has no argument {list_unknown(sorted(unknown), accepted)}")
         instance = cls(**arguments)
         kept = {name: value for name, value in hidden.items() if name != OF_THE_FILE}
         instance.register_to_config(**kept | ({"_class_name": cls.__name__} if "_class_name" in kept else {}))
@@ -274,6 +284,8 @@ class ConfigMixin:
             ({'beta_end': 0.01}, {}, {'algorithm_type': 'dpmsolver'})
         """
         defaulted = config.get(DEFAULTED, ())
+        if not isinstance(defaulted, list | tuple | set | frozenset):
+            raise TypeError(f"{DEFAULTED} must be a list of names, got {shown(defaulted)}")
         entries = {name: value for name, value in config.items() if name != DEFAULTED and name not in defaulted}
         own = _pop_own_settings(entries, cls.own_settings)
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
@@ -285,7 +297,8 @@ class ConfigMixin:
         hidden = {name: value for name, value in entries.items() if name not in shared}
         strange = {k: v for k, v in hidden.items() if not k.startswith("_") and k not in cls.foreign_settings}
         if strange and config.get("_class_name", cls.__name__) == cls.__name__:
-            logger.warning("%s ignores these entries of a configuration: %s", cls.__name__, ", ".join(strange))
+            listed = list_unknown(strange, accepted)
+            logger.warning("%s ignores these entries of a configuration: %s", cls.__name__, listed)
         return arguments, strange | unused, hidden
 
     @classmethod

@@ -29,12 +29,15 @@ from typing import Any
 
 from ddim.io.atomic import write_folder
 from ddim.io.json_files import read_json
-from ddim.io.runs import resolve_run, split_variant
+from ddim.io.runs import is_run, resolve_run, split_variant
 from ddim.io.weights import WEIGHTS, choose_weights, remove_stale_weights
+from ddim.validation import nearest, shorten, shown
 
 logger = logging.getLogger(__name__)
 
 MODEL_INDEX = "model_index.json"
+MODEL_FILES = (MODEL_INDEX, "scheduler_config.json", "scheduler/scheduler_config.json")
+"""A folder with one of them is a model."""
 CONFIGS = (MODEL_INDEX, "config.json", "scheduler_config.json")
 HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 """The hub's rules for repository names. A few old models have no owner; none of them is a pipeline."""
@@ -97,6 +100,25 @@ def builtin_models() -> dict[str, Path]:
     return {index.parent.name: index.parent for index in sorted(root.glob(f"*/{MODEL_INDEX}"))}
 
 
+def is_model(source: str) -> bool:
+    """Return whether a name means a model rather than images: a built-in one, a folder with a pipeline, a training run.
+
+    A hub id alone does not show what it is the id of.
+
+    Args:
+        source: what a user gave.
+
+    Example:
+        >>> is_model("mnist"), is_model("images/")
+        (True, False)
+    """
+    # Not Path.is_file, which raises for names that no file can have.
+    name = str(split_variant(source)[0])
+    folder = Path(name)
+    is_folder = any(os.path.isfile(folder / file) for file in MODEL_FILES)  # noqa: PTH113
+    return name in builtin_models() or is_folder or is_run(folder)
+
+
 def find_model(
     model: str | Path,
     options: HubOptions = DEFAULT_HUB_OPTIONS,
@@ -134,12 +156,12 @@ def find_model(
     name = str(model)
     if name in (builtin := builtin_models()):
         return builtin[name]
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # noqa: PTH112
         return resolve_run(Path(name), MODEL_INDEX)
-    if isinstance(model, Path) or Path(name).exists() or not HUB_ID.fullmatch(name):
+    if isinstance(model, Path) or os.path.exists(name) or not HUB_ID.fullmatch(name):  # noqa: PTH110
         raise FileNotFoundError(
-            f"the model {name!r} does not exist: it is not built in ({', '.join(builtin)}), not a folder, and not a "
-            "hub id such as google/ddpm-cifar10-32"
+            f"the model {shorten(repr(name))} does not exist: it is not built in ({', '.join(builtin)}), not a folder, "
+            f"and not a hub id such as google/ddpm-cifar10-32{nearest(name, builtin)}"
         )
     select = partial(
         _required_files, variant=variant, weights_in=weights_in, use_safetensors=use_safetensors, folders=folders
@@ -210,7 +232,7 @@ def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
             f"the model {repo_id} asks for permission on the hub; request it there and pass token="
         ) from None
     except RevisionNotFoundError:
-        raise FileNotFoundError(f"the hub model {repo_id} has no revision {revision!r}") from None
+        raise FileNotFoundError(f"the hub model {repo_id} has no revision {shown(revision)}") from None
     except RepositoryNotFoundError:
         raise FileNotFoundError(
             f"the hub has no model {repo_id}, or it is private and the token does not open it"
@@ -297,7 +319,7 @@ def check_hub_id(repo_id: str) -> None:
         ValueError: repo_id must be a hub id such as owner/name, got 'mine'
     """
     if not HUB_ID.fullmatch(repo_id):
-        raise ValueError(f"repo_id must be a hub id such as owner/name, got {repo_id!r}")
+        raise ValueError(f"repo_id must be a hub id such as owner/name, got {shown(repo_id)}")
 
 
 def read_config(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ddim.io.atomic import atomic_write, write_folder
 from ddim.io.images import decode_image
-from ddim.validation import join_choices, pluralize
+from ddim.validation import join_choices, pluralize, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,10 @@ MAX_LISTED = 5
 """Skipped files that a message names."""
 GRID_GAP = 2
 """Pixels between and around the images of a grid."""
+MIN_TILE_PIXELS = 64
+"""Sides of the images of a grid that is enlarged."""
+MAX_ENLARGED_PIXELS = 4096
+"""Sides of a grid that is enlarged."""
 
 
 def find_images(path: str | Path) -> list[Path]:
@@ -157,6 +161,29 @@ def stack_rows(rows: Sequence[Sequence[Image.Image]], columns: int = 16) -> Imag
     return make_grid(cells, columns)
 
 
+def enlarge(image: Image.Image, tile: Image.Image, factor: int | None = None) -> Image.Image:
+    """Enlarge an image by an integer factor, each pixel to a square, so that small images can be seen.
+
+    Args:
+        image: an image, or a grid.
+        tile: an image of the grid.
+        factor: at least 1; defaults to the smallest that makes the sides of the tile 64 pixels or more, as far as those
+            of the grid stay within 4096.
+
+    Returns:
+        The enlarged image, in its mode.
+
+    Example:
+        >>> tile = Image.new("L", (28, 28))
+        >>> enlarge(make_grid([tile] * 4), tile).size
+        (186, 186)
+    """
+    if factor is None:
+        factor = max(1, min(-(-MIN_TILE_PIXELS // min(tile.size)), MAX_ENLARGED_PIXELS // max(image.size)))
+    width, height = image.size
+    return image if factor == 1 else image.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+
+
 def is_folder_path(path: str | Path) -> bool:
     """Return whether an output path means a folder: it is one, ends in a separator, or has no suffix.
 
@@ -164,7 +191,8 @@ def is_folder_path(path: str | Path) -> bool:
         >>> is_folder_path("samples/"), is_folder_path("samples.png")
         (True, False)
     """
-    return str(path).endswith(("/", os.sep)) or Path(path).is_dir() or not Path(path).suffix
+    # Not Path.is_dir, which raises for names that no file can have.
+    return str(path).endswith(("/", os.sep)) or os.path.isdir(path) or not Path(path).suffix  # noqa: PTH112
 
 
 def is_animation_path(path: str | Path) -> bool:
@@ -209,7 +237,7 @@ def check_output_path(
     if target.suffix.lower() not in allowed if not is_folder_path(path) else not folder_allowed:
         kinds = [f"{suffix} ({meaning})" if meaning else suffix for suffix, meaning in allowed.items()]
         choices = join_choices([*kinds, "be a folder"] if folder_allowed else kinds)
-        raise ValueError(f"{name} must end in {choices}, got {str(path)!r}")
+        raise ValueError(f"{name} must end in {choices}, got {shorten(repr(str(path)))}")
     folder = target if target.is_dir() else target.parent
     if not folder.exists():
         raise FileNotFoundError(f"the folder {folder} does not exist; create it, or write {target.name} elsewhere")
@@ -270,14 +298,19 @@ def save_animation(frames: Sequence[Image.Image], path: str | Path, frames_per_s
     return target
 
 
-def save_images(images: Sequence[Image.Image], path: str | Path, columns: int | None = None) -> Path:
+def save_images(
+    images: Sequence[Image.Image], path: str | Path, columns: int | None = None, scale: int | None = 1
+) -> Path:
     """Write images atomically: as a grid, an array, or one file per image.
+
+    All keep their pixels, so that they can be read back: a single image has no gap around it.
 
     Args:
         images: at least one, all of one size and mode.
-        path: `x.png` for a grid; `x.npz` for `arr_0`, uint8 (N, H, W, C), the format of the ADM evaluator; a path
-            without a suffix, or an existing folder, for `00000.png`, `00001.png`, ...
+        path: `x.png` for a grid, or for a single image as it is; `x.npz` for `arr_0`, uint8 (N, H, W, C), the format of
+            the ADM evaluator; a path without a suffix, or an existing folder, for `00000.png`, `00001.png`, ...
         columns: images per row of a grid; defaults to a grid as square as possible.
+        scale: factor by which a grid is enlarged; `None` chooses it, as `enlarge` does.
 
     Returns:
         The path.
@@ -303,7 +336,9 @@ def save_images(images: Sequence[Image.Image], path: str | Path, columns: int | 
         with atomic_write(target) as temporary, temporary.open("wb") as opened:
             np.savez_compressed(opened, arrays)
     else:
-        save_image(make_grid(images, columns), target)
+        is_single = len(images) == 1
+        grid = images[0] if is_single else make_grid(images, columns)
+        save_image(enlarge(grid, images[0], 1 if is_single and scale is None else scale), target)
     return target
 
 

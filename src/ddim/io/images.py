@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ddim.io.reading import DAMAGED, reader_reason
 from ddim.validation import choice
 
 logger = logging.getLogger(__name__)
@@ -191,6 +192,14 @@ def decode_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
         Traceback (most recent call last):
         ValueError: notes.png cannot be read: not an image of a known format
     """
+    if isinstance(source, str | Path):
+        # A stream in any case: by its path PIL maps an uncompressed TIFF into memory, and scrambles one whose
+        # orientation swaps height and width.
+        try:
+            with Path(source).open("rb") as stream:
+                return decode_image(stream, name)
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read: {decoder_reason(error)}") from None
     try:
         with PIL_OPEN_LOCK, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -206,11 +215,31 @@ def decode_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
         # PIL sets this attribute of images that it opens itself; messages name images by it.
         setattr(still, "filename", name)  # noqa: B010 - the copy's class does not declare it
     except Exception as error:  # decoders raise errors of many kinds
-        reason = "not an image of a known format" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{name} cannot be read: {reason}") from None
+        raise ValueError(f"{name} cannot be read: {decoder_reason(error)}") from None
     if frames > 1:
         raise ValueError(f"{name} must be a still image, got an animation of {frames} frames")
     return still
+
+
+def decoder_reason(error: Exception) -> str:
+    """Return why an image cannot be decoded, in words about the image.
+
+    Args:
+        error: what PIL raised.
+
+    Example:
+        >>> decoder_reason(ValueError("invalid literal for int() with base 10: b'x'"))
+        'it is damaged'
+        >>> decoder_reason(OSError("image file is truncated (0 bytes not processed)"))
+        'image file is truncated (0 bytes not processed)'
+    """
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a known format"
+    # PIL's errors of other kinds are about its own code.
+    has_reason = isinstance(
+        error, OSError | SyntaxError | Image.DecompressionBombError | Image.DecompressionBombWarning
+    )
+    return reader_reason(error) if has_reason else DAMAGED
 
 
 def upright(image: Image.Image, name: str) -> Image.Image:

@@ -24,6 +24,7 @@ from torch import Tensor
 from ddim.io.atomic import atomic_write
 from ddim.io.fingerprint import HasModel, model_sha256
 from ddim.io.npz import open_npz
+from ddim.io.reading import reader_reason
 from ddim.validation import integer, real, shown
 
 LATENT_SUFFIXES = {".npz": "", ".safetensors": ""}
@@ -134,7 +135,7 @@ def load_latents(path: str | Path) -> tuple[Tensor, LatentSettings]:
         if (checksum is not None or FORMAT_KEY in entries) and checksum != _checksum(latents, entries):
             raise ValueError("its SHA-256 does not match")
     except Exception as error:  # readers raise errors of many kinds
-        raise ValueError(f"{source} is damaged or not a latent file: {error}") from None
+        raise ValueError(f"{source} is damaged or not a latent file: {reader_reason(error)}") from None
     return _check_latents(latents, str(source)), settings
 
 
@@ -166,7 +167,7 @@ def check_latent_settings(
         return
     if settings.model_sha256 != model_sha256(pipe):
         raise ValueError(
-            f"{source} was encoded with the model {settings.model!r}, which differs from this one in its weights, "
+            f"{source} was encoded with the model {shown(settings.model)}, which differs from this one in its weights, "
             "dtype, configuration or schedule; force=True decodes it anyway"
         )
     if settings.timesteps != timesteps:

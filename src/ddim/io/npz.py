@@ -16,6 +16,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from ddim.io.reading import reader_reason
+
 MAX_COMPRESSION_RATIO = 250
 """By how much an array may be larger than its compressed bytes; images and latents stay far below, zip bombs do not."""
 SMALL_ARRAY_BYTES = 2**27
@@ -148,7 +150,7 @@ def open_npz(path: Path) -> Iterator[NpzReader]:
         with zipfile.ZipFile(path) as archive:
             yield NpzReader(archive)
     except Exception as error:  # a damaged archive raises errors of many types
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+        raise ValueError(reader_reason(error)) from None
 
 
 def _read_header(stream: IO[bytes], member: zipfile.ZipInfo) -> ArrayHeader | None:

@@ -18,6 +18,7 @@ import mmap
 import pickle
 import re
 import sys
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ DTYPES = {
 """PyTorch's dtypes under the names of the safetensors format."""
 MAX_SHARED = 4
 """Bytes of tensors per byte of a pickle, at most: weights that share a storage are stored once."""
+ZIP_MAGIC = b"PK\x03\x04"
+"""The first bytes of a file of `torch.save`, which is an archive."""
 COPY_CHUNK_BYTES = 16 << 20
 """Bytes of a mapped file that are copied before it is opened anew, which bounds the memory beside the copies."""
 
@@ -146,6 +149,9 @@ def _shards(index: Path) -> list[str]:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Read one weight file."""
+    if not path.is_file():
+        # Opening a pipe would wait for a writer.
+        raise ValueError(f"{path} is not a regular file")
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
 
@@ -174,8 +180,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             drop_pages(tensor)
         return tensors
     content = read_pickle(path)
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise ValueError(f"{path} does not hold a dictionary of tensors")
+    if not is_state_dict(content):
+        raise ValueError(f"{path} does not hold a dictionary of tensors, all of them dense and named")
     # A tensor may repeat the values of a small storage: copied, it would take memory that the file does not justify.
     claimed, size = sum(tensor.nbytes for tensor in content.values()), path.stat().st_size
     if claimed > MAX_SHARED * size:
@@ -202,6 +208,7 @@ def read_pickle(path: Path) -> Any:
         ...     read_pickle(Path(folder) / "weights.bin")
         {'bias': tensor([0., 0.])}
     """
+    _verify_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -212,6 +219,45 @@ def read_pickle(path: Path) -> Any:
         raise
     except Exception:  # damaged files raise errors of many kinds, whose texts are about the reader
         raise ValueError(f"{path} is truncated or damaged, or not a file of torch.save") from None
+
+
+def is_state_dict(content: Any) -> bool:
+    """Return whether an object is a dictionary of dense tensors by name.
+
+    Args:
+        content: what a pickle held.
+
+    Example:
+        >>> is_state_dict({"bias": torch.zeros(2)}), is_state_dict({0: torch.zeros(2)})
+        (True, False)
+    """
+    return isinstance(content, dict) and all(
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and not tensor.is_quantized
+        and tensor.device.type == "cpu"
+        for name, tensor in content.items()
+    )
+
+
+def _verify_archive(path: Path) -> None:
+    """Verify the checksums of a file of `torch.save`, which `torch.load` does not; files of before 1.6 have none."""
+    try:
+        with path.open("rb") as file:
+            if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
+                return
+            with zipfile.ZipFile(file) as archive:
+                claimed, size = sum(member.file_size for member in archive.infolist()), path.stat().st_size
+                # Members are stored, not compressed.
+                for member in archive.infolist() if claimed <= size else ():
+                    with archive.open(member) as stream:
+                        while stream.read(COPY_CHUNK_BYTES):
+                            pass
+    except Exception:  # a damaged archive raises errors of many types
+        raise ValueError(f"{path} is truncated or damaged: it does not match the checksums in it") from None
+    if claimed > size:
+        raise ValueError(f"{path} is truncated or damaged: its members take {claimed} bytes, the file {size}")
 
 
 def _modern_name(name: str) -> str:
@@ -262,7 +308,7 @@ def fill_model(
         The parameters left as they are: name, shape of the tensor, shape of the parameter.
 
     Raises:
-        ValueError: if tensors are missing, unexpected or of another shape; it names the first three. If a value is NaN
+        ValueError: if tensors are missing, unexpected, complex or of another shape; it names three. If a value is NaN
             or infinite.
 
     Example:
@@ -281,6 +327,7 @@ def fill_model(
     ]
     problems = [f"{name} is missing" for name in shapes if name not in tensors]
     problems += [f"{name} is unexpected" for name in tensors if name not in shapes]
+    problems += [f"{name} must be real, got {tensor.dtype}" for name, tensor in tensors.items() if tensor.is_complex()]
     if not ignore_mismatched_sizes:
         problems += [f"{name}: expected shape {shape}, got {actual}" for name, actual, shape in mismatched]
     if problems:

@@ -5,16 +5,22 @@ It is merged from a preset, a YAML file, settings and overrides, later ones repl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import resources
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
+from ddim.annotations import check_arguments
 from ddim.data.config import DataConfig, Section
-from ddim.validation import as_integer, choice
+from ddim.scheduler import DDIMScheduler
+from ddim.unet import UNet2DModel
+from ddim.validation import as_integer, choice, find_nearest, nearest, shorten, shown
 
 PRESETS = resources.files("ddim.training") / "presets"
 
@@ -23,6 +29,9 @@ MAX_FEATURES = 4096
 
 SCHEDULER_DEFAULTS: Mapping[str, Any] = {"clip_sample": False}
 """Where a trained model's scheduler differs from `DDIMScheduler()`: without clipping more steps converge to a limit."""
+
+MAX_YAML_VALUES = 100_000
+"""Values of a YAML file, each alias counted as what it stands for: a few lines of aliases can stand for billions."""
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -309,7 +318,7 @@ def load_config(
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:
-            raise ValueError(f"settings must be of the form key=value, such as optim.lr=2e-4, got {setting!r}")
+            raise ValueError(f"settings must be of the form key=value, such as optim.lr=2e-4, got {shown(setting)}")
         _merge(tree, _nested(key.split("."), _yaml_value(value)))
     for key, value in (overrides or {}).items():
         if value is not None:
@@ -332,17 +341,19 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
     Example:
         >>> validate({"data": {"source": "digits"}, "model": {"sample_size": 8}, "seed": -1})
         Traceback (most recent call last):
-        ValueError: training configuration, seed: Input should be greater than or equal to 0
+        ValueError: training configuration, seed: must be greater than or equal to 0, got -1
     """
     # Types and bounds of single entries.
     try:
         config = TrainConfig.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        raise _invalid(".".join(map(str, first["loc"])), first["msg"]) from None
-    # Entries that depend on each other.
+        raise _invalid(".".join(map(str, first["loc"])), _describe(first)) from None
+    # Entries that depend on each other; with `init`, on those of its model as well, and then `complete_config` checks.
     if config.model or config.init is None:
         check_model(config.model)
+    _check_section("model", UNet2DModel.__init__, config.model)
+    _check_section("scheduler", DDIMScheduler.__init__, config.scheduler)
     optim = config.optim
     if config.batch_size % optim.accumulate:
         raise _invalid("optim.accumulate", f"must divide batch_size ({config.batch_size}), got {optim.accumulate}")
@@ -354,7 +365,8 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
             f"the Fréchet distance of pixels requires at least 2 samples of at most {MAX_FEATURES} values each, got "
             f"{config.evaluate.count} of {channels * size**2}; 0 disables it",
         )
-    check_scheduler(config.scheduler)
+    if config.init is None:
+        check_scheduler(config.scheduler)
     if optim.decay_steps is not None and optim.decay == "constant":
         raise _invalid("optim.decay_steps", "requires optim.decay to be linear or cosine, got constant")
     return config
@@ -377,12 +389,13 @@ def check_model(model: Mapping[str, Any]) -> None:
     size, channels = model.get("sample_size"), model.get("in_channels", 3)
     integer_size = as_integer(size)
     if integer_size is None or integer_size < 1:
-        raise _invalid("model.sample_size", f"must be a positive integer (height and width), got {size!r}")
+        raise _invalid("model.sample_size", f"must be a positive integer (height and width), got {shown(size)}")
     outputs = model.get("out_channels", 3)
     if channels not in (1, 3) or channels != outputs:
         raise _invalid(
             "model.in_channels",
-            f"must be equal to model.out_channels, both 1 (gray) or 3 (color), got {channels!r} and {outputs!r}",
+            "must be equal to model.out_channels, both 1 (gray) or 3 (color), got "
+            f"{shown(channels)} and {shown(outputs)}",
         )
 
 
@@ -398,6 +411,10 @@ def check_scheduler(scheduler: Mapping[str, Any]) -> None:
     Example:
         >>> check_scheduler({"clip_sample": False})
     """
+    try:
+        DDIMScheduler.from_config({}, **scheduler)
+    except (TypeError, ValueError) as error:
+        raise _invalid("scheduler", str(error)) from None
     betas = scheduler.get("trained_betas")
     has_zero_snr = scheduler.get("rescale_betas_zero_snr") or (betas is not None and max(betas) >= 1)
     if has_zero_snr and scheduler.get("prediction_type", "epsilon") == "epsilon":
@@ -426,13 +443,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
         Traceback (most recent call last):
         FileNotFoundError: the configuration missing.yaml cannot be read: ...
     """
+    if path.exists() and not path.is_file():
+        # Opening a pipe would wait for a writer.
+        raise FileNotFoundError(f"the configuration {path} cannot be read: it is not a regular file")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror or "").lower() if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise FileNotFoundError(f"the configuration {path} cannot be read: {reason}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"the configuration {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise FileNotFoundError(f"the configuration {shorten(str(path))} cannot be read: {reason}") from None
+    try:
+        tree = _parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"the configuration {path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"the configuration {path} must hold entries such as 'batch_size: 64'")
     return tree
@@ -463,8 +485,52 @@ def incompatible_changes(old: TrainConfig, new: TrainConfig) -> list[str]:
     ]
 
 
+def _check_section(section: str, constructor: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Check names and types of the arguments of a constructor."""
+    names = list(signature(constructor).parameters)[1:]
+    for name in arguments:
+        if name not in names:
+            raise _invalid(f"{section}.{name}", f"is not an entry{nearest(name, names)}")
+    try:
+        check_arguments(constructor, arguments)
+    except (TypeError, ValueError) as error:
+        name, _, reason = str(error).partition(" ")
+        raise _invalid(f"{section}.{name}", reason) from None
+
+
+def _describe(error: Mapping[str, Any]) -> str:
+    """Return what is wrong with an entry."""
+    if error["type"] == "missing":
+        return "is required"
+    if error["type"] == "extra_forbidden":
+        *sections, name = map(str, error["loc"])
+        return f"is not an entry{_suggest(name, '.'.join(sections))}"
+    # Some messages add how the value was read.
+    allowed = re.sub(r", (unable to|got a|input was) .*", "", error["msg"]).replace("Input should be", "must be")
+    return f"{allowed}, got {shown(error['input'])}"
+
+
+def _suggest(name: str, section: str) -> str:
+    """Return the entry that was meant by a name: the nearest of its section, or of all; or a list of its section's."""
+    entries = list(_entry_names(TrainConfig))
+    siblings = {entry.rpartition(".")[2]: entry for entry in entries if entry.rpartition(".")[0] == section}
+    everywhere = {entry.rpartition(".")[2]: entry for entry in reversed(entries)}
+    for by_name in (siblings, everywhere):
+        if (match := find_nearest(name, by_name)) is not None:
+            return f" (did you mean {by_name[match]}?)"
+    return f"; {section or 'the configuration'} has {', '.join(siblings)}"
+
+
+def _entry_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield dotted names of all entries, sections first."""
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _entry_names(field.annotation, f"{prefix}{name}.")
+
+
 def _invalid(entry: str, reason: str) -> ValueError:
-    return ValueError(f"training configuration, {entry}: {reason}")
+    return ValueError(f"training configuration, {shorten(entry)}: {reason}")
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -477,11 +543,35 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
-def _yaml_value(text: str) -> Any:
+def _parse_yaml(text: str) -> Any:
+    """Parse YAML, and refuse what is not a tree of moderate size."""
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"{text!r} is not a valid YAML value") from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except Exception:  # dates that do not exist, numbers of thousands of digits, nesting beyond Python's stack
+        raise ValueError("it holds a value that cannot be read, or is nested too deeply") from None
+    if _expanded_size(value, {}) > MAX_YAML_VALUES:
+        raise ValueError(f"it must be a tree of at most {MAX_YAML_VALUES} values, with its aliases written out")
+    return value
+
+
+def _expanded_size(value: Any, sizes: dict[int, float]) -> float:
+    """Return the number of values in a tree, those of an alias as often as it is used; infinite if it holds itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in sizes:
+        sizes[id(value)] = math.inf
+        children = value.values() if isinstance(value, dict) else value
+        sizes[id(value)] = 1 + sum(_expanded_size(child, sizes) for child in children)
+    return sizes[id(value)]
+
+
+def _yaml_value(text: str) -> Any:
+    try:
+        value = _parse_yaml(text)
+    except ValueError:
+        raise ValueError(f"{shown(text)} is not a valid YAML value") from None
     try:
         # YAML 1.1 reads 2e-4, without a dot, as a string.
         return float(value) if isinstance(value, str) else value

@@ -222,7 +222,8 @@ def prepare_dataset(config: TrainConfig, accelerator: Accelerator, device: torch
             f"{count}, data.holdout is {holdout}), got {config.batch_size}"
         )
     if config.data.on_device and isinstance(dataset, CachedImageDataset):
-        dataset = CachedImageDataset(dataset.pixels.to(device), str(device), dataset.fingerprint)
+        pixels = dataset.pixels.to(device)
+        dataset = CachedImageDataset(pixels, str(device), dataset.fingerprint, dataset.identity)
     return dataset
 
 
@@ -296,7 +297,7 @@ def _make_record(config: TrainConfig, dataset: ImageDataset, device: torch.devic
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "config": config.model_dump(mode="json"),
-        "data": {"images": dataset.shape[0], "sha256": dataset.fingerprint},
+        "data": {"images": dataset.shape[0], "sha256": dataset.fingerprint, "identity": dataset.identity},
         "device": f"{device.type} ({name})",
         "versions": {
             **{package: _package_version(package) for package in PACKAGES},
@@ -340,7 +341,7 @@ def _check_run(record: dict[str, Any], config: TrainConfig, out: Path, resume: L
         old = yaml.safe_load(path.read_text())
         old_config = validate(old["config"])
         changes = incompatible_changes(old_config, config)
-        if old["data"] != record["data"]:
+        if not _is_same_data(old["data"], record["data"]):
             changes.append(f"data: expected {_describe(old['data'])}, got {_describe(record['data'])}")
     except (yaml.YAMLError, ValueError, KeyError, TypeError):
         raise FileExistsError(f"{path} is not the record of a run; use another folder") from None
@@ -351,6 +352,16 @@ def _check_run(record: dict[str, Any], config: TrainConfig, out: Path, resume: L
         raise ValueError(f"the run in {out} has another configuration ({'; '.join(changes)}); {advice}")
     if old_config.optim.lr != config.optim.lr:
         logger.info("optim.lr is %g from here on; it was %g", config.optim.lr, old_config.optim.lr)
+
+
+def _is_same_data(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Return whether two records are of the same images, by their pixels, or by their files where no pixels are cached.
+
+    The record of a run that began before files were recorded has pixels alone.
+    """
+    if old["images"] != new["images"]:
+        return False
+    return old["sha256"] == new["sha256"] or old.get("identity") == new["identity"]
 
 
 def _describe(data: dict[str, Any]) -> str:

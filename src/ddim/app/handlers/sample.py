@@ -216,7 +216,7 @@ def save(sampled: SampledImages, downloads: str | Path) -> tuple[str, str]:
     """
     folder = make_download_folder(downloads)
     grid_path, array_path = folder / "samples.png", folder / "samples.npz"
-    return str(save_images(sampled.images, grid_path)), str(save_images(sampled.images, array_path))
+    return str(save_images(sampled.images, grid_path, scale=None)), str(save_images(sampled.images, array_path))
 
 
 @dataclass(frozen=True, eq=False)

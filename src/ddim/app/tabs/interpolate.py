@@ -47,7 +47,8 @@ def tab(shared: Shared) -> None:
         "Between two latents lie other latents, which are images too. A path from latent to latent, along the sphere "
         "on which Gaussian noise lies, turns one image into another.",
         "An image has a latent as well: it is found by running DDIM backwards, and the path then passes through the "
-        "image.",
+        "image. Between seeds alone every frame is a sample, and the ends are those of the tab Sample; with an image "
+        "among the ends all frames are decoded from latents, without clipping, and a seed looks a little different.",
     )
     shared.endpoint_list.render()  # type: ignore[no-untyped-call]
     with gr.Row(equal_height=False):

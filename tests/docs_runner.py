@@ -1,0 +1,203 @@
+"""Runs the snippets of a page of the documentation: all in order, in one folder and one Python namespace.
+
+Shell snippets are parsed by `sh`. Commands of `ddim` run in this process, on their real arguments, with less work: few
+images, few steps, small networks. `pip`, `make` and launchers of several processes are checked as far as possible
+without running them. What a reader brings along, such as images, is there; what the page makes, it has to make itself.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from typer.core import TyperCommand
+
+import ddim.app
+import ddim.tuning
+from ddim.cli import main
+from ddim.cli.checks import Command, check_options
+from ddim.data import parquet
+from ddim.io import hub
+from ddim.io.hub import find_model
+from ddim.pipeline import DDIMPipeline
+from ddim.training.config import read_preset
+from digits import TINY_MODEL, digits, write_digits
+from image_data import write_hugging_face
+
+ROOT = Path(__file__).parents[1]
+SNIPPET = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NOT_RUN = re.compile(r"<!-- not run: .+ -->\n\Z")
+"""Stands before a snippet that is not run, with the reason."""
+PARSED_ONLY = ("convert",)
+"""Commands that need a file which cannot be made here: a checkpoint of another project."""
+PROGRAMS = ("ddim", "pip", "make", "torchrun", "accelerate", "python")
+
+
+class Snippet(NamedTuple):
+    """A block of code, its language, and the line it starts in."""
+
+    language: str
+    code: str
+    line: int
+
+
+def snippets(text: str) -> list[Snippet]:
+    """Return the Python and shell snippets of a page, without those that a comment excludes."""
+    return [
+        Snippet(match[1], match[2], text[: match.start()].count("\n") + 2)
+        for match in SNIPPET.finditer(text)
+        if not NOT_RUN.search(text[: match.start()])
+    ]
+
+
+def excluded(text: str) -> list[str]:
+    """Return the reasons of the snippets that are not run."""
+    return re.findall(r"<!-- not run: (.+) -->\n```", text)
+
+
+def run_page(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the snippets of a page in a folder; the first that fails raises."""
+    text = page.read_text()
+    bring_files(folder, text)
+    reduce_work(monkeypatch)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    namespace: dict[str, Any] = {}
+    for snippet in snippets(text):
+        if snippet.language == "python":
+            # Tracebacks name the line of the page.
+            exec(compile("\n" * (snippet.line - 1) + snippet.code, str(page), "exec"), namespace)
+        else:
+            for command in parse_shell(snippet.code):
+                run_command(command)
+
+
+def parse_shell(code: str) -> list[list[str]]:
+    """Return the commands of a shell snippet, as `sh` reads them: comments, quotes and continued lines included."""
+    functions = "".join(f"{name}() {{ printf '%s\\0' {name} \"$@\"; printf '\\001'; }}\n" for name in PROGRAMS)
+    done = subprocess.run(["sh", "-eu", "-c", functions + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [command.split("\0")[:-1] for command in done.stdout.split("\001")[:-1]]
+
+
+def run_command(command: list[str]) -> None:
+    """Run a command of a shell snippet, or check it."""
+    program, *arguments = command
+    if program in ("torchrun", "accelerate"):
+        arguments = arguments[arguments.index("-m") + 1 :]
+        assert arguments[0] == "ddim"
+        arguments = arguments[1:]
+        program = "ddim"
+    if program == "ddim" and arguments[-1] != "...":
+        run_ddim(arguments)
+    elif program == "python":
+        assert arguments[0] == "-c"
+        exec(arguments[1], {})
+    elif program == "make":
+        subprocess.run(["make", "--dry-run", "-C", ROOT, *arguments], check=True, stdout=subprocess.DEVNULL)
+    elif program == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert arguments[:2] == ["install", "-e"]
+        assert set(re.findall(r"\w+", arguments[2])) <= extras.keys()
+
+
+def run_ddim(arguments: list[str]) -> None:
+    """Run a command of `ddim` in this process."""
+    sys.argv = ["ddim", *arguments]
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code, f"ddim {' '.join(arguments)}: {stop.value.code}"
+
+
+def reduce_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make commands do little, after their options were checked as they are."""
+
+    def invoke(self: Command, context: Any) -> Any:
+        check_options(self, context)
+        context.params.update(reduced(str(self.name), context.params))
+        return None if self.name in PARSED_ONLY else TyperCommand.invoke(self, context)
+
+    monkeypatch.setattr(Command, "invoke", invoke)
+    for function in (ddim.tuning.tune, ddim.tuning.enough_steps):
+        monkeypatch.setitem(function.__kwdefaults__, "num_latents", 2)  # type: ignore[arg-type]
+    monkeypatch.setattr(ddim.tuning, "REFERENCE_STEPS", 10)
+    monkeypatch.setattr(ddim.app, "serve", lambda names, *_: [find_model(name) for name in names])
+    # A model and a data set on the hub: those that the reader's machine has in the cache.
+    monkeypatch.setattr(hub, "_download", lambda *_: find_model("mnist"))
+    monkeypatch.setattr(
+        parquet, "read_hub_dataset", lambda *_: parquet.read_parquet(["mnist/train.parquet"], "hub", None, "")
+    )
+
+
+def fewer(steps: Any) -> Any:
+    """Return a smaller value of `--steps`; a file of latents, or the search for the number, keeps its own."""
+    return steps if steps in (None, "auto") else type(steps)(min(int(steps), 3))
+
+
+def reduced(command: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return options with less work, of those that a command has."""
+    smaller: dict[str, Callable[[Any], Any]] = {
+        "count": lambda count: count if count is None and command == "edit" else min(count or 8, 8),
+        "reference_count": lambda count: 8,
+        "frames": lambda frames: min(frames, 3),
+        "grid": lambda grid: grid and "2x2",
+        "codes": lambda codes: 2 if isinstance(codes, int) else codes,
+        "features": lambda features: "pixels" if features == "inception" else features,
+        "max_iterations": lambda count: 3,
+        "steps": lambda steps: {"consistency": "2,3", "tune": "2"}.get(command) or fewer(steps),
+    }
+    options = {name: change(given[name]) for name, change in smaller.items() if name in given}
+    if command == "evaluate" and (given["table"] or given["figure"]):
+        options["table_steps"] = "3"
+    if command == "interpolate" and all(point.isdecimal() for point in given["points"]):
+        options["steps"] = 3
+    if command == "train":
+        channels = read_preset(given["preset"])["model"]["block_out_channels"] if given["preset"] else [8, 16]
+        small = [f"model.block_out_channels={[min(width, 32) for width in channels]}", "model.attention_head_dim=8"]
+        samples = ["samples.count=2", "samples.num_inference_steps=2", "checkpoints.every=2"]
+        settings = given["settings"] or ()
+        if any(setting.startswith("init=") for setting in settings):
+            small = []  # the network is that of the model it starts from
+        options |= {"max_steps": 2, "batch_size": 8, "settings": [*settings, *small, *samples]}
+    return options
+
+
+def bring_files(folder: Path, text: str) -> None:
+    """Write what readers have: images, a data set, a configuration; and results of other pages' runs."""
+    for name in ("mnist", "docs/images", "src/ddim/models", "runs"):
+        (folder / name).mkdir(parents=True)
+    large = np.kron(digits(40), np.ones((4, 4), np.uint8))[:, 2:30, 2:30]
+    for name in ("digits", "images", "photos"):
+        write_digits(folder / name, 40 if name == "images" else 3)
+    for index, pixels in enumerate(large[:2]):
+        save(pixels, folder / "digits" / f"{index:04d}.png")
+        save(pixels, folder / ("one.png" if index else "digit.png"))
+    (folder / "digits/0002.png").unlink()
+    for name in ("train", "test"):
+        write_hugging_face(folder / f"mnist/{name}.parquet", large)
+    write_hugging_face(folder / "train.parquet", large)
+    if "--out images" not in text:
+        np.savez(folder / "images.npz", large[..., None])
+        with tarfile.open(folder / "images.tar", "w") as archive:
+            for index in range(8):
+                archive.add(folder / "digit.png", f"{index:09d}.png")
+    for name in set(re.findall(r"runs/\w+/final|(?<=--model )runs/\w+", text)):
+        if f"--out {name.removesuffix('/final')}" not in text:
+            DDIMPipeline.from_pretrained("mnist").save_pretrained(folder / name)
+    (folder / "mine.yaml").write_text(yaml.safe_dump({"model": TINY_MODEL, "samples": {"every": 1000}}))
+
+
+def save(pixels: np.ndarray, path: Path) -> None:
+    """Write a gray image."""
+    Image.fromarray(np.ascontiguousarray(pixels)).save(path)

@@ -1,0 +1,203 @@
+"""Whole commands, killed by SIGKILL at random moments and started again, against the same commands uninterrupted.
+
+    python -m tests.fuzz.kills [--kills 60] [--seed 0] [--jobs folder,npz,tar,train,tune,evaluate]
+
+In the end all outputs must be equal to the byte, and nothing may be left over: neither beside the output, nor in the
+folder of temporary files, nor in the caches. Prints a line per job; the exit status is 1 if a job differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from digits import TINY_MODEL, write_digits
+from helpers import BIN, environment
+
+START_SECONDS = 2.0
+"""Roughly what a command needs before its work begins: kills before that are one in `EARLY_SHARE`."""
+EARLY_SHARE = 8
+
+
+class Job(NamedTuple):
+    """A command with an output.
+
+    Attributes:
+        arguments: of `ddim`, relative to the folder where it runs.
+    """
+
+    arguments: Sequence[str]
+
+
+def make_jobs(model: Path, images: Path, config: Path) -> dict[str, Job]:
+    """Return the commands by name.
+
+    Args:
+        model: a pipeline folder.
+        images: a folder of images.
+        config: of a training run.
+    """
+    sample = ["sample", "--model", str(model), "--count", "600", "--steps", "30", "--batch-size", "8", "--out"]
+    reference = ["--reference", str(images), "--metrics", "fid,precision", "--count", "400", "--steps", "40"]
+    return {
+        "folder": Job([*sample, "images/"]),
+        "npz": Job([*sample, "images.npz"]),
+        "tar": Job([*sample, "images.tar", "--shard-size", "160"]),
+        "train": Job(["train", "--config", str(config), "--device", "cpu", "--out", "run"]),
+        "tune": Job(["tune", str(model), "--steps", "6", "--out", "tuned"]),
+        "evaluate": Job(["evaluate", str(model), *reference, "--out", "score.json"]),
+    }
+
+
+def start(job: Job, folder: Path) -> subprocess.Popen[str]:
+    """Start a job in a folder, with temporary files and caches of its own below it."""
+    for name in ("work", "tmp"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    variables = environment(folder, TMPDIR=str(folder / "tmp"))
+    command = [str(BIN / "ddim"), *job.arguments]
+    return subprocess.Popen(
+        command, cwd=folder / "work", env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(job: Job, folder: Path) -> None:
+    """Run a job to its end.
+
+    Raises:
+        RuntimeError: if it fails.
+    """
+    process = start(job, folder)
+    _, stderr = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(job.arguments)}: exit status {process.returncode}\n{stderr[-2000:]}")
+
+
+def kill_at_random(job: Job, folder: Path, duration: float, chance: random.Random) -> bool:
+    """Start a job and kill it.
+
+    Args:
+        job: the job.
+        folder: where it runs.
+        duration: of an uninterrupted run, seconds.
+        chance: decides when.
+
+    Returns:
+        Whether it was still running.
+    """
+    is_early = chance.randrange(EARLY_SHARE) == 0
+    delay = chance.uniform(0, START_SECONDS) if is_early else chance.uniform(START_SECONDS, duration)
+    process = start(job, folder)
+    try:
+        process.wait(delay)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    process.communicate()
+    return process.returncode != 0
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Return a hash of every file below a folder, leaving out the seconds that files of training runs record."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(_without_times(path)).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith("events.out.tfevents")
+    }
+
+
+def _without_times(path: Path) -> bytes:
+    content = path.read_bytes()
+    if path.name != "state.json":
+        return content
+    state = json.loads(content)
+    state.pop("seconds")
+    return json.dumps(state, sort_keys=True).encode()
+
+
+def compare(killed: dict[str, str], uninterrupted: dict[str, str]) -> list[str]:
+    """Return a line per file that differs, is missing or was left over."""
+    lines = []
+    for name in sorted(killed.keys() | uninterrupted.keys()):
+        if name not in killed:
+            lines.append(f"missing: {name}")
+        elif name not in uninterrupted:
+            lines.append(f"left over: {name}")
+        elif killed[name] != uninterrupted[name]:
+            lines.append(f"differs: {name}")
+    return lines
+
+
+def run_job(job: Job, folder: Path, kills: int, chance: random.Random, report: Callable[[str], None]) -> list[str]:
+    """Run a job once without and once with kills.
+
+    Args:
+        job: the job.
+        folder: where both run.
+        kills: how often it is killed.
+        chance: decides when.
+        report: called with a line when it is done.
+
+    Returns:
+        What differs.
+    """
+    begun = time.monotonic()
+    finish(job, folder / "uninterrupted")
+    duration = time.monotonic() - begun
+    struck = sum(kill_at_random(job, folder / "killed", duration, chance) for _ in range(kills))
+    finish(job, folder / "killed")
+    differences = compare(contents(folder / "killed"), contents(folder / "uninterrupted"))
+    files = len(contents(folder / "uninterrupted"))
+    report(f"{struck} of {kills} kills struck a run of {duration:.1f} s; {files} files, {len(differences)} differ")
+    return differences
+
+
+def main() -> int:
+    """Run the campaign."""
+    parser = argparse.ArgumentParser(description="Kill whole commands at random moments and compare their outputs.")
+    parser.add_argument("--kills", type=int, default=60, help="in all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", default="folder,npz,tar,train,tune,evaluate", help="separated by commas")
+    options = parser.parse_args()
+    names = options.jobs.split(",")
+    faults = 0
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        images = write_digits(folder / "digits", 400)
+        training = {
+            "data": {"source": str(images)},
+            "model": TINY_MODEL,
+            "optim": {"warmup_steps": 10},
+            "checkpoints": {"every": 7, "keep": 2},
+            "samples": {"every": 20, "count": 4, "num_inference_steps": 2},
+            "batch_size": 16,
+            "max_steps": 60,
+        }
+        config = folder / "training.yaml"
+        config.write_text(yaml.safe_dump(training))
+        finish(Job(["train", "--config", str(config), "--device", "cpu", "--out", "model"]), folder / "setup")
+        jobs = make_jobs(folder / "setup" / "work" / "model" / "final", images, config)
+        for number, name in enumerate(names):
+            kills = options.kills // len(names) + (number < options.kills % len(names))
+            chance = random.Random(f"{options.seed} {name}")
+            lines = run_job(jobs[name], folder / name, kills, chance, lambda line, name=name: print(f"{name:9} {line}"))
+            for line in lines:
+                print(f"  {line}")
+            faults += len(lines)
+    print(f"{faults} differences")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
