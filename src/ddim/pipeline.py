@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ddim.components import ComponentPipeline, settings_of
+from ddim.components import ComponentPipeline, names_class, settings_of
 from ddim.diffusion.loop import State
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.engine import check_engine
@@ -98,7 +98,7 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
     engine: str = "auto"
     _progress_bar_config: Mapping[str, Any] = MappingProxyType({})
 
-    def __init__(self, unet: Any = None, scheduler: Any = None, engine: str = "auto") -> None:
+    def __init__(self, unet: Any = None, scheduler: Any = None, *, engine: str = "auto") -> None:
         self.engine = check_engine(engine)
         if unet is None and scheduler is None and type(self) is not DDIMPipeline:
             return  # a subclass registers its components itself
@@ -111,9 +111,11 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         if type(self).__call__ is DDIMPipeline.__call__:
             check_output_channels(unet.config)
 
-    def __repr__(self) -> str:
-        unet = f"{type(self.unet).__name__} on {self.device}, {self.dtype}"
-        return f"{type(self).__name__}(unet={unet}, scheduler={type(self.scheduler).__name__})"
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if "_registered" not in state:  # pickled with `diffusers`
+            names = [name for name, entry in self._internal_dict.items() if isinstance(entry, tuple)]
+            self.register_modules(**{name: state[name] for name in names})
 
     @property
     def sampler(self) -> Sampler:
@@ -346,13 +348,13 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         return super()._load_component(folder, name, entry, settings)
 
 
-# Loaders read the components from the signature; only a subclass leaves them out, to register them itself.
+# Loaders, and scripts, read the components from the signature: all of its names are components, as in `diffusers`. Only
+# a subclass leaves them out, to register them itself.
 vars(DDIMPipeline)["__init__"].__signature__ = Signature(
     [
         Parameter("self", Parameter.POSITIONAL_OR_KEYWORD),
         Parameter("unet", Parameter.POSITIONAL_OR_KEYWORD, annotation=object),
         Parameter("scheduler", Parameter.POSITIONAL_OR_KEYWORD, annotation=object),
-        Parameter("engine", Parameter.POSITIONAL_OR_KEYWORD, default="auto", annotation=str),
     ]
 )
 join_mixins(DDIMPipeline, "pipelines.pipeline_utils.DiffusionPipeline")
@@ -364,7 +366,7 @@ def check_model_index(folder: Path, component_names: Sequence[str] = ("unet", "s
     Args:
         folder: of a pipeline; nothing is checked where it has no such file.
         component_names: the components that the pipeline takes. Classes of others than `unet` and `scheduler` are not
-            checked.
+            checked. Settings of other pipelines, and their optional components where they are missing, are ignored.
 
     Raises:
         ValueError: naming the first class or component that is not in them.
@@ -376,12 +378,14 @@ def check_model_index(folder: Path, component_names: Sequence[str] = ("unet", "s
     if not path.exists():
         return
     allowed = {"unet": UNET_CLASSES, "scheduler": SCHEDULER_CLASSES}
-    is_custom = set(component_names) - {"self", "engine"} != set(allowed)
+    is_custom = set(component_names) - {"self"} != set(allowed)
     for name, entry in read_json(path).items():
         if name.startswith("_"):
             continue
         if name not in (component_names if is_custom else allowed):
-            raise ValueError(f"{path}: a component of a DDIM pipeline must be unet or scheduler, got {shown(name)}")
+            if names_class(entry) and entry != [None, None]:
+                raise ValueError(f"{path}: a component of a DDIM pipeline must be unet or scheduler, got {shown(name)}")
+            continue  # a setting, or a component that was not given, of a subclass
         class_name = entry[-1] if isinstance(entry, list) and entry else entry
         if not is_custom and class_name not in allowed[name]:
             raise ValueError(

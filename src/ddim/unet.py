@@ -105,7 +105,7 @@ class Block(nn.Module):
         return output
 
 
-class DownBlock2D(Block):
+class DownPathBlock(Block):
     """Residual blocks of one level, each perhaps followed by attention, then a halving of the size.
 
     Args:
@@ -162,11 +162,15 @@ class DownBlock2D(Block):
         return hidden_states, outputs
 
 
-class AttnDownBlock2D(DownBlock2D):
+class DownBlock2D(DownPathBlock):
+    """A block of the down path without attention, which halves the size by a convolution."""
+
+
+class AttnDownBlock2D(DownPathBlock):
     """A `DownBlock2D` with attention."""
 
 
-class ResnetDownsampleBlock2D(DownBlock2D):
+class ResnetDownsampleBlock2D(DownPathBlock):
     """A `DownBlock2D` that halves the size in a residual block."""
 
 
@@ -209,7 +213,7 @@ class UNetMidBlock2D(Block):
         return hidden_states
 
 
-class UpBlock2D(Block):
+class UpPathBlock(Block):
     """Residual blocks of one level, each with a skip connection and perhaps attention, then a doubling of the size.
 
     Args:
@@ -282,11 +286,15 @@ class UpBlock2D(Block):
         return hidden_states
 
 
-class AttnUpBlock2D(UpBlock2D):
+class UpBlock2D(UpPathBlock):
+    """A block of the up path without attention, which doubles the size by a convolution."""
+
+
+class AttnUpBlock2D(UpPathBlock):
     """An `UpBlock2D` with attention."""
 
 
-class ResnetUpsampleBlock2D(UpBlock2D):
+class ResnetUpsampleBlock2D(UpPathBlock):
     """An `UpBlock2D` that doubles the size in a residual block."""
 
 

@@ -203,7 +203,7 @@ class _RunPipeline(DDIMPipeline):
     """A pipeline whose progress bars report to a run."""
 
     def __init__(self, unet: Any, scheduler: DDIMScheduler, engine: str, run: Run) -> None:
-        super().__init__(unet, scheduler, engine)
+        super().__init__(unet, scheduler, engine=engine)
         self._run = run
 
     def progress_bar(  # type: ignore[override]

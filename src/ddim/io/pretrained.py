@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ddim.devices import choose_device
+from ddim.extras import check_xformers
 from ddim.io.config import ConfigMixin
 from ddim.io.hub import PushToHub, find_model, pop_hub_options, save_and_push
 from ddim.io.json_files import read_json
@@ -77,7 +78,7 @@ def resolve_dtype(dtype: Any, tensors: dict[str, Tensor] | None = None) -> torch
     """Return the dtype that parameters get.
 
     Args:
-        dtype: a floating dtype, `None` for float32, or `"auto"` for that of the weights.
+        dtype: a floating dtype, `None` for the default dtype (float32), or `"auto"` for that of the weights.
         tensors: the weights; without them `"auto"` is only checked.
 
     Raises:
@@ -90,7 +91,7 @@ def resolve_dtype(dtype: Any, tensors: dict[str, Tensor] | None = None) -> torch
     if dtype == "auto":
         floating = (tensor.dtype for tensor in (tensors or {}).values() if tensor.is_floating_point())
         return next(floating, torch.float32)
-    dtype = torch.float32 if dtype is None else dtype
+    dtype = torch.get_default_dtype() if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"torch_dtype must be a floating dtype such as torch.bfloat16 or 'auto', got {shown(dtype)}")
     return dtype
@@ -344,6 +345,20 @@ class ModelFiles(ConfigMixin, PushToHub):
             write_weights(weights, target, variant, max_shard_size, safe_serialization)
 
         save_and_push(write, Path(save_directory), push_to_hub, type(self).__name__, options, variant, ("",))
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Do nothing: attention runs by PyTorch's fused operator, which is as fast.
+
+        Args:
+            attention_op: ignored.
+
+        Raises:
+            ModuleNotFoundError: if xformers is not installed, which scripts catch.
+        """
+        check_xformers()
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Do nothing: attention runs by PyTorch's fused operator."""
 
 
 def _as_model(model: str | os.PathLike[str]) -> str | Path:
