@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar, cast
 from ddim.annotations import check_arguments
 from ddim.io.hub import pop_hub_options, read_config, save_and_push
 from ddim.io.json_files import to_json
-from ddim.validation import join_choices, list_unknown, nearest, shown
+from ddim.validation import join_choices, list_unknown, shown
 from ddim.version import __version__
 
 logger = logging.getLogger(__name__)
