@@ -361,12 +361,14 @@ METHODS: dict[str, Callable[[DDIMPipeline], Any]] = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_eval_mode_during_call_is_restored_after(pipe: DDIMPipeline, name: str) -> None:
+def test_inversion_runs_in_evaluation_mode_and_sampling_in_the_networks(pipe: DDIMPipeline, name: str) -> None:
     pipe.unet.frozen = nn.Dropout().eval()
     pipe.unet.train()
     pipe.unet.frozen.eval()
     METHODS[name](pipe)
-    assert pipe.unet.modes == {(False, False)}
+    evaluation, own_mode = (False, False), (True, False)
+    sampled = {"trajectory": {own_mode}, "consistency": {own_mode}, "edit": {evaluation, own_mode}}
+    assert pipe.unet.modes == sampled.get(name, {evaluation})
     assert pipe.unet.training
     assert not pipe.unet.frozen.training
     assert torch.is_grad_enabled()

@@ -17,11 +17,12 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.spectral_norm import spectral_norm
 from torch.nn.utils.weight_norm import weight_norm
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddim.nn.layers import Attention, ResnetBlock2D, Upsample2D
 from ddim.unet import UNet2DModel
-from ddim.untouched import is_untouched
+from ddim.untouched import NETWORK_FUNCTIONS, are_operators_transformed, are_original, is_untouched
 
 LIBRARY_MODULES = [
     *(nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), nn.Linear(4, 4), nn.Embedding(3, 4)),
@@ -158,7 +159,12 @@ def transforms() -> Iterator[tuple[str, Callable[[Callable[[], bool]], bool]]]:
     x = torch.ones(2)
     yield "grad", lambda call: (torch.func.grad(record(call))(x), result.pop())[1]
     yield "vmap", lambda call: (torch.func.vmap(record(call))(x), result.pop())[1]
-    for name, context in (("forward AD", fwd.dual_level), ("FLOP counter", lambda: FlopCounterMode(display=False))):
+    contexts: dict[str, Callable[[], Any]] = {
+        "forward AD": fwd.dual_level,
+        "FLOP counter": lambda: FlopCounterMode(display=False),
+        "function mode": TorchFunctionMode,
+    }
+    for name, context in contexts.items():
 
         def run(call: Callable[[], bool], context: Callable[[], Any] = context) -> bool:
             with ExitStack() as stack:
@@ -174,6 +180,33 @@ def test_transforms_see_every_module(
 ) -> None:
     assert not transform(lambda: is_untouched(conv, nn.Conv2d))
     assert is_untouched(conv, nn.Conv2d)
+
+
+def test_default_device_transforms_nothing() -> None:
+    with torch.device("cpu"):
+        assert not are_operators_transformed()
+        with TorchFunctionMode():
+            assert are_operators_transformed()
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), {"conv2d": nn.Conv2d(4, 4, 3), "group_norm": nn.GroupNorm(2, 4), "silu": nn.SiLU()}.items()
+)
+def test_patched_functions_touch_the_modules_that_call_them(
+    name: str, module: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    functions = {function for _, function in NETWORK_FUNCTIONS}
+    assert name in functions
+    original = getattr(F, name)
+    monkeypatch.setattr(F, name, lambda *args: original(*args))
+    assert not is_untouched(module, type(module))
+    assert not are_original(NETWORK_FUNCTIONS)
+    assert is_untouched(nn.Linear(4, 4), nn.Linear)
+    monkeypatch.setattr(F, name, F.tanh)
+    assert not is_untouched(module, type(module))
+    monkeypatch.undo()
+    assert is_untouched(module, type(module))
+    assert are_original(NETWORK_FUNCTIONS)
 
 
 def test_rule_can_be_compiled(conv: nn.Conv2d) -> None:

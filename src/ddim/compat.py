@@ -5,7 +5,8 @@
 
     from diffusers import DDIMPipeline, DiffusionPipeline, UNet2DModel    # this library's, and so what it loads
 
-Before that, the classes of the two libraries stand side by side. `diffusers` must be installed.
+Before that, the classes of the two libraries stand side by side. `diffusers` must be installed. Layers, blocks, results
+and configurations are instances of its classes whether or not this is called (`ddim.io.diffusers_mixins`).
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -24,16 +23,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ddim.devices import choose_device
+from ddim.devices import choose_device, execution_device
+from ddim.extras import check_xformers
 from ddim.io import hub
 from ddim.io.config import ConfigMixin, FrozenConfig
 from ddim.io.images import as_pil, to_bytes
-from ddim.io.json_files import read_json, to_json
+from ddim.io.json_files import read_json
 from ddim.io.pretrained import drop_unused_options, resolve_device_map, resolve_dtype
 from ddim.io.runs import split_variant
 from ddim.io.weights import MAX_SHARD_SIZE
 from ddim.validation import nearest, shown
-from ddim.version import __version__
 
 LIBRARIES = ("diffusers", "transformers")
 """Libraries whose classes a `model_index.json` may name without the program having imported them."""
@@ -56,12 +55,12 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
         >>> class Noiser(ComponentPipeline):
         ...     def __init__(self, scheduler):
         ...         self.register_modules(scheduler=scheduler)
-        >>> Noiser(DDIMScheduler()).config
+        >>> dict(Noiser(DDIMScheduler()).config)
         {'scheduler': ('diffusers', 'DDIMScheduler')}
     """
 
     config_name = "model_index.json"
-    _optional_components: ClassVar[Sequence[str]] = ()
+    _optional_components: ClassVar[Sequence[str]] = []
     _registered: tuple[str, ...] = ()
     offload_device: torch.device | None = None
 
@@ -86,12 +85,18 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
     def config(self) -> FrozenConfig:
         """Library and class of each component, and the settings that were registered."""
         classes = {name: _library_and_class(getattr(self, name)) for name in self._registered}
-        return FrozenConfig({**classes, **self.__dict__.get("_internal_dict", {})})
+        recorded = self.__dict__.get("_internal_dict")
+        if recorded is None or any(recorded.get(name) != entry for name, entry in classes.items()):
+            self.register_to_config(**classes)
+        return cast(FrozenConfig, self.__dict__["_internal_dict"])
 
     @property
     def components(self) -> dict[str, Any]:
-        """The components by name, from which another pipeline can be built without copying weights."""
-        return {name: getattr(self, name) for name in self._registered if name in _arguments(type(self))}
+        """The components by name, from which another pipeline can be built without copying weights.
+
+        Components that the constructor has defaults for are left out, unless `_optional_components` names them.
+        """
+        return {name: getattr(self, name) for name in self._registered if name in _component_names(type(self), {})}
 
     @property
     def name_or_path(self) -> str | None:
@@ -111,7 +116,7 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
     @property
     def _execution_device(self) -> torch.device:
         """The device on which networks run: that of the networks, unless they are offloaded in between."""
-        return self.offload_device or self.device
+        return self.offload_device or next((execution_device(network) for network in self._networks()), self.device)
 
     def _networks(self) -> list[nn.Module]:
         modules = (getattr(self, name) for name in self._registered)
@@ -162,22 +167,34 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
                 module.to(device=chosen, dtype=dtype)
         return self
 
-    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device = "cuda") -> None:
-        """Keep networks on the CPU, and move them to an accelerator only while the pipeline runs.
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device | None = None) -> None:
+        """Keep networks on the CPU, and move them to another device only while the pipeline runs.
 
         Args:
-            gpu_id: the accelerator's index.
-            device: the accelerator.
+            gpu_id: the device's index.
+            device: the device; defaults to the machine's accelerator.
 
         Raises:
-            RuntimeError: if the machine has no accelerator.
+            RuntimeError: without a `device`, if the machine has no accelerator.
+            ValueError: if the machine has no such device, or for two indices.
+
+        Example:
+            >>> from ddim import DDIMPipeline
+            >>> pipe = DDIMPipeline.from_pretrained("mnist")
+            >>> pipe.enable_model_cpu_offload(device="cpu")
+            >>> pipe.offload_device
+            device(type='cpu', index=0)
         """
-        accelerator = torch.device(device)
-        if accelerator.type == "cpu" or not torch.accelerator.is_available():
+        if device is None and torch.accelerator.is_available():
+            device = torch.accelerator.current_accelerator()
+        if device is None:
             raise RuntimeError("enable_model_cpu_offload requires an accelerator, and this machine has none")
-        index = gpu_id if gpu_id is not None else accelerator.index
+        chosen = torch.device(device)
+        if gpu_id is not None and chosen.index is not None:
+            raise ValueError(f"device must have no index where gpu_id is given, got {chosen} and gpu_id={gpu_id}")
+        index = chosen.index if gpu_id is None else gpu_id
+        self.offload_device = choose_device(torch.device(chosen.type, index or 0))
         self.to("cpu")
-        self.offload_device = torch.device(accelerator.type, index or 0)
 
     enable_sequential_cpu_offload = enable_model_cpu_offload
 
@@ -210,8 +227,7 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
         Raises:
             ModuleNotFoundError: if xformers is not installed, which scripts catch.
         """
-        if find_spec("xformers") is None:
-            raise ModuleNotFoundError("xformers is not installed; attention runs by PyTorch's fused operator")
+        check_xformers()
 
     @staticmethod
     def numpy_to_pil(images: Any) -> list[Image.Image]:
@@ -291,7 +307,8 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
             >>> sorted(path.name for path in Path(folder).iterdir())
             ['model_index.json', 'scheduler', 'unet']
         """
-        components = {name: _unwrap(module) for name, module in self.components.items()}
+        names = [name for name in self._registered if name in _arguments(type(self))]
+        components = {name: _unwrap(getattr(self, name)) for name in names}
         for name, module in components.items():
             if module is not None and not hasattr(module, "save_pretrained"):
                 raise TypeError(f"{name} cannot be saved: {type(module).__name__} has no save_pretrained")
@@ -311,10 +328,11 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
         networks = tuple(name for name, module in components.items() if isinstance(module, nn.Module))
         hub.save_and_push(write, Path(save_directory), push_to_hub, type(self).__name__, options, variant, networks)
 
-    def to_json_string(self) -> str:
-        """Return the text of `model_index.json`."""
-        entries = {k: v for k, v in self.config.items() if not k.startswith("_") and k in _arguments(type(self))}
-        return to_json({**entries, "_class_name": type(self).__name__, "_ddim_version": __version__})
+    def _file_entries(self) -> dict[str, Any]:
+        return {k: v for k, v in super()._file_entries().items() if k in _arguments(type(self))}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string().rstrip()}"
 
     @classmethod
     def download(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Path:
@@ -405,7 +423,7 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
         # Configurations are checked before weights, the long part, are read.
         names.sort(key=lambda name: "scheduler" not in name)
         loaded = {name: cls._load_component(folder, name, index.get(name), settings) for name in names}
-        registered = {k: v for k, v in index.items() if k in parameters and k not in loaded and not _names_class(v)}
+        registered = {k: v for k, v in index.items() if k in parameters and k not in loaded and not names_class(v)}
         pipe = cls(**registered | loaded | passed)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe if device is None else pipe.to(device)
@@ -508,7 +526,7 @@ def _component_names(cls: type[ComponentPipeline], named: Mapping[str, Any]) -> 
     """Return the arguments of a class's constructor that are components: those required, optional, or named."""
     components = {
         *cls._optional_components,
-        *(k for k, v in named.items() if _names_class(v)),
+        *(k for k, v in named.items() if names_class(v)),
     }
     return [
         name
@@ -517,8 +535,16 @@ def _component_names(cls: type[ComponentPipeline], named: Mapping[str, Any]) -> 
     ]
 
 
-def _names_class(entry: Any) -> bool:
-    """Return whether an entry of `model_index.json` is a component's: its library and class."""
+def names_class(entry: Any) -> bool:
+    """Return whether an entry of `model_index.json` is a component's: its library and class.
+
+    Args:
+        entry: the value; settings stand in the same file.
+
+    Example:
+        >>> names_class(["diffusers", "UNet2DModel"]), names_class([None, None]), names_class(0.5)
+        (True, True, False)
+    """
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str | None) for part in entry)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 
 from ddim.validation import choice, shown
 
@@ -56,3 +59,22 @@ def choose_dtype(name: str) -> torch.dtype:
         torch.bfloat16
     """
     return DTYPES[choice("dtype", name, DTYPES)]
+
+
+def execution_device(network: Any) -> torch.device:
+    """Return the device that a network runs on: that of its weights, or where hooks of `accelerate` bring them.
+
+    Args:
+        network: any object; one without a `.device` runs on the CPU.
+
+    Example:
+        >>> execution_device(torch.nn.Identity())
+        device(type='cpu')
+    """
+    device = getattr(network, "device", "cpu")
+    # All modules of a network that is offloaded, to the CPU or the meta device, have a hook, or none.
+    if isinstance(network, nn.Module) and "_hf_hook" in vars(network):
+        hooks = [vars(module).get("_hf_hook") for module in network.modules()]
+        devices = [getattr(hook, "execution_device", None) for hook in hooks]
+        device = next((hooked for hooked in devices if hooked is not None), device)
+    return torch.device(device)

@@ -74,7 +74,7 @@ def run_scheduler(
     on_step_end: OnStepEnd | None = None,
     progress_bar: ProgressBar | None = None,
 ) -> Tensor:
-    """Sample by `set_timesteps` and `step` of a sampler's scheduler, without gradients and in evaluation mode.
+    """Sample by `set_timesteps` and `step` of a sampler's scheduler, without gradients.
 
     Args:
         sampler: the network and the scheduler.

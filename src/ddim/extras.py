@@ -64,3 +64,13 @@ def _is_installed(module: str) -> bool:
         return find_spec(module) is not None
     except ValueError:  # of a module without a specification, which some programs make
         return sys.modules.get(module) is not None
+
+
+def check_xformers() -> None:
+    """Check that xformers is installed, without which `enable_xformers_memory_efficient_attention` raises.
+
+    Raises:
+        ModuleNotFoundError: if it is not, which scripts catch.
+    """
+    if find_spec("xformers") is None:
+        raise ModuleNotFoundError("xformers is not installed; attention runs by PyTorch's fused operator")

@@ -14,6 +14,9 @@ differences. Latents and their images are therefore computed in batches of exact
 are short: an image's latent depends, to the bit, neither on the number of other images nor on which they are. A larger
 `batch_size` is faster on a GPU.
 
+Encoding and decoding run in evaluation mode, as dropout would make another function of the network each time. All else
+samples, as calls of the pipeline do, in the mode that the network is in.
+
 Latents are those of order 1, whatever the scheduler's `solver_order`; what samples follows the scheduler.
 """
 
@@ -36,7 +39,7 @@ from ddim.diffusion.noise import check_seeds, noise_from_seeds
 from ddim.diffusion.sampling_config import SamplingConfig, check_order
 from ddim.io.images import to_output, to_samples
 from ddim.outputs import EncodeOutput, ImagePipelineOutput, ReconstructOutput, TrajectoryOutput
-from ddim.sampler import ProgressBar, Sampler, SamplingPlan
+from ddim.sampler import ProgressBar, Sampler, SamplingPlan, evaluating
 from ddim.scheduler import NO_INVERSE, DDIMScheduler, check_own_steps
 from ddim.validation import as_integer, integer, real, shown
 
@@ -89,12 +92,15 @@ class LatentSpace:
     They are written against the public methods of `Sampler` alone.
 
     Attributes:
-        sampler: the network and the scheduler, ready to run.
         progress_bar: opens the progress bar of each run.
     """
 
-    sampler: Sampler
     progress_bar: ProgressBar
+
+    @property
+    def sampler(self) -> Sampler:
+        """The network and the scheduler, ready to run."""
+        raise NotImplementedError
 
     def encode(
         self,
@@ -659,7 +665,7 @@ def invert(
     evaluations = torch.zeros(len(samples), len(steps), dtype=torch.int64, device=samples.device)
     group_size = BATCHES_PER_GROUP * config.batch_size
     groups = [slice(first, first + group_size) for first in range(0, len(samples), group_size)]
-    with sampler.running(len(groups) * len(to_noise), progress_bar) as bar:
+    with evaluating(sampler.unet), sampler.running(len(groups) * len(to_noise), progress_bar) as bar:
         for group in groups:
             inversion = Inversion(
                 denoiser,
@@ -708,7 +714,7 @@ def generate(
     moves = drop_identity_steps(steps)
     denoiser = sampler.denoiser(steps, integer("batch_size", batch_size, 1))
     settings = StepSettings(sampler.scheduler.config.prediction_type)
-    with sampler.running(len(moves), progress_bar) as bar:
+    with evaluating(sampler.unet), sampler.running(len(moves), progress_bar) as bar:
         return sampler.take_steps(x, moves, generative_step(denoiser, moves, settings), bar)
 
 

@@ -53,7 +53,7 @@ class Output(OrderedDict[str, Any]):
             entries = dict(first)
             if unknown := entries.keys() - set(names):
                 raise TypeError(f"{type(self).__name__} has no field {list_unknown(sorted(unknown), names)}")
-            super().__setattr__(names[0], None)
+            object.__setattr__(self, names[0], None)
         else:
             entries = {name: getattr(self, name) for name in names}
         for name, value in entries.items():
@@ -64,18 +64,19 @@ class Output(OrderedDict[str, Any]):
         """Return the fields that are not `None`."""
         return tuple(self.values())
 
+    # Not super(): the class of `diffusers` may have become a base.
     def __getitem__(self, key: int | slice | str) -> Any:
-        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+        return OrderedDict.__getitem__(self, key) if isinstance(key, str) else self.to_tuple()[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        super().__setitem__(key, value)
-        super().__setattr__(key, value)
+        OrderedDict.__setitem__(self, key, value)
+        object.__setattr__(self, key, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
+        object.__setattr__(self, name, value)
         # Fields become entries in `__post_init__`: until then it is open whether the first one is a mapping of all.
         if value is not None and name in self:
-            super().__setitem__(name, value)
+            OrderedDict.__setitem__(self, name, value)
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"the fields of {type(self).__name__} cannot be removed or added")

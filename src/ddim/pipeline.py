@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from inspect import Parameter, Signature, signature
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self, cast
 
 import torch
@@ -20,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ddim.components import ComponentPipeline, settings_of
+from ddim.components import ComponentPipeline, names_class, settings_of
 from ddim.diffusion.loop import State
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.engine import check_engine
@@ -73,7 +74,9 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         engine: how the network is run: `auto`, `eager` or `compile` (`ddim.engine`).
 
     Attributes:
-        sampler: the network, the scheduler and the engine, ready to run.
+        unet: the network; may be replaced.
+        scheduler: the scheduler; may be replaced by any that has `set_timesteps` and `step`.
+        engine: the name of the engine that runs the network; may be changed.
 
     Raises:
         TypeError: for a network or scheduler without `.config`.
@@ -90,9 +93,13 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
     """
 
     model_cpu_offload_seq = "unet"
+    unet: Any = None
+    scheduler: Any = None
+    engine: str = "auto"
+    _progress_bar_config: Mapping[str, Any] = MappingProxyType({})
 
-    def __init__(self, unet: Any = None, scheduler: Any = None, engine: str = "auto") -> None:
-        self.sampler = Sampler(None, None, engine)
+    def __init__(self, unet: Any = None, scheduler: Any = None, *, engine: str = "auto") -> None:
+        self.engine = check_engine(engine)
         if unet is None and scheduler is None and type(self) is not DDIMPipeline:
             return  # a subclass registers its components itself
         for name, component in (("unet", unet), ("scheduler", scheduler)):
@@ -104,41 +111,23 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         if type(self).__call__ is DDIMPipeline.__call__:
             check_output_channels(unet.config)
 
-    def __repr__(self) -> str:
-        unet = f"{type(self.unet).__name__} on {self.device}, {self.dtype}"
-        return f"{type(self).__name__}(unet={unet}, scheduler={type(self.scheduler).__name__})"
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if "_registered" not in state:  # pickled with `diffusers`
+            names = [name for name, entry in self._internal_dict.items() if isinstance(entry, tuple)]
+            self.register_modules(**{name: state[name] for name in names})
 
     @property
-    def unet(self) -> Any:
-        """The network; may be replaced."""
-        return self.sampler.unet
-
-    @unet.setter
-    def unet(self, unet: Any) -> None:
-        self.sampler.unet = unet
-
-    @property
-    def scheduler(self) -> Any:
-        """The scheduler; may be replaced by any that has `set_timesteps` and `step`."""
-        return self.sampler.scheduler
-
-    @scheduler.setter
-    def scheduler(self, scheduler: Any) -> None:
-        self.sampler.scheduler = scheduler
-
-    @property
-    def engine(self) -> str:
-        """The name of the engine that runs the network: `auto`, `eager` or `compile`; may be changed."""
-        return self.sampler.engine
-
-    @engine.setter
-    def engine(self, engine: str) -> None:
-        self.sampler.engine = engine
+    def sampler(self) -> Sampler:
+        """The network, the scheduler and the engine as they are now, ready to run."""
+        sampler = Sampler(self.unet, self.scheduler, self.engine)
+        sampler.progress_bar_config = dict(self._progress_bar_config)
+        return sampler
 
     @property
     def device(self) -> torch.device:
-        """The device of the network."""
-        return super().device if self.unet is None else self.sampler.device
+        """The device of the network's weights."""
+        return super().device if self.unet is None else torch.device(getattr(self.unet, "device", "cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,7 +145,7 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         Args:
             config: such as `disable=True` or `desc="sampling"`.
         """
-        self.sampler.progress_bar_config = config
+        self._progress_bar_config = config
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> tqdm[Any]:
         """Return a `tqdm` bar with the settings of `set_progress_bar_config`.
@@ -187,7 +176,8 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Sample images.
 
-        The network runs without gradients and in evaluation mode, and keeps the mode it was in.
+        The network runs without gradients and in the mode it is in: dropout takes effect in training mode. Networks
+        that are loaded are in evaluation mode.
 
         A scheduler of another class, or with methods of its own, is run by its `set_timesteps` and `step`
         (`ddim.external_scheduler`); `order` and `use_sigma_hat` are settings of `DDIMScheduler` alone.
@@ -202,7 +192,7 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
                 model's device.
             return_dict: `False` for `(images,)`.
             seeds: one integer per image instead of a generator: image i then depends on `seeds[i]` and on nothing else,
-                to within rounding.
+                to within rounding, if the network is deterministic (dropout draws from PyTorch's global generator).
             latents: x at the first timestep, (N, C, H, W), instead of noise that is drawn.
             timesteps: a custom subsequence instead of S: strictly decreasing integers.
             order: of the solver: 1 for DDIM, 2 for the two-step method of `ddim.diffusion.solvers.second_order`, which
@@ -358,13 +348,13 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         return super()._load_component(folder, name, entry, settings)
 
 
-# Loaders read the components from the signature; only a subclass leaves them out, to register them itself.
+# Loaders, and scripts, read the components from the signature: all of its names are components, as in `diffusers`. Only
+# a subclass leaves them out, to register them itself.
 vars(DDIMPipeline)["__init__"].__signature__ = Signature(
     [
         Parameter("self", Parameter.POSITIONAL_OR_KEYWORD),
         Parameter("unet", Parameter.POSITIONAL_OR_KEYWORD, annotation=object),
         Parameter("scheduler", Parameter.POSITIONAL_OR_KEYWORD, annotation=object),
-        Parameter("engine", Parameter.POSITIONAL_OR_KEYWORD, default="auto", annotation=str),
     ]
 )
 join_mixins(DDIMPipeline, "pipelines.pipeline_utils.DiffusionPipeline")
@@ -376,7 +366,7 @@ def check_model_index(folder: Path, component_names: Sequence[str] = ("unet", "s
     Args:
         folder: of a pipeline; nothing is checked where it has no such file.
         component_names: the components that the pipeline takes. Classes of others than `unet` and `scheduler` are not
-            checked.
+            checked. Settings of other pipelines, and their optional components where they are missing, are ignored.
 
     Raises:
         ValueError: naming the first class or component that is not in them.
@@ -388,12 +378,14 @@ def check_model_index(folder: Path, component_names: Sequence[str] = ("unet", "s
     if not path.exists():
         return
     allowed = {"unet": UNET_CLASSES, "scheduler": SCHEDULER_CLASSES}
-    is_custom = set(component_names) - {"self", "engine"} != set(allowed)
+    is_custom = set(component_names) - {"self"} != set(allowed)
     for name, entry in read_json(path).items():
         if name.startswith("_"):
             continue
         if name not in (component_names if is_custom else allowed):
-            raise ValueError(f"{path}: a component of a DDIM pipeline must be unet or scheduler, got {shown(name)}")
+            if names_class(entry) and entry != [None, None]:
+                raise ValueError(f"{path}: a component of a DDIM pipeline must be unet or scheduler, got {shown(name)}")
+            continue  # a setting, or a component that was not given, of a subclass
         class_name = entry[-1] if isinstance(entry, list) and entry else entry
         if not is_custom and class_name not in allowed[name]:
             raise ValueError(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ddim.devices import execution_device
 from ddim.diffusion.equations import Step
 from ddim.diffusion.loop import Denoiser, State, StepFn, StepSettings, generative_step, in_batches, run_steps
 from ddim.diffusion.noise import NoiseSource, check_seeds, noise_from_generator, noise_from_seeds
@@ -90,8 +91,8 @@ class Sampler:
 
     @property
     def device(self) -> torch.device:
-        """The device of the network."""
-        return torch.device(getattr(self.unet, "device", "cpu"))
+        """The device that the network runs on."""
+        return execution_device(self.unet)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -279,7 +280,7 @@ class Sampler:
         progress_bar: ProgressBar | None = None,
         batch_size: int | None = None,
     ) -> Tensor:
-        """Sample: take all steps of a plan, without gradients and in evaluation mode.
+        """Sample: take all steps of a plan, without gradients.
 
         Args:
             x: the initial sample, (N, C, H, W).
@@ -324,7 +325,7 @@ class Sampler:
 
     @contextmanager
     def running(self, total: int, progress_bar: ProgressBar | None = None) -> Iterator[Progress]:
-        """Run a `with` block with a progress bar, without gradients and in evaluation mode.
+        """Run a `with` block with a progress bar and without gradients.
 
         Args:
             total: steps of the bar.
@@ -335,7 +336,7 @@ class Sampler:
         """
         bar = iter((progress_bar or self.progress_bar)(range(total)))
         try:
-            with torch.no_grad(), evaluating(self.unet):
+            with torch.no_grad():
                 yield Progress(bar)
         finally:
             if isinstance(bar, Generator):

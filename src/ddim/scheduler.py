@@ -3,14 +3,16 @@
 Their constructors, methods and configuration files are those of the classes of these names in `diffusers`, and so are
 their numbers, with one exception: `step` of `diffusers` assumes that the previous timestep is t - T // S, false for
 `linspace`, for `trailing` where S does not divide T, and for every custom list. Here the previous timestep is the next
-entry of `timesteps`.
+entry of `timesteps`; only from between `leading` timesteps a step leads to t - T // S, too.
 
 Schedules are computed in float64 (`diffusers`: float32); `betas`, `alphas` and `alphas_cumprod` are float32, as scripts
-expect.
+expect. Where their numbers cannot be read without losing a gradient or breaking a trace, the tensors themselves are
+computed with.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -24,6 +26,7 @@ from torch import Tensor
 from ddim.diffusion import schedule
 from ddim.diffusion.equations import (
     PREDICTION_TYPES,
+    Coefficients,
     Step,
     add_noise,
     ddim_inverse,
@@ -40,7 +43,7 @@ from ddim.io.config import DEFAULTED, register_to_config
 from ddim.io.diffusers_mixins import join_mixins
 from ddim.io.pretrained import SchedulerFiles
 from ddim.outputs import DDIMSchedulerOutput
-from ddim.untouched import has_members
+from ddim.untouched import are_operators_transformed, has_members
 from ddim.validation import as_integer, choice, integer, real
 
 logger = logging.getLogger(__name__)
@@ -92,11 +95,12 @@ class DDIMScheduler(SchedulerFiles):
 
     Attributes:
         alphas_cumprod: float32 (T,); `alphas_cumprod_float64` is the same before rounding. It may be replaced, or
-            changed in place, as all of these: methods use what it holds.
+            changed in place, as all of these: methods use what it holds, and pass gradients to it where it requires
+            them.
         timesteps: int64 tensor, decreasing: all T of them until `set_timesteps` is called.
         num_inference_steps: how many there are, `None` until then. One that is assigned makes `step` lead from t to
             t - T // num_inference_steps.
-        final_alpha_cumprod: where the last step leads, float32 ().
+        final_alpha_cumprod: where the last step leads, () in the default dtype.
         betas: float32 (T,); `alphas` is 1 - betas. For information: steps depend on `alphas_cumprod`.
         solver_order: as given.
         timesteps_by_steps: as given; `{}` for none.
@@ -173,7 +177,9 @@ class DDIMScheduler(SchedulerFiles):
         self.betas = torch.tensor(betas, dtype=torch.float32)
         self.alphas = torch.tensor(1 - betas, dtype=torch.float32)
         self.alphas_cumprod = torch.tensor(alphas_cumprod, dtype=torch.float32)
-        self.final_alpha_cumprod = torch.tensor(final_alpha, dtype=torch.float32)
+        # The default dtype for 1, float32 otherwise, as in `diffusers`.
+        final_dtype = torch.get_default_dtype() if set_alpha_to_one else torch.float32
+        self.final_alpha_cumprod = torch.tensor(final_alpha, dtype=final_dtype)
         self._exact = {"alphas_cumprod": alphas_cumprod, "final_alpha_cumprod": np.asarray(final_alpha)}
         self.num_inference_steps: int | None = None
         self._set_timesteps(list(range(len(betas)))[::-1], None)
@@ -200,6 +206,11 @@ class DDIMScheduler(SchedulerFiles):
             if overrides["solver_order"] != previous:
                 overrides = {"timesteps_by_steps": None} | overrides
         return super().from_config(config, return_unused_kwargs, **overrides)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A scheduler that was pickled with `diffusers` has its attributes alone.
+        built = {} if "_exact" in state else vars(DDIMScheduler.from_config(state["_internal_dict"]))
+        vars(self).update(built | state)
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
@@ -339,6 +350,7 @@ class DDIMScheduler(SchedulerFiles):
     def _set_timesteps(self, timesteps: list[int], device: str | torch.device | None) -> None:
         self._previous: tuple[int, Tensor] | None = None
         self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
+        self._listed = self.timesteps, timesteps[::-1]
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
         """Return the sample unchanged: DDIM feeds x_t to the network unscaled.
@@ -365,7 +377,7 @@ class DDIMScheduler(SchedulerFiles):
         Args:
             model_output: what the network predicts from `sample`, (N, C, H, W).
             timestep: t. The step leads to the next smaller entry of `timesteps`, or to `final_alpha_cumprod` after the
-                last.
+                last; from between `leading` timesteps to t - T // S.
             sample: x_t, (N, C, H, W).
             eta: 0 for DDIM, 1 for DDPM.
             use_clipped_model_output: recompute epsilon from the clipped x_0.
@@ -391,29 +403,31 @@ class DDIMScheduler(SchedulerFiles):
         """
         if eta > 0 and generator is not None and variance_noise is not None:
             raise ValueError("generator and variance_noise exclude each other; give one of them")
-        transition = self._transition(timestep, eta)
+        t, coefficients = self._transition(timestep, eta)
         noise = variance_noise if eta > 0 else None
         if eta > 0 and noise is None:
             noise = noise_from_generator(model_output.shape, generator, model_output.device, model_output.dtype)()
         prev_sample, x0 = ddim_step(
             model_output,
             sample,
-            transition,
+            coefficients,
             self.config.prediction_type,
             self._step_clip,
             bool(use_clipped_model_output),
             noise,
         )
         if self.solver_order == 2:
-            is_next = self._previous is not None and self._previous[0] > transition.timestep
+            is_next = self._previous is not None and self._previous[0] > t
             previous_epsilon = self._previous[1] if self._previous is not None and is_next else None
-            coefficients = transition.coefficients()
             prev_sample, epsilon = add_correction(prev_sample, x0, sample, coefficients, previous_epsilon)
-            self._previous = transition.timestep, epsilon
+            self._previous = t, epsilon
         return DDIMSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
 
-    def _transition(self, timestep: Tensor | int, eta: float) -> Step:
-        """Return the step from a timestep to the next smaller entry of `timesteps`."""
+    def _transition(self, timestep: Tensor | int, eta: float) -> tuple[int, Coefficients]:
+        """Return t and the factors of the step from there to the next smaller entry of `timesteps`.
+
+        They are numbers; or tensors, where the schedule has a gradient or `_get_variance` is another than that below.
+        """
         if self.num_inference_steps is None:
             raise ValueError("set_timesteps(num_inference_steps) must be called before step")
         (t,) = schedule.check_timesteps([timestep], len(self))  # type: ignore[list-item]
@@ -422,16 +436,46 @@ class DDIMScheduler(SchedulerFiles):
         index = len(visited) - 1
         next_timestep = self._next_timestep(t)
         visited += [] if next_timestep is None else [next_timestep]
-        return self.make_steps(visited, eta, order=self.solver_order)[index]
+        is_differentiable = not all(_is_plain(values) for values in (self.alphas_cumprod, self.final_alpha_cumprod))
+        own_variance = not torch.compiler.is_compiling() and has_members(self, _VARIANCE)
+        if own_variance and not is_differentiable:
+            return t, self.make_steps(visited, eta, order=self.solver_order)[index].coefficients()
+        check_order(self.solver_order, real("eta", eta, minimum=0))
+        t_prev = -1 if next_timestep is None else next_timestep
+        alpha, alpha_prev = self._alpha(t), self._alpha(t_prev)
+        sigma: float | Tensor = 0.0
+        if eta > 0:
+            variance = _variance(alpha, alpha_prev) if own_variance else self._get_variance(t, t_prev)
+            sigma = eta * torch.as_tensor(variance).double().sqrt()
+        direction = (1 - alpha_prev - sigma**2).clamp(min=0).sqrt()
+        correction = self.make_steps(visited, order=2)[index].correction if self.solver_order == 2 else 0.0
+        return t, Coefficients(alpha.sqrt(), (1 - alpha).sqrt(), alpha_prev.sqrt(), direction, sigma, correction)
+
+    def _alpha(self, t: int) -> Tensor:
+        """Return alphas_cumprod at t, or for t = -1 where the last step leads, float64 ()."""
+        name = "alphas_cumprod" if t >= 0 else "final_alpha_cumprod"
+        held = getattr(self, name)
+        values = torch.from_numpy(self._before_rounding(name)) if _is_plain(held) else torch.as_tensor(held).double()
+        return values[t] if t >= 0 else values
 
     def _next_timestep(self, t: int) -> int | None:
         """Return where the step from t leads; `None` for `final_alpha_cumprod`."""
-        entries = torch.as_tensor(self.timesteps).tolist()
-        S = self.num_inference_steps
-        if S not in (None, self._num_set, len(entries)):
-            strided = t - len(self) // integer("num_inference_steps", S, 1, len(self))
+        timesteps, entries = self._listed
+        if timesteps is not self.timesteps or not torch.compiler.is_compiling():
+            entries = sorted(torch.as_tensor(self.timesteps).tolist())
+        T, S = len(self), self.num_inference_steps
+        is_assigned = S not in (None, self._num_set, len(entries))
+        # Between the entries of `leading` timesteps, which scripts of `diffusers` start from.
+        is_between = (
+            self.config.timestep_spacing == "leading"
+            and t not in entries
+            and all(b - a == T // len(entries) for a, b in itertools.pairwise(entries))
+        )
+        if is_assigned or is_between:
+            strided = t - T // integer("num_inference_steps", S, 1, T)
             return strided if strided >= 0 else None
-        return max((entry for entry in entries if entry < t), default=None)
+        smaller = [entry for entry in entries if entry < t]
+        return smaller[-1] if smaller else None
 
     def _threshold_sample(self, sample: Tensor) -> Tensor:
         """Return a predicted x_0 after dynamic thresholding, which scripts call, (N, C, H, W)."""
@@ -442,7 +486,7 @@ class DDIMScheduler(SchedulerFiles):
         """Return sigma^2 of equation (16) at eta = 1, which scripts read, float32 ()."""
         alpha = self.alphas_cumprod[timestep]
         alpha_prev = self.alphas_cumprod[prev_timestep] if prev_timestep >= 0 else self.final_alpha_cumprod
-        return (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
+        return _variance(alpha, alpha_prev)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) noise.
@@ -489,12 +533,17 @@ class DDIMScheduler(SchedulerFiles):
 
     def _alphas(self, timesteps: Tensor, like: Tensor) -> Tensor:
         """Return alphas_cumprod at the timesteps, float64, on the device of `like` and broadcastable against it."""
-        alphas = self.alphas_cumprod_float64
         device = torch.device("cpu") if like.device.type == "mps" else like.device  # MPS has no float64
-        cached, moved = self._moved_alphas
-        if cached is not alphas or moved.device != device:
-            moved = torch.from_numpy(alphas).to(device)
-            self._moved_alphas = alphas, moved
+        if not _is_plain(self.alphas_cumprod):
+            moved = torch.as_tensor(self.alphas_cumprod).to(device).double()
+        elif are_operators_transformed():  # whose tensors must not be kept
+            moved = torch.from_numpy(self.alphas_cumprod_float64).to(device)
+        else:
+            alphas = self.alphas_cumprod_float64
+            cached, moved = self._moved_alphas
+            if cached is not alphas or moved.device != device:
+                moved = torch.from_numpy(alphas).to(device)
+                self._moved_alphas = alphas, moved
         return moved[timesteps.to(device)].reshape(-1, *[1] * (like.ndim - 1))
 
     _moved_alphas: tuple[NDArray[np.float64] | None, Tensor] = (None, torch.empty(0))
@@ -546,6 +595,7 @@ class DDIMInverseScheduler(DDIMScheduler):
             raise ValueError(f"solver_order must be 1, got {self.solver_order}: {NO_INVERSE}")
         super()._set_timesteps(timesteps, device)
         self.timesteps = self.timesteps.flip(0)
+        self._listed = self.timesteps, timesteps[::-1]
 
     def step(  # type: ignore[override]  # the interface of `diffusers`
         self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True
@@ -566,13 +616,28 @@ class DDIMInverseScheduler(DDIMScheduler):
             ValueError: if `set_timesteps` has not been called, the timestep is outside the schedule, or the step comes
                 from alpha = 1 and the network predicts x_0, which leaves x_t open.
         """
-        transition = self._transition(timestep, 0.0)
-        x, x0 = ddim_inverse(model_output, sample, transition, self.config.prediction_type)
+        _, coefficients = self._transition(timestep, 0.0)
+        x, x0 = ddim_inverse(model_output, sample, coefficients, self.config.prediction_type)
         clip = self._step_clip
         if clip is not None:
             clipped = clip(x0)
-            x, x0 = x + transition.alpha**0.5 * (clipped - x0), clipped
+            x, x0 = x + coefficients.signal * (clipped - x0), clipped
         return DDIMSchedulerOutput(x, x0) if return_dict else (x, x0)
+
+
+_VARIANCE = {"_get_variance": vars(DDIMScheduler)["_get_variance"]}
+
+
+def _variance(alpha: Tensor, alpha_prev: Tensor) -> Tensor:
+    """Return sigma^2 of equation (16) at eta = 1."""
+    return (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
+
+
+def _is_plain(values: Any) -> bool:
+    """Return whether reading a tensor's numbers is possible and loses no gradient."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not (isinstance(values, Tensor) and values.requires_grad and torch.is_grad_enabled())
 
 
 join_mixins(DDIMScheduler, "schedulers.scheduling_utils.SchedulerMixin", "configuration_utils.ConfigMixin")

@@ -11,14 +11,15 @@ all blocks of a path.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ddim.devices import execution_device
 from ddim.io.config import register_to_config
 from ddim.io.diffusers_mixins import join_mixins
 from ddim.io.pretrained import ModelFiles
@@ -104,7 +105,7 @@ class Block(nn.Module):
         return output
 
 
-class DownBlock2D(Block):
+class DownPathBlock(Block):
     """Residual blocks of one level, each perhaps followed by attention, then a halving of the size.
 
     Args:
@@ -161,11 +162,15 @@ class DownBlock2D(Block):
         return hidden_states, outputs
 
 
-class AttnDownBlock2D(DownBlock2D):
+class DownBlock2D(DownPathBlock):
+    """A block of the down path without attention, which halves the size by a convolution."""
+
+
+class AttnDownBlock2D(DownPathBlock):
     """A `DownBlock2D` with attention."""
 
 
-class ResnetDownsampleBlock2D(DownBlock2D):
+class ResnetDownsampleBlock2D(DownPathBlock):
     """A `DownBlock2D` that halves the size in a residual block."""
 
 
@@ -203,12 +208,12 @@ class UNetMidBlock2D(Block):
         hidden_states = self.resnets[0](hidden_states, temb)
         for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
             if attention is not None:
-                hidden_states = attention(hidden_states)
+                hidden_states = attention(hidden_states, temb=temb)
             hidden_states = self.call_resnet(resnet, hidden_states, temb)
         return hidden_states
 
 
-class UpBlock2D(Block):
+class UpPathBlock(Block):
     """Residual blocks of one level, each with a skip connection and perhaps attention, then a doubling of the size.
 
     Args:
@@ -281,11 +286,15 @@ class UpBlock2D(Block):
         return hidden_states
 
 
-class AttnUpBlock2D(UpBlock2D):
+class UpBlock2D(UpPathBlock):
+    """A block of the up path without attention, which doubles the size by a convolution."""
+
+
+class AttnUpBlock2D(UpPathBlock):
     """An `UpBlock2D` with attention."""
 
 
-class ResnetUpsampleBlock2D(UpBlock2D):
+class ResnetUpsampleBlock2D(UpPathBlock):
     """An `UpBlock2D` that doubles the size in a residual block."""
 
 
@@ -394,6 +403,7 @@ class UNet2DModel(ModelFiles, nn.Module):
     # ModelMixin of diffusers, a base once that is imported, logs a warning about its own classes on every cast.
     to = nn.Module.to
     _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns: ClassVar[Sequence[str]] = ["norm"]
 
     @register_to_config
     def __init__(
@@ -510,7 +520,17 @@ class UNet2DModel(ModelFiles, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first floating-point parameter, or buffer where there is none."""
+        """The dtype that the network computes in.
+
+        It is that of the first floating-point parameter, or buffer where there is none; or the dtype that hooks of
+        `enable_layerwise_casting` of `diffusers` cast that parameter to.
+        """
+        # The first layer alone: this is asked at every call, and a look at all modules takes half a millisecond.
+        first_layer = next((module for module in self.modules() if module._parameters), self)
+        hooks = first_layer.__dict__.get("_diffusers_hook")
+        casting = None if hooks is None else hooks.get_hook("layerwise_casting")
+        if casting is not None:
+            return cast(torch.dtype, casting.compute_dtype)
         return next((t.dtype for t in self._tensors() if t.is_floating_point()), torch.get_default_dtype())
 
     @property
@@ -578,7 +598,8 @@ class UNet2DModel(ModelFiles, nn.Module):
 
         Args:
             timestep: a number, or a tensor () or (N,) on the model's device.
-            class_labels: (N,) integers, or what the model's `class_embed_type` requires.
+            class_labels: (N,) integers, or what the model's `class_embed_type` requires: for `identity` embeddings
+                (N, D) or (D,).
 
         Returns:
             (N, D), or (1, D) for a single timestep without labels.
@@ -586,7 +607,7 @@ class UNet2DModel(ModelFiles, nn.Module):
         Raises:
             ValueError: if labels are missing, or given to a model without classes.
         """
-        timesteps = timestep if isinstance(timestep, Tensor) else torch.as_tensor(timestep, device=self.device)
+        timesteps = timestep if isinstance(timestep, Tensor) else as_timesteps(timestep, execution_device(self))
         emb = self.time_embedding(self.time_proj(timesteps.reshape(-1)).to(self.dtype))
         if (self.class_embedding is None) != (class_labels is None):
             raise ValueError(
@@ -626,7 +647,8 @@ class UNet2DModel(ModelFiles, nn.Module):
         Args:
             sample: (N, in_channels, H, W), H and W multiples of 2 ** (len(block_out_channels) - 1), of the model's
                 dtype and device.
-            timestep: a number, or a tensor () or (N,). A single one holds for the whole batch.
+            timestep: a number, or a tensor () or (N,). A single one holds for the whole batch. A number is truncated
+                to an integer; a tensor may have floats.
             class_labels: (N,) integers for a model with classes, or what its `class_embed_type` requires.
             return_dict: `False` for a tuple.
 
@@ -640,9 +662,11 @@ class UNet2DModel(ModelFiles, nn.Module):
         if self.config.center_input_sample:
             sample = 2 * sample - 1
         N = sample.shape[0]
-        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1)
+        timesteps = as_timesteps(timestep, sample.device).reshape(-1)
         _check_count(timesteps.shape[0], N)
-        if class_labels is not None and class_labels.ndim:
+        # An embedding (D,), or a label (), holds for the whole batch.
+        single_ndim = 1 if self.config.class_embed_type == "identity" else 0
+        if class_labels is not None and class_labels.ndim > single_ndim:
             _check_count(class_labels.shape[0], N)
         emb = self.embed(timesteps.expand(N), class_labels)
 
@@ -666,6 +690,22 @@ class UNet2DModel(ModelFiles, nn.Module):
 
 
 join_mixins(UNet2DModel, "models.modeling_utils.ModelMixin", "configuration_utils.ConfigMixin")
+
+
+def as_timesteps(timestep: Tensor | float, device: torch.device) -> Tensor:
+    """Return timesteps as a tensor on a device; a number becomes an integer, as in `diffusers`.
+
+    Args:
+        timestep: a number, or a tensor of any dtype, which is kept.
+        device: of the result.
+
+    Example:
+        >>> as_timesteps(5.5, torch.device("cpu")), as_timesteps(torch.tensor(5.5), torch.device("cpu"))
+        (tensor(5), tensor(5.5000))
+    """
+    if isinstance(timestep, Tensor):
+        return timestep.to(device)
+    return torch.as_tensor(timestep, dtype=torch.long, device=device)
 
 
 def check_embeddings(emb: Tensor, sample: Tensor) -> None:

@@ -11,14 +11,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 PLAIN_TENSORS = (nn.Parameter, Tensor, type(None))
 """The classes, exactly, of weights that may be read: those of a subclass may hold anything."""
@@ -37,6 +43,31 @@ INSTANCE_PATCHES = frozenset(
 )
 """Attributes that an instance has of its own only when it is patched: methods, and weights that are not parameters."""
 
+Function = tuple[ModuleType, str]
+"""A function as modules look it up: its namespace and name."""
+
+FUNCTIONS: Mapping[type[nn.Module], tuple[Function, ...]] = {
+    nn.AvgPool2d: ((F, "avg_pool2d"),),
+    nn.Conv2d: ((F, "conv2d"),),
+    nn.Dropout: ((F, "dropout"),),
+    nn.Embedding: ((F, "embedding"), (torch, "embedding")),
+    nn.GELU: ((F, "gelu"),),
+    nn.GroupNorm: ((F, "group_norm"), (torch, "group_norm")),
+    nn.Linear: ((F, "linear"),),
+    nn.Mish: ((F, "mish"),),
+    nn.ReLU: ((F, "relu"), (torch, "relu")),
+    nn.SiLU: ((F, "silu"),),
+}
+"""The functions that a module of each class calls."""
+INTERPOLATE: Function = (F, "interpolate")
+NETWORK_FUNCTIONS: tuple[Function, ...] = (
+    *(function for functions in FUNCTIONS.values() for function in functions),
+    *(INTERPOLATE, (F, "pad"), (F, "scaled_dot_product_attention"), (torch, "cat")),
+)
+"""The functions that a network calls."""
+
+TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
+
 
 def is_untouched(module: nn.Module, expected: type[nn.Module]) -> bool:
     """Return whether calling a module does what its class and its weights say, so that it may be bypassed.
@@ -47,8 +78,8 @@ def is_untouched(module: nn.Module, expected: type[nn.Module]) -> bool:
 
     Returns:
         `True` if the module is exactly of the expected class, has plain weights and no hooks (its own or PyTorch's
-        global ones), neither it nor its class is patched, and nothing transforms PyTorch's operators. A parametrized
-        module has another class; weight norm, spectral norm and pruning are hooks.
+        global ones), neither it nor its class nor a function that it calls is patched, and nothing transforms
+        PyTorch's operators. A parametrized module has another class; weight norm, spectral norm and pruning are hooks.
 
     Example:
         >>> conv = nn.Conv2d(1, 1, 3)
@@ -60,7 +91,9 @@ def is_untouched(module: nn.Module, expected: type[nn.Module]) -> bool:
     """
     if not is_unchanged(module, expected):
         return False
-    return torch.compiler.is_compiling() or not are_operators_transformed()
+    if torch.compiler.is_compiling():
+        return True
+    return are_original(FUNCTIONS.get(expected, ())) and not are_operators_transformed()
 
 
 def is_unchanged(module: nn.Module, expected: type[nn.Module]) -> bool:
@@ -137,7 +170,10 @@ def is_patched(cls: type[nn.Module]) -> bool:
 
 
 def are_operators_transformed() -> bool:
-    """Return whether PyTorch's operators do more than compute: tracing, `torch.func`, forward AD or a dispatch mode.
+    """Return whether PyTorch's operators do more than compute: tracing, `torch.func`, forward AD or a mode.
+
+    Modes are those of `torch.overrides.TorchFunctionMode` and `TorchDispatchMode`, but for that of `torch.device` and
+    `torch.set_default_device`, which leaves operators alone.
 
     Example:
         >>> torch.func.grad(lambda x: x * are_operators_transformed())(torch.tensor(1.0))
@@ -148,7 +184,33 @@ def are_operators_transformed() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or forward_ad._current_level >= 0
+        or (
+            torch._C._len_torch_function_stack()
+            and not all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+        )
     )
+
+
+def are_original(functions: Iterable[Function]) -> bool:
+    """Return whether functions are PyTorch's own.
+
+    Args:
+        functions: their namespaces and names.
+
+    Example:
+        >>> are_original([(F, "silu"), (F, "conv2d")])
+        True
+    """
+    return all(_is_pytorch_function(name, getattr(namespace, name)) for namespace, name in functions)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_pytorch_function(name: str, function: Callable[..., Any]) -> bool:
+    """Return whether a function is the one of this name that PyTorch was built or written with."""
+    if isinstance(function, BuiltinFunctionType):
+        return function.__name__ == name
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_name == name and code.co_filename.startswith(TORCH_FOLDER)
 
 
 @functools.lru_cache(maxsize=256)

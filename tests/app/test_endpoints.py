@@ -56,7 +56,7 @@ SAME: dict[str, tuple[dict[str, Any], list[str]]] = {
 @pytest.mark.parametrize("name", SAME)
 def test_images_match_ddim_sample(server: AppServer, run_command: Callable[[list[str]], Path], name: str) -> None:
     result = server.call("/sample", **SAME[name][0])
-    grid = run_command(["sample", *SAME[name][1], "--out", f"{name}.png"])
+    grid = run_command(["sample", *SAME[name][1], "--scale", "1", "--out", f"{name}.png"])
     assert np.array_equal(make_pixel_grid(result["images"]), pixels(grid))
     count, steps = SAME[name][0]["count"], SAME[name][0]["steps"]
     first = SAME[name][0].get("seed", 0)

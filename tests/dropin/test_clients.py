@@ -12,11 +12,14 @@ import pytest
 import torch
 
 from dropin import (  # noqa: F401  # imported for their clients
+    change_clients,
     file_clients,
+    interface_clients,
     module_clients,
     output_clients,
     pipeline_clients,
     sampling_clients,
+    schedule_clients,
     scheduler_clients,
     training_clients,
 )

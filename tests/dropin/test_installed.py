@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dropin import file_clients, pipeline_clients, scheduler_clients, training_clients  # noqa: F401
+from dropin import file_clients, interface_clients, pipeline_clients, scheduler_clients, training_clients  # noqa: F401
 from dropin.library import CLIENTS, DIFFUSERS, assert_same
 from helpers import environment
 from programs import run_python
@@ -16,6 +16,8 @@ from programs import run_python
 NAMES = (
     "configuration_interface",
     "folders_read_by_diffusers",
+    "layers_found_by_class",
+    "pipeline_placed_by_a_device_map",
     "saved_by_pipelines_of_diffusers",
     "scheduler_replaced_in_a_pipeline",
     "subclass_with_more_components",
@@ -37,7 +39,7 @@ import torch
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
 
-from dropin import file_clients, pipeline_clients, scheduler_clients, training_clients
+from dropin import file_clients, interface_clients, pipeline_clients, scheduler_clients, training_clients
 from dropin.library import CLIENTS, DIFFUSERS
 
 assert DIFFUSERS.DDIMPipeline.__module__.startswith("ddim")

@@ -52,7 +52,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "parametrization": (parametrize_weight, "conv_out has been replaced"),
     "forward of the network": (patch_instance, "UNet2DModel has been patched"),
     "forward of a module": (
-        set_attribute("mid_block.attentions.0.forward", lambda x: x),
+        set_attribute("mid_block.attentions.0.forward", lambda x, temb: x),
         "mid_block.attentions.0 has been patched",
     ),
     "padding": (set_attribute("conv_in.padding_mode", "circular"), "conv_in.padding_mode has been changed"),

@@ -151,7 +151,7 @@ class TestNetwork:
             unet = UNet2DModel(**read_preset("cifar10")["model"]).eval()
             with torch.no_grad():
                 unet.conv_out.weight.mul_(0.1)  # or x grows, and every rounding with it
-            pipe = DDIMPipeline(unet, DDIMScheduler(), "eager")
+            pipe = DDIMPipeline(unet, DDIMScheduler(), engine="eager")
         fast = DDIMPipeline(pipe.unet, pipe.scheduler)
         for one in (pipe, fast):
             one.set_progress_bar_config(disable=True)

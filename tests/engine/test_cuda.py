@@ -26,6 +26,7 @@ from ddim.diffusion.noise import noise_from_seeds
 from ddim.engine import cuda
 from ddim.engine.base import unsupported_reason
 from ddim.engine.cuda import CUDAEngine, StepOptions, check_compiler, clip_identity, compile_network
+from ddim.sampler import Sampler
 from ddim.unet import UNet2DModel
 from helpers import error, randn
 
@@ -83,13 +84,18 @@ class FastPipeline(DDIMPipeline):
     def __init__(self, unet: UNet2DModel, scheduler: DDIMScheduler) -> None:
         super().__init__(unet, scheduler)
         self.fast = CUDAEngine(unet)
-        self.sampler.get_engine = lambda: self.fast
+
+    @property
+    def sampler(self) -> Sampler:
+        sampler = super().sampler
+        sampler.get_engine = lambda: self.fast
+        return sampler
 
 
 def pair(unet: UNet2DModel, **settings: Any) -> tuple[DDIMPipeline, FastPipeline]:
     """The network's pipeline, and one of its engine."""
     scheduler = DDIMScheduler(**settings)
-    pipes = DDIMPipeline(unet, scheduler, "eager"), FastPipeline(unet, scheduler)
+    pipes = DDIMPipeline(unet, scheduler, engine="eager"), FastPipeline(unet, scheduler)
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
     return pipes
@@ -412,7 +418,7 @@ class TestUnsupportedReason:
 class TestCompiled:
     def test_equals_the_network(self, make_unet: Callable[..., UNet2DModel]) -> None:
         unet = make_unet(down_block_types=("DownBlock2D",), up_block_types=("AttnUpBlock2D",), block_out_channels=(8,))
-        pipes = [DDIMPipeline(unet, DDIMScheduler(), engine) for engine in ("eager", "compile")]
+        pipes = [DDIMPipeline(unet, DDIMScheduler(), engine=engine) for engine in ("eager", "compile")]
         for pipe in pipes:
             pipe.set_progress_bar_config(disable=True)
         assert_same((pipes[0], pipes[1]), seeds=[1, 2], num_inference_steps=3)

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from ddim.io import weights
 from ddim.io.config import register_to_config
-from ddim.io.pretrained import ModelFiles
+from ddim.io.pretrained import ModelFiles, parameters_on_meta
 from ddim.io.weights import ALIGNMENT, DTYPES, choose_weights, read_weights, write_weights
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
@@ -132,6 +133,16 @@ def test_loading_does_not_change_the_random_state(make_unet: Callable[..., UNet2
     assert torch.equal(torch.get_rng_state(), before[0])
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])
     assert random.getstate() == before[2]
+
+
+def test_initial_weights_are_not_drawn_and_other_threads_are_left_alone() -> None:
+    with parameters_on_meta(), ThreadPoolExecutor(1) as threads:
+        here, there = nn.BatchNorm2d(2), threads.submit(nn.Conv2d, 1, 1, 1).result()
+        shared = nn.Linear(1, 1)
+        shared.alias = shared.weight
+    assert (here.weight.is_meta, here.running_mean.is_meta, there.weight.is_meta) == (True, False, False)
+    assert shared.alias is shared.weight
+    assert not nn.Linear(1, 1).weight.is_meta
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -20,7 +20,6 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from ddim.io.images import to_output
 from ddim.pipeline import DDIMPipeline
-from ddim.sampler import Sampler
 from ddim.scheduler import DDIMScheduler
 
 T = TypeVar("T")
@@ -143,9 +142,7 @@ class Run:
         """
         # The scheduler is copied: a call sets its timesteps.
         scheduler = DDIMScheduler.from_config(base.scheduler.config)
-        pipe = DDIMPipeline(base.unet, scheduler, base.engine)
-        pipe.sampler = _RunSampler(base.unet, scheduler, base.engine, self)
-        return pipe
+        return _RunPipeline(base.unet, scheduler, base.engine, self)
 
     def check(self) -> None:
         """Raise `Cancelled` if the run was cancelled.
@@ -202,11 +199,11 @@ def _reporting(run: Run, items: Sequence[Any]) -> Iterator[Any]:
         run.step(done, len(items))
 
 
-class _RunSampler(Sampler):
-    """A sampler whose progress bars report to a run."""
+class _RunPipeline(DDIMPipeline):
+    """A pipeline whose progress bars report to a run."""
 
     def __init__(self, unet: Any, scheduler: DDIMScheduler, engine: str, run: Run) -> None:
-        super().__init__(unet, scheduler, engine)
+        super().__init__(unet, scheduler, engine=engine)
         self._run = run
 
     def progress_bar(  # type: ignore[override]

@@ -111,7 +111,7 @@ def sample_many(
             f"overwrite=True must run in a single process, got {world_size}: it deletes files that others write"
         )
 
-    quiet_pipe = DDIMPipeline(pipe.unet, pipe.scheduler, pipe.engine)
+    quiet_pipe = DDIMPipeline(pipe.unet, pipe.scheduler, engine=pipe.engine)
     quiet_pipe.set_progress_bar_config(disable=True)
     batches = target.batches[rank::world_size]
     with OutputLock(target.lock_path, job_name()) as lock:

@@ -308,7 +308,7 @@ def make_steps(
 
 
 def ddim_inverse(
-    model_output: Tensor, x_prev: Tensor, step: Step, prediction_type: str = "epsilon"
+    model_output: Tensor, x_prev: Tensor, step: Step | Coefficients, prediction_type: str = "epsilon"
 ) -> tuple[Tensor, Tensor]:
     """Return x_t from x_prev: the deterministic `ddim_step` (eta = 0) solved for x_t, given its model output.
 
@@ -322,8 +322,8 @@ def ddim_inverse(
     Args:
         model_output: what the network predicts, of the shape of `x_prev`.
         x_prev: x at `step.prev_timestep`.
-        step: the coefficients; `alpha_prev` may be 1 unless the network predicts x_0 (which then is x_prev, whatever
-            x_t was), and `alpha` may be 0.
+        step: the coefficients, or the step that has them, of eta = 0; `alpha_prev` may be 1 unless the network predicts
+            x_0 (which then is x_prev, whatever x_t was), and `alpha` may be 0.
         prediction_type: one of `PREDICTION_TYPES`.
 
     Returns:
@@ -342,8 +342,8 @@ def ddim_inverse(
         >>> round(float(ddim_inverse(epsilon, x_prev, step)[0]), 5)
         1.2
     """
-    signal, noise = math.sqrt(step.alpha), math.sqrt(1 - step.alpha)
-    signal_prev, noise_prev = math.sqrt(step.alpha_prev), math.sqrt(1 - step.alpha_prev)
+    # Without noise the direction is all that alpha_prev leaves: sqrt(1 - alpha_prev).
+    signal, noise, signal_prev, noise_prev, *_ = step.coefficients() if isinstance(step, Step) else step
     if prediction_type == "v_prediction":
         # Along the circle of angles arccos(sqrt(alpha)) a step is a rotation: x_prev = cos x_t - sin v.
         cos, sin = signal * signal_prev + noise * noise_prev, noise * signal_prev - signal * noise_prev

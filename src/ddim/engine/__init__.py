@@ -13,11 +13,10 @@ import logging
 import weakref
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ddim.engine.base import EagerEngine, Engine, unsupported_reason
+from ddim.engine.digests import fingerprint_weights
 from ddim.unet import UNet2DModel
 from ddim.validation import choice
 
@@ -76,7 +75,7 @@ def get_engine(unet: Any, name: str = "auto") -> Engine:
         return EagerEngine(compile_network(unet))
     reason = unsupported_reason(unet)
     if reason is None:
-        fingerprint = _fingerprint_weights(unet)
+        fingerprint = fingerprint_weights(unet)
         previous, engine = _cache.get(unet, (None, None))
         if engine is not None and previous == fingerprint:
             return engine
@@ -100,23 +99,3 @@ def _build(unet: UNet2DModel) -> tuple[Engine | None, str | None]:
         return CPUEngine(unet), None
     except ImportError as error:
         return None, str(error)
-
-
-def _fingerprint_weights(unet: nn.Module) -> Any:
-    """Return a value that changes whenever a weight does, in whatever way: addresses, versions and sums of the bits."""
-    identities = [(p.data_ptr(), p._version, p.dtype) for p in unet.parameters()]
-    sums = [_sum_bits(p.detach()) for p in unet.parameters()]
-    # A GPU's sums are read all at once: reading one waits for the device.
-    return identities, torch.stack(sums).tolist() if isinstance(sums[0], Tensor) else sums
-
-
-def _sum_bits(weights: Tensor) -> Any:
-    """Return the sum of the bits, taken as integers: an `int` for weights on a CPU, a tensor () elsewhere."""
-    if weights.ndim == 4 and weights.is_contiguous(memory_format=torch.channels_last):
-        weights = weights.permute(0, 2, 3, 1)
-    if weights.device.type != "cpu":
-        return weights.flatten().view(torch.uint8).sum(dtype=torch.int64)
-    # NumPy's sum of int64 is several times as fast as PyTorch's.
-    octets = weights.flatten().view(torch.uint8).numpy()
-    aligned = octets.size // 8 * 8
-    return int(octets[:aligned].view(np.int64).sum()) + int(octets[aligned:].sum())

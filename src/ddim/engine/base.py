@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ddim.diffusion.equations import Step
 from ddim.diffusion.loop import StepFn, StepSettings
 from ddim.unet import UNet2DModel
-from ddim.untouched import are_operators_transformed, has_hooks, is_unchanged
+from ddim.untouched import NETWORK_FUNCTIONS, are_operators_transformed, are_original, has_hooks, is_unchanged
 
 SETTING_TYPES = (bool, int, float, str, tuple, type(None))
 """The types of the attributes of modules that decide what they compute."""
@@ -224,6 +224,8 @@ def _change_reason(unet: UNet2DModel, modules: dict[str, nn.Module]) -> str | No
         return f"its configuration does not build it: {error}"
     if are_operators_transformed():
         return "PyTorch's operators are transformed"
+    if not are_original(NETWORK_FUNCTIONS):
+        return "functions of PyTorch are patched"
     for name, module in modules.items():
         shown = name or type(unet).__name__
         if name not in expected:

@@ -41,7 +41,7 @@ from ddim.kernels.norm import NormTerms
 from ddim.kernels.runtime import ensure_compiled
 from ddim.kernels.winograd.constants import POINTS
 from ddim.nn.layers import Attention, ResnetBlock2D, Upsample2D
-from ddim.unet import UNet2DModel, check_embeddings
+from ddim.unet import UNet2DModel, as_timesteps, check_embeddings
 
 FeatureMap = Tensor
 """(N, H, W, C) float32, contiguous."""
@@ -133,11 +133,12 @@ class CPUEngine:
             sample = 2 * sample - 1
 
         # Each residual block's projection of the time embedding: prepared, or computed here.
+        timesteps = as_timesteps(timestep, sample.device)
         embeddings = None
-        if self._prepared_embeddings and class_labels is None and torch.as_tensor(timestep).ndim == 0:
-            embeddings = self._prepared_embeddings.get(float(timestep))
+        if self._prepared_embeddings and class_labels is None and timesteps.ndim == 0:
+            embeddings = self._prepared_embeddings.get(float(timesteps))
         if embeddings is None:
-            emb = unet.embed(timestep, class_labels)
+            emb = unet.embed(timesteps, class_labels)
             check_embeddings(emb, sample)
             embeddings = self._project(emb)
 
@@ -151,7 +152,7 @@ class CPUEngine:
             outputs.append(self._evaluate(sample[batch], rows))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if unet.config.time_embedding_type == "fourier":
-            output = output / torch.as_tensor(timestep).to(output.dtype).reshape(-1, 1, 1, 1)
+            output = output / timesteps.to(output.dtype).reshape(-1, 1, 1, 1)
         return output
 
     def step_fn(self, latents: Tensor, steps: Sequence[Step], settings: StepSettings) -> StepFn | None:
@@ -435,7 +436,8 @@ class _Resnet:
     def __init__(self, block: ResnetBlock2D, buffers: PaddedBuffers) -> None:
         self.norm1, self.norm2 = _Norm(block.norm1, block.nonlinearity), _Norm(block.norm2, block.nonlinearity)
         self.conv1, self.conv2 = _Conv3x3(block.conv1, buffers), _Conv3x3(block.conv2, buffers)
-        self.scale_shift, self.factor = block.scale_shift, block.output_scale_factor
+        self.scale_shift = block.time_embedding_norm == "scale_shift"
+        self.factor = block.output_scale_factor
         self.resample = block.upsample or block.downsample
         self.shortcut = block.conv_shortcut
         self._shortcuts: tuple[_Linear, ...] = ()
@@ -476,7 +478,7 @@ class _Attention:
 
     def __init__(self, attention: Attention) -> None:
         self.norm = None if attention.group_norm is None else _Norm(attention.group_norm, None)
-        self.heads, self.factor = attention.heads, attention.output_scale_factor
+        self.heads, self.factor = attention.heads, attention.rescale_output_factor
         self.qkv = _Linear.stack([attention.to_q, attention.to_k, attention.to_v])
         self.out = _Linear.stack([attention.to_out[0]])
 

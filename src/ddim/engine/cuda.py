@@ -457,17 +457,18 @@ class FusedAttention(nn.Module):
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
-        self.heads, self.output_scale_factor = attention.heads, attention.output_scale_factor
+        self.heads, self.rescale_output_factor = attention.heads, attention.rescale_output_factor
         self.group_norm, self.to_out = attention.group_norm, attention.to_out[0]
         linears = (attention.to_q, attention.to_k, attention.to_v)
         self.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
         self.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
         """Add attention to a feature map.
 
         Args:
             hidden_states: (N, C, H, W).
+            temb: ignored, as by `Attention`.
 
         Returns:
             (N, C, H, W).
@@ -478,7 +479,7 @@ class FusedAttention(nn.Module):
         q, k, v = F.linear(tokens, self.weight, self.bias).view(N, H * W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, H * W, -1)
         output = hidden_states + self.to_out(attended).view(N, H, W, C).permute(0, 3, 1, 2)
-        return output if self.output_scale_factor == 1 else output / self.output_scale_factor
+        return output if self.rescale_output_factor == 1 else output / self.rescale_output_factor
 
 
 def compile_network(unet: Any) -> Any:

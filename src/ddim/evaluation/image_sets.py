@@ -138,7 +138,7 @@ def sample_image_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = 
         >>> digits.shape, len(digits)
         ((1, 28, 28), 2)
     """
-    quiet_pipe = DDIMPipeline(pipe.unet, pipe.scheduler, pipe.engine)
+    quiet_pipe = DDIMPipeline(pipe.unet, pipe.scheduler, engine=pipe.engine)
     quiet_pipe.set_progress_bar_config(disable=True)
     size = min(BATCH_SIZE, count)
 

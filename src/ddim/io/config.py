@@ -17,6 +17,7 @@ import inspect
 import logging
 import os
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar, cast
@@ -24,7 +25,7 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar, cast
 from ddim.annotations import check_arguments
 from ddim.io.hub import pop_hub_options, read_config, save_and_push
 from ddim.io.json_files import to_json
-from ddim.validation import join_choices, list_unknown, nearest, shown
+from ddim.validation import join_choices, list_unknown, shown
 from ddim.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -34,12 +35,23 @@ T = TypeVar("T", bound="ConfigMixin")
 OWN = "_ddim"
 """The entry that holds the arguments that only this library has. Its underscore makes other libraries pass it on."""
 DEFAULTED = "_use_default_values"
-OF_THE_FILE = ("_class_name", "_ddim_version", "_diffusers_version")
-NOT_SAVED = (DEFAULTED, "_diffusers_version", "_ignore_files", "_name_or_path")
+OF_THE_FILE = "_ddim_version"
+NOT_SAVED = (DEFAULTED, "_ignore_files", "_name_or_path")
+OF_THE_DOWNLOAD = ("proxies", "mirror", "user_agent", "local_dir", "local_dir_use_symlinks")
+"""Options of a download that are accepted and do nothing: the hub client has its own."""
+DIFFUSERS_VERSION = "0.42.1"
+"""The version of `diffusers` whose files are written."""
 
 
-class FrozenConfig(dict[str, Any]):
-    """A read-only dictionary whose entries are also attributes.
+class FrozenConfig(OrderedDict[str, Any]):
+    """A dictionary whose entries are also attributes; entries cannot be removed.
+
+    It is what `FrozenDict` of `diffusers` is. An attribute that is assigned takes effect in the object whose
+    configuration this is, which reads attributes; an entry that is assigned is what files, `from_config` and
+    `register_to_config` hold. `register_to_config(name=value)` changes both.
+
+    Raises:
+        TypeError: when an entry is removed, or entries are updated.
 
     Example:
         >>> config = FrozenConfig(in_channels=3)
@@ -47,11 +59,17 @@ class FrozenConfig(dict[str, Any]):
         (3, 3)
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        OrderedDict.__init__(self, *args, **kwargs)
+        vars(self).update(self)
+
     def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"the configuration has no entry {name!r}{nearest(name, self)}") from None
+        # Without a search for the nearest: modules look up their submodules here before they find them.
+        raise AttributeError(f"the configuration has no entry {name!r}")
+
+    # Not those of FrozenDict, which may have become a base, and which look for an attribute that is never there.
+    __setattr__ = object.__setattr__
+    __setitem__ = OrderedDict.__setitem__
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
@@ -59,11 +77,10 @@ class FrozenConfig(dict[str, Any]):
             "from_config(config, name=value)"
         )
 
-    __setattr__ = __setitem__ = __delitem__ = __delattr__ = _refuse
-    pop = popitem = clear = update = setdefault = __ior__ = _refuse
+    __delitem__ = pop = update = setdefault = _refuse
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FrozenConfig, (dict(self),)
+        return type(self), (dict(self),), dict(vars(self))
 
 
 def public_entries(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,9 +112,9 @@ def register_to_config(init: Callable[Concatenate[T, P], None]) -> Callable[Conc
         ...     @register_to_config
         ...     def __init__(self, steps: int = 1000) -> None:
         ...         pass
-        >>> Schedule(steps=10).config
+        >>> dict(Schedule(steps=10).config)
         {'steps': 10}
-        >>> Schedule().config
+        >>> dict(Schedule().config)
         {'steps': 1000, '_use_default_values': ['steps']}
     """
     signature = inspect.signature(init)
@@ -146,13 +163,15 @@ class ConfigMixin:
         own_settings: arguments that only this library has, with their defaults; recorded in the entry `_ddim`, and only
             where they differ.
         foreign_settings: entries of related classes' configurations, which are kept without a word.
+        has_compatibles: whether other classes take this one's configuration.
         config: the arguments of the constructor.
     """
 
     config_name: ClassVar[str]
-    ignore_for_config: ClassVar[Collection[str]] = ()
+    ignore_for_config: ClassVar[Collection[str]] = []
     own_settings: ClassVar[Mapping[str, Any]] = {}
     foreign_settings: ClassVar[Collection[str]] = ()
+    has_compatibles: ClassVar[bool] = False
 
     @property
     def config(self) -> FrozenConfig:
@@ -175,6 +194,8 @@ class ConfigMixin:
             >>> scheduler.config.clip_sample
             False
         """
+        # What register_to_config of `diffusers` records for a constructor with **kwargs.
+        entries.pop("kwargs", None)
         config = {**self.__dict__.get("_internal_dict", {}), **entries}
         if DEFAULTED in config and DEFAULTED not in entries:
             config[DEFAULTED] = [name for name in config[DEFAULTED] if name not in entries]
@@ -240,7 +261,8 @@ class ConfigMixin:
             accepted = inspect.signature(cls.__init__).parameters
             raise TypeError(f"{cls.__name__} has no argument {list_unknown(sorted(unknown), accepted)}")
         instance = cls(**arguments)
-        instance.register_to_config(**{name: value for name, value in hidden.items() if name not in OF_THE_FILE})
+        kept = {name: value for name, value in hidden.items() if name != OF_THE_FILE}
+        instance.register_to_config(**kept | ({"_class_name": cls.__name__} if "_class_name" in kept else {}))
         return cast(Self, (instance, unused | hidden)) if return_unused_kwargs else instance
 
     @classmethod
@@ -309,10 +331,28 @@ class ConfigMixin:
             1
         """
         subfolder = options.pop("subfolder", None)
+        for name in OF_THE_DOWNLOAD:
+            options.pop(name, None)
         hub_options = pop_hub_options(options)
         config, commit = read_config(pretrained_model_name_or_path, cls.config_name, subfolder, hub_options)
         result = (config, *([options] if return_unused_kwargs else []), *([commit] if return_commit_hash else []))
         return config if len(result) == 1 else result
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """Call `load_config`, of which this is a deprecated alias.
+
+        Args:
+            args: as for `load_config`.
+            kwargs: as for `load_config`.
+        """
+        warnings.warn("get_config_dict is deprecated; use load_config", FutureWarning, stacklevel=2)
+        return cls.load_config(*args, **kwargs)
+
+    @staticmethod
+    def _get_init_keys(input_class: type) -> set[str]:
+        """Return the names of a constructor's arguments, with `self`, which scripts compare configurations with."""
+        return set(inspect.signature(input_class.__init__).parameters)  # type: ignore[misc]
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **options: Any) -> None:
         """Write the configuration file of this object into a folder.
@@ -341,15 +381,23 @@ class ConfigMixin:
         save_and_push(write, Path(save_directory), push_to_hub, type(self).__name__, options)
 
     def to_json_string(self) -> str:
-        """Return the text of this object's configuration file: its entries, the class and the version, keys sorted.
+        """Return the text of this object's configuration file: its entries, the class and the versions, keys sorted.
+
+        The class and the version of `diffusers` become entries of the configuration, too.
 
         Example:
             >>> from ddim import DDIMScheduler
             >>> '"_class_name": "DDIMScheduler"' in DDIMScheduler().to_json_string()
             True
         """
-        entries = {name: value for name, value in self.config.items() if name not in NOT_SAVED}
-        return to_json({**entries, "_class_name": type(self).__name__, "_ddim_version": __version__})
+        notes = {"_class_name": type(self).__name__, "_diffusers_version": DIFFUSERS_VERSION}
+        for name, value in notes.items():
+            self.config[name] = value
+        return to_json({**self._file_entries(), **notes, OF_THE_FILE: __version__})
+
+    def _file_entries(self) -> dict[str, Any]:
+        """Return the entries of the configuration that are written into files."""
+        return {name: value for name, value in self.config.items() if name not in NOT_SAVED}
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write the text of this object's configuration file.

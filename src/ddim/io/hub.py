@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module, resources
+from inspect import signature
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -471,6 +472,9 @@ class PushToHub:
         private: bool | None = None,
         token: str | bool | None = None,
         create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
         **settings: Any,
     ) -> str:
         """Publish this on the Hugging Face hub, in a repository that is created if it does not exist.
@@ -481,7 +485,10 @@ class PushToHub:
             private: whether a new repository is private; `None` for the owner's default.
             token: with the right to write; defaults to the one stored on this machine.
             create_pr: propose the commit instead of adding it.
-            settings: of `save_pretrained`, such as `variant="fp16"`.
+            safe_serialization: `False` uploads weights as pickles (`.bin`) instead of safetensors.
+            variant: of the weights, such as `fp16`.
+            subfolder: where the files end up in the repository; defaults to its root.
+            settings: further ones of `save_pretrained`, such as `max_shard_size="500MB"`.
 
         Returns:
             The URL of the commit.
@@ -491,7 +498,12 @@ class PushToHub:
         """
         message = commit_message or f"Upload {type(self).__name__}"
 
+        save_pretrained: Callable[..., Any] = self.save_pretrained  # type: ignore[attr-defined]
+        weights = {"safe_serialization": safe_serialization, "variant": variant}
+        # A scheduler has no weights.
+        accepted = {k: v for k, v in weights.items() if k in signature(save_pretrained).parameters}
+
         def save(folder: Path) -> None:
-            self.save_pretrained(folder, **settings)  # type: ignore[attr-defined]
+            save_pretrained(folder / (subfolder or ""), **accepted, **settings)
 
         return push_folder(save, repo_id, private, token, message, create_pr)

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
+from threading import get_ident
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ddim.devices import choose_device
+from ddim.extras import check_xformers
 from ddim.io.config import ConfigMixin
 from ddim.io.hub import PushToHub, find_model, pop_hub_options, save_and_push
 from ddim.io.json_files import read_json
@@ -74,7 +78,7 @@ def resolve_dtype(dtype: Any, tensors: dict[str, Tensor] | None = None) -> torch
     """Return the dtype that parameters get.
 
     Args:
-        dtype: a floating dtype, `None` for float32, or `"auto"` for that of the weights.
+        dtype: a floating dtype, `None` for the default dtype (float32), or `"auto"` for that of the weights.
         tensors: the weights; without them `"auto"` is only checked.
 
     Raises:
@@ -87,7 +91,7 @@ def resolve_dtype(dtype: Any, tensors: dict[str, Tensor] | None = None) -> torch
     if dtype == "auto":
         floating = (tensor.dtype for tensor in (tensors or {}).values() if tensor.is_floating_point())
         return next(floating, torch.float32)
-    dtype = torch.float32 if dtype is None else dtype
+    dtype = torch.get_default_dtype() if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"torch_dtype must be a floating dtype such as torch.bfloat16 or 'auto', got {shown(dtype)}")
     return dtype
@@ -118,6 +122,32 @@ def resolve_device_map(device_map: Any) -> torch.device | None:
         raise ValueError(f"device_map must be a device such as 'cuda:0', or 'auto', got {shown(device_map)}")
     automatic = ("auto", "balanced", "balanced_low_0", "sequential")
     return choose_device("auto" if device_map in automatic else device_map)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Put parameters that are made inside a `with` block on the meta device, where their initial values cost nothing.
+
+    Buffers and other tensors are real, as no file may hold them. Modules that other threads make are left alone.
+
+    Example:
+        >>> with parameters_on_meta():
+        ...     norm = nn.BatchNorm2d(1)
+        >>> norm.weight.device.type, norm.running_mean.device.type
+        ('meta', 'cpu')
+    """
+    thread = get_ident()
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if get_ident() != thread or type(parameter) is not nn.Parameter or parameter.is_meta:
+            return None  # the parameter itself, which other modules may share
+        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class SchedulerFiles(ConfigMixin, PushToHub):
@@ -251,8 +281,9 @@ class ModelFiles(ConfigMixin, PushToHub):
         subfolder = subfolder or ""
         root = find_model(model, hub_options, variant=variant, weights_in=(subfolder,), use_safetensors=use_safetensors)
         folder = root / subfolder
-        # Built on the meta device, because initial weights would only be overwritten.
-        with torch.device("cpu" if ignore_mismatched_sizes else "meta"):
+        # Initial weights would only be overwritten.
+        on_meta = nullcontext() if ignore_mismatched_sizes else parameters_on_meta()
+        with on_meta, torch.random.fork_rng(devices=()):
             network = build_from_file(cls, folder / cls.config_name, **overrides)
         tensors = read_weights(folder, variant, use_safetensors)
         mismatched = fill_model(network, tensors, str(folder), resolve_dtype(dtype, tensors), ignore_mismatched_sizes)
@@ -314,6 +345,20 @@ class ModelFiles(ConfigMixin, PushToHub):
             write_weights(weights, target, variant, max_shard_size, safe_serialization)
 
         save_and_push(write, Path(save_directory), push_to_hub, type(self).__name__, options, variant, ("",))
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Do nothing: attention runs by PyTorch's fused operator, which is as fast.
+
+        Args:
+            attention_op: ignored.
+
+        Raises:
+            ModuleNotFoundError: if xformers is not installed, which scripts catch.
+        """
+        check_xformers()
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Do nothing: attention runs by PyTorch's fused operator."""
 
 
 def _as_model(model: str | os.PathLike[str]) -> str | Path:

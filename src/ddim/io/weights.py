@@ -294,13 +294,13 @@ def fill_model(
     dtype: torch.dtype,
     ignore_mismatched_sizes: bool = False,
 ) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """Assign tensors to the parameters of a model that was built on the meta device.
+    """Assign tensors to the parameters and buffers of a model whose parameters may be on the meta device.
 
     Args:
         model: the model; its parameters' names and shapes must be those of the tensors.
         tensors: tensors by name, as `read_weights` returns them; assigned without a copy where the dtype fits.
         source: the tensors' origin, for messages.
-        dtype: floating dtype that the parameters get.
+        dtype: floating dtype that parameters and buffers get; integers keep theirs.
         ignore_mismatched_sizes: leave parameters as they are, on a model built with initial weights, whose tensor has
             another shape.
 
@@ -335,12 +335,17 @@ def fill_model(
         raise ValueError(f"the weights in {source} do not fit its configuration: {'; '.join(problems[:3])}{more}")
     kept = {name for name, *_ in mismatched}
     initial = model.state_dict() if kept else {}
-    weights = {name: (initial if name in kept else tensors)[name].to(dtype) for name in shapes}
+    weights = {name: (initial if name in kept else tensors)[name] for name in shapes}
+    weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     for name, tensor in weights.items():
         # A sum is not finite where a value is not; the sum of finite values may overflow.
         if tensor.device.type != "meta" and not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise ValueError(f"the weights in {source} are damaged: {name} has values that are NaN or infinite")
     model.load_state_dict(weights, assign=True)
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.to(dtype))
     return mismatched
 
 

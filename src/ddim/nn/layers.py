@@ -23,7 +23,7 @@ from ddim.nn.ops import (
     norm_act,
     use_compiled_convolution,
 )
-from ddim.untouched import is_untouched
+from ddim.untouched import INTERPOLATE, are_original, is_untouched
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
@@ -44,19 +44,21 @@ class Timesteps(nn.Module):
     Args:
         num_channels: the embedding's size; an odd one is padded with a zero.
         flip_sin_to_cos: whether cosines come first.
-        freq_shift: 1 divides the exponents by one less, so that the last frequency is exactly 1/10000.
+        downscale_freq_shift: 1 divides the exponents by one less, so that the last frequency is exactly 1/10000.
+        scale: multiplies the timesteps.
 
     References:
         DDPM, arXiv 2006.11239, appendix B.
 
     Example:
-        >>> Timesteps(num_channels=2, flip_sin_to_cos=False, freq_shift=0)(torch.tensor([0]))
+        >>> Timesteps(num_channels=2, flip_sin_to_cos=False, downscale_freq_shift=0)(torch.tensor([0]))
         tensor([[0., 1.]])
     """
 
-    def __init__(self, num_channels: int, flip_sin_to_cos: bool, freq_shift: float) -> None:
+    def __init__(self, num_channels: int, flip_sin_to_cos: bool, downscale_freq_shift: float, scale: float = 1) -> None:
         super().__init__()
-        self.num_channels, self.flip_sin_to_cos, self.freq_shift = num_channels, flip_sin_to_cos, freq_shift
+        self.num_channels, self.flip_sin_to_cos = num_channels, flip_sin_to_cos
+        self.downscale_freq_shift, self.scale = downscale_freq_shift, scale
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Embed timesteps.
@@ -69,7 +71,7 @@ class Timesteps(nn.Module):
         """
         half = self.num_channels // 2
         exponents = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
-        angles = timesteps[:, None].float() * torch.exp(exponents / (half - self.freq_shift))
+        angles = self.scale * (timesteps[:, None].float() * torch.exp(exponents / (half - self.downscale_freq_shift)))
         parts = [angles.cos(), angles.sin()] if self.flip_sin_to_cos else [angles.sin(), angles.cos()]
         return F.pad(torch.cat(parts, dim=1), (0, self.num_channels % 2))
 
@@ -94,6 +96,7 @@ class GaussianFourierProjection(nn.Module):
         # `diffusers` draws the frequencies twice and keeps the second: so that later draws agree, as they do.
         torch.randn(embedding_size)
         self.weight = nn.Parameter(torch.randn(embedding_size) * scale, requires_grad=False)
+        self.log, self.flip_sin_to_cos = True, False
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Embed timesteps.
@@ -104,8 +107,10 @@ class GaussianFourierProjection(nn.Module):
         Returns:
             (N, 2 embedding_size), sines first.
         """
-        angles = timesteps.log()[:, None] * self.weight[None, :] * (2 * math.pi)
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
+        times = timesteps.log() if self.log else timesteps
+        angles = times[:, None] * self.weight[None, :] * (2 * math.pi)
+        parts = [angles.cos(), angles.sin()] if self.flip_sin_to_cos else [angles.sin(), angles.cos()]
+        return torch.cat(parts, dim=1)
 
 
 class TimestepEmbedding(nn.Module):
@@ -123,8 +128,9 @@ class TimestepEmbedding(nn.Module):
     def __init__(self, in_channels: int, time_embed_dim: int) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(in_channels, time_embed_dim)
-        self.act = nn.SiLU()
+        self.act: nn.Module | None = nn.SiLU()
         self.linear_2 = nn.Linear(time_embed_dim, time_embed_dim)
+        self.post_act: nn.Module | None = None
 
     def forward(self, sample: Tensor) -> Tensor:
         """Project an embedding.
@@ -135,7 +141,9 @@ class TimestepEmbedding(nn.Module):
         Returns:
             (N, time_embed_dim).
         """
-        return self.linear_2(self.act(self.linear_1(sample)))
+        sample = self.linear_1(sample)
+        sample = self.linear_2(sample if self.act is None else self.act(sample))
+        return sample if self.post_act is None else self.post_act(sample)
 
 
 class Downsample2D(nn.Module):
@@ -195,6 +203,7 @@ class Upsample2D(nn.Module):
 
     def __init__(self, channels: int, use_conv: bool) -> None:
         super().__init__()
+        self.use_conv, self.use_conv_transpose, self.interpolate = use_conv, False, True
         self.conv: nn.Module | None = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else None
 
     def forward(self, hidden_states: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
@@ -207,17 +216,33 @@ class Upsample2D(nn.Module):
         Returns:
             (N, C, 2H, 2W), or of `output_size`.
         """
-        if output_size is None and self.conv is not None:
-            is_compiled = use_compiled_convolution(self.conv, hidden_states)
-            # In training on PyTorch's operators rounding is that of the modules themselves: optimizers amplify it.
-            in_training = self.training and torch.is_grad_enabled()
-            if is_compiled or (hidden_states.device.type == "cpu" and not in_training):
-                conv = cast(nn.Conv2d, self.conv)
-                if is_untouched(conv, nn.Conv2d) and _is_plain_3x3(conv, hidden_states):
-                    return upsample_and_convolve(conv, hidden_states, conv2d if is_compiled else F.conv2d)
+        conv = self.conv if self.use_conv or self.use_conv_transpose else None
+        if conv is None:
+            return self._interpolate(hidden_states, output_size)
+        if self.use_conv_transpose:
+            return cast(Tensor, conv(hidden_states))
+        is_compiled = use_compiled_convolution(conv, hidden_states)
+        if output_size is None and self._fuses(conv, hidden_states, is_compiled):
+            return upsample_and_convolve(cast(nn.Conv2d, conv), hidden_states, conv2d if is_compiled else F.conv2d)
+        return convolve(conv, self._interpolate(hidden_states, output_size))
+
+    def _interpolate(self, hidden_states: Tensor, output_size: tuple[int, int] | None) -> Tensor:
+        if not self.interpolate:
+            return hidden_states
         size = output_size or tuple(2 * length for length in hidden_states.shape[2:])
-        hidden_states = F.interpolate(hidden_states, size=size, mode="nearest")
-        return hidden_states if self.conv is None else convolve(self.conv, hidden_states)
+        return F.interpolate(hidden_states, size=size, mode="nearest")
+
+    def _fuses(self, conv: nn.Module, hidden_states: Tensor, is_compiled: bool) -> bool:
+        """Return whether upsampling and convolution are one operation."""
+        # In training on PyTorch's operators rounding is that of the modules themselves: optimizers amplify it.
+        in_training = self.training and torch.is_grad_enabled()
+        return (
+            self.interpolate
+            and (is_compiled or (hidden_states.device.type == "cpu" and not in_training))
+            and is_untouched(conv, nn.Conv2d)
+            and (torch.compiler.is_compiling() or are_original([INTERPOLATE]))
+            and _is_plain_3x3(cast(nn.Conv2d, conv), hidden_states)
+        )
 
 
 def _is_plain_3x3(conv: nn.Conv2d, x: Tensor) -> bool:
@@ -321,11 +346,13 @@ class ResnetBlock2D(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, config: ResnetConfig, resample: str | None = None) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.scale_shift = config.time_embedding_norm == "scale_shift"
+        self.time_embedding_norm = config.time_embedding_norm
+        self.skip_time_act = False
         self.output_scale_factor = config.output_scale_factor
+        projected = out_channels * (2 if config.time_embedding_norm == "scale_shift" else 1)
         self.norm1 = nn.GroupNorm(config.groups, in_channels, eps=config.eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(config.temb_channels, out_channels * (2 if self.scale_shift else 1))
+        self.time_emb_proj: nn.Module | None = nn.Linear(config.temb_channels, projected)
         self.norm2 = nn.GroupNorm(config.groups, out_channels, eps=config.eps)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -345,16 +372,20 @@ class ResnetBlock2D(nn.Module):
             (N, out_channels, H, W), twice or half as high and wide with `resample`.
         """
         hidden_states = norm_act(self.norm1, self.nonlinearity, input_tensor, conv=self.conv1)
-        resample = self.upsample or self.downsample
+        resample = self.downsample if self.upsample is None else self.upsample
         if resample is not None:
             input_tensor, hidden_states = resample(input_tensor), resample(hidden_states)
         hidden_states = convolve(self.conv1, hidden_states)
-        time = self.time_emb_proj(self.nonlinearity(temb))
-        if self.scale_shift:
+        time = temb
+        if self.time_emb_proj is not None:
+            time = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+        if self.time_embedding_norm == "scale_shift":
             scale, shift = time[:, :, None, None].chunk(2, dim=1)
             hidden_states = self.nonlinearity(self.norm2(hidden_states) * (1 + scale) + shift)
         else:
-            hidden_states = norm_act(self.norm2, self.nonlinearity, hidden_states, time, conv=self.conv2)
+            # Any other value leaves time out.
+            shift_before = time if self.time_embedding_norm == "default" else None
+            hidden_states = norm_act(self.norm2, self.nonlinearity, hidden_states, shift_before, conv=self.conv2)
         hidden_states = convolve(self.conv2, self.dropout(hidden_states))
         if self.conv_shortcut is not None:
             if self.training and not has_channels_last_weights(self.conv1):
@@ -373,7 +404,7 @@ class Attention(nn.Module):
         head_dim: channels per head; there are C // head_dim heads.
         groups: of the group norm before it; `None` for no norm.
         eps: of that norm.
-        output_scale_factor: the sum is divided by this.
+        rescale_output_factor: the sum is divided by this.
 
     Example:
         >>> Attention(channels=8, head_dim=4, groups=2, eps=1e-5)(torch.zeros(1, 8, 2, 2)).shape
@@ -381,13 +412,15 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, channels: int, head_dim: int, groups: int | None, eps: float, output_scale_factor: float = 1.0
+        self, channels: int, head_dim: int, groups: int | None, eps: float, rescale_output_factor: float = 1.0
     ) -> None:
         super().__init__()
-        self.heads, self.head_dim = channels // head_dim, head_dim
-        self.output_scale_factor = output_scale_factor
+        self.heads = channels // head_dim
+        self.residual_connection, self.rescale_output_factor = True, rescale_output_factor
         inner = self.heads * head_dim
         self.group_norm = nn.GroupNorm(groups, channels, eps=eps) if groups is not None else None
+        self.norm_q: nn.Module | None = None
+        self.norm_k: nn.Module | None = None
         self.to_q = nn.Linear(channels, inner)
         self.to_k = nn.Linear(channels, inner)
         self.to_v = nn.Linear(channels, inner)
@@ -409,13 +442,15 @@ class Attention(nn.Module):
             tokens = self.group_norm(tokens)
         tokens = tokens.transpose(1, 2)
         q, k, v = (
-            project(tokens).view(N, H * W, self.heads, self.head_dim).transpose(1, 2)
+            project(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        attended = F.scaled_dot_product_attention(q, k, v)
-        attended = attended.transpose(1, 2).reshape(N, H * W, self.heads * self.head_dim)
-        for module in self.to_out:
-            attended = module(attended)
-        # In channels_last, as the first term is, in every network.
-        output = attended.transpose(1, 2).reshape(N, C, H, W) + hidden_states
-        return output if self.output_scale_factor == 1 else output / self.output_scale_factor
+        q = q if self.norm_q is None else self.norm_q(q)
+        k = k if self.norm_k is None else self.norm_k(k)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        output_projection, dropout, *_ = self.to_out
+        attended = dropout(output_projection(attended))
+        # In channels_last, as the other term is, in every network.
+        output = attended.transpose(1, 2).reshape(N, C, H, W)
+        output = output + hidden_states if self.residual_connection else output
+        return output if self.rescale_output_factor == 1 else output / self.rescale_output_factor
