@@ -36,7 +36,6 @@ MISTYPED: dict[str, tuple[Callable[[], Any], str]] = {
     "features": (lambda: load_features("pixel", (1, 8, 8)), "pixels"),
     "dtype": (lambda: choose_dtype("bfloat"), "bfloat16"),
     "field of a result": (lambda: ImagePipelineOutput({"image": []}), "images"),
-    "entry of a configuration": (lambda: DDIMScheduler().config.beta_strat, "beta_start"),
 }
 
 

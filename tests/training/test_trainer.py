@@ -486,10 +486,6 @@ def test_run_beyond_max_steps_is_complete(make_config: MakeConfig, images: Tenso
             {"model": TINY_MODEL | {"block_out_channels": [8, 18]}},
             r"block_out_channels must be multiples of .*, got 18",
         ),
-        ({"model": TINY_MODEL | {"hue": 3}}, "hue"),
-        ({"scheduler": {"beta_schedule": "steep"}}, "beta_schedule must be one of .*, got 'steep'"),
-        ({"scheduler": {"prediction_type": "noise"}}, "prediction_type must be one of .*, got 'noise'"),
-        ({"scheduler": {"betas": 3}}, "betas"),
     ],
 )
 def test_unsuitable_configuration_raises_before_writing(
@@ -507,6 +503,22 @@ def test_indivisible_batch_raises(make_config: MakeConfig, images: Tensor, tmp_p
     message = r"batch_size must be a multiple of 12 \(processes: 3, optim\.accumulate: 4\), got 8"
     with pytest.raises(ValueError, match=message):
         Trainer(make_config(optim={"accumulate": 4}), CachedImageDataset(images), tmp_path, CPU, processes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"model": {"hue": 3}}, r"model\.hue: is not an entry"),
+        ({"scheduler": {"beta_schedule": "steep"}}, "beta_schedule must be one of .*, got 'steep'"),
+        ({"scheduler": {"prediction_type": "noise"}}, "prediction_type must be one of .*, got 'noise'"),
+        ({"scheduler": {"betas": 3}}, r"scheduler\.betas: is not an entry"),
+    ],
+)
+def test_entries_of_networks_and_schedulers_are_checked_with_the_others(
+    make_config: MakeConfig, entries: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(**entries)
 
 
 # --- non-finite losses

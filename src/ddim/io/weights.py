@@ -300,7 +300,7 @@ def fill_model(
         model: the model; its parameters' names and shapes must be those of the tensors.
         tensors: tensors by name, as `read_weights` returns them; assigned without a copy where the dtype fits.
         source: the tensors' origin, for messages.
-        dtype: floating dtype that parameters and buffers get; integers keep theirs.
+        dtype: floating dtype that parameters and buffers get; buffers of integers keep theirs.
         ignore_mismatched_sizes: leave parameters as they are, on a model built with initial weights, whose tensor has
             another shape.
 
@@ -336,7 +336,11 @@ def fill_model(
     kept = {name for name, *_ in mismatched}
     initial = model.state_dict() if kept else {}
     weights = {name: (initial if name in kept else tensors)[name] for name in shapes}
-    weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    parameters = dict(model.named_parameters()).keys()
+    weights = {
+        name: tensor.to(dtype) if name in parameters or tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+    }
     for name, tensor in weights.items():
         # A sum is not finite where a value is not; the sum of finite values may overflow.
         if tensor.device.type != "meta" and not tensor.sum().isfinite() and not tensor.isfinite().all():

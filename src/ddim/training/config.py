@@ -443,14 +443,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         Traceback (most recent call last):
         FileNotFoundError: the configuration missing.yaml cannot be read: ...
     """
-    if path.exists() and not path.is_file():
-        # Opening a pipe would wait for a writer.
-        raise FileNotFoundError(f"the configuration {path} cannot be read: it is not a regular file")
     try:
-        text = path.read_text(encoding="utf-8")
+        # Opening a pipe would wait for a writer.
+        is_special = path.exists() and not path.is_file()
+        text = "" if is_special else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror or "").lower() if isinstance(error, OSError) else "it is not UTF-8 text"
         raise FileNotFoundError(f"the configuration {shorten(str(path))} cannot be read: {reason}") from None
+    if is_special:
+        raise FileNotFoundError(f"the configuration {path} cannot be read: it is not a regular file")
     try:
         tree = _parse_yaml(text)
     except ValueError as error:
