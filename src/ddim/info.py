@@ -39,7 +39,7 @@ def describe(model: str | Path) -> dict[str, Any]:
         1805121
     """
     name, variant = split_variant(model)
-    folder = hub.find_model(name)
+    folder = hub.find_model(name, variant=variant)
     pipe = DDIMPipeline.from_pretrained(folder, variant=variant)
     weights_folder = component_folder(folder, "unet", pipe.unet.config_name)
     return {

@@ -86,8 +86,36 @@ def test_checkpoint_is_a_model_of_diffusers(stopped: Path, variant: str | None, 
 
 def test_result_stands_for_the_run(stopped: Path, make_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     shutil.copytree(stopped, tmp_path / "run")
-    shutil.copytree(checkpoint(stopped, 3), tmp_path / "run" / "final")
+    final = shutil.copytree(checkpoint(stopped, 3), tmp_path / "run" / "final")
+    (final / "unet" / "diffusion_pytorch_model.raw.safetensors").unlink()
     assert holds(DDIMPipeline.from_pretrained(tmp_path / "run").unet, stopped, 3, "ema")
+    # The result has no raw weights; the last checkpoint has.
+    assert holds(DDIMPipeline.from_pretrained(f"{tmp_path / 'run'}@raw").unet, stopped, 6, "model")
+    assert describe(f"{tmp_path / 'run'}@raw")["weights"].endswith(".raw.safetensors")
+
+
+def test_models_are_not_written_over_runs(stopped: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(stopped, tmp_path / "run")
+    pipe = DDIMPipeline.from_pretrained("mnist")
+    for folder in (run, checkpoint(run, 6)):
+        with pytest.raises(ValueError, match="is a training run or one of its checkpoints; write to another folder"):
+            pipe.save_pretrained(folder)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "x.png").touch()
+    tune = ["tune", "mnist", "--steps", "2", "--out"]
+    with Commands(tmp_path, {"run": [*tune, "run"], "images": [*tune, "images"]}) as commands:
+        assert (commands["run"].code, commands["images"].code) == (1, 1)
+        assert "is a training run" in commands["run"].stderr
+        assert "images is not empty; give another --out" in commands["images"].stderr
+    assert holds(DDIMPipeline.from_pretrained(run).unet, stopped, 6, "ema")
+
+
+def test_fewer_steps_than_the_checkpoint_has(
+    stopped: Path, make_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    config = make_config(max_steps=4, checkpoints={"every": 3}, scheduler={"prediction_type": "v_prediction"})
+    with pytest.raises(ValueError, match="max_steps must be at least the step resumed from, 6, got 4"):
+        train(config, tmp_path / "run", "cpu", resume=checkpoint(stopped, 6))
 
 
 def test_damaged_checkpoints(stopped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

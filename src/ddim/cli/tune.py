@@ -53,6 +53,7 @@ def tune(
     """
     from ddim.io.hub import MODEL_INDEX
     from ddim.io.image_files import check_output_path
+    from ddim.io.runs import refuse_run
     from ddim.tuning import draw_timesteps, plot_timesteps
     from ddim.tuning import tune as search
 
@@ -61,8 +62,12 @@ def tune(
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, not a folder")
-    if (folder / MODEL_INDEX).exists() and not (Path(name).is_dir() and folder.samefile(name)):
-        raise FileExistsError(f"{out} holds a pipeline; give another --out, or give it as the MODEL to add to it")
+    refuse_run(folder)
+    is_own = folder.exists() and Path(name).is_dir() and folder.samefile(name)
+    if folder.exists() and any(folder.iterdir()) and not is_own:
+        if (folder / MODEL_INDEX).exists():
+            raise FileExistsError(f"{out} holds a pipeline; give another --out, or give it as the MODEL to add to it")
+        raise FileExistsError(f"{out} is not empty; give another --out")
     plot_path = None
     if plot is not None:
         plot_path = check_output_path(plot, {".png": "", ".svg": ""}, folder_allowed=False, name="plot")

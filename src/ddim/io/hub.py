@@ -29,7 +29,7 @@ from typing import Any
 
 from ddim.io.atomic import write_folder
 from ddim.io.json_files import read_json
-from ddim.io.runs import is_run, resolve_run, split_variant
+from ddim.io.runs import is_run, refuse_run, resolve_run, split_variant
 from ddim.io.weights import WEIGHTS, choose_weights, remove_stale_weights
 from ddim.validation import nearest, shorten, shown
 
@@ -157,7 +157,7 @@ def find_model(
     if name in (builtin := builtin_models()):
         return builtin[name]
     if os.path.isdir(name):  # noqa: PTH112
-        return resolve_run(Path(name), MODEL_INDEX)
+        return resolve_run(Path(name), MODEL_INDEX, variant)
     if isinstance(model, Path) or os.path.exists(name) or not HUB_ID.fullmatch(name):  # noqa: PTH110
         raise FileNotFoundError(
             f"the model {shorten(repr(name))} does not exist: it is not built in ({', '.join(builtin)}), not a folder, "
@@ -375,11 +375,13 @@ def save_and_push(
 
     Raises:
         TypeError: for options without `push_to_hub`, or that the upload does not know.
+        ValueError: if the folder is a training run or one of its checkpoints.
         OSError: if the files cannot be written.
         RuntimeError: if the hub cannot be reached or refuses.
     """
     if options and not push_to_hub:
         raise TypeError(f"save_pretrained() takes {', '.join(sorted(options))} only with push_to_hub=True")
+    refuse_run(folder)
     with write_folder(folder) as temporary:
         write(temporary)
         written = {name: [path.name for path in (temporary / name).iterdir()] for name in weights_in}

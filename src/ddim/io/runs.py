@@ -68,12 +68,29 @@ def is_run(folder: Path) -> bool:
     return (folder / CHECKPOINTS).is_dir() and (folder / "config.yaml").is_file()
 
 
-def resolve_run(folder: Path, index_name: str) -> Path:
+def refuse_run(folder: Path) -> None:
+    """Raise if a folder belongs to a training run, of which a model written into it would take the place.
+
+    Args:
+        folder: where something is about to be written.
+
+    Raises:
+        ValueError: if it is a run or one of its checkpoints.
+
+    Example:
+        >>> refuse_run(Path("missing"))
+    """
+    if is_run(folder) or _is_checkpoint(folder):
+        raise ValueError(f"{folder} is a training run or one of its checkpoints; write to another folder")
+
+
+def resolve_run(folder: Path, index_name: str, variant: str | None = None) -> Path:
     """Return the pipeline folder that a training run stands for: its result, else its newest complete checkpoint.
 
     Args:
         folder: of a run, a checkpoint or anything else.
         index_name: of the file that every pipeline folder has.
+        variant: of the weights; the result lacks those that were being trained, which the last checkpoint has.
 
     Returns:
         The pipeline folder; `folder` itself if it is not a run.
@@ -86,13 +103,14 @@ def resolve_run(folder: Path, index_name: str) -> Path:
         >>> resolve_run(Path("images"), "model_index.json")
         PosixPath('images')
     """
-    if STEP_FOLDER.fullmatch(folder.name) and (folder / SUMS_FILE).is_file():
+    if _is_checkpoint(folder):
         verify_checksums(folder)
         return folder
     if (folder / index_name).exists() or not is_run(folder):
         return folder
-    if (folder / FINAL / index_name).is_file():
-        return folder / FINAL
+    final = folder / FINAL
+    if (final / index_name).is_file() and (variant is None or any(final.rglob(f"*.{variant}.*"))):
+        return final
     for checkpoint in list_checkpoints(folder / CHECKPOINTS):
         try:
             verify_checksums(checkpoint)
@@ -102,6 +120,10 @@ def resolve_run(folder: Path, index_name: str) -> Path:
         if (checkpoint / index_name).is_file():
             return checkpoint
     raise FileNotFoundError(f"the training run {folder} has no checkpoint that can be loaded as a model yet")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return STEP_FOLDER.fullmatch(folder.name) is not None and (folder / SUMS_FILE).is_file()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

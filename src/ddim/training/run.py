@@ -103,6 +103,9 @@ def train(
         if is_main:
             _check_run(record, config, out, resume)
             loaded = [load_checkpoint(resume) if isinstance(resume, Path) else load_newest(out / CHECKPOINTS)]
+            step = 0 if loaded[0] is None else loaded[0].step
+            if isinstance(resume, Path) and step > config.max_steps:
+                raise ValueError(f"max_steps must be at least the step resumed from, {step}, got {config.max_steps}")
         trainer = Trainer(config, dataset, out, local_device, accelerator)
         _check_sampling(trainer)
         (checkpoint,) = broadcast_object_list(loaded)
