@@ -178,6 +178,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "empty out": (["sample", "--out", ""], "--out must not be empty, got ''"),
     "empty model": (["sample", ""], "MODEL must not be empty"),
     "empty reference": (["evaluate", "x", "--reference", ""], "--reference must not be empty"),
+    "many edits": (["edit", "x.png", "-n", "2000000"], "--count must be an integer of at most 10000, got 2000000"),
+    "many codes": (
+        ["tune", "mnist", "--codes", "100000000", "--out", "x"],
+        "--codes must be an integer from 1 to 10000",
+    ),
     "seed": (["sample", "--seed", "-1"], "--seed must be an integer of at least 0, got -1"),
     "seed of edit": (["edit", "x.png", "--seed", "-1"], "--seed must be an integer of at least 0, got -1"),
     "two models": (["sample", "mnist", "--model", "other"], "give one model, got 'mnist' and --model 'other'"),

@@ -16,6 +16,8 @@ from ddim.validation import integer, real, shown
 MAX_COUNT = 10**8
 """Images of one command; a larger number is a slip."""
 MAX_FRAMES = 10_000
+MAX_EDITS = 10_000
+"""Edits of one image, all of them in memory."""
 MAX_COLUMNS = 1024
 """Images that `trajectory` and `consistency` sample side by side, all of them in memory."""
 MAX_SCALE = 64
@@ -39,8 +41,12 @@ NOT_EMPTY = (
     "host",
     "resume",
 )
-MAXIMA = {"count": MAX_COUNT, "reference_count": MAX_COUNT, "codes": MAX_COUNT, "frames": MAX_FRAMES}
-COMMAND_MAXIMA = {name: {"count": MAX_COLUMNS} for name in ("trajectory", "consistency")}
+MAXIMA = {"count": MAX_COUNT, "reference_count": MAX_COUNT, "frames": MAX_FRAMES}
+COMMAND_MAXIMA = {
+    "trajectory": {"count": MAX_COLUMNS},
+    "consistency": {"count": MAX_COLUMNS},
+    "edit": {"count": MAX_EDITS},
+}
 
 Values = Mapping[str, Any]
 
@@ -151,7 +157,6 @@ def check_options(command: TyperCommand, context: Any) -> None:
             raise ValueError(f"{names[name]} must not be empty, got {shown(values[name])}")
     maxima = MAXIMA | COMMAND_MAXIMA.get(str(command.name), {})
     for name in given & maxima.keys():
-        # `decode` and `tune` both have codes, a file and a number.
         if isinstance(values[name], int):
             integer(names[name], values[name], maximum=maxima[name])
     for name in given & {"count", "reference_count"}:
