@@ -178,6 +178,9 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "empty out": (["sample", "--out", ""], "--out must not be empty, got ''"),
     "empty model": (["sample", ""], "MODEL must not be empty"),
     "empty reference": (["evaluate", "x", "--reference", ""], "--reference must not be empty"),
+    "empty image": (["edit", "x.png", ""], "IMAGES must not be empty"),
+    "empty point": (["interpolate", "", "1"], "POINTS must not be empty"),
+    "empty source": (["direction", "", "a"], "SOURCES must not be empty"),
     "many edits": (["edit", "x.png", "-n", "2000000"], "--count must be an integer of at most 10000, got 2000000"),
     "many codes": (
         ["tune", "mnist", "--codes", "100000000", "--out", "x"],

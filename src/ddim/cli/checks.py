@@ -40,7 +40,13 @@ NOT_EMPTY = (
     "layout",
     "host",
     "resume",
+    "images",
+    "points",
+    "sources",
+    "models",
+    "features",
 )
+"""Options and arguments that must have a value; of those with several values, each."""
 MAXIMA = {"count": MAX_COUNT, "reference_count": MAX_COUNT, "frames": MAX_FRAMES}
 COMMAND_MAXIMA = {
     "trajectory": {"count": MAX_COLUMNS},
@@ -153,8 +159,9 @@ def check_options(command: TyperCommand, context: Any) -> None:
     given = {name for name in names if str(getattr(context.get_parameter_source(name), "name", "")) == "COMMANDLINE"}
     values: Values = context.params
     for name in NOT_EMPTY:
-        if name in given and values[name] in ("", [], ()):
-            raise ValueError(f"{names[name]} must not be empty, got {shown(values[name])}")
+        value = values[name] if name in given else None
+        if value in ("", [], ()) or (isinstance(value, (list, tuple)) and "" in value):
+            raise ValueError(f"{names[name]} must not be empty, got {shown(value)}")
     maxima = MAXIMA | COMMAND_MAXIMA.get(str(command.name), {})
     for name in given & maxima.keys():
         if isinstance(values[name], int):
