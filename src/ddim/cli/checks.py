@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from typer.core import TyperCommand
 
+from ddim.cli.overwriting import check_inputs_stay
 from ddim.validation import integer, real, shown
 
 MAX_COUNT = 10**8
@@ -139,7 +140,7 @@ class Command(TyperCommand):
         """Check the options, then run the command.
 
         Raises:
-            ValueError: for an option that would be ignored, is empty, or exceeds every purpose.
+            ValueError: for an option that would be ignored, is empty, exceeds every purpose, or would replace an input.
         """
         check_options(self, ctx)
         return super().invoke(ctx)
@@ -153,7 +154,7 @@ def check_options(command: TyperCommand, context: Any) -> None:
         context: its click context, with the values and where they come from.
 
     Raises:
-        ValueError: for an option that would be ignored, is empty, or exceeds every purpose.
+        ValueError: for an option that would be ignored, is empty, exceeds every purpose, or would replace an input.
     """
     names = {parameter.name: _option(parameter) for parameter in command.params}
     given = {name for name in names if str(getattr(context.get_parameter_source(name), "name", "")) == "COMMANDLINE"}
@@ -179,6 +180,7 @@ def check_options(command: TyperCommand, context: Any) -> None:
         useless = [name for name in conflict.options if name in given]
         if useless and conflict.when(values):
             raise ValueError(f"{names[useless[0]]} has no effect {conflict.reason}; leave it out")
+    check_inputs_stay(values, names)
 
 
 def refuse_sampling_options(context: Any, reason: str) -> None:
