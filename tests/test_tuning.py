@@ -156,7 +156,8 @@ class TestTune:
             ({"order": 3}, r"order must be 1 .* got 3"),
             ({"order": 2, "eta": 0.5}, "requires eta=0"),
             ({"order": 1, "eta": -1}, "eta must .* got -1"),
-            ({"num_latents": 0}, "num_latents must be an integer of at least 1, got 0"),
+            ({"num_latents": 0}, "num_latents must be an integer from 1 to 10000, got 0"),
+            ({"num_latents": 10**8}, "num_latents must be an integer from 1 to 10000, got 100000000"),
             ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ],
     )

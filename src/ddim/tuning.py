@@ -59,6 +59,8 @@ from ddim.validation import integer, real
 
 NUM_LATENTS = 64
 """Latents that a search measures errors on; as many others evaluate its result."""
+MAX_LATENTS = 10_000
+"""Their images of very many steps are kept in memory."""
 BATCH_SIZE = 32
 REFERENCE_STEPS = 100
 MOVE_LENGTHS = (1 / 2, 1 / 4, 1 / 8)
@@ -123,7 +125,7 @@ def tune(
         num_inference_steps: S, from 1 to the number of timesteps the model was trained with.
         order: of the solver, 1 or 2.
         eta: the noise of the process; 0 at order 2.
-        num_latents: latents on which errors are measured.
+        num_latents: latents on which errors are measured, at most 10000.
         seed: of the first latent; as many latents after them evaluate the result.
         batch_size: latents per network evaluation.
         progress: show a bar.
@@ -134,7 +136,7 @@ def tune(
     Raises:
         ValueError: for an argument out of range.
     """
-    num_latents = integer("num_latents", num_latents, 1)
+    num_latents = integer("num_latents", num_latents, 1, MAX_LATENTS)
     S = num_inference_steps
     seeds = range(seed, seed + num_latents), range(seed + num_latents, seed + 2 * num_latents)
     search_errors, test_errors = (ErrorEvaluator(pipe, order, eta, part, batch_size) for part in seeds)
@@ -237,7 +239,7 @@ def enough_steps(
         pipe: the model.
         tolerance: mean squared error in [0, 1]; above 0, below 1.
         order: of the solver, 1 or 2; defaults to the scheduler's `solver_order`.
-        num_latents: latents on which the error is measured.
+        num_latents: latents on which the error is measured, at most 10000.
         seed: of the first of them.
         batch_size: latents per network evaluation.
 
@@ -251,7 +253,7 @@ def enough_steps(
     tolerance = real("tolerance", tolerance, above=0, below=1)
     scheduler = pipe.scheduler
     order = scheduler.solver_order if order is None else order
-    seeds = range(seed, seed + integer("num_latents", num_latents, 1))
+    seeds = range(seed, seed + integer("num_latents", num_latents, 1, MAX_LATENTS))
     errors = ErrorEvaluator(pipe, order, 0.0, seeds, batch_size)
 
     def error(number: int) -> float:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from ddim.io.image_files import check_output_path, enlarge, make_grid, save_images
+from ddim.io.image_files import MANIFEST_NAME, check_output_path, enlarge, make_grid, save_images
 from ddim.io.images import fit_image, to_output
 
 # Every byte, every point halfway between two bytes, and values beyond the range.
@@ -281,6 +281,24 @@ def test_unwritable_paths_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="Linux only")
+def test_shorter_output_removes_the_numbered_rest_of_a_longer_one(tmp_path: Path) -> None:
+    images = [noise_image("L", 6, 4, seed) for seed in range(5)]
+    save_images(images, tmp_path)
+    others = {"notes.txt", "3.png", "000003.png", "00003.jpg", "x00003.png"}
+    for name in others:
+        (tmp_path / name).touch()
+    save_images(images[:3], tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == others | {"00000.png", "00001.png", "00002.png"}
+
+
+def test_folder_of_bulk_samples_is_refused(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST_NAME).touch()
+    (tmp_path / "00007.png").touch()
+    with pytest.raises(FileExistsError, match="holds samples, which its"):
+        save_images([noise_image("L", 6, 4)], tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {MANIFEST_NAME, "00007.png"}
+
+
 def test_read_only_folder_raises() -> None:
     # The kernel refuses to create files in /proc, even for root.
     with pytest.raises(PermissionError, match="the folder /proc/self cannot be written"):

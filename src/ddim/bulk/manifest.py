@@ -23,8 +23,6 @@ from ddim.version import __version__
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_NAME = "manifest.json"
-"""The name of the manifest in a folder of images."""
 MAX_VALUE_LENGTH = 40
 """Characters of a setting that a message repeats in full."""
 

@@ -31,9 +31,8 @@ from typing import IO
 
 import numpy as np
 
-from ddim.bulk.manifest import MANIFEST_NAME
 from ddim.io.atomic import MAX_STEM_LENGTH, atomic_write, remove_leftovers
-from ddim.io.image_files import is_folder_path
+from ddim.io.image_files import MANIFEST_NAME, is_folder_path
 from ddim.io.images import as_pil
 from ddim.io.locks import LOCK_NAME
 from ddim.io.npz import open_npz

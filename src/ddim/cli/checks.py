@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 
 from typer.core import TyperCommand
 
+from ddim.cli.overwriting import check_inputs_stay
 from ddim.validation import integer, real, shown
 
 MAX_COUNT = 10**8
 """Images of one command; a larger number is a slip."""
 MAX_FRAMES = 10_000
+MAX_EDITS = 10_000
+"""Edits of one image, all of them in memory."""
 MAX_COLUMNS = 1024
 """Images that `trajectory` and `consistency` sample side by side, all of them in memory."""
 MAX_SCALE = 64
@@ -38,9 +41,19 @@ NOT_EMPTY = (
     "layout",
     "host",
     "resume",
+    "images",
+    "points",
+    "sources",
+    "models",
+    "features",
 )
-MAXIMA = {"count": MAX_COUNT, "reference_count": MAX_COUNT, "codes": MAX_COUNT, "frames": MAX_FRAMES}
-COMMAND_MAXIMA = {name: {"count": MAX_COLUMNS} for name in ("trajectory", "consistency")}
+"""Options and arguments that must have a value; of those with several values, each."""
+MAXIMA = {"count": MAX_COUNT, "reference_count": MAX_COUNT, "frames": MAX_FRAMES}
+COMMAND_MAXIMA = {
+    "trajectory": {"count": MAX_COLUMNS},
+    "consistency": {"count": MAX_COLUMNS},
+    "edit": {"count": MAX_EDITS},
+}
 
 Values = Mapping[str, Any]
 
@@ -127,7 +140,7 @@ class Command(TyperCommand):
         """Check the options, then run the command.
 
         Raises:
-            ValueError: for an option that would be ignored, is empty, or exceeds every purpose.
+            ValueError: for an option that would be ignored, is empty, exceeds every purpose, or would replace an input.
         """
         check_options(self, ctx)
         return super().invoke(ctx)
@@ -141,17 +154,17 @@ def check_options(command: TyperCommand, context: Any) -> None:
         context: its click context, with the values and where they come from.
 
     Raises:
-        ValueError: for an option that would be ignored, is empty, or exceeds every purpose.
+        ValueError: for an option that would be ignored, is empty, exceeds every purpose, or would replace an input.
     """
     names = {parameter.name: _option(parameter) for parameter in command.params}
     given = {name for name in names if str(getattr(context.get_parameter_source(name), "name", "")) == "COMMANDLINE"}
     values: Values = context.params
     for name in NOT_EMPTY:
-        if name in given and values[name] in ("", [], ()):
-            raise ValueError(f"{names[name]} must not be empty, got {shown(values[name])}")
+        value = values[name] if name in given else None
+        if value in ("", [], ()) or (isinstance(value, (list, tuple)) and "" in value):
+            raise ValueError(f"{names[name]} must not be empty, got {shown(value)}")
     maxima = MAXIMA | COMMAND_MAXIMA.get(str(command.name), {})
     for name in given & maxima.keys():
-        # `decode` and `tune` both have codes, a file and a number.
         if isinstance(values[name], int):
             integer(names[name], values[name], maximum=maxima[name])
     for name in given & {"count", "reference_count"}:
@@ -167,6 +180,7 @@ def check_options(command: TyperCommand, context: Any) -> None:
         useless = [name for name in conflict.options if name in given]
         if useless and conflict.when(values):
             raise ValueError(f"{names[useless[0]]} has no effect {conflict.reason}; leave it out")
+    check_inputs_stay(values, names)
 
 
 def refuse_sampling_options(context: Any, reason: str) -> None:

@@ -61,9 +61,9 @@ def edit(
     """
     from ddim.io.image_files import (
         check_output_path,
+        earlier_files,
         enlarge,
         is_folder_path,
-        output_files,
         save_image,
         save_images,
         stack_rows,
@@ -88,7 +88,7 @@ def edit(
         resize=resize,
         batch_size=batch_size,
     ).images
-    num_replaced = sum(file.exists() for file in output_files(out, len(edited)))
+    num_replaced = len(earlier_files(out))
     if target.suffix.lower() == ".png" and not is_folder_path(out):
         save_image(enlarge(stack_rows([fit_images(pipe, originals), edited]), edited[0], scale), target)
     else:

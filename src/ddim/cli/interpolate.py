@@ -84,9 +84,9 @@ def interpolate(
         ANIMATION_SUFFIXES,
         OUTPUT_SUFFIXES,
         check_output_path,
+        earlier_files,
         enlarge,
         is_folder_path,
-        output_files,
         save_animation,
         save_image,
         save_images,
@@ -116,7 +116,7 @@ def interpolate(
         as_samples=given.are_seeds,
         batch_size=batch_size,
     ).images
-    num_replaced = sum(file.exists() for file in output_files(out, len(images)))
+    num_replaced = len(earlier_files(out))
     suffix = "" if is_folder_path(out) else target.suffix.lower()
     if suffix in ANIMATION_SUFFIXES:
         save_animation([enlarge(image, image, scale) for image in images], out, fps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,10 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 OUTPUT_SUFFIXES = {".png": "a grid", ".npz": ""}
 """Suffixes that `save_images` writes, and what they mean."""
 ANIMATION_SUFFIXES = {".gif": "an animation", ".webp": "an animation"}
+NUMBERED_FILE = re.compile(r"([0-9]{5}|[1-9][0-9]{5,})\.png")
+"""The names that `save_images` gives to the files of a folder."""
+MANIFEST_NAME = "manifest.json"
+"""A folder of samples of `ddim.bulk` has this file."""
 MAX_LISTED = 5
 """Skipped files that a message names."""
 GRID_GAP = 2
@@ -269,6 +274,34 @@ def output_files(path: str | Path, count: int) -> list[Path]:
     return [target / f"{index:05d}.png" for index in range(count)] if is_folder_path(path) else [target]
 
 
+def earlier_files(path: str | Path) -> list[Path]:
+    """Return the files that `save_images` replaces or removes.
+
+    Args:
+        path: the output path.
+
+    Returns:
+        The numbered images of a folder, sorted; else the path, if such a file exists.
+
+    Raises:
+        FileExistsError: for a folder that `ddim.bulk` wrote: its images may be very many, and may be resumed.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("00000.png", "00007.png", "7.png"):
+        ...         (Path(folder) / name).touch()
+        ...     [file.name for file in earlier_files(folder)]
+        ['00000.png', '00007.png']
+    """
+    if not is_folder_path(path):
+        return [Path(path)] if os.path.isfile(path) else []  # noqa: PTH113
+    if not os.path.isdir(path):  # noqa: PTH112
+        return []
+    if Path(path, MANIFEST_NAME).exists():
+        raise FileExistsError(f"{path} holds samples, which its {MANIFEST_NAME} lists; write to another folder")
+    return sorted(Path(path, name) for name in os.listdir(path) if NUMBERED_FILE.fullmatch(name))  # noqa: PTH208
+
+
 def save_animation(frames: Sequence[Image.Image], path: str | Path, frames_per_second: float = 10) -> Path:
     """Write a looping animation atomically.
 
@@ -308,7 +341,8 @@ def save_images(
     Args:
         images: at least one, all of one size and mode.
         path: `x.png` for a grid, or for a single image as it is; `x.npz` for `arr_0`, uint8 (N, H, W, C), the format of
-            the ADM evaluator; a path without a suffix, or an existing folder, for `00000.png`, `00001.png`, ...
+            the ADM evaluator; a path without a suffix, or an existing folder, for `00000.png`, `00001.png`, ...;
+            files so numbered beyond the images, of an earlier and longer output, are removed.
         columns: images per row of a grid; defaults to a grid as square as possible.
         scale: factor by which a grid is enlarged; `None` chooses it, as `enlarge` does.
 
@@ -317,6 +351,7 @@ def save_images(
 
     Raises:
         ValueError: for another suffix.
+        FileExistsError: for a folder that `ddim.bulk` wrote.
         OSError: if it cannot be written; earlier files stay.
 
     Example:
@@ -327,9 +362,12 @@ def save_images(
     """
     target = check_output_path(path)
     if is_folder_path(path):
+        stale = set(earlier_files(target)) - set(output_files(target, len(images)))
         with write_folder(target) as folder:
             for image, file in zip(images, output_files(folder, len(images)), strict=True):
                 image.save(file)
+        for file in stale:
+            file.unlink()
     elif target.suffix.lower() == ".npz":
         arrays = np.stack([np.atleast_3d(np.asarray(image)) for image in images])
         # To an open file, because NumPy would append its suffix to a name in .NPZ.
