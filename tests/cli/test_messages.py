@@ -17,6 +17,11 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
         ("batch_size must be positive", "sample", "--batch-size must be positive"),
         ("batch_size must be positive", "trajectory", "--count must be positive"),
         ("order=2 requires eta=0, got eta=0.5", "sample", "--order 2 requires --eta 0, got --eta 0.5"),
+        (
+            "the model's solver_order=2 requires eta=0, got eta=1; give order=1",
+            "sample",
+            "the model's solver_order=2 requires --eta 0, got --eta 1; give --order 1",
+        ),
         ("use_sigma_hat=True requires eta=1", "sample", "--sigma-hat requires --eta 1"),
         ("x.npz exists; pass overwrite=True to replace it.", "sample", "x.npz exists; pass --overwrite to replace it."),
         ("x.npz has other timesteps; force=True decodes it", "decode", "x.npz has other timesteps; --force decodes it"),
