@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from ddim.cli import app
+from ddim.cli.checks import Command
 from ddim.cli.messages import BY_COMMAND, FLAGS, IDENTIFIERS, WORDS, to_options
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -69,3 +73,17 @@ def test_every_option_exists() -> None:
     assert {*IDENTIFIERS.values(), *WORDS.values(), *FLAGS.values()} <= everywhere
     for command, names in BY_COMMAND.items():
         assert {name for name in names.values() if name.startswith("-")} <= options[command]
+
+
+def test_help_prints_brackets() -> None:
+    program = typer.Typer(rich_markup_mode="rich")
+
+    @program.command(cls=Command)
+    def command(
+        extra: Annotated[str, typer.Option(help="Requires 'ddim[train]'; a number in [0, 1].")] = "",
+    ) -> None:
+        """Install ddim[app]."""
+
+    output = " ".join(CliRunner().invoke(program, ["--help"]).stdout.replace("│", " ").split())
+    assert "Requires 'ddim[train]'; a number in [0, 1]." in output
+    assert "Install ddim[app]." in output

@@ -5,6 +5,7 @@ What a single option may be is checked where it is used; here are the options th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,9 @@ NOT_EMPTY = (
 )
 MAXIMA = {"count": MAX_COUNT, "reference_count": MAX_COUNT, "codes": MAX_COUNT, "frames": MAX_FRAMES}
 COMMAND_MAXIMA = {name: {"count": MAX_COLUMNS} for name in ("trajectory", "consistency")}
+
+MARKUP = re.compile(r"\[(?=[a-z#/@][^[]*?\])")
+"""A bracket that rich takes for the start of a tag, such as that of `ddim[inception]`."""
 
 Values = Mapping[str, Any]
 
@@ -121,7 +125,15 @@ COMMAND_CONFLICTS: Mapping[str, Sequence[Conflict]] = {
 
 
 class Command(TyperCommand):
-    """A command whose options are checked before it runs."""
+    """A command whose options are checked before it runs, and whose help is plain text: brackets are not markup."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.rich_markup_mode == "rich":
+            for owner in (self, *self.params):
+                help_text = getattr(owner, "help", None)
+                if help_text:
+                    setattr(owner, "help", MARKUP.sub(r"\[", help_text))  # noqa: B010 - click's classes lack it
 
     def invoke(self, ctx: Any) -> Any:
         """Check the options, then run the command.
