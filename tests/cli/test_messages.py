@@ -52,6 +52,8 @@ def test_arguments_become_options(message: str, command: str, expected: str) -> 
         "the folder batch_size.old does not exist",
         "scheduler_config.json: timestep_spacing must be one of leading or trailing, got 'even'",
         "batch_size: must be a valid integer",
+        "training configuration, batch_sise: is not an entry (did you mean batch_size?)",
+        "training configuration, train.samples: is not an entry; train has batch_size, max_steps",
         "optim.batch_size must be positive",
         "out of memory",
         "an interpolation requires at least two points, got 1",
