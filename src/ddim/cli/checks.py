@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from typer.core import TyperCommand
 
-from ddim.validation import integer, real, shown
+from ddim.validation import integer, real
 
 MAX_COUNT = 10**8
 """Images of one command; a larger number is a slip."""
@@ -27,6 +27,10 @@ NOT_EMPTY = (
     "plot",
     "model",
     "model_option",
+    "models",
+    "images",
+    "points",
+    "sources",
     "samples",
     "reference",
     "held_out",
@@ -36,6 +40,7 @@ NOT_EMPTY = (
     "data",
     "checkpoint",
     "codes",
+    "config",
     "layout",
     "host",
     "resume",
@@ -159,8 +164,8 @@ def check_options(command: TyperCommand, context: Any) -> None:
     given = {name for name in names if str(getattr(context.get_parameter_source(name), "name", "")) == "COMMANDLINE"}
     values: Values = context.params
     for name in NOT_EMPTY:
-        if name in given and values[name] in ("", [], ()):
-            raise ValueError(f"{names[name]} must not be empty, got {shown(values[name])}")
+        if name in given and _is_empty(values[name]):
+            raise ValueError(f"{names[name]} must not be empty, got ''")
     maxima = MAXIMA | COMMAND_MAXIMA.get(str(command.name), {})
     for name in given & maxima.keys():
         # `decode` and `tune` both have codes, a file and a number.
@@ -195,6 +200,11 @@ def refuse_sampling_options(context: Any, reason: str) -> None:
         source = context.get_parameter_source(parameter.name)
         if parameter.name in SAMPLING and str(getattr(source, "name", "")) == "COMMANDLINE":
             raise ValueError(f"{_option(parameter)} has no effect {reason}; leave it out")
+
+
+def _is_empty(value: Any) -> bool:
+    """Return whether a value, or one of several, is empty: as a path it would be the current folder."""
+    return "" in value if isinstance(value, list | tuple) else value == ""
 
 
 def _option(parameter: Any) -> str:
