@@ -130,7 +130,7 @@ class Sampler:
             TypeError: if the scheduler does not take the steps of `DDIMScheduler`.
         """
         scheduler = check_own_steps(self.scheduler)
-        order = scheduler.solver_order if config.order is None else config.order
+        order = config.resolve_order(scheduler.solver_order)
         timesteps = config.timesteps
         if timesteps is None:
             timesteps = scheduler.make_timesteps(config.num_inference_steps, order=order)

@@ -191,5 +191,8 @@ class TestInterfaces:
             pipe(order=3)
         with pytest.raises(ValueError, match="requires eta=0"):
             pipe(order=2, eta=0.5)
+        pipe.scheduler = DDIMScheduler(solver_order=2)
+        with pytest.raises(ValueError, match=r"the model's solver_order=2 requires eta=0 .*, got eta=1; give order=1"):
+            pipe(eta=1)
         with pytest.raises(ValueError, match="order=2 cannot encode: a step of order 2 depends on the one before it"):
             pipe.encode(torch.zeros(1, 3, 16, 16), order=2)

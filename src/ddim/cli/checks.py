@@ -5,6 +5,7 @@ What a single option may be is checked where it is used; here are the options th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,10 @@ NOT_EMPTY = (
     "plot",
     "model",
     "model_option",
+    "models",
+    "images",
+    "points",
+    "sources",
     "samples",
     "reference",
     "held_out",
@@ -38,13 +43,10 @@ NOT_EMPTY = (
     "data",
     "checkpoint",
     "codes",
+    "config",
     "layout",
     "host",
     "resume",
-    "images",
-    "points",
-    "sources",
-    "models",
     "features",
 )
 """Options and arguments that must have a value; of those with several values, each."""
@@ -54,6 +56,9 @@ COMMAND_MAXIMA = {
     "consistency": {"count": MAX_COLUMNS},
     "edit": {"count": MAX_EDITS},
 }
+
+MARKUP = re.compile(r"\[(?=[a-z#/@][^[]*?\])")
+"""A bracket that rich takes for the start of a tag, such as that of `ddim[inception]`."""
 
 Values = Mapping[str, Any]
 
@@ -134,7 +139,15 @@ COMMAND_CONFLICTS: Mapping[str, Sequence[Conflict]] = {
 
 
 class Command(TyperCommand):
-    """A command whose options are checked before it runs."""
+    """A command whose options are checked before it runs, and whose help is plain text: brackets are not markup."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.rich_markup_mode == "rich":
+            for owner in (self, *self.params):
+                help_text = getattr(owner, "help", None)
+                if help_text:
+                    setattr(owner, "help", MARKUP.sub(r"\[", help_text))  # noqa: B010 - click's classes lack it
 
     def invoke(self, ctx: Any) -> Any:
         """Check the options, then run the command.

@@ -106,7 +106,10 @@ class SamplingOptions:
                 "use_clipped_model_output=True requires a model whose scheduler clips the predicted x_0 "
                 "(clip_sample or thresholding)"
             )
-        return self._config(self.choose_timesteps(pipe))
+        config = self._config(self.choose_timesteps(pipe))
+        # Refused here: an evaluation samples only after it has read the reference.
+        config.resolve_order(pipe.scheduler.solver_order)
+        return config
 
     def _config(self, timesteps: Sequence[int] | None) -> SamplingConfig:
         num_steps = SamplingConfig.num_inference_steps if self.steps is None else self.steps

@@ -88,8 +88,8 @@ BY_COMMAND: dict[str, dict[str, str]] = {
 }
 """Arguments that one command alone has, or has under another option, by command."""
 
-_ABOUT_A_FILE = re.compile(r"\S+\.(json|ya?ml): ")
-"""Such as `scheduler_config.json: beta_schedule must be ...`, which is about a key of that file."""
+_ABOUT_ENTRIES = re.compile(r"\S+\.(json|ya?ml): |training configuration, ")
+"""Such as `scheduler_config.json: beta_schedule must be ...`, which is about a key of that file, not an argument."""
 
 _QUOTES = "'\""
 _TOKEN = re.compile(
@@ -131,4 +131,4 @@ def to_options(message: str, command: str = "") -> str:
             return flag
         return f"{table[name]} {match['value'].strip(_QUOTES)}" if name in table else match[0]
 
-    return message if _ABOUT_A_FILE.match(message) else _TOKEN.sub(option, message)
+    return message if _ABOUT_ENTRIES.match(message) else _TOKEN.sub(option, message)

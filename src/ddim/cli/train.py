@@ -31,7 +31,7 @@ REQUIRED_MODULES = (
 
 
 def train(
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; the result is its subfolder final.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder of the run; the result is its subfolder final.")] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -40,7 +40,7 @@ def train(
         ),
     ] = None,
     preset: Annotated[str | None, typer.Option(help="Start from settings that come with the package.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML file with settings.")] = None,
+    config: Annotated[str | None, typer.Option(help="A YAML file with settings.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="One setting, such as optim.lr=2e-4; can be repeated.")
     ] = None,
@@ -93,7 +93,7 @@ def train(
     if list_presets:
         print(preset_table())
         return
-    if out is not None and out.exists() and not out.is_dir():
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise NotADirectoryError(f"{out} is a file, not a folder")
     overrides: dict[str, Any] = {
         "data.source": data,
@@ -102,7 +102,7 @@ def train(
         "batch_size": batch_size,
         "checkpoints.every": checkpoint_every,
     }
-    resolved = load_config(preset, config, settings or (), overrides)
+    resolved = load_config(preset, None if config is None else Path(config), settings or (), overrides)
     if any(resolved.model.get(name) is not None for name in ("class_embed_type", "num_class_embeds")):
         raise ValueError("model.class_embed_type and model.num_class_embeds must be null: training is unconditional")
     if out is None or dry_run:
@@ -112,7 +112,7 @@ def train(
         check_hub_id(push_to_hub)
     logging.getLogger("ddim.training").setLevel(logging.INFO)
     resume_from: Any = resume if resume in ("auto", "never") else Path(resume)
-    final = run(resolved, out, device, resume_from, max_minutes)
+    final = run(resolved, Path(out), device, resume_from, max_minutes)
     if not PartialState().is_main_process:
         return
     if push_to_hub is not None:

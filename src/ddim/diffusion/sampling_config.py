@@ -64,6 +64,31 @@ class SamplingConfig:
         object.__setattr__(self, "eta", eta)
         object.__setattr__(self, "use_clipped_model_output", bool(self.use_clipped_model_output))
 
+    def resolve_order(self, solver_order: int) -> int:
+        """Return the order of the solver: the one that was given, or the scheduler's.
+
+        Args:
+            solver_order: the scheduler's, 1 or 2.
+
+        Raises:
+            ValueError: if the scheduler's order is 2 and the process has noise.
+
+        Example:
+            >>> SamplingConfig(order=1, eta=1).resolve_order(2)
+            1
+            >>> SamplingConfig(eta=1).resolve_order(2)
+            Traceback (most recent call last):
+            ValueError: the model's solver_order=2 requires eta=0 (deterministic sampling), got eta=1; give order=1
+        """
+        if self.order is not None:
+            return self.order
+        if solver_order == 2 and self.eta:
+            raise ValueError(
+                f"the model's solver_order=2 requires eta=0 (deterministic sampling), got eta={self.eta:g}; "
+                "give order=1"
+            )
+        return solver_order
+
     def record(self) -> dict[str, Any]:
         """Return the settings as plain values under the keys of manifests.
 
