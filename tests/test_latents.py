@@ -554,6 +554,12 @@ def test_direction_is_the_difference_of_mean_latents(pipe: DDIMPipeline) -> None
     assert abs(float(images.mean()) - float(unit(bright).mean())) < 0.02
 
 
+def test_direction_between_the_same_images_raises(pipe: DDIMPipeline) -> None:
+    images = handwritten(2)
+    with pytest.raises(ValueError, match="must differ from those without it, got the same ones"):
+        pipe.direction(images, images[::-1])
+
+
 def test_zero_strength_returns_images(pipe: DDIMPipeline) -> None:
     images = handwritten(2)
     for seeds in (None, [1, 2]):

@@ -551,7 +551,8 @@ class LatentSpace:
             The direction, (C, H, W), for latents of the same timesteps.
 
         Raises:
-            ValueError: for an argument out of range or an image that the model does not take, before the network runs.
+            ValueError: for an argument out of range, an image that the model does not take, or the same images on both
+                sides, before the network runs.
             TypeError: for one of a wrong type.
 
         Example:
@@ -567,6 +568,9 @@ class LatentSpace:
         """
         settings = InversionConfig(True, tolerance, max_iterations, batch_size, verify=False)
         sides = [self._to_samples(images, resize) for images in (positive, negative)]
+        first, second = (sorted(sample.cpu().numpy().tobytes() for sample in side) for side in sides)
+        if first == second:
+            raise ValueError("the images with the attribute must differ from those without it, got the same ones")
         steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps)
         latents = invert(self.sampler, torch.cat(sides), steps, settings, self.progress_bar)[0].latents
         with_attribute, without = latents.double().split_with_sizes([len(side) for side in sides])

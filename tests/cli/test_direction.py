@@ -56,7 +56,10 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
         "no column": ["direction", "data.parquet", "--where", "beard=none"],
         "no such image": ["direction", "data.parquet", "--where", "kind=prime"],
         "strength alone": ["decode", "even.npz", "--strength", "2"],
-        "several": ["decode", "even.npz", "--direction", "even.npz"],
+        "same images": ["direction", "odd", "odd"],
+        "not latents": ["decode", "folders.safetensors"],
+        "point": ["interpolate", "folders.safetensors", "1"],
+        "no direction": ["decode", "even.npz", "--direction", "even.npz"],
         "other steps": ["decode", "even.npz", "--direction", "folders.safetensors", "--steps", "2"],
     }
     with Commands(folder, table) as commands:
@@ -67,17 +70,17 @@ def test_direction_is_that_of_the_pipeline(commands: Commands, pipe: DDIMPipelin
     zero, one, two = handwritten()
     expected = pipe.direction([one], [zero, two], timesteps=TIMESTEPS, batch_size=1)
     for name in ("folders", "column"):
-        direction, settings = load_latents(commands.output(name))
+        direction, settings = load_latents(commands.output(name), "direction")
         assert torch.equal(direction, expected[None])
         assert settings.timesteps == TIMESTEPS
-    first, _ = load_latents(commands.output("first"))
+    first, _ = load_latents(commands.output("first"), "direction")
     assert torch.equal(first[0], pipe.direction([one], [zero], timesteps=TIMESTEPS, batch_size=1))
 
 
 def test_decode_adds_a_multiple_of_it(commands: Commands, pipe: DDIMPipeline) -> None:
     commands.output("folders")
     latents, _ = load_latents(commands.output("encode"))
-    direction, _ = load_latents(commands.output("folders"))
+    direction, _ = load_latents(commands.output("folders"), "direction")
     images = pipe.decode(add_direction(latents, direction[0], 0.5), timesteps=TIMESTEPS, batch_size=1).images
     shifted = np.load(commands.output("decode"))["arr_0"]
     assert np.array_equal(shifted[..., 0], np.stack([np.asarray(image) for image in images]))
@@ -92,7 +95,10 @@ def test_decode_adds_a_multiple_of_it(commands: Commands, pipe: DDIMPipeline) ->
         ("no column", "data.parquet has no column 'beard'"),
         ("no such image", "got 'prime'; the column kind has ['even', 'odd']"),
         ("strength alone", "--strength has no effect without --direction"),
-        ("several", "--direction must be a file with one direction, got 2 latents"),
+        ("same images", "the images with the attribute must differ from those without it, got the same ones"),
+        ("not latents", "folders.safetensors must hold latents of images, got a direction in latent space"),
+        ("point", "folders.safetensors must hold latents of images, got a direction in latent space"),
+        ("no direction", "even.npz must hold a direction in latent space, got latents of images"),
         ("other steps", "got 2 steps from 500; --force decodes it anyway"),
     ],
 )

@@ -419,6 +419,7 @@ NO_SETTINGS = {
     **{
         f"without {key}": json.dumps({name: entry for name, entry in asdict(SETTINGS).items() if name != key})
         for key in asdict(SETTINGS)
+        if key != "kind"
     },
 }
 
@@ -431,6 +432,23 @@ def test_missing_settings_raise(tmp_path: Path, suffix: str, name: str) -> None:
         load_latents(path)
     if name.startswith("without"):
         assert "its settings must be a JSON object with model, model_sha256, timesteps" in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_kinds_are_told_apart(tmp_path: Path, suffix: str) -> None:
+    path, settings = tmp_path / f"latents{suffix}", replace(SETTINGS, kind="direction")
+    save_latents(path, make_latents(1, 1, 3, 4), settings)
+    assert load_latents(path, "direction")[1] == settings
+    with pytest.raises(ValueError, match="must hold latents of images, got a direction in latent space"):
+        load_latents(path)
+    with pytest.raises(ValueError, match="latents must hold one direction, got 2"):
+        save_latents(path, make_latents(), settings)
+    entries = asdict(SETTINGS)
+    del entries["kind"]
+    write(path, make_latents(), json.dumps(entries))
+    assert load_latents(path)[1] == SETTINGS
+    with pytest.raises(ValueError, match="must hold a direction in latent space, got latents of images"):
+        load_latents(path, "direction")
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -455,6 +473,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"residual": ["small"]}, "a tolerance or residual must be a number, got 'small'"),
     ({"residual": [None]}, "a tolerance or residual must be a number, got None"),
     ({"tolerance": "1e-5"}, "a tolerance or residual must be a number, got '1e-5'"),
+    ({"kind": "image"}, "its kind must be latents or direction, got 'image'"),
+    ({"kind": []}, r"its kind must be latents or direction, got \[\]"),
     ({"tolerance": True}, "a tolerance or residual must be a number, got True"),
 ]
 

@@ -34,7 +34,7 @@ def direction(
         ),
     ] = None,
     out: Annotated[
-        str, typer.Option("--out", "-o", help="File of latents to write: x.npz or x.safetensors.")
+        str, typer.Option("--out", "-o", help="File of the direction to write: x.npz or x.safetensors.")
     ] = "direction.safetensors",
     count: Annotated[int, typer.Option("--count", "-n", help="Images of either kind, at most.")] = 128,
     model: options.ModelOption = None,
@@ -78,7 +78,7 @@ def direction(
     chosen = sampling.choose_timesteps(pipe)
     result = pipe.direction(positive, negative, steps, timesteps=chosen, resize=resize, batch_size=batch_size)
     visited = pipe.latent_timesteps(steps, chosen)
-    settings = LatentSettings(name, model_sha256(pipe), visited, True, InversionConfig.tolerance, [])
+    settings = LatentSettings(name, model_sha256(pipe), visited, True, InversionConfig.tolerance, [], "direction")
     num_replaced = int(target.exists())
     save_latents(target, result[None], settings)
     report_result(target, num_replaced, f"{pluralize(len(positive), 'image')} against {len(negative)}")

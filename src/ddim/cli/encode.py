@@ -136,9 +136,7 @@ def decode(
         chosen = pipe.latent_timesteps(num_steps, replace(sampling, steps=num_steps).choose_timesteps(pipe))
     check_latent_settings(file, settings, pipe, chosen, force)
     if direction is not None:
-        directions, direction_settings = load_latents(direction)
-        if len(directions) != 1:
-            raise ValueError(f"--direction must be a file with one direction, got {len(directions)} latents")
+        directions, direction_settings = load_latents(direction, "direction")
         check_latent_settings(direction, direction_settings, pipe, chosen, force)
         latents = add_direction(latents, directions[0], real("strength", strength))
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""Latent files: the latents of images, with the settings of the encoding.
+"""Latent files: the latents of images, or a direction in latent space, with the settings of the encoding.
 
     latents.npz            arrays `latents`, float32 (N, C, H, W), and `settings`, JSON in a string
     latents.safetensors    a tensor `latents`, and `settings` in the file's metadata
@@ -6,6 +6,9 @@
 A latent stands for an image only together with the model and the timesteps that encoded it. The settings therefore hold
 the SHA-256 of the model's weights, configuration and noise schedule, and one of the latents and all other settings: a
 changed bit would decode to another image. Files of other writers may lack the latter.
+
+The settings name the kind of the content, because a direction decodes to an image as well, of nothing. Files without a
+kind hold latents.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,6 +30,8 @@ from ddim.io.npz import open_npz
 from ddim.io.reading import reader_reason
 from ddim.validation import integer, real, shown
 
+LatentKind = Literal["latents", "direction"]
+DESCRIPTIONS: dict[LatentKind, str] = {"latents": "latents of images", "direction": "a direction in latent space"}
 LATENT_SUFFIXES = {".npz": "", ".safetensors": ""}
 FORMAT_KEY, FORMAT_VERSION = "format_version", 2
 """Entry of the settings in a file that has a checksum."""
@@ -45,6 +50,7 @@ class LatentSettings:
         exact: whether each step was solved to the tolerance; if false, by one Euler step.
         tolerance: the residual required of each step.
         residual: the largest residual of each image.
+        kind: what was encoded: `latents` of images, or a `direction`, a difference of latents.
 
     Example:
         >>> LatentSettings("mnist", "0" * 64, [900, 450, 0], True, 1e-5, [2e-6]).exact
@@ -57,6 +63,7 @@ class LatentSettings:
     exact: bool
     tolerance: float
     residual: list[float]
+    kind: LatentKind = "latents"
 
 
 def save_latents(path: str | Path, latents: Tensor, settings: LatentSettings) -> Path:
@@ -64,7 +71,7 @@ def save_latents(path: str | Path, latents: Tensor, settings: LatentSettings) ->
 
     Args:
         path: a `.npz` or `.safetensors` file.
-        latents: finite floating (N, C, H, W), N at least 1; written as float32.
+        latents: finite floating (N, C, H, W), N at least 1, for a direction N = 1; written as float32.
         settings: the settings of the encoding.
 
     Returns:
@@ -87,7 +94,7 @@ def save_latents(path: str | Path, latents: Tensor, settings: LatentSettings) ->
     from safetensors.torch import save_file
 
     target = _check_suffix(path)
-    values = _check_latents(latents.detach(), "latents").cpu().contiguous()
+    values = _check_latents(latents.detach(), "latents", settings.kind).cpu().contiguous()
     entries = asdict(settings) | {FORMAT_KEY: FORMAT_VERSION}
     text = json.dumps(entries | {CHECKSUM_KEY: _checksum(values, entries)}, sort_keys=True)
     with atomic_write(target) as temporary:
@@ -104,18 +111,19 @@ def save_latents(path: str | Path, latents: Tensor, settings: LatentSettings) ->
     return target
 
 
-def load_latents(path: str | Path) -> tuple[Tensor, LatentSettings]:
+def load_latents(path: str | Path, kind: LatentKind = "latents") -> tuple[Tensor, LatentSettings]:
     """Read latents without running code in the file.
 
     Args:
         path: a file that `save_latents` wrote.
+        kind: what it must hold.
 
     Returns:
-        float32 (N, C, H, W), N at least 1, and the settings of the encoding.
+        float32 (N, C, H, W), N at least 1, for a direction N = 1, and the settings of the encoding.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if it is damaged, not a latent file, or holds non-finite values.
+        ValueError: if it is damaged, not a latent file, of the other kind, or holds non-finite values.
 
     Example:
         >>> load_latents("photo.jpg")
@@ -136,7 +144,9 @@ def load_latents(path: str | Path) -> tuple[Tensor, LatentSettings]:
             raise ValueError("its SHA-256 does not match")
     except Exception as error:  # readers raise errors of many kinds
         raise ValueError(f"{source} is damaged or not a latent file: {reader_reason(error)}") from None
-    return _check_latents(latents, str(source)), settings
+    if settings.kind != kind:
+        raise ValueError(f"{source} must hold {DESCRIPTIONS[kind]}, got {DESCRIPTIONS[settings.kind]}")
+    return _check_latents(latents, str(source), kind), settings
 
 
 def check_latent_settings(
@@ -184,11 +194,13 @@ def _check_suffix(path: str | Path) -> Path:
     return Path(path)
 
 
-def _check_latents(latents: Tensor, name: str) -> Tensor:
+def _check_latents(latents: Tensor, name: str, kind: LatentKind) -> Tensor:
     """Return latents in float32, in which they must be finite."""
     if latents.ndim != 4 or not latents.numel() or not latents.is_floating_point():
-        kind = f"{latents.dtype} of shape {tuple(latents.shape)}".removeprefix("torch.")
-        raise ValueError(f"{name} must hold floating latents (N, C, H, W), N at least 1, got {kind}")
+        actual = f"{latents.dtype} of shape {tuple(latents.shape)}".removeprefix("torch.")
+        raise ValueError(f"{name} must hold floating latents (N, C, H, W), N at least 1, got {actual}")
+    if kind == "direction" and len(latents) != 1:
+        raise ValueError(f"{name} must hold one direction, got {len(latents)}")
     values = latents.float()
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{name} must hold finite latents, got NaN or infinity")
@@ -215,9 +227,12 @@ def _read_safetensors(path: Path) -> tuple[Tensor, str]:
 def _parse_settings(entries: Any) -> LatentSettings:
     """Check and return settings from JSON, which may hold anything."""
     names = [field.name for field in fields(LatentSettings)]
-    if not isinstance(entries, dict) or not entries.keys() >= set(names):
-        raise ValueError(f"its settings must be a JSON object with {', '.join(names)}")
-    settings = LatentSettings(**{name: entries[name] for name in names})
+    required = [name for name in names if name != "kind"]
+    if not isinstance(entries, dict) or not entries.keys() >= set(required):
+        raise ValueError(f"its settings must be a JSON object with {', '.join(required)}")
+    settings = LatentSettings(**{name: entries[name] for name in names if name in entries})
+    if settings.kind not in get_args(LatentKind):
+        raise ValueError(f"its kind must be {' or '.join(get_args(LatentKind))}, got {shown(settings.kind)}")
     _check_timesteps(settings.timesteps)
     if not isinstance(settings.model, str) or not isinstance(settings.model_sha256, str):
         raise ValueError("its settings do not name a model")
