@@ -175,7 +175,7 @@ def check_options(command: TyperCommand, context: Any) -> None:
     for name in NOT_EMPTY:
         value = values[name] if name in given else None
         if value in ("", [], ()) or (isinstance(value, (list, tuple)) and "" in value):
-            raise ValueError(f"{names[name]} must not be empty, got {shown(value)}")
+            raise ValueError(f"{names[name]} must not be empty, got {shown('' if value else value)}")
     maxima = MAXIMA | COMMAND_MAXIMA.get(str(command.name), {})
     for name in given & maxima.keys():
         if isinstance(values[name], int):
