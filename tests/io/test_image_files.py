@@ -281,14 +281,18 @@ def test_unwritable_paths_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="Linux only")
-def test_shorter_output_removes_the_numbered_rest_of_a_longer_one(tmp_path: Path) -> None:
+def test_shorter_output_does_not_mix_with_a_longer_one(tmp_path: Path) -> None:
+    """Nothing is deleted either: the images may be the user's."""
     images = [noise_image("L", 6, 4, seed) for seed in range(5)]
     save_images(images, tmp_path)
     others = {"notes.txt", "3.png", "000003.png", "00003.jpg", "x00003.png"}
     for name in others:
         (tmp_path / name).touch()
-    save_images(images[:3], tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == others | {"00000.png", "00001.png", "00002.png"}
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FileExistsError, match=r"numbered beyond the 3 to be written \(2, such as 00003\.png\)"):
+        save_images(images[1:4], tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    save_images(images, tmp_path)
 
 
 def test_folder_of_bulk_samples_is_refused(tmp_path: Path) -> None:

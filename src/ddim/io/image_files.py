@@ -275,7 +275,7 @@ def output_files(path: str | Path, count: int) -> list[Path]:
 
 
 def earlier_files(path: str | Path) -> list[Path]:
-    """Return the files that `save_images` replaces or removes.
+    """Return the files that an output of `save_images` meets.
 
     Args:
         path: the output path.
@@ -341,8 +341,7 @@ def save_images(
     Args:
         images: at least one, all of one size and mode.
         path: `x.png` for a grid, or for a single image as it is; `x.npz` for `arr_0`, uint8 (N, H, W, C), the format of
-            the ADM evaluator; a path without a suffix, or an existing folder, for `00000.png`, `00001.png`, ...;
-            files so numbered beyond the images, of an earlier and longer output, are removed.
+            the ADM evaluator; a path without a suffix, or an existing folder, for `00000.png`, `00001.png`, ...
         columns: images per row of a grid; defaults to a grid as square as possible.
         scale: factor by which a grid is enlarged; `None` chooses it, as `enlarge` does.
 
@@ -351,7 +350,8 @@ def save_images(
 
     Raises:
         ValueError: for another suffix.
-        FileExistsError: for a folder that `ddim.bulk` wrote.
+        FileExistsError: for a folder that `ddim.bulk` wrote, or with files so numbered beyond these images, which would
+            be taken for theirs.
         OSError: if it cannot be written; earlier files stay.
 
     Example:
@@ -362,12 +362,14 @@ def save_images(
     """
     target = check_output_path(path)
     if is_folder_path(path):
-        stale = set(earlier_files(target)) - set(output_files(target, len(images)))
+        if beyond := sorted(set(earlier_files(target)) - set(output_files(target, len(images)))):
+            raise FileExistsError(
+                f"{target} holds images numbered beyond the {len(images)} to be written ({len(beyond)}, such as "
+                f"{beyond[0].name}); delete them, or write to another folder"
+            )
         with write_folder(target) as folder:
             for image, file in zip(images, output_files(folder, len(images)), strict=True):
                 image.save(file)
-        for file in stale:
-            file.unlink()
     elif target.suffix.lower() == ".npz":
         arrays = np.stack([np.atleast_3d(np.asarray(image)) for image in images])
         # To an open file, because NumPy would append its suffix to a name in .NPZ.
