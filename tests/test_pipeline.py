@@ -254,6 +254,7 @@ INVALID = [
     ({"seeds": [1.5]}, "seeds must be integers from 0 to 2^63 - 1, got 1.5"),
     ({"batch_size": 3, "generator": [torch.Generator()] * 2}, "generator ... got 2 for a batch_size of 3"),
     ({"generator": 7}, "generator must be a torch.Generator or a list of them, got int"),
+    ({"seeds": 3}, "seeds must be a list of integers, one per image, got 3"),
     ({"seeds": [1], "generator": torch.Generator()}, "seeds and generator exclude each other"),
     ({"latents": torch.zeros(1, 3, 8, 8)}, "latents: expected shape"),
     ({"latents": torch.zeros(1, 1, 8, 9)}, "latents: expected shape"),
@@ -322,3 +323,24 @@ def test_subclass_may_replace_progress_bar(zero) -> None:
     pipe.encode(torch.zeros(1, 1, 8, 8), 4, exact=False, verify=False)
     pipe.consistency(torch.zeros(1, 1, 8, 8), [2, 5])
     assert totals == [3, 3, 7]
+
+
+@pytest.mark.parametrize("model", [None, 3])
+@pytest.mark.parametrize(
+    "load",
+    [
+        DDIMPipeline.from_pretrained,
+        DDIMPipeline.download,
+        UNet2DModel.from_pretrained,
+        UNet2DModel.load_config,
+        DDIMScheduler.from_pretrained,
+    ],
+)
+def test_model_that_is_not_a_name_raises(load, model) -> None:
+    with pytest.raises(TypeError, match=f"a model must be given by its name or folder, got {model}"):
+        load(model)
+
+
+def test_edit_refuses_a_seed_that_is_not_in_a_list(zero) -> None:
+    with pytest.raises(TypeError, match="seeds must be a list of integers, one per image, got 3"):
+        zero.edit(torch.zeros(1, 1, 8, 8), seeds=3)

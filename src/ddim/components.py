@@ -30,7 +30,7 @@ from ddim.io.config import ConfigMixin, FrozenConfig
 from ddim.io.images import as_pil, to_bytes
 from ddim.io.json_files import read_json
 from ddim.io.pretrained import drop_unused_options, resolve_device_map, resolve_dtype
-from ddim.io.runs import split_variant
+from ddim.io.runs import as_model, split_variant
 from ddim.io.weights import MAX_SHARD_SIZE
 from ddim.validation import nearest, shown
 
@@ -357,9 +357,8 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
         variant, use_safetensors = options.pop("variant", None), options.pop("use_safetensors", None)
         passed = [name for name in _arguments(cls) if options.pop(name, None) is not None]
         _refuse_unknown(cls, options, "download")
-        name = pretrained_model_name_or_path
         return hub.find_model(
-            name if isinstance(name, str) else Path(name),
+            as_model(pretrained_model_name_or_path),
             hub_options,
             variant=variant,
             weights_in=() if "unet" in passed else ("unet", ""),

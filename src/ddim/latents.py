@@ -35,7 +35,7 @@ from ddim.diffusion.equations import Step
 from ddim.diffusion.interpolation import slerp_grid, slerp_path
 from ddim.diffusion.inversion import Inversion
 from ddim.diffusion.loop import State, StepSettings, generative_step
-from ddim.diffusion.noise import check_seeds, noise_from_seeds
+from ddim.diffusion.noise import check_seeds, list_seeds, noise_from_seeds
 from ddim.diffusion.sampling_config import SamplingConfig, check_order
 from ddim.io.images import to_output, to_samples
 from ddim.outputs import EncodeOutput, ImagePipelineOutput, ReconstructOutput, TrajectoryOutput
@@ -809,7 +809,7 @@ def pair_with_seeds(samples: Tensor, seeds: Iterable[int]) -> tuple[Tensor, list
         >>> pair_with_seeds(torch.zeros(1, 1, 8, 8), range(3))[0].shape
         torch.Size([3, 1, 8, 8])
     """
-    entries = list(seeds)
+    entries = list_seeds(seeds)
     if entries and len(samples) == 1:
         samples = samples.repeat(len(entries), 1, 1, 1)
     elif len(entries) == 1:

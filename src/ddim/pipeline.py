@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ddim.components import ComponentPipeline, names_class, settings_of
 from ddim.diffusion.loop import State
+from ddim.diffusion.noise import list_seeds
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.engine import check_engine
 from ddim.external_scheduler import StepArguments, run_scheduler
@@ -226,7 +227,7 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         if self.offload_device is not None:
             self.unet.to(self.offload_device)
 
-        seeds = None if seeds is None else list(seeds)
+        seeds = None if seeds is None else list_seeds(seeds)
 
         def call_back(index: int, timestep: int, sample: Tensor, pred_original_sample: Tensor) -> Tensor:
             if callback_on_step_end is None:

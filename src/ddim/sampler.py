@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ddim.devices import execution_device
 from ddim.diffusion.equations import Step
 from ddim.diffusion.loop import Denoiser, State, StepFn, StepSettings, generative_step, in_batches, run_steps
-from ddim.diffusion.noise import NoiseSource, check_seeds, noise_from_generator, noise_from_seeds
+from ddim.diffusion.noise import NoiseSource, check_seeds, list_seeds, noise_from_generator, noise_from_seeds
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.engine import check_engine, get_engine
 from ddim.engine.base import Engine
@@ -181,7 +181,7 @@ class Sampler:
         batch_size = integer("batch_size", batch_size, 1)
         if generator is not None and seeds is not None:
             raise ValueError("seeds and generator exclude each other; give one of them")
-        seeds = None if seeds is None else list(seeds)
+        seeds = None if seeds is None else list_seeds(seeds)
         if batch_size == 1:
             batch_size = len(seeds or ()) or (len(latents) if isinstance(latents, Tensor) and latents.ndim else 1) or 1
         shape = (batch_size, *(latents.shape[1:] if isinstance(latents, Tensor) else self.sample_shape))

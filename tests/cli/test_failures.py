@@ -6,6 +6,7 @@ import errno
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from cli_batch import Commands as Batch
 from ddim.cli import app
 from ddim.cli.checks import COMMAND_CONFLICTS, COMMAND_MAXIMA, CONFLICTS, MAXIMA, NOT_EMPTY, SAMPLING
+from ddim.cli.common import SamplingOptions
 from ddim.cli.failures import Commands, describe
 from ddim.extras import EXTRAS, missing_module
 from ddim.pipeline import DDIMPipeline
@@ -345,3 +347,10 @@ def test_evaluate_works_by_default(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "features          Pixels-16-" in done.stdout
     assert "compared by the features pixels, whose distances are not those of published figures" in done.stderr
+
+
+def test_noise_is_refused_before_a_second_order_model_samples() -> None:
+    pipe: Any = SimpleNamespace(scheduler=DDIMScheduler(solver_order=2))
+    with pytest.raises(ValueError, match=r"the model's solver_order=2 requires eta=0 .*, got eta=1; give order=1"):
+        SamplingOptions(4, eta=1.0, sigma_hat=True).config(pipe)
+    assert SamplingOptions(4, eta=1.0, order=1).config(pipe).order == 1

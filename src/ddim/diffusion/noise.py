@@ -21,6 +21,29 @@ NoiseSource = Callable[[], Tensor]
 MAX_SEED = 2**63 - 1
 
 
+def list_seeds(seeds: Iterable[int]) -> list[int]:
+    """Return seeds as a list, of entries not yet checked.
+
+    Args:
+        seeds: any iterable.
+
+    Raises:
+        TypeError: if it is not iterable, such as a single integer.
+
+    Example:
+        >>> list_seeds(range(3))
+        [0, 1, 2]
+        >>> list_seeds(3)
+        Traceback (most recent call last):
+        TypeError: seeds must be a list of integers, one per image, got 3
+    """
+    try:
+        entries = iter(seeds)
+    except TypeError:
+        raise TypeError(f"seeds must be a list of integers, one per image, got {shown(seeds)}") from None
+    return list(entries)
+
+
 def check_seeds(seeds: Iterable[int], batch_size: int) -> list[int]:
     """Check that there is one seed per image.
 
@@ -33,12 +56,13 @@ def check_seeds(seeds: Iterable[int], batch_size: int) -> list[int]:
 
     Raises:
         ValueError: for another number of seeds than `batch_size`, or an entry that is not such an integer.
+        TypeError: if `seeds` is not iterable.
 
     Example:
         >>> check_seeds(range(3), 3)
         [0, 1, 2]
     """
-    entries = list(seeds)
+    entries = list_seeds(seeds)
     if len(entries) != batch_size:
         raise ValueError(f"seeds must hold one integer per image, got {len(entries)} for a batch_size of {batch_size}")
     checked = []

@@ -29,7 +29,7 @@ from typing import Any
 
 from ddim.io.atomic import write_folder
 from ddim.io.json_files import read_json
-from ddim.io.runs import is_run, refuse_run, resolve_run, split_variant
+from ddim.io.runs import as_model, is_run, refuse_run, resolve_run, split_variant
 from ddim.io.weights import WEIGHTS, choose_weights, remove_stale_weights
 from ddim.validation import nearest, shorten, shown
 
@@ -344,10 +344,10 @@ def read_config(
         >>> read_config("mnist", "config.json", "unet", DEFAULT_HUB_OPTIONS)[0]["in_channels"]
         1
     """
-    name = os.fspath(model)
-    if Path(name).is_file():
-        return read_json(Path(name)), None
-    folder = find_model(model if isinstance(model, str) else Path(model), options, weights_in=())
+    model = as_model(model)
+    if Path(model).is_file():
+        return read_json(Path(model)), None
+    folder = find_model(model, options, weights_in=())
     commit = folder.name if folder.parent.name == "snapshots" else None
     nested = folder / (subfolder or "") / config_name
     return read_json(nested if nested.is_file() else folder / config_name), commit

@@ -23,7 +23,7 @@ from ddim.extras import check_xformers
 from ddim.io.config import ConfigMixin
 from ddim.io.hub import PushToHub, find_model, pop_hub_options, save_and_push
 from ddim.io.json_files import read_json
-from ddim.io.runs import split_variant
+from ddim.io.runs import as_model, split_variant
 from ddim.io.weights import MAX_SHARD_SIZE, fill_model, read_weights, write_weights
 from ddim.validation import shown
 
@@ -187,7 +187,7 @@ class SchedulerFiles(ConfigMixin, PushToHub):
         hub_options = pop_hub_options(options)
         overrides = drop_unused_options(cls, options)
         overrides |= {"return_unused_kwargs": True} if return_unused_kwargs else {}
-        folder = find_model(_as_model(pretrained_model_name_or_path), hub_options, weights_in=())
+        folder = find_model(as_model(pretrained_model_name_or_path), hub_options, weights_in=())
         return cast(Self, build_from_file(cls, folder / (subfolder or "") / cls.config_name, **overrides))
 
     def save_pretrained(
@@ -359,7 +359,3 @@ class ModelFiles(ConfigMixin, PushToHub):
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Do nothing: attention runs by PyTorch's fused operator."""
-
-
-def _as_model(model: str | os.PathLike[str]) -> str | Path:
-    return model if isinstance(model, str) else Path(model)

@@ -17,6 +17,8 @@ import os
 import re
 from pathlib import Path
 
+from ddim.validation import shown
+
 logger = logging.getLogger(__name__)
 
 RAW = "raw"
@@ -25,6 +27,26 @@ CHECKPOINTS, FINAL = "checkpoints", "final"
 SUMS_FILE = "SHA256SUMS"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 VARIANT = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def as_model(model: str | os.PathLike[str]) -> str | Path:
+    """Return a model's name, or the `Path` of its folder.
+
+    Args:
+        model: a name or a path.
+
+    Raises:
+        TypeError: for anything else.
+
+    Example:
+        >>> as_model("mnist")
+        'mnist'
+    """
+    if isinstance(model, str):
+        return model
+    if isinstance(model, os.PathLike):
+        return Path(model)
+    raise TypeError(f"a model must be given by its name or folder, got {shown(model)}")
 
 
 def split_variant(model: str | os.PathLike[str], variant: str | None = None) -> tuple[str | Path, str | None]:
@@ -39,6 +61,7 @@ def split_variant(model: str | os.PathLike[str], variant: str | None = None) -> 
 
     Raises:
         ValueError: if both name a variant.
+        TypeError: if the model is neither a string nor a path.
 
     Example:
         >>> split_variant("runs/faces@raw")
@@ -46,13 +69,13 @@ def split_variant(model: str | os.PathLike[str], variant: str | None = None) -> 
         >>> split_variant("mnist")
         ('mnist', None)
     """
-    kind = str if isinstance(model, str) else Path
+    model = as_model(model)
     name, _, suffix = os.fspath(model).rpartition("@")
     if not name or not VARIANT.fullmatch(suffix) or Path(model).exists():
-        return kind(model), variant
+        return model, variant
     if variant is not None:
         raise ValueError(f"give the variant in the model's name or as an argument, not both, got {model} and {variant}")
-    return kind(name), suffix
+    return type(model)(name), suffix
 
 
 def is_run(folder: Path) -> bool:
