@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from cli_batch import Commands
+from ddim.cli.direction import _split
+from ddim.data.base import Source
 from ddim.diffusion.interpolation import add_direction
 from ddim.io.latent_files import load_latents
 from ddim.pipeline import DDIMPipeline
@@ -84,6 +86,20 @@ def test_decode_adds_a_multiple_of_it(commands: Commands, pipe: DDIMPipeline) ->
     images = pipe.decode(add_direction(latents, direction[0], 0.5), timesteps=TIMESTEPS, batch_size=1).images
     shifted = np.load(commands.output("decode"))["arr_0"]
     assert np.array_equal(shifted[..., 0], np.stack([np.asarray(image) for image in images]))
+
+
+@pytest.mark.parametrize(
+    ("values", "value", "positive"),
+    [
+        (["3.0", "2.0", "none"], "3", [0]),
+        (["True", "False", "none"], "true", [0]),
+        (["True", "False", "none"], "None", [2]),
+        (["3.0", "3", "2"], "3", [1]),
+    ],
+)
+def test_values_may_be_spelled_otherwise(values: list[str], value: str, positive: list[int]) -> None:
+    data = Source("data", len(values), lambda indices: [], "", {"column": values}.get)
+    assert _split(data, f"column={value}")[0] == positive
 
 
 @pytest.mark.parametrize(

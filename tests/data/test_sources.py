@@ -147,6 +147,9 @@ def test_npz_of_pixels(folder: Path) -> None:
     compressed = open_source(str(folder / "compressed.npz"))
     assert_images(compressed, digits(40))
     assert compressed.identity == open_source(str(folder / "gray.npz")).identity
+    assert compressed.read_column("labels") == [str(label) for label in range(40)]
+    assert compressed.read_column("images") is None
+    assert compressed.read_column("label") is None
     assert open_source(write_npz(folder / "other.npz", digits(41)[1:])).identity != compressed.identity
 
 

@@ -77,8 +77,21 @@ def test_labels_are_columns_of_the_attributes_names() -> None:
     images = ImageSet("two", (1, 1, 1), 2, torch.zeros, True, columns.get)
     # `label` could be that of any attribute.
     assert {name: indices.tolist() for name, indices in read_labels(images, Logits()).items()} == {"color": [2, -1]}
-    images = ImageSet("two", (1, 1, 1), 2, torch.zeros, True, {"label": ["3", "0"]}.get)
+    images = ImageSet("two", (1, 1, 1), 2, torch.zeros, True, {"label": ["3", "0.0"]}.get)
     assert read_labels(images, DigitClassifier())["digit"].tolist() == [3, 0]
+
+
+def test_unknown_labels_do_not_count(caplog: pytest.LogCaptureFixture) -> None:
+    features = torch.tensor([log_odds(0.5, 0.5, 0.02, 0.02, 0.96)] * 3)
+    for column, accuracy in ((["blue", "-1", "red"], 0.5), (["mauve", "none", "none"], None)):
+        images = ImageSet("three", (1, 1, 1), 3, torch.zeros, True, {"color": column}.get)
+        summary = summarize_attributes(Logits(), features, features, read_labels(images, Logits()))
+        assert summary.metrics.get("accuracy_color") == accuracy
+    assert [record.getMessage() for record in caplog.records] == [
+        "accuracy_color leaves out 1 of 3 images, whose labels are not among ['red', 'green', 'blue']: ['-1']",
+        "accuracy_color leaves out 3 of 3 images, whose labels are not among ['red', 'green', 'blue']: "
+        "['mauve', 'none']",
+    ]
 
 
 def test_faces_are_recognized() -> None:

@@ -77,6 +77,15 @@ def test_damaged_cell_is_measured_again(
     assert len(caplog.messages) == 1
 
 
+def test_times_are_of_one_engine(small: DDIMPipeline, features_cache: Path) -> None:
+    digits = open_files("digits", 20)
+    for engine in ("auto", "eager", "eager"):
+        pipe = DDIMPipeline(small.unet, small.scheduler, engine=engine)
+        table = paper_tables.figure_4(pipe, digits, Pixels(digits.shape), 12, steps=(2,))
+        assert table.settings["engine"] == engine
+    assert len(list((features_cache.parent / "tables").iterdir())) == 2
+
+
 def test_published_rows_are_included(make_unet: Any, as_files: Callable[..., ImageSet]) -> None:
     pipe = DDIMPipeline(make_unet(sample_size=32), DDIMScheduler())
     pixels = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)

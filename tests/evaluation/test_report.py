@@ -74,6 +74,13 @@ def test_two_processes_report_equal_numbers(tmp_path: Path) -> None:
     assert results[0] == results[1]
 
 
+def test_equal_sets_are_reported(as_files: Callable[..., ImageSet], caplog: pytest.LogCaptureFixture) -> None:
+    images = torch.arange(432).remainder(251).to(torch.uint8).view(12, 1, 6, 6)
+    for reference, number in ((images.flip(0), 0), (images, 1)):
+        evaluate(as_files(images), as_files(reference), "pixels", ["precision"])
+        assert caplog.text.count("are the same images") == number
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -90,14 +90,18 @@ def _read(source: Source, indices: Sequence[int]) -> list[Image.Image]:
 
 def _split(data: Source, where: str) -> tuple[list[int], list[int]]:
     """Return the indices of the images that have a value in a column, and of all others."""
+    from ddim.data.base import canonical_value
+
     column, separator, value = where.partition("=")
     if not separator:
         raise ValueError(f"--where must be a column and a value, such as label=3, got {shown(where)}")
     values = data.read_column(column)
     if values is None:
         raise ValueError(f"{data.name} has no column {shown(column)}")
-    positive = [index for index, other in enumerate(values) if other == value]
-    negative = [index for index, other in enumerate(values) if other != value]
+    # A value as it is spelled comes first: text may hold both 3 and 3.0.
+    matches = {value} if value in values else {v for v in values if canonical_value(v) == canonical_value(value)}
+    positive = [index for index, other in enumerate(values) if other in matches]
+    negative = [index for index, other in enumerate(values) if other not in matches]
     if not positive or not negative:
         raise ValueError(
             f"--where must name a value that some images have and others do not, got {shown(value)}; the column "

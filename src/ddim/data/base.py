@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,27 @@ class Source:
     fetch: Callable[[Sequence[int]], list[Callable[[], Image.Image]]]
     identity: str
     read_column: Callable[[str], list[str] | None] = lambda name: None
+
+
+def canonical_value(text: str) -> str:
+    """Spell a value of a column as labels are spelled: whole numbers without a point, words in lower case.
+
+    Tables that passed through other tools hold 3.0 for the class 3, or True for true.
+
+    Args:
+        text: the value as text.
+
+    Returns:
+        The same value in its usual spelling.
+
+    Example:
+        >>> [canonical_value(text) for text in ("3.0", "3", "True", "None", "2.5")]
+        ['3', '3', 'true', 'none', '2.5']
+    """
+    with contextlib.suppress(ValueError, OverflowError):
+        if (number := float(text)) == int(number):
+            return str(int(number))
+    return text.lower()
 
 
 def first_line(error: BaseException) -> str:

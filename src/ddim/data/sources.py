@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -71,7 +72,8 @@ def open_source(source: str, split: str = "train", column: str | None = None) ->
         if path.suffix == ".parquet":
             return _from_tables([source], source, column)
         if path.suffix == ".npz":
-            return _from_array(_read_npz(path), source)
+            images = _from_array(_read_npz(path), source)
+            return replace(images, read_column=partial(_read_npz_column, path, images.count))
         raise ValueError(f"{source} is neither a folder of images nor a .parquet or .npz file")
     if path.suffix not in (".parquet", ".npz") and HUB_ID.fullmatch(source):
         require("reading a data set on the hub", "datasets")
@@ -126,6 +128,15 @@ def _read_npz(path: Path) -> np.ndarray:
     raise ValueError(
         f"{path} must hold images as a uint8 array (N, H, W) or (N, H, W, C) with C 1 or 3, got {content or 'nothing'}"
     )
+
+
+def _read_npz_column(path: Path, count: int, name: str) -> list[str] | None:
+    """Return an array of one number or text per image, as text."""
+    with open_npz(path) as file:
+        header = file.headers.get(name)
+        if header is None or header.shape != (count,) or header.dtype.kind not in "biufU":
+            return None
+        return ["none" if value == "" else str(value) for value in file.read(name).tolist()]
 
 
 def _stamp(files: Sequence[Path]) -> str:

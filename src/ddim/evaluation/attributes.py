@@ -3,7 +3,8 @@
     frequency      the share of the images whose most probable value this is
     confident      the share of the images for which every attribute has a value of probability above 0.9: samples that
                    show nothing recognizable, or something between two values, lower it
-    accuracy       the share of the reference's images whose value is recognized, where the data set has labels
+    accuracy       the share of the reference's images with a known label whose value is recognized, where the data set
+                   has labels
 
 The classifier errs, and is less sure of hidden attributes, on real images as well: samples are compared with what it
 makes of the reference, not with labels.
@@ -11,14 +12,19 @@ makes of the reference, not with labels.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ddim.data.base import canonical_value
 from ddim.evaluation.classifiers import AttributeClassifier
 from ddim.evaluation.image_sets import ImageSet
+from ddim.validation import shown
+
+logger = logging.getLogger(__name__)
 
 CONFIDENT = 0.9
 """A probability above which a value is recognized with confidence."""
@@ -31,7 +37,7 @@ class AttributeSummary:
     Attributes:
         metrics: `confident` and `confident_reference`, shares of the images; `confident_ratio`, unless the latter is 0;
             `largest_difference` of a frequency, in percentage points; `accuracy_NAME` on the reference for each
-            attribute with labels.
+            attribute with known labels.
         frequencies: for each attribute and value the shares of the `samples` and of the `reference`.
 
     Example:
@@ -86,15 +92,18 @@ def summarize_attributes(
         metrics["confident_ratio"] = confident["samples"] / confident["reference"]
     metrics["largest_difference"] = 100 * max(abs(share["samples"] - share["reference"]) for share in shares)
     for name, indices in labels.items():
-        predicted = probabilities["reference"][name].argmax(1)
-        metrics[f"accuracy_{name}"] = float((predicted == indices).double().mean())
+        known = indices >= 0
+        if known.any():
+            predicted = probabilities["reference"][name].argmax(1)
+            metrics[f"accuracy_{name}"] = float((predicted == indices)[known].double().mean())
     return AttributeSummary(metrics, frequencies)
 
 
 def read_labels(images: ImageSet, classifier: AttributeClassifier) -> dict[str, Tensor]:
     """Read the true values of attributes from the columns of a data set.
 
-    A column has the name of its attribute; that of a classifier's only attribute may also be called `label`.
+    A column has the name of its attribute; that of a classifier's only attribute may also be called `label`. Values
+    that the classifier does not know, and missing ones, are reported.
 
     Args:
         images: the set.
@@ -116,5 +125,12 @@ def read_labels(images: ImageSet, classifier: AttributeClassifier) -> dict[str, 
         columns = map(images.read_column, column_names)
         if (column := next((column for column in columns if column is not None), None)) is not None:
             indices = {value: index for index, value in enumerate(values)}
-            labels[name] = torch.tensor([indices.get(value, -1) for value in column])
+            canonical = {canonical_value(value): index for value, index in indices.items()}
+            label_indices = [indices.get(value, canonical.get(canonical_value(value), -1)) for value in column]
+            if unknown := [value for value, index in zip(column, label_indices, strict=True) if index < 0]:
+                logger.warning(
+                    "accuracy_%s leaves out %d of %d images, whose labels are not among %s: %s",
+                    *(name, len(unknown), len(column), shown(list(values)), shown(sorted(set(unknown)))),
+                )
+            labels[name] = torch.tensor(label_indices)
     return labels

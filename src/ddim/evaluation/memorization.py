@@ -21,6 +21,7 @@ integers below 2^53, and therefore exact: nothing cancels, and a copy has distan
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ from ddim.extras import require
 from ddim.io.atomic import atomic_write
 from ddim.io.image_files import stack_rows
 from ddim.io.images import as_pil
+
+logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 64 << 20
 """Memory of each of the float64 matrices of a block: of vectors, of training images, and of their distances."""
@@ -164,6 +167,10 @@ def measure_memorization(
         settings |= {"held_out_count": len(others), "held_out_sha256": None}
     else:
         settings |= describe_set("held_out", held_out, _sha256(held_out, others))
+        if group.is_main and (shared := int((of_others.distances == 0).sum())):
+            logger.warning(
+                "%d of the %d held-out images have distance 0: they are in the reference", shared, len(others)
+            )
     settings |= describe_method(samples.shape, identity)
     return result, {"metrics": result.metrics(), "settings": settings}
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -250,6 +251,7 @@ def figure_4(
     """
     cache = _CellCache(pipe, _settings(count, seed, extractor), group)
     real = compute_features(reference, extractor, group)
+    machine = _describe_machine(pipe) | {"processes": group.size}
     results = []
     for number in steps:
 
@@ -261,7 +263,7 @@ def figure_4(
             seconds = time.perf_counter() - started
             return {"seconds": seconds, "fid": frechet(features.values, real.values)}
 
-        key = {"figure": 4, "reference": real.sha256, "num_inference_steps": number, "processes": group.size}
+        key = {"figure": 4, "reference": real.sha256, "num_inference_steps": number, "host": platform.node()} | machine
         results.append(cache.get(key, ("seconds", "fid"), measure))
     return ResultTable(
         "Seconds, and Fréchet distance, by number of steps (Figure 4 of the paper)",
@@ -270,7 +272,7 @@ def figure_4(
             (f"seconds for {count} images", [result["seconds"] for result in results]),
             ("Fréchet distance", [result["fid"] for result in results]),
         ],
-        cache.settings | {"reference": reference.name, "reference_count": reference.count, "processes": group.size},
+        cache.settings | {"reference": reference.name, "reference_count": reference.count} | machine,
     )
 
 
@@ -304,6 +306,18 @@ def plot(table: ResultTable, path: Path) -> None:
 
 def _settings(count: int, seed: int, extractor: nn.Module) -> dict[str, Any]:
     return {"count": count, "seed": seed, "features": extractor_id(extractor), "clipping": CLIPPING}
+
+
+def _describe_machine(pipe: DDIMPipeline) -> dict[str, Any]:
+    """Return what changes the time of sampling, beside the settings of the samples."""
+    device = pipe.device
+    return {
+        "engine": pipe.engine,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def _with_paper_settings(pipe: DDIMPipeline, clip_sample: bool) -> DDIMPipeline:

@@ -136,6 +136,8 @@ def evaluate(
         logits = extractor.logits(sample_features.values) if "is" in metrics else None
     settings = describe_set("samples", samples, sample_features.sha256)
     settings |= describe_set("reference", reference, None if reference_features is None else reference_features.sha256)
+    if group.is_main and reference_features and reference_features.sha256 == sample_features.sha256:
+        logger.warning("the samples and the reference are the same images: the metrics compare them with themselves")
     settings |= describe_method(samples.shape, extractor_id(extractor), ("torch", "torchmetrics", "pillow"))
     reference_values = None if reference_features is None else reference_features.values
     result: dict[str, Any] = {"metrics": measure(sample_features.values, reference_values, metrics, logits)}
