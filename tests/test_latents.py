@@ -356,7 +356,7 @@ METHODS: dict[str, Callable[[DDIMPipeline], Any]] = {
     "trajectory": lambda pipe: pipe.trajectory(num_inference_steps=3),
     "consistency": lambda pipe: pipe.consistency(randn(1, 1, 8, 8), [2, 3]),
     "edit": lambda pipe: pipe.edit(rand(1, 1, 8, 8), 0.7, 3),
-    "direction": lambda pipe: pipe.direction(rand(1, 1, 8, 8), rand(1, 1, 8, 8), 3),
+    "direction": lambda pipe: pipe.direction(rand(1, 1, 8, 8), rand(1, 1, 8, 8, seed=1), 3),
 }
 
 

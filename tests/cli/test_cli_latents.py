@@ -723,6 +723,7 @@ def test_latents_match_the_api(
     assert settings.pop("format_version") == 2
     assert len(settings.pop("sha256")) == 64
     assert settings == {
+        "kind": "latents",
         "model": "mnist",
         "model_sha256": model_sha256(pipe),
         "timesteps": TIMESTEPS,
