@@ -3,7 +3,8 @@
     python -m tests.fuzz.kills [--kills 60] [--seed 0] [--jobs folder,npz,tar,train,tune,evaluate]
 
 In the end all outputs must be equal to the byte, and nothing may be left over: neither beside the output, nor in the
-folder of temporary files, nor in the caches. Prints a line per job; the exit status is 1 if a job differs.
+folder of temporary files, nor in the caches, whose content may differ. A run that ends before it is killed begins anew.
+Prints a line per job; the exit status is 1 if a job differs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import argparse
 import hashlib
 import json
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -66,7 +69,8 @@ def start(job: Job, folder: Path) -> subprocess.Popen[str]:
     """Start a job in a folder, with temporary files and caches of its own below it."""
     for name in ("work", "tmp"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    variables = environment(folder, TMPDIR=str(folder / "tmp"))
+    kernels = folder.parents[1] / "kernels"  # compiled once
+    variables = environment(folder, TMPDIR=str(folder / "tmp"), DDIM_KERNEL_CACHE=str(kernels))
     command = [str(BIN / "ddim"), *job.arguments]
     return subprocess.Popen(
         command, cwd=folder / "work", env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -105,19 +109,25 @@ def kill_at_random(job: Job, folder: Path, duration: float, chance: random.Rando
     except subprocess.TimeoutExpired:
         process.kill()
     process.communicate()
-    return process.returncode != 0
+    return process.returncode == -signal.SIGKILL
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Return a hash of every file below a folder, leaving out the seconds that files of training runs record."""
+    """Return a hash of every file below a folder; of those that hold times, their names alone."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {
-        str(path.relative_to(folder)): hashlib.sha256(_without_times(path)).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith("events.out.tfevents")
+        str(path.relative_to(folder)): "" if _holds_times(path, folder) else hashlib.sha256(_content(path)).hexdigest()
+        for path in files
+        if not path.name.startswith("events.out.tfevents")
     }
 
 
-def _without_times(path: Path) -> bytes:
+def _holds_times(path: Path, folder: Path) -> bool:
+    return path.relative_to(folder).parts[0] == "cache" or path.name in ("README.md", "SHA256SUMS")
+
+
+def _content(path: Path) -> bytes:
+    """Return the bytes of a file, without the seconds that a training run's state records."""
     content = path.read_bytes()
     if path.name != "state.json":
         return content
@@ -155,7 +165,12 @@ def run_job(job: Job, folder: Path, kills: int, chance: random.Random, report: C
     begun = time.monotonic()
     finish(job, folder / "uninterrupted")
     duration = time.monotonic() - begun
-    struck = sum(kill_at_random(job, folder / "killed", duration, chance) for _ in range(kills))
+    struck = 0
+    for _ in range(kills):
+        if kill_at_random(job, folder / "killed", duration, chance):
+            struck += 1
+        else:
+            shutil.rmtree(folder / "killed" / "work")
     finish(job, folder / "killed")
     differences = compare(contents(folder / "killed"), contents(folder / "uninterrupted"))
     files = len(contents(folder / "uninterrupted"))
