@@ -141,6 +141,13 @@ def test_missing_variant_is_named(stopped: Path) -> None:
         DDIMPipeline.from_pretrained(f"{stopped}@raw", variant="raw")
 
 
+@pytest.mark.parametrize("name", ["x" * 10_000, "x" * 10_000 + "@raw", "a\0b", "a\0b@raw"], ids=range(4))
+def test_names_that_no_file_can_have(name: str) -> None:
+    assert not is_model(name)
+    with pytest.raises(FileNotFoundError, match="does not exist: it is not built in"):
+        DDIMPipeline.from_pretrained(name)
+
+
 def test_folder_whose_name_has_an_at_sign(stopped: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint(stopped, 3), tmp_path / "mine@raw")
     assert holds(DDIMPipeline.from_pretrained(folder).unet, stopped, 3, "ema")

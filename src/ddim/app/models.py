@@ -13,7 +13,7 @@ from typing import Any
 
 from ddim.devices import choose_device
 from ddim.info import describe
-from ddim.io.hub import HUB_ID, builtin_models, find_model
+from ddim.io.hub import HUB_ID, builtin_models
 from ddim.pipeline import DDIMPipeline
 from ddim.validation import join_choices, shown
 
@@ -112,10 +112,8 @@ class ModelCache:
             FileNotFoundError: if no such model exists.
             ValueError: if it may not be opened, or is damaged.
         """
-        name = self.check(name)
-        folder, facts = find_model(name), describe(name)
-        del facts["found"]
-        card = folder / "README.md"
+        facts = describe(self.check(name))
+        card = Path(facts.pop("found"), "README.md")
         return facts | {"card": card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""}
 
     def _load(self, name: str) -> DDIMPipeline:

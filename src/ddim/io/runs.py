@@ -71,10 +71,13 @@ def split_variant(model: str | os.PathLike[str], variant: str | None = None) -> 
     """
     model = as_model(model)
     name, _, suffix = os.fspath(model).rpartition("@")
-    if not name or not VARIANT.fullmatch(suffix) or Path(model).exists():
+    # Not Path.exists, which raises for names that no file can have.
+    if not name or not VARIANT.fullmatch(suffix) or os.path.exists(model):  # noqa: PTH110
         return model, variant
     if variant is not None:
-        raise ValueError(f"give the variant in the model's name or as an argument, not both, got {model} and {variant}")
+        raise ValueError(
+            f"give the variant in the model's name or as an argument, not both, got {shown(str(model))} and {variant}"
+        )
     return type(model)(name), suffix
 
 
@@ -88,7 +91,7 @@ def is_run(folder: Path) -> bool:
         >>> is_run(Path("missing"))
         False
     """
-    return (folder / CHECKPOINTS).is_dir() and (folder / "config.yaml").is_file()
+    return os.path.isdir(folder / CHECKPOINTS) and os.path.isfile(folder / "config.yaml")  # noqa: PTH112, PTH113
 
 
 def refuse_run(folder: Path) -> None:
