@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import yaml
 
@@ -31,22 +30,13 @@ from digits import TINY_MODEL, write_digits
 from helpers import BIN, environment
 
 START_SECONDS = 2.0
-"""Roughly what a command needs before its work begins: kills before that are one in `EARLY_SHARE`."""
+"""Roughly what a command needs before its work begins."""
 EARLY_SHARE = 8
+"""One kill of so many comes before that."""
 
 
-class Job(NamedTuple):
-    """A command with an output.
-
-    Attributes:
-        arguments: of `ddim`, relative to the folder where it runs.
-    """
-
-    arguments: Sequence[str]
-
-
-def make_jobs(model: Path, images: Path, config: Path) -> dict[str, Job]:
-    """Return the commands by name.
+def make_jobs(model: Path, images: Path, config: Path) -> dict[str, list[str]]:
+    """Return the arguments of `ddim` by the name of a job.
 
     Args:
         model: a pipeline folder.
@@ -56,44 +46,44 @@ def make_jobs(model: Path, images: Path, config: Path) -> dict[str, Job]:
     sample = ["sample", "--model", str(model), "--count", "600", "--steps", "30", "--batch-size", "8", "--out"]
     reference = ["--reference", str(images), "--metrics", "fid,precision", "--count", "400", "--steps", "40"]
     return {
-        "folder": Job([*sample, "images/"]),
-        "npz": Job([*sample, "images.npz"]),
-        "tar": Job([*sample, "images.tar", "--shard-size", "160"]),
-        "train": Job(["train", "--config", str(config), "--device", "cpu", "--out", "run"]),
-        "tune": Job(["tune", str(model), "--steps", "6", "--out", "tuned"]),
-        "evaluate": Job(["evaluate", str(model), *reference, "--out", "score.json"]),
+        "folder": [*sample, "images/"],
+        "npz": [*sample, "images.npz"],
+        "tar": [*sample, "images.tar", "--shard-size", "160"],
+        "train": ["train", "--config", str(config), "--device", "cpu", "--out", "run"],
+        "tune": ["tune", str(model), "--steps", "6", "--out", "tuned"],
+        "evaluate": ["evaluate", str(model), *reference, "--out", "score.json"],
     }
 
 
-def start(job: Job, folder: Path) -> subprocess.Popen[str]:
+def start(arguments: Sequence[str], folder: Path) -> subprocess.Popen[str]:
     """Start a job in a folder, with temporary files and caches of its own below it."""
     for name in ("work", "tmp"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     kernels = folder.parents[1] / "kernels"  # compiled once
     variables = environment(folder, TMPDIR=str(folder / "tmp"), DDIM_KERNEL_CACHE=str(kernels))
-    command = [str(BIN / "ddim"), *job.arguments]
+    command = [str(BIN / "ddim"), *arguments]
     return subprocess.Popen(
         command, cwd=folder / "work", env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
 
 
-def finish(job: Job, folder: Path) -> None:
+def finish(arguments: Sequence[str], folder: Path) -> None:
     """Run a job to its end.
 
     Raises:
         RuntimeError: if it fails.
     """
-    process = start(job, folder)
+    process = start(arguments, folder)
     _, stderr = process.communicate()
     if process.returncode:
-        raise RuntimeError(f"{' '.join(job.arguments)}: exit status {process.returncode}\n{stderr[-2000:]}")
+        raise RuntimeError(f"{' '.join(arguments)}: exit status {process.returncode}\n{stderr[-2000:]}")
 
 
-def kill_at_random(job: Job, folder: Path, duration: float, chance: random.Random) -> bool:
+def kill_at_random(arguments: Sequence[str], folder: Path, duration: float, chance: random.Random) -> bool:
     """Start a job and kill it.
 
     Args:
-        job: the job.
+        arguments: of `ddim`.
         folder: where it runs.
         duration: of an uninterrupted run, seconds.
         chance: decides when.
@@ -103,7 +93,7 @@ def kill_at_random(job: Job, folder: Path, duration: float, chance: random.Rando
     """
     is_early = chance.randrange(EARLY_SHARE) == 0
     delay = chance.uniform(0, START_SECONDS) if is_early else chance.uniform(START_SECONDS, duration)
-    process = start(job, folder)
+    process = start(arguments, folder)
     try:
         process.wait(delay)
     except subprocess.TimeoutExpired:
@@ -149,11 +139,13 @@ def compare(killed: dict[str, str], uninterrupted: dict[str, str]) -> list[str]:
     return lines
 
 
-def run_job(job: Job, folder: Path, kills: int, chance: random.Random, report: Callable[[str], None]) -> list[str]:
+def run_job(
+    arguments: Sequence[str], folder: Path, kills: int, chance: random.Random, report: Callable[[str], None]
+) -> list[str]:
     """Run a job once without and once with kills.
 
     Args:
-        job: the job.
+        arguments: of `ddim`.
         folder: where both run.
         kills: how often it is killed.
         chance: decides when.
@@ -163,15 +155,15 @@ def run_job(job: Job, folder: Path, kills: int, chance: random.Random, report: C
         What differs.
     """
     begun = time.monotonic()
-    finish(job, folder / "uninterrupted")
+    finish(arguments, folder / "uninterrupted")
     duration = time.monotonic() - begun
     struck = 0
     for _ in range(kills):
-        if kill_at_random(job, folder / "killed", duration, chance):
+        if kill_at_random(arguments, folder / "killed", duration, chance):
             struck += 1
         else:
             shutil.rmtree(folder / "killed" / "work")
-    finish(job, folder / "killed")
+    finish(arguments, folder / "killed")
     differences = compare(contents(folder / "killed"), contents(folder / "uninterrupted"))
     files = len(contents(folder / "uninterrupted"))
     report(f"{struck} of {kills} kills struck a run of {duration:.1f} s; {files} files, {len(differences)} differ")
@@ -201,8 +193,11 @@ def main() -> int:
         }
         config = folder / "training.yaml"
         config.write_text(yaml.safe_dump(training))
-        finish(Job(["train", "--config", str(config), "--device", "cpu", "--out", "model"]), folder / "setup")
-        jobs = make_jobs(folder / "setup" / "work" / "model" / "final", images, config)
+        setup = folder / "setup" / "once"
+        finish(["train", "--config", str(config), "--device", "cpu", "--out", "model"], setup)
+        # Kernels are compiled here, so that no run's duration includes it.
+        finish(["sample", "--model", "model", "--count", "8", "--steps", "2", "--out", "samples/"], setup)
+        jobs = make_jobs(setup / "work" / "model" / "final", images, config)
         for number, name in enumerate(names):
             kills = options.kills // len(names) + (number < options.kills % len(names))
             chance = random.Random(f"{options.seed} {name}")
