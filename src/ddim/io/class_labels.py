@@ -1,0 +1,148 @@
+"""The classes of a class-conditional model: how many, their names, and the null class that stands for none of them.
+
+A network with classes has an embedding of `num_class_embeds` rows. The last of them is the null class where the model
+was trained with one: images whose label was dropped. Names and the null class are settings that only this library has,
+in the configuration of `UNet2DModel`, which other libraries pass over:
+
+    {"num_class_embeds": 11, "_ddim": {"class_names": ["zero", ..., "nine"], "has_null_class": true}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddim.validation import as_integer, nearest, shown
+
+Labels = int | str | Sequence[int | str] | Tensor
+"""Class labels as users give them: indices or names, one for all images or one per image."""
+
+MAX_NAMES_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class ClassLabels:
+    """The classes of a model.
+
+    Attributes:
+        count: the number of classes, without the null class.
+        names: of the classes; empty where they have none.
+        has_null: whether the model was trained with a null class, whose label is `count`.
+
+    Raises:
+        ValueError: for another number of names than classes, or a name that stands for two classes.
+
+    Example:
+        >>> classes = ClassLabels(3, ("cat", "dog", "frog"), has_null=True)
+        >>> classes.resolve(["dog", 2], 2)
+        tensor([1, 2])
+        >>> classes.null(2)
+        tensor([3, 3])
+    """
+
+    count: int
+    names: tuple[str, ...] = ()
+    has_null: bool = False
+
+    def __post_init__(self) -> None:
+        if self.names and len(self.names) != self.count:
+            raise ValueError(f"class_names must hold {self.count} names, got {len(self.names)}")
+        if len(set(self.names)) != len(self.names) or not all(isinstance(name, str) and name for name in self.names):
+            raise ValueError(f"class_names must be different names, none of them empty, got {shown(list(self.names))}")
+
+    @classmethod
+    def of(cls, config: Any) -> ClassLabels | None:
+        """Return the classes of a network.
+
+        Args:
+            config: of the network, of any library.
+
+        Returns:
+            The classes; `None` for an unconditional network, and for one that takes other conditions than labels.
+
+        Raises:
+            ValueError: if the configuration contradicts itself.
+
+        Example:
+            >>> from types import SimpleNamespace
+            >>> ClassLabels.of(SimpleNamespace(num_class_embeds=10)).count
+            10
+            >>> ClassLabels.of(SimpleNamespace(num_class_embeds=None)) is None
+            True
+        """
+        rows, embed_type = getattr(config, "num_class_embeds", None), getattr(config, "class_embed_type", None)
+        if rows is None or embed_type is not None:
+            return None
+        has_null = bool(getattr(config, "has_null_class", False))
+        return cls(rows - has_null, tuple(getattr(config, "class_names", None) or ()), has_null)
+
+    def resolve(self, labels: Labels, count: int, name: str = "class_labels") -> Tensor:
+        """Return the indices of classes, one per image.
+
+        Args:
+            labels: indices or names, one for all images or one per image.
+            count: the number of images.
+            name: of the argument, for messages.
+
+        Returns:
+            int64 (count,), on the CPU.
+
+        Raises:
+            ValueError: for a class that does not exist, or another number of labels.
+            TypeError: for labels of another type.
+
+        Example:
+            >>> ClassLabels(2, ("cat", "dog")).resolve("dig", 1)
+            Traceback (most recent call last):
+            ValueError: class_labels must be from 0 to 1 or one of cat, dog, got 'dig' (did you mean dog?)
+        """
+        if isinstance(labels, Tensor):
+            labels = labels.tolist()
+        entries = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
+        if not entries or len(entries) not in (1, count):
+            raise ValueError(f"{name} must be one label, or one per image ({count}), got {len(entries)}")
+        indices = torch.tensor([self._index(entry, name) for entry in entries])
+        return indices.expand(count) if len(entries) == 1 else indices
+
+    def null(self, count: int) -> Tensor:
+        """Return the label of the null class, once per image.
+
+        Args:
+            count: the number of images.
+
+        Returns:
+            int64 (count,), on the CPU.
+
+        Raises:
+            ValueError: if the model has no null class.
+        """
+        if not self.has_null:
+            raise ValueError(
+                f"class_labels must be given: the model has {self.count} classes and was trained without a null class"
+            )
+        return torch.tensor([self.count]).expand(count)
+
+    def name_of(self, index: int) -> str:
+        """Return the name of a class; its index where classes have no names.
+
+        Args:
+            index: from 0 to `count` - 1.
+        """
+        return self.names[index] if self.names else str(index)
+
+    def _index(self, label: Any, name: str) -> int:
+        if isinstance(label, str):
+            if label in self.names:
+                return self.names.index(label)
+            index = int(label) if label.isascii() and label.isdecimal() and len(label) < 10 else None
+        elif (index := as_integer(label)) is None:
+            raise TypeError(f"{name} must be integers or names, got {shown(label)}")
+        if index is None or not 0 <= index < self.count:
+            shown_names = ", ".join(self.names[:MAX_NAMES_SHOWN]) + ", ..." * (len(self.names) > MAX_NAMES_SHOWN)
+            allowed = f"from 0 to {self.count - 1}" + (f" or one of {shown_names}" if self.names else "")
+            raise ValueError(f"{name} must be {allowed}, got {shown(label)}{nearest(label, self.names)}")
+        return index
