@@ -37,7 +37,7 @@ from ddim.diffusion.inversion import Inversion
 from ddim.diffusion.loop import State, StepSettings, generative_step
 from ddim.diffusion.noise import check_seeds, list_seeds, noise_from_seeds
 from ddim.diffusion.sampling_config import SamplingConfig, check_order
-from ddim.io.images import to_output, to_samples
+from ddim.io.images import to_samples
 from ddim.outputs import EncodeOutput, ImagePipelineOutput, ReconstructOutput, TrajectoryOutput
 from ddim.sampler import ProgressBar, Sampler, SamplingPlan, evaluating
 from ddim.scheduler import NO_INVERSE, DDIMScheduler, check_own_steps
@@ -125,8 +125,8 @@ class LatentSpace:
         larger than a gray level.
 
         Args:
-            images: PIL images, one or a list; a NumPy array (N, H, W, C) of uint8 or floats in [0, 1]; or a tensor
-                (N, C, H, W) in [-1, 1].
+            images: PIL images, one or a list; a NumPy array (N, H, W, C) of uint8 or floats in [0, 1], or of values in
+                the units of the model's `pixel_format`; or a tensor (N, C, H, W) in [-1, 1].
             num_inference_steps: S, from 1 to the number of timesteps the model was trained with.
             exact: solve each step's equation, so that decoding gives the image back; `False` is the paper's Euler
                 encoding, with one function evaluation per step.
@@ -214,7 +214,7 @@ class LatentSpace:
                     f"got {len(visited)} steps from {visited[0]}; use the same steps, or pass .latents"
                 )
             latents = latents.latents
-        return ImagePipelineOutput(to_output(self._decode(latents, steps, batch_size), output_type))
+        return ImagePipelineOutput(self.sampler.to_output(self._decode(latents, steps, batch_size), output_type))
 
     def reconstruct(
         self,
@@ -232,8 +232,8 @@ class LatentSpace:
         """Encode images, decode their latents, and compare.
 
         Args:
-            images: PIL images, one or a list; a NumPy array (N, H, W, C) of uint8 or floats in [0, 1]; or a tensor
-                (N, C, H, W) in [-1, 1].
+            images: PIL images, one or a list; a NumPy array (N, H, W, C) of uint8 or floats in [0, 1], or of values in
+                the units of the model's `pixel_format`; or a tensor (N, C, H, W) in [-1, 1].
             num_inference_steps: S, from 1 to the number of timesteps the model was trained with.
             exact: solve each step's equation; `False` is the paper's Euler encoding.
             tolerance: of a step's residual, on the scale of [-1, 1]; above 0, below 1.
@@ -267,7 +267,7 @@ class LatentSpace:
         samples = self._to_samples(images, resize)
         steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps)
         encoded, decoded = invert(self.sampler, samples, steps, settings, self.progress_bar)
-        return ReconstructOutput(to_output(decoded, output_type), encoded)
+        return ReconstructOutput(self.sampler.to_output(decoded, output_type), encoded)
 
     def interpolate(
         self,
@@ -339,7 +339,7 @@ class LatentSpace:
             batch_size = min(integer("batch_size", batch_size, 1), len(path))
             x = self.sampler.check_latents(path)
             samples = self.sampler.run(x, plan, progress_bar=self.progress_bar, batch_size=batch_size)
-        return ImagePipelineOutput(to_output(samples, output_type))
+        return ImagePipelineOutput(self.sampler.to_output(samples, output_type))
 
     def trajectory(
         self,
@@ -394,10 +394,10 @@ class LatentSpace:
         def keep(state: State) -> None:
             if state.step.timestep in kept:
                 result.timesteps.append(state.step.timestep)
-                result.samples.append(to_output(state.previous, output_type))
-                result.pred_original_samples.append(to_output(state.pred_original_sample, output_type))
+                result.samples.append(self.sampler.to_output(state.previous, output_type))
+                result.pred_original_samples.append(self.sampler.to_output(state.pred_original_sample, output_type))
 
-        result.images = to_output(self.sampler.run(x, plan, noise, keep, self.progress_bar), output_type)
+        result.images = self.sampler.to_output(self.sampler.run(x, plan, noise, keep, self.progress_bar), output_type)
         return result
 
     def consistency(
@@ -445,7 +445,7 @@ class LatentSpace:
         sampler = self.sampler
         with sampler.running(sum(len(plan.steps) for plan in plans), self.progress_bar) as bar:
             samples = [sampler.take_steps(x, plan.steps, sampler.step_fn(x, plan), bar) for plan in plans]
-        return [to_output(sample, output_type) for sample in samples]
+        return [sampler.to_output(sample, output_type) for sample in samples]
 
     def edit(
         self,
@@ -467,8 +467,8 @@ class LatentSpace:
         only what plain sampling, with its clipping and its last jump to a clean image, corrects is changed.
 
         Args:
-            images: PIL images, one or a list; a NumPy array (N, H, W, C) of uint8 or floats in [0, 1]; or a tensor
-                (N, C, H, W) in [-1, 1].
+            images: PIL images, one or a list; a NumPy array (N, H, W, C) of uint8 or floats in [0, 1], or of values in
+                the units of the model's `pixel_format`; or a tensor (N, C, H, W) in [-1, 1].
             strength: the share of the steps that is taken, from 0 (the images unchanged) to 1 (all of them).
             num_inference_steps: S of a whole process; round(strength S) of them are taken.
             output_type: `pil`, `np` (float32 (N, H, W, C) in [0, 1]) or `pt` ((N, C, H, W) in [0, 1]).
@@ -517,7 +517,7 @@ class LatentSpace:
             forward = invertible_steps(self.sampler.scheduler, len(timesteps), timesteps)
             x = invert(self.sampler, x, forward, inversion, self.progress_bar)[0].latents
         x = self.sampler.run(x, SamplingPlan(plan.config, steps), noise, progress_bar=self.progress_bar)
-        return ImagePipelineOutput(to_output(x, output_type))
+        return ImagePipelineOutput(self.sampler.to_output(x, output_type))
 
     def direction(
         self,
@@ -595,7 +595,8 @@ class LatentSpace:
         return [step.timestep for step in steps]
 
     def _to_samples(self, images: Any, resize: bool) -> Tensor:
-        return to_samples(images, *self.sampler.sample_shape, resize=resize).to(self.sampler.device)
+        sampler = self.sampler
+        return to_samples(images, *sampler.sample_shape, resize, pixel_format=sampler.pixel_format).to(sampler.device)
 
     def _decode(self, latents: Tensor, steps: Sequence[Step], batch_size: int) -> Tensor:
         """Decode latents that a caller gave."""

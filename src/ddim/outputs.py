@@ -126,7 +126,8 @@ class ImagePipelineOutput(Output):
     """Sampled images.
 
     Attributes:
-        images: a list of N PIL images, a float32 array (N, H, W, C) in [0, 1], or a tensor (N, C, H, W) in [0, 1].
+        images: a list of N PIL images; a float32 array (N, H, W, C) in [0, 1], or a tensor (N, C, H, W) in [0, 1]; of a
+            model of 16-bit or float images both are in the data's units.
 
     Example:
         >>> ImagePipelineOutput(images=[])[0]

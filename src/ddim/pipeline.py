@@ -17,7 +17,6 @@ from types import MappingProxyType
 from typing import Any, Self, cast
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,8 +28,8 @@ from ddim.engine import check_engine
 from ddim.external_scheduler import StepArguments, run_scheduler
 from ddim.io import hub
 from ddim.io.diffusers_mixins import join_mixins
-from ddim.io.images import to_output
 from ddim.io.json_files import read_json
+from ddim.io.pixel_format import PixelFormat
 from ddim.latents import LatentSpace
 from ddim.outputs import ImagePipelineOutput
 from ddim.sampler import Sampler, check_output_channels
@@ -140,6 +139,11 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         """The shape (C, H, W) of the network's samples."""
         return self.sampler.sample_shape
 
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """The type and the ranges of the values of the model's images."""
+        return self.sampler.pixel_format
+
     def set_progress_bar_config(self, **config: Any) -> None:
         """Set arguments of the `tqdm` progress bar.
 
@@ -190,7 +194,8 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
             num_inference_steps: S, from 1 to the number of timesteps the model was trained with.
             use_clipped_model_output: recompute epsilon from the clipped x_0 in each step.
             output_type: `pil`; `np` or `numpy`: float32 (N, H, W, C) in [0, 1]; `pt`: (N, C, H, W) in [0, 1], on the
-                model's device.
+                model's device. Of a model of 16-bit or float images `np` is of that type and `pt` floating, both in the
+                data's units (`ddim.io.pixel_format`).
             return_dict: `False` for `(images,)`.
             seeds: one integer per image instead of a generator: image i then depends on `seeds[i]` and on nothing else,
                 to within rounding, if the network is deterministic (dropout draws from PyTorch's global generator).
@@ -247,12 +252,14 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
             generators = None if seeds is None else [torch.Generator(x.device).manual_seed(seed) for seed in seeds]
             arguments = StepArguments(eta, use_clipped_model_output, generators or generator)
             x = run_scheduler(self.sampler, x, config, arguments, latents is None, call_back, self.progress_bar)
+        to_pil = output_type == "pil" and self.pixel_format.is_eight_bit
+        images = self.sampler.to_output(x, "np" if to_pil else output_type)
         # A subclass may replace numpy_to_pil.
-        images = self.numpy_to_pil(to_output(x, "np")) if output_type == "pil" else to_output(x, output_type)
+        images = self.numpy_to_pil(images) if to_pil else images
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images) if return_dict else (images,)
 
-    def sample_images(self, count: int, seed: int = 0, batch_size: int = 64, **settings: Any) -> list[Image.Image]:
+    def sample_images(self, count: int, seed: int = 0, batch_size: int = 64, **settings: Any) -> list[Any]:
         """Sample any number of images in batches, image i from seed `seed + i`.
 
         Batches are all of one size, the last one filled up with further seeds: networks round a little differently for
@@ -262,11 +269,11 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
             count: the number of images.
             seed: of the first image.
             batch_size: images per network evaluation; at most `count` are taken.
-            settings: `eta`, `num_inference_steps`, `use_clipped_model_output`, `timesteps`, `order` and `use_sigma_hat`
-                of a call of the pipeline.
+            settings: `eta`, `num_inference_steps`, `use_clipped_model_output`, `timesteps`, `order`, `use_sigma_hat` and
+                `output_type` of a call of the pipeline.
 
         Returns:
-            `count` PIL images.
+            `count` PIL images, or as many arrays (H, W, C) or tensors (C, H, W), as `output_type` says.
 
         Raises:
             ValueError: for an argument out of range, before the network runs.
@@ -281,7 +288,7 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         count, batch_size = integer("count", count, 1), integer("batch_size", batch_size, 1)
         seed = integer("seed", seed, 0)
         batch_size = min(count, batch_size)
-        images: list[Image.Image] = []
+        images: list[Any] = []
         for first in range(seed, seed + count, batch_size):
             (batch,) = cast(
                 tuple[Any], self(batch_size, return_dict=False, seeds=range(first, first + batch_size), **settings)
@@ -289,7 +296,7 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
             images += batch
         return images[:count]
 
-    def paint(self, *args: Any, **kwargs: Any) -> list[Image.Image]:
+    def paint(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Call `sample_images`, of which this is a deprecated alias.
 
         Args:

@@ -28,7 +28,8 @@ from ddim.diffusion.noise import NoiseSource, check_seeds, list_seeds, noise_fro
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.engine import check_engine, get_engine
 from ddim.engine.base import Engine
-from ddim.io.images import check_output_type
+from ddim.io.images import check_output_type, height_and_width, to_output
+from ddim.io.pixel_format import PixelFormat, format_of
 from ddim.scheduler import check_own_steps
 from ddim.validation import integer
 
@@ -116,8 +117,12 @@ class Sampler:
         size = config.sample_size
         if size is None:
             raise ValueError("the model's configuration has no sample_size, so noise has no shape; give latents")
-        height, width = (size, size) if isinstance(size, int) else size
-        return config.in_channels, height, width
+        return config.in_channels, *height_and_width(size)
+
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """The type and the ranges of the values that samples stand for."""
+        return format_of(self.unet.config)
 
     def plan(self, config: SamplingConfig) -> SamplingPlan:
         """Return the steps of a run; the scheduler's own timesteps are set to match.
@@ -151,9 +156,18 @@ class Sampler:
             output_type: one of `ddim.io.images.OUTPUT_TYPES`.
 
         Raises:
-            ValueError: for another name, or PIL images of more than 4 channels.
+            ValueError: for another name, or PIL images where PIL has no mode for them.
         """
-        check_output_type(output_type, getattr(self.unet.config, "in_channels", None))
+        check_output_type(output_type, getattr(self.unet.config, "in_channels", None), self.pixel_format)
+
+    def to_output(self, samples: Tensor, output_type: str) -> Any:
+        """Convert samples to images, in the type and the units of the model's data; see `ddim.io.images.to_output`.
+
+        Args:
+            samples: (N, C, H, W) in [-1, 1], on any device.
+            output_type: one of `ddim.io.images.OUTPUT_TYPES`.
+        """
+        return to_output(samples, output_type, self.pixel_format)
 
     def initial_noise(
         self,

@@ -11,7 +11,7 @@ all blocks of a path.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ddim.devices import execution_device
 from ddim.io.config import register_to_config
 from ddim.io.diffusers_mixins import join_mixins
+from ddim.io.pixel_format import PixelFormat
 from ddim.io.pretrained import ModelFiles
 from ddim.nn.layers import (
     ACTIVATIONS,
@@ -383,6 +384,8 @@ class UNet2DModel(ModelFiles, nn.Module):
             already).
         num_class_embeds: number of classes, for `class_embed_type=None`; `None` for an unconditional model.
         num_train_timesteps: rows of the `learned` time embedding.
+        pixel_format: the type and the ranges of the values that samples stand for (`ddim.io.pixel_format`); `None` for
+            8-bit images. Recorded where `diffusers` passes over it.
 
     Raises:
         ValueError: for names that do not exist or numbers that do not fit together, naming them and what is allowed.
@@ -400,6 +403,7 @@ class UNet2DModel(ModelFiles, nn.Module):
     """
 
     config_name = "config.json"
+    own_settings: ClassVar = {"pixel_format": None}
     # ModelMixin of diffusers, a base once that is imported, logs a warning about its own classes on every cast.
     to = nn.Module.to
     _supports_gradient_checkpointing = True
@@ -436,8 +440,10 @@ class UNet2DModel(ModelFiles, nn.Module):
         class_embed_type: str | None = None,
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
+        pixel_format: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        PixelFormat.parse(pixel_format, in_channels)
         down_types, up_types = _check_config(self.config)
         channels = tuple(block_out_channels)
         levels = len(channels)

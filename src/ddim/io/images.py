@@ -1,7 +1,8 @@
 """Images as tensors, NumPy arrays and PIL images.
 
 Inside the model an image is a float tensor (N, C, H, W) in [-1, 1]; outside it is bytes, or floats in [0, 1]. C is 1
-for grayscale, 3 for color.
+for gray, 2 for gray with alpha, 3 for color, 4 for color with alpha. Images of other types of values, and of more
+channels, are arrays in the units of their data (`ddim.io.pixel_format`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ddim.io.pixel_format import EIGHT_BIT, NonFiniteError, PixelFormat, cast_exactly
 from ddim.io.reading import DAMAGED, reader_reason
 from ddim.validation import choice
 
@@ -34,8 +36,8 @@ PIL_OPEN_LOCK = threading.Lock()
 """Held while an image is opened with a filter on warnings, because Python's filters are shared by all threads."""
 
 
-class NonFiniteError(ValueError):
-    """Images that hold NaN or infinity."""
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+"""The mode of 8-bit images by their number of channels."""
 
 
 def to_unit_range(samples: Tensor) -> Tensor:
@@ -54,26 +56,49 @@ def to_unit_range(samples: Tensor) -> Tensor:
     return (samples / 2 + 0.5).clamp(0, 1)
 
 
-def to_output(samples: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
+def height_and_width(size: Any) -> tuple[int, int]:
+    """Return the height and width that a `sample_size` stands for.
+
+    Args:
+        size: an integer, for squares; or a pair (H, W).
+
+    Example:
+        >>> height_and_width(28), height_and_width([40, 64])
+        ((28, 28), (40, 64))
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def to_output(
+    samples: Tensor, output_type: str, pixel_format: PixelFormat = EIGHT_BIT
+) -> list[Image.Image] | np.ndarray | Tensor:
     """Convert samples to an output type.
 
     Args:
         samples: (N, C, H, W) in [-1, 1], on any device.
         output_type: `pil` for a list of N images, `np` or `numpy` for (N, H, W, C) in [0, 1], `pt` for
             (N, C, H, W) in [0, 1] on the same device.
+        pixel_format: of the model. Of other images than those of 8 bits, `np` is of the format's type and in the data's
+            units, and `pt` in these units without rounding.
 
     Returns:
         The images.
 
     Raises:
-        ValueError: for another output type.
+        ValueError: for another output type, or PIL images where PIL has no mode for them.
 
     Example:
         >>> to_output(torch.zeros(2, 1, 4, 4), "np").shape
         (2, 4, 4, 1)
     """
-    check_output_type(output_type, samples.shape[1])
+    check_output_type(output_type, samples.shape[1], pixel_format)
     unit = to_unit_range(samples)
+    if not pixel_format.is_eight_bit:
+        if output_type == "pt":
+            return pixel_format.scale(unit)
+        values = pixel_format.to_array(unit)
+        return values if output_type != "pil" else [as_pil(pixels) for pixels in values]
     if output_type == "pt":
         return unit
     dtype = torch.float32 if output_type == "pil" else torch.promote_types(unit.dtype, torch.float32)
@@ -82,19 +107,27 @@ def to_output(samples: Tensor, output_type: str) -> list[Image.Image] | np.ndarr
 
 
 def to_samples(
-    images: Any, channels: int, height: int, width: int, resize: bool = False, name: str = "images"
+    images: Any,
+    channels: int,
+    height: int,
+    width: int,
+    resize: bool = False,
+    name: str = "images",
+    pixel_format: PixelFormat = EIGHT_BIT,
 ) -> Tensor:
     """Convert images to samples of a model.
 
     Args:
-        images: a PIL image or a list of them; a NumPy array (N, H, W, C) or (H, W, C), uint8 or floats in [0, 1]; or a
-            floating tensor (N, C, H, W) or (C, H, W) in [-1, 1].
-        channels: C that the model requires: 1 for grayscale, 3 for color.
+        images: a PIL image or a list of them, or of arrays (H, W, C); a NumPy array (N, H, W, C) or (H, W, C), uint8 or
+            floats in [0, 1]; or a floating tensor (N, C, H, W) or (C, H, W) in [-1, 1].
+        channels: C that the model requires.
         height: H that it requires, in pixels.
         width: W that it requires, in pixels.
-        resize: crop, scale and convert PIL images of other sizes and modes, as `fit_image` does; otherwise they are
-            refused.
+        resize: crop, scale and convert listed images of other sizes and modes, as `fit_image` and `fit_array` do;
+            otherwise they are refused.
         name: the argument's name in messages.
+        pixel_format: of the model. Where it is not that of 8-bit images, images and arrays hold values of its type, in
+            the data's units; values beyond the range are clipped, with a warning.
 
     Returns:
         float32 (N, C, H, W) in [-1, 1], or float64 for a float64 tensor.
@@ -109,14 +142,18 @@ def to_samples(
     """
     if isinstance(images, Image.Image):
         images = [images]
-    if isinstance(images, list | tuple) and all(isinstance(image, Image.Image) for image in images):
+    if isinstance(images, list | tuple) and all(isinstance(image, Image.Image | np.ndarray) for image in images):
         fitted = [
-            _to_pixels(image, channels, height, width, resize, getattr(image, "filename", "") or f"{name}[{index}]")
+            _to_pixels(
+                image,
+                *(channels, height, width),
+                *(resize, getattr(image, "filename", "") or f"{name}[{index}]", pixel_format),
+            )
             for index, image in enumerate(images)
         ]
         images = np.stack(fitted) if fitted else np.empty((0, height, width, channels), np.uint8)
     if isinstance(images, np.ndarray):
-        samples = _from_array(images[None] if images.ndim == 3 else images, name)
+        samples = _from_array(images[None] if images.ndim == 3 else images, name, pixel_format)
     elif isinstance(images, Tensor):
         samples = _check_range(images[None] if images.ndim == 3 else images, -1, 1, name)
     else:
@@ -136,40 +173,120 @@ def to_samples(
 def fit_image(image: Image.Image, height: int, width: int, channels: int, crop: bool = True) -> Image.Image:
     """Fit an image to a model: crop its center to the aspect ratio, resize it (Lanczos), convert it to gray or color.
 
-    An image of the right size is only converted. Transparent pixels are blended with white. Pixels of 16 bits, and
-    floats in [0, 1], are scaled to 8 bits.
+    An image of the right size is only converted. Alpha is kept where the model has a channel for it; else transparent
+    pixels are blended with white. Pixels of 16 bits, and floats in [0, 1], are scaled to 8 bits.
 
     Args:
         image: any mode and size.
         height: height of the result, in pixels.
         width: width of the result, in pixels.
-        channels: 1 for grayscale, 3 for color.
+        channels: 1 for gray, 2 for gray with alpha, 3 for color, 4 for color with alpha.
         crop: crop to the aspect ratio; if false, the whole image is stretched.
 
     Returns:
-        An image of mode `L` or `RGB`.
+        An image of mode `L`, `LA`, `RGB` or `RGBA`.
 
     Raises:
-        ValueError: if the image has values of another range, non-finite ones, or a mode that is neither gray nor color.
+        ValueError: if the image has values of another range, non-finite ones, or a mode that is neither gray nor color;
+            or for more channels.
 
     Example:
         >>> fitted = fit_image(Image.new("RGBA", (30, 20)), 8, 8, 1)
         >>> fitted.mode, fitted.size
         ('L', (8, 8))
     """
+    if channels not in MODES:
+        name = getattr(image, "filename", "") or "the image"
+        raise ValueError(f"{name} must be an array of {channels} channels, got an image of mode {image.mode}")
     image = _to_eight_bits(image)
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    image = image.convert("L" if channels == 1 else "RGB")
+        image = image.convert("RGBA")
+        if channels in (1, 3):
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    elif image.mode not in ("1", "L"):
+        # PIL converts some modes, such as CMYK, to no mode with alpha.
+        image = image.convert("RGB")
+    image = image.convert(MODES[channels])
     if image.size == (width, height):
         return image
     if crop:
-        crop_width = max(1, min(image.width, round(image.height * width / height)))
-        crop_height = max(1, min(image.height, round(image.width * height / width)))
-        left, top = (image.width - crop_width) // 2, (image.height - crop_height) // 2
-        image = image.crop((left, top, left + crop_width, top + crop_height))
+        image = image.crop(_crop_box(*image.size, height, width))
     return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def fit_array(image: np.ndarray, height: int, width: int, channels: int, crop: bool = True, name: str = "") -> np.ndarray:
+    """Fit an array to a model: crop its center to the aspect ratio, resize each channel (Lanczos).
+
+    An array of the right size is returned as it is. Resizing does not leave the range of a channel's values.
+
+    Args:
+        image: (H, W, C).
+        height: height of the result, in pixels.
+        width: width of the result, in pixels.
+        channels: C that the model requires.
+        crop: crop to the aspect ratio; if false, the whole image is stretched.
+        name: of the image, in messages.
+
+    Returns:
+        (height, width, channels) of the same type; integers are rounded.
+
+    Raises:
+        ValueError: for another number of channels.
+
+    Example:
+        >>> fit_array(np.zeros((20, 30, 5), np.uint16), 8, 8, 5).shape
+        (8, 8, 5)
+    """
+    if image.ndim != 3 or image.shape[2] != channels or not image.size:
+        raise ValueError(
+            f"{name or 'the image'} must be an array (H, W, {channels}), got one of shape {tuple(image.shape)}"
+        )
+    if image.shape[:2] == (height, width):
+        return image
+    if crop:
+        left, top, right, bottom = _crop_box(image.shape[1], image.shape[0], height, width)
+        image = image[top:bottom, left:right]
+    resized = [
+        np.asarray(Image.fromarray(page).resize((width, height), Image.Resampling.LANCZOS)).clip(page.min(), page.max())
+        for page in np.moveaxis(image, 2, 0).astype(np.float32)
+    ]
+    result = np.stack(resized, axis=2)
+    return (result if np.issubdtype(image.dtype, np.floating) else result.round()).astype(image.dtype)
+
+
+def as_array(image: Image.Image | np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """Return the values of an image that a model of other values than 8 bits takes.
+
+    Args:
+        image: a PIL image of one channel (`I;16`, `I`, `F`), or an array (H, W, C).
+        dtype: that the model requires.
+        name: of the image, in messages.
+
+    Returns:
+        (H, W, C) of `dtype`.
+
+    Raises:
+        ValueError: for values of another type, or that are not finite.
+
+    Example:
+        >>> as_array(Image.new("I;16", (4, 3)), "uint16", "x.png").shape
+        (3, 4, 1)
+    """
+    if isinstance(image, Image.Image) and image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
+        raise ValueError(f"{name} must hold {dtype} values, got an image of mode {image.mode}")
+    values = np.asarray(image)
+    values = values[:, :, None] if values.ndim == 2 else values
+    if values.ndim != 3 or not values.size:
+        raise ValueError(f"{name} must be an image (H, W, C), got an array of shape {values.shape}")
+    return cast_exactly(values, dtype, name)
+
+
+def _crop_box(width: int, height: int, target_height: int, target_width: int) -> tuple[int, int, int, int]:
+    """Return the largest centered box of an aspect ratio: left, top, right, bottom."""
+    crop_width = max(1, min(width, round(height * target_width / target_height)))
+    crop_height = max(1, min(height, round(width * target_height / target_width)))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
 
 
 def decode_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
@@ -263,22 +380,26 @@ def upright(image: Image.Image, name: str) -> Image.Image:
         return image.copy()
 
 
-def check_output_type(output_type: Any, channels: int | None = None) -> None:
+def check_output_type(
+    output_type: Any, channels: int | None = None, pixel_format: PixelFormat = EIGHT_BIT
+) -> None:
     """Check that an output type is one of `OUTPUT_TYPES` and takes images of so many channels.
 
     Args:
         output_type: what the caller gave.
         channels: of the images; `None` if not known.
+        pixel_format: of the images.
 
     Raises:
-        ValueError: if it is not, or for PIL images of more channels than 4.
+        ValueError: if it is not, or for PIL images where PIL has no mode for them.
 
     Example:
         >>> check_output_type("pil", 3)
     """
     choice("output_type", output_type, OUTPUT_TYPES)
-    if output_type == "pil" and channels is not None and channels > 4:
-        raise ValueError(f"output_type must be 'np' or 'pt' for images of {channels} channels, got 'pil'")
+    if output_type == "pil" and channels is not None and not pixel_format.fits_pil(channels):
+        kind = f"{channels} channels" if pixel_format.is_eight_bit else pixel_format.describe(channels)
+        raise ValueError(f"output_type must be 'np' or 'pt' for images of {kind}, got 'pil'")
 
 
 def to_bytes(array: np.ndarray) -> np.ndarray:
@@ -306,10 +427,10 @@ def as_pil(pixels: np.ndarray) -> Image.Image:
     """Convert pixels to a PIL image.
 
     Args:
-        pixels: uint8 (H, W, C), C from 1 to 4.
+        pixels: uint8 (H, W, C), C from 1 to 4; or uint16 or float32 (H, W, 1).
 
     Returns:
-        An image of mode `L`, `LA`, `RGB` or `RGBA`.
+        An image of mode `L`, `LA`, `RGB` or `RGBA`; or `I;16` or `F`.
 
     Example:
         >>> image = as_pil(np.zeros((2, 3, 1), np.uint8))
@@ -319,14 +440,34 @@ def as_pil(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
-def _to_pixels(image: Image.Image, channels: int, height: int, width: int, resize: bool, name: str) -> np.ndarray:
-    """Convert an image to the uint8 (H, W, C) that a model requires, or refuse it."""
-    mode = "L" if channels == 1 else "RGB"
-    image = upright(image, name)
+def _to_pixels(
+    image: Image.Image | np.ndarray,
+    channels: int,
+    height: int,
+    width: int,
+    resize: bool,
+    name: str,
+    pixel_format: PixelFormat,
+) -> np.ndarray:
+    """Convert an image to the (H, W, C) that a model requires, or refuse it."""
+    if isinstance(image, Image.Image):
+        image = upright(image, name)
+    if not pixel_format.is_eight_bit or channels not in MODES or isinstance(image, np.ndarray):
+        if isinstance(image, Image.Image) and pixel_format.dtype == "uint8":
+            raise ValueError(f"{name} must be an array of {channels} channels, got an image of mode {image.mode}")
+        values = as_array(image, pixel_format.dtype, name)
+        if not resize and values.shape[:2] != (height, width):
+            raise ValueError(
+                f"{name} must be {width}x{height}, got {values.shape[1]}x{values.shape[0]}; resize=True crops the "
+                "center and scales it"
+            )
+        return fit_array(values, height, width, channels, name=name)
+    mode = MODES[channels]
     if not resize and (image.size != (width, height) or image.mode != mode):
+        blended = ", with white behind transparent pixels" if channels in (1, 3) else ""
         raise ValueError(
             f"{name} must be {width}x{height} {mode}, got {image.width}x{image.height} {image.mode}; resize=True crops "
-            "the center, scales it and converts it, with white behind transparent pixels"
+            f"the center, scales it and converts it{blended}"
         )
     setattr(image, "filename", name)  # noqa: B010 - messages name images by it
     return np.atleast_3d(np.asarray(fit_image(image, height, width, channels)))
@@ -357,8 +498,10 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values / np.float32(257)).round().astype(np.uint8))
 
 
-def _from_array(array: np.ndarray, name: str) -> Tensor:
+def _from_array(array: np.ndarray, name: str, pixel_format: PixelFormat) -> Tensor:
     """Convert bytes or floats in [0, 1], (N, H, W, C), to (N, C, H, W) in [-1, 1]; other ranks keep their shape."""
+    if not pixel_format.is_eight_bit:
+        return _from_values(cast_exactly(array, pixel_format.dtype, name), name, pixel_format)
     if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"{name} must be uint8, or floating in [0, 1], got an array of {array.dtype}")
     # A copy, because arrays can be read-only, as np.asarray of a PIL image is, or have negative strides.
@@ -366,6 +509,18 @@ def _from_array(array: np.ndarray, name: str) -> Tensor:
     unit = values / 255 if array.dtype == np.uint8 else _check_range(values, 0, 1, name)
     samples = 2 * unit - 1
     return samples.movedim(-1, 1) if samples.ndim == 4 else samples
+
+
+def _from_values(array: np.ndarray, name: str, pixel_format: PixelFormat) -> Tensor:
+    """Convert values in a format's units, (N, H, W, C), to (N, C, H, W) in [-1, 1]; other ranks keep their shape."""
+    values = torch.from_numpy(np.array(array, np.float32, order="C"))
+    if values.ndim != 4 or len(pixel_format.low) not in (1, values.shape[3]):
+        return values  # whose shape the caller refuses
+    samples = pixel_format.to_samples(values.movedim(-1, 1))
+    if beyond := int((samples.abs() > 1 + RANGE_TOLERANCE).flatten(1).any(1).sum()):
+        message = "%s: %d of %d images hold values beyond the model's range, which are clipped"
+        logger.warning(message, name, beyond, len(samples))
+    return samples.clamp(-1, 1)
 
 
 def _check_range(values: Tensor, low: int, high: int, name: str) -> Tensor:

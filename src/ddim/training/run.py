@@ -34,7 +34,7 @@ from ddim.io.atomic import TEMPORARY_PREFIX, atomic_write
 from ddim.io.config import public_entries
 from ddim.io.hub import MODEL_INDEX
 from ddim.io.image_files import make_grid, save_images
-from ddim.io.images import NonFiniteError
+from ddim.io.pixel_format import NonFiniteError
 from ddim.io.locks import LOCK_NAME, OutputLock
 from ddim.io.runs import CHECKPOINTS, FINAL
 from ddim.pipeline import DDIMPipeline
