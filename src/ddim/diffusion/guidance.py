@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor
@@ -121,7 +121,9 @@ class Conditions:
     def classes(self) -> Tensor | None:
         """Return the distinct class labels of D_1, and of D_0 where the same network is D_0; `None` for embeddings."""
         used = [t for t in (self.labels, self.baseline_labels) if t is not None]
-        return torch.cat(used).unique() if used and not any(t.is_floating_point() for t in used) else None
+        if not used or any(t.is_floating_point() for t in used):
+            return None
+        return cast(Tensor, torch.unique(torch.cat(used)))
 
 
 def predict_guided(predict: Predictor, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:

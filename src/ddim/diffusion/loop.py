@@ -195,4 +195,4 @@ def full_batches(x: Tensor, batch_size: int) -> list[Tensor]:
         [[0, 1], [2, 2]]
     """
     indices = torch.arange(len(x) + -len(x) % batch_size, device=x.device).clamp_max(len(x) - 1)
-    return list(indices.split(batch_size))
+    return list(torch.split(indices, batch_size))

@@ -9,7 +9,7 @@ in the configuration of `UNet2DModel`, which other libraries pass over:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,8 @@ class ClassLabels:
     has_null: bool = False
 
     def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError("num_class_embeds must be at least 1, and 2 with has_null_class=True")
         if self.names and len(self.names) != self.count:
             raise ValueError(f"class_names must hold {self.count} names, got {len(self.names)}")
         if len(set(self.names)) != len(self.names) or not all(isinstance(name, str) and name for name in self.names):
@@ -77,8 +79,27 @@ class ClassLabels:
         rows, embed_type = getattr(config, "num_class_embeds", None), getattr(config, "class_embed_type", None)
         if rows is None or embed_type is not None:
             return None
-        has_null = bool(getattr(config, "has_null_class", False))
-        return cls(rows - has_null, tuple(getattr(config, "class_names", None) or ()), has_null)
+        own = config.get("_ddim") if isinstance(config, Mapping) else None
+        own = own if isinstance(own, Mapping) else {}
+        return cls.parse(rows, own.get("class_names"), own.get("has_null_class", False))
+
+    @classmethod
+    def parse(cls, num_class_embeds: int, class_names: Sequence[str] | None, has_null_class: bool) -> ClassLabels:
+        """Return the classes of the settings of a network.
+
+        Args:
+            num_class_embeds: classes, with the null class.
+            class_names: their names, without the null class; `None` for none.
+            has_null_class: whether the last class is the null class.
+
+        Raises:
+            ValueError: if the settings contradict each other.
+
+        Example:
+            >>> ClassLabels.parse(3, ["cat", "dog"], has_null_class=True).count
+            2
+        """
+        return cls(num_class_embeds - bool(has_null_class), tuple(class_names or ()), bool(has_null_class))
 
     def resolve(self, labels: Labels, count: int, name: str = "class_labels") -> Tensor:
         """Return the indices of classes, one per image.
@@ -100,7 +121,7 @@ class ClassLabels:
             Traceback (most recent call last):
             ValueError: class_labels must be from 0 to 1 or one of cat, dog, got 'dig' (did you mean dog?)
         """
-        if isinstance(labels, Tensor):
+        if hasattr(labels, "tolist"):  # tensors and NumPy's arrays
             labels = labels.tolist()
         entries = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
         if not entries or len(entries) not in (1, count):
@@ -146,3 +167,43 @@ class ClassLabels:
             allowed = f"from 0 to {self.count - 1}" + (f" or one of {shown_names}" if self.names else "")
             raise ValueError(f"{name} must be {allowed}, got {shown(label)}{nearest(label, self.names)}")
         return index
+
+
+def count_labels(labels: Labels | None) -> int:
+    """Return the number of labels: 1 for a single one, and for none.
+
+    Args:
+        labels: as users give them.
+
+    Example:
+        >>> count_labels("smile"), count_labels([3, 8])
+        (1, 2)
+    """
+    if labels is None or isinstance(labels, str) or not hasattr(labels, "__len__"):
+        return 1
+    return len(labels) if not isinstance(labels, Tensor) or labels.ndim else 1
+
+
+def check_class_settings(
+    num_class_embeds: int | None, class_embed_type: str | None, class_names: Sequence[str] | None, has_null_class: bool
+) -> None:
+    """Check that the names and the null class of a network fit its classes.
+
+    Args:
+        num_class_embeds: of `UNet2DModel`, as all others.
+        class_embed_type: the network has classes where this is `None` and `num_class_embeds` is not.
+        class_names: names of the classes.
+        has_null_class: whether the last class is the null class.
+
+    Raises:
+        ValueError: if they do not.
+
+    Example:
+        >>> check_class_settings(None, None, ["cat"], False)
+        Traceback (most recent call last):
+        ValueError: class_names and has_null_class require num_class_embeds, and class_embed_type=None
+    """
+    if num_class_embeds is not None and class_embed_type is None:
+        ClassLabels.parse(num_class_embeds, class_names, has_null_class)
+    elif class_names or has_null_class:
+        raise ValueError("class_names and has_null_class require num_class_embeds, and class_embed_type=None")
