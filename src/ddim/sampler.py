@@ -262,24 +262,35 @@ class Sampler:
             ValueError: if the network predicts another number of channels than it takes, or twice as many.
         """
         check_output_channels(self.unet.config)
-        engine = self.get_engine() if engine is None else engine
-        engine.prepare([step.timestep for step in steps], None if conditions is None else conditions.classes())
-        predict = self._predictor(engine)
+        timesteps = [step.timestep for step in steps]
+        classes = None if conditions is None else conditions.classes()
+        predict = self.predictor(timesteps, classes, engine)
         if conditions is not None:
-            return ConditionalDenoiser(predict, conditions, batch_size)
+            guide = None if conditions.guide is None else conditions.guide.predictor(timesteps, classes)
+            return ConditionalDenoiser(predict, conditions, batch_size, guide)
 
         def denoiser(x: Tensor, t: Tensor) -> Tensor:
             return predict(x, t, None)
 
         return denoiser if batch_size is None else in_batches(denoiser, batch_size)
 
-    def _predictor(self, engine: Engine) -> Predictor:
-        """Return the network as a function of x_t, t and class labels."""
+    def predictor(
+        self, timesteps: Sequence[int], classes: Tensor | None = None, engine: Engine | None = None
+    ) -> Predictor:
+        """Return the network as a function of x_t, t and class labels, run by the engine.
+
+        Args:
+            timesteps: of the run, which the engine prepares.
+            classes: distinct class labels of the run, int64 (L,); `None` for a network without classes.
+            engine: the engine; `None` for `get_engine()`.
+        """
         dtype = self.dtype
+        chosen = self.get_engine() if engine is None else engine
+        chosen.prepare(timesteps, classes)
 
         def predict(x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
             # A learned variance follows in as many channels again; DDIM does not use it.
-            return engine.predict(x.to(dtype), t, class_labels)[:, : x.shape[1]].to(x.dtype)
+            return chosen.predict(x.to(dtype), t, class_labels)[:, : x.shape[1]].to(x.dtype)
 
         return predict
 
@@ -328,7 +339,7 @@ class Sampler:
                 raise ValueError("class_labels and negative_labels must be None: the model has no classes")
             if guidance.is_active and guide is None:
                 raise ValueError("guidance requires a model with classes, or a guide")
-            return None if guide is None else Conditions(None, None, guidance, guide._predictor(guide.get_engine()))
+            return None if guide is None else Conditions(None, None, guidance, guide)
         device = self.device
         if class_labels is None:
             if guidance.is_active and guide is None and negative_labels is None:
@@ -337,7 +348,7 @@ class Sampler:
         else:
             labels = classes.resolve(class_labels, count)
         if guide is not None:
-            return Conditions(labels.to(device), None, guidance, guide._predictor(guide.get_engine()))
+            return Conditions(labels.to(device), None, guidance, guide)
         if not guidance.is_active:
             return Conditions(labels.to(device))
         if negative_labels is not None:

@@ -21,9 +21,9 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self, cast
+from typing import Protocol, Self, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +34,18 @@ from ddim.validation import integer, real, shown
 Predictor = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Takes x_t (N, C, H, W), t as a tensor () and the class labels (N,), or embeddings (N, D), or `None` where there are
 none; returns the prediction (N, C, H, W)."""
+
+
+class Guide(Protocol):
+    """A weaker model, as `Conditions` hold it: a `ddim.sampler.Sampler`."""
+
+    def predictor(self, timesteps: Sequence[int], classes: Tensor | None) -> Predictor:
+        """Return its network, prepared for a run.
+
+        Args:
+            timesteps: of the run.
+            classes: distinct class labels of the run, int64 (L,); `None` for a network without classes.
+        """
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,7 @@ class Conditions:
             without classes.
         baseline_labels: of D_0, of the same kind; `None` where the guide is D_0, or there is no guidance.
         guidance: its scale and interval.
-        guide: the network of D_0 where it is another one; `None` for the same network.
+        guide: the model of D_0 where it is another one; `None` for the same network.
 
     Example:
         >>> conditions = Conditions(torch.tensor([3, 8]), torch.tensor([10, 10]), Guidance(2.0))
@@ -107,7 +119,7 @@ class Conditions:
     labels: Tensor | None
     baseline_labels: Tensor | None = None
     guidance: Guidance = Guidance()
-    guide: Predictor | None = None
+    guide: Guide | None = None
 
     def take(self, rows: Tensor | slice) -> Self:
         """Return the conditions of some samples.
@@ -126,7 +138,9 @@ class Conditions:
         return cast(Tensor, torch.unique(torch.cat(used)))
 
 
-def predict_guided(predict: Predictor, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+def predict_guided(
+    predict: Predictor, x: Tensor, t: Tensor, conditions: Conditions, guide: Predictor | None = None
+) -> Tensor:
     """Evaluate a network with guidance.
 
     Args:
@@ -134,6 +148,7 @@ def predict_guided(predict: Predictor, x: Tensor, t: Tensor, conditions: Conditi
         x: x_t, (N, C, H, W).
         t: the timestep, a tensor ().
         conditions: of these N samples.
+        guide: the network of the conditions' guide, if they have one.
 
     Returns:
         The guided prediction, (N, C, H, W).
@@ -144,7 +159,7 @@ def predict_guided(predict: Predictor, x: Tensor, t: Tensor, conditions: Conditi
         >>> predict_guided(predict, torch.zeros(1, 1, 1, 1), torch.tensor(5), conditions).item()
         5.0
     """
-    guidance, labels, guide = conditions.guidance, conditions.labels, conditions.guide
+    guidance, labels = conditions.guidance, conditions.labels
     # The timestep itself is needed for an interval alone: reading it waits for the device.
     scale = guidance.scale if guidance.interval is None else guidance.scale_at(int(t))
     if scale == 1:
@@ -169,6 +184,7 @@ class ConditionalDenoiser:
         conditions: of all samples of the run.
         batch_size: evaluate exactly so many samples at a time, the last batch filled up with its last sample; `None`
             for all at once.
+        guide: the network of the conditions' guide, if they have one.
 
     Example:
         >>> predict = lambda x, t, labels: labels.view(-1, 1, 1, 1).expand_as(x)
@@ -177,8 +193,15 @@ class ConditionalDenoiser:
         8
     """
 
-    def __init__(self, predict: Predictor, conditions: Conditions, batch_size: int | None = None) -> None:
-        self.predict, self.conditions, self.batch_size = predict, conditions, batch_size
+    def __init__(
+        self,
+        predict: Predictor,
+        conditions: Conditions,
+        batch_size: int | None = None,
+        guide: Predictor | None = None,
+    ) -> None:
+        self.predict, self.conditions = predict, conditions
+        self.batch_size, self.guide = batch_size, guide
 
     def take(self, rows: Tensor | slice) -> ConditionalDenoiser:
         """Return the denoiser of some samples of the run.
@@ -186,7 +209,7 @@ class ConditionalDenoiser:
         Args:
             rows: their indices, int64 (n,), or a slice.
         """
-        return ConditionalDenoiser(self.predict, self.conditions.take(rows), self.batch_size)
+        return ConditionalDenoiser(self.predict, self.conditions.take(rows), self.batch_size, self.guide)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the guided prediction.
@@ -196,9 +219,11 @@ class ConditionalDenoiser:
             t: the timestep, an int64 tensor ().
         """
         if self.batch_size is None:
-            return predict_guided(self.predict, x, t, self.conditions)
-        batches = full_batches(x, self.batch_size)
-        outputs = [predict_guided(self.predict, x[rows], t, self.conditions.take(rows)) for rows in batches]
+            return predict_guided(self.predict, x, t, self.conditions, self.guide)
+        outputs = [
+            predict_guided(self.predict, x[rows], t, self.conditions.take(rows), self.guide)
+            for rows in full_batches(x, self.batch_size)
+        ]
         return torch.cat(outputs)[: len(x)]
 
 

@@ -119,7 +119,7 @@ class ClassLabels:
         Example:
             >>> ClassLabels(2, ("cat", "dog")).resolve("dig", 1)
             Traceback (most recent call last):
-            ValueError: class_labels must be from 0 to 1 or one of cat, dog, got 'dig' (did you mean dog?)
+            ValueError: class_labels must be from 0 to 1 or one of cat, dog, got 'dig' (did you mean 'dog'?)
         """
         if hasattr(labels, "tolist"):  # tensors and NumPy's arrays
             labels = labels.tolist()
