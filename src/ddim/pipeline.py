@@ -293,7 +293,7 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
             (batch,) = cast(
                 tuple[Any], self(batch_size, return_dict=False, seeds=range(first, first + batch_size), **settings)
             )
-            images += batch
+            images.extend(batch)
         return images[:count]
 
     def paint(self, *args: Any, **kwargs: Any) -> list[Any]:

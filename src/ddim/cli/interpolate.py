@@ -18,6 +18,8 @@ from ddim.cli.common import (
     load_latents_pipeline,
     load_pipeline,
     read_images,
+    save_results,
+    show_images,
     report_result,
     split_model,
 )
@@ -89,7 +91,6 @@ def interpolate(
         is_folder_path,
         save_animation,
         save_image,
-        save_images,
         stack_rows,
     )
 
@@ -115,19 +116,21 @@ def interpolate(
         timesteps=path_timesteps,
         as_samples=given.are_seeds,
         batch_size=batch_size,
+        output_type="np",
     ).images
-    num_replaced = len(earlier_files(out))
+    num_replaced, note = len(earlier_files(out)), ""
+    shown = show_images(pipe, images)
     suffix = "" if is_folder_path(out) else target.suffix.lower()
     if suffix in ANIMATION_SUFFIXES:
-        save_animation([enlarge(image, image, scale) for image in images], out, fps)
+        save_animation([enlarge(image, image, scale) for image in shown], out, fps)
     elif suffix == ".png" and grid_shape is None:
-        starts = range(0, len(images) if closed else len(images) - 1, frames - 1)
-        cycle = [*images, images[0]]
+        starts = range(0, len(shown) if closed else len(shown) - 1, frames - 1)
+        cycle = [*shown, shown[0]]
         strip = stack_rows([cycle[start : start + frames] for start in starts], frames)
-        save_image(enlarge(strip, images[0], scale), target)
+        save_image(enlarge(strip, shown[0], scale), target)
     else:
-        save_images(images, out, columns=grid_shape and grid_shape[1], scale=scale)
-    summary = pluralize(len(images), "frame")
+        note = save_results(pipe, images, out, grid_shape and grid_shape[1], scale)
+    summary = pluralize(len(images), "frame") + note
     if given.latents and name is None:
         summary += (
             f", {pluralize(len(path_timesteps), 'step')} of the model {shown(settings.model)}, which {source} names"
@@ -174,7 +177,7 @@ class Points:
     names: Sequence[str]
     latents: dict[str, tuple[Tensor, LatentSettings]]
     seeds: dict[str, int]
-    images: dict[str, list[Image.Image]]
+    images: dict[str, list[Image.Image | np.ndarray]]
 
     @classmethod
     def read(cls, names: Sequence[str]) -> Self:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddim.data.base import Source
+from ddim.data.base import Decoded, Source
 from ddim.data.sources import open_source
 from ddim.io.images import decode_image, fit_image, to_bytes
 from ddim.io.reading import reader_reason
@@ -214,7 +214,7 @@ def _open_shards(path: Path) -> Source:
             stream.seek(offset)
             return decode_image(io.BytesIO(stream.read(size)), f"{shard}:{name}")
 
-    def fetch(indices: Sequence[int]) -> list[Callable[[], Image.Image]]:
+    def fetch(indices: Sequence[int]) -> list[Callable[[], Decoded]]:
         return [partial(decode, *members[i]) for i in indices]
 
     return Source(str(path), len(members), fetch, "")

@@ -423,6 +423,27 @@ def to_bytes(array: np.ndarray) -> np.ndarray:
     return (array * 255).round().astype(np.uint8)
 
 
+def to_values(images: Any, pixel_format: PixelFormat) -> np.ndarray:
+    """Return images of the output type `np` in the type of their format: floats in [0, 1] become bytes.
+
+    Args:
+        images: (N, H, W, C), as `to_output` returns them.
+        pixel_format: of the model.
+
+    Returns:
+        (N, H, W, C) of the format's type.
+
+    Raises:
+        NonFiniteError: if a value is NaN or infinite.
+
+    Example:
+        >>> to_values(np.ones((1, 2, 2, 1)), EIGHT_BIT).max()
+        np.uint8(255)
+    """
+    array = np.asarray(images)
+    return to_bytes(array) if pixel_format.is_eight_bit else array
+
+
 def as_pil(pixels: np.ndarray) -> Image.Image:
     """Convert pixels to a PIL image.
 

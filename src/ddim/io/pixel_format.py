@@ -264,7 +264,7 @@ def cast_exactly(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
         return result
     low, high = LIMITS.get(dtype, (0, -1))
     fits = values.dtype == np.int32 and (not values.size or (values.min() >= low and values.max() <= high))
-    if values.dtype != dtype and not fits:
+    if values.dtype.name != dtype and not fits:
         raise ValueError(f"{name} must hold {dtype} values, got {values.dtype}")
     return values.astype(dtype)
 
