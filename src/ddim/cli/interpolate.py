@@ -28,6 +28,7 @@ from ddim.validation import integer, pluralize, shown
 MAX_SEED_DIGITS = 19
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
     from torch import Tensor
 

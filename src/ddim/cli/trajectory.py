@@ -15,6 +15,7 @@ from ddim.cli.common import (
     load_pipeline,
     parse_integers,
     report_result,
+    show_images,
     with_spacing,
 )
 from ddim.validation import integer, pluralize

@@ -30,7 +30,7 @@ A denoising diffusion model of {kind}, trained with `ddim`.
 {count} samples from seeds 0 to {last} at {steps} steps, none picked{shown}.
 
 ```python
-from ddim import DDIMPipeline  # or: from diffusers import DDIMPipeline
+from ddim import DDIMPipeline  # or: from diffusers import DDIMPipeline{units}
 
 pipe = DDIMPipeline.from_pretrained("{name}")  # this folder, or its id on the hub
 images = pipe(batch_size=16, num_inference_steps={steps}{output}).images
@@ -92,6 +92,7 @@ def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
     return CARD.format(
         name=out.resolve().name,
         kind=_describe_images(height_and_width(model["sample_size"]), channels, pixel_format),
+        units="" if pixel_format.is_eight_bit else ", whose images are in [0, 1]",
         output="" if pixel_format.is_eight_bit and pixel_format.fits_pil(channels) else ', output_type="np"',
         shown="" if shows_values(channels, pixel_format) else ", in false color",
         count=config.samples.count,
