@@ -269,8 +269,8 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
             count: the number of images.
             seed: of the first image.
             batch_size: images per network evaluation; at most `count` are taken.
-            settings: `eta`, `num_inference_steps`, `use_clipped_model_output`, `timesteps`, `order`, `use_sigma_hat` and
-                `output_type` of a call of the pipeline.
+            settings: `eta`, `num_inference_steps`, `use_clipped_model_output`, `timesteps`, `order`, `use_sigma_hat`
+                and `output_type` of a call of the pipeline.
 
         Returns:
             `count` PIL images, or as many arrays (H, W, C) or tensors (C, H, W), as `output_type` says.

@@ -7,8 +7,8 @@ files, compressed TIFF files, zip archives and parts have checksums.
 Images that PNG does not keep (`ddim.io.array_files`) are TIFF files.
 
 - A folder gets `00000.png`, ...; a batch is done when all of its files are present.
-- `x.npz` (`arr_0`, (N, H, W, C), for 8-bit images as the ADM evaluator reads it) and `x.tar` collect batches as `.npy` files in
-  `x.npz.parts/` until all are present. A part ends in the SHA-256 of what stands before it.
+- `x.npz` (`arr_0`, (N, H, W, C), for 8-bit images as the ADM evaluator reads it) and `x.tar` collect batches as `.npy`
+  files in `x.npz.parts/` until all are present. A part ends in the SHA-256 of what stands before it.
 - `x.tar` stands for shards `x-000000.tar`, ... as WebDataset reads them: for image i, `000000042.png` and
   `000000042.json`, `{"index": 42, "seed": 42}`. Once its batches are present, a shard is written and they are deleted.
 """
@@ -376,7 +376,11 @@ class NpzTarget(PartsTarget):
         entry = zipfile.ZipInfo("arr_0.npy", ZIP_TIMESTAMP)
         entry.compress_type = zipfile.ZIP_DEFLATED
         with zipfile.ZipFile(path, "w") as archive, archive.open(entry, "w", force_zip64=True) as stream:
-            header = {"descr": np.dtype(self.dtype).str, "fortran_order": False, "shape": (self.count, *self.image_shape)}
+            header = {
+                "descr": np.dtype(self.dtype).str,
+                "fortran_order": False,
+                "shape": (self.count, *self.image_shape),
+            }
             np.lib.format.write_array_header_1_0(stream, header)
             for batch in self.batches:
                 stream.write(self.read_part(batch).tobytes())

@@ -18,9 +18,9 @@ from ddim.cli.common import (
     load_latents_pipeline,
     load_pipeline,
     read_images,
+    report_result,
     save_results,
     show_images,
-    report_result,
     split_model,
 )
 from ddim.validation import integer, pluralize, shown
@@ -120,15 +120,15 @@ def interpolate(
         output_type="np",
     ).images
     num_replaced, note = len(earlier_files(out)), ""
-    shown = show_images(pipe, images)
+    frames_shown = show_images(pipe, images)
     suffix = "" if is_folder_path(out) else target.suffix.lower()
     if suffix in ANIMATION_SUFFIXES:
-        save_animation([enlarge(image, image, scale) for image in shown], out, fps)
+        save_animation([enlarge(image, image, scale) for image in frames_shown], out, fps)
     elif suffix == ".png" and grid_shape is None:
-        starts = range(0, len(shown) if closed else len(shown) - 1, frames - 1)
-        cycle = [*shown, shown[0]]
+        starts = range(0, len(frames_shown) if closed else len(frames_shown) - 1, frames - 1)
+        cycle = [*frames_shown, frames_shown[0]]
         strip = stack_rows([cycle[start : start + frames] for start in starts], frames)
-        save_image(enlarge(strip, shown[0], scale), target)
+        save_image(enlarge(strip, frames_shown[0], scale), target)
     else:
         note = save_results(pipe, images, out, grid_shape and grid_shape[1], scale)
     summary = pluralize(len(images), "frame") + note

@@ -3,9 +3,9 @@
     crop             a random window, where images are stored larger than the model takes
     flips            mirrored left to right, or top to bottom, with probability 1/2 each
     quarter turns    0, 90, 180 or 270 degrees with the same probability: square images
-    color            8-bit RGB, values v in [0, 1], in this order: brightness v b; contrast m + c (v - m), m the mean luma
-                     of the image; saturation l + s (v - l), l the luma of the pixel; and hue, turned in HSV. The factors
-                     b, c, s are uniform in [max(0, 1 - a), 1 + a] for an amount a, the turn in [-a, a] of a circle.
+    color            8-bit RGB, values v in [0, 1], in this order: brightness v b; contrast m + c (v - m), m the mean
+                     luma of the image; saturation l + s (v - l), l the luma of the pixel; and hue, turned in HSV. The
+                     factors b, c, s are uniform in [1 - a, 1 + a] for an amount a, the turn in [-a, a] of a circle.
 
 The numbers of a step are drawn for the whole batch from (seed, step), so that neither the number of processes nor what
 has been before changes them. Each kind draws from its own generator (crop and horizontal flip share one): switching one
@@ -102,10 +102,13 @@ class Augmentation:
 
     def _change_colors(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Change the colors of images by numbers in [0, 1), (n, 4)."""
-        amounts = (self.brightness, self.contrast, self.saturation)
-        factors = [max(0.0, 1 - a) + numbers[:, i] * (1 + a - max(0.0, 1 - a)) for i, a in enumerate(amounts)]
-        turns = (2 * numbers[:, 3] - 1) * self.hue
-        return change_colors(images.float() / 255, *factors, turns if self.hue else None) * 255
+        # The amounts are at most 1, so that no lower end is below 0.
+        brightness, contrast, saturation, turns = (
+            (2 * numbers[:, index] - 1) * amount
+            for index, amount in enumerate((self.brightness, self.contrast, self.saturation, self.hue))
+        )
+        changed = change_colors(images.float() / 255, 1 + brightness, 1 + contrast, 1 + saturation)
+        return (turn_hue(changed, turns) if self.hue else changed) * 255
 
 
 def crop_windows(images: Tensor, corners: Tensor, size: tuple[int, int]) -> Tensor:
@@ -154,33 +157,29 @@ def rotate_quarters(images: Tensor, turns: Tensor) -> Tensor:
     return result
 
 
-def change_colors(
-    images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, turns: Tensor | None = None
-) -> Tensor:
-    """Change the colors of images.
+def change_colors(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
+    """Change the brightness, the contrast and the saturation of images, in this order.
 
     Args:
         images: floating (n, 3, H, W), RGB in [0, 1].
         brightness: factors (n,), at least 0.
         contrast: factors (n,), at least 0.
         saturation: factors (n,), at least 0.
-        turns: of the hue, (n,), as fractions of a circle; `None` for none.
 
     Returns:
         (n, 3, H, W) in [0, 1].
 
     Example:
         >>> red, one = torch.tensor([1.0, 0.0, 0.0]).reshape(1, 3, 1, 1), torch.ones(1)
-        >>> change_colors(red, one, one, one, one / 3).flatten()
-        tensor([0., 1., 0.])
+        >>> change_colors(red, one / 2, one, one).flatten()
+        tensor([0.5000, 0.0000, 0.0000])
     """
     b, c, s = (factor[:, None, None, None] for factor in (brightness, contrast, saturation))
     images = (images * b).clamp(0, 1)
     mean = _luma(images).mean((2, 3), keepdim=True)
     images = (mean + c * (images - mean)).clamp(0, 1)
     luma = _luma(images)
-    images = (luma + s * (images - luma)).clamp(0, 1)
-    return images if turns is None else turn_hue(images, turns)
+    return (luma + s * (images - luma)).clamp(0, 1)
 
 
 def turn_hue(images: Tensor, turns: Tensor) -> Tensor:

@@ -265,9 +265,7 @@ class LazyImageDataset:
 
     location = "no cache: they are decoded at each visit"
 
-    def __init__(
-        self, decoder: Decoder, shape: tuple[int, int, int], pixel_format: PixelFormat = EIGHT_BIT
-    ) -> None:
+    def __init__(self, decoder: Decoder, shape: tuple[int, int, int], pixel_format: PixelFormat = EIGHT_BIT) -> None:
         self.decoder, self.pixel_format = decoder, pixel_format
         self.shape = (decoder.source.count, *shape)
         self.fingerprint = self.identity = _hash_identity(decoder.source)
@@ -297,9 +295,7 @@ class LazyImageDataset:
         return _as_values(torch.from_numpy(np.stack([decoded[index] for index in visited])))
 
 
-def open_dataset(
-    config: DataConfig, size: int | Sequence[int], channels: int, shared: bool = False
-) -> ImageDataset:
+def open_dataset(config: DataConfig, size: int | Sequence[int], channels: int, shared: bool = False) -> ImageDataset:
     """Open the images of a configuration, and decode them where they are to be cached.
 
     Args:
@@ -313,7 +309,8 @@ def open_dataset(
 
     Raises:
         FileNotFoundError: if the source does not exist or holds no image.
-        ValueError: if it is of another kind, more images than allowed cannot be read, or `data.value_range` does not fit.
+        ValueError: if it is of another kind, more images than allowed cannot be read, or `data.value_range` does not
+            fit.
         RuntimeError: if the hub cannot be reached or refuses.
 
     Example:
@@ -368,7 +365,9 @@ def _given_format(config: DataConfig, dtype: str, channels: int) -> PixelFormat 
         raise ValueError("data.value_range must be null for images of 8 bits, which are from 0 to 255")
     bounds = np.array(config.value_range, np.float64).reshape(-1, 2).tolist()
     try:
-        return PixelFormat.parse({"dtype": dtype, "low": [a for a, _ in bounds], "high": [b for _, b in bounds]}, channels)
+        return PixelFormat.parse(
+            {"dtype": dtype, "low": [a for a, _ in bounds], "high": [b for _, b in bounds]}, channels
+        )
     except ValueError as error:
         raise ValueError(f"data.value_range: {error}") from None
 

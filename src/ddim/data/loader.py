@@ -85,7 +85,7 @@ class Batches:
         self._order = torch.empty(0, dtype=torch.int64)
 
     def __getitem__(self, step: int) -> Tensor:
-        """Return the images of a step, (n, C, *size), uint8 or float32; an epoch's last batch runs over into the next."""
+        """Return the images of a step, (n, C, *size), uint8 or float32; an epoch's last batch runs into the next."""
         # Read: the seed and the step alone decide which images are visited.
         images = self.dataset.read(self.image_indices(step))
         return self.augmentation.apply(images, self.seed, step, self.size, self.batch_size, self.local)

@@ -19,8 +19,8 @@ import numpy as np
 
 from ddim.data.base import Decoded, Source, first_line
 from ddim.extras import require
-from ddim.io.hub import HUB_ID
 from ddim.io.array_files import MAX_CHANNELS, load_npy, read_pixels
+from ddim.io.hub import HUB_ID
 from ddim.io.image_files import find_images
 from ddim.io.images import as_pil
 from ddim.io.npz import open_npz
@@ -89,8 +89,8 @@ def open_source(source: str, split: str = "train", column: str | None = None) ->
 
         return read_hub_dataset(source, split, column)
     raise FileNotFoundError(
-        f"{source} does not exist; expected a folder of images, a .parquet, .npz or .npy file, the id of a dataset on the "
-        f"hub such as owner/name, or {DIGITS}"
+        f"{source} does not exist; expected a folder of images, a .parquet, .npz or .npy file, the id of a dataset on "
+        f"the hub such as owner/name, or {DIGITS}"
     )
 
 
@@ -112,7 +112,9 @@ def _from_tables(files: list[str], name: str, column: str | None) -> Source:
 def _from_array(pixels: np.ndarray, name: str, identity: str | None = None) -> Source:
     if pixels.ndim == 3:
         pixels = pixels[..., None]
-    decode = as_pil if pixels.dtype == np.uint8 and pixels.shape[3] <= 4 else np.array
+    decode: Callable[[np.ndarray], Decoded] = np.array
+    if pixels.dtype == np.uint8 and pixels.shape[3] <= 4:
+        decode = as_pil
 
     def fetch(indices: Sequence[int]) -> list[Callable[[], Decoded]]:
         return [partial(decode, pixels[i]) for i in indices]
@@ -151,9 +153,7 @@ def _read_npz(path: Path) -> np.ndarray:
             content = ", ".join(f"{name}: {header.dtype} {header.shape}" for name, header in file.headers.items())
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as .npz: {first_line(error)}") from None
-    raise ValueError(
-        f"{path} must hold images as an array {ARRAYS_OF_IMAGES}, got {content or 'nothing'}"
-    )
+    raise ValueError(f"{path} must hold images as an array {ARRAYS_OF_IMAGES}, got {content or 'nothing'}")
 
 
 def _read_npz_column(path: Path, count: int, name: str) -> list[str] | None:

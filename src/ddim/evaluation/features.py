@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ddim.evaluation.classifiers import CLASSIFIERS, load_classifier
 from ddim.extras import require
-from ddim.io.weights import digest
 from ddim.io.pixel_format import EIGHT_BIT, PixelFormat
+from ddim.io.weights import digest
 from ddim.validation import nearest, shorten, shown
 
 MAX_PIXELS_SIDE = 32

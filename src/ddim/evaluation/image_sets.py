@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from ddim.data.base import Decoded, Source
-from ddim.data.sources import open_source
 from ddim.data.inspection import find_dtype
+from ddim.data.sources import open_source
 from ddim.io.images import as_array, decode_image, fit_array, fit_image, to_values
 from ddim.io.pixel_format import EIGHT_BIT, PixelFormat, measured_format
 from ddim.io.reading import reader_reason
@@ -127,9 +127,13 @@ def open_files(
         return pixels.permute(0, 3, 1, 2).contiguous()
 
     if pixel_format is None and dtype != "uint8":
-        ranges = [values.float().flatten(2).aminmax(dim=2) for values in map(read_values, range(-(-total // BATCH_SIZE)))]
+        ranges = [
+            values.float().flatten(2).aminmax(dim=2) for values in map(read_values, range(-(-total // BATCH_SIZE)))
+        ]
         low = torch.cat([bounds.min for bounds in ranges]).amin(0)
-        pixel_format = measured_format(dtype, low.tolist(), torch.cat([bounds.max for bounds in ranges]).amax(0).tolist())
+        pixel_format = measured_format(
+            dtype, low.tolist(), torch.cat([bounds.max for bounds in ranges]).amax(0).tolist()
+        )
     checked = pixel_format or EIGHT_BIT
 
     def read_batch(number: int) -> Tensor:

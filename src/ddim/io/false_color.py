@@ -1,9 +1,9 @@
 """Images of any number of channels and type of values as 8-bit images that can be looked at.
 
 One channel becomes gray, three become RGB, and others become false color: channel c of C gets a color of hue c / C, and
-a pixel is the sum of the colors, weighted by the values. Weights are normalized such that a pixel with the same value in
-all channels is gray of that value. Channels are scaled by the ranges of the format. 8-bit images of up to four channels
-are shown as they are.
+a pixel is the sum of the colors, weighted by the values. Weights are normalized such that a pixel with the same value
+in all channels is gray of that value. Channels are scaled by the ranges of the format. 8-bit images of up to four
+channels are shown as they are.
 """
 
 from __future__ import annotations

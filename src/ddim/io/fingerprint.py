@@ -26,7 +26,8 @@ def model_sha256(pipe: HasModel) -> str:
     """Return a SHA-256 of everything that decides which image a latent stands for.
 
     That is the weights with their dtype, the network's configuration, the format of its images' values, the noise
-    schedule, and what the network predicts (`prediction_type`). The sampler's settings, which vary from call to call, are not part of it.
+    schedule, and what the network predicts (`prediction_type`). The sampler's settings, which vary from call to call,
+    are not part of it.
 
     Args:
         pipe: holds the model.

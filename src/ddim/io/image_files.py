@@ -40,7 +40,7 @@ MAX_ENLARGED_PIXELS = 4096
 
 
 def find_images(path: str | Path) -> list[Path]:
-    """Find the image files in a folder and its subfolders, by their suffixes; or, where there are none, arrays (`.npy`).
+    """Find the image files in a folder and its subfolders, by their suffixes; where there are none, arrays (`.npy`).
 
     Hidden files, such as those that macOS adds (`._x.png`), and what is not a regular file, such as pipes and devices,
     are skipped with a warning.
@@ -374,8 +374,9 @@ def save_images(
 
     Args:
         images: at least one, all of one size and mode.
-        path: `x.png` or `x.tiff` for a grid, or for a single image as it is; `x.npz` for `arr_0`, uint8 (N, H, W, C), the format of
-            the ADM evaluator; a path without a suffix, or an existing folder, for `00000.png`, `00001.png`, ...
+        path: `x.png` or `x.tiff` for a grid, or for a single image as it is; `x.npz` for `arr_0`, uint8 (N, H, W, C),
+            the format of the ADM evaluator; a path without a suffix, or an existing folder, for `00000.png`,
+            `00001.png`, ...
         columns: images per row of a grid; defaults to a grid as square as possible.
         scale: factor by which a grid is enlarged; `None` chooses it, as `enlarge` does.
 

@@ -214,7 +214,9 @@ def fit_image(image: Image.Image, height: int, width: int, channels: int, crop: 
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def fit_array(image: np.ndarray, height: int, width: int, channels: int, crop: bool = True, name: str = "") -> np.ndarray:
+def fit_array(
+    image: np.ndarray, height: int, width: int, channels: int, crop: bool = True, name: str = ""
+) -> np.ndarray:
     """Fit an array to a model: crop its center to the aspect ratio, resize each channel (Lanczos).
 
     An array of the right size is returned as it is. Resizing does not leave the range of a channel's values.
@@ -380,9 +382,7 @@ def upright(image: Image.Image, name: str) -> Image.Image:
         return image.copy()
 
 
-def check_output_type(
-    output_type: Any, channels: int | None = None, pixel_format: PixelFormat = EIGHT_BIT
-) -> None:
+def check_output_type(output_type: Any, channels: int | None = None, pixel_format: PixelFormat = EIGHT_BIT) -> None:
     """Check that an output type is one of `OUTPUT_TYPES` and takes images of so many channels.
 
     Args:

@@ -1,9 +1,9 @@
 """Samples of any model as files: without loss where the format of the file allows it, else in false color.
 
-    x.png     a grid; 8 bits up to four channels, 16 bits of one channel; others in false color, to be looked at
-    x.tiff    the same grid with the values themselves, one page per channel
-    x.npz     `arr_0`, (N, H, W, C) of the model's type, in the units of its data
-    a folder  one file per image: PNG where it keeps the values, else TIFF
+x.png     a grid; 8 bits up to four channels, 16 bits of one channel; others in false color, to be looked at
+x.tiff    the same grid with the values themselves, one page per channel
+x.npz     `arr_0`, (N, H, W, C) of the model's type, in the units of its data
+a folder  one file per image: PNG where it keeps the values, else TIFF
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ from ddim.io.false_color import preview
 from ddim.io.hub import MODEL_INDEX
 from ddim.io.image_files import make_grid, save_images
 from ddim.io.images import to_values
-from ddim.io.pixel_format import NonFiniteError
 from ddim.io.locks import LOCK_NAME, OutputLock
+from ddim.io.pixel_format import NonFiniteError
 from ddim.io.runs import CHECKPOINTS, FINAL
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
@@ -236,9 +236,7 @@ def prepare_dataset(config: TrainConfig, accelerator: Accelerator, device: torch
         )
     if config.data.on_device and isinstance(dataset, CachedImageDataset):
         pixels = dataset.pixels.to(device)
-        dataset = CachedImageDataset(
-            pixels, str(device), dataset.fingerprint, dataset.identity, dataset.pixel_format
-        )
+        dataset = CachedImageDataset(pixels, str(device), dataset.fingerprint, dataset.identity, dataset.pixel_format)
     return dataset
 
 
