@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddim.io import hub
 from ddim.io.config import public_entries
+from ddim.io.images import height_and_width
 from ddim.io.runs import split_variant
 from ddim.io.weights import choose_weights
 from ddim.pipeline import DDIMPipeline, component_folder
@@ -28,7 +29,8 @@ def describe(model: str | Path) -> dict[str, Any]:
     Returns:
         `model`, `found` (the folder), `layout` (`diffusers` or `flat`), `weights` (the file), `parameters`,
         `gflop_per_image_and_step` (one function evaluation on one image; a multiplication and an addition count as
-        two), `unet` and `scheduler` (their configurations).
+        two), `images` (their channels, type of values, and for other than 8 bits the ranges), `unet` and `scheduler`
+        (their configurations).
 
     Raises:
         FileNotFoundError: if the model does not exist, or files are missing in it.
@@ -49,9 +51,20 @@ def describe(model: str | Path) -> dict[str, Any]:
         "weights": choose_weights([path.name for path in weights_folder.iterdir()], variant),
         "parameters": pipe.unet.num_parameters(),
         "gflop_per_image_and_step": round(count_flop(pipe.unet) / 1e9, 3),
+        "images": _describe_images(pipe),
         "unet": public_entries(pipe.unet.config),
         "scheduler": public_entries(pipe.scheduler.config),
     }
+
+
+def _describe_images(pipe: DDIMPipeline) -> dict[str, Any]:
+    """Return what images the model has."""
+    size, pixel_format = pipe.unet.config.sample_size, pipe.pixel_format
+    sides = {} if size is None else dict(zip(("height", "width"), height_and_width(size), strict=True))
+    facts = {**sides, "channels": pipe.unet.config.in_channels, "dtype": pixel_format.dtype}
+    if pixel_format.is_eight_bit:
+        return facts
+    return facts | {"low": list(pixel_format.low), "high": list(pixel_format.high)}
 
 
 def count_flop(unet: UNet2DModel) -> int:
@@ -69,8 +82,7 @@ def count_flop(unet: UNet2DModel) -> int:
         >>> count_flop(unet) > 0
         True
     """
-    size = unet.config.sample_size or DEFAULT_SAMPLE_SIZE
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = height_and_width(unet.config.sample_size or DEFAULT_SAMPLE_SIZE)
     # On the meta device only shapes are computed.
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         network = UNet2DModel.from_config(unet.config).eval()

@@ -322,7 +322,7 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
             of_batch = {name: _labels_of_batch(label, first, batch_size, count) for name, label in labels.items()}
             seeds = range(seed + first, seed + first + batch_size)
             (batch,) = cast(tuple[Any], self(batch_size, return_dict=False, seeds=seeds, **of_batch, **settings))
-            images += batch
+            images.extend(batch)
         return images[:count]
 
     @property

@@ -16,12 +16,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ddim.data.augment import Augmentation, crop_windows
 from ddim.data.config import DataConfig
 from ddim.data.dataset import CachedImageDataset, open_dataset
-from ddim.data.loader import Batches, Prefetcher, crop_windows, loader_rate, split_holdout
+from ddim.data.loader import Batches, Prefetcher, loader_rate, split_holdout
 from ddim.data.seeding import generator_for
 from ddim.distributed import ProcessGroup
 from image_data import CACHES, fitted
+
+FLIPS = Augmentation(horizontal_flip=True)
 
 # --- held-out images
 
@@ -94,7 +97,7 @@ def test_augmentation_does_not_depend_on_the_number_of_processes() -> None:
 
     def make(rank: int, size: int) -> Batches:
         group = ProcessGroup(rank, size)
-        return Batches(dataset, torch.arange(20), 12, 3, 16, horizontal_flip=True, processes=group)
+        return Batches(dataset, torch.arange(20), 12, 3, 16, augmentation=FLIPS, processes=group)
 
     for processes in (2, 3, 4):
         for step in (0, 1, 7):
@@ -143,9 +146,16 @@ def test_order_is_uniform() -> None:
 @pytest.mark.parametrize("cache", CACHES)
 def test_batches_do_not_depend_on_the_cache(folder: Path, mixed_images: list[Image.Image], cache: str) -> None:
     config = DataConfig(source=str(folder), cache=cache, crop="random", horizontal_flip=True)
-    batches = Batches(open_dataset(config, 16, 3), torch.arange(len(mixed_images)), 5, 0, 16, horizontal_flip=True)
+    batches = Batches(
+        open_dataset(config, 16, 3),
+        torch.arange(len(mixed_images)),
+        5,
+        0,
+        16,
+        augmentation=FLIPS,
+    )
     dataset = CachedImageDataset(torch.from_numpy(fitted(mixed_images, 18, 3).copy()))
-    expected = Batches(dataset, torch.arange(len(mixed_images)), 5, 0, 16, horizontal_flip=True)
+    expected = Batches(dataset, torch.arange(len(mixed_images)), 5, 0, 16, augmentation=FLIPS)
     for step in range(4):
         assert torch.equal(batches[step], expected[step])
 
@@ -174,7 +184,7 @@ def test_random_crops_are_uniform_over_windows() -> None:
 
 def test_crop_windows() -> None:
     images = torch.arange(2 * 2 * 5 * 5).reshape(2, 2, 5, 5)
-    windows = crop_windows(images, torch.tensor([[0, 2], [1, 0]]), 3)
+    windows = crop_windows(images, torch.tensor([[0, 2], [1, 0]]), (3, 3))
     assert torch.equal(windows[0], images[0, :, 0:3, 2:5])
     assert torch.equal(windows[1], images[1, :, 1:4, 0:3])
 
@@ -182,7 +192,7 @@ def test_crop_windows() -> None:
 def test_half_of_the_images_are_flipped() -> None:
     N = 8
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (N, 3, 6, 6), np.uint8))
-    batches = Batches(CachedImageDataset(pixels), torch.arange(N), N, 3, 6, horizontal_flip=True)
+    batches = Batches(CachedImageDataset(pixels), torch.arange(N), N, 3, 6, augmentation=FLIPS)
     flipped = []
     for step in range(200):
         for index, image in zip(batches.image_indices(step).tolist(), batches[step], strict=True):
@@ -190,7 +200,7 @@ def test_half_of_the_images_are_flipped() -> None:
             assert flipped[-1] or torch.equal(image, pixels[index])
     # 800 of 1600, with a standard deviation of 20.
     assert 720 < sum(flipped) < 880
-    again = Batches(CachedImageDataset(pixels), torch.arange(N), N, 3, 6, horizontal_flip=True)
+    again = Batches(CachedImageDataset(pixels), torch.arange(N), N, 3, 6, augmentation=FLIPS)
     assert torch.equal(again[9], batches[9])
     plain = Batches(CachedImageDataset(pixels), torch.arange(N), N, 3, 6)
     assert all(torch.equal(plain[step], pixels[plain.image_indices(step)]) for step in range(5))

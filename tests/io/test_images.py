@@ -252,8 +252,8 @@ def test_no_images_raises(empty: Any, resize: bool) -> None:
 
 @pytest.mark.parametrize(
     "images",
-    [None, "image.png", Path("image.png"), b"", 3, [1, 2], [[0.5]], {}, [None], [noise(), np.asarray(noise())],
-     [np.asarray(noise())], [torch.zeros(3, H, W)], [noise(), "image.png"], [[noise()]]],
+    [None, "image.png", Path("image.png"), b"", 3, [1, 2], [[0.5]], {}, [None], [torch.zeros(3, H, W)],
+     [np.asarray(noise()), None], [noise(), "image.png"], [[noise()]]],
     ids=lambda images: repr(images)[:25],
 )  # fmt: skip
 def test_other_types_and_mixed_lists_raise(images: Any) -> None:

@@ -18,12 +18,13 @@ from gradio.events import api
 from PIL import Image
 
 from ddim.app import inputs
-from ddim.app.events import DEVICE_EVENT, REPORTED_ERRORS, Endpoint, Shared, fit, make_download_folder
+from ddim.app.events import DEVICE_EVENT, REPORTED_ERRORS, Endpoint, Shared, make_download_folder
 from ddim.app.handlers import interpolate as interpolation
 from ddim.app.handlers import invert as inversion
 from ddim.app.handlers import sample as sampling
 from ddim.app.handlers import steps as comparison
 from ddim.app.listeners import StreamAudience
+from ddim.app.pictures import Picture, fit
 from ddim.app.runs import Run, RunProgress, RunResult, RunWaiting, run_events
 from ddim.io.image_files import save_image
 
@@ -46,9 +47,10 @@ def add_endpoints(shared: Shared) -> None:
             save_image(image, path)
         return [gr.FileData(path=str(path), orig_name=path.name, mime_type="image/png").model_dump() for path in paths]
 
-    def fit_upload(source: Any, model: str) -> Image.Image:
+    def fit_upload(source: Any, model: str) -> Picture:
         # Fitted at once: runs that wait must not hold images of 25 million pixels.
-        return inputs.upload(source, shared.uploads, lambda image: fit(open_model(model), image))
+        picture: Picture = inputs.upload(source, shared.uploads, lambda image: fit(open_model(model), image))
+        return picture
 
     def sample(
         model: str = first,

@@ -19,10 +19,9 @@ from PIL import Image
 from ddim.app import page
 from ddim.app.listeners import StreamAudience
 from ddim.app.models import ModelCache
+from ddim.app.pictures import Picture
 from ddim.app.rendering import Cell, grid
 from ddim.app.runs import Run, RunPreview, RunProgress, RunResult, RunWaiting, run_events
-from ddim.io.images import fit_image
-from ddim.pipeline import DDIMPipeline
 from ddim.validation import pluralize
 
 T = TypeVar("T")
@@ -51,12 +50,17 @@ class Endpoint:
     """A point that an interpolation passes through: the latent of a seed, or an image, which will be encoded.
 
     Attributes:
-        image: of the model's size and mode; `None` for a seed that has not been sampled.
+        picture: the image; `None` for a seed that has not been sampled.
         seed: of the latent; `None` for an image.
     """
 
-    image: Image.Image | None
+    picture: Picture | None
     seed: int | None = None
+
+    @property
+    def image(self) -> Image.Image | None:
+        """The image as it is shown."""
+        return None if self.picture is None else self.picture.shown
 
     @property
     def label(self) -> str:
@@ -183,20 +187,6 @@ def show_endpoints(endpoints: Sequence[Endpoint]) -> str:
         for index, endpoint in enumerate(endpoints)
     ]
     return grid(cells, (1, 1), "Endpoints")
-
-
-def fit(base: DDIMPipeline, image: Image.Image) -> Image.Image:
-    """Fit an image to the model's size and mode.
-
-    Args:
-        base: the model.
-        image: of any size and mode.
-
-    Returns:
-        The image, cropped, scaled and converted.
-    """
-    channels, height, width = base.sample_shape
-    return fit_image(image, height, width, channels)
 
 
 def make_download_folder(parent: str | Path) -> Path:

@@ -134,9 +134,7 @@ def seed(value: Any) -> int:
     return integer("seed", value, 0, MAX_SEED)
 
 
-def upload(
-    source: Any, folder: str | Path, finish: Callable[[Image.Image], Image.Image] = lambda image: image
-) -> Image.Image:
+def upload(source: Any, folder: str | Path, finish: Callable[[Image.Image], Any] = lambda image: image) -> Any:
     """Decode an uploaded image, after its size and its header have been checked.
 
     Args:

@@ -89,22 +89,20 @@ element.addEventListener('click', (event) => {
 """Reports which image of `ddim.app.rendering.grid` was clicked."""
 
 
-def header(model: str, shape: tuple[int, int, int]) -> str:
+def header(model: str, images: str) -> str:
     """Return the page's title, with the session's model, as HTML.
 
     Args:
         model: the model's name.
-        shape: (C, H, W) of its images.
+        images: what its images are.
 
     Example:
-        >>> header("mnist", (1, 28, 28))[-64:]
+        >>> header("mnist", "gray, 28 x 28 pixels")[-64:]
         '<p>Model: <b id="model-name">mnist</b>, gray, 28 x 28 pixels</p>'
     """
-    channels, height, width = shape
-    kind = {1: "gray", 3: "color"}.get(channels, f"{channels} channels")
     return (
         "<h1>ddim</h1><p>Denoising Diffusion Implicit Models</p>"
-        f'<p>Model: <b id="model-name">{escape(model)}</b>, {kind}, {width} x {height} pixels</p>'
+        f'<p>Model: <b id="model-name">{escape(model)}</b>, {escape(images)}</p>'
     )
 
 

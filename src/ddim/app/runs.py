@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from ddim.io.images import to_output
+from ddim.app.pictures import show_output
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 
@@ -181,7 +181,7 @@ class Run:
         now = time.monotonic()
         if now - self._last_preview >= REPORT_SECONDS:
             self._last_preview = now
-            self.show(to_output(tensors["pred_original_sample"], "pil"))
+            self.show(show_output(pipe, pipe.sampler.to_output(tensors["pred_original_sample"], "np")))
 
     def show(self, value: Any) -> None:
         """Report an intermediate result.

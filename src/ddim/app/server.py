@@ -22,6 +22,7 @@ from ddim.app.guard import Access, Guard
 from ddim.app.inputs import MAX_MEGABYTES
 from ddim.app.listeners import MAX_UNHEARD_RUNS, listeners
 from ddim.app.models import ModelCache
+from ddim.app.pictures import describe_images
 from ddim.app.requests import Function
 from ddim.app.runs import MAX_WAITING_RUNS
 from ddim.app.tabs import interpolate, invert, model, sample, steps
@@ -54,7 +55,7 @@ def build(models: ModelCache, downloads: str) -> gr.Blocks:
     ) as blocks:
         endpoint_list = gr.HTML(show_endpoints([]), js_on_load=page.CLICKS, elem_id="endpoints", render=False)
         first = models.names[0]
-        header = gr.HTML(page.header(first, models.open(first).sample_shape), elem_id="header")
+        header = gr.HTML(page.header(first, describe_images(models.open(first))), elem_id="header")
         shared = Shared(models, gr.State(first), header, gr.State([]), endpoint_list, get_upload_folder(), downloads)
         for name, tab in (
             ("Sample", sample.tab),

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from ddim.bulk.manifest import check_manifest, write_manifest
@@ -19,7 +18,7 @@ from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.distributed import job_name, rank_and_world_size
 from ddim.engine import get_engine
 from ddim.io.fingerprint import model_sha256
-from ddim.io.images import to_bytes
+from ddim.io.images import to_values
 from ddim.io.json_files import to_json
 from ddim.io.locks import OutputLock
 from ddim.pipeline import DDIMPipeline
@@ -104,7 +103,8 @@ def sample_many(
     seed, shard_size = integer("seed", seed, 0), integer("shard_size", shard_size, 1)
     rank, world_size = rank_and_world_size()
     C, H, W = pipe.sample_shape
-    target = make_target(out, count, batch_size, seed, (H, W, C), shard_size)
+    pixel_format = pipe.pixel_format
+    target = make_target(out, count, batch_size, seed, (H, W, C), shard_size, pixel_format.dtype)
     identity = _identity(pipe, target, settings)
     if overwrite and world_size > 1:
         raise ValueError(
@@ -127,7 +127,7 @@ def sample_many(
                 indices = target.indices(batch)
                 seeds = range(seed + indices.start, seed + indices.start + batch_size)
                 images = quiet_pipe(batch_size, seeds=seeds, output_type="np", return_dict=False, **settings)[0]
-                target.write_batch(batch, to_bytes(np.asarray(images))[: len(indices)])
+                target.write_batch(batch, to_values(images, pixel_format)[: len(indices)])
                 sampled += len(indices)
                 bar.update(len(indices))
                 if rank == 0 and world_size > 1 and time.monotonic() - counted_at > COUNT_INTERVAL_SECONDS:
@@ -151,7 +151,7 @@ def _identity(pipe: DDIMPipeline, target: Target, settings: Mapping[str, Any]) -
         "count": target.count,
         "seed": target.seed,
         "batch_size": target.batch_size,
-        "format": target.path.suffix.lower().removeprefix(".") or "png",
+        "format": target.path.suffix.lower().removeprefix(".") or target.image_suffix.removeprefix("."),
         "shard_size": target.batches_per_shard * target.batch_size,
     }
     result: dict[str, Any] = json.loads(to_json(identity))

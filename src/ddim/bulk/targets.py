@@ -1,12 +1,14 @@
-"""Targets of bulk sampling: a folder of PNG files, an npz file, or tar shards.
+"""Targets of bulk sampling: a folder of image files, an npz file, or tar shards.
 
 Every kind takes batches in any order and from several processes of one job at once. Files are written atomically, and
 two processes that write the same file write the same bytes. Files of earlier runs are verified before they count: PNG
-files, zip archives and parts have checksums.
+files, compressed TIFF files, zip archives and parts have checksums.
+
+Images that PNG does not keep (`ddim.io.array_files`) are TIFF files.
 
 - A folder gets `00000.png`, ...; a batch is done when all of its files are present.
-- `x.npz` (`arr_0`, uint8 (N, H, W, C), as the ADM evaluator reads it) and `x.tar` collect batches as `.npy` files in
-  `x.npz.parts/` until all are present. A part ends in the SHA-256 of what stands before it.
+- `x.npz` (`arr_0`, (N, H, W, C), for 8-bit images as the ADM evaluator reads it) and `x.tar` collect batches as `.npy`
+  files in `x.npz.parts/` until all are present. A part ends in the SHA-256 of what stands before it.
 - `x.tar` stands for shards `x-000000.tar`, ... as WebDataset reads them: for image i, `000000042.png` and
   `000000042.json`, `{"index": 42, "seed": 42}`. Once its batches are present, a shard is written and they are deleted.
 """
@@ -31,9 +33,10 @@ from typing import IO
 
 import numpy as np
 
+from ddim.io.array_files import encode_image, image_suffix, keeps_png, read_pages
 from ddim.io.atomic import MAX_STEM_LENGTH, atomic_write, remove_leftovers
 from ddim.io.image_files import MANIFEST_NAME, is_folder_path
-from ddim.io.images import as_pil
+from ddim.io.images import decode_image
 from ddim.io.locks import LOCK_NAME
 from ddim.io.npz import open_npz
 from ddim.validation import pluralize, shorten
@@ -44,6 +47,8 @@ MAX_HEADER_BYTES = 1024
 PNG_COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
 """Gray, gray with alpha, RGB and RGBA, by the number of channels."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PAGE_BYTES = {"uint8": 1, "uint16": 2, "int16": 4, "float32": 4}
+"""Bytes per value in image files, by the type of values."""
 ZIP_TIMESTAMP = (1980, 1, 1, 0, 0, 0)
 """The modification time of files in archives, so that equal images give equal bytes."""
 
@@ -61,6 +66,7 @@ class Target(ABC):
         batch_size: images per batch.
         seed: seed of the first image.
         image_shape: (H, W, C) of every image.
+        dtype: of their values.
 
     Attributes:
         batches_per_shard: batches per file of a sharded output; 0 for outputs without shards.
@@ -73,9 +79,16 @@ class Target(ABC):
 
     batches_per_shard = 0
 
-    def __init__(self, path: Path, count: int, batch_size: int, seed: int, image_shape: ImageShape) -> None:
+    def __init__(
+        self, path: Path, count: int, batch_size: int, seed: int, image_shape: ImageShape, dtype: str = "uint8"
+    ) -> None:
         self.path, self.count, self.batch_size, self.seed = path, count, batch_size, seed
-        self.image_shape = image_shape
+        self.image_shape, self.dtype = image_shape, dtype
+
+    @property
+    def image_suffix(self) -> str:
+        """The suffix of single images."""
+        return image_suffix(self.dtype, self.image_shape[2])
 
     @property
     def batches(self) -> range:
@@ -150,7 +163,7 @@ class Target(ABC):
 
         Args:
             batch: its number.
-            pixels: uint8 (n, H, W, C), n is the length of `indices(batch)`.
+            pixels: (n, H, W, C) of the target's type, n is the length of `indices(batch)`.
         """
 
     @abstractmethod
@@ -159,7 +172,7 @@ class Target(ABC):
 
 
 class FolderTarget(Target):
-    """A folder with one PNG file per image.
+    """A folder with one file per image.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -181,25 +194,25 @@ class FolderTarget(Target):
         return self.path / LOCK_NAME
 
     def existing_files(self) -> list[Path]:
-        """Return the numbered PNG files, sorted."""
-        return sorted(file for file in self.path.glob("*.png") if re.fullmatch(r"\d{5,}", file.stem))
+        """Return the numbered image files, sorted."""
+        return sorted(file for file in self.path.glob(f"*{self.image_suffix}") if re.fullmatch(r"\d{5,}", file.stem))
 
     def files_to_verify(self, batches: set[int]) -> Iterator[Path]:
-        """Yield the PNG files of some batches."""
+        """Yield the image files of some batches."""
         for file in self.existing_files():
             if int(file.stem) // self.batch_size in batches and int(file.stem) < self.count:
                 yield file
 
     def verify(self, file: Path) -> None:
-        """Raise an error if a PNG file is damaged, or of another shape."""
+        """Raise an error if an image file is damaged, or of another shape."""
         if not file.is_file():
             raise ValueError("it is not a file")
         with file.open("rb") as stream:
-            _verify_png(stream, self.image_shape)
+            _verify_image(stream, self.image_shape, self.dtype)
 
     def remove_leftovers(self) -> None:
-        """Delete temporary PNG files that killed processes left."""
-        remove_leftovers(self.path, r"\d{5,}", ".png")
+        """Delete temporary image files that killed processes left."""
+        remove_leftovers(self.path, r"\d{5,}", self.image_suffix)
 
     def create_folders(self) -> None:
         """Create the folder."""
@@ -211,10 +224,10 @@ class FolderTarget(Target):
         return {batch for batch in self.batches if present.issuperset(self.indices(batch))}
 
     def write_batch(self, batch: int, pixels: np.ndarray) -> None:
-        """Write one PNG file per image of a batch, uint8 (n, H, W, C)."""
+        """Write one file per image of a batch, (n, H, W, C)."""
         for index, image in zip(self.indices(batch), pixels, strict=True):
-            with atomic_write(self.path / f"{index:05d}.png", keep_leftovers=True) as temporary:
-                as_pil(image).save(temporary)
+            with atomic_write(self.path / f"{index:05d}{self.image_suffix}", keep_leftovers=True) as temporary:
+                temporary.write_bytes(encode_image(image))
 
     def assemble(self) -> None:
         """Do nothing: the images are the result."""
@@ -252,7 +265,7 @@ class PartsTarget(Target):
         return (len(self.indices(batch)), *self.image_shape)
 
     def read_part(self, batch: int) -> np.ndarray:
-        """Return the pixels of a part, uint8 (n, H, W, C).
+        """Return the pixels of a part, (n, H, W, C).
 
         Raises:
             ValueError: if it is damaged, or of another shape.
@@ -263,10 +276,10 @@ class PartsTarget(Target):
         if hashlib.sha256(data).digest() != digest:
             raise ValueError(f"{path} is damaged: its SHA-256 does not match; delete it and run again")
         pixels: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
-        if pixels.dtype != np.uint8 or pixels.shape != self.part_shape(batch):
+        if pixels.dtype != self.dtype or pixels.shape != self.part_shape(batch):
             raise ValueError(
-                f"{path} must hold uint8 {self.part_shape(batch)}, got {pixels.dtype} {pixels.shape}; delete it and "
-                "run again"
+                f"{path} must hold {self.dtype} {self.part_shape(batch)}, got {pixels.dtype} {pixels.shape}; delete it "
+                "and run again"
             )
         return pixels
 
@@ -279,13 +292,13 @@ class PartsTarget(Target):
         """Raise an error if a part is damaged, or of another shape."""
         batch = int(file.stem)
         # Compared first, because a file of any size would be read.
-        expected = int(np.prod(self.part_shape(batch)))
+        expected = int(np.prod(self.part_shape(batch))) * np.dtype(self.dtype).itemsize
         if not file.is_file() or not expected <= file.stat().st_size <= expected + MAX_HEADER_BYTES:
-            raise ValueError(f"it does not have the size of uint8 {self.part_shape(batch)}")
+            raise ValueError(f"it does not have the size of {self.dtype} {self.part_shape(batch)}")
         try:
             self.read_part(batch)
         except ValueError:
-            raise ValueError(f"it does not hold what was written, uint8 {self.part_shape(batch)}") from None
+            raise ValueError(f"it does not hold what was written, {self.dtype} {self.part_shape(batch)}") from None
 
     def remove_leftovers(self) -> None:
         """Delete temporary files that killed processes left."""
@@ -302,7 +315,7 @@ class PartsTarget(Target):
         self.parts_folder.mkdir(exist_ok=True)
 
     def write_batch(self, batch: int, pixels: np.ndarray) -> None:
-        """Write a batch, uint8 (n, H, W, C), as a part."""
+        """Write a batch, (n, H, W, C), as a part."""
         stream = io.BytesIO()
         np.save(stream, pixels, allow_pickle=False)
         data = stream.getvalue()
@@ -346,8 +359,8 @@ class NpzTarget(PartsTarget):
             archive.verify("arr_0")
             header = archive.headers["arr_0"]
         expected = (self.count, *self.image_shape)
-        if header.dtype != np.uint8 or header.shape != expected:
-            raise ValueError(f"it must hold uint8 {expected}, got {header.dtype} {header.shape}")
+        if header.dtype != self.dtype or header.shape != expected:
+            raise ValueError(f"it must hold {self.dtype} {expected}, got {header.dtype} {header.shape}")
 
     def assemble(self) -> None:
         """Write the file from its parts once all are present, and delete them."""
@@ -363,7 +376,11 @@ class NpzTarget(PartsTarget):
         entry = zipfile.ZipInfo("arr_0.npy", ZIP_TIMESTAMP)
         entry.compress_type = zipfile.ZIP_DEFLATED
         with zipfile.ZipFile(path, "w") as archive, archive.open(entry, "w", force_zip64=True) as stream:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self.image_shape)}
+            header = {
+                "descr": np.dtype(self.dtype).str,
+                "fortran_order": False,
+                "shape": (self.count, *self.image_shape),
+            }
             np.lib.format.write_array_header_1_0(stream, header)
             for batch in self.batches:
                 stream.write(self.read_part(batch).tobytes())
@@ -379,6 +396,7 @@ class TarTarget(PartsTarget):
         seed: seed of the first image.
         image_shape: (H, W, C) of every image.
         shard_size: images per shard, rounded down to whole batches, at least one.
+        dtype: of the images' values.
 
     Example:
         >>> target = TarTarget(Path("x.tar"), 10, batch_size=2, seed=0, image_shape=(8, 8, 3), shard_size=5)
@@ -387,9 +405,16 @@ class TarTarget(PartsTarget):
     """
 
     def __init__(
-        self, path: Path, count: int, batch_size: int, seed: int, image_shape: ImageShape, shard_size: int
+        self,
+        path: Path,
+        count: int,
+        batch_size: int,
+        seed: int,
+        image_shape: ImageShape,
+        shard_size: int,
+        dtype: str = "uint8",
     ) -> None:
-        super().__init__(path, count, batch_size, seed, image_shape)
+        super().__init__(path, count, batch_size, seed, image_shape, dtype)
         self.batches_per_shard = max(1, shard_size // batch_size)
 
     def shard_path(self, number: int) -> Path:
@@ -434,21 +459,21 @@ class TarTarget(PartsTarget):
         with tarfile.open(file, "r:") as archive:
             for batch in self.batches_by_shard[number]:
                 for index in self.indices(batch):
-                    for suffix in ("png", "json"):
+                    for suffix in (self.image_suffix, ".json"):
                         entry = archive.next()
-                        if entry is None or entry.name != f"{index:09d}.{suffix}" or not entry.isreg():
+                        if entry is None or entry.name != f"{index:09d}{suffix}" or not entry.isreg():
                             raise ValueError(f"image {index} is missing")
                         content = archive.extractfile(entry)
                         assert content is not None  # a regular file has content
-                        if suffix == "png":
-                            _verify_png(content, self.image_shape)
+                        if suffix != ".json":
+                            _verify_image(content, self.image_shape, self.dtype)
                         elif content.read(MAX_HEADER_BYTES) != self._description(index):
                             raise ValueError(f"the description of image {index} is another")
             if archive.next() is not None:
                 raise ValueError("it holds more than its images")
 
     def write_batch(self, batch: int, pixels: np.ndarray) -> None:
-        """Write a batch, uint8 (n, H, W, C), as a part, and its shard if that is complete."""
+        """Write a batch, (n, H, W, C), as a part, and its shard if that is complete."""
         super().write_batch(batch, pixels)
         number = batch // self.batches_per_shard
         if all(self.part_path(other).exists() for other in self.batches_by_shard[number]):
@@ -474,7 +499,7 @@ class TarTarget(PartsTarget):
             for batch in self.batches_by_shard[number]:
                 for index, image in zip(self.indices(batch), self.read_part(batch), strict=True):
                     for suffix, content in self._entries(index, image):
-                        entry = tarfile.TarInfo(f"{index:09d}.{suffix}")
+                        entry = tarfile.TarInfo(f"{index:09d}{suffix}")
                         entry.size = len(content)
                         archive.addfile(entry, io.BytesIO(content))
         for batch in self.batches_by_shard[number]:
@@ -482,10 +507,8 @@ class TarTarget(PartsTarget):
 
     def _entries(self, index: int, image: np.ndarray) -> Iterator[tuple[str, bytes]]:
         """Yield the suffix and content of each file of an image."""
-        png = io.BytesIO()
-        as_pil(image).save(png, "PNG")
-        yield "png", png.getvalue()
-        yield "json", self._description(index)
+        yield self.image_suffix, encode_image(image)
+        yield ".json", self._description(index)
 
     def _description(self, index: int) -> bytes:
         """Return the content of an image's JSON file."""
@@ -502,12 +525,25 @@ def _unless_assembled_elsewhere(path: Path) -> Iterator[None]:
             raise
 
 
-def _verify_png(stream: IO[bytes], image_shape: ImageShape) -> None:
-    """Raise an error if a PNG file is of another shape, or is damaged by the checksums of its chunks."""
+def _verify_image(stream: IO[bytes], image_shape: ImageShape, dtype: str) -> None:
+    """Raise an error if an image file is of another shape, or is damaged by its checksums."""
     H, W, C = image_shape
-    # PNG files of noise are hardly larger than their pixels; a larger file need not be read.
-    content = stream.read(2 * H * W * C + MAX_HEADER_BYTES)
-    if content[:8] != PNG_SIGNATURE or content[16:26] != struct.pack(">IIBB", W, H, 8, PNG_COLOR_TYPES.get(C, 0)):
+    # Files of noise are hardly larger than their pixels; a larger file need not be read.
+    content = stream.read(2 * H * W * C * PAGE_BYTES[dtype] + C * MAX_HEADER_BYTES)
+    if keeps_png(dtype, C):
+        _verify_png(content, image_shape, 8 * PAGE_BYTES[dtype])
+        return
+    # The compression has a checksum, which decoding compares.
+    pixels = read_pages(io.BytesIO(content)) if C > 1 else np.asarray(decode_image(io.BytesIO(content), "it"))
+    if pixels is None or pixels.size != H * W * C or pixels.shape[:2] != (H, W):
+        raise ValueError(f"it is not a TIFF file of {W}x{H} pixels and {pluralize(C, 'channel')}")
+
+
+def _verify_png(content: bytes, image_shape: ImageShape, bits: int) -> None:
+    """Raise an error if a PNG file is of another shape or depth, or is damaged by the checksums of its chunks."""
+    H, W, C = image_shape
+    header = struct.pack(">IIBB", W, H, bits, PNG_COLOR_TYPES.get(C, 0))
+    if content[:8] != PNG_SIGNATURE or content[16:26] != header:
         raise ValueError(f"it is not a PNG file of {W}x{H} pixels and {pluralize(C, 'channel')}")
     position, kind = 8, b""
     while position < len(content):
@@ -520,7 +556,13 @@ def _verify_png(stream: IO[bytes], image_shape: ImageShape) -> None:
 
 
 def make_target(
-    out: str | Path, count: int, batch_size: int, seed: int, image_shape: ImageShape, shard_size: int
+    out: str | Path,
+    count: int,
+    batch_size: int,
+    seed: int,
+    image_shape: ImageShape,
+    shard_size: int,
+    dtype: str = "uint8",
 ) -> Target:
     """Create the target that an output path means.
 
@@ -531,6 +573,7 @@ def make_target(
         seed: seed of the first image.
         image_shape: (H, W, C) of every image.
         shard_size: images per tar shard.
+        dtype: of the images' values.
 
     Returns:
         The target; nothing is written.
@@ -544,9 +587,9 @@ def make_target(
     """
     path = Path(out)
     if is_folder_path(out):
-        return FolderTarget(path, count, batch_size, seed, image_shape)
+        return FolderTarget(path, count, batch_size, seed, image_shape, dtype)
     if path.suffix.lower() == ".npz":
-        return NpzTarget(path, count, batch_size, seed, image_shape)
+        return NpzTarget(path, count, batch_size, seed, image_shape, dtype)
     if path.suffix.lower() == ".tar":
-        return TarTarget(path, count, batch_size, seed, image_shape, shard_size)
+        return TarTarget(path, count, batch_size, seed, image_shape, shard_size, dtype)
     raise ValueError(f"out must end in .npz, .tar, or be a folder, got {shorten(repr(str(out)))}")

@@ -12,6 +12,7 @@ from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.validation import pluralize, real, shown
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
     from ddim.io.latent_files import LatentSettings
@@ -253,39 +254,88 @@ def with_spacing(pipe: DDIMPipeline, spacing: str | None) -> DDIMPipeline:
     return pipe
 
 
-def read_images(paths: Sequence[str]) -> list[Image.Image]:
+def read_images(paths: Sequence[str]) -> list[Image.Image | np.ndarray]:
     """Read the images of files and folders.
 
     Args:
-        paths: files, or folders that are searched for images.
+        paths: files, `.npy` and `.npz` arrays among them, or folders that are searched for images.
 
     Returns:
-        The images, in the order of the paths; those of a folder in the order of their names.
+        The images, in the order of the paths; those of a folder in the order of their names; arrays (H, W, C) where PIL
+        has no mode for them.
 
     Raises:
         FileNotFoundError: if no such file exists, or no image in a folder.
         ValueError: naming the file that is not a still image.
     """
-    from ddim.io.image_files import find_images, read_image
+    from ddim.data.sources import open_source
+    from ddim.io.array_files import read_pixels
+    from ddim.io.image_files import find_images
 
-    files = [file for path in paths for file in (find_images(path) if Path(path).is_dir() else [Path(path)])]
-    return [read_image(file) for file in files]
+    images: list[Image.Image | np.ndarray] = []
+    for path in paths:
+        if Path(path).suffix.lower() == ".npz" and Path(path).is_file():
+            source = open_source(path)
+            images += [decode() for decode in source.fetch(range(source.count))]
+        else:
+            images += [read_pixels(file) for file in (find_images(path) if Path(path).is_dir() else [path])]
+    return images
 
 
-def fit_images(pipe: DDIMPipeline, images: Sequence[Image.Image]) -> list[Image.Image]:
+def fit_images(pipe: DDIMPipeline, images: Sequence[Image.Image | np.ndarray]) -> list[Image.Image]:
     """Fit images to the model's size and mode, to be shown beside its results.
 
     Args:
         pipe: the model.
-        images: of any size and mode.
+        images: of any size and mode that the model takes.
 
     Returns:
-        Images of the model's size, gray or RGB.
+        Images of the model's size, as `show_images` shows its results.
     """
-    from ddim.io.images import fit_image
+    from ddim.io.false_color import preview
+    from ddim.io.images import to_output, to_samples, to_values
 
-    channels, height, width = pipe.sample_shape
-    return [fit_image(image, height, width, channels) for image in images]
+    samples = to_samples(list(images), *pipe.sample_shape, resize=True, pixel_format=pipe.pixel_format)
+    return preview(to_values(to_output(samples, "np", pipe.pixel_format), pipe.pixel_format), pipe.pixel_format)
+
+
+def show_images(pipe: DDIMPipeline, images: Any) -> list[Image.Image]:
+    """Return results of a model as they are shown: in false color where they are not gray, color, or 8 bits.
+
+    Args:
+        pipe: the model.
+        images: (N, H, W, C), as the model returns them for the output type `np`.
+
+    Returns:
+        N images of 8 bits.
+    """
+    from ddim.io.false_color import preview
+    from ddim.io.images import to_values
+
+    return preview(to_values(images, pipe.pixel_format), pipe.pixel_format)
+
+
+def save_results(
+    pipe: DDIMPipeline, images: Any, out: str | Path, columns: int | None = None, scale: int | None = 1
+) -> str:
+    """Write results of a model into the file or folder that a user has named.
+
+    Args:
+        pipe: the model.
+        images: (N, H, W, C), as the model returns them for the output type `np`.
+        out: as for `ddim.io.sample_files.save_samples`.
+        columns: images per row of a grid.
+        scale: factor by which a grid is enlarged.
+
+    Returns:
+        A note for the command's summary; empty where the file holds the values themselves.
+    """
+    from ddim.io.images import to_values
+    from ddim.io.sample_files import save_samples
+
+    pixel_format = pipe.pixel_format
+    keeps_values = save_samples(to_values(images, pixel_format), pixel_format, out, columns, scale)
+    return "" if keeps_values else "; in false color: x.tiff, x.npz and folders hold the values"
 
 
 def check_fps(fps: float) -> None:

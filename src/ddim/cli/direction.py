@@ -12,9 +12,8 @@ from ddim.cli.common import DEFAULT_MODEL, SamplingOptions, load_pipeline, repor
 from ddim.validation import pluralize, shown
 
 if TYPE_CHECKING:
-    from PIL import Image
 
-    from ddim.data.base import Source
+    from ddim.data.base import Decoded, Source
 
 
 def direction(
@@ -84,7 +83,7 @@ def direction(
     report_result(target, num_replaced, f"{pluralize(len(positive), 'image')} against {len(negative)}")
 
 
-def _read(source: Source, indices: Sequence[int]) -> list[Image.Image]:
+def _read(source: Source, indices: Sequence[int]) -> list[Decoded]:
     return [decode() for decode in source.fetch(indices)]
 
 

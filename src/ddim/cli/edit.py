@@ -14,6 +14,8 @@ from ddim.cli.common import (
     load_pipeline,
     read_images,
     report_result,
+    save_results,
+    show_images,
     split_model,
 )
 from ddim.validation import pluralize
@@ -65,7 +67,6 @@ def edit(
         is_folder_path,
         replaced_files,
         save_image,
-        save_images,
         stack_rows,
     )
 
@@ -88,9 +89,11 @@ def edit(
         order=sampling.order,
         resize=resize,
         batch_size=batch_size,
+        output_type="np",
     ).images
     if target.suffix.lower() == ".png" and not is_folder_path(out):
-        save_image(enlarge(stack_rows([fit_images(pipe, originals), edited]), edited[0], scale), target)
+        shown = show_images(pipe, edited)
+        save_image(enlarge(stack_rows([fit_images(pipe, originals), shown]), shown[0], scale), target)
     else:
-        save_images(edited, out)
+        save_results(pipe, edited, out)
     report_result(target, num_replaced, pluralize(len(edited), "image"))

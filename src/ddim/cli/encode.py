@@ -16,6 +16,7 @@ from ddim.cli.common import (
     load_pipeline,
     read_images,
     report_result,
+    save_results,
     split_model,
 )
 from ddim.validation import pluralize, real, shown
@@ -85,7 +86,7 @@ def decode(
         typer.Option(
             "--out",
             "-o",
-            help="x.png is a grid, x.npz holds arr_0 (uint8, NHWC), a folder gets one PNG per image.",
+            help="x.png and x.tiff are grids, x.npz holds arr_0 (NHWC), a folder gets one file per image.",
         ),
     ] = "decoded.png",
     direction: Annotated[
@@ -119,7 +120,7 @@ def decode(
       ddim decode digits.npz --direction three.safetensors --strength 3
     """
     from ddim.diffusion.interpolation import add_direction
-    from ddim.io.image_files import check_output_path, replaced_files, save_images
+    from ddim.io.image_files import check_output_path, replaced_files
     from ddim.io.latent_files import check_latent_settings, load_latents
 
     target = check_output_path(out)
@@ -141,9 +142,9 @@ def decode(
         check_latent_settings(direction, direction_settings, pipe, chosen, force)
         latents = add_direction(latents, directions[0], real("strength", strength))
     started = time.monotonic()
-    images = pipe.decode(latents, timesteps=chosen, batch_size=batch_size).images
+    images = pipe.decode(latents, timesteps=chosen, batch_size=batch_size, output_type="np").images
     seconds = time.monotonic() - started
-    save_images(images, out, scale=scale)
+    note = save_results(pipe, images, out, scale=scale)
     summary = f"{pluralize(len(latents), 'image')} in {seconds:.1f} s, {pluralize(len(chosen), 'step')}"
     named = f" of the model {shown(settings.model)}, which {file} names" if name is None else ""
-    report_result(target, num_replaced, f"{summary}{named}")
+    report_result(target, num_replaced, f"{summary}{named}{note}")

@@ -169,8 +169,8 @@ def evaluate(
     sample_set = source.open(samples, sampling, count, None)
     reference_set = None
     if reference is not None:
-        reference_set = source.open(reference, sampling, reference_count, sample_set.shape)
-    held_out_set = None if held_out is None else source.open(held_out, sampling, None, sample_set.shape)
+        reference_set = source.open(reference, sampling, reference_count, sample_set)
+    held_out_set = None if held_out is None else source.open(held_out, sampling, None, sample_set)
     distances: Memorization | None = None
     with distributed.init() as group:
         if memorization:
@@ -234,16 +234,14 @@ class Source:
 
         return name == self.model or is_model(name)
 
-    def open(
-        self, name: str, sampling: SamplingOptions, count: int | None, shape: tuple[int, int, int] | None
-    ) -> ImageSet:
+    def open(self, name: str, sampling: SamplingOptions, count: int | None, like: ImageSet | None) -> ImageSet:
         """Open a set of images.
 
         Args:
             name: a model, or where images are.
             sampling: how a model samples.
             count: number of images; `None` for 10000 of a model, for all of files.
-            shape: (C, H, W) to which images of files are fitted; `None` for that of the first.
+            like: the set to whose shape and type of values images of files are fitted; `None` for those of the first.
 
         Returns:
             The set.
@@ -255,7 +253,9 @@ class Source:
         from ddim.evaluation.image_sets import open_files, sample_image_set
 
         if not self.is_model(name):
-            return open_files(name, count, shape, self.split)
+            if like is None:
+                return open_files(name, count, None, self.split)
+            return open_files(name, count, like.shape, self.split, like.pixel_format)
         pipe = load_pipeline(name, self.device, engine=self.engine)
         count = 10_000 if count is None else count
         return sample_image_set(pipe, count, self.seed, name, **asdict(sampling.config(pipe)))
@@ -315,14 +315,15 @@ class PaperTable:
         pipe = load_pipeline(model, source.device, engine=source.engine)
         spacing = "quad" if self.spacing is None and pipe.sample_shape == paper_tables.CIFAR_SHAPE else self.spacing
         pipe = with_spacing(pipe, spacing)
+        kind = pipe.sample_shape, source.split, pipe.pixel_format
         with distributed.init() as group:
             if self.table == 2:
                 pipe.set_progress_bar_config(disable=True)
-                images = open_files(reference, 256 if count is None else count, pipe.sample_shape, source.split)
+                images = open_files(reference, 256 if count is None else count, *kind)
                 result = paper_tables.table_2(pipe, images, self.numbers_of_steps or paper_tables.TABLE_2_STEPS, group)
             else:
-                data = open_files(reference, reference_count, pipe.sample_shape, source.split)
-                extractor = load_features(self.features, pipe.sample_shape)
+                data = open_files(reference, reference_count, *kind)
+                extractor = load_features(self.features, pipe.sample_shape, pipe.pixel_format)
                 count = 50_000 if count is None else count
                 numbers_of_steps = self.numbers_of_steps or paper_tables.TABLE_1_STEPS
                 make = paper_tables.table_1 if self.table == 1 else paper_tables.figure_4

@@ -20,6 +20,8 @@ from ddim.cli.common import (
     load_pipeline,
     read_images,
     report_result,
+    save_results,
+    show_images,
     split_model,
 )
 from ddim.validation import integer, pluralize, shown
@@ -27,6 +29,7 @@ from ddim.validation import integer, pluralize, shown
 MAX_SEED_DIGITS = 19
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
     from torch import Tensor
 
@@ -90,7 +93,6 @@ def interpolate(
         replaced_files,
         save_animation,
         save_image,
-        save_images,
         stack_rows,
     )
 
@@ -119,18 +121,21 @@ def interpolate(
         timesteps=path_timesteps,
         as_samples=given.are_seeds,
         batch_size=batch_size,
+        output_type="np",
     ).images
+    note = ""
+    frames_shown = show_images(pipe, images)
     suffix = "" if is_folder_path(out) else target.suffix.lower()
     if suffix in ANIMATION_SUFFIXES:
-        save_animation([enlarge(image, image, scale) for image in images], out, fps)
+        save_animation([enlarge(image, image, scale) for image in frames_shown], out, fps)
     elif suffix == ".png" and grid_shape is None:
-        starts = range(0, len(images) if closed else len(images) - 1, frames - 1)
-        cycle = [*images, images[0]]
+        starts = range(0, len(frames_shown) if closed else len(frames_shown) - 1, frames - 1)
+        cycle = [*frames_shown, frames_shown[0]]
         strip = stack_rows([cycle[start : start + frames] for start in starts], frames)
-        save_image(enlarge(strip, images[0], scale), target)
+        save_image(enlarge(strip, frames_shown[0], scale), target)
     else:
-        save_images(images, out, columns=grid_shape and grid_shape[1], scale=scale)
-    summary = pluralize(len(images), "frame")
+        note = save_results(pipe, images, out, grid_shape and grid_shape[1], scale)
+    summary = pluralize(len(images), "frame") + note
     if given.latents and name is None:
         summary += (
             f", {pluralize(len(path_timesteps), 'step')} of the model {shown(settings.model)}, which {source} names"
@@ -177,7 +182,7 @@ class Points:
     names: Sequence[str]
     latents: dict[str, tuple[Tensor, LatentSettings]]
     seeds: dict[str, int]
-    images: dict[str, list[Image.Image]]
+    images: dict[str, list[Image.Image | np.ndarray]]
 
     @classmethod
     def read(cls, names: Sequence[str]) -> Self:

@@ -14,6 +14,7 @@ from ddim.cli.common import (
     load_pipeline,
     read_images,
     report_result,
+    show_images,
     split_model,
 )
 from ddim.validation import pluralize
@@ -64,6 +65,7 @@ def reconstruct(
         timesteps=sampling.choose_timesteps(pipe),
         resize=resize,
         batch_size=batch_size,
+        output_type="np",
     )
     nfe, residual = result.codes.evaluations.sum(1), result.codes.residual
     print("image       mse   psnr  evaluations  residual")
@@ -74,6 +76,6 @@ def reconstruct(
     mean = result.mse.mean(), result.psnr.mean(), nfe.double().mean(), residual.mean()
     print(" mean  {:.2e}  {:5.1f}  {:11.0f}  {:.2e}".format(*mean))
     num_replaced = int(target.exists())
-    grid = stack_rows([fit_images(pipe, originals), result.images])
-    save_image(enlarge(grid, result.images[0], scale), target)
+    shown = show_images(pipe, result.images)
+    save_image(enlarge(stack_rows([fit_images(pipe, originals), shown]), shown[0], scale), target)
     report_result(target, num_replaced, pluralize(len(originals), "image"))

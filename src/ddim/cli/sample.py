@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import DEFAULT_MODEL, SamplingOptions, choose_model, load_pipeline, report_result
+from ddim.cli.common import DEFAULT_MODEL, SamplingOptions, choose_model, load_pipeline, report_result, save_results
 from ddim.validation import pluralize, shown
 
 MAX_GRID_BYTES = 2**28
@@ -27,7 +27,7 @@ def sample(
         typer.Option(
             "--out",
             "-o",
-            help="x.png is a grid, a folder gets one PNG per image, x.npz holds arr_0 (uint8, NHWC), x.tar means "
+            help="x.png and x.tiff are grids, a folder gets one file per image, x.npz holds arr_0 (NHWC), x.tar means "
             "WebDataset shards x-000000.tar, ...",
         ),
     ] = "samples.png",
@@ -82,7 +82,7 @@ def sample(
     """
     from ddim.bulk import sample_many
     from ddim.distributed import local_device, rank_and_world_size
-    from ddim.io.image_files import OUTPUT_SUFFIXES, check_output_path, is_folder_path, save_images
+    from ddim.io.image_files import OUTPUT_SUFFIXES, check_output_path, is_folder_path
 
     target = check_output_path(out, OUTPUT_SUFFIXES | {".tar": "WebDataset shards"})
     sampling = SamplingOptions.parse(
@@ -100,7 +100,7 @@ def sample(
         raise ValueError(f"--tolerance requires --steps auto, got --steps {steps}")
     rank, world_size = rank_and_world_size()
     pipe = load_pipeline(choose_model(model, model_option, DEFAULT_MODEL), local_device(device), dtype, engine)
-    if target.suffix.lower() == ".png" and not is_folder_path(out):
+    if target.suffix.lower() in (".png", ".tiff") and not is_folder_path(out):
         check_grid(count, pipe.sample_shape, scale or 1)
     if sampling.steps is None:
         from ddim.tuning import enough_steps
@@ -121,11 +121,11 @@ def sample(
         return
     if world_size > 1:
         raise ValueError("a grid requires a single process; several processes require a folder, x.npz or x.tar")
-    images = pipe.sample_images(count, seed, batch_size, **settings)
+    images = pipe.sample_images(count, seed, batch_size, output_type="np", **settings)
     seconds = time.monotonic() - started
     num_replaced = int(target.exists())
-    save_images(images, out, scale=scale)
-    report_result(target, num_replaced, f"{pluralize(len(images), 'image')} in {seconds:.1f} s")
+    note = save_results(pipe, images, out, scale=scale)
+    report_result(target, num_replaced, f"{pluralize(len(images), 'image')} in {seconds:.1f} s{note}")
 
 
 def parse_steps(text: str) -> int | None:

@@ -15,6 +15,7 @@ from ddim.cli.common import (
     load_pipeline,
     parse_integers,
     report_result,
+    show_images,
     with_spacing,
 )
 from ddim.validation import integer, pluralize
@@ -80,15 +81,20 @@ def trajectory(
         timesteps=sampling.choose_timesteps(pipe),
         order=sampling.order,
         at=frame_timesteps,
+        output_type="np",
     )
     num_replaced = int(target.exists())
-    samples, predicted = [*result.samples, result.images], [*result.pred_original_samples, result.images]
+    samples, predicted = (
+        [show_images(pipe, images) for images in (*states, result.images)]
+        for states in (result.samples, result.pred_original_samples)
+    )
+    tile = samples[-1][0]
     if is_animation_path(out):
         pairs = [stack_rows(pair) for pair in zip(samples, predicted, strict=True)]
-        save_animation([enlarge(pair, result.images[0], scale) for pair in pairs], out, fps)
+        save_animation([enlarge(pair, tile, scale) for pair in pairs], out, fps)
     else:
         rows = [[frame[i] for frame in part] for i in range(count) for part in (samples, predicted)]
-        save_image(enlarge(stack_rows(rows, len(samples)), result.images[0], scale), target)
+        save_image(enlarge(stack_rows(rows, len(samples)), tile, scale), target)
     report_result(target, num_replaced, f"timesteps {', '.join(map(str, result.timesteps))}, then the result")
 
 
@@ -125,7 +131,7 @@ def consistency(
     pipe = with_spacing(load_pipeline(choose_model(model, model_option, DEFAULT_MODEL), device, dtype, engine), spacing)
     seeds = check_seeds(range(seed, seed + count), count)
     latents = noise_from_seeds((count, *pipe.sample_shape), seeds, pipe.device)()
-    rows = pipe.consistency(latents, numbers_of_steps)
+    rows = [show_images(pipe, images) for images in pipe.consistency(latents, numbers_of_steps, output_type="np")]
     num_replaced = int(target.exists())
     save_image(enlarge(stack_rows(rows), rows[0][0], scale), target)
     summary = f"{pluralize(count, 'latent')}, rows of {', '.join(map(str, numbers_of_steps))} steps"

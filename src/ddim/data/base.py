@@ -6,7 +6,11 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
+
+Decoded = Image.Image | np.ndarray
+"""A decoded image: of PIL, or an array (H, W, C) where PIL has no mode for it."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Source:
         identity: changes whenever the images do, as far as that shows without decoding them.
         read_column: returns the values of another column of a table as text, one per image; `None` where there is no
             such column.
+        describe: returns how messages refer to the image at an index.
 
     Example:
         >>> pixel = Image.new("L", (1, 1))
@@ -31,9 +36,10 @@ class Source:
 
     name: str
     count: int
-    fetch: Callable[[Sequence[int]], list[Callable[[], Image.Image]]]
+    fetch: Callable[[Sequence[int]], list[Callable[[], Decoded]]]
     identity: str
     read_column: Callable[[str], list[str] | None] = lambda name: None
+    describe: Callable[[int], str] = "image {}".format
 
 
 def canonical_value(text: str) -> str:

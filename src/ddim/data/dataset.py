@@ -1,4 +1,4 @@
-"""Images of one size: decoded, fitted to the model, cached as bytes, read by index.
+"""Images of one size: decoded, fitted to the model, cached in the type of their values, read by index.
 
 Decoded images are kept in memory, or, where they are large or several processes share them, in a memory map in the
 user's cache folder; datasets too large for either are decoded at each visit, by threads. Where the cache folder cannot
@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -24,17 +24,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ddim.data.base import Source
+from ddim.data.base import Decoded, Source
 from ddim.data.config import DataConfig
-from ddim.data.inspection import inspect_images
+from ddim.data.inspection import find_dtype, inspect_images
 from ddim.data.sources import open_source
 from ddim.io.cache import Cache
-from ddim.io.images import fit_image
+from ddim.io.images import as_array, fit_array, fit_image, height_and_width
+from ddim.io.pixel_format import EIGHT_BIT, PixelFormat, measured_format
 
 logger = logging.getLogger(__name__)
 
-FitFunction = Callable[[Image.Image], np.ndarray]
-"""Fits a decoded image to the model: uint8 (C, H, W)."""
+FitFunction = Callable[[Decoded], np.ndarray]
+"""Fits a decoded image to the model: (C, H, W), all of one type."""
 
 DECODE_CHUNK_IMAGES = 256
 MEMORY_CACHE_BYTES = 2**31
@@ -52,6 +53,7 @@ class ImageDataset(Protocol):
         identity: changes whenever the files do. A run resumes only with the same fingerprint or the same identity,
             because the fingerprint of images without a cache is not that of their pixels.
         location: where decoded images are kept, for messages.
+        pixel_format: the type and the ranges of the images' values.
 
     Example:
         >>> dataset: ImageDataset = CachedImageDataset(torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
@@ -63,6 +65,7 @@ class ImageDataset(Protocol):
     fingerprint: str
     identity: str
     location: str
+    pixel_format: PixelFormat
 
     def read(self, indices: Tensor) -> Tensor:
         """Read images by index.
@@ -71,7 +74,7 @@ class ImageDataset(Protocol):
             indices: int64 (n,).
 
         Returns:
-            uint8 (n, C, H, W).
+            (n, C, H, W) in the data's units: uint8, or float32 for values of other types.
         """
         ...
 
@@ -80,10 +83,11 @@ class CachedImageDataset:
     """Images that are decoded already.
 
     Args:
-        pixels: uint8 (N, C, H, W).
+        pixels: (N, C, H, W) of the format's type.
         location: where they are kept, for messages.
         fingerprint: defaults to the SHA-256 of the pixels.
         identity: of the files that hold the images; defaults to the fingerprint.
+        pixel_format: the type and the ranges of the values.
 
     Example:
         >>> dataset = CachedImageDataset(torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1, 1))
@@ -97,8 +101,9 @@ class CachedImageDataset:
         location: str = "memory",
         fingerprint: str | None = None,
         identity: str | None = None,
+        pixel_format: PixelFormat = EIGHT_BIT,
     ) -> None:
-        self.pixels, self.location = pixels, location
+        self.pixels, self.location, self.pixel_format = pixels, location, pixel_format
         self.shape = (pixels.shape[0], pixels.shape[1], pixels.shape[2], pixels.shape[3])
         self.fingerprint = fingerprint or hashlib.sha256(pixels.numpy().data).hexdigest()
         self.identity = identity or self.fingerprint
@@ -110,9 +115,9 @@ class CachedImageDataset:
             indices: int64 (n,).
 
         Returns:
-            uint8 (n, C, H, W), on the device of the pixels.
+            (n, C, H, W), uint8 or float32, on the device of the pixels.
         """
-        return self.pixels[indices.to(self.pixels.device)]
+        return _as_values(self.pixels[indices.to(self.pixels.device)])
 
 
 class DecodeErrors:
@@ -192,21 +197,25 @@ class Decoder:
             indices: which images of the source.
 
         Returns:
-            One uint8 (C, H, W) per index; `None` for an image that cannot be read.
+            One (C, H, W) per index; `None` for an image that cannot be read.
 
         Raises:
             ValueError: if more images than allowed cannot be read.
         """
 
-        def read(decode: Callable[[], Image.Image]) -> np.ndarray | ValueError:
+        def read(index: int, decode: Callable[[], Decoded]) -> np.ndarray | ValueError:
+            decoded: Decoded | None = None
             try:
-                return self.fit(decode())
+                decoded = decode()
+                return self.fit(decoded)
             except ValueError as error:
-                return error
+                # Arrays do not know their names, PIL images do.
+                is_array = isinstance(decoded, np.ndarray)
+                return ValueError(f"{self.source.describe(index)}: {error}") if is_array else error
             except Exception as error:  # some damage shows only in the conversion
                 return ValueError(f"an image cannot be converted: {error}")
 
-        results = list(self._pool.map(read, self.source.fetch(indices)))
+        results = list(self._pool.map(read, indices, self.source.fetch(indices)))
         for index, result in zip(indices, results, strict=True):
             if isinstance(result, ValueError):
                 self.errors.add(index, str(result))
@@ -216,7 +225,7 @@ class Decoder:
         """Decode and fit all images, chunk by chunk, leaving out those that cannot be read.
 
         Yields:
-            Chunks of uint8 (n, C, H, W), none of them empty.
+            Chunks of (n, C, H, W), none of them empty.
 
         Raises:
             ValueError: if more images than allowed, or all images, cannot be read.
@@ -244,6 +253,7 @@ class LazyImageDataset:
     Args:
         decoder: decodes and fits the images.
         shape: (C, H, W).
+        pixel_format: the type and the ranges of the images' values.
 
     Example:
         >>> pixel = Image.new("L", (1, 1), 7)
@@ -255,8 +265,8 @@ class LazyImageDataset:
 
     location = "no cache: they are decoded at each visit"
 
-    def __init__(self, decoder: Decoder, shape: tuple[int, int, int]) -> None:
-        self.decoder = decoder
+    def __init__(self, decoder: Decoder, shape: tuple[int, int, int], pixel_format: PixelFormat = EIGHT_BIT) -> None:
+        self.decoder, self.pixel_format = decoder, pixel_format
         self.shape = (decoder.source.count, *shape)
         self.fingerprint = self.identity = _hash_identity(decoder.source)
 
@@ -267,7 +277,7 @@ class LazyImageDataset:
             indices: int64 (n,).
 
         Returns:
-            uint8 (n, C, H, W).
+            (n, C, H, W), uint8 or float32.
 
         Raises:
             ValueError: if more images than allowed, or all images, cannot be read.
@@ -282,24 +292,25 @@ class LazyImageDataset:
                     raise self.decoder.errors.none_readable()
                 (pixels,) = self.decoder.decode([substitute])
             decoded[index] = pixels
-        return torch.from_numpy(np.stack([decoded[index] for index in visited]))
+        return _as_values(torch.from_numpy(np.stack([decoded[index] for index in visited])))
 
 
-def open_dataset(config: DataConfig, size: int, channels: int, shared: bool = False) -> ImageDataset:
+def open_dataset(config: DataConfig, size: int | Sequence[int], channels: int, shared: bool = False) -> ImageDataset:
     """Open the images of a configuration, and decode them where they are to be cached.
 
     Args:
         config: which images, and how they are fitted and cached.
-        size: height and width that the model takes, in pixels.
-        channels: 1 for gray, 3 for color.
+        size: height and width that the model takes, in pixels; one number for squares.
+        channels: 1 for gray, 2 for gray with alpha, 3 for color, 4 for color with alpha; any number of arrays.
         shared: whether several processes of this machine read them.
 
     Returns:
-        N images, (N, channels, size, size); with `crop: random` their sides are an eighth larger.
+        N images, (N, channels, *size); with `crop: random` their sides are an eighth larger.
 
     Raises:
         FileNotFoundError: if the source does not exist or holds no image.
-        ValueError: if it is of another kind, or more images than allowed cannot be read.
+        ValueError: if it is of another kind, more images than allowed cannot be read, or `data.value_range` does not
+            fit.
         RuntimeError: if the hub cannot be reached or refuses.
 
     Example:
@@ -310,29 +321,67 @@ def open_dataset(config: DataConfig, size: int, channels: int, shared: bool = Fa
         (1, 3, 8, 8)
     """
     source = open_source(config.source, config.split, config.column)
-    inspect_images(source, channels)
-    stored_size = math.ceil(size * 9 / 8) if config.crop == "random" else size
-    shape = (channels, stored_size, stored_size)
+    dtype = find_dtype(source, channels) if config.dtype == "auto" else config.dtype
+    given = _given_format(config, dtype, channels)
+    if dtype == "uint8":
+        inspect_images(source, channels)
+    height, width = (math.ceil(side * 9 / 8) if config.crop == "random" else side for side in height_and_width(size))
+    shape = (channels, height, width)
 
-    def fit(image: Image.Image) -> np.ndarray:
-        pixels = np.asarray(fit_image(image, stored_size, stored_size, channels, crop=config.crop != "none"))
-        return np.ascontiguousarray(pixels.reshape(stored_size, stored_size, channels).transpose(2, 0, 1))
+    def fit(image: Decoded) -> np.ndarray:
+        crop = config.crop != "none"
+        if dtype == "uint8" and isinstance(image, Image.Image):
+            pixels = np.asarray(fit_image(image, height, width, channels, crop)).reshape(height, width, channels)
+        else:
+            name = getattr(image, "filename", "") or "the image"
+            pixels = fit_array(as_array(image, dtype, name), height, width, channels, crop, name)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     decoder = Decoder(source, fit, DecodeErrors(source.name, config.max_unreadable))
-    num_bytes = source.count * math.prod(shape)
+    num_bytes = source.count * math.prod(shape) * np.dtype(dtype).itemsize
     cache = choose_cache(num_bytes, shared) if config.cache == "auto" else config.cache
     with contextlib.ExitStack() as stack:
         stack.callback(decoder.close)
         if cache == "disk":
-            key = json.dumps([source.identity, shape, config.crop])
-            dataset = _open_disk_cache(hashlib.sha256(key.encode()).hexdigest(), shape, decoder)
+            key: list[object] = [source.identity, shape, config.crop]
+            key += [] if dtype == "uint8" else [dtype]
+            entry = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+            dataset = _open_disk_cache(entry, shape, decoder, dtype, given)
             if dataset is not None:
                 return dataset
         if cache == "none" or (cache == "disk" and num_bytes > MEMORY_CACHE_BYTES):
             stack.pop_all()
-            return LazyImageDataset(decoder, shape)
-        pixels = torch.from_numpy(np.concatenate(list(decoder.decode_all())))
-        return CachedImageDataset(pixels, identity=_hash_identity(source))
+            return LazyImageDataset(decoder, shape, given or _measure(decoder.decode_all(), dtype))
+        pixels = np.concatenate(list(decoder.decode_all()))
+        pixel_format = given or _measure([pixels], dtype)
+        return CachedImageDataset(torch.from_numpy(pixels), identity=_hash_identity(source), pixel_format=pixel_format)
+
+
+def _given_format(config: DataConfig, dtype: str, channels: int) -> PixelFormat | None:
+    """Return the format where it need not be measured: of 8-bit images, and of a range that the configuration gives."""
+    if config.value_range is None:
+        return EIGHT_BIT if dtype == "uint8" else None
+    if dtype == "uint8":
+        raise ValueError("data.value_range must be null for images of 8 bits, which are from 0 to 255")
+    bounds = np.array(config.value_range, np.float64).reshape(-1, 2).tolist()
+    try:
+        return PixelFormat.parse(
+            {"dtype": dtype, "low": [a for a, _ in bounds], "high": [b for _, b in bounds]}, channels
+        )
+    except ValueError as error:
+        raise ValueError(f"data.value_range: {error}") from None
+
+
+def _measure(chunks: Iterable[np.ndarray], dtype: str) -> PixelFormat:
+    """Return the format of images (n, C, H, W) with the range of their values."""
+    bounds = [(chunk.min((0, 2, 3)), chunk.max((0, 2, 3))) for chunk in chunks]
+    low, high = np.min([low for low, _ in bounds], 0), np.max([high for _, high in bounds], 0)
+    return measured_format(dtype, low.tolist(), high.tolist())
+
+
+def _as_values(pixels: Tensor) -> Tensor:
+    """Return bytes as they are, and other values as float32, which holds 16 bits exactly and has all operations."""
+    return pixels if pixels.dtype == torch.uint8 else pixels.float()
 
 
 def choose_cache(num_bytes: int, shared: bool) -> str:
@@ -358,7 +407,9 @@ def _hash_identity(source: Source) -> str:
     return hashlib.sha256(source.identity.encode()).hexdigest()
 
 
-def _open_disk_cache(entry: str, shape: tuple[int, int, int], decoder: Decoder) -> CachedImageDataset | None:
+def _open_disk_cache(
+    entry: str, shape: tuple[int, int, int], decoder: Decoder, dtype: str, given: PixelFormat | None
+) -> CachedImageDataset | None:
     """Map cached images into memory, decoding them first where they are missing.
 
     The entry holds the pixels, a JSON object that describes them, and the length of that in 8 bytes.
@@ -367,6 +418,8 @@ def _open_disk_cache(entry: str, shape: tuple[int, int, int], decoder: Decoder) 
         entry: the name in the cache.
         shape: (C, H, W) of each image.
         decoder: decodes the images.
+        dtype: of their values.
+        given: their format, where it need not be measured.
 
     Returns:
         The images; `None` if they cannot be cached.
@@ -386,9 +439,11 @@ def _open_disk_cache(entry: str, shape: tuple[int, int, int], decoder: Decoder) 
         (length,) = struct.unpack("<Q", content[-8:].tobytes())
         pixels, text = np.split(content[:-8], [len(content) - 8 - length])
         about = json.loads(text.tobytes())
-        images = torch.from_numpy(pixels.reshape(-1, *shape))
+        images = pixels.view(dtype).reshape(-1, *shape)
+        pixel_format = given or _measure(np.array_split(images, -(-len(images) // DECODE_CHUNK_IMAGES)), dtype)
         location, identity = f"a memory map in {cache.folder}", _hash_identity(decoder.source)
-        return CachedImageDataset(images, location, about["sha256"], identity), about["unreadable"]
+        dataset = CachedImageDataset(torch.from_numpy(images), location, about["sha256"], identity, pixel_format)
+        return dataset, about["unreadable"]
 
     cached = cache.read(entry, parse)
     if cached is None:

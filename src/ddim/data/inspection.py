@@ -1,4 +1,7 @@
-"""Warnings about images that can be read, but are hardly what was meant: almost black, or in color for a gray model."""
+"""What a look at a few images of a collection shows: the type of their values, and that they are hardly what was meant.
+
+Warnings are logged of sets that are almost black, or in color for a gray model.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ import logging
 import numpy as np
 from PIL import Image
 
-from ddim.data.base import Source
+from ddim.data.base import Decoded, Source
 from ddim.io.images import fit_image
+from ddim.io.pixel_format import stored_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -21,22 +25,68 @@ GRAY_SPREAD = 24
 """Difference of the channels up to which a pixel counts as gray; lossy formats tint gray pixels."""
 
 
+def find_dtype(source: Source, channels: int) -> str:
+    """Return the type of a collection's values, by a look at a few images.
+
+    Args:
+        source: the collection.
+        channels: of the model.
+
+    Returns:
+        That of all images looked at, one of `ddim.io.pixel_format.DTYPES`. It is `uint8` for image files of several
+        depths, and for gray ones that are to become color: these are scaled to 8 bits.
+
+    Raises:
+        ValueError: for arrays of several types, or of a type that is not one of those.
+
+    Example:
+        >>> pixel = Image.new("I;16", (1, 1))
+        >>> source = Source("dark", 3, lambda indices: [lambda: pixel for _ in indices], "")
+        >>> find_dtype(source, channels=1), find_dtype(source, channels=3)
+        ('uint16', 'uint8')
+    """
+    images = [image for image in _look_at(source) if image is not None]
+    dtypes = sorted({_dtype_of(image, source.name) for image in images})
+    has_arrays = any(isinstance(image, np.ndarray) for image in images)
+    if len(dtypes) > 1 and has_arrays:
+        raise ValueError(f"{source.name} must hold images of one type of values, got {' and '.join(dtypes)}")
+    return dtypes[0] if len(dtypes) == 1 and (has_arrays or channels == 1) else "uint8"
+
+
+def _dtype_of(image: Decoded, name: str) -> str:
+    if isinstance(image, np.ndarray):
+        return stored_dtype(image.dtype, name)
+    return "float32" if image.mode == "F" else "uint16" if image.mode.startswith("I;16") else "uint8"
+
+
+def _look_at(source: Source) -> list[Decoded | None]:
+    """Decode a few images; `None` stands for those that cannot be read, which whoever reads the images reports."""
+    indices = np.linspace(0, source.count - 1, min(source.count, INSPECTED_IMAGES)).round().astype(int).tolist()
+    images: list[Decoded | None] = []
+    for decode in source.fetch(indices):
+        try:
+            images.append(decode())
+        except Exception:  # decoders raise errors of many kinds
+            images.append(None)
+    return images
+
+
 def inspect_images(source: Source, channels: int) -> None:
     """Log a warning if a sample of a collection spans hardly any values, or is in color where the model is gray.
 
     Args:
         source: the collection.
-        channels: 1 for a gray model, 3 for color.
+        channels: 1 or 2 for a gray model, 3 or 4 for color.
 
     Example:
         >>> pixel = Image.new("RGB", (1, 1), "red")
         >>> inspect_images(Source("red", 3, lambda indices: [lambda: pixel for _ in indices], ""), channels=3)
     """
-    indices = np.linspace(0, source.count - 1, min(source.count, INSPECTED_IMAGES)).round().astype(int).tolist()
     low, high, count, in_color = 255, 0, 0, 0
-    for decode in source.fetch(indices):
+    for image in _look_at(source):
+        if not isinstance(image, Image.Image):
+            continue
         try:
-            image = decode()
             size = min(image.width, INSPECTED_SIDE), min(image.height, INSPECTED_SIDE)
             # Nearest neighbors, because averages would narrow the range.
             small = image if size == image.size else image.resize(size, Image.Resampling.NEAREST)
@@ -49,5 +99,5 @@ def inspect_images(source: Source, channels: int) -> None:
     sample = f"{source.name}: of {count} images looked at, "
     if count and high - low < MIN_RANGE:
         logger.warning("%sall values are from %d to %d in 0 to 255; check how they are scaled", sample, low, high)
-    if channels == 1 and in_color:
+    if channels in (1, 2) and in_color:
         logger.warning("%s%d are in color and become gray; a color model has in_channels=3", sample, in_color)

@@ -8,16 +8,20 @@ visited once per epoch, whatever P, and a run that resumes needs to know nothing
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ddim.data.augment import Augmentation
 from ddim.data.dataset import ImageDataset
 from ddim.data.seeding import generator_for
 from ddim.distributed import SINGLE_PROCESS, ProcessGroup
+from ddim.io.images import height_and_width
+
+NO_AUGMENTATION = Augmentation()
 
 
 def split_holdout(count: int, holdout: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -48,8 +52,8 @@ class Batches:
         indices: images of the dataset that are trained on, int64 (N,).
         batch_size: images per step, over all processes; may exceed N.
         seed: decides the order and the augmentation.
-        size: height and width that the model takes; larger images are cropped at random.
-        horizontal_flip: mirror each image with probability 1/2.
+        size: height and width that the model takes, one number for squares; larger images are cropped at random.
+        augmentation: how images are changed at random.
         processes: this process among those that divide each batch; its size must divide `batch_size`.
 
     Attributes:
@@ -69,31 +73,22 @@ class Batches:
         indices: Tensor,
         batch_size: int,
         seed: int,
-        size: int,
-        horizontal_flip: bool = False,
+        size: int | Sequence[int],
+        augmentation: Augmentation = NO_AUGMENTATION,
         processes: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self.dataset, self.indices, self.batch_size, self.seed = dataset, indices, batch_size, seed
-        self.size, self.horizontal_flip = size, horizontal_flip
+        self.size, self.augmentation = height_and_width(size), augmentation
         local_size = batch_size // processes.size
         self.local = slice(processes.rank * local_size, (processes.rank + 1) * local_size)
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
     def __getitem__(self, step: int) -> Tensor:
-        """Return the images of a step, uint8 (n, C, size, size); an epoch's last batch runs over into the next."""
+        """Return the images of a step, (n, C, *size), uint8 or float32; an epoch's last batch runs into the next."""
         # Read: the seed and the step alone decide which images are visited.
         images = self.dataset.read(self.image_indices(step))
-        # Augment: numbers are drawn for the whole batch and sliced, so that the number of processes changes nothing.
-        generator = generator_for(self.seed, "augment", step)
-        margin = self.dataset.shape[2] - self.size
-        if margin:
-            corners = torch.randint(margin + 1, (self.batch_size, 2), generator=generator)[self.local]
-            images = crop_windows(images, corners.to(images.device), self.size)
-        if self.horizontal_flip:
-            flipped = (torch.rand(self.batch_size, generator=generator) < 0.5)[self.local].to(images.device)
-            images = torch.where(flipped[:, None, None, None], images.flip(3), images)
-        return images
+        return self.augmentation.apply(images, self.seed, step, self.size, self.batch_size, self.local)
 
     def image_indices(self, step: int) -> Tensor:
         """Return the indices of the images that this process visits in a step.
@@ -119,31 +114,6 @@ class Batches:
             self._epoch = epoch
             self._order = torch.randperm(len(self.indices), generator=generator_for(self.seed, "order", epoch))
         return self._order
-
-
-def crop_windows(images: Tensor, corners: Tensor, size: int) -> Tensor:
-    """Cut a square window out of each image.
-
-    Args:
-        images: (n, C, H, W).
-        corners: top and left of each window, int64 (n, 2), on the images' device.
-        size: height and width of the windows, in pixels.
-
-    Returns:
-        (n, C, size, size).
-
-    Example:
-        >>> crop_windows(torch.arange(9).reshape(1, 1, 3, 3), torch.tensor([[1, 0]]), 2)
-        tensor([[[[3, 4],
-                  [6, 7]]]])
-    """
-    n, C = images.shape[:2]
-    span = torch.arange(size, device=images.device)
-    rows = (corners[:, 0, None] + span)[:, None, :, None]
-    columns = (corners[:, 1, None] + span)[:, None, None, :]
-    batch = torch.arange(n, device=images.device)[:, None, None, None]
-    channels = torch.arange(C, device=images.device)[None, :, None, None]
-    return images[batch, channels, rows, columns]
 
 
 class Prefetcher:

@@ -16,7 +16,7 @@ import huggingface_hub.constants
 import pyarrow as pa
 from PIL import Image
 
-from ddim.data.base import Source, first_line
+from ddim.data.base import Decoded, Source, first_line
 from ddim.io.images import decode_image
 from ddim.io.npz import MAX_COMPRESSION_RATIO, SMALL_ARRAY_BYTES
 from ddim.validation import nearest, shorten
@@ -164,7 +164,7 @@ def _from_rows(rows: datasets.Dataset, name: str, column: str | None, identity: 
         kind = getattr(rows.features[chosen], "dtype", "nested values")
         raise ValueError(f"the column {chosen} of {name} must hold encoded images, got {kind}") from None
 
-    def fetch(indices: Sequence[int]) -> list[Callable[[], Image.Image]]:
+    def fetch(indices: Sequence[int]) -> list[Callable[[], Decoded]]:
         content = encoded[list(indices)][chosen]
         return [partial(_decode_row, row, f"image {i} of {name}") for row, i in zip(content, indices, strict=True)]
 

@@ -13,27 +13,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from ddim.data.base import Source, first_line
+from ddim.data.base import Decoded, Source, first_line
 from ddim.extras import require
+from ddim.io.array_files import MAX_CHANNELS, load_npy, read_pixels
 from ddim.io.hub import HUB_ID
-from ddim.io.image_files import find_images, read_image
+from ddim.io.image_files import find_images
 from ddim.io.images import as_pil
 from ddim.io.npz import open_npz
+from ddim.io.pixel_format import DTYPES, stored_dtype
+from ddim.validation import join_choices
 
 DIGITS = "digits"
+ARRAYS_OF_IMAGES = f"(N, H, W) or (N, H, W, C) of {join_choices(DTYPES)} with C from 1 to {MAX_CHANNELS}"
+"""What an array must be, for messages."""
 
 
 def open_source(source: str, split: str = "train", column: str | None = None) -> Source:
     """Open a collection of images.
 
     Args:
-        source: a folder of images (searched recursively) or of parquet files; a parquet file with a column of encoded
-            images; an `.npz` file with an array of uint8 (N, H, W, C) or (N, H, W); `owner/name`, a dataset on the hub;
-            or `digits`, the 1,797 handwritten digits of scikit-learn, 8x8.
+        source: a folder of images or `.npy` arrays (searched recursively), or of parquet files; a parquet file with a
+            column of encoded images; an `.npz` or `.npy` file with an array (N, H, W, C) or (N, H, W) of uint8, uint16,
+            int16 or floats, C from 1 to 16; `owner/name`, a dataset on the hub; or `digits`, the 1,797 handwritten
+            digits of scikit-learn, 8x8.
         split: split of a dataset on the hub.
         column: name of the column of images in a table; defaults to the first column of images.
 
@@ -74,23 +80,25 @@ def open_source(source: str, split: str = "train", column: str | None = None) ->
         if path.suffix == ".npz":
             images = _from_array(_read_npz(path), source)
             return replace(images, read_column=partial(_read_npz_column, path, images.count))
-        raise ValueError(f"{source} is neither a folder of images nor a .parquet or .npz file")
-    if path.suffix not in (".parquet", ".npz") and HUB_ID.fullmatch(source):
+        if path.suffix == ".npy":
+            return _from_npy(path)
+        raise ValueError(f"{source} is neither a folder of images nor a .parquet, .npz or .npy file")
+    if path.suffix not in (".parquet", ".npz", ".npy") and HUB_ID.fullmatch(source):
         require("reading a data set on the hub", "datasets")
         from ddim.data.parquet import read_hub_dataset
 
         return read_hub_dataset(source, split, column)
     raise FileNotFoundError(
-        f"{source} does not exist; expected a folder of images, a .parquet or .npz file, the id of a dataset on the "
-        f"hub such as owner/name, or {DIGITS}"
+        f"{source} does not exist; expected a folder of images, a .parquet, .npz or .npy file, the id of a dataset on "
+        f"the hub such as owner/name, or {DIGITS}"
     )
 
 
 def _from_files(files: list[Path], folder: Path) -> Source:
-    def fetch(indices: Sequence[int]) -> list[Callable[[], Image.Image]]:
-        return [partial(read_image, files[i]) for i in indices]
+    def fetch(indices: Sequence[int]) -> list[Callable[[], Decoded]]:
+        return [partial(read_pixels, files[i]) for i in indices]
 
-    return Source(str(folder), len(files), fetch, _stamp(files))
+    return Source(str(folder), len(files), fetch, _stamp(files), describe=lambda index: str(files[index]))
 
 
 def _from_tables(files: list[str], name: str, column: str | None) -> Source:
@@ -101,14 +109,34 @@ def _from_tables(files: list[str], name: str, column: str | None) -> Source:
     return read_parquet(files, name, column, _stamp([Path(file) for file in files]))
 
 
-def _from_array(pixels: np.ndarray, name: str) -> Source:
+def _from_array(pixels: np.ndarray, name: str, identity: str | None = None) -> Source:
     if pixels.ndim == 3:
         pixels = pixels[..., None]
+    decode: Callable[[np.ndarray], Decoded] = np.array
+    if pixels.dtype == np.uint8 and pixels.shape[3] <= 4:
+        decode = as_pil
 
-    def fetch(indices: Sequence[int]) -> list[Callable[[], Image.Image]]:
-        return [partial(as_pil, pixels[i]) for i in indices]
+    def fetch(indices: Sequence[int]) -> list[Callable[[], Decoded]]:
+        return [partial(decode, pixels[i]) for i in indices]
 
-    return Source(name, len(pixels), fetch, hashlib.sha256(pixels.tobytes()).hexdigest())
+    identity = identity or hashlib.sha256(pixels.tobytes()).hexdigest()
+    return Source(name, len(pixels), fetch, identity, describe=lambda index: f"image {index} of {name}")
+
+
+def _from_npy(path: Path) -> Source:
+    images = load_npy(path)
+    if not _holds_images(images.dtype, images.shape):
+        raise ValueError(f"{path} must hold images as an array {ARRAYS_OF_IMAGES}, got {images.dtype} {images.shape}")
+    return _from_array(images, str(path), _stamp([path]))
+
+
+def _holds_images(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
+    """Return whether an array can be images."""
+    try:
+        stored_dtype(dtype, "")
+    except ValueError:
+        return False
+    return bool(np.prod(shape)) and (len(shape) == 3 or (len(shape) == 4 and shape[3] <= MAX_CHANNELS))
 
 
 def _read_npz(path: Path) -> np.ndarray:
@@ -118,16 +146,14 @@ def _read_npz(path: Path) -> np.ndarray:
             for name, header in file.headers.items():
                 if header.dtype.hasobject:
                     raise ValueError(f"its array {name!r} is a pickle, which can run code")
-            for name, header in file.headers.items():
-                is_image = len(header.shape) == 3 or (len(header.shape) == 4 and header.shape[3] in (1, 3))
-                if header.dtype == np.uint8 and header.num_bytes and is_image:
+            # Arrays of bytes first: they are images more surely than others.
+            for name, header in sorted(file.headers.items(), key=lambda item: item[1].dtype != np.uint8):
+                if _holds_images(header.dtype, header.shape):
                     return file.read(name)
             content = ", ".join(f"{name}: {header.dtype} {header.shape}" for name, header in file.headers.items())
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as .npz: {first_line(error)}") from None
-    raise ValueError(
-        f"{path} must hold images as a uint8 array (N, H, W) or (N, H, W, C) with C 1 or 3, got {content or 'nothing'}"
-    )
+    raise ValueError(f"{path} must hold images as an array {ARRAYS_OF_IMAGES}, got {content or 'nothing'}")
 
 
 def _read_npz_column(path: Path, count: int, name: str) -> list[str] | None:

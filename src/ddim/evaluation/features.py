@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ddim.evaluation.classifiers import CLASSIFIERS, load_classifier
 from ddim.extras import require
+from ddim.io.pixel_format import EIGHT_BIT, PixelFormat
 from ddim.io.weights import digest
-from ddim.validation import nearest, shorten
+from ddim.validation import nearest, shorten, shown
 
 MAX_PIXELS_SIDE = 32
 """Height and width above which `Pixels` averages: the covariance of N features has N^2 entries."""
@@ -44,8 +45,8 @@ class Pixels(nn.Module):
         self.num_features = channels * self.size[0] * self.size[1]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map uint8 (N, C, H, W) to float64 (N, D), D at most 1024 C."""
-        pixels = images.double() / 255
+        """Map uint8 (N, C, H, W), or floats in [0, 1], to float64 (N, D), D at most 1024 C."""
+        pixels = images.double() / 255 if images.dtype == torch.uint8 else images.double()
         return (pixels if tuple(images.shape[2:]) == self.size else F.adaptive_avg_pool2d(pixels, self.size)).flatten(1)
 
 
@@ -133,13 +134,14 @@ class Scripted(nn.Module):
         return features
 
 
-def load_features(name: str, shape: tuple[int, int, int]) -> nn.Module:
+def load_features(name: str, shape: tuple[int, int, int], pixel_format: PixelFormat = EIGHT_BIT) -> nn.Module:
     """Load a feature extractor in evaluation mode.
 
     Args:
         name: `pixels`, `mnist` or `faces` (the classifiers of digits and of drawn faces), `inception`, or a TorchScript
             file.
         shape: (C, H, W) of the images.
+        pixel_format: of the images. Networks take 8 bits alone, and `inception` gray and color.
 
     Returns:
         The extractor.
@@ -156,6 +158,10 @@ def load_features(name: str, shape: tuple[int, int, int]) -> nn.Module:
     """
     if name == "pixels":
         return Pixels(shape).eval()
+    if not pixel_format.is_eight_bit:
+        raise ValueError(f"features must be pixels for images of {pixel_format.describe(shape[0])}, got {shown(name)}")
+    if name == "inception" and shape[0] not in (1, 3):
+        raise ValueError(f"features='inception' requires images of 1 or 3 channels, got {shape[0]}; choose pixels")
     if name == "inception":
         return Inception().eval()
     if name in CLASSIFIERS:

@@ -20,9 +20,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddim.data.base import Source
+from ddim.data.base import Decoded, Source
+from ddim.data.inspection import find_dtype
 from ddim.data.sources import open_source
-from ddim.io.images import decode_image, fit_image, to_bytes
+from ddim.io.images import as_array, decode_image, fit_array, fit_image, to_values
+from ddim.io.pixel_format import EIGHT_BIT, PixelFormat, measured_format
 from ddim.io.reading import reader_reason
 from ddim.pipeline import DDIMPipeline
 from ddim.validation import shown
@@ -41,11 +43,13 @@ class ImageSet:
         name: the set's name in tables.
         shape: (C, H, W).
         count: number of images.
-        read_batch: reads or samples a batch anew, given its number: uint8 (n, C, H, W). All batches have `BATCH_SIZE`
-            images but the last.
+        read_batch: reads or samples a batch anew, given its number: uint8 (n, C, H, W), or float32, with the range of
+            `pixel_format` scaled to [0, 1], for values of other types. All batches have `BATCH_SIZE` images but the
+            last.
         from_files: whether the images come from files, so that their features are cached.
         read_column: returns the values of another column of a table as text, one per image; `None` where there is no
             such column.
+        pixel_format: the type and the ranges of the values.
 
     Example:
         >>> pixels = torch.zeros(100, 1, 4, 4, dtype=torch.uint8)
@@ -60,6 +64,7 @@ class ImageSet:
     read_batch: Callable[[int], Tensor]
     from_files: bool
     read_column: Callable[[str], list[str] | None] = lambda name: None
+    pixel_format: PixelFormat = EIGHT_BIT
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -70,7 +75,13 @@ class ImageSet:
         return map(self.read_batch, range(len(self)))
 
 
-def open_files(source: str, count: int | None = None, shape: Shape | None = None, split: str = "train") -> ImageSet:
+def open_files(
+    source: str,
+    count: int | None = None,
+    shape: Shape | None = None,
+    split: str = "train",
+    pixel_format: PixelFormat | None = None,
+) -> ImageSet:
     """Open images of files or of a data set.
 
     Args:
@@ -80,6 +91,8 @@ def open_files(source: str, count: int | None = None, shape: Shape | None = None
         shape: (C, H, W) that the images are fitted to by center crop and Lanczos resampling; defaults to that of the
             first image.
         split: the split of a data set on the hub.
+        pixel_format: the type and the ranges of the values; defaults to the type of the images (8 bits for files of
+            several depths) and the range of each channel, for which all of them are read.
 
     Returns:
         The set.
@@ -99,22 +112,51 @@ def open_files(source: str, count: int | None = None, shape: Shape | None = None
     if count is not None and count > images.count:
         raise ValueError(f"count must be at most {images.count}, the number of images in {source}, got {count}")
     total = images.count if count is None else count
-    if shape is None:
-        first = images.fetch([0])[0]()
-        shape = (1 if first.mode in ("L", "1") else 3, first.height, first.width)
-    channels, height, width = shape
+    channels, height, width = _shape_of(images.fetch([0])[0]()) if shape is None else shape
+    dtype = find_dtype(images, channels) if pixel_format is None else pixel_format.dtype
+
+    def fit(image: Decoded) -> np.ndarray:
+        if dtype == "uint8" and isinstance(image, Image.Image):
+            return np.atleast_3d(np.asarray(fit_image(image, height, width, channels)))
+        name = getattr(image, "filename", "") or f"an image of {source}"
+        return fit_array(as_array(image, dtype, name), height, width, channels, name=name)
+
+    def read_values(number: int) -> Tensor:
+        decoders = images.fetch(range(number * BATCH_SIZE, min((number + 1) * BATCH_SIZE, total)))
+        pixels = torch.from_numpy(np.stack([fit(decode()) for decode in decoders]))
+        return pixels.permute(0, 3, 1, 2).contiguous()
+
+    if pixel_format is None and dtype != "uint8":
+        ranges = [
+            values.float().flatten(2).aminmax(dim=2) for values in map(read_values, range(-(-total // BATCH_SIZE)))
+        ]
+        low = torch.cat([bounds.min for bounds in ranges]).amin(0)
+        pixel_format = measured_format(
+            dtype, low.tolist(), torch.cat([bounds.max for bounds in ranges]).amax(0).tolist()
+        )
+    checked = pixel_format or EIGHT_BIT
 
     def read_batch(number: int) -> Tensor:
-        decoders = images.fetch(range(number * BATCH_SIZE, min((number + 1) * BATCH_SIZE, total)))
-        fitted = [fit_image(decode(), height, width, channels) for decode in decoders]
-        pixels = torch.from_numpy(np.stack([np.atleast_3d(np.asarray(image)) for image in fitted]))
-        return pixels.permute(0, 3, 1, 2).contiguous()
+        return _scale(read_values(number), checked)
 
     def read_column(name: str) -> list[str] | None:
         values = images.read_column(name)
         return None if values is None else values[:total]
 
-    return ImageSet(source, shape, total, read_batch, True, read_column)
+    return ImageSet(source, (channels, height, width), total, read_batch, True, read_column, checked)
+
+
+def _shape_of(image: Decoded) -> Shape:
+    """Return the shape (C, H, W) of an image; 3 channels for all modes with color or alpha."""
+    if isinstance(image, np.ndarray):
+        return image.shape[2], image.shape[0], image.shape[1]
+    is_gray = image.mode in ("L", "1", "F") or image.mode.startswith("I")
+    return 1 if is_gray else 3, image.height, image.width
+
+
+def _scale(values: Tensor, pixel_format: PixelFormat) -> Tensor:
+    """Return bytes as they are, and other values with their range scaled to [0, 1], not clipped."""
+    return values if pixel_format.is_eight_bit else pixel_format.to_samples(values) / 2 + 0.5
 
 
 def sample_image_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = "samples", **settings: Any) -> ImageSet:
@@ -140,21 +182,21 @@ def sample_image_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = 
     """
     quiet_pipe = DDIMPipeline(pipe.unet, pipe.scheduler, engine=pipe.engine)
     quiet_pipe.set_progress_bar_config(disable=True)
-    size = min(BATCH_SIZE, count)
+    size, pixel_format = min(BATCH_SIZE, count), pipe.pixel_format
 
     def read_batch(number: int) -> Tensor:
         start = number * size
         # A last batch in full size, because networks round differently for batches of different sizes.
         seeds = range(seed + start, seed + start + size)
         images = quiet_pipe(size, seeds=seeds, output_type="np", return_dict=False, **settings)[0]
-        pixels = torch.from_numpy(to_bytes(np.asarray(images)))[: count - start]
-        return pixels.permute(0, 3, 1, 2).contiguous()
+        pixels = torch.from_numpy(to_values(images, pixel_format))[: count - start]
+        return _scale(pixels.permute(0, 3, 1, 2).contiguous(), pixel_format)
 
-    return ImageSet(name, pipe.sample_shape, count, read_batch, from_files=False)
+    return ImageSet(name, pipe.sample_shape, count, read_batch, from_files=False, pixel_format=pixel_format)
 
 
 def batch_sha256(batch: Tensor) -> str:
-    """Return a hash of a batch of images, uint8 (n, C, H, W).
+    """Return a hash of a batch of images, (n, C, H, W).
 
     Example:
         >>> batch_sha256(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))[:8]
@@ -214,7 +256,7 @@ def _open_shards(path: Path) -> Source:
             stream.seek(offset)
             return decode_image(io.BytesIO(stream.read(size)), f"{shard}:{name}")
 
-    def fetch(indices: Sequence[int]) -> list[Callable[[], Image.Image]]:
+    def fetch(indices: Sequence[int]) -> list[Callable[[], Decoded]]:
         return [partial(decode, *members[i]) for i in indices]
 
     return Source(str(path), len(members), fetch, "")

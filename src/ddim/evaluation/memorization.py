@@ -147,6 +147,9 @@ def measure_memorization(
     for role, images in (("reference", training), ("held_out", held_out)):
         if images is not None and images.shape != samples.shape:
             raise ValueError(f"{role} must hold images of the samples' shape {samples.shape}, got {images.shape}")
+    if not samples.pixel_format.is_eight_bit:
+        kind = samples.pixel_format.describe(samples.shape[0])
+        raise ValueError(f"memorization requires images of 8 bits, whose distances are exact, got {kind}")
     if held_out is None and training.count < 2:
         raise ValueError("reference must hold at least 2 images, to compare them with each other, got 1")
     to_vectors, scale, identity = _space(features, samples.shape)

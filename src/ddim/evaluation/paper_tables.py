@@ -192,7 +192,8 @@ def table_2(
     References:
         Song et al., Table 2, arXiv 2010.02502.
     """
-    samples = torch.cat(list(images.batches())).float() / 127.5 - 1
+    samples = torch.cat(list(images.batches())).float()
+    samples = samples / 127.5 - 1 if images.pixel_format.is_eight_bit else (2 * samples - 1).clamp(-1, 1)
     sha256 = hashlib.sha256(samples.numpy().tobytes()).hexdigest()
     cache = _CellCache(pipe, {"count": images.count}, group)
     batches = torch.split(samples, RECONSTRUCTION_BATCH_SIZE)

@@ -124,7 +124,7 @@ def evaluate(
         )
     if attributes and reference is None:
         raise ValueError("reference must be given for attributes=True, got None")
-    extractor: Any = load_features(features, samples.shape)
+    extractor: Any = load_features(features, samples.shape, samples.pixel_format)
     if attributes and not isinstance(extractor, AttributeClassifier):
         raise ValueError(f"features must be {' or '.join(CLASSIFIERS)} for attributes=True, got {shown(features)}")
     counts = [images.count for images in (samples, reference) if images is not None]

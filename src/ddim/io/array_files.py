@@ -120,10 +120,12 @@ def read_pages(path: str | Path | IO[bytes]) -> np.ndarray | None:
             count = getattr(image, "n_frames", 1)
             if count == 1:
                 return None
-            pages = []
+            pages: list[np.ndarray] = []
             for index in range(min(count, MAX_CHANNELS + 1)):
                 image.seek(index)
-                if image.mode not in PAGE_MODES.values() or image.size != (pages[0].shape[::-1] if pages else image.size):
+                if image.mode not in PAGE_MODES.values() or image.size != (
+                    pages[0].shape[::-1] if pages else image.size
+                ):
                     return None
                 pages.append(np.array(image))
         except Exception as error:  # decoders raise errors of many kinds

@@ -1,9 +1,9 @@
 """Images of any number of channels and type of values as 8-bit images that can be looked at.
 
 One channel becomes gray, three become RGB, and others become false color: channel c of C gets a color of hue c / C, and
-a pixel is the sum of the colors, weighted by the values. Weights are normalized such that a pixel with the same value in
-all channels is gray of that value. Channels are scaled by the ranges of the format. 8-bit images of up to four channels
-are shown as they are.
+a pixel is the sum of the colors, weighted by the values. Weights are normalized such that a pixel with the same value
+in all channels is gray of that value. Channels are scaled by the ranges of the format. 8-bit images of up to four
+channels are shown as they are.
 """
 
 from __future__ import annotations
@@ -58,9 +58,24 @@ def preview(images: Sequence[np.ndarray] | np.ndarray, pixel_format: PixelFormat
     return [_show(np.asarray(image), pixel_format) for image in images]
 
 
+def shows_values(channels: int, pixel_format: PixelFormat) -> bool:
+    """Return whether images are shown as they are, without rounding and false color.
+
+    Args:
+        channels: of each image.
+        pixel_format: their type.
+
+    Example:
+        >>> from ddim.io.pixel_format import EIGHT_BIT
+        >>> shows_values(4, EIGHT_BIT), shows_values(5, EIGHT_BIT)
+        (True, False)
+    """
+    return pixel_format.is_eight_bit and channels <= 4
+
+
 def _show(image: np.ndarray, pixel_format: PixelFormat) -> Image.Image:
     channels = image.shape[2]
-    if pixel_format.is_eight_bit and channels <= 4:
+    if shows_values(channels, pixel_format):
         return as_pil(image)
     values = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].double()
     unit = pixel_format.to_unit(values)[0].permute(1, 2, 0).numpy()

@@ -6,6 +6,7 @@ import hashlib
 from typing import Any, Protocol
 
 from ddim.io.json_files import to_json
+from ddim.io.pixel_format import format_of
 from ddim.io.weights import digest
 
 
@@ -24,8 +25,9 @@ class HasModel(Protocol):
 def model_sha256(pipe: HasModel) -> str:
     """Return a SHA-256 of everything that decides which image a latent stands for.
 
-    That is the weights with their dtype, the network's configuration, the noise schedule, and what the network predicts
-    (`prediction_type`). The sampler's settings, which vary from call to call, are not part of it.
+    That is the weights with their dtype, the network's configuration, the format of its images' values, the noise
+    schedule, and what the network predicts (`prediction_type`). The sampler's settings, which vary from call to call,
+    are not part of it.
 
     Args:
         pipe: holds the model.
@@ -44,6 +46,8 @@ def model_sha256(pipe: HasModel) -> str:
     sha256.update(digest(weights).encode())
     config = {name: value for name, value in pipe.unet.config.items() if not name.startswith("_")}
     sha256.update(to_json(config).encode())
+    if (pixel_format := format_of(pipe.unet.config).record()) is not None:
+        sha256.update(to_json(pixel_format).encode())
     sha256.update(pipe.scheduler.config.prediction_type.encode())
     sha256.update(pipe.scheduler.alphas_cumprod.cpu().numpy().tobytes())
     return sha256.hexdigest()

@@ -20,10 +20,12 @@ logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 """Files with these suffixes are read as images."""
-OUTPUT_SUFFIXES = {".png": "a grid", ".npz": ""}
+ARRAY_SUFFIX = ".npy"
+"""Files with this suffix are read as images where a folder has no others."""
+OUTPUT_SUFFIXES = {".png": "a grid", ".tiff": "a grid", ".npz": ""}
 """Suffixes that `save_images` writes, and what they mean."""
 ANIMATION_SUFFIXES = {".gif": "an animation", ".webp": "an animation"}
-NUMBERED_FILE = re.compile(r"([0-9]{5}|[1-9][0-9]{5,})\.png")
+NUMBERED_FILE = re.compile(r"([0-9]{5}|[1-9][0-9]{5,})\.(png|tiff)")
 """The names that `save_images` gives to the files of a folder."""
 MANIFEST_NAME = "manifest.json"
 """A folder of samples of `ddim.bulk` has this file."""
@@ -38,7 +40,7 @@ MAX_ENLARGED_PIXELS = 4096
 
 
 def find_images(path: str | Path) -> list[Path]:
-    """Find the image files in a folder and its subfolders, by their suffixes.
+    """Find the image files in a folder and its subfolders, by their suffixes; where there are none, arrays (`.npy`).
 
     Hidden files, such as those that macOS adds (`._x.png`), and what is not a regular file, such as pipes and devices,
     are skipped with a warning.
@@ -58,7 +60,9 @@ def find_images(path: str | Path) -> list[Path]:
         ...     [file.name for file in find_images(folder)]
         ['one.png']
     """
-    files, skipped = [], []
+    files: list[Path] = []
+    arrays: list[Path] = []
+    skipped = []
 
     def skip(error: OSError) -> None:
         if error.filename != str(path):
@@ -66,20 +70,22 @@ def find_images(path: str | Path) -> list[Path]:
 
     for folder, _, names in os.walk(path, onerror=skip):
         for file in (Path(folder, name) for name in names):
-            if file.suffix.lower() not in IMAGE_SUFFIXES:
+            is_array = file.suffix.lower() == ARRAY_SUFFIX
+            if file.suffix.lower() not in IMAGE_SUFFIXES and not is_array:
                 continue
             if file.name.startswith(".") or not file.is_file():
                 skipped.append(str(file.relative_to(path)))
             else:
-                files.append(file)
+                (arrays if is_array else files).append(file)
     if skipped:
         listed = ", ".join(sorted(skipped)[:MAX_LISTED]) + (", ..." if len(skipped) > MAX_LISTED else "")
         # Names in another encoding hold characters that cannot be printed.
         listed = listed.encode(errors="backslashreplace").decode()
         logger.warning("%s: %s skipped: %s", path, pluralize(len(skipped), "hidden or special file"), listed)
-    if not files:
-        raise FileNotFoundError(f"{path} contains no images; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
-    return sorted(files)
+    if not files and not arrays:
+        looked_for = ", ".join(sorted({*IMAGE_SUFFIXES, ARRAY_SUFFIX}))
+        raise FileNotFoundError(f"{path} contains no images; looked for {looked_for}")
+    return sorted(files or arrays)
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -125,7 +131,7 @@ def make_grid(images: Sequence[Image.Image], columns: int | None = None) -> Imag
     """
     if not images:
         raise ValueError("images must hold at least one image, got none")
-    columns = columns or round(len(images) ** 0.5 + 0.49)
+    columns = columns or grid_columns(len(images))
     rows = -(-len(images) // columns)
     width, height = images[0].size
     grid = Image.new(images[0].mode, (columns * (width + GRID_GAP) + GRID_GAP, rows * (height + GRID_GAP) + GRID_GAP))
@@ -133,6 +139,19 @@ def make_grid(images: Sequence[Image.Image], columns: int | None = None) -> Imag
         row, column = divmod(index, columns)
         grid.paste(image, (column * (width + GRID_GAP) + GRID_GAP, row * (height + GRID_GAP) + GRID_GAP))
     return grid
+
+
+def grid_columns(count: int) -> int:
+    """Return the number of columns of a grid as square as possible.
+
+    Args:
+        count: number of images.
+
+    Example:
+        >>> grid_columns(16), grid_columns(17)
+        (4, 5)
+    """
+    return round(count**0.5 + 0.49)
 
 
 def stack_rows(rows: Sequence[Sequence[Image.Image]], columns: int = 16) -> Image.Image:
@@ -184,9 +203,23 @@ def enlarge(image: Image.Image, tile: Image.Image, factor: int | None = None) ->
         (186, 186)
     """
     if factor is None:
-        factor = max(1, min(-(-MIN_TILE_PIXELS // min(tile.size)), MAX_ENLARGED_PIXELS // max(image.size)))
+        factor = enlargement(image.size, tile.size)
     width, height = image.size
     return image if factor == 1 else image.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+
+
+def enlargement(grid_size: Sequence[int], tile_size: Sequence[int]) -> int:
+    """Return the smallest factor that makes the sides of a tile 64 pixels or more and those of its grid 4096 or less.
+
+    Args:
+        grid_size: the sides of the grid, in pixels.
+        tile_size: the sides of an image of the grid.
+
+    Example:
+        >>> enlargement((62, 62), (28, 28))
+        3
+    """
+    return max(1, min(-(-MIN_TILE_PIXELS // min(tile_size)), MAX_ENLARGED_PIXELS // max(grid_size)))
 
 
 def is_folder_path(path: str | Path) -> bool:
@@ -236,7 +269,7 @@ def check_output_path(
     Example:
         >>> check_output_path("samples.jpg")
         Traceback (most recent call last):
-        ValueError: out must end in .png (a grid), .npz, or be a folder, got 'samples.jpg'
+        ValueError: out must end in .png (a grid), .tiff (a grid), .npz, or be a folder, got 'samples.jpg'
     """
     target = Path(path)
     if target.suffix.lower() not in allowed if not is_folder_path(path) else not folder_allowed:
@@ -256,12 +289,13 @@ def check_output_path(
     return target
 
 
-def output_files(path: str | Path, count: int) -> list[Path]:
+def output_files(path: str | Path, count: int, suffix: str = ".png") -> list[Path]:
     """Return the files that `save_images` writes.
 
     Args:
         path: the output path.
         count: the number of images.
+        suffix: of the files of a folder.
 
     Returns:
         One path per image for a folder, else the path alone.
@@ -271,7 +305,7 @@ def output_files(path: str | Path, count: int) -> list[Path]:
         ['00000.png', '00001.png']
     """
     target = Path(path)
-    return [target / f"{index:05d}.png" for index in range(count)] if is_folder_path(path) else [target]
+    return [target / f"{index:05d}{suffix}" for index in range(count)] if is_folder_path(path) else [target]
 
 
 def earlier_files(path: str | Path) -> list[Path]:
@@ -324,11 +358,8 @@ def replaced_files(path: str | Path, count: int) -> list[Path]:
         FileExistsError: ... images numbered beyond the 2 to be written (1, such as 00002.png); delete them, or ...
     """
     earlier = earlier_files(path)
-    if is_folder_path(path) and (beyond := sorted(set(earlier) - set(output_files(path, count)))):
-        raise FileExistsError(
-            f"{path} holds images numbered beyond the {count} to be written ({len(beyond)}, such as "
-            f"{beyond[0].name}); delete them, or write to another folder"
-        )
+    if is_folder_path(path):
+        check_later_files(Path(path), [file for file in earlier if int(file.stem) < count], count)
     return earlier
 
 
@@ -370,8 +401,9 @@ def save_images(
 
     Args:
         images: at least one, all of one size and mode.
-        path: `x.png` for a grid, or for a single image as it is; `x.npz` for `arr_0`, uint8 (N, H, W, C), the format of
-            the ADM evaluator; a path without a suffix, or an existing folder, for `00000.png`, `00001.png`, ...
+        path: `x.png` or `x.tiff` for a grid, or for a single image as it is; `x.npz` for `arr_0`, uint8 (N, H, W, C),
+            the format of the ADM evaluator; a path without a suffix, or an existing folder, for `00000.png`,
+            `00001.png`, ...
         columns: images per row of a grid; defaults to a grid as square as possible.
         scale: factor by which a grid is enlarged; `None` chooses it, as `enlarge` does.
 
@@ -391,8 +423,8 @@ def save_images(
         (3, 4, 4, 1)
     """
     target = check_output_path(path)
-    replaced_files(path, len(images))
     if is_folder_path(path):
+        check_later_files(target, output_files(target, len(images)))
         with write_folder(target) as folder:
             for image, file in zip(images, output_files(folder, len(images)), strict=True):
                 image.save(file)
@@ -406,6 +438,29 @@ def save_images(
         grid = images[0] if is_single else make_grid(images, columns)
         save_image(enlarge(grid, images[0], 1 if is_single and scale is None else scale), target)
     return target
+
+
+def check_later_files(folder: Path, files: Sequence[Path], count: int | None = None) -> None:
+    """Check that a folder has no images numbered beyond those to be written, which would be taken for theirs.
+
+    Args:
+        folder: where they are to be written.
+        files: that may be in it, because they are replaced.
+        count: the number of images to be written; defaults to the number of `files`.
+
+    Raises:
+        FileExistsError: if it has, or `ddim.bulk` wrote it.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     (Path(folder) / "00007.png").touch()
+        ...     check_later_files(Path(folder), output_files(folder, 8))
+    """
+    if beyond := sorted(set(earlier_files(folder)) - set(files)):
+        raise FileExistsError(
+            f"{folder} holds images numbered beyond the {len(files) if count is None else count} to be written "
+            f"({len(beyond)}, such as {beyond[0].name}); delete them, or write to another folder"
+        )
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:

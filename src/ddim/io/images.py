@@ -214,7 +214,9 @@ def fit_image(image: Image.Image, height: int, width: int, channels: int, crop: 
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def fit_array(image: np.ndarray, height: int, width: int, channels: int, crop: bool = True, name: str = "") -> np.ndarray:
+def fit_array(
+    image: np.ndarray, height: int, width: int, channels: int, crop: bool = True, name: str = ""
+) -> np.ndarray:
     """Fit an array to a model: crop its center to the aspect ratio, resize each channel (Lanczos).
 
     An array of the right size is returned as it is. Resizing does not leave the range of a channel's values.
@@ -380,9 +382,7 @@ def upright(image: Image.Image, name: str) -> Image.Image:
         return image.copy()
 
 
-def check_output_type(
-    output_type: Any, channels: int | None = None, pixel_format: PixelFormat = EIGHT_BIT
-) -> None:
+def check_output_type(output_type: Any, channels: int | None = None, pixel_format: PixelFormat = EIGHT_BIT) -> None:
     """Check that an output type is one of `OUTPUT_TYPES` and takes images of so many channels.
 
     Args:
@@ -421,6 +421,27 @@ def to_bytes(array: np.ndarray) -> np.ndarray:
     if not np.isfinite(array).all():
         raise NonFiniteError("images must be finite, got NaN or infinity: the network's predictions overflow")
     return (array * 255).round().astype(np.uint8)
+
+
+def to_values(images: Any, pixel_format: PixelFormat) -> np.ndarray:
+    """Return images of the output type `np` in the type of their format: floats in [0, 1] become bytes.
+
+    Args:
+        images: (N, H, W, C), as `to_output` returns them.
+        pixel_format: of the model.
+
+    Returns:
+        (N, H, W, C) of the format's type.
+
+    Raises:
+        NonFiniteError: if a value is NaN or infinite.
+
+    Example:
+        >>> to_values(np.ones((1, 2, 2, 1)), EIGHT_BIT).max()
+        np.uint8(255)
+    """
+    array = np.asarray(images)
+    return to_bytes(array) if pixel_format.is_eight_bit else array
 
 
 def as_pil(pixels: np.ndarray) -> Image.Image:

@@ -1,6 +1,6 @@
 """What the samples of a model mean outside of it: the type of its images' values, and the range of each channel.
 
-Inside the model values are in [-1, 1]. Outside they are what the data holds, and both are mapped linearly, per channel c:
+Inside the model values are in [-1, 1]. Outside they are what the data holds. The map is linear, per channel c:
 
     x = 2 (v - low_c) / (high_c - low_c) - 1
     v = low_c + (x + 1) / 2 (high_c - low_c)
@@ -152,7 +152,8 @@ class PixelFormat:
             float32 (N, C, H, W), or float64 for float64 values; in [-1, 1] for values within the range.
 
         Example:
-            >>> PixelFormat("uint16", (100,), (300,)).to_samples(torch.tensor([100, 200, 400]).reshape(3, 1, 1, 1)).ravel()
+            >>> values = torch.tensor([100, 200, 400]).reshape(3, 1, 1, 1)
+            >>> PixelFormat("uint16", (100,), (300,)).to_samples(values).ravel()
             tensor([-1.,  0.,  2.])
         """
         values = values if values.dtype == torch.float64 else values.float()
@@ -264,7 +265,7 @@ def cast_exactly(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
         return result
     low, high = LIMITS.get(dtype, (0, -1))
     fits = values.dtype == np.int32 and (not values.size or (values.min() >= low and values.max() <= high))
-    if values.dtype != dtype and not fits:
+    if values.dtype.name != dtype and not fits:
         raise ValueError(f"{name} must hold {dtype} values, got {values.dtype}")
     return values.astype(dtype)
 

@@ -8,6 +8,9 @@ from typing import Any
 
 import yaml
 
+from ddim.io.false_color import shows_values
+from ddim.io.images import height_and_width
+from ddim.io.pixel_format import PixelFormat
 from ddim.training.trainer import Trainer
 
 CARD = """---
@@ -20,17 +23,17 @@ tags:
 
 # {name}
 
-A denoising diffusion model of {size}x{size} {color} images, trained with `ddim`.
+A denoising diffusion model of {kind}, trained with `ddim`.
 
 ![{count} samples, {steps} steps](samples.png)
 
-{count} samples from seeds 0 to {last} at {steps} steps, none picked.
+{count} samples from seeds 0 to {last} at {steps} steps, none picked{shown}.
 
 ```python
-from ddim import DDIMPipeline  # or: from diffusers import DDIMPipeline
+from ddim import DDIMPipeline  # or: from diffusers import DDIMPipeline{units}
 
 pipe = DDIMPipeline.from_pretrained("{name}")  # this folder, or its id on the hub
-images = pipe(batch_size=16, num_inference_steps={steps}).images
+images = pipe(batch_size=16, num_inference_steps={steps}{output}).images
 ```
 
 | | |
@@ -59,7 +62,7 @@ def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
     Returns:
         Markdown with a YAML header, as the hub reads it.
     """
-    config, scheduler = trainer.config, trainer.scheduler
+    config, scheduler, pixel_format = trainer.config, trainer.scheduler, trainer.dataset.pixel_format
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line][-10:]
     evaluations = [line for line in lines if "held_out_loss" in line or "frechet_distance" in line][-1:]
@@ -75,6 +78,9 @@ def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
         "time": f"{trainer.seconds / 60:.1f} minutes on {record['device']}; processes: {processes}",
         "objective": f"{config.objective.weighting} weighting, {config.precision}",
     }
+    if not pixel_format.is_eight_bit:
+        pairs = zip(pixel_format.low, pixel_format.high, strict=True)
+        facts["values"] = f"{pixel_format.dtype}, from " + ", ".join(f"{low:g} to {high:g}" for low, high in pairs)
     if losses:
         facts["final loss"] = f"{sum(losses) / len(losses):.4f}, mean over the last {len(losses)} lines of the metrics"
     for line in evaluations:
@@ -82,13 +88,26 @@ def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
         facts |= {key.replace("_", " "): f"{value:.4g}, at step {step:,}" for key, value in line.items()}
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     model = config.model
+    channels = model.get("in_channels", 3)
     return CARD.format(
         name=out.resolve().name,
-        size=model["sample_size"],
-        color="gray" if model.get("in_channels", 3) == 1 else "color",
+        kind=_describe_images(height_and_width(model["sample_size"]), channels, pixel_format),
+        units="" if pixel_format.is_eight_bit else ", whose images are in [0, 1]",
+        output="" if pixel_format.is_eight_bit and pixel_format.fits_pil(channels) else ', output_type="np"',
+        shown="" if shows_values(channels, pixel_format) else ", in false color",
         count=config.samples.count,
         last=config.samples.count - 1,
         steps=config.samples.num_inference_steps,
         facts="\n".join(f"| {name} | {fact} |" for name, fact in facts.items()),
         settings=yaml.safe_dump(record["config"], sort_keys=False),
     )
+
+
+def _describe_images(size: tuple[int, int], channels: int, pixel_format: PixelFormat) -> str:
+    """Return what the images are, such as "28x28 gray images"."""
+    height, width = size
+    names = {1: "gray", 2: "gray images with alpha", 3: "color", 4: "color images with alpha"}
+    if not pixel_format.is_eight_bit or channels not in names:
+        return f"{height}x{width} images, {pixel_format.describe(channels)}"
+    name = names[channels]
+    return f"{height}x{width} {name}" if "images" in name else f"{height}x{width} {name} images"

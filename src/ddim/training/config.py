@@ -18,6 +18,8 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveIn
 
 from ddim.annotations import check_arguments
 from ddim.data.config import DataConfig, Section
+from ddim.io.array_files import MAX_CHANNELS
+from ddim.io.images import height_and_width
 from ddim.scheduler import DDIMScheduler
 from ddim.unet import UNet2DModel
 from ddim.validation import as_integer, choice, find_nearest, nearest, shorten, shown
@@ -357,14 +359,17 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
     optim = config.optim
     if config.batch_size % optim.accumulate:
         raise _invalid("optim.accumulate", f"must divide batch_size ({config.batch_size}), got {optim.accumulate}")
-    size, channels = config.model.get("sample_size", 1), config.model.get("in_channels", 3)
+    height, width = height_and_width(config.model.get("sample_size", 1))
+    num_values = config.model.get("in_channels", 3) * height * width
     measures_distance = config.evaluate.every and config.evaluate.count
-    if measures_distance and (config.evaluate.count < 2 or channels * size**2 > MAX_FEATURES):
+    if measures_distance and (config.evaluate.count < 2 or num_values > MAX_FEATURES):
         raise _invalid(
             "evaluate.count",
             f"the Fréchet distance of pixels requires at least 2 samples of at most {MAX_FEATURES} values each, got "
-            f"{config.evaluate.count} of {channels * size**2}; 0 disables it",
+            f"{config.evaluate.count} of {num_values}; 0 disables it",
         )
+    if config.model:
+        check_augmentation(config.data, config.model)
     if config.init is None:
         check_scheduler(config.scheduler)
     if optim.decay_steps is not None and optim.decay == "constant":
@@ -382,21 +387,49 @@ def check_model(model: Mapping[str, Any]) -> None:
         ValueError: naming the wrong argument.
 
     Example:
-        >>> check_model({"sample_size": (8, 8)})
+        >>> check_model({"sample_size": (8, 12)})
+        >>> check_model({"sample_size": 0})
         Traceback (most recent call last):
-        ValueError: training configuration, model.sample_size: must be a positive integer (height and width), got (8, 8)
+        ValueError: training configuration, model.sample_size: must be a positive integer, or two (height, width), got 0
     """
     size, channels = model.get("sample_size"), model.get("in_channels", 3)
-    integer_size = as_integer(size)
-    if integer_size is None or integer_size < 1:
-        raise _invalid("model.sample_size", f"must be a positive integer (height and width), got {shown(size)}")
+    sides = [as_integer(side) for side in (size if isinstance(size, list | tuple) else [size, size])]
+    if len(sides) != 2 or not all(side is not None and side >= 1 for side in sides):
+        raise _invalid("model.sample_size", f"must be a positive integer, or two (height, width), got {shown(size)}")
     outputs = model.get("out_channels", 3)
-    if channels not in (1, 3) or channels != outputs:
+    integer_channels = as_integer(channels)
+    if integer_channels is None or not 1 <= integer_channels <= MAX_CHANNELS or channels != outputs:
         raise _invalid(
             "model.in_channels",
-            "must be equal to model.out_channels, both 1 (gray) or 3 (color), got "
-            f"{shown(channels)} and {shown(outputs)}",
+            f"must be equal to model.out_channels, both from 1 (gray) to {MAX_CHANNELS}, got {shown(channels)} and "
+            f"{shown(outputs)}",
         )
+    if "pixel_format" in model:
+        raise _invalid("model.pixel_format", "is not an entry; the data, and data.value_range, decide it")
+
+
+def check_augmentation(data: DataConfig, model: Mapping[str, Any]) -> None:
+    """Check that the augmentations fit the network's images.
+
+    Args:
+        data: the `data` section.
+        model: arguments of `UNet2DModel`.
+
+    Raises:
+        ValueError: naming the entry that does not.
+
+    Example:
+        >>> check_augmentation(DataConfig(source="digits", rotate=True), {"sample_size": (8, 12)})
+        Traceback (most recent call last):
+        ValueError: training configuration, data.rotate: requires images of equal height and width, got 8 and 12
+    """
+    height, width = height_and_width(model.get("sample_size", 1))
+    if data.rotate and height != width:
+        raise _invalid("data.rotate", f"requires images of equal height and width, got {height} and {width}")
+    channels = model.get("in_channels", 3)
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        if getattr(data, name) and channels != 3:
+            raise _invalid(f"data.{name}", f"requires 8-bit images of three channels, got model.in_channels={channels}")
 
 
 def check_scheduler(scheduler: Mapping[str, Any]) -> None:

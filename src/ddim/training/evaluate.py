@@ -48,8 +48,8 @@ def held_out_loss(trainer: Trainer) -> float:
     scheduler, total = trainer.scheduler, 0.0
     count = len(trainer.held_out)
     timesteps = torch.arange(count) * len(scheduler) // count
-    images = center_crop(trainer.dataset.read(trainer.held_out).cpu(), trainer.config.model["sample_size"])
-    x0 = images.float() / 127.5 - 1
+    images = center_crop(trainer.dataset.read(trainer.held_out).cpu(), trainer.batches.size)
+    x0 = trainer.dataset.pixel_format.to_samples(images).clamp(-1, 1)
     noise = torch.randn(x0.shape, generator=generator_for(trainer.config.seed, "held-out noise", 0))
     for part in (slice(start, start + BATCH_SIZE) for start in range(0, count, BATCH_SIZE)):
         x, e, t = (tensor[part].to(trainer.device) for tensor in (x0, noise, timesteps))
@@ -70,31 +70,34 @@ def sample_distance(trainer: Trainer, pipe: DDIMPipeline) -> float:
     Returns:
         The distance of their pixels in [0, 1].
     """
-    settings, size = trainer.config.evaluate, trainer.config.model["sample_size"]
+    settings, pixel_format = trainer.config.evaluate, trainer.dataset.pixel_format
     indices = trainer.held_out
     if len(indices) < settings.count:
         trained = trainer.batches.indices
         order = torch.randperm(len(trained), generator=generator_for(trainer.config.seed, "reference", 0))
         indices = trained[order[: settings.count]]
     samples = sample_image_set(pipe, settings.count, num_inference_steps=settings.num_inference_steps)
-    real = [center_crop(trainer.dataset.read(part).cpu(), size) for part in torch.split(indices, BATCH_SIZE)]
+    parts = torch.split(indices, BATCH_SIZE)
+    real = [center_crop(trainer.dataset.read(part).cpu(), trainer.batches.size) for part in parts]
+    if not pixel_format.is_eight_bit:
+        real = [pixel_format.to_unit(values) for values in real]
     features = Pixels(samples.shape)
     return frechet(*(torch.cat([features(batch) for batch in batches]) for batches in (samples.batches(), real)))
 
 
-def center_crop(images: Tensor, size: int) -> Tensor:
-    """Cut the central square out of images that are stored larger than the model takes.
+def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cut the center out of images that are stored larger than the model takes.
 
     Args:
-        images: (n, C, H, H) with H at least `size`.
+        images: (n, C, H, W), at least as large as `size`.
         size: height and width of the result, in pixels.
 
     Returns:
-        (n, C, size, size), a view.
+        (n, C, *size), a view.
 
     Example:
-        >>> center_crop(torch.arange(9).reshape(1, 1, 3, 3), 1)
+        >>> center_crop(torch.arange(9).reshape(1, 1, 3, 3), (1, 1))
         tensor([[[[4]]]])
     """
-    margin = (images.shape[2] - size) // 2
-    return images[:, :, margin : margin + size, margin : margin + size]
+    top, left = ((stored - side) // 2 for stored, side in zip(images.shape[2:], size, strict=True))
+    return images[:, :, top : top + size[0], left : left + size[1]]

@@ -26,16 +26,19 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from PIL import Image
 
+from ddim.data.augment import Augmentation
 from ddim.data.dataset import CachedImageDataset, ImageDataset, open_dataset
 from ddim.data.loader import loader_rate
 from ddim.devices import choose_device
 from ddim.distributed import rank_and_world_size
 from ddim.io.atomic import atomic_write, is_vacant
 from ddim.io.config import public_entries
+from ddim.io.false_color import preview
 from ddim.io.hub import MODEL_INDEX
 from ddim.io.image_files import make_grid, save_images
-from ddim.io.pixel_format import NonFiniteError
+from ddim.io.images import to_values
 from ddim.io.locks import LOCK_NAME, OutputLock
+from ddim.io.pixel_format import NonFiniteError
 from ddim.io.runs import CHECKPOINTS, FINAL
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
@@ -44,6 +47,7 @@ from ddim.training.checkpoint import Checkpoint, load_checkpoint, load_newest, r
 from ddim.training.config import (
     SCHEDULER_DEFAULTS,
     TrainConfig,
+    check_augmentation,
     check_model,
     check_scheduler,
     incompatible_changes,
@@ -161,6 +165,7 @@ def complete_config(config: TrainConfig) -> TrainConfig:
         }
     scheduler |= config.scheduler
     check_model(model)
+    check_augmentation(config.data, model)
     check_scheduler(scheduler)
     return config.model_copy(update={"model": model, "scheduler": scheduler})
 
@@ -218,6 +223,11 @@ def prepare_dataset(config: TrainConfig, accelerator: Accelerator, device: torch
     with accelerator.local_main_process_first():
         size, channels = config.model["sample_size"], config.model.get("in_channels", 3)
         dataset = open_dataset(config.data, size, channels, shared=accelerator.num_processes > 1)
+    if Augmentation.of(config.data).changes_color and not dataset.pixel_format.is_eight_bit:
+        raise ValueError(
+            "data.brightness, contrast, saturation and hue must be 0 for images that do not have 8 bits, got "
+            f"{dataset.pixel_format.dtype}"
+        )
     count, holdout = dataset.shape[0], config.data.holdout
     if count - holdout < config.batch_size:
         raise ValueError(
@@ -226,7 +236,7 @@ def prepare_dataset(config: TrainConfig, accelerator: Accelerator, device: torch
         )
     if config.data.on_device and isinstance(dataset, CachedImageDataset):
         pixels = dataset.pixels.to(device)
-        dataset = CachedImageDataset(pixels, str(device), dataset.fingerprint, dataset.identity)
+        dataset = CachedImageDataset(pixels, str(device), dataset.fingerprint, dataset.identity, dataset.pixel_format)
     return dataset
 
 
@@ -289,7 +299,9 @@ def _make_pipeline(trainer: Trainer) -> DDIMPipeline:
 def _write_samples(trainer: Trainer, path: Path) -> Image.Image:
     """Write a grid of samples of the averaged weights, from seeds 0, 1, 2, ..., and return it."""
     samples = trainer.config.samples
-    images = _make_pipeline(trainer).sample_images(samples.count, num_inference_steps=samples.num_inference_steps)
+    pipe = _make_pipeline(trainer)
+    output = pipe.sample_images(samples.count, num_inference_steps=samples.num_inference_steps, output_type="np")
+    images = preview(to_values(output, pipe.pixel_format), pipe.pixel_format)
     path.parent.mkdir(exist_ok=True)
     save_images(images, path)
     return make_grid(images)
@@ -298,9 +310,11 @@ def _write_samples(trainer: Trainer, path: Path) -> Image.Image:
 def _make_record(config: TrainConfig, dataset: ImageDataset, device: torch.device) -> dict[str, Any]:
     """Return the content of `config.yaml`."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    pixel_format = dataset.pixel_format.record()
+    data = {"images": dataset.shape[0], "sha256": dataset.fingerprint, "identity": dataset.identity}
     return {
         "config": config.model_dump(mode="json"),
-        "data": {"images": dataset.shape[0], "sha256": dataset.fingerprint, "identity": dataset.identity},
+        "data": data | ({} if pixel_format is None else {"pixel_format": pixel_format}),
         "device": f"{device.type} ({name})",
         "versions": {
             **{package: _package_version(package) for package in PACKAGES},

@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from ddim.data.augment import Augmentation
 from ddim.data.dataset import ImageDataset
 from ddim.data.loader import Batches, Prefetcher, split_holdout
 from ddim.data.seeding import generator_for
 from ddim.distributed import ProcessGroup
+from ddim.io.pixel_format import EIGHT_BIT, PixelFormat
 from ddim.io.runs import CHECKPOINTS, checkpoint_step, list_checkpoints
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
@@ -101,7 +103,7 @@ class Trainer:
         ).to(device)
 
         # The network, its average, and the optimizer.
-        self.model = build_model(config).to(device)
+        self.model = build_model(config, dataset.pixel_format).to(device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.gradient_checkpointing:
@@ -117,9 +119,8 @@ class Trainer:
         size = config.model["sample_size"]
         trained, self.held_out = split_holdout(dataset.shape[0], config.data.holdout, config.seed)
         group = ProcessGroup(self.accelerator.process_index, processes)
-        self.batches = Batches(
-            dataset, trained, config.batch_size, config.seed, size, config.data.horizontal_flip, group
-        )
+        augmentation = Augmentation.of(config.data)
+        self.batches = Batches(dataset, trained, config.batch_size, config.seed, size, augmentation, group)
 
         # Progress.
         self.step = 0
@@ -133,7 +134,7 @@ class Trainer:
             self._network = torch.compile(self._network)
         with torch.no_grad():
             # A trial run raises the model's own errors for images that do not fit, before anything is written.
-            self.model(torch.zeros(1, dataset.shape[1], size, size, device=device), 0)
+            self.model(torch.zeros(1, dataset.shape[1], *self.batches.size, device=device), 0)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint.
@@ -287,7 +288,7 @@ class Trainer:
         """Draw the random numbers of this process's part of a step.
 
         Args:
-            images: uint8 (n, C, H, W) on the device.
+            images: (n, C, H, W) on the device, in the data's units.
             step: number of steps taken before.
 
         Returns:
@@ -297,13 +298,13 @@ class Trainer:
         generator = generator_for(self.config.seed, "step", step, self.device)
         timesteps = draw_timesteps(batch_size, len(self.scheduler), self.config.objective.antithetic, generator)
         noise = torch.randn((batch_size, *images.shape[1:]), generator=generator, device=self.device)
-        return images.float() / 127.5 - 1, noise[local], timesteps[local]
+        return self.dataset.pixel_format.to_samples(images).clamp(-1, 1), noise[local], timesteps[local]
 
     def compute_gradients(self, images: Tensor) -> None:
         """Compute the clipped gradients of this step, averaged over all processes, and queue its metrics.
 
         Args:
-            images: this process's part of the batch, uint8 (n, C, H, W) on the device.
+            images: this process's part of the batch, (n, C, H, W) on the device, in the data's units.
         """
         config = self.config
 
@@ -345,7 +346,7 @@ class Trainer:
         self._device_metrics.append(torch.cat([loss[None], grad_norm.detach()[None], sums, counts]))
 
     def _fetch(self, step: int) -> Tensor:
-        """Read this process's images of a step, uint8, and start their copy to the device."""
+        """Read this process's images of a step, and start their copy to the device."""
         images = self.batches[step]
         if self.device.type == "cuda" and images.device.type == "cpu":
             images = images.pin_memory()
@@ -406,11 +407,12 @@ class Trainer:
         )
 
 
-def build_model(config: TrainConfig) -> UNet2DModel:
+def build_model(config: TrainConfig, pixel_format: PixelFormat = EIGHT_BIT) -> UNet2DModel:
     """Build the network that a run starts from, on the CPU: new, or with the weights of `config.init`.
 
     Args:
         config: the checked configuration.
+        pixel_format: the type and the ranges of the images' values, which the network records.
 
     Returns:
         The network.
@@ -425,7 +427,7 @@ def build_model(config: TrainConfig) -> UNet2DModel:
         18521
     """
     torch.manual_seed(config.seed)
-    model = UNet2DModel.from_config({}, **config.model)
+    model = UNet2DModel.from_config({}, **config.model, pixel_format=pixel_format.record())
     if config.init is None:
         zero_last_layers(model)
         return model

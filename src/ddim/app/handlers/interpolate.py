@@ -17,10 +17,10 @@ from ddim.app.events import (
     Task,
     Updates,
     event_value,
-    fit,
     make_download_folder,
     show_endpoints,
 )
+from ddim.app.pictures import Picture, fit, pictures_of, show_output
 from ddim.app.rendering import Cell, data_url, grid
 from ddim.app.runs import Run, RunResult
 from ddim.diffusion.noise import noise_from_seeds
@@ -102,7 +102,7 @@ def interpolate(run: Run, base: DDIMPipeline, endpoints: Sequence[Endpoint], set
         The frames.
     """
     pipe = run.pipeline(base)
-    images = [endpoint.image for endpoint in endpoints if endpoint.seed is None]
+    images = [endpoint.picture.values for endpoint in endpoints if endpoint.seed is None and endpoint.picture]
     S = settings.num_inference_steps
     encoded = iter(pipe.encode(images, S, verify=False).latents if images else ())
     latents = [
@@ -113,26 +113,30 @@ def interpolate(run: Run, base: DDIMPipeline, endpoints: Sequence[Endpoint], set
     ]
     are_seeds = all(endpoint.seed is not None for endpoint in endpoints)
     frames = pipe.interpolate(
-        latents, frames=settings.frames, num_inference_steps=S, closed=settings.closed, as_samples=are_seeds
+        latents, None, settings.frames, S, "np", closed=settings.closed, as_samples=are_seeds
     ).images
-    return PathFrames(frames, list(range(0, len(frames), settings.frames - 1)))
+    return PathFrames(show_output(pipe, frames), list(range(0, len(frames), settings.frames - 1)))
 
 
-def make_endpoints(run: Run, base: DDIMPipeline, seeds: Sequence[int], images: Sequence[Image.Image]) -> list[Endpoint]:
+def make_endpoints(run: Run, base: DDIMPipeline, seeds: Sequence[int], images: Sequence[Picture]) -> list[Endpoint]:
     """Make endpoints of seeds, whose images are sampled, and of images.
 
     Args:
         run: the run.
         base: the model.
         seeds: of latents.
-        images: of any size and mode.
+        images: of the model's size.
 
     Returns:
         The endpoints, those of seeds first.
     """
-    output: Any = run.pipeline(base)(len(seeds), num_inference_steps=ENDPOINT_STEPS, seeds=seeds) if seeds else None
-    sampled = [Endpoint(image, seed) for image, seed in zip(output.images if output else (), seeds, strict=True)]
-    return [*sampled, *(Endpoint(fit(base, image)) for image in images)]
+    pictures: list[Picture] = []
+    if seeds:
+        pipe = run.pipeline(base)
+        output: Any = pipe(len(seeds), num_inference_steps=ENDPOINT_STEPS, seeds=seeds, output_type="np")
+        pictures = pictures_of(pipe, output.images)
+    sampled = [Endpoint(picture, seed) for picture, seed in zip(pictures, seeds, strict=True)]
+    return [*sampled, *map(Endpoint, images)]
 
 
 def check_room(endpoints: Sequence[Endpoint], num_added: int) -> None:

@@ -14,10 +14,13 @@ from PIL import Image
 
 from ddim import validation
 from ddim.app import inputs, page
-from ddim.app.events import Endpoint, Shared, Task, Updates, event_value, fit
+from ddim.app.events import Endpoint, Shared, Task, Updates, event_value
+from ddim.app.pictures import Picture, fit, show_output
 from ddim.app.rendering import Cell, grid
 from ddim.app.runs import Run, RunResult
-from ddim.io.images import to_output
+from ddim.io.false_color import preview
+from ddim.io.images import to_output, to_values
+from ddim.io.pixel_format import EIGHT_BIT
 from ddim.pipeline import DDIMPipeline
 from ddim.validation import pluralize
 
@@ -69,39 +72,38 @@ class InversionComparison:
     results: list[InversionResult]
 
 
-def invert(run: Run, base: DDIMPipeline, image: Image.Image, steps: int) -> InversionComparison:
+def invert(run: Run, base: DDIMPipeline, image: Picture, steps: int) -> InversionComparison:
     """Encode an image exactly and by Euler's steps, and decode both latents.
 
     Args:
         run: the run.
         base: the model.
-        image: of any size and mode.
+        image: of the model's size.
         steps: of encoding and decoding.
 
     Returns:
-        The fitted image and both results.
+        The image and both results.
     """
     pipe = run.pipeline(base)
-    fitted = fit(pipe, image)
     results = []
     for method, exact in (("exact", True), ("Euler", False)):
-        output = pipe.reconstruct([fitted], steps, exact)
+        output = pipe.reconstruct([image.values], steps, exact, output_type="np")
         latents = output.codes.latents
-        latent_images: Any = to_output(latents / LATENT_RANGE, "pil")
+        scaled = to_output(latents / LATENT_RANGE, "np")
         results.append(
             InversionResult(
                 method,
-                latent_images[0],
+                preview(to_values(scaled, EIGHT_BIT), EIGHT_BIT)[0],
                 float(latents.mean()),
                 float(latents.std()),
-                output.images[0],
+                show_output(pipe, output.images)[0],
                 float(output.mse[0]),
                 float(output.psnr[0]),
                 int(output.codes.evaluations.sum()),
             )
         )
-        run.show(InversionComparison(fitted, list(results)))
-    return InversionComparison(fitted, results)
+        run.show(InversionComparison(image.shown, list(results)))
+    return InversionComparison(image.shown, results)
 
 
 @dataclass(frozen=True)
@@ -147,24 +149,25 @@ class EditSettings:
         )
 
 
-def edit(run: Run, base: DDIMPipeline, image: Image.Image, settings: EditSettings) -> list[Image.Image]:
+def edit(run: Run, base: DDIMPipeline, image: Picture, settings: EditSettings) -> list[Image.Image]:
     """Add noise to an image up to a strength and sample from there, once per seed.
 
     Args:
         run: the run.
         base: the model.
-        image: of any size and mode.
+        image: of the model's size.
         settings: how it is edited.
 
     Returns:
         An edit per seed.
     """
     pipe = run.pipeline(base)
-    images = [fit(pipe, image)] * len(settings.seeds)
-    return pipe.edit(images, settings.strength, settings.num_inference_steps, seeds=settings.seeds).images
+    images = [image.values] * len(settings.seeds)
+    edits = pipe.edit(images, settings.strength, settings.num_inference_steps, "np", seeds=settings.seeds).images
+    return show_output(pipe, edits)
 
 
-def check_image(image: Image.Image | None) -> Image.Image:
+def check_image(image: Picture | None) -> Picture:
     """Check that there is an image.
 
     Args:
@@ -331,15 +334,15 @@ class InvertHandlers:
         """
         if not endpoints:
             raise ValueError("no image is pinned; click one in the tab Sample first")
-        return self._use(self._fit(model, check_image(endpoints[-1].image)))
+        return self._use(check_image(endpoints[-1].picture))
 
-    def _fit(self, model: str, image: Image.Image) -> Image.Image:
+    def _fit(self, model: str, image: Image.Image) -> Picture:
         return fit(self.shared.models.open(model), image)
 
-    def _use(self, image: Image.Image) -> Updates:
+    def _use(self, image: Picture) -> Updates:
         return {
             self.image: image,
-            self.shown_image: show_image(image),
+            self.shown_image: show_image(image.shown),
             self.status: page.status("The image is ready."),
         }
 
@@ -361,7 +364,7 @@ class InvertHandlers:
             self.edited: "",
         }
 
-    def invert(self, model: str, image: Image.Image | None, steps: Any) -> Task[InversionComparison]:
+    def invert(self, model: str, image: Picture | None, steps: Any) -> Task[InversionComparison]:
         """Return the task of the inversion.
 
         Args:
@@ -385,9 +388,7 @@ class InvertHandlers:
             show_result,
         )
 
-    def edit(
-        self, model: str, image: Image.Image | None, strength: Any, steps: Any, seed: Any
-    ) -> Task[list[Image.Image]]:
+    def edit(self, model: str, image: Picture | None, strength: Any, steps: Any, seed: Any) -> Task[list[Image.Image]]:
         """Return the task of `NUM_EDITS` edits.
 
         Args:
@@ -408,7 +409,7 @@ class InvertHandlers:
                 Cell(edited, f"seed {seed}", f"edit with noise of seed {seed}", f"edit-{seed}.png")
                 for edited, seed in zip(result.value, settings.seeds, strict=True)
             ]
-            images = grid(cells, checked.size[::-1], "Edits")
+            images = grid(cells, checked.shown.size[::-1], "Edits")
             text = f"{pluralize(len(cells), 'edit')} in {result.seconds:.2f} s."
             return {
                 self.status: page.status(text, 1),

@@ -10,6 +10,7 @@ import gradio as gr
 
 from ddim.app import page
 from ddim.app.events import Endpoint, Shared, Task, Updates, show_endpoints
+from ddim.app.pictures import describe_images
 from ddim.app.runs import Run, RunResult
 
 
@@ -73,14 +74,14 @@ class ModelHandlers:
         model = self.shared.models.check(name)
 
         def work(run: Run) -> dict[str, Any]:
-            shape = self.shared.models.open(model).sample_shape
-            return self.shared.models.facts(model) | {"shape": shape}
+            kind = describe_images(self.shared.models.open(model))
+            return self.shared.models.facts(model) | {"kind": kind}
 
         def show_result(result: RunResult[dict[str, Any]]) -> Updates:
             return {
                 self.status: page.status(f"{model} is open."),
                 self.shared.model: model,
-                self.shared.header: page.header(model, result.value["shape"]),
+                self.shared.header: page.header(model, result.value["kind"]),
                 self.size: show_size(result.value),
                 self.configuration: show_configuration(result.value),
                 self.card: show_card(result.value),

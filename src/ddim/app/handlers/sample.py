@@ -5,20 +5,24 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 from PIL import Image
 
 from ddim import validation
 from ddim.app import inputs, page
 from ddim.app.events import Endpoint, Shared, Task, Updates, event_value, make_download_folder, show_endpoints
+from ddim.app.pictures import Picture, pictures_of
 from ddim.app.rendering import Cell, grid
 from ddim.app.runs import Run, RunResult
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.diffusion.schedule import SPACINGS
-from ddim.io.image_files import save_images
+from ddim.io.pixel_format import PixelFormat
+from ddim.io.sample_files import save_samples
 from ddim.pipeline import DDIMPipeline
 from ddim.validation import pluralize
 
@@ -97,32 +101,37 @@ class SampleSettings:
         timesteps = None if self.spacing == MODELS_OWN else pipe.scheduler.make_timesteps(steps, self.spacing)
         return SamplingConfig(steps, self.eta, timesteps, self.order)
 
-    def as_python(self, model: str) -> str:
+    def as_python(self, model: str, to_pil: bool = True) -> str:
         """Return a program that samples the same images.
 
         Args:
             model: the model's name.
+            to_pil: whether the images are PIL images, not arrays.
         """
+        output = "" if to_pil else ", output_type='np'"
         lines = ["from ddim import DDIMPipeline", "", f"pipe = DDIMPipeline.from_pretrained({model!r})"]
         steps = f"num_inference_steps={self.num_inference_steps}"
         if self.spacing != MODELS_OWN:
             lines.append(f"timesteps = pipe.scheduler.make_timesteps({self.num_inference_steps}, {self.spacing!r})")
             steps = "timesteps=timesteps"
         lines.append(
-            f"images = pipe.sample_images({self.count}, seed={self.seed}, {steps}, eta={self.eta}, order={self.order})"
+            f"images = pipe.sample_images({self.count}, seed={self.seed}, {steps}, eta={self.eta}, order={self.order}"
+            f"{output})"
         )
         return "\n".join(lines)
 
-    def as_command(self, model: str) -> str:
+    def as_command(self, model: str, to_png: bool = True) -> str:
         """Return a command that samples the same images.
 
         Args:
             model: the model's name.
+            to_png: whether PNG keeps the images; an array is written otherwise.
         """
         spacing = "" if self.spacing == MODELS_OWN else f" --spacing {self.spacing}"
         return (
             f"ddim sample --model {shlex.quote(model)} --count {self.count} --seed {self.seed} "
-            f"--steps {self.num_inference_steps} --eta {self.eta} --order {self.order}{spacing} --out samples.png"
+            f"--steps {self.num_inference_steps} --eta {self.eta} --order {self.order}{spacing} "
+            f"--out samples.{'png' if to_png else 'npz'}"
         )
 
 
@@ -131,7 +140,18 @@ class SampledImages:
     """Images, and the settings that they were sampled with."""
 
     settings: SampleSettings
-    images: list[Image.Image]
+    pictures: list[Picture]
+    pixel_format: PixelFormat
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        """The images as they are shown."""
+        return [picture.shown for picture in self.pictures]
+
+    @property
+    def keeps_values(self) -> bool:
+        """Whether images are shown as they are."""
+        return self.pictures[0].shown is self.pictures[0].values
 
     def endpoint(self, index: int) -> Endpoint:
         """Return an image as the endpoint of a path.
@@ -143,7 +163,7 @@ class SampledImages:
             Its seed; or, if noise was added on the way, the image itself.
         """
         seed = self.settings.seeds[index] if self.settings.eta == 0 else None
-        return Endpoint(self.images[index], seed)
+        return Endpoint(self.pictures[index], seed)
 
 
 def sample(run: Run, base: DDIMPipeline, settings: SampleSettings) -> SampledImages:
@@ -162,8 +182,10 @@ def sample(run: Run, base: DDIMPipeline, settings: SampleSettings) -> SampledIma
     """
     pipe = run.pipeline(base)
     config = asdict(settings.config(pipe))
-    output: Any = pipe(settings.count, seeds=settings.seeds, callback_on_step_end=run.preview, **config)
-    return SampledImages(settings, output.images)
+    output: Any = pipe(
+        settings.count, seeds=settings.seeds, output_type="np", callback_on_step_end=run.preview, **config
+    )
+    return SampledImages(settings, pictures_of(pipe, output.images), pipe.pixel_format)
 
 
 def show_empty(count: int) -> str:
@@ -216,7 +238,10 @@ def save(sampled: SampledImages, downloads: str | Path) -> tuple[str, str]:
     """
     folder = make_download_folder(downloads)
     grid_path, array_path = folder / "samples.png", folder / "samples.npz"
-    return str(save_images(sampled.images, grid_path, scale=None)), str(save_images(sampled.images, array_path))
+    values = [np.atleast_3d(np.asarray(picture.values)) for picture in sampled.pictures]
+    save_samples(values, sampled.pixel_format, grid_path, scale=None)
+    save_samples(values, sampled.pixel_format, array_path)
+    return str(grid_path), str(array_path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,8 +283,8 @@ class SampleHandlers:
                 self.sampled: result.value,
                 self.grid_file: gr.DownloadButton(value=grid_path, interactive=True),
                 self.array_file: gr.DownloadButton(value=array_path, interactive=True),
-                self.python: settings.as_python(model),
-                self.command: settings.as_command(model),
+                self.python: settings.as_python(model, result.value.keeps_values),
+                self.command: settings.as_command(model, result.value.keeps_values),
             }
 
         return Task(

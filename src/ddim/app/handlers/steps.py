@@ -13,6 +13,7 @@ from PIL import Image
 
 from ddim.app import inputs, page
 from ddim.app.events import Shared, Task, Updates
+from ddim.app.pictures import show_output
 from ddim.app.rendering import Cell, grid
 from ddim.app.runs import Run, RunResult
 from ddim.pipeline import DDIMPipeline
@@ -61,8 +62,10 @@ def compare(run: Run, base: DDIMPipeline, seed: int, count: int) -> list[Compari
     rows: list[ComparisonRow] = []
     for method, steps, settings in [*methods, ("DDPM", T, {"eta": 1.0, "order": 1, "use_sigma_hat": True})]:
         started = time.monotonic()
-        output: Any = pipe(count, num_inference_steps=steps, seeds=range(seed, seed + count), **settings)
-        rows.append(ComparisonRow(method, steps, output.images, time.monotonic() - started))
+        output: Any = pipe(
+            count, num_inference_steps=steps, seeds=range(seed, seed + count), output_type="np", **settings
+        )
+        rows.append(ComparisonRow(method, steps, show_output(pipe, output.images), time.monotonic() - started))
         run.show(list(rows))
     return rows
 
