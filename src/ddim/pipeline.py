@@ -28,7 +28,7 @@ from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.engine import check_engine
 from ddim.external_scheduler import StepArguments, run_scheduler
 from ddim.io import hub
-from ddim.io.class_labels import ClassLabels, Labels, count_labels
+from ddim.io.class_labels import ClassLabels, Labels, count_labels, labels_of_batch
 from ddim.io.diffusers_mixins import join_mixins
 from ddim.io.json_files import read_json
 from ddim.io.pixel_format import PixelFormat
@@ -319,7 +319,7 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         labels = {name: settings.pop(name) for name in ("class_labels", "negative_labels") if name in settings}
         images: list[Any] = []
         for first in range(0, count, batch_size):
-            of_batch = {name: _labels_of_batch(label, first, batch_size, count) for name, label in labels.items()}
+            of_batch = {name: labels_of_batch(label, first, batch_size, count, name) for name, label in labels.items()}
             seeds = range(seed + first, seed + first + batch_size)
             (batch,) = cast(tuple[Any], self(batch_size, return_dict=False, seeds=seeds, **of_batch, **settings))
             images.extend(batch)
@@ -502,15 +502,6 @@ def component_folder(folder: Path, name: str, config_name: str) -> Path:
         if (candidate / config_name).is_file():
             return candidate
     raise FileNotFoundError(f"{folder} is not a model: neither {name}/{config_name} nor {config_name} exists in it")
-
-
-def _labels_of_batch(labels: Any, first: int, batch_size: int, count: int) -> Any:
-    """Return the labels of a batch that may go on beyond the last of all images, where the last label is repeated."""
-    if count_labels(labels) == 1:
-        return labels
-    if count_labels(labels) != count:
-        raise ValueError(f"class_labels must be one label, or one per image ({count}), got {count_labels(labels)}")
-    return [labels[min(index, count - 1)] for index in range(first, first + batch_size)]
 
 
 def _returned_latents(returned: dict[str, Tensor] | None, sample: Tensor) -> Tensor:

@@ -256,13 +256,17 @@ class Sampler:
             steps: the steps of the run, whose timesteps the engine prepares.
             batch_size: evaluate the network on exactly so many samples at a time; `None` for all at once.
             engine: the engine; `None` for `get_engine()`.
-            conditions: of the run's samples, as `conditions` returns them.
+            conditions: of the run's samples, as `conditions` returns them; `None` for the null class of a network with
+                classes.
 
         Raises:
-            ValueError: if the network predicts another number of channels than it takes, or twice as many.
+            ValueError: if the network predicts another number of channels than it takes, or twice as many, or was
+                trained without a null class where that is needed.
         """
         check_output_channels(self.unet.config)
         timesteps = [step.timestep for step in steps]
+        if conditions is None and self.classes is not None:
+            conditions = self.conditions(1)
         classes = None if conditions is None else conditions.classes()
         predict = self.predictor(timesteps, classes, engine)
         if conditions is not None:
@@ -413,7 +417,8 @@ class Sampler:
             noise if config.eta > 0 else None,
         )
         engine = self.get_engine()
-        is_plain = batch_size is None and conditions is None and not self._learns_variance
+        is_conditional = conditions is not None or self.classes is not None
+        is_plain = batch_size is None and not is_conditional and not self._learns_variance
         captured = engine.step_fn(x, plan.steps, settings) if is_plain else None
         denoiser = partial(self.denoiser, plan.steps, batch_size, engine, conditions)
         return captured or generative_step(denoiser(), plan.steps, settings)

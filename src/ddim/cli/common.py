@@ -139,8 +139,8 @@ def load_pipeline(model: str, device: str, dtype: str = "float32", engine: str =
     # Checked before the weights are read, which takes long.
     target = choose_device(device), choose_dtype(dtype)
     pipe = DDIMPipeline.from_pretrained(model, engine=engine)
-    if pipe.unet.class_embedding is not None:
-        raise ValueError(f"{model} is a class-conditional model; class labels are supported in Python alone")
+    if pipe.unet.class_embedding is not None and pipe.classes is None:
+        raise ValueError(f"{model} takes other conditions than class labels, which are supported in Python alone")
     return pipe.to(*target)
 
 

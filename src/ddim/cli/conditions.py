@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
 
 from ddim.validation import pluralize, shown
 
@@ -13,6 +17,47 @@ if TYPE_CHECKING:
     from ddim.latents import Condition
     from ddim.pipeline import DDIMPipeline
 
+OPTIONS: dict[str, tuple[Any, Any]] = {
+    "label": (
+        Annotated[
+            str | None,
+            typer.Option(
+                help="Class of the images, an index or a name, of a model with classes; several, separated by commas, "
+                "or all, share the images equally, one after the other."
+            ),
+        ],
+        None,
+    ),
+    "guidance": (
+        Annotated[
+            float,
+            typer.Option(
+                help="Scale of guidance: 1 is none, more makes images more typical of their class, 0 ignores it."
+            ),
+        ],
+        1.0,
+    ),
+    "guidance_interval": (
+        Annotated[
+            str | None, typer.Option(help="Timesteps between which guidance acts, such as 200,800; defaults to all.")
+        ],
+        None,
+    ),
+    "negative_label": (
+        Annotated[str | None, typer.Option(help="Class to guide away from, instead of none, as --label.")],
+        None,
+    ),
+    "guide": (
+        Annotated[
+            str | None,
+            typer.Option(
+                help="A weaker model to guide away from, such as RUN/checkpoints/step-N, instead of the class."
+            ),
+        ],
+        None,
+    ),
+}
+"""The options by name: their annotations, as Typer reads them, and their defaults."""
 ALL = "all"
 """The value of `--label` that stands for every class."""
 
@@ -24,7 +69,7 @@ class ConditionOptions:
     Attributes:
         label: `--label`: an index, a name, several of them separated by commas, or `all`.
         guidance: `--guidance`, the scale.
-        interval: `--guidance-interval`: two timesteps, such as `200,800`.
+        guidance_interval: `--guidance-interval`: two timesteps, such as `200,800`.
         negative_label: `--negative-label`, as `label` without `all`.
         guide: `--guide`: the name of a model.
 
@@ -35,7 +80,7 @@ class ConditionOptions:
 
     label: str | None = None
     guidance: float = 1.0
-    interval: str | None = None
+    guidance_interval: str | None = None
     negative_label: str | None = None
     guide: str | None = None
 
@@ -54,8 +99,8 @@ class ConditionOptions:
         for name, text in (("class_labels", self.label), ("negative_labels", self.negative_label)):
             if text is not None:
                 condition[name] = spread(parse_labels(text, pipe.classes), count)
-        if self.interval is not None:
-            condition["guidance_interval"] = _parse_interval(self.interval)
+        if self.guidance_interval is not None:
+            condition["guidance_interval"] = _parse_interval(self.guidance_interval)
         if self.guide is not None:
             from ddim.pipeline import DDIMPipeline
 
@@ -65,6 +110,29 @@ class ConditionOptions:
         result: Condition = condition  # type: ignore[assignment]
         return result
 
+    def record(self, pipe: DDIMPipeline, count: int) -> dict[str, Any] | None:
+        """Return the options as a file of latents holds them, as arguments of `decode`.
+
+        Args:
+            pipe: the model.
+            count: the number of images.
+
+        Returns:
+            Plain values; `None` without options.
+
+        Raises:
+            ValueError: for a guide, which a file cannot hold, and for options that the model does not take.
+        """
+        if self == NO_CONDITIONS:
+            return None
+        if self.guide is not None:
+            raise ValueError("--guide cannot be recorded in a file of latents; use --negative-label or the null class")
+        condition: dict[str, Any] = dict(self.condition(pipe, count))
+        for name in condition.keys() & {"class_labels", "negative_labels"}:
+            classes = cast("ClassLabels", pipe.classes)
+            condition[name] = classes.resolve(condition[name], count, name).tolist()
+        return condition
+
     def num_labels(self, pipe: DDIMPipeline) -> int:
         """Return the number of labels that `--label` names; 1 without it.
 
@@ -72,6 +140,45 @@ class ConditionOptions:
             pipe: the model.
         """
         return 1 if self.label is None else len(parse_labels(self.label, pipe.classes))
+
+
+NO_CONDITIONS = ConditionOptions()
+"""The options as they are where none is given."""
+
+
+def takes_conditions(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a command so that it has the options of classes and guidance, which it gets as one argument.
+
+    Args:
+        command: a function with an argument `conditions`, which gets `ConditionOptions`.
+
+    Returns:
+        The command with `OPTIONS` in its place.
+
+    Example:
+        >>> @takes_conditions
+        ... def show(model: str, conditions: ConditionOptions = NO_CONDITIONS) -> None:
+        ...     print(model, conditions.label)
+        >>> show("mnist", label="3")
+        mnist 3
+    """
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        given = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        command(*args, **kwargs, conditions=ConditionOptions(**given))
+
+    signature = inspect.signature(command, eval_str=True)
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        if parameter.name != "conditions":
+            parameters.append(parameter)
+            continue
+        for name, (annotation, default) in OPTIONS.items():
+            parameters.append(parameter.replace(name=name, annotation=annotation, default=default))
+    vars(wrapped)["__signature__"] = signature.replace(parameters=parameters)
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapped
 
 
 def parse_labels(text: str, classes: ClassLabels | None) -> list[str]:
@@ -122,7 +229,7 @@ def spread(labels: Sequence[str], count: int) -> str | list[str]:
     if len(labels) == 1:
         return labels[0]
     if count % len(labels):
-        raise ValueError(f"the number of images must be a multiple of the {pluralize(len(labels), 'label')}, got {count}")
+        raise ValueError(f"count must be a multiple of the {pluralize(len(labels), 'label')}, got {count}")
     return [label for label in labels for _ in range(count // len(labels))]
 
 

@@ -18,9 +18,11 @@ from ddim.cli.common import (
     show_images,
     split_model,
 )
+from ddim.cli.conditions import NO_CONDITIONS, ConditionOptions, takes_conditions
 from ddim.validation import pluralize
 
 
+@takes_conditions
 def edit(
     images: options.Images,
     out: Annotated[
@@ -48,6 +50,7 @@ def edit(
     resize: options.Resize = False,
     scale: options.Scale = None,
     batch_size: options.LatentBatchSize = 8,
+    conditions: ConditionOptions = NO_CONDITIONS,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
@@ -90,6 +93,7 @@ def edit(
         resize=resize,
         batch_size=batch_size,
         output_type="np",
+        **conditions.condition(pipe, num_edits),
     ).images
     if target.suffix.lower() == ".png" and not is_folder_path(out):
         shown = show_images(pipe, edited)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,9 +19,11 @@ from ddim.cli.common import (
     save_results,
     split_model,
 )
+from ddim.cli.conditions import NO_CONDITIONS, ConditionOptions, takes_conditions
 from ddim.validation import pluralize, real, shown
 
 
+@takes_conditions
 def encode(
     images: options.Images,
     out: Annotated[
@@ -36,6 +38,7 @@ def encode(
     max_iterations: options.MaxIterations = 50,
     resize: options.Resize = False,
     batch_size: options.LatentBatchSize = 8,
+    conditions: ConditionOptions = NO_CONDITIONS,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
@@ -59,6 +62,7 @@ def encode(
     originals = read_images(paths)
     pipe = load_pipeline(name or DEFAULT_MODEL, device, dtype, engine)
     started = time.monotonic()
+    condition: Any = conditions.record(pipe, len(originals))
     result = pipe.encode(
         originals,
         steps,
@@ -68,10 +72,19 @@ def encode(
         timesteps=sampling.choose_timesteps(pipe),
         resize=resize,
         batch_size=batch_size,
+        **condition or {},
     )
     seconds = time.monotonic() - started
     residual = [float(entry) for entry in result.residual]
-    settings = LatentSettings(name or DEFAULT_MODEL, model_sha256(pipe), result.timesteps, exact, tolerance, residual)
+    settings = LatentSettings(
+        name or DEFAULT_MODEL,
+        model_sha256(pipe),
+        result.timesteps,
+        exact,
+        tolerance,
+        residual,
+        condition=condition,
+    )
     num_replaced = int(target.exists())
     save_latents(target, result.latents, settings)
     nfe = float(result.evaluations.sum(1).float().mean())
@@ -79,6 +92,7 @@ def encode(
     report_result(target, num_replaced, f"{summary}, mean squared error {float(result.mse.mean()):.1e}")
 
 
+@takes_conditions
 def decode(
     codes: Annotated[list[str], typer.Argument(help="File of latents that ddim encode wrote.", show_default=False)],
     out: Annotated[
@@ -103,14 +117,15 @@ def decode(
     force: options.Force = False,
     scale: options.Scale = None,
     batch_size: options.LatentBatchSize = 8,
+    conditions: ConditionOptions = NO_CONDITIONS,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
 ) -> None:
     """Decode latents into images: the inverse of ddim encode, by the model that the file names.
 
-    Latents of another model or of other timesteps are refused without --force: they decode to other images. The path
-    of the result is printed.
+    Latents of another model or of other timesteps are refused without --force: they decode to other images. Classes and
+    guidance default to those of the encoding; another --label edits the image. The path of the result is printed.
 
     Examples:
       ddim decode digit.npz --out digit.png
@@ -142,7 +157,10 @@ def decode(
         check_latent_settings(direction, direction_settings, pipe, chosen, force)
         latents = add_direction(latents, directions[0], real("strength", strength))
     started = time.monotonic()
-    images = pipe.decode(latents, timesteps=chosen, batch_size=batch_size, output_type="np").images
+    condition: Any = settings.condition or {}
+    if conditions != NO_CONDITIONS:
+        condition = conditions.condition(pipe, len(latents))
+    images = pipe.decode(latents, timesteps=chosen, batch_size=batch_size, output_type="np", **condition).images
     seconds = time.monotonic() - started
     note = save_results(pipe, images, out, scale=scale)
     summary = f"{pluralize(len(latents), 'image')} in {seconds:.1f} s, {pluralize(len(chosen), 'step')}"

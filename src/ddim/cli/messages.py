@@ -27,6 +27,10 @@ IDENTIFIERS = {
     "table_steps": "--table-steps",
     "torch_dtype": "--dtype",
     "allow_paths": "--allow-paths",
+    "class_labels": "--label",
+    "negative_labels": "--negative-label",
+    "guidance_scale": "--guidance",
+    "guidance_interval": "--guidance-interval",
 }
 """Arguments whose names are not English words: replaced wherever they occur."""
 
@@ -35,7 +39,7 @@ WORDS = {
     for name in (
         *("eta", "order", "timesteps", "seed", "count", "tolerance", "strength", "frames", "grid", "fps", "at"),
         *("out", "plot", "model", "reference", "data", "split", "metrics", "features", "layout", "resume"),
-        *("device", "dtype", "engine", "host", "port"),
+        *("device", "dtype", "engine", "host", "port", "guide"),
     )
 } | {"seeds": "--seed"}
 """Arguments whose names are English words: replaced only as the subject of a message, as the object of an instruction,

@@ -17,9 +17,11 @@ from ddim.cli.common import (
     show_images,
     split_model,
 )
+from ddim.cli.conditions import NO_CONDITIONS, ConditionOptions, takes_conditions
 from ddim.validation import pluralize
 
 
+@takes_conditions
 def reconstruct(
     images: options.Images,
     out: Annotated[
@@ -35,6 +37,7 @@ def reconstruct(
     resize: options.Resize = False,
     scale: options.Scale = None,
     batch_size: options.LatentBatchSize = 8,
+    conditions: ConditionOptions = NO_CONDITIONS,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
@@ -66,6 +69,7 @@ def reconstruct(
         resize=resize,
         batch_size=batch_size,
         output_type="np",
+        **conditions.condition(pipe, len(originals)),
     )
     nfe, residual = result.codes.evaluations.sum(1), result.codes.residual
     print("image       mse   psnr  evaluations  residual")

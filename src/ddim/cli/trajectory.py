@@ -18,9 +18,11 @@ from ddim.cli.common import (
     show_images,
     with_spacing,
 )
+from ddim.cli.conditions import NO_CONDITIONS, ConditionOptions, takes_conditions
 from ddim.validation import integer, pluralize
 
 
+@takes_conditions
 def trajectory(
     model: options.ModelArgument = None,
     out: Annotated[
@@ -43,6 +45,7 @@ def trajectory(
     order: options.Order = None,
     fps: options.Fps = 10.0,
     scale: options.Scale = None,
+    conditions: ConditionOptions = NO_CONDITIONS,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
@@ -82,6 +85,7 @@ def trajectory(
         order=sampling.order,
         at=frame_timesteps,
         output_type="np",
+        **conditions.condition(pipe, count),
     )
     num_replaced = int(target.exists())
     samples, predicted = (
@@ -98,6 +102,7 @@ def trajectory(
     report_result(target, num_replaced, f"timesteps {', '.join(map(str, result.timesteps))}, then the result")
 
 
+@takes_conditions
 def consistency(
     model: options.ModelArgument = None,
     out: Annotated[
@@ -109,6 +114,7 @@ def consistency(
     steps: Annotated[str, typer.Option(help="Numbers of steps, separated by commas.")] = "10,20,50,100",
     spacing: options.Spacing = None,
     scale: options.Scale = None,
+    conditions: ConditionOptions = NO_CONDITIONS,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
@@ -131,7 +137,10 @@ def consistency(
     pipe = with_spacing(load_pipeline(choose_model(model, model_option, DEFAULT_MODEL), device, dtype, engine), spacing)
     seeds = check_seeds(range(seed, seed + count), count)
     latents = noise_from_seeds((count, *pipe.sample_shape), seeds, pipe.device)()
-    rows = [show_images(pipe, images) for images in pipe.consistency(latents, numbers_of_steps, output_type="np")]
+    rows = [
+        show_images(pipe, images)
+        for images in pipe.consistency(latents, numbers_of_steps, output_type="np", **conditions.condition(pipe, count))
+    ]
     num_replaced = int(target.exists())
     save_image(enlarge(stack_rows(rows), rows[0][0], scale), target)
     summary = f"{pluralize(count, 'latent')}, rows of {', '.join(map(str, numbers_of_steps))} steps"

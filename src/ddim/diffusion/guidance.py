@@ -101,11 +101,11 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the samples of a run are conditioned on, sample by sample.
+    """What the samples of a run are conditioned on, sample by sample, or all of them alike.
 
     Attributes:
-        labels: of D_1: class labels, int64 (N,), or embeddings of classes, floating (N, D); `None` for a network
-            without classes.
+        labels: of D_1: class labels, int64 (N,), or embeddings of classes, floating (N, D); a single one is that of all
+            samples; `None` for a network without classes.
         baseline_labels: of D_0, of the same kind; `None` where the guide is D_0, or there is no guidance.
         guidance: its scale and interval.
         guide: the model of D_0 where it is another one; `None` for the same network.
@@ -127,7 +127,8 @@ class Conditions:
         Args:
             rows: their indices, int64 (n,), or a slice.
         """
-        labels, baseline = (None if t is None else t[rows] for t in (self.labels, self.baseline_labels))
+        given = self.labels, self.baseline_labels
+        labels, baseline = (t if t is None or len(t) == 1 else t[rows] for t in given)
         return replace(self, labels=labels, baseline_labels=baseline)
 
     def classes(self) -> Tensor | None:
@@ -159,7 +160,9 @@ def predict_guided(
         >>> predict_guided(predict, torch.zeros(1, 1, 1, 1), torch.tensor(5), conditions).item()
         5.0
     """
-    guidance, labels = conditions.guidance, conditions.labels
+    guidance = conditions.guidance
+    given = conditions.labels, conditions.baseline_labels
+    labels, baseline_labels = (t if t is None else t.expand(len(x), *t.shape[1:]) for t in given)
     # The timestep itself is needed for an interval alone: reading it waits for the device.
     scale = guidance.scale if guidance.interval is None else guidance.scale_at(int(t))
     if scale == 1:
@@ -168,10 +171,10 @@ def predict_guided(
         baseline = guide(x, t, labels)
         return baseline if scale == 0 else torch.lerp(baseline, predict(x, t, labels), scale)
     if scale == 0:
-        return predict(x, t, conditions.baseline_labels)
+        return predict(x, t, baseline_labels)
     assert labels is not None
-    assert conditions.baseline_labels is not None
-    both = predict(torch.cat([x, x]), t, torch.cat([labels, conditions.baseline_labels]))
+    assert baseline_labels is not None
+    both = predict(torch.cat([x, x]), t, torch.cat([labels, baseline_labels]))
     prediction, baseline = both.chunk(2)
     return torch.lerp(baseline, prediction, scale)
 

@@ -184,6 +184,30 @@ def count_labels(labels: Labels | None) -> int:
     return len(labels) if not isinstance(labels, Tensor) or labels.ndim else 1
 
 
+def labels_of_batch(labels: Any, first: int, batch_size: int, count: int, name: str = "class_labels") -> Any:
+    """Return the labels of a batch that may go on beyond the last of all images, where the last label is repeated.
+
+    Args:
+        labels: as users give them: one for all images, or one per image.
+        first: index of the batch's first image.
+        batch_size: images per batch.
+        count: the number of all images.
+        name: of the argument, for messages.
+
+    Raises:
+        ValueError: for another number of labels.
+
+    Example:
+        >>> labels_of_batch([3, 8, 5], first=2, batch_size=2, count=3)
+        [5, 5]
+    """
+    if (given := count_labels(labels)) == 1:
+        return labels
+    if given != count:
+        raise ValueError(f"{name} must be one label, or one per image ({count}), got {given}")
+    return [labels[min(index, count - 1)] for index in range(first, first + batch_size)]
+
+
 def check_class_settings(
     num_class_embeds: int | None, class_embed_type: str | None, class_names: Sequence[str] | None, has_null_class: bool
 ) -> None:
