@@ -209,7 +209,7 @@ def test_labels_decide_the_batch_size(pipe: DDIMPipeline) -> None:
             "guidance_scale must be a number of at least 0, got -2",
         ),
         ({"class_labels": 1, "guidance_scale": "2"}, TypeError, "guidance_scale must be a number"),
-        ({"guidance_scale": 2}, ValueError, "guidance requires class_labels, a guide, or negative_labels"),
+        ({"guidance_scale": 2}, ValueError, "guidance requires class_labels, negative_labels, or a guide"),
         ({"class_labels": 1, "guidance_interval": (0, 9)}, ValueError, "requires a guidance_scale other than 1"),
         ({"class_labels": 1, "guidance_scale": 2, "guidance_interval": (9, 0)}, ValueError, "in ascending order"),
         ({"class_labels": 1, "guidance_scale": 2, "guidance_interval": 9}, ValueError, "two timesteps"),

@@ -347,7 +347,7 @@ class Sampler:
         device = self.device
         if class_labels is None:
             if guidance.is_active and guide is None and negative_labels is None:
-                raise ValueError("guidance requires class_labels, a guide, or negative_labels")
+                raise ValueError("guidance requires class_labels, negative_labels, or a guide")
             labels = classes.null(count)
         else:
             labels = classes.resolve(class_labels, count)
