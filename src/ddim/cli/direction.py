@@ -12,7 +12,6 @@ from ddim.cli.common import DEFAULT_MODEL, SamplingOptions, load_pipeline, repor
 from ddim.validation import pluralize, shown
 
 if TYPE_CHECKING:
-
     from ddim.data.base import Decoded, Source
 
 
