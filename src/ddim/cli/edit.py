@@ -10,6 +10,7 @@ from ddim.cli import options
 from ddim.cli.common import (
     DEFAULT_MODEL,
     SamplingOptions,
+    count_replaced,
     fit_images,
     load_pipeline,
     read_images,
@@ -63,7 +64,6 @@ def edit(
     """
     from ddim.io.image_files import (
         check_output_path,
-        earlier_files,
         enlarge,
         is_folder_path,
         save_image,
@@ -78,6 +78,7 @@ def edit(
         raise ValueError(f"--count requires a single image, got {len(originals)}")
     num_edits = len(originals) if count is None else count
     pipe = load_pipeline(name or DEFAULT_MODEL, device, dtype, engine)
+    num_replaced = count_replaced(pipe, out, num_edits)
     edited = pipe.edit(
         originals,
         strength,
@@ -90,7 +91,6 @@ def edit(
         batch_size=batch_size,
         output_type="np",
     ).images
-    num_replaced = len(earlier_files(out))
     if target.suffix.lower() == ".png" and not is_folder_path(out):
         shown = show_images(pipe, edited)
         save_image(enlarge(stack_rows([fit_images(pipe, originals), shown]), shown[0], scale), target)

@@ -12,6 +12,7 @@ from ddim.cli import options
 from ddim.cli.common import (
     DEFAULT_MODEL,
     SamplingOptions,
+    count_replaced,
     load_latents_pipeline,
     load_pipeline,
     read_images,
@@ -120,7 +121,7 @@ def decode(
       ddim decode digits.npz --direction three.safetensors --strength 3
     """
     from ddim.diffusion.interpolation import add_direction
-    from ddim.io.image_files import check_output_path, earlier_files
+    from ddim.io.image_files import check_output_path
     from ddim.io.latent_files import check_latent_settings, load_latents
 
     target = check_output_path(out)
@@ -131,6 +132,7 @@ def decode(
     file = files[0]
     latents, settings = load_latents(file)
     pipe = load_latents_pipeline(file, settings, name, device, dtype, engine)
+    num_replaced = count_replaced(pipe, out, len(latents))
     chosen = settings.timesteps
     if sampling != SamplingOptions(None):
         num_steps = len(chosen) if steps is None else steps
@@ -143,7 +145,6 @@ def decode(
     started = time.monotonic()
     images = pipe.decode(latents, timesteps=chosen, batch_size=batch_size, output_type="np").images
     seconds = time.monotonic() - started
-    num_replaced = len(earlier_files(out))
     note = save_results(pipe, images, out, scale=scale)
     summary = f"{pluralize(len(latents), 'image')} in {seconds:.1f} s, {pluralize(len(chosen), 'step')}"
     named = f" of the model {shown(settings.model)}, which {file} names" if name is None else ""
