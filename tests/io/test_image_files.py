@@ -265,7 +265,7 @@ def test_unwritable_paths_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(FileNotFoundError, match=r"folder .*missing does not exist"):
             check_output_path(path)
     for name in ("x.jpg", "x.npy", "x.png.gz"):
-        with pytest.raises(ValueError, match=r"out must end in \.png \(a grid\), \.npz, or be a folder, got '"):
+        with pytest.raises(ValueError, match=r"out must end in \.png .*, \.tiff .*, \.npz, or be a folder, got '"):
             check_output_path(tmp_path / name)
     for path in (f"{file}/", file, file / "x.png", file / "folder"):
         with pytest.raises(NotADirectoryError, match="file is a file, not a folder"):

@@ -358,18 +358,42 @@ def test_invalid_beta_is_named(betas: list[float], index: int) -> None:
         validate(with_entry("optim.betas", betas))
 
 
-@pytest.mark.parametrize("size", [None, 0, -8, 8.0, [8, 8], True, "8"])
-def test_sample_size_must_be_a_positive_integer(size: Any) -> None:
-    with pytest.raises(ValueError, match=r"model\.sample_size: must be a positive integer \(height and width\), got "):
+@pytest.mark.parametrize("size", [None, 0, -8, 8.0, [8, 0], [8, 8, 8], [8], True, "8", "88"])
+def test_sample_size_must_be_one_or_two_positive_integers(size: Any) -> None:
+    message = r"model\.sample_size: must be a positive integer, or two \(height, width\), got "
+    with pytest.raises(ValueError, match=message):
         validate(with_entry("model.sample_size", size))
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(2, 2), (4, 4), (1, None), (1, 3), (None, 1), ("gray", "gray")])
-def test_channels_must_be_gray_or_color_on_both_sides(inputs: Any, outputs: Any) -> None:
+@pytest.mark.parametrize("inputs", [1, 2, 3, 4, 5, 16])
+def test_rectangles_of_1_to_16_channels_are_accepted(inputs: int) -> None:
+    model = {"sample_size": [8, 12], "in_channels": inputs, "out_channels": inputs}
+    assert validate(MINIMAL | {"model": model}).model == model
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(17, 17), (0, 0), (2, 4), (1, None), (1, 3), (None, 1), ("gray", "gray"), (2.0, 2.0)]
+)
+def test_channels_must_be_equal_on_both_sides(inputs: Any, outputs: Any) -> None:
     model = {"sample_size": 8, "in_channels": inputs, "out_channels": outputs}
-    message = r"model\.in_channels: must be equal to model\.out_channels, both 1 \(gray\) or 3 \(color\), got "
+    message = r"model\.in_channels: must be equal to model\.out_channels, both from 1 \(gray\) to 16, got "
     with pytest.raises(ValueError, match=message):
         validate(MINIMAL | {"model": {key: value for key, value in model.items() if value is not None}})
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "message"),
+    [
+        ({"rotate": True}, {"sample_size": [8, 12]}, r"data\.rotate: requires images of equal .*, got 8 and 12"),
+        ({"hue": 0.1}, {"in_channels": 1, "out_channels": 1}, r"data\.hue: requires 8-bit images of three channels"),
+        ({"brightness": 1.5}, {}, r"data\.brightness: must be less than or equal to 1, got 1\.5"),
+        ({"hue": 0.6}, {}, r"data\.hue: must be less than or equal to 0\.5, got 0\.6"),
+        ({}, {"pixel_format": None}, r"model\.pixel_format: is not an entry; the data, and data\.value_range, decide"),
+    ],
+)
+def test_augmentations_must_fit_the_images(data: dict[str, Any], model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^training configuration, {message}"):
+        validate({"data": {"source": "images"} | data, "model": {"sample_size": 8} | model})
 
 
 def test_missing_entry_is_named() -> None:
@@ -484,8 +508,16 @@ OTHER = {
     "data.source": ("elsewhere", True),
     "data.split": ("test", True),
     "data.column": ("img", True),
+    "data.dtype": ("uint8", False),
+    "data.value_range": ([[0, 1]], False),
     "data.crop": ("none", False),
     "data.horizontal_flip": (True, False),
+    "data.vertical_flip": (True, False),
+    "data.rotate": (True, False),
+    "data.brightness": (0.1, False),
+    "data.contrast": (0.1, False),
+    "data.saturation": (0.1, False),
+    "data.hue": (0.1, False),
     "data.cache": ("disk", True),
     "data.on_device": (True, True),
     "data.holdout": (5, False),

@@ -98,6 +98,7 @@ def sample_many(
         OSError: if files cannot be written.
 
     Example:
+        >>> import numpy as np
         >>> from tempfile import TemporaryDirectory
         >>> pipe = DDIMPipeline.from_pretrained("mnist")
         >>> with TemporaryDirectory() as folder:

@@ -2,7 +2,7 @@
 
 Every kind takes batches in any order and from several processes of one job at once. Files are written atomically, and
 two processes that write the same file write the same bytes. Files of earlier runs are verified before they count: PNG
-files, compressed TIFF files, zip archives and parts have checksums.
+files, the TIFF files written here, zip archives and parts have checksums.
 
 Images that PNG does not keep (`ddim.io.array_files`) are TIFF files.
 
@@ -33,10 +33,9 @@ from typing import IO
 
 import numpy as np
 
-from ddim.io.array_files import encode_image, image_suffix, keeps_png, read_pages
+from ddim.io.array_files import encode_image, image_suffix, keeps_png, verify_tiff
 from ddim.io.atomic import MAX_STEM_LENGTH, atomic_write, remove_leftovers
 from ddim.io.image_files import MANIFEST_NAME, is_folder_path
-from ddim.io.images import decode_image
 from ddim.io.locks import LOCK_NAME
 from ddim.io.npz import open_npz
 from ddim.validation import pluralize, shorten
@@ -539,10 +538,7 @@ def _verify_image(stream: IO[bytes], image_shape: ImageShape, dtype: str) -> Non
     if keeps_png(dtype, C):
         _verify_png(content, image_shape, 8 * PAGE_BYTES[dtype])
         return
-    # The compression has a checksum, which decoding compares.
-    pixels = read_pages(io.BytesIO(content)) if C > 1 else np.asarray(decode_image(io.BytesIO(content), "it"))
-    if pixels is None or pixels.size != H * W * C or pixels.shape[:2] != (H, W):
-        raise ValueError(f"it is not a TIFF file of {W}x{H} pixels and {pluralize(C, 'channel')}")
+    verify_tiff(content, image_shape, dtype)
 
 
 def _verify_png(content: bytes, image_shape: ImageShape, bits: int) -> None:

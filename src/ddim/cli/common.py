@@ -315,6 +315,24 @@ def show_images(pipe: DDIMPipeline, images: Any) -> list[Image.Image]:
     return preview(to_values(images, pipe.pixel_format), pipe.pixel_format)
 
 
+def count_replaced(pipe: DDIMPipeline, out: str | Path, count: int) -> int:
+    """Return how many earlier files `save_results` replaces, or refuse a folder that it must not write to.
+
+    Args:
+        pipe: the model.
+        out: as for `save_results`.
+        count: number of images to be written.
+
+    Raises:
+        FileExistsError: for a folder that `ddim.bulk` wrote, or with further images.
+    """
+    from ddim.io.array_files import image_suffix
+    from ddim.io.image_files import replaced_files
+
+    suffix = image_suffix(pipe.pixel_format.dtype, pipe.sample_shape[0])
+    return len(replaced_files(out, count, suffix))
+
+
 def save_results(
     pipe: DDIMPipeline, images: Any, out: str | Path, columns: int | None = None, scale: int | None = 1
 ) -> str:

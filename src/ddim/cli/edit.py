@@ -10,6 +10,7 @@ from ddim.cli import options
 from ddim.cli.common import (
     DEFAULT_MODEL,
     SamplingOptions,
+    count_replaced,
     fit_images,
     load_pipeline,
     read_images,
@@ -68,7 +69,6 @@ def edit(
         check_output_path,
         enlarge,
         is_folder_path,
-        replaced_files,
         save_image,
         stack_rows,
     )
@@ -80,8 +80,8 @@ def edit(
     if count is not None and len(originals) > 1:
         raise ValueError(f"--count requires a single image, got {len(originals)}")
     num_edits = len(originals) if count is None else count
-    num_replaced = len(replaced_files(out, num_edits))
     pipe = load_pipeline(name or DEFAULT_MODEL, device, dtype, engine)
+    num_replaced = count_replaced(pipe, out, num_edits)
     edited = pipe.edit(
         originals,
         strength,

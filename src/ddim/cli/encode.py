@@ -12,6 +12,7 @@ from ddim.cli import options
 from ddim.cli.common import (
     DEFAULT_MODEL,
     SamplingOptions,
+    count_replaced,
     load_latents_pipeline,
     load_pipeline,
     read_images,
@@ -135,7 +136,7 @@ def decode(
       ddim decode digits.npz --direction three.safetensors --strength 3
     """
     from ddim.diffusion.interpolation import add_direction
-    from ddim.io.image_files import check_output_path, replaced_files
+    from ddim.io.image_files import check_output_path
     from ddim.io.latent_files import check_latent_settings, load_latents
 
     target = check_output_path(out)
@@ -145,8 +146,8 @@ def decode(
         raise ValueError(f"give one file of latents, got {shown(files[0])} and {shown(files[1])}")
     file = files[0]
     latents, settings = load_latents(file)
-    num_replaced = len(replaced_files(out, len(latents)))
     pipe = load_latents_pipeline(file, settings, name, device, dtype, engine)
+    num_replaced = count_replaced(pipe, out, len(latents))
     chosen = settings.timesteps
     if sampling != SamplingOptions(None):
         num_steps = len(chosen) if steps is None else steps

@@ -16,6 +16,7 @@ from ddim.cli.common import (
     DEFAULT_MODEL,
     SamplingOptions,
     check_fps,
+    count_replaced,
     load_latents_pipeline,
     load_pipeline,
     read_images,
@@ -90,7 +91,6 @@ def interpolate(
         check_output_path,
         enlarge,
         is_folder_path,
-        replaced_files,
         save_animation,
         save_image,
         stack_rows,
@@ -113,7 +113,7 @@ def interpolate(
     given.check(pipe, path_timesteps, grid_shape is not None, force)
     num_segments = given.count if closed else given.count - 1
     num_images = num_segments * (frames - 1) + (not closed) if grid_shape is None else math.prod(grid_shape)
-    num_replaced = len(replaced_files(out, num_images))
+    num_replaced = count_replaced(pipe, out, num_images)
     images = pipe.interpolate(
         given.encode(pipe, path_timesteps, resize, batch_size),
         frames=frames if grid_shape is None else grid_shape,
@@ -123,8 +123,7 @@ def interpolate(
         batch_size=batch_size,
         output_type="np",
     ).images
-    note = ""
-    frames_shown = show_images(pipe, images)
+    note, frames_shown = "", show_images(pipe, images)
     suffix = "" if is_folder_path(out) else target.suffix.lower()
     if suffix in ANIMATION_SUFFIXES:
         save_animation([enlarge(image, image, scale) for image in frames_shown], out, fps)

@@ -2,11 +2,13 @@
 
 A TIFF page holds one channel: 8 bits (`L`), 16 bits (`I;16`), 32-bit integers (`I`) or floats (`F`). PIL reads and
 writes these without loss, and so do ImageJ, napari and tifffile, which show pages as a stack. Several samples per pixel
-of more than 8 bits are beyond PIL.
+of more than 8 bits are beyond PIL. The description of the first page is the SHA-256 of the values, because TIFF has no
+checksum of its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from typing import IO
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import IMAGEDESCRIPTION
 
 from ddim.io.images import PIL_OPEN_LOCK, decode_image, decoder_reason
 from ddim.io.reading import reader_reason
@@ -24,6 +27,7 @@ MAX_CHANNELS = 16
 TIFF_SUFFIXES = (".tif", ".tiff")
 PAGE_MODES = {"uint8": "L", "uint16": "I;16", "int16": "I", "float32": "F"}
 """The mode of a TIFF page that keeps values of a type."""
+COMPRESSION = "tiff_adobe_deflate"
 PNG_DTYPES = {"uint8": (1, 2, 3, 4), "uint16": (1,)}
 """The numbers of channels that PNG keeps, by the type of values."""
 
@@ -175,10 +179,44 @@ def encode_tiff(pixels: np.ndarray) -> bytes:
         b'II'
     """
     widened = pixels.astype(np.int32) if pixels.dtype == np.int16 else pixels
+    info = {IMAGEDESCRIPTION: _description(widened)}
     pages: Sequence[Image.Image] = [Image.fromarray(np.ascontiguousarray(page)) for page in np.moveaxis(widened, 2, 0)]
     stream = io.BytesIO()
-    pages[0].save(stream, "TIFF", save_all=True, append_images=pages[1:], compression="tiff_adobe_deflate")
+    pages[0].save(stream, "TIFF", save_all=True, append_images=pages[1:], tiffinfo=info, compression=COMPRESSION)
     return stream.getvalue()
+
+
+def verify_tiff(content: bytes, shape: tuple[int, int, int], dtype: str) -> None:
+    """Raise an error if a file is not what `encode_tiff` wrote.
+
+    Args:
+        content: of the file.
+        shape: (H, W, C) of the image.
+        dtype: of its values.
+
+    Raises:
+        ValueError: if it is of another shape or type, or damaged.
+
+    Example:
+        >>> content = encode_tiff(np.zeros((2, 2, 5), np.uint16))
+        >>> verify_tiff(content, (2, 2, 5), "uint16")
+        >>> verify_tiff(content, (2, 2, 5), "float32")
+        Traceback (most recent call last):
+        ValueError: it must hold float32 (2, 2, 5), got uint16 (2, 2, 5)
+    """
+    pixels = read_pages(io.BytesIO(content))
+    if pixels is None:
+        page = decode_image(io.BytesIO(content), "it")
+        pixels = np.asarray(page).reshape(page.height, page.width, -1)
+    stored = np.dtype(np.int32 if dtype == "int16" else dtype)
+    if (pixels.shape, pixels.dtype) != (shape, stored):
+        raise ValueError(f"it must hold {dtype} {shape}, got {pixels.dtype} {pixels.shape}")
+    if _description(pixels).encode() not in content:
+        raise ValueError("its SHA-256 does not match")
+
+
+def _description(pixels: np.ndarray) -> str:
+    return f"SHA-256 {hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()}"
 
 
 def encode_image(pixels: np.ndarray) -> bytes:

@@ -336,12 +336,13 @@ def earlier_files(path: str | Path) -> list[Path]:
     return sorted(Path(path, name) for name in os.listdir(path) if NUMBERED_FILE.fullmatch(name))  # noqa: PTH208
 
 
-def replaced_files(path: str | Path, count: int) -> list[Path]:
+def replaced_files(path: str | Path, count: int, suffix: str = ".png") -> list[Path]:
     """Return the files that an output of `save_images` replaces.
 
     Args:
         path: the output path.
         count: the number of images to be written.
+        suffix: of the files of a folder.
 
     Returns:
         As `earlier_files`.
@@ -358,8 +359,11 @@ def replaced_files(path: str | Path, count: int) -> list[Path]:
         FileExistsError: ... images numbered beyond the 2 to be written (1, such as 00002.png); delete them, or ...
     """
     earlier = earlier_files(path)
-    if is_folder_path(path):
-        check_later_files(Path(path), [file for file in earlier if int(file.stem) < count], count)
+    if is_folder_path(path) and (beyond := sorted(set(earlier) - set(output_files(path, count, suffix)))):
+        raise FileExistsError(
+            f"{path} holds images numbered beyond the {count} to be written ({len(beyond)}, such as "
+            f"{beyond[0].name}); delete them, or write to another folder"
+        )
     return earlier
 
 
@@ -423,8 +427,8 @@ def save_images(
         (3, 4, 4, 1)
     """
     target = check_output_path(path)
+    replaced_files(path, len(images))
     if is_folder_path(path):
-        check_later_files(target, output_files(target, len(images)))
         with write_folder(target) as folder:
             for image, file in zip(images, output_files(folder, len(images)), strict=True):
                 image.save(file)
@@ -438,29 +442,6 @@ def save_images(
         grid = images[0] if is_single else make_grid(images, columns)
         save_image(enlarge(grid, images[0], 1 if is_single and scale is None else scale), target)
     return target
-
-
-def check_later_files(folder: Path, files: Sequence[Path], count: int | None = None) -> None:
-    """Check that a folder has no images numbered beyond those to be written, which would be taken for theirs.
-
-    Args:
-        folder: where they are to be written.
-        files: that may be in it, because they are replaced.
-        count: the number of images to be written; defaults to the number of `files`.
-
-    Raises:
-        FileExistsError: if it has, or `ddim.bulk` wrote it.
-
-    Example:
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     (Path(folder) / "00007.png").touch()
-        ...     check_later_files(Path(folder), output_files(folder, 8))
-    """
-    if beyond := sorted(set(earlier_files(folder)) - set(files)):
-        raise FileExistsError(
-            f"{folder} holds images numbered beyond the {len(files) if count is None else count} to be written "
-            f"({len(beyond)}, such as {beyond[0].name}); delete them, or write to another folder"
-        )
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:

@@ -18,12 +18,12 @@ from ddim.io.atomic import atomic_write, write_folder
 from ddim.io.false_color import preview, shows_values
 from ddim.io.image_files import (
     GRID_GAP,
-    check_later_files,
     check_output_path,
     enlargement,
     grid_columns,
     is_folder_path,
     output_files,
+    replaced_files,
     save_images,
 )
 from ddim.io.images import as_pil
@@ -66,10 +66,10 @@ def save_samples(
         save_images([as_pil(image) for image in values], path, columns, scale)
         return True
     target = check_output_path(path)
+    replaced_files(path, len(values), image_suffix(pixel_format.dtype, channels))
     suffix = "" if is_folder_path(path) else target.suffix.lower()
     if not suffix:
         files = output_files(target, len(values), image_suffix(pixel_format.dtype, channels))
-        check_later_files(target, files)
         with write_folder(target) as folder:
             for image, file in zip(values, files, strict=True):
                 (folder / file.name).write_bytes(encode_image(image))
