@@ -104,6 +104,10 @@ def test_integers_of_files_are_cast_where_they_fit() -> None:
 
 def test_measured_ranges_are_never_empty() -> None:
     assert measured_format("uint16", [65535, 3], [65535, 3]) == PixelFormat("uint16", (65534, 3), (65535, 4))
+    assert measured_format("float32", [1e30], [1e30]).high[0] > 1e30
+    assert measured_format("float32", [1e-40], [2e-40]).high == (1.0,)
+    with pytest.raises(ValueError, match=r"^pixel_format must span 1e-30 to 1e\+38 in each channel, got 4e\+38$"):
+        measured_format("float32", [-2e38], [2e38])
     assert measured_format("uint8", [3], [9]) is EIGHT_BIT
 
 

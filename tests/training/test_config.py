@@ -509,7 +509,7 @@ OTHER = {
     "data.split": ("test", True),
     "data.column": ("img", True),
     "data.dtype": ("uint8", False),
-    "data.value_range": ([[0, 1]], False),
+    "data.value_range": ([(0.0, 1.0)], False),
     "data.crop": ("none", False),
     "data.horizontal_flip": (True, False),
     "data.vertical_flip": (True, False),

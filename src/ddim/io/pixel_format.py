@@ -27,6 +27,8 @@ DTYPES = ("uint8", "uint16", "int16", "float32")
 """The types of values, as NumPy names them."""
 LIMITS = {"uint8": (0, 255), "uint16": (0, 65535), "int16": (-32768, 32767)}
 """The smallest and the largest integer of a type."""
+MIN_SPAN, MAX_SPAN = 1e-30, 1e38
+"""Between these a range and its inverse are numbers in float32."""
 
 
 class NonFiniteError(ValueError):
@@ -67,6 +69,10 @@ class PixelFormat:
         for low, high in zip(self.low, self.high, strict=True):
             if real("pixel_format.low", low) >= real("pixel_format.high", high):
                 raise ValueError(f"pixel_format.high must be above low in each channel, got {low:g} and {high:g}")
+            if not MIN_SPAN <= high - low <= MAX_SPAN:
+                raise ValueError(
+                    f"pixel_format must span {MIN_SPAN:g} to {MAX_SPAN:g} in each channel, got {high - low:g}"
+                )
             smallest, largest = LIMITS.get(self.dtype, (-np.inf, np.inf))
             if low < smallest or high > largest:
                 raise ValueError(
@@ -300,7 +306,8 @@ def measured_format(dtype: str, low: Sequence[float], high: Sequence[float]) -> 
     Args:
         dtype: one of `DTYPES`.
         low: the smallest value of each channel.
-        high: the largest value of each channel; where it is the smallest as well, a range of 1 is assumed.
+        high: the largest value of each channel; where it is the smallest as well, a range of 1 (or a millionth of it)
+            is assumed.
 
     Example:
         >>> measured_format("uint16", [3, 7], [900, 7]).high
@@ -310,5 +317,10 @@ def measured_format(dtype: str, low: Sequence[float], high: Sequence[float]) -> 
         return EIGHT_BIT
     limits = LIMITS.get(dtype, (-np.inf, np.inf))
     bounds = [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
-    bounds = [(a, b) if b > a else (a, a + 1) if a < limits[1] else (a - 1, a) for a, b in bounds]
+    # Of large floats 1 is less than the last digit.
+    widths = [max(1.0, abs(a) / 2**20) for a, _ in bounds]
+    bounds = [
+        (a, b) if b - a >= MIN_SPAN else (a, a + width) if a < limits[1] else (a - width, a)
+        for (a, b), width in zip(bounds, widths, strict=True)
+    ]
     return PixelFormat(dtype, tuple(a for a, _ in bounds), tuple(b for _, b in bounds))
