@@ -21,6 +21,8 @@ class Source:
         identity: changes whenever the images do, as far as that shows without decoding them.
         read_column: returns the values of another column of a table as text, one per image; `None` where there is no
             such column.
+        labels: what says which class an image belongs to, such as `10 folders` or `the column label`; `None` for
+            nothing.
 
     Example:
         >>> pixel = Image.new("L", (1, 1))
@@ -34,6 +36,7 @@ class Source:
     fetch: Callable[[Sequence[int]], list[Callable[[], Image.Image]]]
     identity: str
     read_column: Callable[[str], list[str] | None] = lambda name: None
+    labels: str | None = None
 
 
 def canonical_value(text: str) -> str:

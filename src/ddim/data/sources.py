@@ -73,7 +73,8 @@ def open_source(source: str, split: str = "train", column: str | None = None) ->
             return _from_tables([source], source, column)
         if path.suffix == ".npz":
             images = _from_array(_read_npz(path), source)
-            return replace(images, read_column=partial(_read_npz_column, path, images.count))
+            read_column = partial(_read_npz_column, path, images.count)
+            return replace(images, read_column=read_column, labels=_npz_labels(path, images.count))
         raise ValueError(f"{source} is neither a folder of images nor a .parquet or .npz file")
     if path.suffix not in (".parquet", ".npz") and HUB_ID.fullmatch(source):
         require("reading a data set on the hub", "datasets")
@@ -90,7 +91,9 @@ def _from_files(files: list[Path], folder: Path) -> Source:
     def fetch(indices: Sequence[int]) -> list[Callable[[], Image.Image]]:
         return [partial(read_image, files[i]) for i in indices]
 
-    return Source(str(folder), len(files), fetch, _stamp(files))
+    folders = len({file.parent for file in files})
+    labels = f"{folders} folders" if folders > 1 else None
+    return Source(str(folder), len(files), fetch, _stamp(files), labels=labels)
 
 
 def _from_tables(files: list[str], name: str, column: str | None) -> Source:
@@ -128,6 +131,15 @@ def _read_npz(path: Path) -> np.ndarray:
     raise ValueError(
         f"{path} must hold images as a uint8 array (N, H, W) or (N, H, W, C) with C 1 or 3, got {content or 'nothing'}"
     )
+
+
+def _npz_labels(path: Path, count: int) -> str | None:
+    """Name the arrays of an `.npz` file that can be classes: one integer, boolean or text per image."""
+    with open_npz(path) as file:
+        names = [
+            name for name, header in file.headers.items() if header.shape == (count,) and header.dtype.kind in "biuU"
+        ]
+    return f"the {'array' if len(names) == 1 else 'arrays'} {', '.join(names)}" if names else None
 
 
 def _read_npz_column(path: Path, count: int, name: str) -> list[str] | None:

@@ -1,6 +1,7 @@
 """A whole training run, from data to a pipeline folder.
 
 RUN/config.yaml       the configuration, the data's fingerprint and the versions of packages
+RUN/data.png          the images of the first step, as the network gets them
 RUN/metrics.jsonl     what the run computed, see `ddim.training.metrics_logger`
 RUN/tensorboard/      the same and more, for TensorBoard
 RUN/loss.png          the losses as a curve
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import platform
 from collections.abc import Mapping
 from datetime import timedelta
@@ -34,7 +36,7 @@ from ddim.io.atomic import TEMPORARY_PREFIX, atomic_write
 from ddim.io.config import public_entries
 from ddim.io.hub import MODEL_INDEX
 from ddim.io.image_files import make_grid, save_images
-from ddim.io.images import NonFiniteError
+from ddim.io.images import NonFiniteError, as_pil
 from ddim.io.locks import LOCK_NAME, OutputLock
 from ddim.io.runs import CHECKPOINTS, FINAL
 from ddim.pipeline import DDIMPipeline
@@ -59,6 +61,8 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = ("ddim", "torch", "numpy", "pillow", "datasets", "accelerate", "safetensors", "pydantic")
 """Packages whose versions a run records."""
+
+DATA_GRID, DATA_GRID_IMAGES = "data.png", 64
 
 PROCESS_GROUP_TIMEOUT = timedelta(hours=6)
 """How long processes wait for each other: the main process generates samples and evaluates while the others wait."""
@@ -95,6 +99,7 @@ def train(
     config = complete_config(config)
     accelerator, local_device = start_processes(device)
     dataset = prepare_dataset(config, accelerator, local_device)
+    config = resolve_length(config, dataset.shape[0])
     record = _make_record(config, dataset, local_device)
     # Only the main process reads and writes `out`, which other machines need not have.
     is_main = accelerator.is_main_process
@@ -119,6 +124,7 @@ def train(
         remove_partial(out / CHECKPOINTS)
         with atomic_write(out / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(record, sort_keys=False))
+        _write_data(trainer, out / DATA_GRID)
         _train_and_log(trainer, out, max_minutes)
         final = _write_result(trainer, out, record)
         accelerator.wait_for_everyone()
@@ -128,8 +134,9 @@ def train(
 def complete_config(config: TrainConfig) -> TrainConfig:
     """Fill in the arguments of the network and of the scheduler that the configuration leaves out.
 
-    With `init` they are those of the model that it names, so that fine-tuning keeps its schedule, its prediction type
-    and how it is sampled. Timesteps that were learned for its weights are not taken over.
+    With `init` they are those of the model that it names, so that fine-tuning keeps its network, its schedule, its
+    prediction type and how it is sampled; entries of the configuration override single ones. Timesteps that were
+    learned for its weights are not taken over.
 
     Args:
         config: the checked configuration.
@@ -152,7 +159,7 @@ def complete_config(config: TrainConfig) -> TrainConfig:
     model, scheduler = config.model, dict(SCHEDULER_DEFAULTS)
     if config.init is not None:
         pipe = DDIMPipeline.from_pretrained(config.init)
-        model = model or _plain_values(pipe.unet.config)
+        model = _plain_values(pipe.unet.config) | model
         defaults = DDIMScheduler().config
         scheduler = {
             name: value
@@ -212,22 +219,88 @@ def prepare_dataset(config: TrainConfig, accelerator: Accelerator, device: torch
 
     Raises:
         FileNotFoundError: if the source does not exist or holds no image.
-        ValueError: if more images than allowed cannot be read, or there are fewer images than a batch.
+        ValueError: if more images than allowed cannot be read, or there are fewer images than a batch
+            (`BatchSizeError`).
         RuntimeError: if the hub cannot be reached or refuses.
     """
     with accelerator.local_main_process_first():
         size, channels = config.model["sample_size"], config.model.get("in_channels", 3)
         dataset = open_dataset(config.data, size, channels, shared=accelerator.num_processes > 1)
-    count, holdout = dataset.shape[0], config.data.holdout
-    if count - holdout < config.batch_size:
-        raise ValueError(
-            f"batch_size must be at most the number of images to train on, {count - holdout} ({config.data.source} has "
-            f"{count}, data.holdout is {holdout}), got {config.batch_size}"
-        )
+    check_batch_size(config, dataset.shape[0])
     if config.data.on_device and isinstance(dataset, CachedImageDataset):
         pixels = dataset.pixels.to(device)
         dataset = CachedImageDataset(pixels, str(device), dataset.fingerprint, dataset.identity)
     return dataset
+
+
+class BatchSizeError(ValueError):
+    """A batch of more images than there are.
+
+    Attributes:
+        largest: the largest batch that there are images for.
+
+    Example:
+        >>> raise BatchSizeError("batch_size must be at most 40, got 128", largest=40)
+        Traceback (most recent call last):
+        ddim.training.run.BatchSizeError: batch_size must be at most 40, got 128
+    """
+
+    def __init__(self, message: str, largest: int) -> None:
+        super().__init__(message)
+        self.largest = largest
+
+
+def check_batch_size(config: TrainConfig, count: int) -> None:
+    """Check that there are as many images as a batch has.
+
+    Args:
+        config: the configuration.
+        count: number of images, those held out included.
+
+    Raises:
+        BatchSizeError: if there are fewer.
+
+    Example:
+        >>> from ddim.training.config import load_config
+        >>> check_batch_size(load_config("digits"), 1797)
+    """
+    holdout = config.data.holdout
+    if count - holdout < config.batch_size:
+        raise BatchSizeError(
+            f"batch_size must be at most the number of images to train on, {count - holdout} ({config.data.source} has "
+            f"{count}, data.holdout is {holdout}), got {config.batch_size}",
+            count - holdout,
+        )
+
+
+def resolve_length(config: TrainConfig, count: int) -> TrainConfig:
+    """Replace a length in epochs by one in steps.
+
+    Args:
+        config: the configuration.
+        count: number of images, those held out included.
+
+    Returns:
+        The configuration without `epochs`; the last epoch ends in the last step.
+
+    Example:
+        >>> from ddim.training.config import load_config
+        >>> config = resolve_length(load_config("digits", overrides={"epochs": 2}), count=1797)
+        >>> config.max_steps, config.epochs
+        (29, None)
+    """
+    if config.epochs is None:
+        return config
+    max_steps = math.ceil(config.epochs * (count - config.data.holdout) / config.batch_size)
+    return config.model_copy(update={"max_steps": max(1, max_steps), "epochs": None})
+
+
+def _write_data(trainer: Trainer, path: Path) -> None:
+    """Write a grid of images of the first step, unless an earlier part of the run has."""
+    if path.exists():
+        return
+    pixels = trainer.batches[0][:DATA_GRID_IMAGES].cpu().numpy()
+    save_images([as_pil(image) for image in pixels.transpose(0, 2, 3, 1)], path)
 
 
 def _train_and_log(trainer: Trainer, out: Path, max_minutes: float | None) -> None:
