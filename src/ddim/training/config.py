@@ -8,12 +8,12 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
@@ -172,8 +172,8 @@ class TrainConfig(Section):
             model.
         init: weights to start from, as `DDIMPipeline.from_pretrained` takes them: a built-in model, a folder, a hub id.
         scheduler: arguments of `DDIMScheduler`: the betas, the prediction type, how the result is sampled. Where they
-            are omitted, the scheduler of `init` decides; without `init`, `SCHEDULER_DEFAULTS` and then the defaults of
-            `DDIMScheduler`.
+            are omitted, the scheduler of `init` decides; without `init`, `clip_sample` is false, and the others have
+            the defaults of `DDIMScheduler`.
         objective: the loss.
         optim: the optimizer.
         ema: the averaged weights.
@@ -217,6 +217,8 @@ class TrainConfig(Section):
     log_every: PositiveInt = 50
 
 
+SECTION_EXAMPLES = {"model": "sample_size", "scheduler": "prediction_type"}
+"""An entry of each section whose entries are the arguments of a class."""
 OTHER_NAMES = {
     "learning_rate": "optim.lr",
     "steps": "max_steps",
@@ -445,6 +447,10 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
         config = TrainConfig.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
+        *sections, name = first["loc"]
+        if sections and isinstance(name, int) and first["type"] in ("missing", "too_long"):
+            # A list that is too short is reported as the number that it lacks.
+            first |= {"loc": tuple(sections), "type": "tuple_type"}
         raise _invalid(".".join(map(str, first["loc"])), _describe(first)) from None
     # Entries that depend on each other; with `init`, on those of its model as well, and then `complete_config` checks.
     if config.init is None:
@@ -625,17 +631,19 @@ def _check_section(section: str, constructor: Callable[..., Any], arguments: Map
 
 def _describe(error: Mapping[str, Any]) -> str:
     """Return what is wrong with an entry."""
+    *sections, name = map(str, error["loc"])
     if error["type"] == "missing":
         return "is required"
     if error["type"] == "extra_forbidden":
-        *sections, name = map(str, error["loc"])
         return f"is not an entry{_suggest(name, '.'.join(sections))}"
-    if error["type"] == "model_type":
-        section = ".".join(map(str, error["loc"]))
-        example = next(entry for entry in entry_names(TrainConfig) if entry.startswith(f"{section}."))
-        return f"must be a section with entries such as {example}, got {shown(error['input'])}"
+    if error["type"] in ("model_type", "dict_type"):
+        section = cast(type[BaseModel], TrainConfig.model_fields[name].annotation)
+        example = SECTION_EXAMPLES.get(name) or next(entry_names(section))
+        return f"must be a section with entries such as {name}.{example}, got {shown(error['input'])}"
     if error["type"] in ("tuple_type", "too_long"):
-        return f"must be a list of numbers of the length of its default, got {shown(error['input'])}"
+        default = _default([*sections, name])
+        example = f" such as {list(default)}" if isinstance(default, tuple) else ""
+        return f"must be a list of numbers{example}, got {shown(error['input'])}"
     # Some messages add how the value was read.
     allowed = re.sub(r", (unable to|got a|input was) .*", "", error["msg"]).replace("Input should be", "must be")
     return f"{allowed}, got {shown(error['input'])}"
@@ -672,6 +680,15 @@ def entry_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{name}"
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from entry_names(field.annotation, f"{prefix}{name}.")
+
+
+def _default(names: Sequence[str]) -> Any:
+    """Return the default of the entry of a section."""
+    section, field = TrainConfig.model_fields, None
+    for name in names:
+        field = section[name]
+        section = getattr(field.annotation, "model_fields", {})
+    return None if field is None else field.default
 
 
 def _invalid(entry: str, reason: str) -> ValueError:

@@ -443,7 +443,7 @@ def build_model(config: TrainConfig) -> UNet2DModel:
         raise ValueError(f"init: the weights of {config.init} do not fit the model: {error}") from None
     if new_layers:
         logger.info(
-            "%s has %d channels, the images have %d: %s are new, all other weights are kept",
+            "%s has %s, the images have %s: %s are new, all other weights are kept",
             *(config.init, source.config.in_channels, model.config.in_channels, " and ".join(new_layers)),
         )
     return model
