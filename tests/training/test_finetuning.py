@@ -82,7 +82,7 @@ def test_runs_and_checkpoints_are_started_from(
     with caplog.at_level(logging.INFO, "ddim.training"):
         model = build_model(complete_config(config)).state_dict()
     assert caplog.messages == [
-        f"{init} has 1 channels, the images have 3: conv_in and conv_out are new, all other weights are kept"
+        f"{init} has 1 channel, the images have 3: conv_in and conv_out are new, all other weights are kept"
     ]
     kept = {name for name in model if not name.startswith(CHANNEL_LAYERS)}
     assert all(torch.equal(model[name], expected[name]) for name in kept)

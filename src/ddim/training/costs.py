@@ -29,6 +29,7 @@ from ddim.data.loader import Batches, loader_rate
 from ddim.info import count_flop
 from ddim.nn.layers import ResnetBlock2D
 from ddim.training.config import TrainConfig, describe_preset, preset_names, read_preset
+from ddim.training.machine import is_emulated
 from ddim.training.metrics_logger import memory_mib
 from ddim.training.run import check_batch_size, complete_config, resolve_length, start_processes
 from ddim.training.trainer import Trainer
@@ -40,6 +41,8 @@ MEASURED_FLOP_PER_CORE = 30e9
 """Operations of a measured step per CPU core: about a second. Much smaller batches take longer per image."""
 PASSES = 3
 """Operations of a step relative to those of the forward pass: the backward pass counts as two."""
+EMULATED_SLOWDOWN = 10
+"""About how much longer a CPU without instructions for 16 bits takes for operations on them."""
 TIMED_STEPS = 5
 TIMED_SECONDS = 2.5
 """No further step is timed after this time."""
@@ -116,7 +119,10 @@ def estimate_costs(config: TrainConfig, device: str | torch.device = "auto") -> 
     network = _meta_network(config)
     flop_per_image = PASSES * count_flop(network)
     local_batch = config.batch_size // accelerator.num_processes
-    budget = MEASURED_FLOP_PER_CORE * torch.get_num_threads() if local_device.type == "cpu" else float("inf")
+    budget = float("inf")
+    if local_device.type == "cpu":
+        slowdown = EMULATED_SLOWDOWN if is_emulated(config.precision, local_device) else 1
+        budget = MEASURED_FLOP_PER_CORE * torch.get_num_threads() / slowdown
     batch, measured_size = measured_part(local_batch, size, flop_per_image, budget, 2 ** (len(network.down_blocks) - 1))
     part = config.model_copy(
         update={

@@ -71,6 +71,20 @@ def inspect_machine(device: torch.device) -> Machine:
     return Machine(device.type, "", cores, free_memory(), fast)
 
 
+def is_emulated(precision: str, device: torch.device) -> bool:
+    """Return whether a CPU has no instructions for a precision and converts to float32 and back, which takes longer.
+
+    Args:
+        precision: `fp32`, `bf16` or `fp16`.
+        device: the device to train on.
+
+    Example:
+        >>> is_emulated("fp32", torch.device("cpu"))
+        False
+    """
+    return device.type == "cpu" and precision != "fp32" and precision not in inspect_machine(device).fast_precisions
+
+
 def free_memory() -> int:
     """Return the bytes of memory that this process may still allocate, in a container with a limit as well.
 

@@ -52,6 +52,7 @@ from ddim.training.config import (
     validate,
 )
 from ddim.training.evaluate import evaluate
+from ddim.training.machine import is_emulated
 from ddim.training.metrics_logger import MetricsLogger, plot_loss
 from ddim.training.optim import learning_rate
 from ddim.training.progress import Progress
@@ -98,6 +99,8 @@ def train(
     # Check everything before anything is written.
     config = complete_config(config)
     accelerator, local_device = start_processes(device)
+    if is_emulated(config.precision, local_device):
+        logger.warning("this CPU has no instructions for %s: precision=fp32 is faster", config.precision)
     dataset = prepare_dataset(config, accelerator, local_device)
     config = resolve_length(config, dataset.shape[0])
     record = _make_record(config, dataset, local_device)

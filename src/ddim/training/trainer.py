@@ -42,6 +42,7 @@ from ddim.training.objective import QUARTILES, by_quartile, draw_timesteps, loss
 from ddim.training.optim import ema_update, learning_rate, make_optimizer, zero_last_layers
 from ddim.training.progress import Progress, StepMetrics, TrainingStopped
 from ddim.unet import UNet2DModel
+from ddim.validation import pluralize
 
 logger = logging.getLogger(__name__)
 
@@ -444,7 +445,8 @@ def build_model(config: TrainConfig) -> UNet2DModel:
     if new_layers:
         logger.info(
             "%s has %s, the images have %s: %s are new, all other weights are kept",
-            *(config.init, source.config.in_channels, model.config.in_channels, " and ".join(new_layers)),
+            *(config.init, pluralize(source.config.in_channels, "channel"), model.config.in_channels),
+            " and ".join(new_layers),
         )
     return model
 
