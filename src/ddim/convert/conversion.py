@@ -15,6 +15,7 @@ from ddim.convert.checkpoint import read_checkpoint
 from ddim.convert.openai import OpenAIFlags
 from ddim.convert.placement import ConversionPlan, build_unet
 from ddim.devices import choose_dtype
+from ddim.io.atomic import is_vacant
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.validation import choice, integer, shown
@@ -204,5 +205,5 @@ def sample_size(config: Mapping[str, Any], image_size: int | None) -> int:
 def _check_folder(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file, not a folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    if not is_vacant(out) and not overwrite:
         raise FileExistsError(f"{out} is not empty; pass overwrite=True to replace a model in it, or write elsewhere")
