@@ -376,7 +376,8 @@ def test_one_line_trains_and_resumes(tmp_path: Path) -> None:
     first = run_cli(*("train", "--data", "pics", "--out", "run", "--max-steps", "4", *small), env=env, cwd=tmp_path)
     assert (first.returncode, first.stdout) == (0, "run/final\n"), first.stderr
     shown = plain(first.stderr)
-    assert re.match(r"images 40 in pics, 8x8, L machine cpu, \d+ cores?, .* size 8x8, gray --resolution", shown)
+    assert shown.startswith("ddim: looking at the images ddim: measuring a few steps images 40 in pics, 8x8, L machine")
+    assert re.search(r"machine cpu, \d+ cores?, .* size 8x8, gray --resolution", shown)
     assert "length 4 steps" in shown
     record = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["config"]
     assert (record["max_steps"], record["batch_size"], record["model"]["block_out_channels"]) == (4, 32, [8, 8])
@@ -422,12 +423,21 @@ def test_command_names_what_is_missing_and_where_a_batch_comes_from(tmp_path: Pa
         "ddim: --data must name the images to train on, such as a folder: run holds no run to resume\n",
     )
     large = run_cli("train", "--preset", "digits", "--data", "pics", "--dry-run", env=env, cwd=tmp_path)
-    assert (large.returncode, large.stderr) == (
+    assert (large.returncode, large.stderr.splitlines()[-1]) == (
         1,
         "ddim: --batch-size must be at most the number of images to train on, 40 (pics has 40, data.holdout is 0), "
-        "got 128 of the preset digits; give --batch-size 40 or less\n",
+        "got 128 of the preset digits; give --batch-size 40 or less",
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_folders_are_checked_before_the_images(tmp_path: Path) -> None:
+    (tmp_path / "photo.png").touch()
+    with pytest.raises(FileExistsError, match=r"is not empty and does not hold a run \(no config\.yaml\)"):
+        configure({"data": {"source": "nowhere"}}, tmp_path, "cpu")
+    (tmp_path / "config.yaml").write_text("config: {seed: 1}")
+    with pytest.raises(FileExistsError, match="is not empty; use resume='auto'"):
+        configure({"data": {"source": "nowhere"}}, tmp_path, "cpu", resume="never")
 
 
 def test_print_config(tmp_path: Path) -> None:
@@ -447,7 +457,7 @@ def test_plans_are_numbers_of_this_machine() -> None:
     config = complete_config(
         validate(merge(RECIPE, {"data": {"source": "pics"}, "model": choose_model(survey, LAPTOP, {})}))
     )
-    table = plan_table(Plan(survey, LAPTOP, config, make_costs(), "time", {}))
+    table = plan_table(Plan(survey, LAPTOP, config, make_costs(), "time"))
     assert "what fits into --max-minutes" in table
     assert "v_prediction" in table
     assert BatchSizeError("x", 3).largest == 3

@@ -153,10 +153,12 @@ def train(
         return
     if push_to_hub is not None:
         check_hub_id(push_to_hub)
+    logging.getLogger("ddim.training").setLevel(logging.INFO)
+    resume_from: Any = resume if resume in ("auto", "never") else Path(resume)
     plan = None
     if preset is None:
         run_folder = None if out is None else Path(out)
-        resolved, plan = configure(tree, run_folder, device, resume != "never", max_minutes)
+        resolved, plan = configure(tree, run_folder, device, resume_from, max_minutes)
     else:
         resolved = validate(tree)
     if any(resolved.model.get(name) is not None for name in ("class_embed_type", "num_class_embeds")):
@@ -167,10 +169,9 @@ def train(
     try:
         if out is None or dry_run:
             costs = estimate_costs(resolved, device) if plan is None else plan.costs
-            print(cost_table(costs))
+            if is_main:
+                print(cost_table(costs))
             return
-        logging.getLogger("ddim.training").setLevel(logging.INFO)
-        resume_from: Any = resume if resume in ("auto", "never") else Path(resume)
         final = run(resolved, Path(out), device, resume_from, max_minutes)
     except BatchSizeError as error:
         if "batch_size" in merge_config(None, *parts):

@@ -100,8 +100,10 @@ def estimate_costs(config: TrainConfig, device: str | torch.device = "auto") -> 
     """
     config = complete_config(config)
     accelerator, local_device = start_processes(device)
+    if accelerator.is_main_process:
+        logger.info("measuring a few steps")
     size = height_and_width(config.model["sample_size"])
-    with quiet_data():
+    with left_to_the_run():
         # Images are decoded when they are read, so that opening a large collection takes no time.
         lazy = open_dataset(
             config.data.model_copy(update={"cache": "none"}), config.model["sample_size"], config.model["in_channels"]
@@ -135,7 +137,8 @@ def estimate_costs(config: TrainConfig, device: str | torch.device = "auto") -> 
         }
     )
     resident = memory_mib(local_device)
-    trainer = Trainer(part, dataset, Path(), local_device, accelerator)
+    with left_to_the_run():
+        trainer = Trainer(part, dataset, Path(), local_device, accelerator)
     update, gradients, sampling = _time_steps(trainer)
     scale = local_batch * size[0] * size[1] / (batch * measured_size[0] * measured_size[1])
     seconds_per_step = update + gradients * scale
@@ -318,14 +321,14 @@ def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 @contextmanager
-def quiet_data() -> Iterator[None]:
-    """Leave out warnings about the images, which the run itself reports.
+def left_to_the_run() -> Iterator[None]:
+    """Leave out warnings about the images and the weights, which the run itself reports.
 
     Example:
-        >>> with quiet_data():
+        >>> with left_to_the_run():
         ...     logging.getLogger("ddim.data").warning("an image is black")
     """
-    loggers = [logging.getLogger(name) for name in ("ddim.data", "ddim.io")]
+    loggers = [logging.getLogger(name) for name in ("ddim.data", "ddim.io", "ddim.training.trainer")]
     levels = [each.level for each in loggers]
     for each in loggers:
         each.setLevel(logging.ERROR)

@@ -15,6 +15,7 @@ What was measured to be best stands in `RECIPE`. Every entry that the configurat
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,9 +36,11 @@ from ddim.training.config import (
     read_yaml,
     validate,
 )
-from ddim.training.costs import RunCosts, count_hours, estimate_costs, height_and_width, memory_bytes, quiet_data
+from ddim.training.costs import RunCosts, count_hours, estimate_costs, height_and_width, left_to_the_run, memory_bytes
 from ddim.training.machine import Machine, inspect_machine
-from ddim.training.run import complete_config, resolve_length, start_processes
+from ddim.training.run import complete_config, holds_run, resolve_length, start_processes
+
+logger = logging.getLogger(__name__)
 
 RECIPE: Mapping[str, Any] = {
     # v is well conditioned at every timestep: its network is as good with little noise as with much, where an error of
@@ -103,7 +106,6 @@ class Plan(NamedTuple):
         config: the whole configuration.
         costs: of the run, measured.
         limit: what decides its length: the configuration, the number of images, a night, or the time limit.
-        given: nested mappings: the entries that the configuration had.
     """
 
     survey: ImageSurvey
@@ -111,7 +113,6 @@ class Plan(NamedTuple):
     config: TrainConfig
     costs: RunCosts
     limit: Limit
-    given: Mapping[str, Any]
 
 
 def leaves_network_out(tree: Mapping[str, Any]) -> bool:
@@ -150,7 +151,7 @@ def plan_run(tree: Mapping[str, Any], device: str | torch.device = "auto", max_m
     given_model = dict(tree.get("model") or {})
     accelerator, local_device = start_processes(device)
     machine = inspect_machine(local_device)
-    with quiet_data():
+    with left_to_the_run():
         survey = survey_images(open_source(given.data.source, given.data.split, given.data.column))
 
     # The network.
@@ -186,7 +187,7 @@ def plan_run(tree: Mapping[str, Any], device: str | torch.device = "auto", max_m
     config = complete_config(config)
     costs = costs._replace(hours=count_hours(config, costs.seconds_per_step, costs.seconds_per_sample))
     # Times differ between processes.
-    (plan,) = broadcast_object_list([Plan(survey, machine, config, costs, limit, tree)])
+    (plan,) = broadcast_object_list([Plan(survey, machine, config, costs, limit)])
     return plan
 
 
@@ -194,7 +195,7 @@ def configure(
     tree: Mapping[str, Any],
     out: Path | None,
     device: str | torch.device = "auto",
-    resumes: bool = True,
+    resume: Literal["auto", "never"] | Path = "auto",
     max_minutes: float | None = None,
 ) -> tuple[TrainConfig, Plan | None]:
     """Complete a configuration that leaves the network out: by the run in a folder that it resumes, else by a plan.
@@ -203,7 +204,7 @@ def configure(
         tree: nested mappings, as `merge_config` returns them.
         out: folder of the run; `None` for none.
         device: device to train on: `auto`, or a device's name.
-        resumes: whether a run in `out` is resumed.
+        resume: as for `ddim.training.run.train`.
         max_minutes: time limit of the run.
 
     Returns:
@@ -211,12 +212,16 @@ def configure(
 
     Raises:
         FileNotFoundError: if the data or the model to start from does not exist.
+        FileExistsError: if `out` holds something else than a run, or one that must not be resumed.
         ValueError: naming a wrong entry; if there are neither images nor a run.
     """
     if not leaves_network_out(tree):
         return validate(tree), None
     accelerator, _ = start_processes(device)
-    recorded = [read_record(out) if out is not None and resumes and accelerator.is_main_process else None]
+    recorded: list[dict[str, Any] | None] = [None]
+    # Other machines need not have the folder.
+    if out is not None and accelerator.is_main_process and holds_run(out, resume):
+        recorded = [as_configuration(read_yaml(out / "config.yaml"))]
     (record,) = broadcast_object_list(recorded)
     if record is not None:
         return validate(merge(record, tree)), None
@@ -226,25 +231,10 @@ def configure(
             "source must name the images to train on, such as a folder"
             + ("" if out is None else f": {out} holds no run to resume")
         )
+    if accelerator.is_main_process:
+        logger.info("looking at the images")
     plan = plan_run(tree, device, max_minutes)
     return plan.config, plan
-
-
-def read_record(out: Path) -> dict[str, Any] | None:
-    """Read the configuration that a run has recorded.
-
-    Args:
-        out: folder of the run.
-
-    Returns:
-        Nested dictionaries; `None` if there is no run.
-
-    Example:
-        >>> read_record(Path("missing")) is None
-        True
-    """
-    path = out / "config.yaml"
-    return as_configuration(read_yaml(path)) if path.is_file() else None
 
 
 def choose_size(sizes: Sequence[tuple[int, int]], limit: int) -> tuple[int, int]:

@@ -406,15 +406,34 @@ def _check_sampling(trainer: Trainer) -> None:
             raise ValueError(f"training configuration, {section}.num_inference_steps: {error}") from None
 
 
-def _check_run(record: dict[str, Any], config: TrainConfig, out: Path, resume: Literal["auto", "never"] | Path) -> None:
-    """Compare with the run in `out`, if there is one."""
+def holds_run(out: Path, resume: Literal["auto", "never"] | Path = "auto") -> bool:
+    """Return whether a folder holds a run to resume; one that is missing, or as good as empty, does not.
+
+    Args:
+        out: folder of the run.
+        resume: as for `train`.
+
+    Raises:
+        FileExistsError: if it holds something else, or a run that must not be resumed.
+
+    Example:
+        >>> holds_run(Path("missing"))
+        False
+    """
     if is_vacant(out):
-        return
-    path = out / "config.yaml"
+        return False
     if resume == "never":
         raise FileExistsError(f"{out} is not empty; use resume='auto' to resume the run in it, or another folder")
-    if not path.is_file():
+    if not (out / "config.yaml").is_file():
         raise FileExistsError(f"{out} is not empty and does not hold a run (no config.yaml); use another folder")
+    return True
+
+
+def _check_run(record: dict[str, Any], config: TrainConfig, out: Path, resume: Literal["auto", "never"] | Path) -> None:
+    """Compare with the run in `out`, if there is one."""
+    if not holds_run(out, resume):
+        return
+    path = out / "config.yaml"
     try:
         old = yaml.safe_load(path.read_text())
         old_config = validate(old["config"])
