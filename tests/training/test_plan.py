@@ -441,12 +441,37 @@ def test_folders_are_checked_before_the_images(tmp_path: Path) -> None:
 
 
 def test_print_config(tmp_path: Path) -> None:
+    """Every option is an entry of what is printed, which loads as what it shows."""
+    options = {
+        "--data": ("pics", "data.source"),
+        "--init": ("mnist", "init"),
+        "--resolution": ("16", "model.sample_size"),
+        "--epochs": ("3.5", "epochs"),
+        "--batch-size": ("12", "batch_size"),
+        "--accumulate": ("4", "optim.accumulate"),
+        "--precision": ("bf16", "precision"),
+        "--gradient-checkpointing": (None, "gradient_checkpointing"),
+        "--compile": (None, "compile"),
+        "--checkpoint-every": ("9", "checkpoints.every"),
+        "--seed": ("7", "seed"),
+    }
+    arguments = [part for name, (value, _) in options.items() for part in (name, value) if part is not None]
     env = environment(tmp_path)
-    printed = run_cli("train", "--print-config", "--preset", "mnist", "--set", "optim.lr=0.5", env=env, cwd=tmp_path)
+    printed = run_cli("train", "--print-config", "--preset", "mnist", *arguments, env=env, cwd=tmp_path)
     assert (printed.returncode, printed.stderr) == (0, "")
+    shown = leaves(yaml.safe_load(printed.stdout))
+    assert {entry: shown[entry] for _, entry in options.values()} == {
+        entry: True if value is None else yaml.safe_load(value) for value, entry in options.values()
+    }
     (tmp_path / "mine.yaml").write_text(printed.stdout)
-    assert load_config(config_file=tmp_path / "mine.yaml") == load_config("mnist", settings=["optim.lr=0.5"])
-    wrong = run_cli("train", "--print-config", "--set", "optim.learning_rate=1", env=env, cwd=tmp_path)
+    settings = [f"{entry}={'true' if value is None else value}" for value, entry in options.values()]
+    assert load_config(config_file=tmp_path / "mine.yaml") == load_config("mnist", settings=settings)
+
+
+def test_print_config_names_wrong_entries(tmp_path: Path) -> None:
+    wrong = run_cli(
+        "train", "--print-config", "--set", "optim.learning_rate=1", env=environment(tmp_path), cwd=tmp_path
+    )
     assert wrong.returncode == 1
     assert "optim.learning_rate: is not an entry (did you mean optim.lr?)" in wrong.stderr
 
