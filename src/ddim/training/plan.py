@@ -410,9 +410,9 @@ def fit_memory(config: TrainConfig, batch_size: int, multiple: int, free_bytes: 
     Returns:
         The batch, at least `multiple`.
     """
-    while batch_size // 2 >= multiple and batch_size // 2 % multiple == 0:
-        if memory_bytes(config, batch_size // multiple) <= MEMORY_SHARE * free_bytes:
-            break
+    fixed, with_one = (memory_bytes(config, count) for count in (0, 1))
+    images = max(1, (MEMORY_SHARE * free_bytes - fixed) / (with_one - fixed))
+    while batch_size // multiple > images and batch_size // 2 % multiple == 0:
         batch_size //= 2
     return batch_size
 
