@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,8 +14,11 @@ import torch
 import yaml
 from PIL import Image
 
+from ddim.cli import main
 from ddim.cli.train_tables import plan_table
+from ddim.data.dataset import CachedImageDataset
 from ddim.data.survey import ImageSurvey
+from ddim.info import count_flop
 from ddim.io.image_files import make_grid
 from ddim.pipeline import DDIMPipeline
 from ddim.training.config import load_config, merge, merge_config, preset_names, validate
@@ -37,11 +40,10 @@ from ddim.training.plan import (
     plan_run,
 )
 from ddim.training.run import BatchSizeError, complete_config, resolve_length, train
+from ddim.training.trainer import Trainer
 from ddim.unet import UNet2DModel
 from digits import TINY_MODEL, digits, write_digits
-from helpers import environment, read_jsonl
 from image_data import write_hugging_face
-from programs import run_cli
 
 LAPTOP, SERVER = Machine("cpu", "", 2, 2**33, ()), Machine("cpu", "", 64, 2**37, ("bf16",))
 GPU, OLD_GPU = Machine("cuda", "A100", 16, 2**36, ("bf16", "fp16")), Machine("cuda", "P100", 8, 2**34, ())
@@ -220,8 +222,6 @@ def test_epochs_are_visits_of_every_image() -> None:
 def test_little_is_measured_of_every_preset(name: str) -> None:
     config = load_config(name, overrides={"data.source": "digits"})
     size, levels = config.model["sample_size"], len(config.model["block_out_channels"])
-    from ddim.info import count_flop
-
     with torch.device("meta"):
         flop = 3 * count_flop(UNet2DModel(**config.model))
     budget = 2 * MEASURED_FLOP_PER_CORE
@@ -365,70 +365,83 @@ def test_only_missing_networks_are_planned() -> None:
 # --- the command
 
 
-def plain(text: str) -> str:
-    return re.sub(r"\s+", " ", text.replace("\r", "\n"))
+class Done(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
 
 
-def test_one_line_trains_and_resumes(tmp_path: Path) -> None:
-    env = environment(tmp_path)
+@pytest.fixture
+def ddim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Run `ddim` in this process, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
     write_digits(tmp_path / "pics", 40)
+
+    def run(*arguments: str) -> Done:
+        monkeypatch.setattr("sys.argv", ["ddim", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        failure = "" if isinstance(stop.value.code, int | None) else stop.value.code
+        return Done(1 if failure else int(stop.value.code or 0), captured.out, captured.err + failure)
+
+    return run
+
+
+def test_one_line_trains_and_resumes(ddim: Callable[..., Done], tmp_path: Path) -> None:
     small = ("--set", "model.block_out_channels=[8, 8]", "--set", "samples.count=2")
-    first = run_cli(*("train", "--data", "pics", "--out", "run", "--max-steps", "4", *small), env=env, cwd=tmp_path)
-    assert (first.returncode, first.stdout) == (0, "run/final\n"), first.stderr
-    shown = plain(first.stderr)
-    assert shown.startswith("ddim: looking at the images ddim: measuring a few steps images 40 in pics, 8x8, L machine")
-    assert re.search(r"machine cpu, \d+ cores?, .* size 8x8, gray --resolution", shown)
+    first = ddim("train", "--data", "pics", "--out", "run", "--max-steps", "4", *small)
+    assert (first.code, first.stdout) == (0, "run/final\n"), first.stderr
+    shown = " ".join(first.stderr.split())
+    assert "images 40 in pics, 8x8, L machine" in shown
+    assert re.search(r"machine (cpu|cuda), .* size 8x8, gray --resolution", shown)
     assert "length 4 steps" in shown
     record = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["config"]
     assert (record["max_steps"], record["batch_size"], record["model"]["block_out_channels"]) == (4, 32, [8, 8])
 
     # What the loader gave, from the loader itself.
-    config = validate(record)
-    from ddim.data.dataset import CachedImageDataset
-    from ddim.training.trainer import Trainer
-
     dataset = CachedImageDataset(torch.from_numpy(digits(40))[:, None])
-    batch = Trainer(config, dataset, tmp_path, torch.device("cpu")).batches[0][:, 0].numpy()
+    batch = Trainer(validate(record), dataset, tmp_path, torch.device("cpu")).batches[0][:, 0].numpy()
     expected = make_grid([Image.fromarray(pixels) for pixels in batch])
     with Image.open(tmp_path / "run" / "data.png") as grid:
         assert np.array_equal(np.asarray(grid), np.asarray(expected))
 
-    # The folder alone resumes; nothing is planned again, and the length may grow where the rate does not decay.
-    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    # The folder alone resumes, and so does the same command; nothing is planned again.
+    lines = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     for arguments in ((), ("--data", "pics", *small)):
-        again = run_cli("train", "--out", "run", *arguments, env=env, cwd=tmp_path)
-        assert (again.returncode, again.stdout) == (0, "run/final\n"), again.stderr
+        again = ddim("train", "--out", "run", *arguments)
+        assert (again.code, again.stdout) == (0, "run/final\n"), again.stderr
         assert "--resolution" not in again.stderr
-    assert read_jsonl(tmp_path / "run" / "metrics.jsonl") == lines
-    sampled = run_cli("sample", "--model", "run", "-n", "1", "--steps", "2", "--out", "x.png", env=env, cwd=tmp_path)
-    assert sampled.returncode == 0, sampled.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == lines
+    sampled = ddim("sample", "--model", "run", "-n", "1", "--steps", "2", "--out", "x.png")
+    assert sampled.code == 0, sampled.stderr
 
-    other = run_cli("train", "--out", "run", "--resolution", "16", env=env, cwd=tmp_path)
-    assert other.returncode == 1
+    other = ddim("train", "--out", "run", "--resolution", "16")
+    assert other.code == 1
     assert "model.sample_size: expected 8, got 16" in other.stderr
 
     # Its record is a configuration.
-    copied = run_cli("train", "--config", "run/config.yaml", "--out", "copy", env=env, cwd=tmp_path)
-    assert copied.returncode == 0, copied.stderr
+    copied = ddim("train", "--config", "run/config.yaml", "--out", "copy")
+    assert copied.code == 0, copied.stderr
     assert "--resolution" not in copied.stderr
-    assert (tmp_path / "copy/metrics.jsonl").read_bytes() == (tmp_path / "run/metrics.jsonl").read_bytes()
+    assert (tmp_path / "copy" / "metrics.jsonl").read_bytes() == lines
 
 
-def test_command_names_what_is_missing_and_where_a_batch_comes_from(tmp_path: Path) -> None:
-    env = environment(tmp_path)
-    write_digits(tmp_path / "pics", 40)
-    nothing = run_cli("train", "--out", "run", env=env, cwd=tmp_path)
-    assert (nothing.returncode, nothing.stderr) == (
+def test_command_names_what_is_missing_and_where_a_batch_comes_from(ddim: Callable[..., Done], tmp_path: Path) -> None:
+    nothing = ddim("train", "--out", "run")
+    assert nothing == (
         1,
-        "ddim: --data must name the images to train on, such as a folder: run holds no run to resume\n",
+        "",
+        "ddim: --data must name the images to train on, such as a folder: run holds no run to resume",
     )
-    large = run_cli("train", "--preset", "digits", "--data", "pics", "--dry-run", env=env, cwd=tmp_path)
-    assert (large.returncode, large.stderr.splitlines()[-1]) == (
-        1,
-        "ddim: --batch-size must be at most the number of images to train on, 40 (pics has 40, data.holdout is 0), "
-        "got 128 of the preset digits; give --batch-size 40 or less",
-    )
-    assert not (tmp_path / "run").exists()
+    for options in (("--out", "run"), ("--dry-run",)):
+        large = ddim("train", "--preset", "digits", "--data", "pics", *options)
+        assert (large.code, large.stderr.splitlines()[-1]) == (
+            1,
+            "ddim: --batch-size must be at most the number of images to train on, 40 (pics has 40, data.holdout is 0), "
+            "got 128 of the preset digits; give --batch-size 40 or less",
+        )
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_folders_are_checked_before_the_images(tmp_path: Path) -> None:
@@ -440,7 +453,7 @@ def test_folders_are_checked_before_the_images(tmp_path: Path) -> None:
         configure({"data": {"source": "nowhere"}}, tmp_path, "cpu", resume="never")
 
 
-def test_print_config(tmp_path: Path) -> None:
+def test_print_config(ddim: Callable[..., Done], tmp_path: Path) -> None:
     """Every option is an entry of what is printed, which loads as what it shows."""
     options = {
         "--data": ("pics", "data.source"),
@@ -456,9 +469,8 @@ def test_print_config(tmp_path: Path) -> None:
         "--seed": ("7", "seed"),
     }
     arguments = [part for name, (value, _) in options.items() for part in (name, value) if part is not None]
-    env = environment(tmp_path)
-    printed = run_cli("train", "--print-config", "--preset", "mnist", *arguments, env=env, cwd=tmp_path)
-    assert (printed.returncode, printed.stderr) == (0, "")
+    printed = ddim("train", "--print-config", "--preset", "mnist", *arguments)
+    assert (printed.code, printed.stderr) == (0, "")
     shown = leaves(yaml.safe_load(printed.stdout))
     assert {entry: shown[entry] for _, entry in options.values()} == {
         entry: True if value is None else yaml.safe_load(value) for value, entry in options.values()
@@ -468,11 +480,9 @@ def test_print_config(tmp_path: Path) -> None:
     assert load_config(config_file=tmp_path / "mine.yaml") == load_config("mnist", settings=settings)
 
 
-def test_print_config_names_wrong_entries(tmp_path: Path) -> None:
-    wrong = run_cli(
-        "train", "--print-config", "--set", "optim.learning_rate=1", env=environment(tmp_path), cwd=tmp_path
-    )
-    assert wrong.returncode == 1
+def test_print_config_names_wrong_entries(ddim: Callable[..., Done]) -> None:
+    wrong = ddim("train", "--print-config", "--set", "optim.learning_rate=1")
+    assert wrong.code == 1
     assert "optim.learning_rate: is not an entry (did you mean optim.lr?)" in wrong.stderr
 
 
