@@ -87,8 +87,8 @@ def test_size_is_that_of_the_images_up_to_a_limit(sizes: list[tuple[int, int]], 
     assert choose_size(sizes, limit) == (expected, expected)
 
 
-@pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize("side", [8, 12, 16, 24, 28, 30, 32, 48, 50, 64, 96, 128])
+@pytest.mark.parametrize("machine", [LAPTOP, GPU])
+@pytest.mark.parametrize("side", [8, 12, 28, 30, 32, 48, 50, 64, 128])
 def test_networks_take_their_images(side: int, machine: Machine) -> None:
     for channels in (1, 3):
         given = {"sample_size": side} if side in (30, 50) else {}
@@ -97,9 +97,13 @@ def test_networks_take_their_images(side: int, machine: Machine) -> None:
         assert size == (min(side, 64) if machine.is_cpu and not given else side)
         assert all(width % 16 == 0 for width in model["block_out_channels"])
         validate({"data": {"source": "pics"}, "model": model})
+        # What the network requires, and, of some, the network itself.
+        assert size % 2 ** (len(model["block_out_channels"]) - 1) == 0
         with torch.device("meta"):
-            output = UNet2DModel(**model)(torch.empty(2, channels, size, size), torch.tensor(0)).sample
-        assert output.shape == (2, channels, size, size)
+            network = UNet2DModel(**model)
+            if machine is LAPTOP and side in (8, 30, 64):
+                output = network(torch.empty(2, channels, size, size), torch.tensor(0)).sample
+                assert output.shape == (2, channels, size, size)
         smallest = size // 2 ** (len(model["block_out_channels"]) - 1)
         assert 4 <= smallest <= 16 or size == 50
 

@@ -12,10 +12,12 @@ out of it.
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,7 +120,7 @@ def estimate_costs(config: TrainConfig, device: str | torch.device = "auto") -> 
     is_cached = _cache(config.data, count * pixels[0].nbytes, accelerator.num_processes > 1) != "none"
     dataset = CachedImageDataset(pixels)
 
-    network = _meta_network(config)
+    network = _meta_network(config.model)
     flop_per_image = PASSES * count_flop(network)
     local_batch = config.batch_size // accelerator.num_processes
     budget = float("inf")
@@ -212,7 +214,20 @@ def memory_bytes(config: TrainConfig, batch_size: int) -> int:
         >>> 50e6 < memory_bytes(load_config("digits"), batch_size=128) < 500e6
         True
     """
-    network, numbers = _meta_network(config), 0
+    parameters, numbers = _count_numbers(json.dumps(config.model, sort_keys=True), config.gradient_checkpointing)
+    bytes_per_number = 4 if config.precision == "fp32" else 2
+    return STATE_COPIES * 4 * parameters + batch_size * bytes_per_number * numbers
+
+
+@functools.cache
+def _count_numbers(model: str, gradient_checkpointing: bool) -> tuple[int, int]:
+    """Count the parameters of a network, and the numbers of the feature maps of one image.
+
+    Args:
+        model: arguments of the network, as JSON.
+        gradient_checkpointing: whether residual blocks keep their outputs alone.
+    """
+    network, numbers = _meta_network(json.loads(model)), 0
 
     def add(module: nn.Module, inputs: Any, output: Any) -> None:
         nonlocal numbers
@@ -220,16 +235,15 @@ def memory_bytes(config: TrainConfig, batch_size: int) -> int:
 
     recomputed: set[nn.Module] = set()
     for module in network.modules():
-        is_block = config.gradient_checkpointing and isinstance(module, ResnetBlock2D)
+        is_block = gradient_checkpointing and isinstance(module, ResnetBlock2D)
         if is_block:
             recomputed.update(child for child in module.modules() if child is not module)
         if module not in recomputed and (is_block or not any(module.children())):
             module.register_forward_hook(add)
-    height, width = height_and_width(config.model["sample_size"])
+    height, width = height_and_width(network.config.sample_size)
     with torch.device("meta"), torch.no_grad():
         network(torch.empty(1, network.config.in_channels, height, width), torch.zeros((), dtype=torch.int64))
-    bytes_per_number = 4 if config.precision == "fp32" else 2
-    return STATE_COPIES * 4 * network.num_parameters() + batch_size * bytes_per_number * numbers
+    return network.num_parameters(), numbers
 
 
 def count_hours(config: TrainConfig, seconds_per_step: float, seconds_per_sample: float) -> float:
@@ -300,10 +314,10 @@ def _clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _meta_network(config: TrainConfig) -> UNet2DModel:
-    """Build the network without weights, to count with."""
+def _meta_network(model: Mapping[str, Any]) -> UNet2DModel:
+    """Build a network without weights, to count with."""
     with torch.device("meta"):
-        return UNet2DModel.from_config({}, **config.model)
+        return UNet2DModel.from_config({}, **model)
 
 
 def _cache(config: DataConfig, num_bytes: int, shared: bool) -> str:
