@@ -166,7 +166,14 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["convert", "x.pt", "--out", "x", "--heads", "1", "--head-channels", "8"],
         "--head-channels has no effect beside --heads",
     ),
-    "dry run": (["train", "--dry-run", "--max-minutes", "1"], "--max-minutes has no effect beside --dry-run"),
+    "dry run": (
+        ["train", "--preset", "digits", "--dry-run", "--max-minutes", "1"],
+        "--max-minutes has no effect beside --dry-run",
+    ),
+    "two lengths": (
+        ["train", "--preset", "digits", "--out", "run", "--max-steps", "5", "--epochs", "1"],
+        "--epochs has no effect beside --max-steps",
+    ),
     "count": (["sample", "--count", str(10**11)], "--count must be an integer of at most 100000000, got 100000000000"),
     "wide": (["trajectory", "--count", "5000"], "--count must be an integer of at most 1024, got 5000"),
     "large grid": (["sample", "--count", "10000000"], "--count must be at most 342392 for a grid, got 10000000; write"),

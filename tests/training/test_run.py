@@ -86,7 +86,7 @@ def test_run_folder_layout(completed: Run) -> None:
     out, final = completed.out, completed.final
     assert final == out / "final"
     assert file_names(out) == sorted(
-        ["checkpoints", "config.yaml", "final", "loss.png", "metrics.jsonl", "samples", "tensorboard"]
+        ["checkpoints", "config.yaml", "data.png", "final", "loss.png", "metrics.jsonl", "samples", "tensorboard"]
     )
     assert file_names(out / "checkpoints") == ["step-00000010", "step-00000012"]
     assert file_names(out / "samples") == ["step-00000006.png", "step-00000012.png"]

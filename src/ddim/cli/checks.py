@@ -44,6 +44,7 @@ NOT_EMPTY = (
     "checkpoint",
     "codes",
     "config",
+    "init",
     "layout",
     "host",
     "resume",
@@ -133,7 +134,12 @@ COMMAND_CONFLICTS: Mapping[str, Sequence[Conflict]] = {
         Conflict(("ema",), lambda values: Path(values["checkpoint"]).is_dir(), "for a diffusers folder"),
     ),
     "train": (
-        Conflict(("push_to_hub", "resume", "max_minutes"), lambda values: values["dry_run"], "beside --dry-run"),
+        Conflict(("push_to_hub", "resume"), lambda values: values["dry_run"], "beside --dry-run"),
+        # A plan is as long as fits into the limit.
+        Conflict(
+            ("max_minutes",), lambda values: values["dry_run"] and values["preset"] is not None, "beside --dry-run"
+        ),
+        Conflict(("epochs",), lambda values: values["max_steps"] is not None, "beside --max-steps"),
     ),
 }
 

@@ -5,13 +5,15 @@ It is merged from a preset, a YAML file, settings and overrides, later ones repl
 
 from __future__ import annotations
 
+import copy
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
@@ -34,6 +36,9 @@ SCHEDULER_DEFAULTS: Mapping[str, Any] = {"clip_sample": False}
 
 MAX_YAML_VALUES = 100_000
 """Values of a YAML file, each alias counted as what it stands for: a few lines of aliases can stand for billions."""
+
+LENGTHS = ("max_steps", "epochs")
+"""The entries that say how long a run is; it has one of them."""
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -165,11 +170,12 @@ class TrainConfig(Section):
 
     Attributes:
         data: the images.
-        model: arguments of `UNet2DModel`, `sample_size` among them; may be empty where `init` is set.
+        model: arguments of `UNet2DModel`, `sample_size` among them. With `init` they override single arguments of that
+            model.
         init: weights to start from, as `DDIMPipeline.from_pretrained` takes them: a built-in model, a folder, a hub id.
         scheduler: arguments of `DDIMScheduler`: the betas, the prediction type, how the result is sampled. Where they
-            are omitted, the scheduler of `init` decides; without `init`, `SCHEDULER_DEFAULTS` and then the defaults of
-            `DDIMScheduler`.
+            are omitted, the scheduler of `init` decides; without `init`, `clip_sample` is false, and the others have
+            the defaults of `DDIMScheduler`.
         objective: the loss.
         optim: the optimizer.
         ema: the averaged weights.
@@ -178,11 +184,12 @@ class TrainConfig(Section):
         checkpoints: when checkpoints are written, and which are kept.
         batch_size: images per step, over all processes.
         max_steps: step at which the run ends.
+        epochs: length of the run in visits of every image, instead of `max_steps`, which follows from it.
         seed: decides weights, data order, timesteps and noise.
         precision: `fp32`, or `bf16` or `fp16` (with loss scaling) for autocast. Weights stay in float32.
         channels_last: keep feature maps in NHWC, the faster layout on CPUs and GPUs alike.
         gradient_checkpointing: save memory by computing residual blocks twice.
-        compile: compile the network by `torch.compile`.
+        compile: compile the network by `torch.compile`, which takes minutes and is meant for GPUs.
         log_every: steps between lines of the metrics.
 
     Example:
@@ -203,6 +210,7 @@ class TrainConfig(Section):
     checkpoints: CheckpointConfig = CheckpointConfig()
     batch_size: PositiveInt = 128
     max_steps: PositiveInt = 800_000
+    epochs: PositiveFloat | None = Field(default=None, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
@@ -210,6 +218,24 @@ class TrainConfig(Section):
     compile: bool = False
     log_every: PositiveInt = 50
 
+
+SECTION_EXAMPLES = {"model": "sample_size", "scheduler": "prediction_type"}
+"""An entry of each section whose entries are the arguments of a class."""
+OTHER_NAMES = {
+    "learning_rate": "optim.lr",
+    "steps": "max_steps",
+    "num_steps": "max_steps",
+    "num_epochs": "epochs",
+    "resolution": "model.sample_size",
+    "image_size": "model.sample_size",
+    "size": "model.sample_size",
+    "channels": "model.in_channels",
+    "mixed_precision": "precision",
+    "gradient_accumulation_steps": "optim.accumulate",
+    "max_grad_norm": "optim.grad_clip",
+    "prediction_type": "scheduler.prediction_type",
+}
+"""Entries by the names that other projects give them."""
 
 RESUME_MAY_CHANGE = (
     "data.source",
@@ -314,18 +340,91 @@ def load_config(
         >>> load_config("digits", settings=["optim.lr=1e-3"], overrides={"seed": 7}).optim.lr
         0.001
     """
-    tree: dict[str, Any] = {} if preset is None else read_preset(preset)
-    if config_file is not None:
-        _merge(tree, read_yaml(config_file))
+    return validate(merge_config(preset, config_file, settings, overrides))
+
+
+def merge_config(
+    preset: str | None = None,
+    config_file: Path | None = None,
+    settings: Iterable[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+    base: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Merge a configuration from its parts; see `load_config`.
+
+    Args:
+        preset: one of `preset_names()`; `None` starts from nothing.
+        config_file: a YAML file, or the `config.yaml` of a run.
+        settings: `key=value` strings.
+        overrides: values by dotted key.
+        base: nested mappings that all other parts override.
+
+    Returns:
+        Nested dictionaries, unchecked.
+
+    Raises:
+        ValueError: naming what is wrong with a part; `epochs` beside `max_steps` in one of them.
+        FileNotFoundError: if the file cannot be read.
+
+    Example:
+        >>> merge_config(settings=["optim.lr=1e-3"], overrides={"seed": 7}, base={"seed": 1, "batch_size": 8})
+        {'seed': 7, 'batch_size': 8, 'optim': {'lr': 0.001}}
+    """
+    file = {} if config_file is None else as_configuration(read_yaml(config_file))
+    direct: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise ValueError(f"settings must be of the form key=value, such as optim.lr=2e-4, got {shown(setting)}")
-        _merge(tree, _nested(key.split("."), _yaml_value(value)))
+        _merge(direct, _nested(key.split("."), _yaml_value(value)))
     for key, value in (overrides or {}).items():
         if value is not None:
-            _merge(tree, _nested(key.split("."), value))
-    return validate(tree)
+            _merge(direct, _nested(key.split("."), value))
+    return merge(base, {} if preset is None else read_preset(preset), file, direct)
+
+
+def merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge trees of values, entry by entry; a length, in steps or in epochs, replaces one of either kind.
+
+    Args:
+        parts: nested mappings, later ones overriding earlier ones.
+
+    Returns:
+        A new tree.
+
+    Raises:
+        ValueError: if one of them has both lengths.
+
+    Example:
+        >>> merge({"optim": {"lr": 1, "eps": 2}, "max_steps": 10}, {"optim": {"lr": 3}, "epochs": 5})
+        {'optim': {'lr': 3, 'eps': 2}, 'epochs': 5}
+    """
+    tree: dict[str, Any] = {}
+    for part in parts:
+        lengths = [name for name in LENGTHS if part.get(name) is not None]
+        if len(lengths) == 2:
+            raise _invalid("epochs", "has no effect beside max_steps; leave one of them out")
+        if lengths:
+            tree = {name: value for name, value in tree.items() if name not in LENGTHS}
+        _merge(tree, copy.deepcopy(dict(part)))
+    return tree
+
+
+def as_configuration(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration in the content of a YAML file, which may be the record of a run (`RUN/config.yaml`).
+
+    Args:
+        tree: the content.
+
+    Returns:
+        Its entry `config`, which a configuration does not have, or all of it.
+
+    Example:
+        >>> as_configuration({"config": {"seed": 1}, "versions": {}}), as_configuration({"seed": 1})
+        ({'seed': 1}, {'seed': 1})
+    """
+    config = tree.get("config")
+    return config if isinstance(config, dict) else tree
 
 
 def validate(tree: Mapping[str, Any]) -> TrainConfig:
@@ -350,9 +449,13 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
         config = TrainConfig.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
+        *sections, name = first["loc"]
+        if sections and isinstance(name, int) and first["type"] in ("missing", "too_long"):
+            # A list that is too short is reported as the number that it lacks.
+            first |= {"loc": tuple(sections), "type": "tuple_type"}
         raise _invalid(".".join(map(str, first["loc"])), _describe(first)) from None
     # Entries that depend on each other; with `init`, on those of its model as well, and then `complete_config` checks.
-    if config.model or config.init is None:
+    if config.init is None:
         check_model(config.model)
     _check_section("model", UNet2DModel.__init__, config.model)
     _check_section("scheduler", DDIMScheduler.__init__, config.scheduler)
@@ -375,6 +478,33 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
     if optim.decay_steps is not None and optim.decay == "constant":
         raise _invalid("optim.decay_steps", "requires optim.decay to be linear or cosine, got constant")
     return config
+
+
+def check_incomplete(tree: Mapping[str, Any]) -> TrainConfig:
+    """Check a tree of values that may leave out what else is required: the images, the network, the batch.
+
+    Args:
+        tree: nested mappings.
+
+    Returns:
+        A configuration that has placeholders for what is left out.
+
+    Raises:
+        ValueError: in one sentence that names the first wrong entry.
+
+    Example:
+        >>> check_incomplete({"optim": {"lr": 0.001}}).optim.lr
+        0.001
+    """
+    optim = tree.get("optim")
+    accumulate = optim.get("accumulate", 1) if isinstance(optim, Mapping) else 1
+    placeholders = {
+        "data": {"source": "images"},
+        "model": {"sample_size": 8},
+        "optim": {"decay": "linear"},
+        "batch_size": accumulate,
+    }
+    return validate(merge(placeholders, tree))
 
 
 def check_model(model: Mapping[str, Any]) -> None:
@@ -534,11 +664,19 @@ def _check_section(section: str, constructor: Callable[..., Any], arguments: Map
 
 def _describe(error: Mapping[str, Any]) -> str:
     """Return what is wrong with an entry."""
+    *sections, name = map(str, error["loc"])
     if error["type"] == "missing":
         return "is required"
     if error["type"] == "extra_forbidden":
-        *sections, name = map(str, error["loc"])
         return f"is not an entry{_suggest(name, '.'.join(sections))}"
+    if error["type"] in ("model_type", "dict_type"):
+        section = cast(type[BaseModel], TrainConfig.model_fields[name].annotation)
+        example = SECTION_EXAMPLES.get(name) or next(entry_names(section))
+        return f"must be a section with entries such as {name}.{example}, got {shown(error['input'])}"
+    if error["type"] in ("tuple_type", "too_long"):
+        default = _default([*sections, name])
+        example = f" such as {list(default)}" if isinstance(default, tuple) else ""
+        return f"must be a list of numbers{example}, got {shown(error['input'])}"
     # Some messages add how the value was read.
     allowed = re.sub(r", (unable to|got a|input was) .*", "", error["msg"]).replace("Input should be", "must be")
     return f"{allowed}, got {shown(error['input'])}"
@@ -546,7 +684,9 @@ def _describe(error: Mapping[str, Any]) -> str:
 
 def _suggest(name: str, section: str) -> str:
     """Return the entry that was meant by a name: the nearest of its section, or of all; or a list of its section's."""
-    entries = list(_entry_names(TrainConfig))
+    entries = list(entry_names(TrainConfig))
+    if name in OTHER_NAMES:
+        return f" (did you mean {OTHER_NAMES[name]}?)"
     siblings = {entry.rpartition(".")[2]: entry for entry in entries if entry.rpartition(".")[0] == section}
     everywhere = {entry.rpartition(".")[2]: entry for entry in reversed(entries)}
     for by_name in (siblings, everywhere):
@@ -555,12 +695,33 @@ def _suggest(name: str, section: str) -> str:
     return f"; {section or 'the configuration'} has {', '.join(siblings)}"
 
 
-def _entry_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield dotted names of all entries, sections first."""
+def entry_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield dotted names of all entries of a section, those of its sections after it.
+
+    Args:
+        section: the class of the section.
+        prefix: before every name.
+
+    Yields:
+        Names such as `optim`, `optim.lr`.
+
+    Example:
+        >>> list(entry_names(EmaConfig, "ema."))
+        ['ema.decay', 'ema.warmup']
+    """
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}"
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _entry_names(field.annotation, f"{prefix}{name}.")
+            yield from entry_names(field.annotation, f"{prefix}{name}.")
+
+
+def _default(names: Sequence[str]) -> Any:
+    """Return the default of the entry of a section."""
+    section, field = TrainConfig.model_fields, None
+    for name in names:
+        field = section[name]
+        section = getattr(field.annotation, "model_fields", {})
+    return None if field is None else field.default
 
 
 def _invalid(entry: str, reason: str) -> ValueError:

@@ -1,6 +1,7 @@
 """A whole training run, from data to a pipeline folder.
 
 RUN/config.yaml       the configuration, the data's fingerprint and the versions of packages
+RUN/data.png          the images of the first step, as the network gets them
 RUN/metrics.jsonl     what the run computed, see `ddim.training.metrics_logger`
 RUN/tensorboard/      the same and more, for TensorBoard
 RUN/loss.png          the losses as a curve
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import platform
 from collections.abc import Mapping
 from datetime import timedelta
@@ -54,6 +56,7 @@ from ddim.training.config import (
     validate,
 )
 from ddim.training.evaluate import evaluate
+from ddim.training.machine import is_emulated
 from ddim.training.metrics_logger import MetricsLogger, plot_loss
 from ddim.training.optim import learning_rate
 from ddim.training.progress import Progress
@@ -63,6 +66,8 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = ("ddim", "torch", "numpy", "pillow", "datasets", "accelerate", "safetensors", "pydantic")
 """Packages whose versions a run records."""
+
+DATA_GRID, DATA_GRID_IMAGES = "data.png", 64
 
 PROCESS_GROUP_TIMEOUT = timedelta(hours=6)
 """How long processes wait for each other: the main process generates samples and evaluates while the others wait."""
@@ -98,7 +103,10 @@ def train(
     # Check everything before anything is written.
     config = complete_config(config)
     accelerator, local_device = start_processes(device)
+    if is_emulated(config.precision, local_device):
+        logger.warning("this CPU has no instructions for %s: precision=fp32 is faster", config.precision)
     dataset = prepare_dataset(config, accelerator, local_device)
+    config = resolve_length(config, dataset.shape[0])
     record = _make_record(config, dataset, local_device)
     # Only the main process reads and writes `out`, which other machines need not have.
     is_main = accelerator.is_main_process
@@ -123,6 +131,7 @@ def train(
         remove_partial(out / CHECKPOINTS)
         with atomic_write(out / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(record, sort_keys=False))
+        _write_data(trainer, out / DATA_GRID)
         _train_and_log(trainer, out, max_minutes)
         final = _write_result(trainer, out, record)
         accelerator.wait_for_everyone()
@@ -132,8 +141,9 @@ def train(
 def complete_config(config: TrainConfig) -> TrainConfig:
     """Fill in the arguments of the network and of the scheduler that the configuration leaves out.
 
-    With `init` they are those of the model that it names, so that fine-tuning keeps its schedule, its prediction type
-    and how it is sampled. Timesteps that were learned for its weights are not taken over.
+    With `init` they are those of the model that it names, so that fine-tuning keeps its network, its schedule, its
+    prediction type and how it is sampled; entries of the configuration override single ones. Timesteps that were
+    learned for its weights are not taken over.
 
     Args:
         config: the checked configuration.
@@ -156,7 +166,7 @@ def complete_config(config: TrainConfig) -> TrainConfig:
     model, scheduler = config.model, dict(SCHEDULER_DEFAULTS)
     if config.init is not None:
         pipe = DDIMPipeline.from_pretrained(config.init)
-        model = model or _plain_values(pipe.unet.config)
+        model = _plain_values(pipe.unet.config) | model
         defaults = DDIMScheduler().config
         scheduler = {
             name: value
@@ -217,7 +227,8 @@ def prepare_dataset(config: TrainConfig, accelerator: Accelerator, device: torch
 
     Raises:
         FileNotFoundError: if the source does not exist or holds no image.
-        ValueError: if more images than allowed cannot be read, or there are fewer images than a batch.
+        ValueError: if more images than allowed cannot be read, or there are fewer images than a batch
+            (`BatchSizeError`).
         RuntimeError: if the hub cannot be reached or refuses.
     """
     with accelerator.local_main_process_first():
@@ -228,16 +239,82 @@ def prepare_dataset(config: TrainConfig, accelerator: Accelerator, device: torch
             "data.brightness, contrast, saturation and hue must be 0 for images that do not have 8 bits, got "
             f"{dataset.pixel_format.dtype}"
         )
-    count, holdout = dataset.shape[0], config.data.holdout
-    if count - holdout < config.batch_size:
-        raise ValueError(
-            f"batch_size must be at most the number of images to train on, {count - holdout} ({config.data.source} has "
-            f"{count}, data.holdout is {holdout}), got {config.batch_size}"
-        )
+    check_batch_size(config, dataset.shape[0])
     if config.data.on_device and isinstance(dataset, CachedImageDataset):
         pixels = dataset.pixels.to(device)
         dataset = CachedImageDataset(pixels, str(device), dataset.fingerprint, dataset.identity, dataset.pixel_format)
     return dataset
+
+
+class BatchSizeError(ValueError):
+    """A batch of more images than there are.
+
+    Attributes:
+        largest: the largest batch that there are images for.
+
+    Example:
+        >>> raise BatchSizeError("batch_size must be at most 40, got 128", largest=40)
+        Traceback (most recent call last):
+        ddim.training.run.BatchSizeError: batch_size must be at most 40, got 128
+    """
+
+    def __init__(self, message: str, largest: int) -> None:
+        super().__init__(message)
+        self.largest = largest
+
+
+def check_batch_size(config: TrainConfig, count: int) -> None:
+    """Check that there are as many images as a batch has.
+
+    Args:
+        config: the configuration.
+        count: number of images, those held out included.
+
+    Raises:
+        BatchSizeError: if there are fewer.
+
+    Example:
+        >>> from ddim.training.config import load_config
+        >>> check_batch_size(load_config("digits"), 1797)
+    """
+    holdout = config.data.holdout
+    if count - holdout < config.batch_size:
+        raise BatchSizeError(
+            f"batch_size must be at most the number of images to train on, {count - holdout} ({config.data.source} has "
+            f"{count}, data.holdout is {holdout}), got {config.batch_size}",
+            count - holdout,
+        )
+
+
+def resolve_length(config: TrainConfig, count: int) -> TrainConfig:
+    """Replace a length in epochs by one in steps.
+
+    Args:
+        config: the configuration.
+        count: number of images, those held out included.
+
+    Returns:
+        The configuration without `epochs`; the last epoch ends in the last step.
+
+    Example:
+        >>> from ddim.training.config import load_config
+        >>> config = resolve_length(load_config("digits", overrides={"epochs": 2}), count=1797)
+        >>> config.max_steps, config.epochs
+        (29, None)
+    """
+    if config.epochs is None:
+        return config
+    max_steps = math.ceil(config.epochs * (count - config.data.holdout) / config.batch_size)
+    return config.model_copy(update={"max_steps": max(1, max_steps), "epochs": None})
+
+
+def _write_data(trainer: Trainer, path: Path) -> None:
+    """Write a grid of images of the first step, unless an earlier part of the run has."""
+    if path.exists():
+        return
+    pixel_format = trainer.dataset.pixel_format
+    values = pixel_format.to_array(pixel_format.to_unit(trainer.batches[0][:DATA_GRID_IMAGES]))
+    save_images(preview(values, pixel_format), path)
 
 
 def _train_and_log(trainer: Trainer, out: Path, max_minutes: float | None) -> None:
@@ -344,15 +421,34 @@ def _check_sampling(trainer: Trainer) -> None:
             raise ValueError(f"training configuration, {section}.num_inference_steps: {error}") from None
 
 
-def _check_run(record: dict[str, Any], config: TrainConfig, out: Path, resume: Literal["auto", "never"] | Path) -> None:
-    """Compare with the run in `out`, if there is one."""
+def holds_run(out: Path, resume: Literal["auto", "never"] | Path = "auto") -> bool:
+    """Return whether a folder holds a run to resume; one that is missing, or as good as empty, does not.
+
+    Args:
+        out: folder of the run.
+        resume: as for `train`.
+
+    Raises:
+        FileExistsError: if it holds something else, or a run that must not be resumed.
+
+    Example:
+        >>> holds_run(Path("missing"))
+        False
+    """
     if is_vacant(out):
-        return
-    path = out / "config.yaml"
+        return False
     if resume == "never":
         raise FileExistsError(f"{out} is not empty; use resume='auto' to resume the run in it, or another folder")
-    if not path.is_file():
+    if not (out / "config.yaml").is_file():
         raise FileExistsError(f"{out} is not empty and does not hold a run (no config.yaml); use another folder")
+    return True
+
+
+def _check_run(record: dict[str, Any], config: TrainConfig, out: Path, resume: Literal["auto", "never"] | Path) -> None:
+    """Compare with the run in `out`, if there is one."""
+    if not holds_run(out, resume):
+        return
+    path = out / "config.yaml"
     try:
         old = yaml.safe_load(path.read_text())
         old_config = validate(old["config"])

@@ -13,6 +13,7 @@ Losses stay on the device until they are needed, so that the loop does not wait 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import signal
 import time
@@ -38,10 +39,14 @@ from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.training.checkpoint import Checkpoint, save_checkpoint
 from ddim.training.config import TrainConfig
+from ddim.training.finetuning import load_weights
 from ddim.training.objective import QUARTILES, by_quartile, draw_timesteps, loss_weights
 from ddim.training.optim import ema_update, learning_rate, make_optimizer, zero_last_layers
 from ddim.training.progress import Progress, StepMetrics, TrainingStopped
 from ddim.unet import UNet2DModel
+from ddim.validation import pluralize
+
+logger = logging.getLogger(__name__)
 
 SYNC_EVERY = 10
 """Steps between synchronizations with a GPU: losses are checked and signals exchanged."""
@@ -242,7 +247,7 @@ class Trainer:
                         stops, is_late = self._synchronize(bool(signals), time.monotonic() > deadline)
 
                     # Update the weights and their average.
-                    self._apply_gradients()
+                    self.apply_gradients()
                     self.step = step
 
                     # Report.
@@ -280,7 +285,7 @@ class Trainer:
         self.model.train()
         self.compute_gradients(self._fetch(self.step))
         self._synchronize(False, False)
-        self._apply_gradients()
+        self.apply_gradients()
         self.step += 1
         return self.pending_metrics.pop()
 
@@ -352,7 +357,8 @@ class Trainer:
             images = images.pin_memory()
         return images.to(self.device, non_blocking=True)
 
-    def _apply_gradients(self) -> None:
+    def apply_gradients(self) -> None:
+        """Update the weights and their average by the gradients of this step."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optim, self.step, self.config.max_steps)
         self.grad_scaler.step(self.optimizer)
@@ -410,6 +416,8 @@ class Trainer:
 def build_model(config: TrainConfig, pixel_format: PixelFormat = EIGHT_BIT) -> UNet2DModel:
     """Build the network that a run starts from, on the CPU: new, or with the weights of `config.init`.
 
+    Where the images have other channels than the model `config.init`, its input and output layers are new.
+
     Args:
         config: the checked configuration.
         pixel_format: the type and the ranges of the images' values, which the network records.
@@ -431,12 +439,17 @@ def build_model(config: TrainConfig, pixel_format: PixelFormat = EIGHT_BIT) -> U
     if config.init is None:
         zero_last_layers(model)
         return model
-    weights = DDIMPipeline.from_pretrained(config.init).unet.state_dict()
+    source = DDIMPipeline.from_pretrained(config.init).unet
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"init: the weights of {config.init} do not fit the model: {reason}") from None
+        new_layers = load_weights(model, source.state_dict())
+    except ValueError as error:
+        raise ValueError(f"init: the weights of {config.init} do not fit the model: {error}") from None
+    if new_layers:
+        logger.info(
+            "%s has %s, the images have %s: %s are new, all other weights are kept",
+            *(config.init, pluralize(source.config.in_channels, "channel"), model.config.in_channels),
+            " and ".join(new_layers),
+        )
     return model
 
 
