@@ -86,7 +86,7 @@ def test_run_folder_layout(completed: Run) -> None:
     out, final = completed.out, completed.final
     assert final == out / "final"
     assert file_names(out) == sorted(
-        ["checkpoints", "config.yaml", "final", "loss.png", "metrics.jsonl", "samples", "tensorboard"]
+        ["averages", "checkpoints", "config.yaml", "final", "loss.png", "metrics.jsonl", "samples", "tensorboard"]
     )
     assert file_names(out / "checkpoints") == ["step-00000010", "step-00000012"]
     assert file_names(out / "samples") == ["step-00000006.png", "step-00000012.png"]
@@ -736,7 +736,7 @@ def test_dry_run_reports_costs_and_writes_nothing(results: dict[str, Result], fo
     parameters = UNet2DModel(**config.model).num_parameters()
     assert rows["images"] == "40"
     assert rows["parameters"] == f"{parameters:,}"
-    assert rows["weights, average, gradients, moments"] == f"{20 * parameters / 2**20:,.0f} MiB"
+    assert rows["weights, averages, gradients, moments"] == f"{28 * parameters / 2**20:,.0f} MiB"
     assert float(rows["time per step"].removesuffix(" s")) > 0
     assert float(rows["memory in use"].removesuffix(" MiB").replace(",", "")) > 50
     assert not (folder / "dry").exists()

@@ -133,7 +133,7 @@ def _cost_table(costs: RunCosts) -> str:
         "images": f"{costs.images:,}",
         "parameters": f"{costs.parameters:,}",
         "GFLOP per step": f"{costs.gflop_per_step:,.1f}",
-        "weights, average, gradients, moments": f"{costs.state_mib:,.0f} MiB",
+        "weights, averages, gradients, moments": f"{costs.state_mib:,.0f} MiB",
         "memory in use": f"{costs.peak_mib:,.0f} MiB",
         "loader": f"{costs.loader_images_per_second:,.0f} images/s",
         "time per step": f"{costs.seconds_per_step:.3f} s",

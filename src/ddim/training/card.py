@@ -69,7 +69,9 @@ def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
     facts = {
         "network": f"`UNet2DModel`, {trainer.model.num_parameters():,} parameters",
         "predicts": f"{scheduler.config.prediction_type}; {scheduler.config.beta_schedule} betas, T = {len(scheduler)}",
-        "weights": f"exponential moving average, decay {config.ema.decay}",
+        "weights": f"exponential moving average, decay {config.ema.decay}"
+        if config.ema.sigma_rel is None
+        else f"power-function average, sigma_rel {config.ema.sigma_rel:g}",
         "data": f"{config.data.source}: {images:,} images{held_out}, SHA-256 {record['data']['sha256'][:16]}",
         "length": f"{trainer.step:,} steps of {config.batch_size} images, {passes:.1f} passes over the data",
         "time": f"{trainer.seconds / 60:.1f} minutes on {record['device']}; processes: {processes}",

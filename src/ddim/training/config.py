@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveIn
 from ddim.annotations import check_arguments
 from ddim.data.config import DataConfig, Section
 from ddim.scheduler import DDIMScheduler
+from ddim.training.power_average import MAX_SIGMA_REL, MIN_SIGMA_REL
 from ddim.unet import UNet2DModel
 from ddim.validation import as_integer, choice, find_nearest, nearest, shorten, shown
 
@@ -34,6 +35,7 @@ MAX_YAML_VALUES = 100_000
 """Values of a YAML file, each alias counted as what it stands for: a few lines of aliases can stand for billions."""
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Length = Annotated[float, Field(ge=MIN_SIGMA_REL, le=MAX_SIGMA_REL)]
 
 
 class ObjectiveConfig(Section):
@@ -87,11 +89,16 @@ class OptimConfig(Section):
 
 
 class EmaConfig(Section):
-    """The exponential moving average of the weights, which is sampled from and which a run results in.
+    """Moving averages of the weights: the one that is sampled from and that a run results in, and those for `ddim ema`.
 
     Attributes:
-        decay: decay rate per step.
+        decay: decay rate per step of the exponential average that is sampled from.
         warmup: use at most (1 + n) / (10 + n) as the decay after n steps, so that the first weights fade quickly.
+        sigma_rel: sample from a power-function average of this length instead (`ddim.training.power_average`): its
+            standard deviation relative to the number of steps.
+        sigma_rels: lengths of the power-function averages that are tracked beside it, from which `ddim ema`
+            reconstructs any other after training; empty for none. Each takes 4 bytes of memory per parameter.
+        snapshots: largest number of their snapshots; each takes 2 bytes on the disk per parameter and length.
 
     Example:
         >>> EmaConfig().decay
@@ -100,6 +107,9 @@ class EmaConfig(Section):
 
     decay: float = Field(default=0.9999, ge=0, lt=1)
     warmup: bool = True
+    sigma_rel: Length | None = None
+    sigma_rels: tuple[Length, ...] = (0.05, 0.10)
+    snapshots: PositiveInt = 16
 
 
 class SampleConfig(Section):
@@ -230,6 +240,7 @@ RESUME_MAY_CHANGE = (
     "checkpoints",
     "max_steps",
     "optim.lr",
+    "ema.snapshots",
     "gradient_checkpointing",
     "compile",
 )
@@ -367,6 +378,11 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
         )
     if config.init is None:
         check_scheduler(config.scheduler)
+    ema = config.ema
+    if len(set(ema.sigma_rels)) < len(ema.sigma_rels):
+        raise _invalid("ema.sigma_rels", f"must differ from each other, got {shown(list(ema.sigma_rels))}")
+    if ema.sigma_rel is not None and ema.model_copy(update={"decay": 0.9999, "warmup": True}) != ema:
+        raise _invalid("ema.decay", "has no effect beside ema.sigma_rel; leave ema.decay and ema.warmup out")
     if optim.decay_steps is not None and optim.decay == "constant":
         raise _invalid("optim.decay_steps", "requires optim.decay to be linear or cosine, got constant")
     return config

@@ -26,7 +26,8 @@ class RunCosts(NamedTuple):
     Attributes:
         images: number of images that are trained on.
         parameters: number of parameters of the network.
-        state_mib: MiB per process for weights, their average, gradients and AdamW's two moments.
+        state_mib: MiB for weights, their averages, gradients and AdamW's two moments; per process, but for the averages
+            that `ddim ema` combines, which the main process alone has.
         peak_mib: peak memory after a few steps, in MiB: of the GPU, or of the process.
         gflop_per_step: 10^9 operations per step; multiply and add count as two, the backward pass as two forward
             passes.
@@ -73,7 +74,7 @@ def estimate_costs(config: TrainConfig, device: str | torch.device = "auto") -> 
     return RunCosts(
         images=len(trainer.batches.indices),
         parameters=parameters,
-        state_mib=5 * 4 * parameters / 2**20,
+        state_mib=(5 + len(config.ema.sigma_rels)) * 4 * parameters / 2**20,
         peak_mib=memory_mib(local_device),
         gflop_per_step=3 * config.batch_size * count_flop(trainer.model) / 1e9,
         seconds_per_step=seconds_per_step,

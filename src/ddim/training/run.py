@@ -6,6 +6,7 @@ RUN/tensorboard/      the same and more, for TensorBoard
 RUN/loss.png          the losses as a curve
 RUN/samples/          a grid of samples every so many steps, always from the same seeds
 RUN/checkpoints/      what resuming requires, each a pipeline folder too, with the averaged and the raw weights
+RUN/averages/         snapshots from which averages of other lengths are combined, see `ddim.training.averages`
 RUN/final/            the result: a pipeline folder for `ddim` and `diffusers`, with the averaged weights and a card
 """
 
@@ -39,6 +40,7 @@ from ddim.io.locks import LOCK_NAME, OutputLock
 from ddim.io.runs import CHECKPOINTS, FINAL
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
+from ddim.training.averages import AVERAGES, remove_snapshots_after, take_over_snapshots
 from ddim.training.card import model_card
 from ddim.training.checkpoint import Checkpoint, load_checkpoint, load_newest, remove_partial
 from ddim.training.config import (
@@ -117,6 +119,9 @@ def train(
             accelerator.wait_for_everyone()
             return out / FINAL
         remove_partial(out / CHECKPOINTS)
+        remove_snapshots_after(out / AVERAGES, trainer.step)
+        if isinstance(resume, Path):
+            take_over_snapshots(resume, out / AVERAGES)
         with atomic_write(out / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(record, sort_keys=False))
         _train_and_log(trainer, out, max_minutes)

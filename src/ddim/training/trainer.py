@@ -13,6 +13,7 @@ Losses stay on the device until they are needed, so that the loop does not wait 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import signal
 import time
@@ -34,12 +35,15 @@ from ddim.distributed import ProcessGroup
 from ddim.io.runs import CHECKPOINTS, checkpoint_step, list_checkpoints
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
+from ddim.training.averages import AVERAGES, PowerAverages, save_snapshot, snapshot_interval
 from ddim.training.checkpoint import Checkpoint, save_checkpoint
 from ddim.training.config import TrainConfig
 from ddim.training.objective import QUARTILES, by_quartile, draw_timesteps, loss_weights
 from ddim.training.optim import ema_update, learning_rate, make_optimizer, zero_last_layers
 from ddim.training.progress import Progress, StepMetrics, TrainingStopped
 from ddim.unet import UNet2DModel
+
+logger = logging.getLogger(__name__)
 
 SYNC_EVERY = 10
 """Steps between synchronizations with a GPU: losses are checked and signals exchanged."""
@@ -60,6 +64,7 @@ class Trainer:
     Attributes:
         model: the network being trained.
         ema: the moving average of its weights, a `UNet2DModel`; the one to sample from.
+        averages: further averages of its weights, for `ddim ema`; none in processes other than the main one.
         scheduler: the noise schedule.
         optimizer: AdamW.
         grad_scaler: loss scaling, enabled for fp16.
@@ -110,6 +115,8 @@ class Trainer:
         self.ema = cast(UNet2DModel, self._average.module)
         self.ema.disable_gradient_checkpointing()
         self.ema.requires_grad_(False).eval()
+        # Only the main process saves them.
+        self.averages = PowerAverages(self.model, config.ema.sigma_rels if self.accelerator.is_main_process else ())
         self.optimizer = make_optimizer(self.model, config.optim)
         self.grad_scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
@@ -150,6 +157,11 @@ class Trainer:
         except RuntimeError as error:
             raise ValueError(f"the checkpoint is of another model: {str(error).splitlines()[-1].strip()}") from None
         self._average.n_averaged.fill_(checkpoint.state["averaged"])
+        if self.averages.averages and checkpoint.tensors[AVERAGES]:
+            self.averages.load_state_dict(checkpoint.tensors[AVERAGES])
+        elif self.averages.averages:
+            logger.warning("the checkpoint has no averages for `ddim ema`; this run does not track them")
+            self.averages = PowerAverages(self.model, ())
         moments: dict[int, dict[str, Tensor]] = {}
         parameters = list(self.model.parameters())
         for name, tensor in checkpoint.tensors["optimizer"].items():
@@ -181,7 +193,12 @@ class Trainer:
             for index, state in self.optimizer.state_dict()["state"].items()
             for key, tensor in state.items()
         }
-        tensors = {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": moments}
+        tensors = {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": moments,
+            AVERAGES: self.averages.state_dict(),
+        }
         state = {
             "averaged": int(self._average.n_averaged),
             "scaler": self.grad_scaler.state_dict(),
@@ -254,6 +271,7 @@ class Trainer:
                     after_step(Progress(step, self.pending_metrics, rate))
 
                     # Save, and stop where asked.
+                    self._save_snapshot()
                     if (saves or stops or is_late) and is_main:
                         path = self.save()
                     if stops:
@@ -266,6 +284,12 @@ class Trainer:
             bar.close()
             prefetcher.close()
         return self.step >= config.max_steps
+
+    def _save_snapshot(self) -> None:
+        """Write a snapshot of the averages, where one is due after this step."""
+        maximum = self.config.ema.snapshots
+        if self.averages.averages and self.step % snapshot_interval(self.step, maximum) == 0:
+            save_snapshot(self.out / AVERAGES, self.step, self.averages.state_dict(), maximum)
 
     def take_step(self) -> StepMetrics:
         """Take a single step, without checkpoints and signals.
@@ -357,6 +381,7 @@ class Trainer:
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
         self._average.update_parameters(self.model)
+        self.averages.update(self.step + 1)
 
     def _synchronizes(self, step: int) -> bool:
         """Return whether losses and signals are checked in a step: always where that costs nothing."""
