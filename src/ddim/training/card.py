@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ddim.training.history import format_history
 from ddim.training.trainer import Trainer
 
 CARD = """---
@@ -77,6 +78,8 @@ def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
         "time": f"{trainer.seconds / 60:.1f} minutes on {record['device']}; processes: {processes}",
         "objective": f"{config.objective.weighting} weighting, {config.precision}",
     }
+    if "history" in record:
+        facts["history"] = format_history(record["history"])
     if losses:
         facts["final loss"] = f"{sum(losses) / len(losses):.4f}, mean over the last {len(losses)} lines of the metrics"
     for line in evaluations:

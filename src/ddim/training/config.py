@@ -240,6 +240,8 @@ RESUME_MAY_CHANGE = (
     "checkpoints",
     "max_steps",
     "optim.lr",
+    "optim.decay",
+    "optim.decay_steps",
     "ema.snapshots",
     "gradient_checkpointing",
     "compile",
@@ -247,8 +249,9 @@ RESUME_MAY_CHANGE = (
 """Entries that may differ when a run resumes: none of them changes, beyond rounding, what an earlier step has computed.
 
 Of the scheduler these are the entries that sampling alone uses. The content of the data is compared, not its location.
-`max_steps` must stay where the learning rate decays towards it. `optim.lr` is the exception: a run that has diverged
-can resume with a lower one.
+The learning rate is a function of the step, `max_steps` and three entries of `optim`: where these change, it is from
+the next step on that of a run which had the new values from its start. The record of the run says where
+(`ddim.training.history`).
 """
 
 
@@ -492,14 +495,34 @@ def incompatible_changes(old: TrainConfig, new: TrainConfig) -> list[str]:
         >>> incompatible_changes(old, old.model_copy(update={"seed": 1, "compile": True}))
         ['seed: expected 0, got 1']
     """
-    old_values, new_values = dict(_leaves(old.model_dump())), dict(_leaves(new.model_dump()))
-    free = [key for key in RESUME_MAY_CHANGE if key != "max_steps" or old.optim.decay == "constant"]
     return [
-        f"{key}: expected {old_values.get(key)}, got {new_values.get(key)}"
-        for key in sorted(old_values.keys() | new_values.keys())
-        if old_values.get(key) != new_values.get(key)
-        and not any(key == entry or key.startswith(f"{entry}.") for entry in free)
+        f"{key}: expected {old_value}, got {new_value}"
+        for key, (old_value, new_value) in sorted(changed_entries(old, new).items())
+        if not any(key == entry or key.startswith(f"{entry}.") for entry in RESUME_MAY_CHANGE)
     ]
+
+
+def changed_entries(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Compare two configurations.
+
+    Args:
+        old: a configuration.
+        new: another one.
+
+    Returns:
+        The old and the new value of each entry that differs, by its dotted key; `None` where an argument is missing.
+
+    Example:
+        >>> old = load_config("digits")
+        >>> changed_entries(old, old.model_copy(update={"seed": 1}))
+        {'seed': (0, 1)}
+    """
+    old_values, new_values = (dict(_leaves(config.model_dump(mode="json"))) for config in (old, new))
+    return {
+        key: (old_values.get(key), new_values.get(key))
+        for key in old_values | new_values
+        if old_values.get(key) != new_values.get(key)
+    }
 
 
 def _check_section(section: str, constructor: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
@@ -556,8 +579,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            # A tuple becomes a list when it is written to YAML and read back.
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+            yield f"{prefix}{key}", value
 
 
 def _parse_yaml(text: str) -> Any:

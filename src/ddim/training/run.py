@@ -1,6 +1,6 @@
 """A whole training run, from data to a pipeline folder.
 
-RUN/config.yaml       the configuration, the data's fingerprint and the versions of packages
+RUN/config.yaml       the configuration and its history, the data's fingerprint and the versions of packages
 RUN/metrics.jsonl     what the run computed, see `ddim.training.metrics_logger`
 RUN/tensorboard/      the same and more, for TensorBoard
 RUN/loss.png          the losses as a curve
@@ -33,11 +33,10 @@ from ddim.devices import choose_device
 from ddim.distributed import rank_and_world_size
 from ddim.io.atomic import TEMPORARY_PREFIX, atomic_write
 from ddim.io.config import public_entries
-from ddim.io.hub import MODEL_INDEX
 from ddim.io.image_files import make_grid, save_images
 from ddim.io.images import NonFiniteError
 from ddim.io.locks import LOCK_NAME, OutputLock
-from ddim.io.runs import CHECKPOINTS, FINAL
+from ddim.io.runs import CHECKPOINTS, FINAL, list_checkpoints
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.training.averages import AVERAGES, remove_snapshots_after, take_over_snapshots
@@ -52,6 +51,7 @@ from ddim.training.config import (
     validate,
 )
 from ddim.training.evaluate import evaluate
+from ddim.training.history import describe_changes, extend_history, format_history
 from ddim.training.metrics_logger import MetricsLogger, plot_loss
 from ddim.training.optim import learning_rate
 from ddim.training.progress import Progress
@@ -103,11 +103,13 @@ def train(
     with OutputLock(out / LOCK_NAME) if is_main else contextlib.nullcontext():
         loaded: list[Checkpoint | None] = [None]
         if is_main:
-            _check_run(record, config, out, resume)
+            old_record = _check_run(record, config, out, resume)
             loaded = [load_checkpoint(resume) if isinstance(resume, Path) else load_newest(out / CHECKPOINTS)]
             step = 0 if loaded[0] is None else loaded[0].step
             if isinstance(resume, Path) and step > config.max_steps:
                 raise ValueError(f"max_steps must be at least the step resumed from, {step}, got {config.max_steps}")
+            if old_record is not None:
+                _continue_record(record, old_record, config, step)
         trainer = Trainer(config, dataset, out, local_device, accelerator)
         _check_sampling(trainer)
         (checkpoint,) = broadcast_object_list(loaded)
@@ -335,11 +337,13 @@ def _check_sampling(trainer: Trainer) -> None:
             raise ValueError(f"training configuration, {section}.num_inference_steps: {error}") from None
 
 
-def _check_run(record: dict[str, Any], config: TrainConfig, out: Path, resume: Literal["auto", "never"] | Path) -> None:
-    """Compare with the run in `out`, if there is one."""
+def _check_run(
+    record: dict[str, Any], config: TrainConfig, out: Path, resume: Literal["auto", "never"] | Path
+) -> dict[str, Any] | None:
+    """Compare with the run in `out`, if there is one, and return its record; `None` where nothing is resumed."""
     # A process that was killed early may have left only a temporary config.yaml.
     if all(path.name == LOCK_NAME or path.name.startswith(TEMPORARY_PREFIX) for path in out.iterdir()):
-        return
+        return None
     path = out / "config.yaml"
     if resume == "never":
         raise FileExistsError(f"{out} is not empty; use resume='auto' to resume the run in it, or another folder")
@@ -347,19 +351,32 @@ def _check_run(record: dict[str, Any], config: TrainConfig, out: Path, resume: L
         raise FileExistsError(f"{out} is not empty and does not hold a run (no config.yaml); use another folder")
     try:
         old = yaml.safe_load(path.read_text())
-        old_config = validate(old["config"])
-        changes = incompatible_changes(old_config, config)
+        changes = incompatible_changes(validate(old["config"]), config)
+        format_history(old.get("history", ()))
         if not _is_same_data(old["data"], record["data"]):
             changes.append(f"data: expected {_describe(old['data'])}, got {_describe(record['data'])}")
     except (yaml.YAMLError, ValueError, KeyError, TypeError):
         raise FileExistsError(f"{path} is not the record of a run; use another folder") from None
+    if not list_checkpoints(out / CHECKPOINTS) and not (out / FINAL).exists():
+        # Nothing that was computed is kept: the run starts again, with whatever configuration.
+        return None
     if changes:
-        advice = "resume it with its own, or use another folder"
-        if any(change.startswith("max_steps:") for change in changes) and (out / FINAL / MODEL_INDEX).is_file():
-            advice += f"; to train on from its result, use another folder and init={out / 'final'}"
-        raise ValueError(f"the run in {out} has another configuration ({'; '.join(changes)}); {advice}")
-    if old_config.optim.lr != config.optim.lr:
-        logger.info("optim.lr is %g from here on; it was %g", config.optim.lr, old_config.optim.lr)
+        raise ValueError(
+            f"the run in {out} has another configuration ({'; '.join(changes)}); resume it with its own, or use "
+            "another folder"
+        )
+    return dict(old)
+
+
+def _continue_record(record: dict[str, Any], old: dict[str, Any], config: TrainConfig, step: int) -> None:
+    """Add to a run's record what changes when it resumes, and log it."""
+    old_config = validate(old["config"])
+    for line in describe_changes(old_config, config, step):
+        logger.info("%s", line)
+    if step >= config.max_steps:
+        logger.info("the run is complete at step %d of %d; a larger max_steps trains on", step, config.max_steps)
+    if history := extend_history(old.get("history", ()), old_config, config, step):
+        record["history"] = history
 
 
 def _is_same_data(old: dict[str, Any], new: dict[str, Any]) -> bool:

@@ -419,12 +419,13 @@ class Trainer:
     def _non_finite(self, step: int, loss: float, grad_norm: float) -> TrainingStopped:
         rate = learning_rate(self.config.optim, step, self.config.max_steps)
         checkpoints = list_checkpoints(self.out / CHECKPOINTS)
-        advice = "resume the run with a lower optim.lr"
+        advice = "resume the run with a lower optim.lr" if checkpoints else "start the run again with a lower optim.lr"
         if checkpoints and checkpoint_step(checkpoints[0]) >= step:
             # The weights that gave this loss are those of the last checkpoint.
             earlier = [path for path in checkpoints if checkpoint_step(path) < step]
-            advice = f"use resume={earlier[0]} and" if earlier else "start again in another folder with"
-            advice += " a lower optim.lr"
+            advice = f"delete {self.out / CHECKPOINTS} and start the run again with a lower optim.lr"
+            if earlier:
+                advice = f"use resume={earlier[0]} and a lower optim.lr"
         return TrainingStopped(
             f"loss {loss} or gradient norm {grad_norm} is not finite in step {step + 1} at learning rate {rate:.3g}; "
             f"last checkpoint: {checkpoints[0] if checkpoints else 'none'}; {advice}"
