@@ -467,8 +467,8 @@ def test_longer_run(make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogC
     longer = make_config(max_steps=8, optim=optim, **entries)
     train(longer, out, "cpu")
     assert "max_steps is 8 from step 4 on; it was 4" in caplog.messages
-    tail = "the learning rate is that of a run of 8 steps from its start: 0.00133 in the next step (before: 0), 0 at the end"
-    assert (tail in caplog.messages) == (decay == "linear")
+    rate = "the learning rate is that of a run of 8 steps from its start: 0.00133 in the next step (before: 0), 0 at "
+    assert (f"{rate}the end" in caplog.messages) == (decay == "linear")
     rates = [line["learning_rate"] for line in lines(out)]
     decayed = {"constant": [2e-3] * 4, "linear": [2e-3 * k / 6 for k in (4, 3, 2, 1)]}[decay]
     assert rates[4:] == pytest.approx(decayed)

@@ -34,7 +34,7 @@ WORDS = {
     name: f"--{name}"
     for name in (
         *("eta", "order", "timesteps", "seed", "count", "tolerance", "strength", "frames", "grid", "fps", "at"),
-        *("out", "plot", "model", "reference", "data", "split", "metrics", "features", "layout", "resume"),
+        *("out", "plot", "model", "weights", "reference", "data", "split", "metrics", "features", "layout", "resume"),
         *("device", "dtype", "engine", "host", "port"),
     )
 } | {"seeds": "--seed"}
@@ -75,6 +75,8 @@ BY_COMMAND: dict[str, dict[str, str]] = {
         "use_ema=False": "--raw",
         "ema=False": "--raw",
     },
+    "ema": {"sigma_rel": "--sigma-rel", "metrics": "--metric", "step": "--step", "curve": "--curve"},
+    "export": {"step": "--step"},
     "train": {
         "source": "--data",
         "settings": "--set",

@@ -22,6 +22,7 @@ AUTO_TOLERANCE = 0.001
 def sample(
     model: options.ModelArgument = None,
     model_option: options.ModelOption = None,
+    weights: options.Weights = None,
     out: Annotated[
         str,
         typer.Option(
@@ -99,7 +100,7 @@ def sample(
     if sampling.steps is not None and tolerance is not None:
         raise ValueError(f"--tolerance requires --steps auto, got --steps {steps}")
     rank, world_size = rank_and_world_size()
-    pipe = load_pipeline(choose_model(model, model_option, DEFAULT_MODEL), local_device(device), dtype, engine)
+    pipe = load_pipeline(choose_model(model, model_option, DEFAULT_MODEL, weights), local_device(device), dtype, engine)
     if target.suffix.lower() == ".png" and not is_folder_path(out):
         check_grid(count, pipe.sample_shape, scale or 1)
     if sampling.steps is None:

@@ -110,6 +110,30 @@ def refuse_run(folder: Path) -> None:
         raise ValueError(f"{folder} is a training run or one of its checkpoints; write to another folder")
 
 
+def check_model_folder(folder: Path, overwrite: bool = False) -> None:
+    """Check, before any work, that a model can be written into a folder.
+
+    Args:
+        folder: where it is about to be written; may be missing.
+        overwrite: allow a folder that is not empty.
+
+    Raises:
+        NotADirectoryError: if it is a file.
+        ValueError: if it is a training run or one of its checkpoints.
+        FileExistsError: if it is not empty and `overwrite` is false.
+
+    Example:
+        >>> check_model_folder(Path("missing"))
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, not a folder")
+    refuse_run(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"{folder} is not empty; pass overwrite=True to replace a model in it, or write elsewhere"
+        )
+
+
 def resolve_run(folder: Path, index_name: str, variant: str | None = None) -> Path:
     """Return the pipeline folder that a training run stands for: its result, else its newest complete checkpoint.
 
