@@ -96,7 +96,7 @@ def ema(
         exponent(length)
     if len(lengths) > 1 and metric is None:
         raise ValueError("several lengths require --metric, and --reference, by which the best is chosen")
-    outputs = curves.check_outputs(curve or [])
+    outputs = curves.check_outputs(curve or [], "curve")
     best = lengths[0]
     if metric is None:
         averages = RunAverages(Path(run), step)

@@ -137,11 +137,12 @@ def measure_curve(
     return Curve(quantity, points, {name: value for name, value in settings.items() if name not in own})
 
 
-def check_outputs(paths: Sequence[str]) -> list[str]:
+def check_outputs(paths: Sequence[str], name: str = "out") -> list[str]:
     """Check, before any work, that a curve can be written to paths.
 
     Args:
         paths: `.json`, `.csv`, `.md`, `.png` or `.svg` files.
+        name: the argument's name, for the message.
 
     Returns:
         The paths.
@@ -157,7 +158,7 @@ def check_outputs(paths: Sequence[str]) -> list[str]:
     """
     if any(Path(path).suffix.lower() in PLOT_SUFFIXES for path in paths):
         require("a plot", "matplotlib")
-    return report.check_outputs(paths, PLOT_SUFFIXES)
+    return report.check_outputs(paths, PLOT_SUFFIXES, name)
 
 
 def write_curve(curve: Curve, path: Path) -> None:

@@ -59,12 +59,13 @@ MAX_HASH_LENGTH = 16
 """Digits of a SHA-256 that tables show."""
 
 
-def check_outputs(paths: Sequence[str], others: Mapping[str, str] | None = None) -> list[str]:
+def check_outputs(paths: Sequence[str], others: Mapping[str, str] | None = None, name: str = "out") -> list[str]:
     """Check, before any work, that reports can be written to paths.
 
     Args:
         paths: `.json`, `.csv` or `.md` files.
         others: further suffixes that are allowed, and what they mean.
+        name: the argument's name, for the message.
 
     Returns:
         The paths.
@@ -79,7 +80,7 @@ def check_outputs(paths: Sequence[str], others: Mapping[str, str] | None = None)
         ValueError: out must end in .json, .csv, or .md (Markdown), got 'score.txt'
     """
     for path in paths:
-        check_output_path(path, REPORT_SUFFIXES | dict(others or {}), folder_allowed=False)
+        check_output_path(path, REPORT_SUFFIXES | dict(others or {}), folder_allowed=False, name=name)
     return list(paths)
 
 
