@@ -531,6 +531,7 @@ OTHER = {
     "seed": (1, False),
     "precision": ("bf16", False),
     "channels_last": (False, False),
+    "trackers": ([], True),
     "gradient_checkpointing": (True, True),
     "compile": (True, True),
 }

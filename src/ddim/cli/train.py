@@ -23,7 +23,6 @@ REQUIRED_MODULES = (
     "psutil",
     "pydantic",
     "sklearn",
-    "tensorboard",
     "torchmetrics",
     "yaml",
 )
@@ -47,6 +46,13 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Seed of weights, data order, timesteps and noise.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Number of steps after which the run ends.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step, over all processes.")] = None,
+    tracker: Annotated[
+        str | None,
+        typer.Option(
+            help="Where metrics and samples are logged as well: tensorboard, wandb and mlflow, separated by commas, or "
+            "none; defaults to tensorboard."
+        ),
+    ] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     resume: Annotated[
         str,
@@ -101,6 +107,7 @@ def train(
         "max_steps": max_steps,
         "batch_size": batch_size,
         "checkpoints.every": checkpoint_every,
+        "trackers": None if tracker is None else [] if tracker == "none" else tracker.split(","),
     }
     resolved = load_config(preset, None if config is None else Path(config), settings or (), overrides)
     if any(resolved.model.get(name) is not None for name in ("class_embed_type", "num_class_embeds")):

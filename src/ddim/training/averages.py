@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ddim.io.atomic import atomic_write
-from ddim.io.runs import CHECKPOINTS, checkpoint_step, list_checkpoints
+from ddim.io.runs import CHECKPOINTS, checkpoint_step, list_checkpoints, verify_checksums
 from ddim.io.weights import read_tensors, write_safetensors
 from ddim.pipeline import DDIMPipeline
 from ddim.training.checkpoint import TENSOR_FILES
@@ -248,8 +248,7 @@ class RunAverages:
                 f"{self.checkpoint} has no averages to combine: its run was trained with ema.sigma_rels=[], or by an "
                 "earlier version"
             )
-        # Loading verifies the checksums of the checkpoint, its averages among them.
-        self._pipe = DDIMPipeline.from_pretrained(self.checkpoint)
+        verify_checksums(self.checkpoint)
         self._newest = read_tensors(self.checkpoint / TENSOR_FILES[AVERAGES])
         self.sigma_rels = sorted({_length(name) for name in self._newest})
         folder = self.checkpoint.parent.parent / AVERAGES
@@ -277,9 +276,8 @@ class RunAverages:
                 _, _, parameter = name.partition("/")
                 part = by_profile[Profile(step, _length(name))] * tensor.double()
                 total[parameter] = total[parameter] + part if parameter in total else part
-        pipe = DDIMPipeline(type(self._pipe.unet).from_config(self._pipe.unet.config), self._pipe.scheduler)
-        pipe.unet.load_state_dict({name: tensor.float() for name, tensor in total.items()})
-        pipe.unet.eval()
+        pipe = DDIMPipeline.from_pretrained(self.checkpoint)
+        pipe.unet.load_state_dict(total)
         return Reconstruction(pipe, self.step, len(steps), residual)
 
     def _stored(self) -> Iterator[tuple[int, Mapping[str, Tensor]]]:

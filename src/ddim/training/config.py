@@ -192,6 +192,7 @@ class TrainConfig(Section):
         gradient_checkpointing: save memory by computing residual blocks twice.
         compile: compile the network by `torch.compile`.
         log_every: steps between lines of the metrics.
+        trackers: where metrics and samples are logged as well: `tensorboard`, `wandb`, `mlflow`.
 
     Example:
         >>> config = TrainConfig(data=DataConfig(source="digits"), model={"sample_size": 8})
@@ -217,6 +218,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     compile: bool = False
     log_every: PositiveInt = 50
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
 
 
 RESUME_MAY_CHANGE = (
@@ -243,6 +245,7 @@ RESUME_MAY_CHANGE = (
     "optim.decay",
     "optim.decay_steps",
     "ema.snapshots",
+    "trackers",
     "gradient_checkpointing",
     "compile",
 )
@@ -517,12 +520,28 @@ def changed_entries(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, 
         >>> changed_entries(old, old.model_copy(update={"seed": 1}))
         {'seed': (0, 1)}
     """
-    old_values, new_values = (dict(_leaves(config.model_dump(mode="json"))) for config in (old, new))
+    old_values, new_values = flat_entries(old), flat_entries(new)
     return {
         key: (old_values.get(key), new_values.get(key))
         for key in old_values | new_values
         if old_values.get(key) != new_values.get(key)
     }
+
+
+def flat_entries(config: TrainConfig) -> dict[str, Any]:
+    """Return all entries of a configuration.
+
+    Args:
+        config: the configuration.
+
+    Returns:
+        Values as JSON holds them, by dotted key.
+
+    Example:
+        >>> flat_entries(load_config("digits"))["data.source"]
+        'digits'
+    """
+    return dict(_leaves(config.model_dump(mode="json")))
 
 
 def _check_section(section: str, constructor: Callable[..., Any], arguments: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 RUN/config.yaml       the configuration and its history, the data's fingerprint and the versions of packages
 RUN/metrics.jsonl     what the run computed, see `ddim.training.metrics_logger`
-RUN/tensorboard/      the same and more, for TensorBoard
+RUN/tensorboard/      the same and more, for TensorBoard; see `ddim.training.trackers`
 RUN/loss.png          the losses as a curve
 RUN/samples/          a grid of samples every so many steps, always from the same seeds
 RUN/checkpoints/      what resuming requires, each a pipeline folder too, with the averaged and the raw weights
@@ -47,6 +47,7 @@ from ddim.training.config import (
     TrainConfig,
     check_model,
     check_scheduler,
+    flat_entries,
     incompatible_changes,
     validate,
 )
@@ -55,6 +56,7 @@ from ddim.training.history import describe_changes, extend_history, format_histo
 from ddim.training.metrics_logger import MetricsLogger, plot_loss
 from ddim.training.optim import learning_rate
 from ddim.training.progress import Progress
+from ddim.training.trackers import check_trackers
 from ddim.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -91,9 +93,11 @@ def train(
         ValueError: if the data, the run in `out`, or the checkpoint does not fit the configuration.
         FileExistsError: if `out` is not empty and `resume` is `never`, or it is not a run.
         RuntimeError: if another process writes to `out`.
+        ImportError: if the package of a tracker is not installed.
         TrainingStopped: on a signal, or a non-finite loss or gradient.
     """
     # Check everything before anything is written.
+    check_trackers(config.trackers)
     config = complete_config(config)
     accelerator, local_device = start_processes(device)
     dataset = prepare_dataset(config, accelerator, local_device)
@@ -244,7 +248,8 @@ def _train_and_log(trainer: Trainer, out: Path, max_minutes: float | None) -> No
         "%s: %d images, %d x %d x %d, in %s; the loader delivers %.0f images/s",
         *(config.data.source, N, C, H, W, trainer.dataset.location, loader_rate(trainer.batches)),
     )
-    metrics_logger = MetricsLogger(out, trainer.step, config.log_every, trainer.device)
+    entries = flat_entries(config)
+    metrics_logger = MetricsLogger(out, trainer.step, config.log_every, trainer.device, config.trackers, entries)
 
     def after_step(progress: Progress) -> None:
         step = progress.step
@@ -252,7 +257,8 @@ def _train_and_log(trainer: Trainer, out: Path, max_minutes: float | None) -> No
         evaluates = config.evaluate.every and step % config.evaluate.every == 0
         try:
             if config.samples.every and step % config.samples.every == 0:
-                metrics_logger.log_image(step, _write_samples(trainer, out / "samples" / f"step-{step:08d}.png"))
+                file = out / "samples" / f"step-{step:08d}.png"
+                metrics_logger.log_image(step, _write_samples(trainer, file), file)
             if evaluates and (values := evaluate(trainer, _make_pipeline(trainer))):
                 metrics_logger.log(step, values)
         except NonFiniteError as error:
