@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 from typer.testing import CliRunner
 
+from ddim import DDIMPipeline
 from ddim.cli import app
 from ddim.cli.overwriting import check_inputs_stay
+from ddim.io.latent_files import LatentSettings, save_latents
 
 OVERWRITING = {
     "image": (["edit", "x.png", "-n", "2", "-o", "x.png"], "--out must not overwrite the input 'x.png', got 'x.png'"),
@@ -67,3 +71,26 @@ def test_other_outputs_are_allowed(values: dict[str, object], folder: Path) -> N
 def test_results_in_the_folder_of_a_model_are_replaced(folder: Path) -> None:
     Path("d/model_index.json").write_text("{}")
     check_inputs_stay({"images": ["x.png", "d"], "out": "d/00001.png"}, {})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["interpolate", "1", "2", "--frames", "3"], ["edit", "gray.png", "-n", "3"], ["decode", "latents.npz"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_more_numbered_images_are_refused_before_work(
+    arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("L", (28, 28)).save("gray.png")
+    save_latents(
+        "latents.npz", torch.zeros(3, 1, 28, 28), LatentSettings("mnist", "0" * 64, [500], True, 1e-5, [1e-6] * 3)
+    )
+    Path("d/00003.png").touch()
+
+    def fail(*args: object, **kwargs: object) -> None:
+        pytest.fail("worked before the refusal")
+
+    monkeypatch.setattr(DDIMPipeline, arguments[0], fail)
+    monkeypatch.setattr(sys, "argv", ["ddim", *arguments, "-o", "d"])
+    result = CliRunner().invoke(app, [*arguments, "-o", "d"])
+    assert "d holds images numbered beyond the 3 to be written" in str(result.exception)

@@ -65,12 +65,18 @@ def test_distances_to_nearest_training_images(
 
 
 def test_held_out_training_images_are_reported(as_files: AsFiles, caplog: pytest.LogCaptureFixture) -> None:
-    samples, training, held_out = (random_images(20, seed) for seed in range(3))
+    samples, training, held_out = (random_images(100, seed) for seed in range(3))
     measure_memorization(as_files(samples), as_files(training), as_files(held_out))
     assert not caplog.messages
     held_out[3] = training[5]
     measure_memorization(as_files(samples), as_files(training), as_files(held_out))
-    assert caplog.messages == ["1 of the 20 held-out images have distance 0: they are in the reference"]
+    assert caplog.messages == ["1 of the 100 held-out images have distance 0: they are in the reference"]
+
+
+def test_few_distances_are_reported(as_files: AsFiles, caplog: pytest.LogCaptureFixture) -> None:
+    samples, training = random_images(100, 0), random_images(99, 1)
+    measure_memorization(as_files(samples), as_files(training))
+    assert caplog.messages == ["the 1st percentile of 99 distances is little more than their minimum"]
 
 
 def test_training_images_are_held_out_one_by_one(as_files: AsFiles) -> None:

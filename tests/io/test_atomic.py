@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ddim.io.atomic import atomic_write, write_folder
+from ddim.io import atomic
+from ddim.io.atomic import atomic_write, is_vacant, write_folder
 from ddim.pipeline import DDIMPipeline
 
 
@@ -119,6 +121,49 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path: Path, name: str) ->
         (path / "a.txt" if name == "folder" else path).write_text("newer")
     files = {"file.txt": b"newer"} if name == "file.txt" else {"folder": None, "folder/a.txt": b"newer"}
     assert contents(tmp_path) == {".writing-mine.txt": b"", **files}
+
+
+def save_and_be_killed(pipe: DDIMPipeline, folder: Path, num_files: int) -> None:
+    """Save a pipeline; as soon as so many files have moved into the folder, end as SIGKILL ends a process."""
+    publish = atomic._publish
+    published = []
+
+    def publish_or_die(temporary: Path, path: Path, mode: int | None = None) -> None:
+        if atomic.TEMPORARY_PREFIX not in str(path):
+            if len(published) == num_files:
+                os.kill(os.getpid(), signal.SIGKILL)
+            published.append(path)
+        publish(temporary, path, mode)
+
+    atomic._publish = publish_or_die
+    pipe.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("num_files", [0, 1, 3])
+def test_folder_of_a_killed_process_is_vacant(tiny_pipeline: DDIMPipeline, tmp_path: Path, num_files: int) -> None:
+    folder, context = tmp_path / "model", multiprocessing.get_context("fork")
+    killed = context.Process(target=save_and_be_killed, args=(tiny_pipeline, folder, num_files))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    files = [path for path in folder.rglob("*") if path.is_file() and atomic.TEMPORARY_PREFIX not in str(path)]
+    assert len([path for path in files if path.name != ".lock"]) == num_files
+    assert is_vacant(folder)
+    tiny_pipeline.save_pretrained(folder)
+    assert not is_vacant(folder)
+    tiny_pipeline.save_pretrained(tmp_path / "uninterrupted")
+    assert contents(folder) == contents(tmp_path / "uninterrupted")
+
+
+def test_folders_of_others_are_not_vacant(tmp_path: Path) -> None:
+    assert is_vacant(tmp_path / "missing")
+    assert is_vacant(tmp_path)
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".writing-notes-abcdefgh.txt").touch()
+    assert is_vacant(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    assert not is_vacant(tmp_path)
+    assert not is_vacant(tmp_path / "notes.txt")
 
 
 def test_long_names(tmp_path: Path) -> None:

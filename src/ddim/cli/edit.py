@@ -62,9 +62,9 @@ def edit(
     """
     from ddim.io.image_files import (
         check_output_path,
-        earlier_files,
         enlarge,
         is_folder_path,
+        replaced_files,
         save_image,
         save_images,
         stack_rows,
@@ -77,6 +77,7 @@ def edit(
     if count is not None and len(originals) > 1:
         raise ValueError(f"--count requires a single image, got {len(originals)}")
     num_edits = len(originals) if count is None else count
+    num_replaced = len(replaced_files(out, num_edits))
     pipe = load_pipeline(name or DEFAULT_MODEL, device, dtype, engine)
     edited = pipe.edit(
         originals,
@@ -89,7 +90,6 @@ def edit(
         resize=resize,
         batch_size=batch_size,
     ).images
-    num_replaced = len(earlier_files(out))
     if target.suffix.lower() == ".png" and not is_folder_path(out):
         save_image(enlarge(stack_rows([fit_images(pipe, originals), edited]), edited[0], scale), target)
     else:

@@ -121,7 +121,7 @@ def decode(
       ddim decode digits.npz --direction three.safetensors --strength 3
     """
     from ddim.diffusion.interpolation import add_direction
-    from ddim.io.image_files import check_output_path, earlier_files, save_images
+    from ddim.io.image_files import check_output_path, replaced_files, save_images
     from ddim.io.latent_files import check_latent_settings, load_latents
 
     target = check_output_path(out)
@@ -131,6 +131,7 @@ def decode(
         raise ValueError(f"give one file of latents, got {shown(files[0])} and {shown(files[1])}")
     file = files[0]
     latents, settings = load_latents(file)
+    num_replaced = len(replaced_files(out, len(latents)))
     pipe = load_latents_pipeline(file, settings, name, device, dtype, engine)
     chosen = settings.timesteps
     if sampling != SamplingOptions(None):
@@ -144,7 +145,6 @@ def decode(
     started = time.monotonic()
     images = pipe.decode(latents, timesteps=chosen, batch_size=batch_size).images
     seconds = time.monotonic() - started
-    num_replaced = len(earlier_files(out))
     save_images(images, out, scale=scale)
     summary = f"{pluralize(len(latents), 'image')} in {seconds:.1f} s, {pluralize(len(chosen), 'step')}"
     named = f" of the model {shown(settings.model)}, which {file} names" if name is None else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,9 +86,9 @@ def interpolate(
         ANIMATION_SUFFIXES,
         OUTPUT_SUFFIXES,
         check_output_path,
-        earlier_files,
         enlarge,
         is_folder_path,
+        replaced_files,
         save_animation,
         save_image,
         save_images,
@@ -109,6 +110,9 @@ def interpolate(
         pipe = load_pipeline(name or DEFAULT_MODEL, device, dtype, engine)
     path_timesteps = given.choose_timesteps(pipe, SamplingOptions(steps, spacing))
     given.check(pipe, path_timesteps, grid_shape is not None, force)
+    num_segments = given.count if closed else given.count - 1
+    num_images = num_segments * (frames - 1) + (not closed) if grid_shape is None else math.prod(grid_shape)
+    num_replaced = len(replaced_files(out, num_images))
     images = pipe.interpolate(
         given.encode(pipe, path_timesteps, resize, batch_size),
         frames=frames if grid_shape is None else grid_shape,
@@ -117,7 +121,6 @@ def interpolate(
         as_samples=given.are_seeds,
         batch_size=batch_size,
     ).images
-    num_replaced = len(earlier_files(out))
     suffix = "" if is_folder_path(out) else target.suffix.lower()
     if suffix in ANIMATION_SUFFIXES:
         save_animation([enlarge(image, image, scale) for image in images], out, fps)
@@ -208,6 +211,13 @@ class Points:
         """Whether all points are seeds."""
         return not self.latents and not self.images
 
+    @property
+    def count(self) -> int:
+        """Number of latents, seeds and images in all points."""
+        counts = {name: len(latents) for name, (latents, _) in self.latents.items()}
+        counts |= {name: len(images) for name, images in self.images.items()}
+        return sum(counts.get(name, 1) for name in self.names)
+
     def choose_timesteps(self, pipe: DDIMPipeline, sampling: SamplingOptions) -> list[int]:
         """Return the timesteps of encoding and decoding.
 
@@ -250,13 +260,10 @@ class Points:
             if latents.shape[1:] != pipe.sample_shape:
                 shape = tuple(latents.shape[1:])
                 raise ValueError(f"{name} must hold latents of shape {pipe.sample_shape}, got {shape}")
-        counts = {name: len(latents) for name, (latents, _) in self.latents.items()}
-        counts |= {name: len(images) for name, images in self.images.items()}
-        count = sum(counts.get(name, 1) for name in self.names)
-        if is_grid and count != 4:
-            raise ValueError(f"a grid requires four points, its corners, got {count}")
-        if count < 2:
-            raise ValueError(f"an interpolation requires at least two points, got {count}")
+        if is_grid and self.count != 4:
+            raise ValueError(f"a grid requires four points, its corners, got {self.count}")
+        if self.count < 2:
+            raise ValueError(f"an interpolation requires at least two points, got {self.count}")
 
     def encode(self, pipe: DDIMPipeline, timesteps: list[int], resize: bool, batch_size: int) -> list[Tensor]:
         """Return the latents of all points.

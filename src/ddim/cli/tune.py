@@ -52,6 +52,7 @@ def tune(
 
       ddim sample --model mnist-tuned --steps 10
     """
+    from ddim.io.atomic import is_vacant
     from ddim.io.hub import MODEL_INDEX
     from ddim.io.image_files import check_output_path
     from ddim.io.runs import refuse_run
@@ -65,7 +66,7 @@ def tune(
         raise NotADirectoryError(f"{folder} is a file, not a folder")
     refuse_run(folder)
     is_own = folder.exists() and Path(name).is_dir() and folder.samefile(name)
-    if folder.exists() and any(folder.iterdir()) and not is_own:
+    if not is_vacant(folder) and not is_own:
         if (folder / MODEL_INDEX).exists():
             raise FileExistsError(f"{out} holds a pipeline; give another --out, or give it as the MODEL to add to it")
         raise FileExistsError(f"{out} is not empty; give another --out")

@@ -160,8 +160,9 @@ def _from_rows(rows: datasets.Dataset, name: str, column: str | None, identity: 
     try:
         encoded = rows.select_columns(chosen).cast_column(chosen, datasets.Image(decode=False))
         encoded[0]
-    except Exception as error:  # every reader underneath has its own error types
-        raise ValueError(f"the column {chosen} of {name} holds no images: {first_line(error)}") from None
+    except Exception:  # every reader underneath has its own error types
+        kind = getattr(rows.features[chosen], "dtype", "nested values")
+        raise ValueError(f"the column {chosen} of {name} must hold encoded images, got {kind}") from None
 
     def fetch(indices: Sequence[int]) -> list[Callable[[], Image.Image]]:
         content = encoded[list(indices)][chosen]

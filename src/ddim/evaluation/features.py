@@ -116,12 +116,13 @@ class Scripted(nn.Module):
         super().__init__()
         try:
             self.network = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
+        except (RuntimeError, ValueError):
+            raise ValueError(f"{path} is not a TorchScript file") from None
+        try:
             result = self.network(torch.zeros(2, *shape, dtype=torch.uint8))
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1]
-            raise ValueError(
-                f"{path} is not a TorchScript file that takes uint8 (N, {', '.join(map(str, shape))}): {reason}"
-            ) from None
+            raise ValueError(f"{path} must take uint8 (N, {', '.join(map(str, shape))}): {reason}") from None
         if not isinstance(result, Tensor) or result.ndim != 2 or len(result) != 2:
             raise ValueError(f"{path} must map uint8 (N, C, H, W) to (N, D)")
         self.num_features = result.shape[1]

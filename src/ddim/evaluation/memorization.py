@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 64 << 20
 """Memory of each of the float64 matrices of a block: of vectors, of training images, and of their distances."""
+MIN_DISTANCES = 100
+"""Fewer have no 1st percentile of their own: one that 1% of them are below."""
 PERCENTILES = (1, 5, 50)
 NUM_PAIRS = 16
 HISTOGRAM_BINS = 50
@@ -162,6 +164,8 @@ def measure_memorization(
     result = Memorization(of_samples, of_others, pixels)
     settings = describe_set("samples", samples, _sha256(samples, pixels))
     settings |= describe_set("reference", training, sha256)
+    if group.is_main and (fewest := min(len(pixels), len(others))) < MIN_DISTANCES:
+        logger.warning("the 1st percentile of %d distances is little more than their minimum", fewest)
     if held_out is None:
         settings |= {"held_out": "drawn from the reference, each compared with all others"}
         settings |= {"held_out_count": len(others), "held_out_sha256": None}

@@ -20,6 +20,8 @@ from ddim.io.locks import LOCK_NAME, OutputLock, try_flock
 
 TEMPORARY_PREFIX = ".writing-"
 """The names of temporary files and folders start with this."""
+TEMPORARY_FOLDERS = f"{TEMPORARY_PREFIX}{'?' * 8}/"
+"""Pattern of the temporary folders of `write_folder`."""
 MAX_STEM_LENGTH = 40
 """Characters of a file's name that its temporary name repeats, which must not become too long for the file system."""
 ABANDONED_SECONDS = 3600
@@ -138,7 +140,7 @@ def write_folder(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file, not a folder")
     with OutputLock(path / LOCK_NAME):
-        for leftover in path.glob(f"{TEMPORARY_PREFIX}{'?' * 8}/"):
+        for leftover in path.glob(TEMPORARY_FOLDERS):
             shutil.rmtree(leftover, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(dir=path, prefix=TEMPORARY_PREFIX))
         try:
@@ -150,6 +152,28 @@ def write_folder(path: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         _flush(path)
+
+
+def is_vacant(path: Path) -> bool:
+    """Return whether a folder holds no output: nothing, or what a killed process left of `write_folder`.
+
+    While files move into a folder, the temporary folder that they come from is beside them.
+
+    Args:
+        path: the folder; may be missing.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Path(folder, "model_index.json").touch()
+        ...     is_complete = not is_vacant(Path(folder))
+        ...     Path(folder, ".writing-abcdefgh").mkdir()
+        ...     is_complete, is_vacant(Path(folder))
+        (True, True)
+    """
+    if not path.is_dir():
+        return not path.exists()
+    outputs = [p for p in path.iterdir() if p.name != LOCK_NAME and not p.name.startswith(TEMPORARY_PREFIX)]
+    return not outputs or any(path.glob(TEMPORARY_FOLDERS))
 
 
 @contextmanager

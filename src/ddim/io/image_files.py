@@ -302,6 +302,36 @@ def earlier_files(path: str | Path) -> list[Path]:
     return sorted(Path(path, name) for name in os.listdir(path) if NUMBERED_FILE.fullmatch(name))  # noqa: PTH208
 
 
+def replaced_files(path: str | Path, count: int) -> list[Path]:
+    """Return the files that an output of `save_images` replaces.
+
+    Args:
+        path: the output path.
+        count: the number of images to be written.
+
+    Returns:
+        As `earlier_files`.
+
+    Raises:
+        FileExistsError: for a folder that `ddim.bulk` wrote, or with files so numbered beyond these images, which would
+            be taken for theirs.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Path(folder, "00002.png").touch()
+        ...     len(replaced_files(folder, count=3)), replaced_files(folder, count=2)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        FileExistsError: ... images numbered beyond the 2 to be written (1, such as 00002.png); delete them, or ...
+    """
+    earlier = earlier_files(path)
+    if is_folder_path(path) and (beyond := sorted(set(earlier) - set(output_files(path, count)))):
+        raise FileExistsError(
+            f"{path} holds images numbered beyond the {count} to be written ({len(beyond)}, such as "
+            f"{beyond[0].name}); delete them, or write to another folder"
+        )
+    return earlier
+
+
 def save_animation(frames: Sequence[Image.Image], path: str | Path, frames_per_second: float = 10) -> Path:
     """Write a looping animation atomically.
 
@@ -361,12 +391,8 @@ def save_images(
         (3, 4, 4, 1)
     """
     target = check_output_path(path)
+    replaced_files(path, len(images))
     if is_folder_path(path):
-        if beyond := sorted(set(earlier_files(target)) - set(output_files(target, len(images)))):
-            raise FileExistsError(
-                f"{target} holds images numbered beyond the {len(images)} to be written ({len(beyond)}, such as "
-                f"{beyond[0].name}); delete them, or write to another folder"
-            )
         with write_folder(target) as folder:
             for image, file in zip(images, output_files(folder, len(images)), strict=True):
                 image.save(file)

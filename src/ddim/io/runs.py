@@ -17,6 +17,7 @@ import os
 import re
 from pathlib import Path
 
+from ddim.io.atomic import is_vacant
 from ddim.validation import shown
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ def check_model_folder(folder: Path, overwrite: bool = False) -> None:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, not a folder")
     refuse_run(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if not is_vacant(folder) and not overwrite:
         raise FileExistsError(
             f"{folder} is not empty; pass overwrite=True to replace a model in it, or write elsewhere"
         )

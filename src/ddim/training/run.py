@@ -31,7 +31,7 @@ from ddim.data.dataset import CachedImageDataset, ImageDataset, open_dataset
 from ddim.data.loader import loader_rate
 from ddim.devices import choose_device
 from ddim.distributed import rank_and_world_size
-from ddim.io.atomic import TEMPORARY_PREFIX, atomic_write
+from ddim.io.atomic import atomic_write, is_vacant
 from ddim.io.config import public_entries
 from ddim.io.image_files import make_grid, save_images
 from ddim.io.images import NonFiniteError
@@ -347,8 +347,7 @@ def _check_run(
     record: dict[str, Any], config: TrainConfig, out: Path, resume: Literal["auto", "never"] | Path
 ) -> dict[str, Any] | None:
     """Compare with the run in `out`, if there is one, and return its record; `None` where nothing is resumed."""
-    # A process that was killed early may have left only a temporary config.yaml.
-    if all(path.name == LOCK_NAME or path.name.startswith(TEMPORARY_PREFIX) for path in out.iterdir()):
+    if is_vacant(out):
         return None
     path = out / "config.yaml"
     if resume == "never":
