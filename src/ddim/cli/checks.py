@@ -40,6 +40,8 @@ NOT_EMPTY = (
     "curve",
     "metric",
     "run",
+    "sigma_rel",
+    "tracker",
     "held_out",
     "pairs",
     "direction",

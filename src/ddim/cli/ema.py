@@ -99,12 +99,12 @@ def ema(
     outputs = curves.check_outputs(curve or [], "curve")
     best = lengths[0]
     if metric is None:
-        averages = RunAverages(Path(run), step)
+        averages = RunAverages(run, step)
     else:
         check_metrics([metric], reference is not None)
         sampling = SamplingOptions.parse(steps, spacing, eta=eta, order=order)
         source = Source(device, engine, split, seed)
-        averages = RunAverages(Path(run), step)
+        averages = RunAverages(run, step)
         reference_set = None if reference is None else source.open(reference, sampling, reference_count, None)
         measured = _search(averages, lengths, metric, source, sampling, count, reference_set, features)
         for path in outputs:

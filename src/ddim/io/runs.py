@@ -190,6 +190,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
         >>> list_checkpoints(Path("missing"))
         []
     """
+    if not os.path.isdir(folder):  # noqa: PTH112 - Path.glob raises for names that no file can have
+        return []
     folders = [path for path in folder.glob("step-*") if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
     return sorted(folders, key=checkpoint_step, reverse=True)
 

@@ -26,7 +26,7 @@ from ddim.io.weights import read_tensors, write_safetensors
 from ddim.pipeline import DDIMPipeline
 from ddim.training.checkpoint import TENSOR_FILES
 from ddim.training.power_average import Profile, combine, decay
-from ddim.validation import choice
+from ddim.validation import choice, shorten
 
 AVERAGES = "averages"
 """Name of a run's folder of snapshots, and of the averages in a checkpoint."""
@@ -78,7 +78,7 @@ class PowerAverages:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages: tensors by `LENGTH/NAME`, without a copy."""
         return {
-            f"{sigma_rel:g}/{name}": tensor
+            f"{sigma_rel}/{name}": tensor
             for sigma_rel, average in self.averages.items()
             for name, tensor in average.items()
         }
@@ -240,8 +240,8 @@ class RunAverages:
         Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models, arXiv 2312.02696, section 3.2.
     """
 
-    def __init__(self, run: Path, step: int | None = None) -> None:
-        self.checkpoint = find_checkpoint(run, step)
+    def __init__(self, run: str | Path, step: int | None = None) -> None:
+        self.checkpoint = find_checkpoint(Path(run), step)
         self.step = checkpoint_step(self.checkpoint)
         if not (self.checkpoint / TENSOR_FILES[AVERAGES]).is_file():
             raise ValueError(
@@ -312,7 +312,7 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
     is_checkpoint = run.parent.name == CHECKPOINTS and run in list_checkpoints(run.parent)
     checkpoints = [run] if is_checkpoint else list_checkpoints(run / CHECKPOINTS)
     if not checkpoints:
-        raise FileNotFoundError(f"{run} is not a training run with checkpoints")
+        raise FileNotFoundError(f"{shorten(str(run))} is not a training run with checkpoints")
     by_step = {checkpoint_step(path): path for path in checkpoints}
     return checkpoints[0] if step is None else by_step[choice("step", step, sorted(by_step))]
 
