@@ -32,6 +32,7 @@ from ddim.training.checkpoint import load_checkpoint
 from ddim.training.config import TrainConfig
 from ddim.training.power_average import Profile, combine, exponent, inner_products
 from ddim.training.run import train
+from digits import digits
 from helpers import file_names, same_tensors, seeded
 
 MakeConfig = Callable[..., TrainConfig]
@@ -257,10 +258,12 @@ def test_damaged_snapshots_and_missing_checkpoints_raise(trained: Path, tmp_path
 
 
 @pytest.fixture(scope="module")
-def commands(trained: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+def commands(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     folder = tmp_path_factory.mktemp("ema")
+    # Larger than the model's images, to which they are fitted.
+    np.savez(folder / "reference.npz", np.kron(digits(20), np.ones((2, 2), np.uint8)))
     shutil.copytree(trained, folder / "run")
-    measured = ["--metric", "precision", "--reference", str(image_folder), "-n", "8", "--steps", "2"]
+    measured = ["--metric", "precision", "--reference", "reference.npz", "-n", "8", "--steps", "2"]
     curve = ["--curve", "c.png", "--curve", "c.json", "--curve", "c.csv", "--curve", "c.md"]
     table = {
         "one": ["ema", "run", "--sigma-rel", "0.08", "--out", "one"],

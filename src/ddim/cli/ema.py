@@ -86,6 +86,7 @@ def ema(
     from ddim.evaluation import curves
     from ddim.evaluation.metrics import check_metrics
     from ddim.io.runs import check_model_folder
+    from ddim.pipeline import DDIMPipeline
     from ddim.training.averages import RunAverages
     from ddim.training.power_average import exponent
 
@@ -105,7 +106,8 @@ def ema(
         sampling = SamplingOptions.parse(steps, spacing, eta=eta, order=order)
         source = Source(device, engine, split, seed)
         averages = RunAverages(run, step)
-        reference_set = None if reference is None else source.open(reference, sampling, reference_count, None)
+        shape = DDIMPipeline.from_pretrained(averages.checkpoint).sample_shape
+        reference_set = None if reference is None else source.open(reference, sampling, reference_count, shape)
         measured = _search(averages, lengths, metric, source, sampling, count, reference_set, features)
         for path in outputs:
             curves.write_curve(measured, Path(path))

@@ -178,16 +178,15 @@ def evaluate(
         sigma_hat=sigma_hat,
         clipped_model_output=clipped_model_output,
     )
-    if every_checkpoint:
-        reference_set = None if reference is None else source.open(reference, sampling, reference_count, None)
-        _evaluate_checkpoints(source, samples, sampling, count, reference_set, features, names, outputs)
-        return
     if not (source.is_model(samples) or (reference is not None and source.is_model(reference))):
         refuse_sampling_options(ctx, "on images of files")
     sample_set = source.open(samples, sampling, count, None)
     reference_set = None
     if reference is not None:
         reference_set = source.open(reference, sampling, reference_count, sample_set.shape)
+    if every_checkpoint:
+        _evaluate_checkpoints(source, samples, sampling, count, reference_set, features, names, outputs)
+        return
     held_out_set = None if held_out is None else source.open(held_out, sampling, None, sample_set.shape)
     distances: Memorization | None = None
     with distributed.init() as group:
