@@ -233,7 +233,7 @@ class RunAverages:
         sigma_rels: lengths that were tracked.
 
     Raises:
-        FileNotFoundError: if there is no such run or checkpoint.
+        FileNotFoundError: if the run or the checkpoint does not exist.
         ValueError: if the run did not track averages, or the checkpoint is damaged.
 
     References:
@@ -301,7 +301,7 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
         Its folder.
 
     Raises:
-        FileNotFoundError: if there is no such run or checkpoint.
+        FileNotFoundError: if the run or the checkpoint does not exist.
         ValueError: if `run` is a checkpoint of another step, or the run has none of this one.
 
     Example:

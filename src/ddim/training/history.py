@@ -30,7 +30,7 @@ def extend_history(
         history: the history so far.
         old: the configuration of the run.
         new: the configuration it resumes with.
-        step: the step resumed from; before the first step there is no history.
+        step: the step resumed from; a run that starts has an empty history.
 
     Returns:
         The new history.

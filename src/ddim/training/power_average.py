@@ -154,7 +154,7 @@ def combine(profiles: Sequence[Profile], target: Profile) -> Combination:
         The coefficients, and how well they meet it.
 
     Raises:
-        ValueError: if there are no profiles.
+        ValueError: if `profiles` is empty.
 
     Example:
         >>> stored = [Profile(step, sigma_rel) for step in range(100, 2001, 100) for sigma_rel in (0.05, 0.10)]
