@@ -107,7 +107,7 @@ def snapshot_interval(step: int, maximum: int) -> int:
         maximum: number of snapshots to keep.
 
     Example:
-        >>> [snapshot_interval(step, 16) for step in (16, 17, 33, 2000)]
+        >>> [snapshot_interval(step, 16) for step in (16, 17, 34, 2000)]
         [1, 2, 4, 128]
     """
     return int(1 << (step // (maximum + 1)).bit_length())

@@ -67,8 +67,8 @@ def describe_changes(old: TrainConfig, new: TrainConfig, step: int) -> list[str]
     Example:
         >>> from ddim.training.config import load_config
         >>> old, new = (load_config("digits", overrides={"optim.lr": lr}) for lr in (0.002, 0.001))
-        >>> describe_changes(old, new, 300)
-        ['optim.lr is 0.001 from step 300 on; it was 0.002']
+        >>> describe_changes(old, new, 300)[0]
+        'optim.lr is 0.001 from step 300 on; it was 0.002'
     """
     changes = changed_entries(old, new)
     lines = [f"{key} is {after} from step {step} on; it was {before}" for key, (before, after) in changes.items()]
