@@ -298,6 +298,7 @@ def test_yaml_round_trip(name: str) -> None:
         ("ema.sigma_rels", 0.05, "valid tuple"),
         ("ema.sigma_rels", [0.05, 0.05], "must differ"),
         ("ema.snapshots", 0, "greater than 0"),
+        ("trackers", ["wandb", "wandb"], "must differ"),
         ("ema.every", 10, "is not an entry"),
         ("samples.every", -1, "greater than or equal to 0"),
         ("samples.count", 0, "greater than 0"),

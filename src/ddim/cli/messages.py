@@ -97,7 +97,7 @@ _QUOTES = "'\""
 _TOKEN = re.compile(
     r"""
       (?<!\w) (?: '[^']*' | "[^"]*" ) (?!\w)                                     # a value that a user gave
-    | (?<![\w./=-]) (?P<name>[a-z][a-z_]*) = (?P<value> '[^']*' | "[^"]*" | [\w.+-]*\w )
+    | (?<![\w./=-]) (?P<name>[a-z][a-z_]*) = (?P<value> '[^']*' | "[^"]*" | [\w.+/-]*\w )
     | (?<![\w./=-]) (?P<identifier>[a-z]+(?:_[a-z]+)+) (?![\w/:-]|\.\w)
     | ^ (?P<subject>[a-z]+) (?=\ (?:must|requires)\ )
     | (?: (?<=\bgive\ ) | (?<=\bpass\ ) | (?<=\brequires\ ) ) (?P<object>(?!at\ )[a-z]+) (?![\w/:-]|\.\w)

@@ -107,7 +107,7 @@ def train(
         "max_steps": max_steps,
         "batch_size": batch_size,
         "checkpoints.every": checkpoint_every,
-        "trackers": None if tracker is None else [] if tracker == "none" else tracker.split(","),
+        "trackers": None if tracker is None else parse_trackers(tracker),
     }
     resolved = load_config(preset, None if config is None else Path(config), settings or (), overrides)
     if any(resolved.model.get(name) is not None for name in ("class_embed_type", "num_class_embeds")):
@@ -132,6 +132,19 @@ def train(
         )
         print(f"published: {address}", file=sys.stderr)
     print(final)
+
+
+def parse_trackers(text: str) -> list[str]:
+    """Parse the value of `--tracker`.
+
+    Args:
+        text: names separated by commas, or `none`.
+
+    Example:
+        >>> parse_trackers("wandb, mlflow"), parse_trackers("none")
+        (['wandb', 'mlflow'], [])
+    """
+    return [] if text == "none" else [name.strip() for name in text.split(",")]
 
 
 def _cost_table(costs: RunCosts) -> str:

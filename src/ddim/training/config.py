@@ -385,8 +385,9 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
     if config.init is None:
         check_scheduler(config.scheduler)
     ema = config.ema
-    if len(set(ema.sigma_rels)) < len(ema.sigma_rels):
-        raise _invalid("ema.sigma_rels", f"must differ from each other, got {shown(list(ema.sigma_rels))}")
+    for entry, values in (("ema.sigma_rels", ema.sigma_rels), ("trackers", config.trackers)):
+        if len(set(values)) < len(values):
+            raise _invalid(entry, f"must differ from each other, got {shown(list(values))}")
     if ema.sigma_rel is not None and ema.model_copy(update={"decay": 0.9999, "warmup": True}) != ema:
         raise _invalid("ema.decay", "has no effect beside ema.sigma_rel; leave ema.decay and ema.warmup out")
     if optim.decay_steps is not None and optim.decay == "constant":
