@@ -557,7 +557,8 @@ def test_non_finite_loss_stops_before_saving(
     steps: list[int] = []
     message = (
         rf"{named}.* is not finite in step 6 at learning rate 0\.002; "
-        r"last checkpoint: \S*/checkpoints/step-00000005; start again in another folder with a lower optim\.lr$"
+        r"last checkpoint: \S*/checkpoints/step-00000005; "
+        r"delete \S*/checkpoints and start the run again with a lower optim\.lr$"
     )
     with pytest.raises(TrainingStopped, match=message):
         trainer.train(lambda progress: steps.append(progress.step))

@@ -43,6 +43,7 @@ def edit(
         typer.Option("--count", "-n", help="Number of edits of a single image; several images have one edit each."),
     ] = None,
     model: options.ModelOption = None,
+    weights: options.Weights = None,
     steps: options.Steps = 50,
     eta: options.Eta = 0.0,
     spacing: options.Spacing = None,
@@ -75,7 +76,7 @@ def edit(
 
     target = check_output_path(out)
     sampling = SamplingOptions.parse(steps, spacing, timesteps, eta=eta, order=order)
-    name, paths = split_model(images, model)
+    name, paths = split_model(images, model, weights)
     originals = read_images(paths)
     if count is not None and len(originals) > 1:
         raise ValueError(f"--count requires a single image, got {len(originals)}")

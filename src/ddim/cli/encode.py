@@ -31,6 +31,7 @@ def encode(
         str, typer.Option("--out", "-o", help="File of latents to write: x.npz or x.safetensors.")
     ] = "codes.npz",
     model: options.ModelOption = None,
+    weights: options.Weights = None,
     steps: options.Steps = 50,
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
@@ -59,7 +60,7 @@ def encode(
 
     target = check_output_path(out, LATENT_SUFFIXES, folder_allowed=False)
     sampling = SamplingOptions.parse(steps, spacing, timesteps)
-    name, paths = split_model(images, model)
+    name, paths = split_model(images, model, weights)
     originals = read_images(paths)
     pipe = load_pipeline(name or DEFAULT_MODEL, device, dtype, engine)
     started = time.monotonic()
@@ -110,6 +111,7 @@ def decode(
     ] = None,
     strength: Annotated[float, typer.Option(help="Multiple of the --direction that is added.")] = 1.0,
     model: options.ModelOption = None,
+    weights: options.Weights = None,
     steps: Annotated[
         int | None, typer.Option(help="Number of function evaluations per image; defaults to that of the latents.")
     ] = None,
@@ -141,7 +143,7 @@ def decode(
 
     target = check_output_path(out)
     sampling = SamplingOptions.parse(steps, spacing, timesteps)
-    name, files = split_model(codes, model)
+    name, files = split_model(codes, model, weights)
     if len(files) > 1:
         raise ValueError(f"give one file of latents, got {shown(files[0])} and {shown(files[1])}")
     file = files[0]

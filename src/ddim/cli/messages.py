@@ -38,7 +38,7 @@ WORDS = {
     name: f"--{name}"
     for name in (
         *("eta", "order", "timesteps", "seed", "count", "tolerance", "strength", "frames", "grid", "fps", "at"),
-        *("out", "plot", "model", "reference", "data", "split", "metrics", "features", "layout", "resume"),
+        *("out", "plot", "model", "weights", "reference", "data", "split", "metrics", "features", "layout", "resume"),
         *("device", "dtype", "engine", "host", "port", "guide"),
     )
 } | {"seeds": "--seed"}
@@ -79,6 +79,8 @@ BY_COMMAND: dict[str, dict[str, str]] = {
         "use_ema=False": "--raw",
         "ema=False": "--raw",
     },
+    "ema": {"sigma_rel": "--sigma-rel", "metrics": "--metric", "step": "--step", "curve": "--curve"},
+    "export": {"step": "--step"},
     "train": {
         "source": "--data",
         "settings": "--set",
@@ -99,7 +101,7 @@ _QUOTES = "'\""
 _TOKEN = re.compile(
     r"""
       (?<!\w) (?: '[^']*' | "[^"]*" ) (?!\w)                                     # a value that a user gave
-    | (?<![\w./=-]) (?P<name>[a-z][a-z_]*) = (?P<value> '[^']*' | "[^"]*" | [\w.+-]*\w )
+    | (?<![\w./=-]) (?P<name>[a-z][a-z_]*) = (?P<value> '[^']*' | "[^"]*" | [\w.+/-]*\w )
     | (?<![\w./=-]) (?P<identifier>[a-z]+(?:_[a-z]+)+) (?![\w/:-]|\.\w)
     | ^ (?P<subject>[a-z]+) (?=\ (?:must|requires)\ )
     | (?: (?<=\bgive\ ) | (?<=\bpass\ ) | (?<=\brequires\ ) ) (?P<object>(?!at\ )[a-z]+) (?![\w/:-]|\.\w)

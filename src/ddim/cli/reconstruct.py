@@ -28,6 +28,7 @@ def reconstruct(
         str, typer.Option("--out", "-o", help="PNG to write: the images above their reconstructions.")
     ] = "reconstructed.png",
     model: options.ModelOption = None,
+    weights: options.Weights = None,
     steps: options.Steps = 50,
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
@@ -56,7 +57,7 @@ def reconstruct(
 
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     sampling = SamplingOptions.parse(steps, spacing, timesteps)
-    name, paths = split_model(images, model)
+    name, paths = split_model(images, model, weights)
     originals = read_images(paths)
     pipe = load_pipeline(name or DEFAULT_MODEL, device, dtype, engine)
     result = pipe.reconstruct(

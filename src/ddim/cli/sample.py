@@ -24,6 +24,7 @@ AUTO_TOLERANCE = 0.001
 def sample(
     model: options.ModelArgument = None,
     model_option: options.ModelOption = None,
+    weights: options.Weights = None,
     out: Annotated[
         str,
         typer.Option(
@@ -107,7 +108,7 @@ def sample(
     if sampling.steps is not None and tolerance is not None:
         raise ValueError(f"--tolerance requires --steps auto, got --steps {steps}")
     rank, world_size = rank_and_world_size()
-    pipe = load_pipeline(choose_model(model, model_option, DEFAULT_MODEL), local_device(device), dtype, engine)
+    pipe = load_pipeline(choose_model(model, model_option, DEFAULT_MODEL, weights), local_device(device), dtype, engine)
     num_labels = conditions.num_labels(pipe)
     if count is None:
         count = 16 if num_labels == 1 else 8 * num_labels

@@ -20,7 +20,6 @@ REQUIRED_MODULES = (
     "psutil",
     "pydantic",
     "sklearn",
-    "tensorboard",
     "torchmetrics",
     "yaml",
 )
@@ -69,6 +68,13 @@ def train(
         bool | None,
         typer.Option(
             "--compile/--no-compile", help="Compile the network by torch.compile, which takes minutes; for GPUs."
+        ),
+    ] = None,
+    tracker: Annotated[
+        str | None,
+        typer.Option(
+            help="Where metrics and samples are logged as well: tensorboard, wandb and mlflow, separated by commas, or "
+            "none; defaults to tensorboard."
         ),
     ] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
@@ -144,6 +150,7 @@ def train(
         "gradient_checkpointing": gradient_checkpointing,
         "compile": compile_network,
         "checkpoints.every": checkpoint_every,
+        "trackers": None if tracker is None else parse_trackers(tracker),
     }
     parts: Any = (None if config is None else Path(config), settings or (), overrides)
     tree = merge_config(preset, *parts)
@@ -190,3 +197,16 @@ def train(
         )
         print(f"published: {address}", file=sys.stderr)
     print(final)
+
+
+def parse_trackers(text: str) -> list[str]:
+    """Parse the value of `--tracker`.
+
+    Args:
+        text: names separated by commas, or `none`.
+
+    Example:
+        >>> parse_trackers("wandb, mlflow"), parse_trackers("none")
+        (['wandb', 'mlflow'], [])
+    """
+    return [] if text == "none" else [name.strip() for name in text.split(",")]

@@ -34,6 +34,7 @@ def trajectory(
         ),
     ] = "trajectory.png",
     model_option: options.ModelOption = None,
+    weights: options.Weights = None,
     count: options.Count = 4,
     seed: options.Seed = 0,
     steps: options.Steps = 50,
@@ -74,7 +75,7 @@ def trajectory(
     sampling = SamplingOptions.parse(steps, spacing, timesteps, eta=eta, order=order)
     frame_timesteps = None if at is None else parse_integers(at, "--at")
     integer("--count", count, 1)
-    pipe = load_pipeline(choose_model(model, model_option, DEFAULT_MODEL), device, dtype, engine)
+    pipe = load_pipeline(choose_model(model, model_option, DEFAULT_MODEL, weights), device, dtype, engine)
     result = pipe.trajectory(
         count,
         steps,
@@ -109,6 +110,7 @@ def consistency(
         str, typer.Option("--out", "-o", help="PNG to write: one row per number of steps, one column per seed.")
     ] = "consistency.png",
     model_option: options.ModelOption = None,
+    weights: options.Weights = None,
     count: options.Count = 8,
     seed: options.Seed = 0,
     steps: Annotated[str, typer.Option(help="Numbers of steps, separated by commas.")] = "10,20,50,100",
@@ -134,7 +136,8 @@ def consistency(
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     integer("--count", count, 1)
     numbers_of_steps = parse_integers(steps, "--steps", "10,20,50")
-    pipe = with_spacing(load_pipeline(choose_model(model, model_option, DEFAULT_MODEL), device, dtype, engine), spacing)
+    name = choose_model(model, model_option, DEFAULT_MODEL, weights)
+    pipe = with_spacing(load_pipeline(name, device, dtype, engine), spacing)
     seeds = check_seeds(range(seed, seed + count), count)
     latents = noise_from_seeds((count, *pipe.sample_shape), seeds, pipe.device)()
     rows = [

@@ -101,8 +101,9 @@ def _from_files(files: list[Path], folder: Path) -> Source:
 
     folders = len({file.parent for file in files})
     labels = f"{folders} folders" if folders > 1 else None
-    describe: Callable[[int], str] = lambda index: str(files[index])
-    return Source(str(folder), len(files), fetch, _stamp(files), describe=describe, labels=labels)
+    return Source(
+        str(folder), len(files), fetch, _stamp(files), describe=lambda index: str(files[index]), labels=labels
+    )
 
 
 def _from_tables(files: list[str], name: str, column: str | None) -> Source:

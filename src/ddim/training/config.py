@@ -23,6 +23,7 @@ from ddim.data.config import DataConfig, Section
 from ddim.io.array_files import MAX_CHANNELS
 from ddim.io.images import height_and_width
 from ddim.scheduler import DDIMScheduler
+from ddim.training.power_average import MAX_SIGMA_REL, MIN_SIGMA_REL
 from ddim.unet import UNet2DModel
 from ddim.validation import as_integer, choice, find_nearest, nearest, shorten, shown
 
@@ -41,6 +42,7 @@ LENGTHS = ("max_steps", "epochs")
 """The entries that say how long a run is; it has one of them."""
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Length = Annotated[float, Field(ge=MIN_SIGMA_REL, le=MAX_SIGMA_REL)]
 
 
 class ObjectiveConfig(Section):
@@ -94,11 +96,16 @@ class OptimConfig(Section):
 
 
 class EmaConfig(Section):
-    """The exponential moving average of the weights, which is sampled from and which a run results in.
+    """Moving averages of the weights: the one that is sampled from and that a run results in, and those for `ddim ema`.
 
     Attributes:
-        decay: decay rate per step.
+        decay: decay rate per step of the exponential average that is sampled from.
         warmup: use at most (1 + n) / (10 + n) as the decay after n steps, so that the first weights fade quickly.
+        sigma_rel: sample from a power-function average of this length instead (`ddim.training.power_average`): its
+            standard deviation relative to the number of steps.
+        sigma_rels: lengths of the power-function averages that are tracked beside it, from which `ddim ema`
+            reconstructs any other after training; empty for none. Each takes 4 bytes of memory per parameter.
+        snapshots: largest number of their snapshots; each takes 2 bytes on the disk per parameter and length.
 
     Example:
         >>> EmaConfig().decay
@@ -107,6 +114,9 @@ class EmaConfig(Section):
 
     decay: float = Field(default=0.9999, ge=0, lt=1)
     warmup: bool = True
+    sigma_rel: Length | None = None
+    sigma_rels: tuple[Length, ...] = (0.05, 0.10)
+    snapshots: PositiveInt = 16
 
 
 class SampleConfig(Section):
@@ -191,6 +201,7 @@ class TrainConfig(Section):
         gradient_checkpointing: save memory by computing residual blocks twice.
         compile: compile the network by `torch.compile`, which takes minutes and is meant for GPUs.
         log_every: steps between lines of the metrics.
+        trackers: where metrics and samples are logged as well: `tensorboard`, `wandb`, `mlflow`.
 
     Example:
         >>> config = TrainConfig(data=DataConfig(source="digits"), model={"sample_size": 8})
@@ -217,6 +228,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     compile: bool = False
     log_every: PositiveInt = 50
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
 
 
 SECTION_EXAMPLES = {"model": "sample_size", "scheduler": "prediction_type"}
@@ -258,14 +270,19 @@ RESUME_MAY_CHANGE = (
     "checkpoints",
     "max_steps",
     "optim.lr",
+    "optim.decay",
+    "optim.decay_steps",
+    "ema.snapshots",
+    "trackers",
     "gradient_checkpointing",
     "compile",
 )
 """Entries that may differ when a run resumes: none of them changes, beyond rounding, what an earlier step has computed.
 
 Of the scheduler these are the entries that sampling alone uses. The content of the data is compared, not its location.
-`max_steps` must stay where the learning rate decays towards it. `optim.lr` is the exception: a run that has diverged
-can resume with a lower one.
+The learning rate is a function of the step, `max_steps` and three entries of `optim`: where these change, it is from
+the next step on that of a run which had the new values from its start. The record of the run says where
+(`ddim.training.history`).
 """
 
 
@@ -475,6 +492,12 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
         check_augmentation(config.data, config.model)
     if config.init is None:
         check_scheduler(config.scheduler)
+    ema = config.ema
+    for entry, values in (("ema.sigma_rels", ema.sigma_rels), ("trackers", config.trackers)):
+        if len(set(values)) < len(values):
+            raise _invalid(entry, f"must differ from each other, got {shown(list(values))}")
+    if ema.sigma_rel is not None and ema.model_copy(update={"decay": 0.9999, "warmup": True}) != ema:
+        raise _invalid("ema.decay", "has no effect beside ema.sigma_rel; leave ema.decay and ema.warmup out")
     if optim.decay_steps is not None and optim.decay == "constant":
         raise _invalid("optim.decay_steps", "requires optim.decay to be linear or cosine, got constant")
     return config
@@ -639,14 +662,50 @@ def incompatible_changes(old: TrainConfig, new: TrainConfig) -> list[str]:
         >>> incompatible_changes(old, old.model_copy(update={"seed": 1, "compile": True}))
         ['seed: expected 0, got 1']
     """
-    old_values, new_values = dict(_leaves(old.model_dump())), dict(_leaves(new.model_dump()))
-    free = [key for key in RESUME_MAY_CHANGE if key != "max_steps" or old.optim.decay == "constant"]
     return [
-        f"{key}: expected {old_values.get(key)}, got {new_values.get(key)}"
-        for key in sorted(old_values.keys() | new_values.keys())
-        if old_values.get(key) != new_values.get(key)
-        and not any(key == entry or key.startswith(f"{entry}.") for entry in free)
+        f"{key}: expected {old_value}, got {new_value}"
+        for key, (old_value, new_value) in sorted(changed_entries(old, new).items())
+        if not any(key == entry or key.startswith(f"{entry}.") for entry in RESUME_MAY_CHANGE)
     ]
+
+
+def changed_entries(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Compare two configurations.
+
+    Args:
+        old: a configuration.
+        new: another one.
+
+    Returns:
+        The old and the new value of each entry that differs, by its dotted key; `None` where an argument is missing.
+
+    Example:
+        >>> old = load_config("digits")
+        >>> changed_entries(old, old.model_copy(update={"seed": 1}))
+        {'seed': (0, 1)}
+    """
+    old_values, new_values = flat_entries(old), flat_entries(new)
+    return {
+        key: (old_values.get(key), new_values.get(key))
+        for key in old_values | new_values
+        if old_values.get(key) != new_values.get(key)
+    }
+
+
+def flat_entries(config: TrainConfig) -> dict[str, Any]:
+    """Return all entries of a configuration.
+
+    Args:
+        config: the configuration.
+
+    Returns:
+        Values as JSON holds them, by dotted key.
+
+    Example:
+        >>> flat_entries(load_config("digits"))["data.source"]
+        'digits'
+    """
+    return dict(_leaves(config.model_dump(mode="json")))
 
 
 def _check_section(section: str, constructor: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
@@ -734,8 +793,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            # A tuple becomes a list when it is written to YAML and read back.
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+            yield f"{prefix}{key}", value
 
 
 def _parse_yaml(text: str) -> Any:

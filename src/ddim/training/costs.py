@@ -60,7 +60,8 @@ class RunCosts(NamedTuple):
     Attributes:
         images: number of images that are trained on.
         parameters: number of parameters of the network.
-        state_mib: MiB per process for weights, their average, gradients and AdamW's two moments.
+        state_mib: MiB for weights, their averages, gradients and AdamW's two moments; per process, but for the averages
+            that `ddim ema` combines, which the main process alone has.
         peak_mib: memory of a process during a step, in MiB: measured on a GPU, computed from the feature maps on a CPU.
         gflop_per_step: 10^9 operations per step; multiply and add count as two, the backward pass as two forward
             passes.
@@ -154,7 +155,7 @@ def estimate_costs(config: TrainConfig, device: str | torch.device = "auto") -> 
     return RunCosts(
         images=count - config.data.holdout,
         parameters=network.num_parameters(),
-        state_mib=STATE_COPIES * 4 * network.num_parameters() / 2**20,
+        state_mib=(STATE_COPIES + len(config.ema.sigma_rels)) * 4 * network.num_parameters() / 2**20,
         peak_mib=peak_mib,
         gflop_per_step=config.batch_size * flop_per_image / 1e9,
         seconds_per_step=seconds_per_step,

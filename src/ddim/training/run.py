@@ -1,12 +1,13 @@
 """A whole training run, from data to a pipeline folder.
 
-RUN/config.yaml       the configuration, the data's fingerprint and the versions of packages
+RUN/config.yaml       the configuration and its history, the data's fingerprint and the versions of packages
 RUN/data.png          the images of the first step, as the network gets them
 RUN/metrics.jsonl     what the run computed, see `ddim.training.metrics_logger`
-RUN/tensorboard/      the same and more, for TensorBoard
+RUN/tensorboard/      the same and more, for TensorBoard; see `ddim.training.trackers`
 RUN/loss.png          the losses as a curve
 RUN/samples/          a grid of samples every so many steps, always from the same seeds
 RUN/checkpoints/      what resuming requires, each a pipeline folder too, with the averaged and the raw weights
+RUN/averages/         snapshots from which averages of other lengths are combined, see `ddim.training.averages`
 RUN/final/            the result: a pipeline folder for `ddim` and `diffusers`, with the averaged weights and a card
 """
 
@@ -36,14 +37,14 @@ from ddim.distributed import rank_and_world_size
 from ddim.io.atomic import atomic_write, is_vacant
 from ddim.io.config import public_entries
 from ddim.io.false_color import preview
-from ddim.io.hub import MODEL_INDEX
 from ddim.io.image_files import make_grid, save_images
 from ddim.io.images import to_values
 from ddim.io.locks import LOCK_NAME, OutputLock
 from ddim.io.pixel_format import NonFiniteError
-from ddim.io.runs import CHECKPOINTS, FINAL
+from ddim.io.runs import CHECKPOINTS, FINAL, list_checkpoints
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
+from ddim.training.averages import AVERAGES, remove_snapshots_after, take_over_snapshots
 from ddim.training.card import model_card
 from ddim.training.checkpoint import Checkpoint, load_checkpoint, load_newest, remove_partial
 from ddim.training.config import (
@@ -52,14 +53,17 @@ from ddim.training.config import (
     check_augmentation,
     check_model,
     check_scheduler,
+    flat_entries,
     incompatible_changes,
     validate,
 )
 from ddim.training.evaluate import evaluate
+from ddim.training.history import describe_changes, extend_history, format_history
 from ddim.training.machine import is_emulated
 from ddim.training.metrics_logger import MetricsLogger, plot_loss
 from ddim.training.optim import learning_rate
 from ddim.training.progress import Progress
+from ddim.training.trackers import check_trackers
 from ddim.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -98,9 +102,11 @@ def train(
         ValueError: if the data, the run in `out`, or the checkpoint does not fit the configuration.
         FileExistsError: if `out` is not empty and `resume` is `never`, or it is not a run.
         RuntimeError: if another process writes to `out`.
+        ImportError: if the package of a tracker is not installed.
         TrainingStopped: on a signal, or a non-finite loss or gradient.
     """
     # Check everything before anything is written.
+    check_trackers(config.trackers)
     config = complete_config(config)
     accelerator, local_device = start_processes(device)
     if is_emulated(config.precision, local_device):
@@ -113,11 +119,13 @@ def train(
     with OutputLock(out / LOCK_NAME) if is_main else contextlib.nullcontext():
         loaded: list[Checkpoint | None] = [None]
         if is_main:
-            _check_run(record, config, out, resume)
+            old_record = _check_run(record, config, out, resume)
             loaded = [load_checkpoint(resume) if isinstance(resume, Path) else load_newest(out / CHECKPOINTS)]
             step = 0 if loaded[0] is None else loaded[0].step
             if isinstance(resume, Path) and step > config.max_steps:
                 raise ValueError(f"max_steps must be at least the step resumed from, {step}, got {config.max_steps}")
+            if old_record is not None:
+                _continue_record(record, old_record, config, step)
         trainer = Trainer(config, dataset, out, local_device, accelerator)
         _check_sampling(trainer)
         (checkpoint,) = broadcast_object_list(loaded)
@@ -129,6 +137,9 @@ def train(
             accelerator.wait_for_everyone()
             return out / FINAL
         remove_partial(out / CHECKPOINTS)
+        remove_snapshots_after(out / AVERAGES, trainer.step)
+        if isinstance(resume, Path):
+            take_over_snapshots(resume, out / AVERAGES)
         with atomic_write(out / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(record, sort_keys=False))
         _write_data(trainer, out / DATA_GRID)
@@ -324,7 +335,8 @@ def _train_and_log(trainer: Trainer, out: Path, max_minutes: float | None) -> No
         "%s: %d images, %d x %d x %d, in %s; the loader delivers %.0f images/s",
         *(config.data.source, N, C, H, W, trainer.dataset.location, loader_rate(trainer.batches)),
     )
-    metrics_logger = MetricsLogger(out, trainer.step, config.log_every, trainer.device)
+    entries = flat_entries(config)
+    metrics_logger = MetricsLogger(out, trainer.step, config.log_every, trainer.device, config.trackers, entries)
 
     def after_step(progress: Progress) -> None:
         step = progress.step
@@ -332,7 +344,8 @@ def _train_and_log(trainer: Trainer, out: Path, max_minutes: float | None) -> No
         evaluates = config.evaluate.every and step % config.evaluate.every == 0
         try:
             if config.samples.every and step % config.samples.every == 0:
-                metrics_logger.log_image(step, _write_samples(trainer, out / "samples" / f"step-{step:08d}.png"))
+                file = out / "samples" / f"step-{step:08d}.png"
+                metrics_logger.log_image(step, _write_samples(trainer, file), file)
             if evaluates and (values := evaluate(trainer, _make_pipeline(trainer))):
                 metrics_logger.log(step, values)
         except NonFiniteError as error:
@@ -444,26 +457,41 @@ def holds_run(out: Path, resume: Literal["auto", "never"] | Path = "auto") -> bo
     return True
 
 
-def _check_run(record: dict[str, Any], config: TrainConfig, out: Path, resume: Literal["auto", "never"] | Path) -> None:
-    """Compare with the run in `out`, if there is one."""
+def _check_run(
+    record: dict[str, Any], config: TrainConfig, out: Path, resume: Literal["auto", "never"] | Path
+) -> dict[str, Any] | None:
+    """Compare with the run in `out`, if there is one, and return its record; `None` where nothing is resumed."""
     if not holds_run(out, resume):
-        return
+        return None
     path = out / "config.yaml"
     try:
         old = yaml.safe_load(path.read_text())
-        old_config = validate(old["config"])
-        changes = incompatible_changes(old_config, config)
+        changes = incompatible_changes(validate(old["config"]), config)
+        format_history(old.get("history", ()))
         if not _is_same_data(old["data"], record["data"]):
             changes.append(f"data: expected {_describe(old['data'])}, got {_describe(record['data'])}")
     except (yaml.YAMLError, ValueError, KeyError, TypeError):
         raise FileExistsError(f"{path} is not the record of a run; use another folder") from None
+    if not list_checkpoints(out / CHECKPOINTS) and not (out / FINAL).exists():
+        # Nothing that was computed is kept: the run starts again, with whatever configuration.
+        return None
     if changes:
-        advice = "resume it with its own, or use another folder"
-        if any(change.startswith("max_steps:") for change in changes) and (out / FINAL / MODEL_INDEX).is_file():
-            advice += f"; to train on from its result, use another folder and init={out / 'final'}"
-        raise ValueError(f"the run in {out} has another configuration ({'; '.join(changes)}); {advice}")
-    if old_config.optim.lr != config.optim.lr:
-        logger.info("optim.lr is %g from here on; it was %g", config.optim.lr, old_config.optim.lr)
+        raise ValueError(
+            f"the run in {out} has another configuration ({'; '.join(changes)}); resume it with its own, or use "
+            "another folder"
+        )
+    return dict(old)
+
+
+def _continue_record(record: dict[str, Any], old: dict[str, Any], config: TrainConfig, step: int) -> None:
+    """Add to a run's record what changes when it resumes, and log it."""
+    old_config = validate(old["config"])
+    for line in describe_changes(old_config, config, step):
+        logger.info("%s", line)
+    if step >= config.max_steps:
+        logger.info("the run is complete at step %d of %d; a larger max_steps trains on", step, config.max_steps)
+    if history := extend_history(old.get("history", ()), old_config, config, step):
+        record["history"] = history
 
 
 def _is_same_data(old: dict[str, Any], new: dict[str, Any]) -> bool:
