@@ -299,7 +299,7 @@ def test_yaml_round_trip(name: str) -> None:
         ("ema.decay", -0.1, "greater than or equal to 0"),
         ("ema.decay", float("nan"), "less than 1|greater than or equal to 0"),
         ("ema.sigma_rel", 0.3, "less than or equal to 0.28"),
-        ("ema.sigma_rels", 0.05, "valid tuple"),
+        ("ema.sigma_rels", 0.05, "a list of numbers such as"),
         ("ema.sigma_rels", [0.05, 0.05], "must differ"),
         ("ema.snapshots", 0, "greater than 0"),
         ("trackers", ["wandb", "wandb"], "must differ"),
