@@ -112,6 +112,20 @@ def test_killed_run_equals_uninterrupted_run(folder: Path, run: Path) -> None:
         assert (run / "final" / name).read_bytes() == (other / "final" / name).read_bytes()
 
 
+def test_runs_do_not_resume_on_other_values(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for index in range(4):
+        values = np.random.default_rng(index).integers(0, 65536, (8, 8), np.uint16)
+        Image.fromarray(values).save(tmp_path / "images" / f"{index}.png")
+    model = NETWORK | {"sample_size": 8, "in_channels": 1, "out_channels": 1}
+    entries = CELLS | {"model": model, "max_steps": 1, "samples": CELLS["samples"] | {"every": 0, "count": 1}}
+    data = {"source": str(tmp_path / "images"), "cache": "none"}
+    train(validate(entries | {"data": data}), tmp_path / "run", "cpu")
+    message = r"data: expected 4 images \(uint16, SHA-256 .*\), got 4 images \(SHA-256 "
+    with pytest.raises(ValueError, match=message):
+        train(validate(entries | {"data": data | {"dtype": "uint8"}}), tmp_path / "run", "cpu")
+
+
 def test_ranges_of_the_data_are_recorded(run: Path, pipe: DDIMPipeline) -> None:
     values = cells(12)
     # Fitted to the larger size that is cropped from, within the range of each image.
