@@ -17,6 +17,7 @@ from PIL import Image
 from ddim import DDIMPipeline
 from ddim.data.config import DataConfig
 from ddim.data.dataset import open_dataset
+from ddim.evaluation.image_sets import open_files
 from ddim.io.array_files import read_pixels
 from ddim.io.images import fit_image
 from ddim.io.pixel_format import PixelFormat
@@ -209,6 +210,10 @@ def test_images_are_inverted_exactly(folder: Path, pipe: DDIMPipeline) -> None:
 def test_images_are_evaluated_by_their_pixels(folder: Path, run: Path) -> None:
     options = ["evaluate", "run", "--reference", "cells", "-n", "6", "--steps", "2"]
     ddim(folder, *options, "--features", "pixels", "--metrics", "kid,precision", "--out", "score.json")
+    ddim(folder, "sample", "--model", "run", "-n", "4", "--steps", "2", "--out", "y.tar")
+    shards, arrays = open_files(str(folder / "y.tar")), open_files(str(folder / "cells"), 4, (5, 40, 64))
+    assert (shards.shape, shards.pixel_format.dtype) == (arrays.shape, "uint16") == ((5, 40, 64), "uint16")
+    assert float(next(shards.batches()).min()) == 0
     assert json.loads((folder / "score.json").read_text())["settings"]["image_shape"] == [5, 40, 64]
     done = run_cli(*options, "--features", "mnist", env=environment(folder), cwd=folder)
     assert done.stderr.splitlines()[-1].endswith(
