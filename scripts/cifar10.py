@@ -66,7 +66,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     overrides = {"data.source": options.data, "init": options.init}
-    config = load_config("cifar10-small", settings=options.set, overrides=overrides)
+    is_gpu = choose_device(options.device).type == "cuda"
+    settings = [f"compile={str(is_gpu).lower()}", *options.set]
+    config = load_config("cifar10-small", settings=settings, overrides=overrides)
     final = train(config, options.out, options.device, max_minutes=options.minutes)
 
     export = options.out / "export"

@@ -167,9 +167,9 @@ def reduced(command: str, given: dict[str, Any]) -> dict[str, Any]:
         small = [f"model.block_out_channels={[min(width, 32) for width in channels]}", "model.attention_head_dim=8"]
         samples = ["samples.count=2", "samples.num_inference_steps=2", "checkpoints.every=2"]
         settings = given["settings"] or ()
-        if any(setting.startswith("init=") for setting in settings):
+        if given["init"] or any(setting.startswith("init=") for setting in settings):
             small = []  # the network is that of the model it starts from
-        options |= {"max_steps": 2, "batch_size": 8, "settings": [*settings, *small, *samples]}
+        options |= {"max_steps": 2, "epochs": None, "batch_size": 8, "settings": [*settings, *small, *samples]}
     return options
 
 
@@ -178,8 +178,8 @@ def bring_files(folder: Path, text: str) -> None:
     for name in ("mnist", "docs/images", "src/ddim/models", "runs"):
         (folder / name).mkdir(parents=True)
     large = np.kron(digits(40), np.ones((4, 4), np.uint8))[:, 2:30, 2:30]
-    for name in ("digits", "images", "photos"):
-        write_digits(folder / name, 40 if name == "images" else 3)
+    for name, count in {"digits": 3, "images": 40, "photos": 3, "pics": 40}.items():
+        write_digits(folder / name, count)
     for index, pixels in enumerate(large[:2]):
         save(pixels, folder / "digits" / f"{index:04d}.png")
         save(pixels, folder / ("one.png" if index else "digit.png"))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddim.diffusion.guidance import Conditions
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.sampler import ProgressBar, Sampler
 
@@ -73,6 +74,7 @@ def run_scheduler(
     is_noise: bool = True,
     on_step_end: OnStepEnd | None = None,
     progress_bar: ProgressBar | None = None,
+    conditions: Conditions | None = None,
 ) -> Tensor:
     """Sample by `set_timesteps` and `step` of a sampler's scheduler, without gradients.
 
@@ -84,6 +86,7 @@ def run_scheduler(
         is_noise: whether `x` is noise, which is scaled by the scheduler's `init_noise_sigma`.
         on_step_end: called after each step.
         progress_bar: opens the bar; `None` for the sampler's own.
+        conditions: of the samples, as `Sampler.conditions` returns them.
 
     Returns:
         x after the last step, (N, C, H, W).
@@ -109,7 +112,7 @@ def run_scheduler(
         raise ValueError(f"{name} requires the methods of DDIMScheduler, got a {type(scheduler).__name__} of its own")
     settings = arguments.accepted_by(scheduler)
     timesteps = _set_timesteps(scheduler, config, sampler.device)
-    denoiser = sampler.denoiser([])
+    denoiser = sampler.denoiser([], conditions=conditions)
     scale = _no_scale
     # A scheduler whose step takes eta is of DDIM's kind, and sampled as the DDIMPipeline of diffusers does. That one
     # cannot run others, which may keep samples on another scale.

@@ -26,17 +26,19 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from ddim.diffusion.equations import Step
-from ddim.diffusion.interpolation import slerp_grid, slerp_path
+from ddim.diffusion.guidance import Conditions, take_rows
+from ddim.diffusion.interpolation import grid_weights, path_weights, slerp_grid, slerp_path
 from ddim.diffusion.inversion import Inversion
 from ddim.diffusion.loop import State, StepSettings, generative_step
 from ddim.diffusion.noise import check_seeds, list_seeds, noise_from_seeds
 from ddim.diffusion.sampling_config import SamplingConfig, check_order
+from ddim.io.class_labels import Labels
 from ddim.io.images import to_samples
 from ddim.outputs import EncodeOutput, ImagePipelineOutput, ReconstructOutput, TrajectoryOutput
 from ddim.sampler import ProgressBar, Sampler, SamplingPlan, evaluating
@@ -86,6 +88,28 @@ class InversionConfig:
         integer("batch_size", self.batch_size, 1)
 
 
+class Condition(TypedDict, total=False):
+    """The keyword arguments of classes and guidance: those of a call of the pipeline, with the same defaults.
+
+    Attributes:
+        class_labels: one for all images or one per image, indices or names.
+        guidance_scale: w, at least 0.
+        guidance_interval: the smallest and the largest timestep at which guidance acts.
+        negative_labels: classes to guide away from.
+        guide: a weaker model to guide away from: a pipeline or its name.
+
+    Example:
+        >>> Condition(class_labels=3, guidance_scale=2.0)["guidance_scale"]
+        2.0
+    """
+
+    class_labels: Labels | None
+    guidance_scale: float
+    guidance_interval: tuple[int, int] | None
+    negative_labels: Labels | None
+    guide: Any
+
+
 class LatentSpace:
     """The latent space of a model: the methods of a pipeline that encode, decode, interpolate and edit.
 
@@ -102,6 +126,15 @@ class LatentSpace:
         """The network and the scheduler, ready to run."""
         raise NotImplementedError
 
+    def conditions(self, count: int, **condition: Unpack[Condition]) -> Conditions | None:
+        """Return what the samples of a run are conditioned on; see `Sampler.conditions`.
+
+        Args:
+            count: the number of samples.
+            condition: classes and guidance.
+        """
+        raise NotImplementedError
+
     def encode(
         self,
         images: Any,
@@ -115,6 +148,7 @@ class LatentSpace:
         resize: bool = False,
         verify: bool = True,
         batch_size: int = InversionConfig.batch_size,
+        **condition: Unpack[Condition],
     ) -> EncodeOutput:
         """Encode images into latents from which `decode` gives them back.
 
@@ -139,6 +173,7 @@ class LatentSpace:
             verify: decode the latents and report each image's error, for S more function evaluations per image.
             batch_size: images per network evaluation; the latents depend on it in their last digits, and on no other
                 image.
+            condition: classes and guidance, as for a call of the pipeline.
 
         Returns:
             `EncodeOutput`: the latents, the residuals reached, the function evaluations spent, and the errors.
@@ -164,7 +199,8 @@ class LatentSpace:
         settings = InversionConfig(exact, tolerance, max_iterations, batch_size, verify)
         samples = self._to_samples(images, resize)
         steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps)
-        return invert(self.sampler, samples, steps, settings, self.progress_bar)[0]
+        conditions = self.conditions(len(samples), **condition)
+        return invert(self.sampler, samples, steps, settings, self.progress_bar, conditions)[0]
 
     def decode(
         self,
@@ -175,6 +211,7 @@ class LatentSpace:
         timesteps: Sequence[int] | None = None,
         order: int = 1,
         batch_size: int = InversionConfig.batch_size,
+        **condition: Unpack[Condition],
     ) -> ImagePipelineOutput:
         """Decode latents into images: the inverse of `encode` with the same timesteps.
 
@@ -185,6 +222,7 @@ class LatentSpace:
             timesteps: a custom subsequence instead of S: strictly decreasing integers.
             order: of the solver; 2 comes closer to the limit of many steps, and is not an inverse of `encode`.
             batch_size: images per network evaluation.
+            condition: classes and guidance, as for a call of the pipeline.
 
         Returns:
             `ImagePipelineOutput` with `images`.
@@ -214,7 +252,9 @@ class LatentSpace:
                     f"got {len(visited)} steps from {visited[0]}; use the same steps, or pass .latents"
                 )
             latents = latents.latents
-        return ImagePipelineOutput(self.sampler.to_output(self._decode(latents, steps, batch_size), output_type))
+        x = self.sampler.check_latents(latents)
+        samples = generate(self.sampler, x, steps, batch_size, self.progress_bar, self.conditions(len(x), **condition))
+        return ImagePipelineOutput(self.sampler.to_output(samples, output_type))
 
     def reconstruct(
         self,
@@ -228,6 +268,7 @@ class LatentSpace:
         timesteps: Sequence[int] | None = None,
         resize: bool = False,
         batch_size: int = InversionConfig.batch_size,
+        **condition: Unpack[Condition],
     ) -> ReconstructOutput:
         """Encode images, decode their latents, and compare.
 
@@ -243,6 +284,7 @@ class LatentSpace:
             timesteps: a custom subsequence instead of S: strictly decreasing integers.
             resize: fit PIL images of other sizes and modes; otherwise they are refused.
             batch_size: images per network evaluation.
+            condition: classes and guidance, as for a call of the pipeline.
 
         Returns:
             `ReconstructOutput`: the images, each one's mean squared error, and the latents.
@@ -266,7 +308,8 @@ class LatentSpace:
         settings = InversionConfig(exact, tolerance, max_iterations, batch_size)
         samples = self._to_samples(images, resize)
         steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps)
-        encoded, decoded = invert(self.sampler, samples, steps, settings, self.progress_bar)
+        conditions = self.conditions(len(samples), **condition)
+        encoded, decoded = invert(self.sampler, samples, steps, settings, self.progress_bar, conditions)
         return ReconstructOutput(self.sampler.to_output(decoded, output_type), encoded)
 
     def interpolate(
@@ -282,6 +325,7 @@ class LatentSpace:
         order: int | None = None,
         as_samples: bool = False,
         batch_size: int = InversionConfig.batch_size,
+        **condition: Unpack[Condition],
     ) -> ImagePipelineOutput:
         """Decode the latents between latents, by spherical interpolation.
 
@@ -302,6 +346,7 @@ class LatentSpace:
                 latents that are the noise of seeds are then the images of these seeds. Without it, they are those of
                 `decode`, and latents of encoded images give these images back.
             batch_size: images per network evaluation.
+            condition: classes and guidance, as for a call of the pipeline.
 
         Returns:
             `ImagePipelineOutput` with `images`: the frames in order, grids row by row.
@@ -330,15 +375,18 @@ class LatentSpace:
         if isinstance(frames, tuple):
             if len(frames) != 2 or closed:
                 raise ValueError("frames as a tuple must be (rows, columns) of a grid, which is not closed")
-            path = slerp_grid(latents, *frames)
+            path, weights = slerp_grid(latents, *frames), grid_weights(*frames)
         else:
-            path = slerp_path(latents, frames, closed)
+            path, weights = slerp_path(latents, frames, closed), path_weights(len(latents), frames, closed)
+        x = self.sampler.check_latents(path)
+        conditions = self.sampler.blend_conditions(self.conditions(len(latents), **condition), weights)
         if plan is None:
-            samples = self._decode(path, steps, batch_size)
+            samples = generate(self.sampler, x, steps, batch_size, self.progress_bar, conditions)
         else:
             batch_size = min(integer("batch_size", batch_size, 1), len(path))
-            x = self.sampler.check_latents(path)
-            samples = self.sampler.run(x, plan, progress_bar=self.progress_bar, batch_size=batch_size)
+            samples = self.sampler.run(
+                x, plan, progress_bar=self.progress_bar, batch_size=batch_size, conditions=conditions
+            )
         return ImagePipelineOutput(self.sampler.to_output(samples, output_type))
 
     def trajectory(
@@ -354,6 +402,7 @@ class LatentSpace:
         timesteps: Sequence[int] | None = None,
         order: int | None = None,
         at: Sequence[int] | None = None,
+        **condition: Unpack[Condition],
     ) -> TrajectoryOutput:
         """Sample images and keep x_t and the predicted x_0 at some of the timesteps.
 
@@ -370,6 +419,7 @@ class LatentSpace:
             timesteps: a custom subsequence instead of S: strictly decreasing integers.
             order: of the solver, 1 or 2; `None` for the scheduler's `solver_order`.
             at: the timesteps to keep, instead of `frames`; each must be one that the process visits.
+            condition: classes and guidance, as for a call of the pipeline.
 
         Returns:
             `TrajectoryOutput`: the timesteps kept and the images there.
@@ -389,6 +439,7 @@ class LatentSpace:
         plan = self.sampler.plan(SamplingConfig(num_inference_steps, eta, timesteps, order))
         kept = set(select_timesteps(plan.timesteps, frames, at))
         x, noise = self.sampler.initial_noise(batch_size, seeds=seeds, latents=latents)
+        conditions = self.conditions(len(x), **condition)
         result = TrajectoryOutput([], [], [], [])
 
         def keep(state: State) -> None:
@@ -397,7 +448,8 @@ class LatentSpace:
                 result.samples.append(self.sampler.to_output(state.previous, output_type))
                 result.pred_original_samples.append(self.sampler.to_output(state.pred_original_sample, output_type))
 
-        result.images = self.sampler.to_output(self.sampler.run(x, plan, noise, keep, self.progress_bar), output_type)
+        x = self.sampler.run(x, plan, noise, keep, self.progress_bar, conditions=conditions)
+        result.images = self.sampler.to_output(x, output_type)
         return result
 
     def consistency(
@@ -407,6 +459,7 @@ class LatentSpace:
         output_type: str = "pil",
         *,
         order: int | None = None,
+        **condition: Unpack[Condition],
     ) -> list[Any]:
         """Sample the same latents with different numbers of steps: the images agree in their main features.
 
@@ -415,6 +468,7 @@ class LatentSpace:
             num_inference_steps: the numbers of steps.
             output_type: `pil`, `np` (float32 (N, H, W, C) in [0, 1]) or `pt` ((N, C, H, W) in [0, 1]).
             order: of the solver, 1 or 2; `None` for the scheduler's `solver_order`.
+            condition: classes and guidance, as for a call of the pipeline.
 
         Returns:
             For each number of steps the N images.
@@ -442,9 +496,12 @@ class LatentSpace:
         if not plans:
             raise ValueError("num_inference_steps must hold at least one number of steps, got none")
         x = self.sampler.check_latents(latents)
-        sampler = self.sampler
+        sampler, conditions = self.sampler, self.conditions(len(x), **condition)
         with sampler.running(sum(len(plan.steps) for plan in plans), self.progress_bar) as bar:
-            samples = [sampler.take_steps(x, plan.steps, sampler.step_fn(x, plan), bar) for plan in plans]
+            samples = [
+                sampler.take_steps(x, plan.steps, sampler.step_fn(x, plan, conditions=conditions), bar)
+                for plan in plans
+            ]
         return [sampler.to_output(sample, output_type) for sample in samples]
 
     def edit(
@@ -460,6 +517,7 @@ class LatentSpace:
         order: int | None = None,
         resize: bool = False,
         batch_size: int = InversionConfig.batch_size,
+        **condition: Unpack[Condition],
     ) -> ImagePipelineOutput:
         """Take images part of the way to noise and sample from there: the coarse shape stays, details are sampled anew.
 
@@ -479,6 +537,7 @@ class LatentSpace:
             order: of the steps back, 1 or 2; `None` for the scheduler's `solver_order`.
             resize: fit PIL images of other sizes and modes; otherwise they are refused.
             batch_size: images per network evaluation of the encoding.
+            condition: classes and guidance, as for a call of the pipeline.
 
         Returns:
             `ImagePipelineOutput` with `images`.
@@ -508,6 +567,7 @@ class LatentSpace:
         checked = None
         if seeds is not None:
             x, checked = pair_with_seeds(x, seeds)
+        conditions = self.conditions(len(x), **condition)
         steps = plan.steps[len(plan.steps) - round(strength * len(plan.steps)) :]
         noise = None if checked is None else noise_from_seeds(x.shape, checked, self.sampler.device)
         if steps and noise is not None:
@@ -515,8 +575,9 @@ class LatentSpace:
         elif steps and steps[0].timestep > 0:
             timesteps = [step.timestep for step in steps]
             forward = invertible_steps(self.sampler.scheduler, len(timesteps), timesteps)
-            x = invert(self.sampler, x, forward, inversion, self.progress_bar)[0].latents
-        x = self.sampler.run(x, SamplingPlan(plan.config, steps), noise, progress_bar=self.progress_bar)
+            x = invert(self.sampler, x, forward, inversion, self.progress_bar, conditions)[0].latents
+        remaining = SamplingPlan(plan.config, steps)
+        x = self.sampler.run(x, remaining, noise, progress_bar=self.progress_bar, conditions=conditions)
         return ImagePipelineOutput(self.sampler.to_output(x, output_type))
 
     def direction(
@@ -530,6 +591,7 @@ class LatentSpace:
         timesteps: Sequence[int] | None = None,
         resize: bool = False,
         batch_size: int = InversionConfig.batch_size,
+        **condition: Unpack[Condition],
     ) -> Tensor:
         """Compute the direction of an attribute in latent space: experimental.
 
@@ -546,6 +608,7 @@ class LatentSpace:
             timesteps: a custom subsequence instead of S: strictly decreasing integers.
             resize: fit PIL images of other sizes and modes; otherwise they are refused.
             batch_size: images per network evaluation.
+            condition: classes and guidance, as for a call of the pipeline.
 
         Returns:
             The direction, (C, H, W), for latents of the same timesteps.
@@ -572,7 +635,8 @@ class LatentSpace:
         if first == second:
             raise ValueError("the images with the attribute must differ from those without it, got the same ones")
         steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps)
-        latents = invert(self.sampler, torch.cat(sides), steps, settings, self.progress_bar)[0].latents
+        conditions = self.conditions(sum(map(len, sides)), **condition)
+        latents = invert(self.sampler, torch.cat(sides), steps, settings, self.progress_bar, conditions)[0].latents
         with_attribute, without = latents.double().split_with_sizes([len(side) for side in sides])
         return (with_attribute.mean(0) - without.mean(0)).to(latents.dtype)
 
@@ -597,10 +661,6 @@ class LatentSpace:
     def _to_samples(self, images: Any, resize: bool) -> Tensor:
         sampler = self.sampler
         return to_samples(images, *sampler.sample_shape, resize, pixel_format=sampler.pixel_format).to(sampler.device)
-
-    def _decode(self, latents: Tensor, steps: Sequence[Step], batch_size: int) -> Tensor:
-        """Decode latents that a caller gave."""
-        return generate(self.sampler, self.sampler.check_latents(latents), steps, batch_size, self.progress_bar)
 
 
 def invertible_steps(
@@ -639,6 +699,7 @@ def invert(
     steps: Sequence[Step],
     config: InversionConfig,
     progress_bar: ProgressBar | None = None,
+    conditions: Conditions | None = None,
 ) -> tuple[EncodeOutput, Tensor]:
     """Encode samples along steps, and decode them again where that is to be verified.
 
@@ -648,6 +709,7 @@ def invert(
         steps: as `invertible_steps` returns them.
         config: how each step is inverted.
         progress_bar: opens the bar; `None` for the sampler's own.
+        conditions: of the samples, as `Sampler.conditions` returns them.
 
     Returns:
         The latents with their residuals and errors; and what they decode to, (N, C, H, W), or without `verify` the
@@ -662,7 +724,7 @@ def invert(
         >>> invert(sampler, torch.zeros(1, 1, 28, 28), steps, config)[0].evaluations
         tensor([[2, 0]])
     """
-    denoiser = sampler.denoiser(steps, config.batch_size)
+    denoiser = sampler.denoiser(steps, config.batch_size, conditions=conditions)
     samples = samples.to(torch.promote_types(samples.dtype, sampler.sample_dtype))
     to_noise = drop_identity_steps(steps)[::-1]
     latents = samples.clone()
@@ -673,7 +735,7 @@ def invert(
     with evaluating(sampler.unet), sampler.running(len(groups) * len(to_noise), progress_bar) as bar:
         for group in groups:
             inversion = Inversion(
-                denoiser,
+                take_rows(denoiser, group),
                 sampler.scheduler.config.prediction_type,
                 config.exact,
                 config.tolerance,
@@ -682,7 +744,9 @@ def invert(
             latents[group] = sampler.take_steps(samples[group], to_noise, inversion, bar)
             residuals[group, : len(to_noise)] = torch.stack(inversion.residuals[::-1], 1)
             evaluations[group, : len(to_noise)] = torch.stack(inversion.evaluations[::-1], 1)
-    decoded = generate(sampler, latents, steps, config.batch_size, progress_bar) if config.verify else samples
+    decoded = samples
+    if config.verify:
+        decoded = generate(sampler, latents, steps, config.batch_size, progress_bar, conditions)
     # In [0, 1] differences are half of those in [-1, 1].
     mse = ((decoded - samples) / 2).double().square().flatten(1).mean(1)
     if not config.verify:
@@ -695,7 +759,12 @@ def invert(
 
 
 def generate(
-    sampler: Sampler, x: Tensor, steps: Sequence[Step], batch_size: int, progress_bar: ProgressBar | None = None
+    sampler: Sampler,
+    x: Tensor,
+    steps: Sequence[Step],
+    batch_size: int,
+    progress_bar: ProgressBar | None = None,
+    conditions: Conditions | None = None,
 ) -> Tensor:
     """Decode latents along steps, without clipping.
 
@@ -705,6 +774,7 @@ def generate(
         steps: as `invertible_steps` returns them.
         batch_size: images per network evaluation.
         progress_bar: opens the bar; `None` for the sampler's own.
+        conditions: of the samples, as `Sampler.conditions` returns them.
 
     Returns:
         Samples at the schedule's first alpha, (N, C, H, W).
@@ -717,7 +787,7 @@ def generate(
         torch.Size([1, 1, 28, 28])
     """
     moves = drop_identity_steps(steps)
-    denoiser = sampler.denoiser(steps, integer("batch_size", batch_size, 1))
+    denoiser = sampler.denoiser(steps, integer("batch_size", batch_size, 1), conditions=conditions)
     settings = StepSettings(sampler.scheduler.config.prediction_type)
     with evaluating(sampler.unet), sampler.running(len(moves), progress_bar) as bar:
         return sampler.take_steps(x, moves, generative_step(denoiser, moves, settings), bar)

@@ -14,23 +14,25 @@ from importlib.util import find_spec
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self, cast
+from typing import Any, Self, Unpack, cast
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ddim.components import ComponentPipeline, names_class, settings_of
+from ddim.diffusion.guidance import Conditions
 from ddim.diffusion.loop import State
 from ddim.diffusion.noise import list_seeds
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.engine import check_engine
 from ddim.external_scheduler import StepArguments, run_scheduler
 from ddim.io import hub
+from ddim.io.class_labels import ClassLabels, Labels, count_labels, labels_of_batch
 from ddim.io.diffusers_mixins import join_mixins
 from ddim.io.json_files import read_json
 from ddim.io.pixel_format import PixelFormat
-from ddim.latents import LatentSpace
+from ddim.latents import Condition, LatentSpace
 from ddim.outputs import ImagePipelineOutput
 from ddim.sampler import Sampler, check_output_channels
 from ddim.scheduler import DDIMScheduler, has_own_steps
@@ -176,6 +178,11 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         timesteps: Sequence[int] | None = None,
         order: int | None = None,
         use_sigma_hat: bool = False,
+        class_labels: Labels | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[int, int] | None = None,
+        negative_labels: Labels | None = None,
+        guide: DDIMPipeline | str | os.PathLike[str] | None = None,
         callback_on_step_end: Callable[[DDIMPipeline, int, int, dict[str, Tensor]], dict[str, Tensor] | None]
         | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
@@ -205,6 +212,14 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
                 costs the same and requires eta = 0; defaults to the scheduler's `solver_order`. The timesteps of each
                 are those of `DDIMScheduler.make_timesteps`.
             use_sigma_hat: add noise with DDPM's larger variance (the paper's sigma-hat); requires `eta=1`.
+            class_labels: of a model with classes, one for all images or one per image: indices, or names of
+                `pipe.classes`. Left out, a model that was trained with a null class samples from all classes.
+            guidance_scale: w of `ddim.diffusion.guidance`, at least 0: 1 is the conditional model, more makes images
+                more typical of their class, 0 is the null class.
+            guidance_interval: the smallest and the largest timestep at which guidance acts; `None` for all.
+            negative_labels: classes to guide away from, instead of the null class.
+            guide: a smaller or less trained model to guide away from, instead of the null class: a pipeline or its
+                name.
             callback_on_step_end: called as `callback(pipe, step_index, timestep, {"latents": x, "pred_original_sample":
                 x0})` after each step, all tensors (N, C, H, W) in about [-1, 1]; it may return a dictionary whose
                 `latents` replace x.
@@ -217,7 +232,7 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
             TypeError: for one of a wrong type.
 
         References:
-            Equation (12) of arXiv 2010.02502.
+            Equation (12) of arXiv 2010.02502; guidance: `ddim.diffusion.guidance`.
 
         Example:
             >>> pipe = DDIMPipeline.from_pretrained("mnist")
@@ -233,6 +248,8 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
             self.unet.to(self.offload_device)
 
         seeds = None if seeds is None else list_seeds(seeds)
+        if batch_size == 1 and seeds is None and latents is None:
+            batch_size = count_labels(class_labels)
 
         def call_back(index: int, timestep: int, sample: Tensor, pred_original_sample: Tensor) -> Tensor:
             if callback_on_step_end is None:
@@ -243,15 +260,26 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         def on_step_end(state: State) -> None:
             state.sample = call_back(state.index, state.step.timestep, state.sample, state.pred_original_sample)
 
+        condition: Condition = {
+            "class_labels": class_labels,
+            "guidance_scale": guidance_scale,
+            "guidance_interval": guidance_interval,
+            "negative_labels": negative_labels,
+            "guide": guide,
+        }
         if has_own_steps(self.scheduler):
             plan = self.sampler.plan(config)
             x, noise = self.sampler.initial_noise(batch_size, generator, seeds, latents)
-            x = self.sampler.run(x, plan, noise, on_step_end, self.progress_bar)
+            conditions = self.conditions(len(x), **condition)
+            x = self.sampler.run(x, plan, noise, on_step_end, self.progress_bar, conditions=conditions)
         else:
             x, _ = self.sampler.initial_noise(batch_size, generator, seeds, latents)
+            conditions = self.conditions(len(x), **condition)
             generators = None if seeds is None else [torch.Generator(x.device).manual_seed(seed) for seed in seeds]
             arguments = StepArguments(eta, use_clipped_model_output, generators or generator)
-            x = run_scheduler(self.sampler, x, config, arguments, latents is None, call_back, self.progress_bar)
+            x = run_scheduler(
+                self.sampler, x, config, arguments, latents is None, call_back, self.progress_bar, conditions
+            )
         to_pil = output_type == "pil" and self.pixel_format.is_eight_bit
         images = self.sampler.to_output(x, "np" if to_pil else output_type)
         # A subclass may replace numpy_to_pil.
@@ -269,8 +297,8 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
             count: the number of images.
             seed: of the first image.
             batch_size: images per network evaluation; at most `count` are taken.
-            settings: `eta`, `num_inference_steps`, `use_clipped_model_output`, `timesteps`, `order`, `use_sigma_hat`
-                and `output_type` of a call of the pipeline.
+            settings: `eta`, `num_inference_steps`, `use_clipped_model_output`, `timesteps`, `order`, `use_sigma_hat`,
+                `output_type`, classes and guidance of a call of the pipeline; as many labels as images, or one.
 
         Returns:
             `count` PIL images, or as many arrays (H, W, C) or tensors (C, H, W), as `output_type` says.
@@ -288,13 +316,47 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         count, batch_size = integer("count", count, 1), integer("batch_size", batch_size, 1)
         seed = integer("seed", seed, 0)
         batch_size = min(count, batch_size)
+        labels = {name: settings.pop(name) for name in ("class_labels", "negative_labels") if name in settings}
         images: list[Any] = []
-        for first in range(seed, seed + count, batch_size):
-            (batch,) = cast(
-                tuple[Any], self(batch_size, return_dict=False, seeds=range(first, first + batch_size), **settings)
-            )
+        for first in range(0, count, batch_size):
+            of_batch = {name: labels_of_batch(label, first, batch_size, count, name) for name, label in labels.items()}
+            seeds = range(seed + first, seed + first + batch_size)
+            (batch,) = cast(tuple[Any], self(batch_size, return_dict=False, seeds=seeds, **of_batch, **settings))
             images.extend(batch)
         return images[:count]
+
+    @property
+    def classes(self) -> ClassLabels | None:
+        """The classes that the model knows; `None` for an unconditional one."""
+        return self.sampler.classes
+
+    def conditions(self, count: int, **condition: Unpack[Condition]) -> Conditions | None:
+        """Return what the samples of a run are conditioned on, checked.
+
+        Args:
+            count: N, the number of samples.
+            condition: classes and guidance, as for a call of the pipeline.
+
+        Returns:
+            The conditions; `None` for an unconditional model without a guide.
+
+        Raises:
+            ValueError: for a class that does not exist, labels or guidance that the model does not take, or a guide
+                that does not fit it.
+            TypeError: for an argument of a wrong type.
+
+        Example:
+            >>> DDIMPipeline.from_pretrained("mnist").conditions(4, class_labels=3)
+            Traceback (most recent call last):
+            ValueError: class_labels and negative_labels must be None: the model has no classes
+        """
+        given: dict[str, Any] = dict(condition)
+        guide = given.pop("guide", None)
+        if isinstance(guide, str | os.PathLike):
+            guide = DDIMPipeline.from_pretrained(guide, engine=self.engine).to(self.device, self.dtype)
+        if guide is not None and not isinstance(guide, DDIMPipeline):
+            raise TypeError(f"guide must be a pipeline or the name of one, got {type(guide).__name__}")
+        return self.sampler.conditions(count, **given, guide=None if guide is None else guide.sampler)
 
     def paint(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Call `sample_images`, of which this is a deprecated alias.

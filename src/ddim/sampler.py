@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +24,13 @@ from tqdm import tqdm
 
 from ddim.devices import execution_device
 from ddim.diffusion.equations import Step
+from ddim.diffusion.guidance import ConditionalDenoiser, Conditions, Guidance, Predictor
 from ddim.diffusion.loop import Denoiser, State, StepFn, StepSettings, generative_step, in_batches, run_steps
 from ddim.diffusion.noise import NoiseSource, check_seeds, list_seeds, noise_from_generator, noise_from_seeds
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.engine import check_engine, get_engine
 from ddim.engine.base import Engine
+from ddim.io.class_labels import ClassLabels, Labels
 from ddim.io.images import check_output_type, height_and_width, to_output
 from ddim.io.pixel_format import PixelFormat, format_of
 from ddim.scheduler import check_own_steps
@@ -240,30 +243,162 @@ class Sampler:
         """Return the engine that runs the network, made anew where weights have changed."""
         return get_engine(self.unet, self.engine)
 
-    def denoiser(self, steps: Sequence[Step], batch_size: int | None = None, engine: Engine | None = None) -> Denoiser:
+    def denoiser(
+        self,
+        steps: Sequence[Step],
+        batch_size: int | None = None,
+        engine: Engine | None = None,
+        conditions: Conditions | None = None,
+    ) -> Denoiser:
         """Return the network as the loop calls it, run by the engine.
 
         Args:
             steps: the steps of the run, whose timesteps the engine prepares.
             batch_size: evaluate the network on exactly so many samples at a time; `None` for all at once.
             engine: the engine; `None` for `get_engine()`.
+            conditions: of the run's samples, as `conditions` returns them; `None` for the null class of a network with
+                classes.
 
         Raises:
-            ValueError: if the network predicts another number of channels than it takes, or twice as many.
+            ValueError: if the network predicts another number of channels than it takes, or twice as many, or was
+                trained without a null class where that is needed.
         """
         check_output_channels(self.unet.config)
-        dtype = self.dtype
-        engine = self.get_engine() if engine is None else engine
-        engine.prepare([step.timestep for step in steps])
+        timesteps = [step.timestep for step in steps]
+        if conditions is None and self.classes is not None:
+            conditions = self.conditions(1)
+        classes = None if conditions is None else conditions.classes()
+        predict = self.predictor(timesteps, classes, engine)
+        if conditions is not None:
+            guide = None if conditions.guide is None else conditions.guide.predictor(timesteps, classes)
+            return ConditionalDenoiser(predict, conditions, batch_size, guide)
 
         def denoiser(x: Tensor, t: Tensor) -> Tensor:
-            # A learned variance follows in as many channels again; DDIM does not use it.
-            return engine.predict(x.to(dtype), t)[:, : x.shape[1]].to(x.dtype)
+            return predict(x, t, None)
 
         return denoiser if batch_size is None else in_batches(denoiser, batch_size)
 
+    def predictor(
+        self, timesteps: Sequence[int], classes: Tensor | None = None, engine: Engine | None = None
+    ) -> Predictor:
+        """Return the network as a function of x_t, t and class labels, run by the engine.
+
+        Args:
+            timesteps: of the run, which the engine prepares.
+            classes: distinct class labels of the run, int64 (L,); `None` for a network without classes.
+            engine: the engine; `None` for `get_engine()`.
+        """
+        dtype = self.dtype
+        chosen = self.get_engine() if engine is None else engine
+        chosen.prepare(timesteps, classes)
+
+        def predict(x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+            # A learned variance follows in as many channels again; DDIM does not use it.
+            return chosen.predict(x.to(dtype), t, class_labels)[:, : x.shape[1]].to(x.dtype)
+
+        return predict
+
+    @property
+    def classes(self) -> ClassLabels | None:
+        """The classes that the network knows; `None` for an unconditional one."""
+        return ClassLabels.of(self.unet.config)
+
+    def conditions(
+        self,
+        count: int,
+        class_labels: Labels | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[int, int] | None = None,
+        negative_labels: Labels | None = None,
+        guide: Sampler | None = None,
+    ) -> Conditions | None:
+        """Return what the samples of a run are conditioned on, checked before the network is evaluated.
+
+        Args:
+            count: N, the number of samples.
+            class_labels: one for all samples or one per sample; `None` for the null class of a model with classes.
+            guidance_scale: w of `ddim.diffusion.guidance`, at least 0; 1 for no guidance.
+            guidance_interval: the smallest and the largest timestep at which guidance acts; `None` for all.
+            negative_labels: classes to guide away from, instead of the null class.
+            guide: a weaker model to guide away from, instead of the null class.
+
+        Returns:
+            The conditions; `None` for an unconditional model without a guide.
+
+        Raises:
+            ValueError: for a class that does not exist, labels or guidance that the model does not take, or a guide
+                that does not fit it.
+            TypeError: for an argument of a wrong type.
+        """
+        classes, guidance = self.classes, Guidance(guidance_scale, guidance_interval)
+        if guidance_interval is not None and not guidance.is_active:
+            raise ValueError("guidance_interval requires a guidance_scale other than 1")
+        if negative_labels is not None and (guide is not None or not guidance.is_active):
+            reason = "excludes guide" if guide is not None else "requires a guidance_scale other than 1"
+            raise ValueError(f"negative_labels {reason}")
+        if guide is not None:
+            _check_guide(self, guide)
+        if classes is None:
+            if class_labels is not None or negative_labels is not None:
+                raise ValueError("class_labels and negative_labels must be None: the model has no classes")
+            if guidance.is_active and guide is None:
+                raise ValueError("guidance requires a model with classes, or a guide")
+            return None if guide is None else Conditions(None, None, guidance, guide)
+        device = self.device
+        if class_labels is None:
+            if guidance.is_active and guide is None and negative_labels is None:
+                raise ValueError("guidance requires class_labels, negative_labels, or a guide")
+            labels = classes.null(count)
+        else:
+            labels = classes.resolve(class_labels, count)
+        if guide is not None:
+            return Conditions(labels.to(device), None, guidance, guide)
+        if not guidance.is_active:
+            return Conditions(labels.to(device))
+        if negative_labels is not None:
+            baseline = classes.resolve(negative_labels, count, "negative_labels")
+        elif classes.has_null:
+            baseline = classes.null(count)
+        else:
+            raise ValueError("guidance requires negative_labels or a guide: the model was trained without a null class")
+        return Conditions(labels.to(device), baseline.to(device), guidance)
+
+    def blend_conditions(self, conditions: Conditions | None, weights: Tensor) -> Conditions | None:
+        """Return the conditions of frames between samples: embeddings of classes, linearly interpolated.
+
+        Args:
+            conditions: of K samples.
+            weights: of each sample in each frame, (F, K); each row sums to 1.
+
+        Returns:
+            The conditions of F frames: labels where all samples share one, else embeddings (F, D).
+        """
+        if conditions is None:
+            return None
+        count, embedding = len(weights), getattr(self.unet, "class_embedding", None)
+
+        def blend(labels: Tensor | None) -> Tensor | None:
+            if labels is None or bool((labels == labels[0]).all()):
+                return None if labels is None else labels[:1].expand(count)
+            if not isinstance(embedding, nn.Embedding):
+                raise ValueError("interpolation between classes requires a network with an embedding of its classes")
+            return weights.to(labels.device, embedding.weight.dtype) @ embedding(labels).detach()
+
+        with torch.no_grad():
+            labels, baseline = blend(conditions.labels), blend(conditions.baseline_labels)
+            if labels is not None and baseline is not None and labels.ndim != baseline.ndim:
+                # Both halves of guidance are one batch.
+                rows: Any = embedding
+                labels, baseline = (t if t.is_floating_point() else rows(t) for t in (labels, baseline))
+        return replace(conditions, labels=labels, baseline_labels=baseline)
+
     def step_fn(
-        self, x: Tensor, plan: SamplingPlan, noise: NoiseSource | None = None, batch_size: int | None = None
+        self,
+        x: Tensor,
+        plan: SamplingPlan,
+        noise: NoiseSource | None = None,
+        batch_size: int | None = None,
+        conditions: Conditions | None = None,
     ) -> StepFn:
         """Return the step function of plain sampling: the engine's own where it has one.
 
@@ -272,6 +407,7 @@ class Sampler:
             plan: the steps that will be taken.
             noise: draws noise of the shape of `x`; used where `eta` is above 0.
             batch_size: evaluate the network on exactly so many samples at a time; `None` for all at once.
+            conditions: of the samples, as `conditions` returns them.
         """
         scheduler, config = self.scheduler, plan.config
         settings = StepSettings(
@@ -281,9 +417,11 @@ class Sampler:
             noise if config.eta > 0 else None,
         )
         engine = self.get_engine()
-        takes_all = batch_size is None and not self._learns_variance
-        captured = engine.step_fn(x, plan.steps, settings) if takes_all else None
-        return captured or generative_step(self.denoiser(plan.steps, batch_size, engine), plan.steps, settings)
+        is_conditional = conditions is not None or self.classes is not None
+        is_plain = batch_size is None and not is_conditional and not self._learns_variance
+        captured = engine.step_fn(x, plan.steps, settings) if is_plain else None
+        denoiser = partial(self.denoiser, plan.steps, batch_size, engine, conditions)
+        return captured or generative_step(denoiser(), plan.steps, settings)
 
     def run(
         self,
@@ -293,6 +431,7 @@ class Sampler:
         on_step_end: Callable[[State], None] | None = None,
         progress_bar: ProgressBar | None = None,
         batch_size: int | None = None,
+        conditions: Conditions | None = None,
     ) -> Tensor:
         """Sample: take all steps of a plan, without gradients.
 
@@ -303,12 +442,14 @@ class Sampler:
             on_step_end: called with the `State` after each step; it may replace `state.sample`.
             progress_bar: opens the bar; `None` for the sampler's own.
             batch_size: evaluate the network on exactly so many samples at a time; `None` for all at once.
+            conditions: of the samples, as `conditions` returns them.
 
         Returns:
             x after the last step, (N, C, H, W).
         """
+        step_fn = self.step_fn(x, plan, noise, batch_size, conditions)
         with self.running(len(plan.steps), progress_bar) as bar:
-            return self.take_steps(x, plan.steps, self.step_fn(x, plan, noise, batch_size), bar, on_step_end)
+            return self.take_steps(x, plan.steps, step_fn, bar, on_step_end)
 
     def take_steps(
         self,
@@ -366,6 +507,22 @@ class Sampler:
         if iterable is None and total is None:
             raise ValueError("progress_bar requires an iterable or a total")
         return tqdm(iterable, **({"total": total} | self.progress_bar_config))
+
+
+def _check_guide(sampler: Sampler, guide: Sampler) -> None:
+    """Check that the predictions of a weaker model can be combined with those of a model."""
+    for what, mine, its in (
+        ("sample shape", sampler.sample_shape, guide.sample_shape),
+        ("prediction_type", sampler.scheduler.config.prediction_type, guide.scheduler.config.prediction_type),
+        ("device", sampler.device, guide.device),
+    ):
+        if mine != its:
+            raise ValueError(f"guide must have the model's {what}, {mine}, got {its}")
+    if not torch.equal(sampler.scheduler.alphas_cumprod.cpu(), guide.scheduler.alphas_cumprod.cpu()):
+        raise ValueError("guide must have the model's noise schedule, got another one")
+    counts = [None if classes is None else classes.count for classes in (sampler.classes, guide.classes)]
+    if counts[0] != counts[1]:
+        raise ValueError(f"guide must have the model's number of classes, {counts[0]}, got {counts[1]}")
 
 
 def check_output_channels(config: Any) -> None:

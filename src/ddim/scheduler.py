@@ -69,7 +69,7 @@ class DDIMScheduler(SchedulerFiles):
     """The noise schedule, the timesteps at which the network is evaluated, and the step from one to the next.
 
     Args:
-        num_train_timesteps: T.
+        num_train_timesteps: T, the number of timesteps.
         beta_start: beta at t = 0, in (0, 1).
         beta_end: beta at t = T - 1, in (0, 1).
         beta_schedule: one of `ddim.diffusion.schedule.BETA_SCHEDULES`; `diffusers` has the first three.
@@ -79,9 +79,9 @@ class DDIMScheduler(SchedulerFiles):
         steps_offset: added to `leading` timesteps.
         prediction_type: `epsilon`, `sample` (x_0) or `v_prediction`: what the network predicts.
         thresholding: dynamic thresholding of the predicted x_0, instead of clipping.
-        dynamic_thresholding_ratio: its quantile, in (0, 1].
+        dynamic_thresholding_ratio: quantile of dynamic thresholding, in (0, 1].
         clip_sample_range: the bound for clipping, positive.
-        sample_max_value: its largest threshold.
+        sample_max_value: largest threshold of dynamic thresholding.
         timestep_spacing: one of `ddim.diffusion.schedule.SPACINGS`; `diffusers` has the first three.
         rescale_betas_zero_snr: rescale the betas so that x_{T-1} is pure noise; requires a network that predicts x_0 or
             v.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ddim.devices import execution_device
+from ddim.io.class_labels import check_class_settings
 from ddim.io.config import register_to_config
 from ddim.io.diffusers_mixins import join_mixins
 from ddim.io.pixel_format import PixelFormat
@@ -384,6 +385,8 @@ class UNet2DModel(ModelFiles, nn.Module):
             already).
         num_class_embeds: number of classes, for `class_embed_type=None`; `None` for an unconditional model.
         num_train_timesteps: rows of the `learned` time embedding.
+        class_names: of the classes, without the null class (`ddim.io.class_labels`); only this library has it.
+        has_null_class: whether the last class stands for none of them; only this library has it.
         pixel_format: the type and the ranges of the values that samples stand for (`ddim.io.pixel_format`); `None` for
             8-bit images. Recorded where `diffusers` passes over it.
 
@@ -403,7 +406,7 @@ class UNet2DModel(ModelFiles, nn.Module):
     """
 
     config_name = "config.json"
-    own_settings: ClassVar = {"pixel_format": None}
+    own_settings: ClassVar = {"pixel_format": None, "class_names": None, "has_null_class": False}
     # ModelMixin of diffusers, a base once that is imported, logs a warning about its own classes on every cast.
     to = nn.Module.to
     _supports_gradient_checkpointing = True
@@ -441,9 +444,12 @@ class UNet2DModel(ModelFiles, nn.Module):
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
         pixel_format: Mapping[str, Any] | None = None,
+        class_names: tuple[str, ...] | None = None,
+        has_null_class: bool = False,
     ) -> None:
         super().__init__()
         PixelFormat.parse(pixel_format, in_channels)
+        check_class_settings(num_class_embeds, class_embed_type, class_names, has_null_class)
         down_types, up_types = _check_config(self.config)
         channels = tuple(block_out_channels)
         levels = len(channels)
@@ -604,8 +610,8 @@ class UNet2DModel(ModelFiles, nn.Module):
 
         Args:
             timestep: a number, or a tensor () or (N,) on the model's device.
-            class_labels: (N,) integers, or what the model's `class_embed_type` requires: for `identity` embeddings
-                (N, D) or (D,).
+            class_labels: (N,) integers; or (N, D) floating, rows of the classes' embedding or what lies between them;
+                or what the model's `class_embed_type` requires: for `identity` embeddings (N, D) or (D,).
 
         Returns:
             (N, D), or (1, D) for a single timestep without labels.
@@ -621,10 +627,11 @@ class UNet2DModel(ModelFiles, nn.Module):
                 if self.class_embedding is None
                 else "class_labels must be given: the model is class-conditional"
             )
-        if self.class_embedding is not None:
+        if self.class_embedding is not None and class_labels is not None:
             if self.config.class_embed_type == "timestep":
-                class_labels = self.time_proj(class_labels).to(self.dtype)
-            emb = emb + self.class_embedding(class_labels).to(self.dtype)
+                class_labels = cast(Tensor, self.time_proj(class_labels)).to(self.dtype)
+            is_embedded = isinstance(self.class_embedding, nn.Embedding) and class_labels.is_floating_point()
+            emb = emb + (class_labels if is_embedded else self.class_embedding(class_labels)).to(self.dtype)
         return emb
 
     def check_sample(self, sample: Tensor) -> None:

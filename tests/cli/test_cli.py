@@ -240,7 +240,7 @@ def pixels(path: Path) -> np.ndarray:
 # --- start and help
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("train", "convert")])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("train", "ema", "export", "convert")])
 def test_model_is_an_option_and_an_argument(name: str) -> None:
     kinds = {parameter.param_type_name for parameter in COMMANDS[name].params if "--model" not in parameter.opts}
     assert "argument" in kinds
@@ -257,8 +257,9 @@ def test_help_lists_every_command(results: Commands) -> None:
     assert (code, stderr) == (0, "")
     assert "Usage: ddim [OPTIONS] COMMAND" in stdout
     assert "Example: ddim sample --model mnist --steps 20 --count 16 --out digits.png" in stdout
+    training = {"train", "ema", "export"}
     latent_space = {"encode", "decode", "reconstruct", "interpolate", "trajectory", "consistency", "edit", "direction"}
-    assert COMMANDS.keys() == {"sample", "train", "tune", "evaluate", "convert", "info", "app"} | latent_space
+    assert COMMANDS.keys() == {"sample", "tune", "evaluate", "convert", "info", "app"} | training | latent_space
     for name in (*COMMANDS, "--version", "--help"):
         assert re.search(rf"│ {name} ", stdout)
 

@@ -166,7 +166,14 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["convert", "x.pt", "--out", "x", "--heads", "1", "--head-channels", "8"],
         "--head-channels has no effect beside --heads",
     ),
-    "dry run": (["train", "--dry-run", "--max-minutes", "1"], "--max-minutes has no effect beside --dry-run"),
+    "dry run": (
+        ["train", "--preset", "digits", "--dry-run", "--max-minutes", "1"],
+        "--max-minutes has no effect beside --dry-run",
+    ),
+    "two lengths": (
+        ["train", "--preset", "digits", "--out", "run", "--max-steps", "5", "--epochs", "1"],
+        "--epochs has no effect beside --max-steps",
+    ),
     "count": (["sample", "--count", str(10**11)], "--count must be an integer of at most 100000000, got 100000000000"),
     "wide": (["trajectory", "--count", "5000"], "--count must be an integer of at most 1024, got 5000"),
     "large grid": (["sample", "--count", "10000000"], "--count must be at most 342392 for a grid, got 10000000; write"),
@@ -257,17 +264,16 @@ class TestModels:
 
         return save
 
-    @pytest.mark.parametrize(
-        "changes", [{"num_class_embeds": 3}, {"class_embed_type": "timestep"}, {"class_embed_type": "identity"}]
-    )
-    def test_class_conditional(self, save: Any, changes: dict[str, Any], tmp_path: Path) -> None:
-        model = save(**changes)
+    @pytest.mark.parametrize("embed_type", [None, "timestep", "identity"])
+    def test_class_conditional(self, save: Any, embed_type: str | None, tmp_path: Path) -> None:
+        model = save(class_embed_type=embed_type, num_class_embeds=3)
         done = run_cli("info", model, env=environment(tmp_path))
         assert done.returncode == 0, done.stderr
         done = run_cli("sample", model, "--out", tmp_path / "x.png", env=environment(tmp_path))
-        assert messages(done.stderr) == [
-            f"ddim: {model} is a class-conditional model; class labels are supported in Python alone"
-        ]
+        expected = "--label must be given: the model has 3 classes and was trained without a null class"
+        if embed_type is not None:
+            expected = f"{model} takes other conditions than class labels, which are supported in Python alone"
+        assert messages(done.stderr) == [f"ddim: {expected}"]
 
     def test_non_finite_weights(self, save: Any, tmp_path: Path) -> None:
         model = save()

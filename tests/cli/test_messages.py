@@ -36,6 +36,7 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
         ("settings must be of the form key=value, got 'lr'", "train", "--set must be of the form key=value, got 'lr'"),
         ("run is not empty; use resume='auto' to resume", "train", "run is not empty; use --resume auto to resume"),
         ("exact=False requires order=1", "encode", "--euler requires --order 1"),
+        ("use resume=/run/step-1 and a lower optim.lr", "train", "use --resume /run/step-1 and a lower optim.lr"),
     ],
 )  # fmt: skip
 def test_arguments_become_options(message: str, command: str, expected: str) -> None:

@@ -25,6 +25,7 @@ from ddim.cli import main
 from ddim.convert import CheckpointSettings, OpenAIFlags, convert, ddpm, make_pipeline
 from ddim.convert.placement import place_tensors
 from ddim.pipeline import DDIMPipeline
+from ddim.scheduler import DDIMScheduler
 from ddim.unet import UNet2DModel
 from programs import run_cli
 
@@ -302,7 +303,29 @@ def test_class_conditional_network(caplog: pytest.LogCaptureFixture) -> None:
     unet = make_pipeline(w, "x", settings=CheckpointSettings(flags=OpenAIFlags(heads=1))).unet
     assert unet.config.num_class_embeds == 5
     assert (unet(x, 17, class_labels=labels).sample - expected).abs().max() < TOLERANCE * expected.abs().max()
-    assert "class-conditional" in caplog.text
+    assert "class-conditional: give class_labels, from 0 to 4" in caplog.text
+
+
+@torch.no_grad()
+def test_class_conditional_sampling() -> None:
+    """As guided-diffusion's own loop samples: the network with its labels, equation (12) with its betas."""
+    w, x, labels = Weights(1e-5), sample(32), torch.tensor([3])
+    guided(w, x, torch.tensor([17]), labels, classes=5)
+    pipe = make_pipeline(w, "x", settings=CheckpointSettings(flags=OpenAIFlags(heads=1)))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    alphas = torch.cat(
+        [torch.ones(1), torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64).neg().add(1).cumprod(0).float()]
+    )
+    expected = x
+    for t, t_prev in ((500, 250), (250, 0), (0, -1)):
+        epsilon = guided(w, expected, torch.tensor([t]), labels, classes=5)[:, :3]
+        x0 = (expected - (1 - alphas[t + 1]).sqrt() * epsilon) / alphas[t + 1].sqrt()
+        expected = alphas[t_prev + 1].sqrt() * x0 + (1 - alphas[t_prev + 1]).sqrt() * epsilon
+    scale = expected.abs().max()
+    images = pipe(latents=x, timesteps=[500, 250, 0], class_labels=labels, output_type="pt").images
+    expected = (expected / 2 + 0.5).clamp(0, 1)
+    assert (images - expected).abs().max() < 1e-5 * scale
 
 
 @torch.no_grad()

@@ -138,15 +138,20 @@ SETTINGS += ("model.sample_size=1000000", "batch_size=0", "precision=bf16", "sch
 SETTINGS += ("seed=2001-99-99", "seed=" + "9" * 5000, "ema.decay=1.5", "data.cache=x", "samples.count=1000000000")
 
 KINDS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("model", "model_option", "models"), MODELS),
+    **dict.fromkeys(("model", "model_option", "models", "run"), MODELS),
     **dict.fromkeys(("images", "checkpoint"), IMAGES),
     "points": (*IMAGES, *LATENTS, *NUMBERS[:8], "1", "2", "3"),
     **dict.fromkeys(("samples", "reference", "held_out", "data", "sources"), SETS),
     "direction": LATENTS,
     "where": ("label=3", "label", "=", "label=", "x=1", "label=3=3"),
     **dict.fromkeys(("timesteps", "at", "table_steps"), LISTS),
-    **dict.fromkeys(("spacing", "device", "dtype", "engine", "metrics", "features", "split", "layout"), CHOICES),
-    **dict.fromkeys(("out", "pairs", "plot", "resume"), OUTS),
+    **dict.fromkeys(
+        ("spacing", "device", "dtype", "engine", "metrics", "metric", "features", "split", "layout"), CHOICES
+    ),
+    **dict.fromkeys(("out", "pairs", "plot", "curve", "resume"), OUTS),
+    "sigma_rel": ("0.08", "0.05..0.2", "0.05,0.1", "0.05..", "nan", "0.1..inf", "..", ",", "1e400", "x", ""),
+    "weights": ("raw", "ema", "x", ""),
+    "tracker": ("none", "tensorboard", "wandb", "tensorboard,x", ",", ""),
     "beta_schedule": CHOICES,
     "config": CONFIGS,
     "settings": SETTINGS,
@@ -190,7 +195,7 @@ DEFAULTS = {
     "train": ["--config", "config.yaml"],
 }
 """Options that keep a command short, unless the same are drawn."""
-NEEDED = ("images", "codes", "points", "checkpoint", "samples", "sources")
+NEEDED = ("run", "sigma_rel", "images", "codes", "points", "checkpoint", "samples", "sources")
 SLOW = ("train", "tune", "evaluate")
 
 
@@ -213,7 +218,7 @@ def command_lines(draw: Callable[[Any], Any]) -> CommandLine:
     parameters = {parameter.name: parameter for parameter in COMMANDS[name].params}
     chosen = draw(st.lists(st.sampled_from(sorted(parameters)), max_size=5, unique=True))
     chosen += [parameter for parameter in NEEDED if parameter in parameters and parameter not in chosen]
-    chosen += ["out"] if name in ("convert", "tune", "train") and "out" not in chosen else []
+    chosen += ["out"] if name in ("convert", "tune", "train", "ema", "export") and "out" not in chosen else []
     hostile = set(draw(st.sampled_from([[], [], chosen[:1], chosen[:1], chosen[:2]])))
     options, values = [], []
     for key in chosen:

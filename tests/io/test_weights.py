@@ -486,15 +486,15 @@ def test_failed_save_changes_nothing(
     make_unet: Callable[..., UNet2DModel], folder: Path, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
     before = contents(folder)
-    write, written = weights._write_safetensors, []
+    write, written = weights.write_safetensors, []
 
-    def fail(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        write(tensors, path, metadata)
+    def fail(tensors: dict[str, Tensor], path: Path) -> None:
+        write(tensors, path)
         written.append(path)
         if len(written) > calls:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(weights, "_write_safetensors", fail)
+    monkeypatch.setattr(weights, "write_safetensors", fail)
     pipe = DDIMPipeline(make_unet(layers_per_block=2), DDIMScheduler(beta_end=0.01))
     with pytest.raises(OSError, match="No space left on device"):
         pipe.save_pretrained(folder, max_shard_size="50KB")

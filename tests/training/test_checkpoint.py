@@ -31,7 +31,10 @@ from ddim.training.config import TrainConfig
 from ddim.training.run import train
 from helpers import BIN, environment, file_names, messages
 
-FILES = ("SHA256SUMS", "optimizer.safetensors", "state.json", TENSOR_FILES["model"], TENSOR_FILES["ema"])
+FILES = (
+    *("SHA256SUMS", "averages.safetensors", "optimizer.safetensors", "state.json"),
+    *(TENSOR_FILES[name] for name in ("model", "ema")),
+)
 
 
 class Malicious:
@@ -50,6 +53,7 @@ def tensors(step: int) -> dict[str, dict[str, Tensor]]:
         "model": {"a.weight": weights, "b": torch.tensor(step)},
         "ema": {"a.weight": weights / 2, "b": torch.tensor(step)},
         "optimizer": {"0.exp_avg": weights * 3, "0.step": torch.tensor(float(step))},
+        "averages": {"0.1/a.weight": weights / 3},
     }
 
 

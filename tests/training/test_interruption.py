@@ -19,7 +19,7 @@ from ddim.io.runs import checkpoint_step, list_checkpoints
 from ddim.training.checkpoint import TENSOR_FILES, load_checkpoint
 from ddim.training.config import TrainConfig
 from ddim.training.run import train
-from helpers import environment, messages
+from helpers import environment, file_names, messages
 from programs import Program, start_cli
 
 STEPS, CHECKPOINT_EVERY, LOG_EVERY = 160, 7, 3
@@ -111,6 +111,9 @@ def test_killed_run_equals_uninterrupted_run(
     for folder in (out, uninterrupted):
         train(config, folder, "cpu")
     assert (out / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
+    assert file_names(out / "averages") == file_names(uninterrupted / "averages")
+    for path in (uninterrupted / "averages").iterdir():
+        assert (out / "averages" / path.name).read_bytes() == path.read_bytes()
     names = [path.name for path in list_checkpoints(uninterrupted / "checkpoints")]
     assert names == [f"step-{STEPS:08d}", f"step-{STEPS // CHECKPOINT_EVERY * CHECKPOINT_EVERY:08d}"]
     # Nor is anything partial left.

@@ -174,7 +174,7 @@ def test_tensorboard_drops_steps_after_the_checkpoint(tmp_path: Path) -> None:
 def test_tensorboard_shows_images(tmp_path: Path, shape: tuple[int, ...]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     metrics_logger = MetricsLogger(tmp_path, 0, 2, CPU)
-    metrics_logger.log_image(4, Image.fromarray(pixels))
+    metrics_logger.log_image(4, Image.fromarray(pixels), tmp_path / "samples.png")
     metrics_logger.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

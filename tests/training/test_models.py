@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -164,17 +166,140 @@ def test_init(stopped: Path, make_config: Callable[..., TrainConfig], tmp_path: 
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
 
 
-def test_commands_and_page(stopped: Path, image_folder: Path, tmp_path: Path) -> None:
-    raw, few = f"{stopped}@raw", ["--steps", "2"]
+@pytest.fixture(scope="module")
+def commands(stopped: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """Commands that take a run or a checkpoint as their model."""
+    folder = tmp_path_factory.mktemp("weights")
+    model, few = str(checkpoint(stopped, 3)), ["--steps", "2"]
     images = sorted(map(str, image_folder.iterdir()))[:2]
-    script = {
-        "sample": ["sample", "--model", raw, *few, "--out", "x.png"],
-        "info": ["info", raw],
-        "encode": ["encode", *images, "--model", str(stopped), *few, "--out", "latents.safetensors"],
-        "evaluate": ["evaluate", raw, "--reference", str(image_folder), "-n", "8", "--metrics", "precision", *few],
+    evaluated = ["--reference", str(image_folder), "-n", "8", "--metrics", "fid"]
+    kinds = {
+        "sample": ([model, "-n", "2"], ".npz"),
+        "encode": ([*images, "--model", model], ".safetensors"),
+        "edit": ([*images, "--model", model], ".png"),
+        "interpolate": (["0", "1", "--model", model, "--frames", "3"], ".png"),
+        "trajectory": ([model, "--frames", "2"], ".png"),
+        "consistency": ([model], ".png"),
+        "evaluate": ([model, *evaluated], ".json"),
     }
-    with Commands(tmp_path, script) as commands:
-        assert [commands[name].code for name in script] == [0] * 4, [commands[name].stderr for name in script]
-        assert "raw.safetensors" in commands["info"].stdout
-    assert ModelCache([raw], device="cpu").facts(raw)["weights"] == "diffusion_pytorch_model.raw.safetensors"
-    assert load_file(tmp_path / "latents.safetensors")["latents"].shape[0] == 2
+    table = {
+        f"{name} {weights}": [name, *arguments, *few, "--weights", weights, "--out", f"{name}-{weights}{suffix}"]
+        for name, (arguments, suffix) in kinds.items()
+        for weights in ("ema", "raw")
+    }
+    shutil.copytree(stopped, folder / "run")
+    raw = ["--weights", "raw"]
+    curve = ["evaluate", "run", "--every-checkpoint", *evaluated, *few]
+    table |= {
+        "sample plain": ["sample", model, "-n", "2", *few, "--out", "plain.npz"],
+        "sample @raw": ["sample", f"{model}@raw", "-n", "2", *few, "--out", "at.npz"],
+        "info": ["info", model, *raw],
+        "both": ["sample", f"{model}@raw", *raw],
+        "neither": ["encode", *images, *raw],
+        "wrong": ["sample", model, "--weights", "mean"],
+        "images": ["evaluate", str(image_folder), *evaluated, *raw],
+        "export": ["export", "run", "--step", "3", "--dtype", "float16", *raw, "--out", "exported"],
+        "newest": ["export", "run", "--out", "newest"],
+        "again": ["export", "run", "--out", "newest"],
+        "no step": ["export", "run", "--step", "4", "--out", "new"],
+        "no run": ["export", "mnist", "--out", "new"],
+        "into": ["export", "run", "--out", "run"],
+        "curve": [*curve, "--out", "c.png", "--out", "c.json"],
+        "raw curve": [*curve, *raw, "--out", "raw.json"],
+        "no checkpoints": ["evaluate", "mnist", "--every-checkpoint", *evaluated],
+        "attributes": [*curve, "--attributes"],
+    }
+    with Commands(folder, table, {"again": ["newest"]}) as results:
+        yield results
+
+
+@pytest.mark.parametrize("name", ["sample", "encode", "edit", "interpolate", "trajectory", "consistency", "evaluate"])
+def test_commands_take_the_weights_of_a_checkpoint(commands: Commands, name: str) -> None:
+    averaged, raw = (content(commands.output(f"{name} {weights}")) for weights in ("ema", "raw"))
+    assert averaged.shape == raw.shape
+    assert not np.array_equal(averaged, raw)
+
+
+def test_weights_are_those_of_the_name(commands: Commands) -> None:
+    for first, second in (("ema", "plain"), ("raw", "@raw")):
+        same = [content(commands.output(f"sample {weights}")) for weights in (first, second)]
+        assert np.array_equal(*same)
+
+
+def content(path: Path) -> np.ndarray:
+    """What a command has computed."""
+    if path.suffix == ".json":
+        return np.array(json.loads(path.read_text())["metrics"]["fid"])
+    if path.suffix == ".npz":
+        return np.load(path)["arr_0"]
+    if path.suffix == ".safetensors":
+        return load_file(path)["latents"].numpy()
+    return np.asarray(Image.open(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("both", "give the weights in the model's name or by --weights, not both, got @raw and raw"),
+        ("neither", "--weights requires a model, such as --model runs/mine"),
+        ("wrong", "--weights must be one of raw or ema, got 'mean'"),
+        ("images", "--weights requires a model as what is evaluated"),
+        ("again", "newest is not empty; pass --overwrite to replace a model in it, or write elsewhere"),
+        ("no step", "--step must be one of 3 or 6, got 4"),
+        ("no run", "mnist is not a training run with checkpoints"),
+        ("into", "run is a training run or one of its checkpoints; write to another folder"),
+        ("no checkpoints", "--every-checkpoint requires a training run with checkpoints, got 'mnist'"),
+        ("attributes", "--attributes has no effect beside --every-checkpoint; leave it out"),
+    ],
+)
+def test_refusals_are_one_line(commands: Commands, name: str, message: str) -> None:
+    result = commands[name]
+    assert (result.code, result.stderr) == (1, f"ddim: {message}\n")
+
+
+def test_info_names_the_weights(commands: Commands) -> None:
+    assert "diffusion_pytorch_model.raw.safetensors" in commands["info"].stdout
+
+
+def test_export_writes_a_plain_pipeline(commands: Commands, stopped: Path) -> None:
+    raw, newest = commands.output("export"), commands.output("newest")
+    expected = load_checkpoint(checkpoint(stopped, 3)).tensors["model"]
+    files = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"]
+    for folder in (raw, newest):
+        written = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
+        assert written == [*files, "unet/diffusion_pytorch_model.safetensors"]
+    theirs = diffusers.DDIMPipeline.from_pretrained(raw).unet.state_dict()
+    halves = load_file(raw / "unet" / "diffusion_pytorch_model.safetensors")
+    assert same_tensors(halves, {name: tensor.half() for name, tensor in expected.items()})
+    assert theirs.keys() == expected.keys()
+    assert holds(DDIMPipeline.from_pretrained(newest).unet, stopped, 6, "ema")
+    assert commands["export"].stdout == "exported\n"
+    assert "step-00000003, " in commands["export"].stderr
+
+
+def test_curve_over_all_checkpoints(commands: Commands) -> None:
+    """Its points are those of single evaluations."""
+    assert commands["curve"].code == 0, commands["curve"].stderr
+    points = json.loads((commands.folder / "c.json").read_text())["points"]
+    assert [point["step"] for point in points] == list(STEPS)
+    assert points[0]["fid"] == content(commands.output("evaluate ema"))
+    with Image.open(commands.folder / "c.png") as plot:
+        assert len(plot.convert("RGB").getcolors(2**24) or ()) > 10
+    assert commands["curve"].stdout.splitlines()[0] == "step  Fréchet distance"
+    assert "2 checkpoints; a run keeps its newest ones, and with checkpoints.keep_every others as well" in (
+        commands["curve"].stderr
+    )
+    assert commands["raw curve"].code == 0
+    raw = json.loads((commands.folder / "raw.json").read_text())["points"]
+    assert raw[0]["fid"] == content(commands.output("evaluate raw"))
+
+
+def test_page_shows_both_weights(stopped: Path) -> None:
+    names = [f"{checkpoint(stopped, 3)}{suffix}" for suffix in ("", "@raw")]
+    cache = ModelCache(names, device="cpu")
+    assert [cache.facts(name)["weights"] for name in names] == [
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.raw.safetensors",
+    ]
+    images = [np.asarray(cache.open(name).sample_images(1, num_inference_steps=2)[0]) for name in names]
+    assert not np.array_equal(*images)

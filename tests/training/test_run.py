@@ -86,7 +86,10 @@ def test_run_folder_layout(completed: Run) -> None:
     out, final = completed.out, completed.final
     assert final == out / "final"
     assert file_names(out) == sorted(
-        ["checkpoints", "config.yaml", "final", "loss.png", "metrics.jsonl", "samples", "tensorboard"]
+        [
+            *("averages", "checkpoints", "config.yaml", "data.png", "final"),
+            *("loss.png", "metrics.jsonl", "samples", "tensorboard"),
+        ]
     )
     assert file_names(out / "checkpoints") == ["step-00000010", "step-00000012"]
     assert file_names(out / "samples") == ["step-00000006.png", "step-00000012.png"]
@@ -426,7 +429,7 @@ def test_diverged_run_resumes_with_a_lower_learning_rate(
         train(config, tmp_path / f"every-{every}", "cpu", **arguments)
 
     # Without a checkpoint the run starts again.
-    with pytest.raises(TrainingStopped, match=r"last checkpoint: none; resume the run with a lower optim\.lr$"):
+    with pytest.raises(TrainingStopped, match=r"last checkpoint: none; start the run again with a lower optim\.lr$"):
         run(1e30, every=3)
     run(1e-3, every=3)
     # Where the last checkpoint diverged, the one before is named.
@@ -434,21 +437,63 @@ def test_diverged_run_resumes_with_a_lower_learning_rate(
     with pytest.raises(TrainingStopped, match=r"; use resume=(\S+step-00000001) and a lower optim\.lr$") as caught:
         run(1e30, every=1)
     run(1e-3, every=1, resume=Path(str(caught.value).partition("resume=")[2].split()[0]))
-    assert "optim.lr is 0.001 from here on; it was 1e+30" in caplog.text
+    assert "optim.lr is 0.001 from step 1 on; it was 1e+30" in caplog.text
     for out in (tmp_path / "every-3", tmp_path / "every-1"):
         assert yaml.safe_load((out / "config.yaml").read_text())["config"]["optim"]["lr"] == 1e-3
         assert [line["step"] for line in read_jsonl(out / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-def test_longer_run_is_told_the_way(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Where the learning rate decays towards max_steps, another run trains on from the result."""
-    out, optim = tmp_path / "run", {"decay": "linear"}
-    train(make_config(max_steps=2, optim=optim), out, "cpu")
-    with pytest.raises(ValueError, match="max_steps: expected 2, got 4") as caught:
-        train(make_config(max_steps=4, optim=optim), out, "cpu")
-    advice = f"to train on from its result, use another folder and init={out / 'final'}"
-    assert str(caught.value).endswith(advice)
-    train(make_config(max_steps=2, optim=optim, init=str(out / "final")), tmp_path / "longer", "cpu")
+def test_run_without_a_checkpoint_starts_again_with_any_configuration(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(TrainingStopped, match="start the run again"):
+        train(make_config(max_steps=4, optim={"lr": 1e30, "warmup_steps": 0}), tmp_path, "cpu")
+    train(make_config(max_steps=1, seed=1), tmp_path, "cpu")
+    assert validate(read_record(tmp_path)["config"]).seed == 1
+    assert "history" not in read_record(tmp_path)
+
+
+def read_record(out: Path) -> dict[str, Any]:
+    return yaml.safe_load((out / "config.yaml").read_text())
+
+
+@pytest.mark.parametrize("decay", ["constant", "linear"])
+def test_longer_run(make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, decay: str) -> None:
+    """From the change on, the learning rate is that of a run which had the new length from its start."""
+    caplog.set_level("INFO", "ddim.training")
+    optim = {"lr": 2e-3, "warmup_steps": 2, "decay": decay}
+    entries = {"log_every": 1, "checkpoints": {"every": 2, "keep": 9}}
+    out = tmp_path / "run"
+    train(make_config(max_steps=4, optim=optim, **entries), out, "cpu")
+    caplog.clear()
+    train(make_config(max_steps=4, optim=optim, **entries), out, "cpu")
+    assert "the run is complete at step 4 of 4; a larger max_steps trains on" in caplog.messages
+    assert "history" not in read_record(out)
+    longer = make_config(max_steps=8, optim=optim, **entries)
+    train(longer, out, "cpu")
+    assert "max_steps is 8 from step 4 on; it was 4" in caplog.messages
+    rate = "the learning rate is that of a run of 8 steps from its start: 0.00133 in the next step (before: 0), 0 at "
+    assert (f"{rate}the end" in caplog.messages) == (decay == "linear")
+    rates = [line["learning_rate"] for line in lines(out)]
+    decayed = {"constant": [2e-3] * 4, "linear": [2e-3 * k / 6 for k in (4, 3, 2, 1)]}[decay]
+    assert rates[4:] == pytest.approx(decayed)
+    history = [{"step": 4, "changes": {"max_steps": [4, 8]}}]
+    assert read_record(out)["history"] == history
+    assert "| history | from step 4 on: max_steps 8 instead of 4 |" in (out / "final" / "README.md").read_text()
+    # The same command resumes, with the same record and to the byte; a later change is added, ...
+    expected = {path: content for path, content in contents(out / "checkpoints").items() if path.name != "state.json"}
+    shutil.rmtree(out / "checkpoints" / "step-00000008")
+    train(longer, out, "cpu")
+    assert read_record(out)["history"] == history
+    assert all(path.read_bytes() == content for path, content in expected.items() if path.name != "SHA256SUMS")
+    train(make_config(max_steps=8, optim=optim | {"lr": 1e-3}, **entries), out, "cpu", resume=checkpoint(out, 6))
+    assert read_record(out)["history"] == [*history, {"step": 6, "changes": {"optim.lr": [2e-3, 1e-3]}}]
+    # ... and what was changed in steps that are taken anew is not part of the run.
+    train(make_config(max_steps=8, optim=optim | {"lr": 5e-4}, **entries), out, "cpu", resume=checkpoint(out, 2))
+    changes = {"max_steps": [4, 8], "optim.lr": [2e-3, 5e-4]}
+    assert read_record(out)["history"] == [{"step": 2, "changes": changes}]
+
+
+def checkpoint(out: Path, step: int) -> Path:
+    return out / "checkpoints" / f"step-{step:08d}"
 
 
 def test_second_process_is_refused(make_config: MakeConfig, started: Path) -> None:
@@ -736,7 +781,7 @@ def test_dry_run_reports_costs_and_writes_nothing(results: dict[str, Result], fo
     parameters = UNet2DModel(**config.model).num_parameters()
     assert rows["images"] == "40"
     assert rows["parameters"] == f"{parameters:,}"
-    assert rows["weights, average, gradients, moments"] == f"{20 * parameters / 2**20:,.0f} MiB"
+    assert rows["weights, averages, gradients, moments"] == f"{28 * parameters / 2**20:,.0f} MiB"
     assert float(rows["time per step"].removesuffix(" s")) > 0
     assert float(rows["memory in use"].removesuffix(" MiB").replace(",", "")) > 50
     assert not (folder / "dry").exists()

@@ -426,7 +426,7 @@ def test_init_weights_are_loaded(make_config: MakeConfig, images: Tensor, tmp_pa
     assert trainer.step == 0
 
 
-@pytest.mark.parametrize("changes", [TINY_MODEL, {"layers_per_block": 2}, {"in_channels": 3, "out_channels": 3}])
+@pytest.mark.parametrize("changes", [TINY_MODEL, {"layers_per_block": 2}])
 def test_init_of_another_model_raises(
     make_config: MakeConfig, images: Tensor, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -557,7 +557,8 @@ def test_non_finite_loss_stops_before_saving(
     steps: list[int] = []
     message = (
         rf"{named}.* is not finite in step 6 at learning rate 0\.002; "
-        r"last checkpoint: \S*/checkpoints/step-00000005; start again in another folder with a lower optim\.lr$"
+        r"last checkpoint: \S*/checkpoints/step-00000005; "
+        r"delete \S*/checkpoints and start the run again with a lower optim\.lr$"
     )
     with pytest.raises(TrainingStopped, match=message):
         trainer.train(lambda progress: steps.append(progress.step))

@@ -10,17 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ddim.bulk.manifest import check_manifest, write_manifest
 from ddim.bulk.targets import Target, make_target
+from ddim.diffusion.guidance import Conditions
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.distributed import job_name, rank_and_world_size
 from ddim.engine import get_engine
+from ddim.io.class_labels import labels_of_batch
 from ddim.io.fingerprint import model_sha256
 from ddim.io.images import to_values
 from ddim.io.json_files import to_json
 from ddim.io.locks import OutputLock
+from ddim.latents import Condition
 from ddim.pipeline import DDIMPipeline
 from ddim.validation import integer, pluralize
 
@@ -79,7 +84,9 @@ def sample_many(
         batch_size: images per batch; at most `count`.
         shard_size: images per tar shard, rounded down to whole batches.
         overwrite: delete existing images and start over; requires a single process.
-        settings: `eta`, `num_inference_steps`, `timesteps`, `order` and `use_sigma_hat` of `DDIMPipeline.__call__`.
+        settings: `eta`, `num_inference_steps`, `timesteps`, `order` and `use_sigma_hat`, classes and guidance of
+            `DDIMPipeline.__call__`; one label for all images, or `count` of them, which an npz file holds as `arr_1`; a
+            guide as a pipeline.
 
     Returns:
         How many images were sampled, and how many are present.
@@ -106,7 +113,11 @@ def sample_many(
     C, H, W = pipe.sample_shape
     pixel_format = pipe.pixel_format
     target = make_target(out, count, batch_size, seed, (H, W, C), shard_size, pixel_format.dtype)
-    identity = _identity(pipe, target, settings)
+    condition: Any = {name: settings.pop(name) for name in Condition.__annotations__ if name in settings}
+    conditions = pipe.conditions(count, **condition)
+    identity = _identity(pipe, target, settings) | _describe(conditions, condition.get("guide"))
+    if conditions is not None and conditions.labels is not None and condition.get("class_labels") is not None:
+        target.labels = conditions.labels.tolist()
     if overwrite and world_size > 1:
         raise ValueError(
             f"overwrite=True must run in a single process, got {world_size}: it deletes files that others write"
@@ -127,7 +138,14 @@ def sample_many(
                     continue
                 indices = target.indices(batch)
                 seeds = range(seed + indices.start, seed + indices.start + batch_size)
-                images = quiet_pipe(batch_size, seeds=seeds, output_type="np", return_dict=False, **settings)[0]
+                of_batch = condition | {
+                    name: labels_of_batch(condition[name], indices.start, batch_size, count, name)
+                    for name in ("class_labels", "negative_labels")
+                    if name in condition
+                }
+                images = quiet_pipe(
+                    batch_size, seeds=seeds, output_type="np", return_dict=False, **settings, **of_batch
+                )[0]
                 target.write_batch(batch, to_values(images, pixel_format)[: len(indices)])
                 sampled += len(indices)
                 bar.update(len(indices))
@@ -157,6 +175,26 @@ def _identity(pipe: DDIMPipeline, target: Target, settings: Mapping[str, Any]) -
     }
     result: dict[str, Any] = json.loads(to_json(identity))
     return result
+
+
+def _describe(conditions: Conditions | None, guide: DDIMPipeline | None) -> dict[str, Any]:
+    """Return what images are conditioned on, as a manifest holds it: labels as pairs (label, number of images)."""
+    if conditions is None:
+        return {}
+    record: dict[str, Any] = {
+        "class_labels": _run_lengths(conditions.labels),
+        "guidance_scale": conditions.guidance.scale,
+        "guidance_interval": None if conditions.guidance.interval is None else list(conditions.guidance.interval),
+        "negative_labels": _run_lengths(conditions.baseline_labels),
+    }
+    return record | ({} if guide is None else {"guide_sha256": model_sha256(guide)})
+
+
+def _run_lengths(labels: Tensor | None) -> list[list[int]] | None:
+    if labels is None:
+        return None
+    values, counts = torch.unique_consecutive(labels.cpu(), return_counts=True)
+    return torch.stack([values, counts], 1).tolist()
 
 
 def _count(target: Target, batches: set[int]) -> int:

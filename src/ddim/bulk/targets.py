@@ -26,7 +26,7 @@ import tarfile
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import IO
@@ -69,6 +69,7 @@ class Target(ABC):
 
     Attributes:
         batches_per_shard: batches per file of a sharded output; 0 for outputs without shards.
+        labels: class label of each image, for formats that hold them; empty without classes.
 
     Example:
         >>> target = FolderTarget(Path("samples"), count=10, batch_size=4, seed=0, image_shape=(8, 8, 3))
@@ -83,6 +84,7 @@ class Target(ABC):
     ) -> None:
         self.path, self.count, self.batch_size, self.seed = path, count, batch_size, seed
         self.image_shape, self.dtype = image_shape, dtype
+        self.labels: Sequence[int] = ()
 
     @property
     def image_suffix(self) -> str:
@@ -371,18 +373,22 @@ class NpzTarget(PartsTarget):
         shutil.rmtree(self.parts_folder, ignore_errors=True)
 
     def _write(self, path: Path) -> None:
-        """Write the array, part by part, so that it need not fit into memory."""
-        entry = zipfile.ZipInfo("arr_0.npy", ZIP_TIMESTAMP)
-        entry.compress_type = zipfile.ZIP_DEFLATED
-        with zipfile.ZipFile(path, "w") as archive, archive.open(entry, "w", force_zip64=True) as stream:
-            header = {
-                "descr": np.dtype(self.dtype).str,
-                "fortran_order": False,
-                "shape": (self.count, *self.image_shape),
-            }
-            np.lib.format.write_array_header_1_0(stream, header)
-            for batch in self.batches:
-                stream.write(self.read_part(batch).tobytes())
+        """Write the images, part by part, so that they need not fit into memory, and their labels."""
+        images, labels = (zipfile.ZipInfo(f"{name}.npy", ZIP_TIMESTAMP) for name in ("arr_0", "arr_1"))
+        images.compress_type = labels.compress_type = zipfile.ZIP_DEFLATED
+        with zipfile.ZipFile(path, "w") as archive:
+            with archive.open(images, "w", force_zip64=True) as stream:
+                header = {
+                    "descr": np.dtype(self.dtype).str,
+                    "fortran_order": False,
+                    "shape": (self.count, *self.image_shape),
+                }
+                np.lib.format.write_array_header_1_0(stream, header)
+                for batch in self.batches:
+                    stream.write(self.read_part(batch).tobytes())
+            if self.labels:
+                with archive.open(labels, "w") as stream:
+                    np.lib.format.write_array(stream, np.array(self.labels, np.int64), allow_pickle=False)
 
 
 class TarTarget(PartsTarget):

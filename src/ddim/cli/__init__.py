@@ -17,8 +17,10 @@ from ddim.cli.checks import Command
 from ddim.cli.convert import convert
 from ddim.cli.direction import direction
 from ddim.cli.edit import edit
+from ddim.cli.ema import ema
 from ddim.cli.encode import decode, encode
 from ddim.cli.evaluate import evaluate
+from ddim.cli.export import export
 from ddim.cli.failures import Commands, exit_with
 from ddim.cli.info import info
 from ddim.cli.interpolate import interpolate
@@ -41,7 +43,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(sample, encode, decode, reconstruct, interpolate, trajectory, consistency, edit, direction),
-    *(train, tune, evaluate, convert, info, page),
+    *(train, ema, export, tune, evaluate, convert, info, page),
 )
 for command in COMMANDS:
     app.command(cls=Command)(command)

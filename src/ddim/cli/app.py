@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import DEFAULT_MODEL
+from ddim.cli.common import DEFAULT_MODEL, with_weights
 from ddim.extras import require
 from ddim.validation import integer
 
@@ -24,6 +24,7 @@ def app(
         list[str] | None,
         typer.Option("--model", "-m", help="A model, as an argument; can be repeated.", show_default=False),
     ] = None,
+    weights: options.Weights = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on: 127.0.0.1 is this machine only, 0.0.0.0 the whole network.")
     ] = "127.0.0.1",
@@ -60,5 +61,5 @@ def app(
     integer("--port", port, 0, 65535)
     from ddim.app import serve
 
-    names = [*(models or []), *(model or [])] or [DEFAULT_MODEL]
+    names = [with_weights(name, weights) for name in [*(models or []), *(model or [])] or [DEFAULT_MODEL]]
     serve(names, host, port, share, allow_paths, allow_host or (), open_browser, device, engine)

@@ -30,12 +30,18 @@ NOT_EMPTY = (
     "plot",
     "model",
     "model_option",
+    "weights",
     "models",
     "images",
     "points",
     "sources",
     "samples",
     "reference",
+    "curve",
+    "metric",
+    "run",
+    "sigma_rel",
+    "tracker",
     "held_out",
     "pairs",
     "direction",
@@ -44,6 +50,7 @@ NOT_EMPTY = (
     "checkpoint",
     "codes",
     "config",
+    "init",
     "layout",
     "host",
     "resume",
@@ -113,7 +120,7 @@ COMMAND_CONFLICTS: Mapping[str, Sequence[Conflict]] = {
     "evaluate": (
         Conflict(
             (
-                *("metrics", "attributes", "memorization", "held_out", "pairs"),
+                *("metrics", "attributes", "memorization", "held_out", "pairs", "every_checkpoint"),
                 *("steps", "eta", "timesteps", "order", "sigma_hat", "clipped_model_output"),
             ),
             _is_table,
@@ -127,13 +134,31 @@ COMMAND_CONFLICTS: Mapping[str, Sequence[Conflict]] = {
         Conflict(("reference_count",), lambda values: values["reference"] is None, "without --reference"),
         Conflict(("metrics", "attributes"), lambda values: values["memorization"], "beside --memorization"),
         Conflict(("held_out", "pairs"), lambda values: not values["memorization"], "without --memorization"),
+        Conflict(
+            ("attributes", "memorization"), lambda values: values["every_checkpoint"], "beside --every-checkpoint"
+        ),
     ),
     "convert": (
         Conflict(("head_channels",), lambda values: values["heads"] is not None, "beside --heads"),
         Conflict(("ema",), lambda values: Path(values["checkpoint"]).is_dir(), "for a diffusers folder"),
     ),
+    "ema": (
+        Conflict(
+            (
+                *("reference", "reference_count", "features", "count", "curve", "split", "device", "engine"),
+                *("steps", "eta", "spacing", "order", "seed"),
+            ),
+            lambda values: values["metric"] is None,
+            "without --metric",
+        ),
+    ),
     "train": (
-        Conflict(("push_to_hub", "resume", "max_minutes"), lambda values: values["dry_run"], "beside --dry-run"),
+        Conflict(("push_to_hub", "resume"), lambda values: values["dry_run"], "beside --dry-run"),
+        # A plan is as long as fits into the limit.
+        Conflict(
+            ("max_minutes",), lambda values: values["dry_run"] and values["preset"] is not None, "beside --dry-run"
+        ),
+        Conflict(("epochs",), lambda values: values["max_steps"] is not None, "beside --max-steps"),
     ),
 }
 

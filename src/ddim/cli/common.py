@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ddim.diffusion.sampling_config import SamplingConfig
-from ddim.validation import pluralize, real, shown
+from ddim.validation import choice, pluralize, real, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from ddim.pipeline import DDIMPipeline
 
 DEFAULT_MODEL = "mnist"
+PIPELINE_FILES = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+)
+"""Of a pipeline's folder; those that exist are counted as replaced."""
 
 
 @dataclass(frozen=True)
@@ -139,24 +146,27 @@ def load_pipeline(model: str, device: str, dtype: str = "float32", engine: str =
     # Checked before the weights are read, which takes long.
     target = choose_device(device), choose_dtype(dtype)
     pipe = DDIMPipeline.from_pretrained(model, engine=engine)
-    if pipe.unet.class_embedding is not None:
-        raise ValueError(f"{model} is a class-conditional model; class labels are supported in Python alone")
+    if pipe.unet.class_embedding is not None and pipe.classes is None:
+        raise ValueError(f"{model} takes other conditions than class labels, which are supported in Python alone")
     return pipe.to(*target)
 
 
-def choose_model(argument: str | None, option: str | None, default: str | None = None) -> str:
+def choose_model(
+    argument: str | None, option: str | None, default: str | None = None, weights: str | None = None
+) -> str:
     """Return the model that a user gave as an argument or as an option.
 
     Args:
         argument: the value of the argument.
         option: the value of `--model`.
         default: if neither is given.
+        weights: the value of `--weights`.
 
     Returns:
-        The model.
+        The model, with the variant of its weights.
 
     Raises:
-        ValueError: if both are given and differ, or neither is given where one is required.
+        ValueError: if both are given and differ, or neither is given where one is required; as `with_weights` does.
 
     Example:
         >>> choose_model(None, "mnist")
@@ -167,22 +177,53 @@ def choose_model(argument: str | None, option: str | None, default: str | None =
     model = argument if option is None else option
     if model is None and default is None:
         raise ValueError("give a model: mnist, a folder, or a hub id")
-    return str(default) if model is None else model
+    return with_weights(str(default) if model is None else model, weights)
 
 
-def split_model(words: Sequence[str], option: str | None) -> tuple[str | None, list[str]]:
+def with_weights(model: str, weights: str | None) -> str:
+    """Add the weights that a user chose to a model's name.
+
+    Args:
+        model: the name.
+        weights: the value of `--weights`: `raw` for the variant that training runs and their checkpoints have, `ema`
+            for the averaged weights, which have no variant; `None` for those that the name means.
+
+    Returns:
+        The name, such as `RUN@raw`.
+
+    Raises:
+        ValueError: for other weights, or if the name ends in a variant already.
+
+    Example:
+        >>> with_weights("runs/faces", "raw")
+        'runs/faces@raw'
+    """
+    from ddim.io.runs import RAW, split_variant
+
+    if weights is None:
+        return model
+    choice("weights", weights, (RAW, "ema"))
+    if (variant := split_variant(model)[1]) is not None:
+        raise ValueError(
+            f"give the weights in the model's name or by --weights, not both, got @{variant} and {weights}"
+        )
+    return f"{model}@{RAW}" if weights == RAW else model
+
+
+def split_model(words: Sequence[str], option: str | None, weights: str | None = None) -> tuple[str | None, list[str]]:
     """Take the model out of the arguments of a command that has others, such as images.
 
     Args:
         words: the arguments. One that names a model, as `ddim.io.hub.is_model` recognizes it, is the model, unless it
             is the only one.
         option: the value of `--model`.
+        weights: the value of `--weights`.
 
     Returns:
-        The model, `None` if none is given; and the other arguments.
+        The model with the variant of its weights, `None` if none is given; and the other arguments.
 
     Raises:
-        ValueError: if two are given and differ.
+        ValueError: if two are given and differ, or weights without a model; as `with_weights` does.
 
     Example:
         >>> split_model(["mnist", "digit.png"], None)
@@ -196,12 +237,14 @@ def split_model(words: Sequence[str], option: str | None) -> tuple[str | None, l
     others = [word for word in words if word not in models]
     if not others:
         # All are folders of models: their images are meant.
-        return option, list(words)
+        models, others = [], list(words)
     if len(set(models)) > 1:
         raise ValueError(f"give one model, got {shown(models[0])} and {shown(models[1])}")
     if not models and option is None:
+        if weights is not None:
+            raise ValueError("--weights requires a model, such as --model runs/mine")
         return None, others
-    return choose_model(next(iter(models), None), option), others
+    return choose_model(next(iter(models), None), option, weights=weights), others
 
 
 def load_latents_pipeline(
@@ -371,6 +414,19 @@ def check_fps(fps: float) -> None:
         ValueError: --fps must be a number from 0.1 to 50, got 60.0
     """
     real("--fps", fps, 0.1, 50)
+
+
+def count_model_files(folder: Path) -> int:
+    """Count the files of a model in a folder that another one is about to replace.
+
+    Args:
+        folder: may be missing.
+
+    Example:
+        >>> count_model_files(Path("missing"))
+        0
+    """
+    return sum((folder / name).is_file() for name in PIPELINE_FILES)
 
 
 def report_result(path: Path, num_replaced: int, summary: str) -> None:

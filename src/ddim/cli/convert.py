@@ -10,19 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ddim.cli import options
-from ddim.cli.common import report_result
+from ddim.cli.common import count_model_files, report_result
 
 if TYPE_CHECKING:
     from ddim.convert import OpenAIFlags
     from ddim.pipeline import DDIMPipeline
-
-PIPELINE_FILES = (
-    "model_index.json",
-    "scheduler/scheduler_config.json",
-    "unet/config.json",
-    "unet/diffusion_pytorch_model.safetensors",
-)
-"""Of a pipeline's folder; those that exist are counted as replaced."""
 
 
 def convert(
@@ -71,9 +63,7 @@ def convert(
         bool, typer.Option("--ema/--raw", help="Use the averaged weights if there are any, or the raw ones.")
     ] = True,
     dtype: options.Dtype = "float32",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the model in a folder that is not empty.")
-    ] = False,
+    overwrite: options.OverwriteModel = False,
 ) -> None:
     """Convert a checkpoint into a pipeline folder that every other command and diffusers load.
 
@@ -102,7 +92,7 @@ def convert(
         "beta_end": beta_end,
     }
     folder = Path(out)
-    num_replaced = sum((folder / name).is_file() for name in PIPELINE_FILES)
+    num_replaced = count_model_files(folder)
     pipe = convert_checkpoint(
         checkpoint,
         folder,

@@ -36,6 +36,7 @@ def direction(
     ] = "direction.safetensors",
     count: Annotated[int, typer.Option("--count", "-n", help="Images of either kind, at most.")] = 128,
     model: options.ModelOption = None,
+    weights: options.Weights = None,
     steps: options.Steps = 50,
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
@@ -62,7 +63,7 @@ def direction(
 
     target = check_output_path(out, LATENT_SUFFIXES, folder_allowed=False)
     sampling = SamplingOptions.parse(steps, spacing, timesteps)
-    name, paths = split_model(sources, model)
+    name, paths = split_model(sources, model, weights)
     if len(paths) != (2 if where is None else 1):
         expected = "two sources of images, with the attribute and without it" if where is None else "one data set"
         raise ValueError(f"SOURCES must be {expected}, got {len(paths)}")

@@ -19,9 +19,11 @@ from ddim.cli.common import (
     show_images,
     split_model,
 )
+from ddim.cli.conditions import NO_CONDITIONS, ConditionOptions, takes_conditions
 from ddim.validation import pluralize
 
 
+@takes_conditions
 def edit(
     images: options.Images,
     out: Annotated[
@@ -41,6 +43,7 @@ def edit(
         typer.Option("--count", "-n", help="Number of edits of a single image; several images have one edit each."),
     ] = None,
     model: options.ModelOption = None,
+    weights: options.Weights = None,
     steps: options.Steps = 50,
     eta: options.Eta = 0.0,
     spacing: options.Spacing = None,
@@ -49,6 +52,7 @@ def edit(
     resize: options.Resize = False,
     scale: options.Scale = None,
     batch_size: options.LatentBatchSize = 8,
+    conditions: ConditionOptions = NO_CONDITIONS,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
@@ -72,7 +76,7 @@ def edit(
 
     target = check_output_path(out)
     sampling = SamplingOptions.parse(steps, spacing, timesteps, eta=eta, order=order)
-    name, paths = split_model(images, model)
+    name, paths = split_model(images, model, weights)
     originals = read_images(paths)
     if count is not None and len(originals) > 1:
         raise ValueError(f"--count requires a single image, got {len(originals)}")
@@ -90,6 +94,7 @@ def edit(
         resize=resize,
         batch_size=batch_size,
         output_type="np",
+        **conditions.condition(pipe, num_edits),
     ).images
     if target.suffix.lower() == ".png" and not is_folder_path(out):
         shown = show_images(pipe, edited)

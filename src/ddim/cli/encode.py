@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,15 +20,18 @@ from ddim.cli.common import (
     save_results,
     split_model,
 )
+from ddim.cli.conditions import NO_CONDITIONS, ConditionOptions, takes_conditions
 from ddim.validation import pluralize, real, shown
 
 
+@takes_conditions
 def encode(
     images: options.Images,
     out: Annotated[
         str, typer.Option("--out", "-o", help="File of latents to write: x.npz or x.safetensors.")
     ] = "codes.npz",
     model: options.ModelOption = None,
+    weights: options.Weights = None,
     steps: options.Steps = 50,
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
@@ -37,6 +40,7 @@ def encode(
     max_iterations: options.MaxIterations = 50,
     resize: options.Resize = False,
     batch_size: options.LatentBatchSize = 8,
+    conditions: ConditionOptions = NO_CONDITIONS,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
@@ -56,10 +60,11 @@ def encode(
 
     target = check_output_path(out, LATENT_SUFFIXES, folder_allowed=False)
     sampling = SamplingOptions.parse(steps, spacing, timesteps)
-    name, paths = split_model(images, model)
+    name, paths = split_model(images, model, weights)
     originals = read_images(paths)
     pipe = load_pipeline(name or DEFAULT_MODEL, device, dtype, engine)
     started = time.monotonic()
+    condition: Any = conditions.record(pipe, len(originals))
     result = pipe.encode(
         originals,
         steps,
@@ -69,10 +74,19 @@ def encode(
         timesteps=sampling.choose_timesteps(pipe),
         resize=resize,
         batch_size=batch_size,
+        **condition or {},
     )
     seconds = time.monotonic() - started
     residual = [float(entry) for entry in result.residual]
-    settings = LatentSettings(name or DEFAULT_MODEL, model_sha256(pipe), result.timesteps, exact, tolerance, residual)
+    settings = LatentSettings(
+        name or DEFAULT_MODEL,
+        model_sha256(pipe),
+        result.timesteps,
+        exact,
+        tolerance,
+        residual,
+        condition=condition,
+    )
     num_replaced = int(target.exists())
     save_latents(target, result.latents, settings)
     nfe = float(result.evaluations.sum(1).float().mean())
@@ -80,6 +94,7 @@ def encode(
     report_result(target, num_replaced, f"{summary}, mean squared error {float(result.mse.mean()):.1e}")
 
 
+@takes_conditions
 def decode(
     codes: Annotated[list[str], typer.Argument(help="File of latents that ddim encode wrote.", show_default=False)],
     out: Annotated[
@@ -96,6 +111,7 @@ def decode(
     ] = None,
     strength: Annotated[float, typer.Option(help="Multiple of the --direction that is added.")] = 1.0,
     model: options.ModelOption = None,
+    weights: options.Weights = None,
     steps: Annotated[
         int | None, typer.Option(help="Number of function evaluations per image; defaults to that of the latents.")
     ] = None,
@@ -104,14 +120,15 @@ def decode(
     force: options.Force = False,
     scale: options.Scale = None,
     batch_size: options.LatentBatchSize = 8,
+    conditions: ConditionOptions = NO_CONDITIONS,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
 ) -> None:
     """Decode latents into images: the inverse of ddim encode, by the model that the file names.
 
-    Latents of another model or of other timesteps are refused without --force: they decode to other images. The path
-    of the result is printed.
+    Latents of another model or of other timesteps are refused without --force: they decode to other images. Classes and
+    guidance default to those of the encoding; another --label edits the image. The path of the result is printed.
 
     Examples:
       ddim decode digit.npz --out digit.png
@@ -126,7 +143,7 @@ def decode(
 
     target = check_output_path(out)
     sampling = SamplingOptions.parse(steps, spacing, timesteps)
-    name, files = split_model(codes, model)
+    name, files = split_model(codes, model, weights)
     if len(files) > 1:
         raise ValueError(f"give one file of latents, got {shown(files[0])} and {shown(files[1])}")
     file = files[0]
@@ -143,7 +160,10 @@ def decode(
         check_latent_settings(direction, direction_settings, pipe, chosen, force)
         latents = add_direction(latents, directions[0], real("strength", strength))
     started = time.monotonic()
-    images = pipe.decode(latents, timesteps=chosen, batch_size=batch_size, output_type="np").images
+    condition: Any = settings.condition or {}
+    if conditions != NO_CONDITIONS:
+        condition = conditions.condition(pipe, len(latents))
+    images = pipe.decode(latents, timesteps=chosen, batch_size=batch_size, output_type="np", **condition).images
     seconds = time.monotonic() - started
     note = save_results(pipe, images, out, scale=scale)
     summary = f"{pluralize(len(latents), 'image')} in {seconds:.1f} s, {pluralize(len(chosen), 'step')}"

@@ -13,6 +13,7 @@ import typer
 from ddim.cli import options
 from ddim.cli.checks import refuse_sampling_options
 from ddim.cli.common import SamplingOptions, choose_model, load_pipeline, parse_integers, with_spacing
+from ddim.validation import pluralize, shown
 
 if TYPE_CHECKING:
     from ddim.evaluation.image_sets import ImageSet
@@ -34,6 +35,7 @@ def evaluate(
         ),
     ] = None,
     model: options.ModelOption = None,
+    weights: options.Weights = None,
     reference: Annotated[
         str | None,
         typer.Option(help="What to compare with: images, or a model; required by all metrics but the inception score."),
@@ -82,6 +84,13 @@ def evaluate(
             "that it is near to."
         ),
     ] = None,
+    every_checkpoint: Annotated[
+        bool,
+        typer.Option(
+            "--every-checkpoint",
+            help="Evaluate every checkpoint that a training run has kept, instead of its result: a curve.",
+        ),
+    ] = False,
     split: Annotated[str, typer.Option(help="Split of data sets on the hub.")] = "train",
     table: Annotated[
         int | None,
@@ -107,7 +116,8 @@ def evaluate(
             "--out",
             "-o",
             help="Also write the result to a .json, .csv or .md file, a table to .json, .md, or as a plot to .png or "
-            ".svg, distances of --memorization also as histograms to .png or .svg; can be repeated.",
+            ".svg, distances of --memorization also as histograms, and the curve of --every-checkpoint also as a plot "
+            "to .png or .svg; can be repeated.",
         ),
     ] = None,
     device: options.Device = "auto",
@@ -129,6 +139,8 @@ def evaluate(
 
       ddim evaluate mnist --reference mnist/train.parquet --memorization -n 1000 --out distances.png
 
+      ddim evaluate runs/mine --every-checkpoint --reference images/ -n 500 --metrics fid --out curve.png
+
       torchrun --nproc-per-node 8 -m ddim evaluate my-model --reference owner/dataset -n 50000
     """
     from ddim import distributed
@@ -138,8 +150,10 @@ def evaluate(
 
     if samples is None and model is None:
         raise ValueError("give what to evaluate: a model, or images")
-    samples = choose_model(samples, model)
-    source = Source(distributed.local_device(device), engine, split, seed, model)
+    samples = choose_model(samples, model, weights=weights)
+    source = Source(distributed.local_device(device), engine, split, seed, None if model is None else samples)
+    if weights is not None and not source.is_model(samples):
+        raise ValueError("--weights requires a model as what is evaluated")
     if table is not None or figure is not None:
         if (table, figure) not in ((1, None), (2, None), (None, 4)):
             raise ValueError("give one of --table 1, --table 2 and --figure 4")
@@ -152,7 +166,7 @@ def evaluate(
     if table_steps is not None:
         raise ValueError("--table-steps requires --table or --figure")
     names = [name.strip() for name in metrics.split(",")]
-    outputs = report.check_outputs(out or [], PLOT_SUFFIXES if memorization else {})
+    outputs = report.check_outputs(out or [], PLOT_SUFFIXES if memorization or every_checkpoint else {})
     if pairs is not None:
         check_output_path(pairs, {".png": ""}, False, "--pairs")
     sampling = SamplingOptions.parse(
@@ -170,6 +184,9 @@ def evaluate(
     reference_set = None
     if reference is not None:
         reference_set = source.open(reference, sampling, reference_count, sample_set)
+    if every_checkpoint:
+        _evaluate_checkpoints(source, samples, sampling, count, reference_set, features, names, outputs)
+        return
     held_out_set = None if held_out is None else source.open(held_out, sampling, None, sample_set)
     distances: Memorization | None = None
     with distributed.init() as group:
@@ -199,6 +216,47 @@ def evaluate(
     print(report.format_table(result))
     print(f"compared by the features {features}{'' if memorization else _comparability(features)}", file=sys.stderr)
     for path in (*outputs, *([] if pairs is None else [pairs])):
+        print(f"also in {path}", file=sys.stderr)
+
+
+def _evaluate_checkpoints(
+    source: Source,
+    run: str,
+    sampling: SamplingOptions,
+    count: int | None,
+    reference: ImageSet | None,
+    features: str,
+    metrics: Sequence[str],
+    outputs: Sequence[str],
+) -> None:
+    """Evaluate every checkpoint of a run, write the curve and print it."""
+    from ddim import distributed
+    from ddim.evaluation.curves import measure_curve, write_curve
+    from ddim.io.runs import CHECKPOINTS, checkpoint_step, list_checkpoints, split_variant
+
+    folder, variant = split_variant(run)
+    checkpoints = {checkpoint_step(path): path for path in reversed(list_checkpoints(Path(folder) / CHECKPOINTS))}
+    if not checkpoints:
+        raise ValueError(f"--every-checkpoint requires a training run with checkpoints, got {shown(run)}")
+    suffix = "" if variant is None else f"@{variant}"
+
+    def sample(step: float) -> ImageSet:
+        return source.open(f"{checkpoints[int(step)]}{suffix}", sampling, count, None)
+
+    with distributed.init() as group:
+        curve = measure_curve("step", checkpoints, sample, reference, features, metrics, group)
+    if not group.is_main:
+        return
+    curve.settings.update({"model": run, "seed": source.seed} | asdict(sampling))
+    for path in outputs:
+        write_curve(curve, Path(path))
+    print(curve.table())
+    print(
+        f"{pluralize(len(checkpoints), 'checkpoint')}; a run keeps its newest ones, and with checkpoints.keep_every "
+        "others as well",
+        file=sys.stderr,
+    )
+    for path in outputs:
         print(f"also in {path}", file=sys.stderr)
 
 

@@ -14,6 +14,7 @@ from ddim.cli.common import DEFAULT_MODEL, choose_model
 def info(
     model: options.ModelArgument = None,
     model_option: options.ModelOption = None,
+    weights: options.Weights = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a model's location, size, cost and configuration.
@@ -25,7 +26,7 @@ def info(
     """
     from ddim.info import describe
 
-    facts = describe(choose_model(model, model_option, DEFAULT_MODEL))
+    facts = describe(choose_model(model, model_option, DEFAULT_MODEL, weights))
     if as_json:
         print(json.dumps(facts, indent=2))
         return

@@ -60,6 +60,7 @@ def interpolate(
     fps: options.Fps = 10.0,
     scale: options.Scale = None,
     model: options.ModelOption = None,
+    weights: options.Weights = None,
     steps: options.LatentSteps = None,
     spacing: options.Spacing = None,
     resize: options.Resize = False,
@@ -102,7 +103,7 @@ def interpolate(
     grid_shape = None if grid is None else parse_grid(grid)
     if grid_shape is not None and closed:
         raise ValueError("--closed requires a path, got --grid")
-    name, others = split_model(points, model)
+    name, others = split_model(points, model, weights)
     given = Points.read(others)
     if given.latents:
         source, (_, settings) = next(iter(given.latents.items()))

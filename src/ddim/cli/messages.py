@@ -27,6 +27,10 @@ IDENTIFIERS = {
     "table_steps": "--table-steps",
     "torch_dtype": "--dtype",
     "allow_paths": "--allow-paths",
+    "class_labels": "--label",
+    "negative_labels": "--negative-label",
+    "guidance_scale": "--guidance",
+    "guidance_interval": "--guidance-interval",
 }
 """Arguments whose names are not English words: replaced wherever they occur."""
 
@@ -34,8 +38,8 @@ WORDS = {
     name: f"--{name}"
     for name in (
         *("eta", "order", "timesteps", "seed", "count", "tolerance", "strength", "frames", "grid", "fps", "at"),
-        *("out", "plot", "model", "reference", "data", "split", "metrics", "features", "layout", "resume"),
-        *("device", "dtype", "engine", "host", "port"),
+        *("out", "plot", "model", "weights", "reference", "data", "split", "metrics", "features", "layout", "resume"),
+        *("device", "dtype", "engine", "host", "port", "guide"),
     )
 } | {"seeds": "--seed"}
 """Arguments whose names are English words: replaced only as the subject of a message, as the object of an instruction,
@@ -75,6 +79,8 @@ BY_COMMAND: dict[str, dict[str, str]] = {
         "use_ema=False": "--raw",
         "ema=False": "--raw",
     },
+    "ema": {"sigma_rel": "--sigma-rel", "metrics": "--metric", "step": "--step", "curve": "--curve"},
+    "export": {"step": "--step"},
     "train": {
         "source": "--data",
         "settings": "--set",
@@ -95,7 +101,7 @@ _QUOTES = "'\""
 _TOKEN = re.compile(
     r"""
       (?<!\w) (?: '[^']*' | "[^"]*" ) (?!\w)                                     # a value that a user gave
-    | (?<![\w./=-]) (?P<name>[a-z][a-z_]*) = (?P<value> '[^']*' | "[^"]*" | [\w.+-]*\w )
+    | (?<![\w./=-]) (?P<name>[a-z][a-z_]*) = (?P<value> '[^']*' | "[^"]*" | [\w.+/-]*\w )
     | (?<![\w./=-]) (?P<identifier>[a-z]+(?:_[a-z]+)+) (?![\w/:-]|\.\w)
     | ^ (?P<subject>[a-z]+) (?=\ (?:must|requires)\ )
     | (?: (?<=\bgive\ ) | (?<=\bpass\ ) | (?<=\brequires\ ) ) (?P<object>(?!at\ )[a-z]+) (?![\w/:-]|\.\w)

@@ -17,6 +17,14 @@ ModelOption = Annotated[
         "trained), or a hub id such as google/ddpm-cifar10-32; may also stand among the arguments, without the option.",
     ),
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="Weights of a training run or of one of its checkpoints: ema (averaged; the default) or raw (those being "
+        "trained); the same as a model's name with @raw.",
+        show_default=False,
+    ),
+]
 Steps = Annotated[int, typer.Option(help="Number of function evaluations per image: fewer is faster, more is finer.")]
 LatentSteps = Annotated[
     int | None, typer.Option(help="Number of function evaluations per image; defaults to that of the latents, or 50.")
@@ -54,6 +62,8 @@ Engine = Annotated[
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="Data type of the network: float32, bfloat16 or float16.")]
+
+OverwriteModel = Annotated[bool, typer.Option("--overwrite", help="Replace the model in a folder that is not empty.")]
 
 Images = Annotated[list[str], typer.Argument(help="Images, or folders of images.", show_default=False)]
 Resize = Annotated[

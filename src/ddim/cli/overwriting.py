@@ -11,7 +11,7 @@ from ddim.validation import shown
 
 INPUTS = ("images", "points", "sources", "codes", "direction", "samples", "reference", "held_out", "features")
 """Parameters that name files and folders of images or latents, alone or in a list."""
-OUTPUTS = ("out", "plot", "pairs")
+OUTPUTS = ("out", "plot", "pairs", "curve")
 """Parameters that name what is written."""
 
 

@@ -17,15 +17,18 @@ from ddim.cli.common import (
     show_images,
     split_model,
 )
+from ddim.cli.conditions import NO_CONDITIONS, ConditionOptions, takes_conditions
 from ddim.validation import pluralize
 
 
+@takes_conditions
 def reconstruct(
     images: options.Images,
     out: Annotated[
         str, typer.Option("--out", "-o", help="PNG to write: the images above their reconstructions.")
     ] = "reconstructed.png",
     model: options.ModelOption = None,
+    weights: options.Weights = None,
     steps: options.Steps = 50,
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
@@ -35,6 +38,7 @@ def reconstruct(
     resize: options.Resize = False,
     scale: options.Scale = None,
     batch_size: options.LatentBatchSize = 8,
+    conditions: ConditionOptions = NO_CONDITIONS,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
@@ -53,7 +57,7 @@ def reconstruct(
 
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     sampling = SamplingOptions.parse(steps, spacing, timesteps)
-    name, paths = split_model(images, model)
+    name, paths = split_model(images, model, weights)
     originals = read_images(paths)
     pipe = load_pipeline(name or DEFAULT_MODEL, device, dtype, engine)
     result = pipe.reconstruct(
@@ -66,6 +70,7 @@ def reconstruct(
         resize=resize,
         batch_size=batch_size,
         output_type="np",
+        **conditions.condition(pipe, len(originals)),
     )
     nfe, residual = result.codes.evaluations.sum(1), result.codes.residual
     print("image       mse   psnr  evaluations  residual")

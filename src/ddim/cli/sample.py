@@ -11,6 +11,7 @@ import typer
 
 from ddim.cli import options
 from ddim.cli.common import DEFAULT_MODEL, SamplingOptions, choose_model, load_pipeline, report_result, save_results
+from ddim.cli.conditions import NO_CONDITIONS, ConditionOptions, takes_conditions
 from ddim.validation import pluralize, shown
 
 MAX_GRID_BYTES = 2**28
@@ -19,9 +20,11 @@ AUTO_TOLERANCE = 0.001
 """Default of `--tolerance`: mean squared error in [0, 1]."""
 
 
+@takes_conditions
 def sample(
     model: options.ModelArgument = None,
     model_option: options.ModelOption = None,
+    weights: options.Weights = None,
     out: Annotated[
         str,
         typer.Option(
@@ -31,7 +34,10 @@ def sample(
             "WebDataset shards x-000000.tar, ...",
         ),
     ] = "samples.png",
-    count: options.Count = 16,
+    count: Annotated[
+        int | None,
+        typer.Option("--count", "-n", help="Number of images; defaults to 16, and to 8 of each of several labels."),
+    ] = None,
     steps: Annotated[
         str,
         typer.Option(
@@ -53,6 +59,7 @@ def sample(
     order: options.Order = None,
     sigma_hat: options.SigmaHat = False,
     clipped_model_output: options.ClippedModelOutput = False,
+    conditions: ConditionOptions = NO_CONDITIONS,
     scale: options.Scale = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the images in --out and start from the first.")
@@ -75,6 +82,8 @@ def sample(
       ddim sample --steps auto --order 2                  # as few steps as meet the tolerance
 
       ddim sample --eta 1 --steps 1000 --sigma-hat        # DDPM
+
+      ddim sample -m runs/digits --label all --guidance 2   # a row per class
 
       ddim sample -m google/ddpm-cifar10-32 -n 8 --out images/
 
@@ -99,7 +108,11 @@ def sample(
     if sampling.steps is not None and tolerance is not None:
         raise ValueError(f"--tolerance requires --steps auto, got --steps {steps}")
     rank, world_size = rank_and_world_size()
-    pipe = load_pipeline(choose_model(model, model_option, DEFAULT_MODEL), local_device(device), dtype, engine)
+    pipe = load_pipeline(choose_model(model, model_option, DEFAULT_MODEL, weights), local_device(device), dtype, engine)
+    num_labels = conditions.num_labels(pipe)
+    if count is None:
+        count = 16 if num_labels == 1 else 8 * num_labels
+    condition = conditions.condition(pipe, count)
     if target.suffix.lower() in (".png", ".tiff") and not is_folder_path(out):
         check_grid(count, pipe.sample_shape, scale or 1)
     if sampling.steps is None:
@@ -109,7 +122,7 @@ def sample(
         sampling = replace(sampling, steps=num_steps)
         if rank == 0:
             print(f"{pluralize(num_steps, 'step')}, mean squared error {error:.1e}", file=sys.stderr)
-    settings = asdict(sampling.config(pipe))
+    settings = asdict(sampling.config(pipe)) | dict(condition)
     started = time.monotonic()
     if is_folder_path(out) or target.suffix.lower() in (".npz", ".tar"):
         result = sample_many(pipe, out, count, seed, batch_size, shard_size, overwrite, **settings)
@@ -124,7 +137,8 @@ def sample(
     images = pipe.sample_images(count, seed, batch_size, output_type="np", **settings)
     seconds = time.monotonic() - started
     num_replaced = int(target.exists())
-    note = save_results(pipe, images, out, scale=scale)
+    columns = None if num_labels == 1 else count // num_labels
+    note = save_results(pipe, images, out, columns, scale)
     report_result(target, num_replaced, f"{pluralize(len(images), 'image')} in {seconds:.1f} s{note}")
 
 

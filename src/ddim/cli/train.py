@@ -6,15 +6,12 @@ import logging
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ddim.cli import options
 from ddim.extras import require
-
-if TYPE_CHECKING:
-    from ddim.training.costs import RunCosts
 
 REQUIRED_MODULES = (
     "accelerate",
@@ -23,7 +20,6 @@ REQUIRED_MODULES = (
     "psutil",
     "pydantic",
     "sklearn",
-    "tensorboard",
     "torchmetrics",
     "yaml",
 )
@@ -40,13 +36,47 @@ def train(
         ),
     ] = None,
     preset: Annotated[str | None, typer.Option(help="Start from settings that come with the package.")] = None,
-    config: Annotated[str | None, typer.Option(help="A YAML file with settings.")] = None,
+    config: Annotated[str | None, typer.Option(help="A YAML file with settings, or RUN/config.yaml.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="One setting, such as optim.lr=2e-4; can be repeated.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, data order, timesteps and noise.")] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(help="Start from the weights of a model: built in, a run, a folder or a hub id."),
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Height and width that images are fitted to, in pixels.")
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Number of steps after which the run ends.")] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Visits of every image after which the run ends, instead of --max-steps.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step, over all processes.")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Passes that each batch is divided into, to save memory.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 of the network's operations.")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Save memory by computing residual blocks twice.",
+        ),
+    ] = None,
+    compile_network: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="Compile the network by torch.compile, which takes minutes; for GPUs."
+        ),
+    ] = None,
+    tracker: Annotated[
+        str | None,
+        typer.Option(
+            help="Where metrics and samples are logged as well: tensorboard, wandb and mlflow, separated by commas, or "
+            "none; defaults to tensorboard."
+        ),
+    ] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     resume: Annotated[
         str,
@@ -63,31 +93,43 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Take a few steps, report what the run would cost, write nothing.")
     ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print all settings as YAML for --config, with comments, and exit.")
+    ] = False,
     list_presets: Annotated[bool, typer.Option("--list-presets", help="List the presets and exit.")] = False,
     device: options.Device = "auto",
 ) -> None:
-    """Train a model with the DDPM objective. The same command resumes from the last checkpoint.
+    """Train a model on your images. The same command resumes from the last checkpoint, and so does --out RUN alone.
+
+    Without a preset or a network in --config, everything is chosen from the images and the machine and shown first;
+    each option and --set overrides it.
 
     The path of the trained pipeline is printed. Several processes and machines train together when the command is
     started by `accelerate launch -m ddim train ...` or `torchrun --nproc-per-node 8 -m ddim train ...`.
 
     Examples:
-      ddim train --preset digits --out runs/digits
+      ddim train --data pics/ --out runs/pics
 
       ddim train --preset mnist --data mnist/train.parquet --out runs/mnist
 
+      ddim train --init mnist --data pics/ --out runs/fine-tuned
+
       ddim train --config mine.yaml --data images/ --out runs/mine --set optim.lr=1e-4
     """
-    if out is None and not dry_run and not list_presets:
+    if out is None and not (dry_run or print_config or list_presets):
         raise typer.BadParameter("give a folder for the run, such as --out runs/mine", param_hint="--out")
     if max_minutes is not None and not max_minutes > 0:
         raise typer.BadParameter(f"must be positive, got {max_minutes:g}", param_hint="--max-minutes")
     require("training", *REQUIRED_MODULES)
     from accelerate import PartialState
 
+    from ddim.cli.train_tables import cost_table, plan_table
     from ddim.io.hub import check_hub_id, push_folder
-    from ddim.training.config import load_config
+    from ddim.training.config import check_incomplete, merge_config, validate
     from ddim.training.costs import estimate_costs, preset_table
+    from ddim.training.plan import configure
+    from ddim.training.reference import commented_yaml
+    from ddim.training.run import BatchSizeError
     from ddim.training.run import train as run
 
     if list_presets:
@@ -97,23 +139,53 @@ def train(
         raise NotADirectoryError(f"{out} is a file, not a folder")
     overrides: dict[str, Any] = {
         "data.source": data,
+        "init": init,
+        "model.sample_size": resolution,
         "seed": seed,
         "max_steps": max_steps,
+        "epochs": epochs,
         "batch_size": batch_size,
+        "optim.accumulate": accumulate,
+        "precision": precision,
+        "gradient_checkpointing": gradient_checkpointing,
+        "compile": compile_network,
         "checkpoints.every": checkpoint_every,
+        "trackers": None if tracker is None else parse_trackers(tracker),
     }
-    resolved = load_config(preset, None if config is None else Path(config), settings or (), overrides)
-    if any(resolved.model.get(name) is not None for name in ("class_embed_type", "num_class_embeds")):
-        raise ValueError("model.class_embed_type and model.num_class_embeds must be null: training is unconditional")
-    if out is None or dry_run:
-        print(_cost_table(estimate_costs(resolved, device)))
+    parts: Any = (None if config is None else Path(config), settings or (), overrides)
+    tree = merge_config(preset, *parts)
+    if print_config:
+        check_incomplete(tree)
+        print(commented_yaml(tree), end="")
         return
     if push_to_hub is not None:
         check_hub_id(push_to_hub)
     logging.getLogger("ddim.training").setLevel(logging.INFO)
     resume_from: Any = resume if resume in ("auto", "never") else Path(resume)
-    final = run(resolved, Path(out), device, resume_from, max_minutes)
-    if not PartialState().is_main_process:
+    plan = None
+    if preset is None:
+        run_folder = None if out is None else Path(out)
+        resolved, plan = configure(tree, run_folder, device, resume_from, max_minutes)
+    else:
+        resolved = validate(tree)
+    if any(resolved.model.get(name) is not None for name in ("class_embed_type", "num_class_embeds")):
+        raise ValueError("model.class_embed_type and model.num_class_embeds must be null: training is unconditional")
+    is_main = PartialState().is_main_process
+    if plan is not None and is_main:
+        print(plan_table(plan), file=sys.stderr)
+    try:
+        if out is None or dry_run:
+            costs = estimate_costs(resolved, device) if plan is None else plan.costs
+            if is_main:
+                print(cost_table(costs))
+            return
+        final = run(resolved, Path(out), device, resume_from, max_minutes)
+    except BatchSizeError as error:
+        if "batch_size" in merge_config(None, *parts):
+            raise
+        origin = f"the preset {preset}" if preset is not None else "the default"
+        raise ValueError(f"{error} of {origin}; give batch_size={error.largest} or less") from None
+    if not is_main:
         return
     if push_to_hub is not None:
         address = push_folder(
@@ -127,17 +199,14 @@ def train(
     print(final)
 
 
-def _cost_table(costs: RunCosts) -> str:
-    """Format the costs, one line each."""
-    rows = {
-        "images": f"{costs.images:,}",
-        "parameters": f"{costs.parameters:,}",
-        "GFLOP per step": f"{costs.gflop_per_step:,.1f}",
-        "weights, average, gradients, moments": f"{costs.state_mib:,.0f} MiB",
-        "memory in use": f"{costs.peak_mib:,.0f} MiB",
-        "loader": f"{costs.loader_images_per_second:,.0f} images/s",
-        "time per step": f"{costs.seconds_per_step:.3f} s",
-        "time of all steps": f"{costs.hours:,.1f} h",
-    }
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+def parse_trackers(text: str) -> list[str]:
+    """Parse the value of `--tracker`.
+
+    Args:
+        text: names separated by commas, or `none`.
+
+    Example:
+        >>> parse_trackers("wandb, mlflow"), parse_trackers("none")
+        (['wandb', 'mlflow'], [])
+    """
+    return [] if text == "none" else [name.strip() for name in text.split(",")]

@@ -18,9 +18,11 @@ from ddim.cli.common import (
     show_images,
     with_spacing,
 )
+from ddim.cli.conditions import NO_CONDITIONS, ConditionOptions, takes_conditions
 from ddim.validation import integer, pluralize
 
 
+@takes_conditions
 def trajectory(
     model: options.ModelArgument = None,
     out: Annotated[
@@ -32,6 +34,7 @@ def trajectory(
         ),
     ] = "trajectory.png",
     model_option: options.ModelOption = None,
+    weights: options.Weights = None,
     count: options.Count = 4,
     seed: options.Seed = 0,
     steps: options.Steps = 50,
@@ -43,6 +46,7 @@ def trajectory(
     order: options.Order = None,
     fps: options.Fps = 10.0,
     scale: options.Scale = None,
+    conditions: ConditionOptions = NO_CONDITIONS,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
@@ -71,7 +75,7 @@ def trajectory(
     sampling = SamplingOptions.parse(steps, spacing, timesteps, eta=eta, order=order)
     frame_timesteps = None if at is None else parse_integers(at, "--at")
     integer("--count", count, 1)
-    pipe = load_pipeline(choose_model(model, model_option, DEFAULT_MODEL), device, dtype, engine)
+    pipe = load_pipeline(choose_model(model, model_option, DEFAULT_MODEL, weights), device, dtype, engine)
     result = pipe.trajectory(
         count,
         steps,
@@ -82,6 +86,7 @@ def trajectory(
         order=sampling.order,
         at=frame_timesteps,
         output_type="np",
+        **conditions.condition(pipe, count),
     )
     num_replaced = int(target.exists())
     samples, predicted = (
@@ -98,17 +103,20 @@ def trajectory(
     report_result(target, num_replaced, f"timesteps {', '.join(map(str, result.timesteps))}, then the result")
 
 
+@takes_conditions
 def consistency(
     model: options.ModelArgument = None,
     out: Annotated[
         str, typer.Option("--out", "-o", help="PNG to write: one row per number of steps, one column per seed.")
     ] = "consistency.png",
     model_option: options.ModelOption = None,
+    weights: options.Weights = None,
     count: options.Count = 8,
     seed: options.Seed = 0,
     steps: Annotated[str, typer.Option(help="Numbers of steps, separated by commas.")] = "10,20,50,100",
     spacing: options.Spacing = None,
     scale: options.Scale = None,
+    conditions: ConditionOptions = NO_CONDITIONS,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
@@ -128,10 +136,14 @@ def consistency(
     target = check_output_path(out, {".png": ""}, folder_allowed=False)
     integer("--count", count, 1)
     numbers_of_steps = parse_integers(steps, "--steps", "10,20,50")
-    pipe = with_spacing(load_pipeline(choose_model(model, model_option, DEFAULT_MODEL), device, dtype, engine), spacing)
+    name = choose_model(model, model_option, DEFAULT_MODEL, weights)
+    pipe = with_spacing(load_pipeline(name, device, dtype, engine), spacing)
     seeds = check_seeds(range(seed, seed + count), count)
     latents = noise_from_seeds((count, *pipe.sample_shape), seeds, pipe.device)()
-    rows = [show_images(pipe, images) for images in pipe.consistency(latents, numbers_of_steps, output_type="np")]
+    rows = [
+        show_images(pipe, images)
+        for images in pipe.consistency(latents, numbers_of_steps, output_type="np", **conditions.condition(pipe, count))
+    ]
     num_replaced = int(target.exists())
     save_image(enlarge(stack_rows(rows), rows[0][0], scale), target)
     summary = f"{pluralize(count, 'latent')}, rows of {', '.join(map(str, numbers_of_steps))} steps"

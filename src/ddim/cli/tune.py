@@ -26,6 +26,7 @@ def tune(
         ),
     ],
     model_option: options.ModelOption = None,
+    weights: options.Weights = None,
     steps: Annotated[str, typer.Option(help="Numbers of steps, such as 10 or 5,10,20.")] = "10",
     order: Annotated[int, typer.Option(help="Order of the method: 1 is DDIM, 2 uses the last two predictions.")] = 2,
     eta: options.Eta = 0.0,
@@ -58,7 +59,7 @@ def tune(
     from ddim.tuning import draw_timesteps, plot_timesteps
     from ddim.tuning import tune as search
 
-    name = choose_model(model, model_option)
+    name = choose_model(model, model_option, weights=weights)
     numbers_of_steps = parse_integers(steps, "--steps", "5,10,20")
     folder = Path(out)
     if folder.exists() and not folder.is_dir():

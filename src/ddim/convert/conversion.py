@@ -15,7 +15,7 @@ from ddim.convert.checkpoint import read_checkpoint
 from ddim.convert.openai import OpenAIFlags
 from ddim.convert.placement import ConversionPlan, build_unet
 from ddim.devices import choose_dtype
-from ddim.io.atomic import is_vacant
+from ddim.io.runs import check_model_folder
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.validation import choice, integer, shown
@@ -90,7 +90,7 @@ def convert(
     """
     choice("layout", layout, LAYOUTS)
     weights_dtype = choose_dtype(dtype) if isinstance(dtype, str) else dtype
-    _check_folder(Path(out), overwrite)
+    check_model_folder(Path(out), overwrite)
     if layout == "diffusers" or (layout == "auto" and Path(checkpoint).is_dir()):
         if settings.image_size is not None or settings.flags is not None or settings.schedule:
             raise ValueError(f"{checkpoint} records its own image size, heads and schedule; leave them out")
@@ -200,10 +200,3 @@ def sample_size(config: Mapping[str, Any], image_size: int | None) -> int:
     if size % multiple:
         raise ValueError(f"image_size must be a multiple of {multiple} for {len(types)} levels, got {size}")
     return size
-
-
-def _check_folder(out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"{out} is a file, not a folder")
-    if not is_vacant(out) and not overwrite:
-        raise FileExistsError(f"{out} is not empty; pass overwrite=True to replace a model in it, or write elsewhere")

@@ -143,8 +143,8 @@ def plan_conversion(
         "flip_sin_to_cos": True,
     }
     if "label_emb.weight" in tensors:
-        config["num_class_embeds"] = matrix_shape(tensors, "label_emb.weight")[0]
-        logger.warning("the model is class-conditional: its unet takes class_labels, but no command provides them")
+        config["num_class_embeds"] = num_classes = matrix_shape(tensors, "label_emb.weight")[0]
+        logger.warning("the model is class-conditional: give class_labels, from 0 to %d", num_classes - 1)
     if _uses_rescaled_timesteps(flags, T):
         # The U-Net cannot scale timesteps, but a table of embeddings can hold those of the scaled ones.
         config |= {"time_embedding_type": "learned", "num_train_timesteps": T}

@@ -26,6 +26,8 @@ class Source:
         read_column: returns the values of another column of a table as text, one per image; `None` where there is no
             such column.
         describe: returns how messages refer to the image at an index.
+        labels: what says which class an image belongs to, such as `10 folders` or `the column label`; `None` for
+            nothing.
 
     Example:
         >>> pixel = Image.new("L", (1, 1))
@@ -40,6 +42,7 @@ class Source:
     identity: str
     read_column: Callable[[str], list[str] | None] = lambda name: None
     describe: Callable[[int], str] = "image {}".format
+    labels: str | None = None
 
 
 def canonical_value(text: str) -> str:

@@ -168,7 +168,11 @@ def _from_rows(rows: datasets.Dataset, name: str, column: str | None, identity: 
         content = encoded[list(indices)][chosen]
         return [partial(_decode_row, row, f"image {i} of {name}") for row, i in zip(content, indices, strict=True)]
 
-    return Source(name, len(encoded), fetch, f"{identity} {chosen}", partial(_read_column, rows))
+    others = [
+        key for key, feature in rows.features.items() if key != chosen and not isinstance(feature, datasets.Image)
+    ]
+    labels = f"the {'column' if len(others) == 1 else 'columns'} {', '.join(others)}" if others else None
+    return Source(name, len(encoded), fetch, f"{identity} {chosen}", partial(_read_column, rows), labels=labels)
 
 
 def _read_column(rows: datasets.Dataset, name: str) -> list[str] | None:

@@ -79,7 +79,8 @@ def open_source(source: str, split: str = "train", column: str | None = None) ->
             return _from_tables([source], source, column)
         if path.suffix == ".npz":
             images = _from_array(_read_npz(path), source)
-            return replace(images, read_column=partial(_read_npz_column, path, images.count))
+            read_column = partial(_read_npz_column, path, images.count)
+            return replace(images, read_column=read_column, labels=_npz_labels(path, images.count))
         if path.suffix == ".npy":
             return _from_npy(path)
         raise ValueError(f"{source} is neither a folder of images nor a .parquet, .npz or .npy file")
@@ -98,7 +99,11 @@ def _from_files(files: list[Path], folder: Path) -> Source:
     def fetch(indices: Sequence[int]) -> list[Callable[[], Decoded]]:
         return [partial(read_pixels, files[i]) for i in indices]
 
-    return Source(str(folder), len(files), fetch, _stamp(files), describe=lambda index: str(files[index]))
+    folders = len({file.parent for file in files})
+    labels = f"{folders} folders" if folders > 1 else None
+    return Source(
+        str(folder), len(files), fetch, _stamp(files), describe=lambda index: str(files[index]), labels=labels
+    )
 
 
 def _from_tables(files: list[str], name: str, column: str | None) -> Source:
@@ -154,6 +159,15 @@ def _read_npz(path: Path) -> np.ndarray:
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as .npz: {first_line(error)}") from None
     raise ValueError(f"{path} must hold images as an array {ARRAYS_OF_IMAGES}, got {content or 'nothing'}")
+
+
+def _npz_labels(path: Path, count: int) -> str | None:
+    """Name the arrays of an `.npz` file that can be classes: one integer, boolean or text per image."""
+    with open_npz(path) as file:
+        names = [
+            name for name, header in file.headers.items() if header.shape == (count,) and header.dtype.kind in "biuU"
+        ]
+    return f"the {'array' if len(names) == 1 else 'arrays'} {', '.join(names)}" if names else None
 
 
 def _read_npz_column(path: Path, count: int, name: str) -> list[str] | None:

@@ -122,6 +122,48 @@ def slerp_grid(corners: Sequence[Tensor], rows: int, columns: int) -> Tensor:
     return slerp(upper, lower, torch.linspace(0, 1, rows, dtype=torch.float64)).flatten(0, 1)
 
 
+def path_weights(count: int, frames: int, closed: bool = False) -> Tensor:
+    """Return how much of each point is in each frame of a linear interpolation along a path.
+
+    Args:
+        count: K, the number of points.
+        frames: of each leg, both its ends included.
+        closed: return to the first point.
+
+    Returns:
+        float64 (F, K), F frames as `slerp_path` returns them; each row sums to 1.
+
+    Example:
+        >>> path_weights(2, 3)
+        tensor([[1.0000, 0.0000],
+                [0.5000, 0.5000],
+                [0.0000, 1.0000]], dtype=torch.float64)
+    """
+    integer("frames", frames, 2)
+    points = torch.eye(count, dtype=torch.float64)
+    t = torch.linspace(0, 1, frames, dtype=torch.float64)[:-1, None]
+    ends = points.roll(-1, 0) if closed else points[1:]
+    legs = [torch.lerp(a, b, t) for a, b in zip(points[: len(ends)], ends, strict=True)]
+    return torch.cat(legs if closed else [*legs, points[-1:]])
+
+
+def grid_weights(rows: int, columns: int) -> Tensor:
+    """Return how much of each corner is in each place of a bilinear interpolation over a grid.
+
+    Args:
+        rows: at least 2.
+        columns: at least 2.
+
+    Returns:
+        float64 (rows * columns, 4), corners and places in the order of `slerp_grid`; each row sums to 1.
+
+    Example:
+        >>> grid_weights(3, 3)[4]
+        tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
+    """
+    return torch.einsum("ra,cb->rcab", path_weights(2, rows), path_weights(2, columns)).reshape(rows * columns, 4)
+
+
 def add_direction(latents: Tensor, direction: Tensor, strength: float) -> Tensor:
     """Add a multiple of a direction to latents, and keep the norm of each.
 

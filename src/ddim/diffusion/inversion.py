@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from ddim.diffusion.equations import Step, ddim_inverse, ddim_step, predict_x0_epsilon
+from ddim.diffusion.guidance import take_rows
 from ddim.diffusion.loop import Denoiser
 
 HISTORY = 5
@@ -100,7 +101,7 @@ class Inversion:
             self._history = [(int(source), epsilon)]
 
         def f(x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-            output = self.denoiser(x, timestep)
+            output = take_rows(self.denoiser, active)(x, timestep)
             return x_prev[active] - ddim_step(output, x, step, self.prediction_type)[0], output
 
         guess, _ = ddim_inverse(self._guess_epsilon(step.timestep), x_prev, step)

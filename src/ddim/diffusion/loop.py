@@ -175,9 +175,24 @@ def in_batches(denoiser: Denoiser, batch_size: int) -> Denoiser:
     """
 
     def batched(x: Tensor, timestep: Tensor) -> Tensor:
-        missing = -len(x) % batch_size
-        filled = torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing else x
-        starts = range(0, len(filled), batch_size)
-        return torch.cat([denoiser(filled[i : i + batch_size], timestep) for i in starts])[: len(x)]
+        return torch.cat([denoiser(x[rows], timestep) for rows in full_batches(x, batch_size)])[: len(x)]
 
     return batched
+
+
+def full_batches(x: Tensor, batch_size: int) -> list[Tensor]:
+    """Divide samples into batches of exactly one size, the last one filled up with the last sample.
+
+    Args:
+        x: (N, C, H, W), N at least 1.
+        batch_size: samples per batch.
+
+    Returns:
+        The indices of the samples in each batch, int64 (batch_size,), on the device of `x`.
+
+    Example:
+        >>> [rows.tolist() for rows in full_batches(torch.zeros(3, 1, 2, 2), 2)]
+        [[0, 1], [2, 2]]
+    """
+    indices = torch.arange(len(x) + -len(x) % batch_size, device=x.device).clamp_max(len(x) - 1)
+    return list(torch.split(indices, batch_size))

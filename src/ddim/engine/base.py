@@ -39,17 +39,18 @@ class Engine(Protocol):
         Args:
             sample: x_t, (N, C, H, W), in the network's dtype and on its device.
             timestep: t, in 0..T-1; one number, a tensor (), or one per sample (N,).
-            class_labels: int64 (N,), for class-conditional networks.
+            class_labels: int64 (N,), or embeddings (N, D), for class-conditional networks.
 
         Returns:
             The prediction, (N, C, H, W) in the default (contiguous) memory format.
         """
 
-    def prepare(self, timesteps: Sequence[int]) -> None:
-        """Embed all timesteps of a run before its first step. Other timesteps can still be predicted at.
+    def prepare(self, timesteps: Sequence[int], classes: Tensor | None = None) -> None:
+        """Embed all timesteps and classes of a run before its first step. Others can still be predicted at.
 
         Args:
             timesteps: those of the run, in any order.
+            classes: its distinct class labels, int64 (L,), in ascending order; `None` for an unconditional network.
         """
 
     def step_fn(self, latents: Tensor, steps: Sequence[Step], settings: StepSettings) -> StepFn | None:
@@ -93,7 +94,7 @@ class EagerEngine:
         Args:
             sample: x_t, (N, C, H, W).
             timestep: t; one number, a tensor (), or one per sample (N,).
-            class_labels: int64 (N,), for class-conditional networks; not passed on if `None`.
+            class_labels: int64 (N,), or embeddings (N, D), for class-conditional networks; not passed on if `None`.
 
         Returns:
             The prediction, (N, C, H, W).
@@ -102,11 +103,12 @@ class EagerEngine:
         prediction: Tensor = self.unet(sample, timestep, *labels).sample
         return prediction
 
-    def prepare(self, timesteps: Sequence[int]) -> None:
-        """Do nothing: the network embeds timesteps when it is called.
+    def prepare(self, timesteps: Sequence[int], classes: Tensor | None = None) -> None:
+        """Do nothing: the network embeds timesteps and classes when it is called.
 
         Args:
             timesteps: ignored.
+            classes: ignored.
         """
 
     def step_fn(self, latents: Tensor, steps: Sequence[Step], settings: StepSettings) -> StepFn | None:

@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,8 @@ CACHED_BUFFER_BYTES = 8 << 20
 """Largest padded buffer that is kept for the next step instead of made anew."""
 MAX_CACHED_BUFFERS = 64
 """Padded buffers of one thread, of as many shapes; beyond it all are dropped."""
+MAX_PREPARED_EMBEDDINGS = 4096
+"""Pairs of timesteps and classes whose embeddings are projected before a run; more are projected step by step."""
 MICRO_BATCH_BYTES = 4 << 20
 """Output of the first convolution for the samples that pass through the network together: so many fit the caches. There
 is one sample per thread at least."""
@@ -96,21 +98,31 @@ class CPUEngine:
         self._conv_out = _Conv3x3(unet.conv_out, buffers)
         self._projections = projections
         self._act: Any = next(m for m in unet.modules() if isinstance(m, ResnetBlock2D)).nonlinearity
-        self._prepared_embeddings: dict[float, list[Tensor]] = {}
+        self._prepared = PreparedEmbeddings({}, None)
 
     @torch.no_grad()
-    def prepare(self, timesteps: Sequence[int]) -> None:
-        """Project the embeddings of all timesteps of a run at once. Other timesteps can still be predicted at.
+    def prepare(self, timesteps: Sequence[int], classes: Tensor | None = None) -> None:
+        """Project the embeddings of all timesteps of a run at once, for each of its classes.
+
+        Others can still be predicted at.
 
         Args:
             timesteps: those of the run, in any order.
+            classes: its distinct class labels, int64 (L,), in ascending order; `None` for an unconditional network.
         """
         unet = self._get_network()
-        if unet.class_embedding is None and set(timesteps) - self._prepared_embeddings.keys():
-            projected = self._project(unet.embed(torch.tensor(timesteps), None))
-            self._prepared_embeddings = {
-                timestep: [rows[i : i + 1] for rows in projected] for i, timestep in enumerate(timesteps)
-            }
+        is_conditional = unet.class_embedding is not None
+        if not timesteps or is_conditional != (classes is not None) or self._prepared.holds(timesteps, classes):
+            return
+        count = 1 if classes is None else len(classes)
+        if count * len(timesteps) > MAX_PREPARED_EMBEDDINGS:
+            return
+        labels = None if classes is None else classes.repeat(len(timesteps))
+        projected = self._project(unet.embed(torch.tensor(timesteps).repeat_interleave(count), labels))
+        by_timestep = {
+            float(t): [rows[i * count : (i + 1) * count] for rows in projected] for i, t in enumerate(timesteps)
+        }
+        self._prepared = PreparedEmbeddings(by_timestep, classes)
 
     @torch.no_grad()
     def predict(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
@@ -119,7 +131,7 @@ class CPUEngine:
         Args:
             sample: x_t, (N, C, H, W) float32.
             timestep: t, in 0..T-1; one number, a tensor (), or one per sample (N,).
-            class_labels: int64 (N,), for class-conditional networks.
+            class_labels: int64 (N,), or embeddings (N, D), for class-conditional networks.
 
         Returns:
             The prediction, (N, C, H, W), contiguous.
@@ -134,9 +146,7 @@ class CPUEngine:
 
         # Each residual block's projection of the time embedding: prepared, or computed here.
         timesteps = as_timesteps(timestep, sample.device)
-        embeddings = None
-        if self._prepared_embeddings and class_labels is None and timesteps.ndim == 0:
-            embeddings = self._prepared_embeddings.get(float(timesteps))
+        embeddings = self._prepared.find(timesteps, class_labels) if timesteps.ndim == 0 else None
         if embeddings is None:
             emb = unet.embed(timesteps, class_labels)
             check_embeddings(emb, sample)
@@ -191,6 +201,54 @@ class CPUEngine:
         """Project embeddings (N, E) for each residual block: (N, F)."""
         emb = self._act(emb)
         return [F.linear(emb, linear.weight, linear.bias) for linear in self._projections]
+
+
+class PreparedEmbeddings(NamedTuple):
+    """The projected embeddings of a run's timesteps and classes.
+
+    Attributes:
+        by_timestep: per timestep and residual block, a row per class, (L, F); one row without classes.
+        classes: the labels of the rows, int64 (L,), in ascending order; `None` without classes.
+
+    Example:
+        >>> prepared = PreparedEmbeddings({500: [torch.tensor([[1.0], [2.0]])]}, torch.tensor([3, 8]))
+        >>> prepared.find(torch.tensor(500), torch.tensor([8, 8, 3]))[0].ravel()
+        tensor([2., 2., 1.])
+    """
+
+    by_timestep: dict[float, list[Tensor]]
+    classes: Tensor | None
+
+    def holds(self, timesteps: Sequence[int], classes: Tensor | None) -> bool:
+        """Return whether there are embeddings of all these timesteps, of exactly these classes.
+
+        Args:
+            timesteps: in any order.
+            classes: int64 (L,); `None` without classes.
+        """
+        if (self.classes is None) != (classes is None) or not set(timesteps) <= self.by_timestep.keys():
+            return False
+        return self.classes is None or torch.equal(self.classes, cast(Tensor, classes))
+
+    def find(self, timestep: Tensor, class_labels: Tensor | None) -> list[Tensor] | None:
+        """Return the rows of samples.
+
+        Args:
+            timestep: a tensor ().
+            class_labels: int64 (N,), or anything that has no rows here.
+
+        Returns:
+            Per residual block (N, F), or (1, F) where they are the same for all; `None` where there are none.
+        """
+        rows = self.by_timestep.get(float(timestep)) if self.by_timestep else None
+        if rows is None or self.classes is None or class_labels is None:
+            return rows if self.classes is None and class_labels is None else None
+        if class_labels.is_floating_point() or class_labels.ndim != 1:
+            return None
+        index = torch.searchsorted(self.classes, class_labels.contiguous()).clamp_max(len(self.classes) - 1)
+        if not torch.equal(self.classes[index], class_labels):
+            return None
+        return rows if len(self.classes) == 1 else [row[index] for row in rows]
 
 
 class PaddedBuffers(threading.local):

@@ -94,7 +94,7 @@ class CUDAEngine:
         Args:
             sample: x_t, (N, C, H, W), in the network's dtype and on its device.
             timestep: t, in 0..T-1; one number, a tensor (), or one per sample (N,).
-            class_labels: int64 (N,), for class-conditional networks.
+            class_labels: int64 (N,), or embeddings (N, D), for class-conditional networks.
 
         Returns:
             The prediction, (N, C, H, W), contiguous.
@@ -104,11 +104,12 @@ class CUDAEngine:
         """
         return evaluate(self.network, sample, timestep, class_labels)
 
-    def prepare(self, timesteps: Sequence[int]) -> None:
+    def prepare(self, timesteps: Sequence[int], classes: Tensor | None = None) -> None:
         """Do nothing: a recorded step embeds its timestep.
 
         Args:
             timesteps: ignored.
+            classes: ignored.
         """
 
     def step_fn(self, latents: Tensor, steps: Sequence[Step], settings: StepSettings) -> StepFn | None:
@@ -394,7 +395,7 @@ def evaluate(
         network: a `UNet2DModel`.
         sample: x_t, (N, C, H, W).
         timestep: t; one number, a tensor (), or one per sample (N,).
-        class_labels: int64 (N,), for class-conditional networks.
+        class_labels: int64 (N,), or embeddings (N, D), for class-conditional networks.
 
     Returns:
         The prediction, (N, C, H, W), contiguous, without gradients.

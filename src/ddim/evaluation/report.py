@@ -59,12 +59,13 @@ MAX_HASH_LENGTH = 16
 """Digits of a SHA-256 that tables show."""
 
 
-def check_outputs(paths: Sequence[str], others: Mapping[str, str] | None = None) -> list[str]:
+def check_outputs(paths: Sequence[str], others: Mapping[str, str] | None = None, name: str = "out") -> list[str]:
     """Check, before any work, that reports can be written to paths.
 
     Args:
         paths: `.json`, `.csv` or `.md` files.
         others: further suffixes that are allowed, and what they mean.
+        name: the argument's name, for the message.
 
     Returns:
         The paths.
@@ -79,7 +80,7 @@ def check_outputs(paths: Sequence[str], others: Mapping[str, str] | None = None)
         ValueError: out must end in .json, .csv, or .md (Markdown), got 'score.txt'
     """
     for path in paths:
-        check_output_path(path, REPORT_SUFFIXES | dict(others or {}), folder_allowed=False)
+        check_output_path(path, REPORT_SUFFIXES | dict(others or {}), folder_allowed=False, name=name)
     return list(paths)
 
 
@@ -209,9 +210,9 @@ def format_table(result: dict[str, Any]) -> str:
         Fréchet distance  12.35
         samples_count     100
     """
-    tables = [_align(_rows(result))]
+    tables = [align(_rows(result))]
     if "attributes" in result:
-        tables.append(_align([ATTRIBUTE_COLUMNS, *_attribute_rows(result["attributes"])]))
+        tables.append(align([ATTRIBUTE_COLUMNS, *_attribute_rows(result["attributes"])]))
     return "\n\n".join(tables)
 
 
@@ -250,9 +251,9 @@ def write_report(result: dict[str, Any], path: Path) -> None:
         writer.writerow(columns.values())
         text = stream.getvalue()
     else:
-        text = _markdown(("", ""), _rows(result))
+        text = markdown(("", ""), _rows(result))
         if "attributes" in result:
-            text += "\n" + _markdown(ATTRIBUTE_COLUMNS, _attribute_rows(result["attributes"]))
+            text += "\n" + markdown(ATTRIBUTE_COLUMNS, _attribute_rows(result["attributes"]))
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -286,14 +287,34 @@ def _attribute_rows(attributes: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _align(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as lines whose columns are aligned."""
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as lines whose columns are aligned.
+
+    Args:
+        rows: cells, equally many per row.
+
+    Example:
+        >>> print(align([["step", "fid"], ["1000", "30"]]))
+        step  fid
+        1000  30
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown.
+
+    Args:
+        header: names of the columns.
+        rows: cells, one per column.
+
+    Example:
+        >>> print(markdown(["step", "fid"], [["1000", "30"]]), end="")
+        | step | fid |
+        | --- | --- |
+        | 1000 | 30 |
+    """
     lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
     return "\n".join(lines) + "\n"

@@ -51,6 +51,8 @@ class LatentSettings:
         tolerance: the residual required of each step.
         residual: the largest residual of each image.
         kind: what was encoded: `latents` of images, or a `direction`, a difference of latents.
+        condition: classes and guidance, as arguments of `decode`: `class_labels` and `negative_labels` as lists of
+            indices, `guidance_scale`, `guidance_interval`; `None` for a model without classes.
 
     Example:
         >>> LatentSettings("mnist", "0" * 64, [900, 450, 0], True, 1e-5, [2e-6]).exact
@@ -64,6 +66,7 @@ class LatentSettings:
     tolerance: float
     residual: list[float]
     kind: LatentKind = "latents"
+    condition: dict[str, Any] | None = None
 
 
 def save_latents(path: str | Path, latents: Tensor, settings: LatentSettings) -> Path:
@@ -227,13 +230,15 @@ def _read_safetensors(path: Path) -> tuple[Tensor, str]:
 def _parse_settings(entries: Any) -> LatentSettings:
     """Check and return settings from JSON, which may hold anything."""
     names = [field.name for field in fields(LatentSettings)]
-    required = [name for name in names if name != "kind"]
+    required = [name for name in names if name not in ("kind", "condition")]
     if not isinstance(entries, dict) or not entries.keys() >= set(required):
         raise ValueError(f"its settings must be a JSON object with {', '.join(required)}")
     settings = LatentSettings(**{name: entries[name] for name in names if name in entries})
     if settings.kind not in get_args(LatentKind):
         raise ValueError(f"its kind must be {' or '.join(get_args(LatentKind))}, got {shown(settings.kind)}")
     _check_timesteps(settings.timesteps)
+    if settings.condition is not None:
+        _check_condition(settings.condition)
     if not isinstance(settings.model, str) or not isinstance(settings.model_sha256, str):
         raise ValueError("its settings do not name a model")
     if not isinstance(settings.exact, bool) or not isinstance(settings.residual, list):
@@ -241,6 +246,18 @@ def _parse_settings(entries: Any) -> LatentSettings:
     for value in (settings.tolerance, *settings.residual):
         real("a tolerance or residual", value)
     return settings
+
+
+def _check_condition(condition: Any) -> None:
+    """Check the types of a condition; its values are checked where it is used."""
+    names = ("class_labels", "negative_labels", "guidance_scale", "guidance_interval")
+    if not isinstance(condition, dict) or condition.keys() - set(names):
+        raise ValueError(f"its condition must be a JSON object with {', '.join(names)}, got {shown(condition)}")
+    for name in ("class_labels", "negative_labels", "guidance_interval"):
+        values = condition.get(name, [])
+        for value in values if isinstance(values, list) else [values]:
+            integer(f"each of {name}", value, 0)
+    real("guidance_scale", condition.get("guidance_scale", 1.0), minimum=0)
 
 
 def _check_timesteps(timesteps: Any) -> None:

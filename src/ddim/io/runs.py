@@ -17,6 +17,7 @@ import os
 import re
 from pathlib import Path
 
+from ddim.io.atomic import is_vacant
 from ddim.validation import shown
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,30 @@ def refuse_run(folder: Path) -> None:
         raise ValueError(f"{folder} is a training run or one of its checkpoints; write to another folder")
 
 
+def check_model_folder(folder: Path, overwrite: bool = False) -> None:
+    """Check, before any work, that a model can be written into a folder.
+
+    Args:
+        folder: where it is about to be written; may be missing.
+        overwrite: allow a folder that is not empty.
+
+    Raises:
+        NotADirectoryError: if it is a file.
+        ValueError: if it is a training run or one of its checkpoints.
+        FileExistsError: if it is not empty and `overwrite` is false.
+
+    Example:
+        >>> check_model_folder(Path("missing"))
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, not a folder")
+    refuse_run(folder)
+    if not is_vacant(folder) and not overwrite:
+        raise FileExistsError(
+            f"{folder} is not empty; pass overwrite=True to replace a model in it, or write elsewhere"
+        )
+
+
 def resolve_run(folder: Path, index_name: str, variant: str | None = None) -> Path:
     """Return the pipeline folder that a training run stands for: its result, else its newest complete checkpoint.
 
@@ -165,6 +190,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
         >>> list_checkpoints(Path("missing"))
         []
     """
+    if not os.path.isdir(folder):  # noqa: PTH112 - Path.glob raises for names that no file can have
+        return []
     folders = [path for path in folder.glob("step-*") if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
     return sorted(folders, key=checkpoint_step, reverse=True)
 

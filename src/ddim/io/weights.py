@@ -127,9 +127,9 @@ def read_weights(folder: Path, variant: str | None = None, use_safetensors: bool
     if ".index." in chosen:
         tensors = {}
         for name in _shards(folder / chosen):
-            tensors.update(_read_tensors(folder / name))
+            tensors.update(read_tensors(folder / name))
     else:
-        tensors = _read_tensors(folder / chosen)
+        tensors = read_tensors(folder / chosen)
     return {_modern_name(name): tensor for name, tensor in tensors.items()}
 
 
@@ -147,8 +147,26 @@ def _shards(index: Path) -> list[str]:
     return names
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read one weight file."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of one file.
+
+    Args:
+        path: a `.safetensors` file, or a pickle.
+
+    Returns:
+        Tensors on the CPU by name; those of a safetensors file may share memory with the mapped file.
+
+    Raises:
+        ValueError: if it is not a regular file, is truncated, holds anything but tensors, or does not match the SHA-256
+            in its metadata.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     write_safetensors({"bias": torch.zeros(2)}, Path(folder, "x.safetensors"))
+        ...     read_tensors(Path(folder, "x.safetensors"))
+        {'bias': tensor([0., 0.])}
+    """
     if not path.is_file():
         # Opening a pipe would wait for a writer.
         raise ValueError(f"{path} is not a regular file")
@@ -389,7 +407,7 @@ def write_weights(
     for name, keys in plan.filename_to_tensors.items():
         shard = {key: tensors[key] for key in keys}
         if safe_serialization:
-            _write_safetensors(shard, folder / name, {"format": "pt", "sha256": digest(shard)})
+            write_safetensors(shard, folder / name)
         else:
             torch.save(shard, folder / name)
     if plan.is_sharded:
@@ -397,14 +415,28 @@ def write_weights(
         (folder / f"{WEIGHTS}.{suffix}.index{infix}.json").write_text(to_json(index), encoding="utf-8")
 
 
-def _write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whose tensors can be used where they lie in the mapped file.
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, with a SHA-256 of its tensors, that can be used where they lie in the mapped file.
 
     The header is padded with spaces, and tensors whose sizes are multiples of `ALIGNMENT` come first, so that they are
     aligned. The safetensors library itself aligns to 8 bytes.
+
+    Args:
+        tensors: contiguous tensors on the CPU by name.
+        path: the file to write, in place.
+
+    Raises:
+        OSError: if it cannot be written.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     write_safetensors({"bias": torch.zeros(2)}, Path(folder, "x.safetensors"))
+        ...     [path.name for path in Path(folder).iterdir()]
+        ['x.safetensors']
     """
     names = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "sha256": digest(tensors)}}
     end = 0
     for name in names:
         start, end = end, end + tensors[name].nbytes

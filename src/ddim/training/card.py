@@ -11,6 +11,7 @@ import yaml
 from ddim.io.false_color import shows_values
 from ddim.io.images import height_and_width
 from ddim.io.pixel_format import PixelFormat
+from ddim.training.history import format_history
 from ddim.training.trainer import Trainer
 
 CARD = """---
@@ -72,7 +73,9 @@ def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
     facts = {
         "network": f"`UNet2DModel`, {trainer.model.num_parameters():,} parameters",
         "predicts": f"{scheduler.config.prediction_type}; {scheduler.config.beta_schedule} betas, T = {len(scheduler)}",
-        "weights": f"exponential moving average, decay {config.ema.decay}",
+        "weights": f"exponential moving average, decay {config.ema.decay}"
+        if config.ema.sigma_rel is None
+        else f"power-function average, sigma_rel {config.ema.sigma_rel:g}",
         "data": f"{config.data.source}: {images:,} images{held_out}, SHA-256 {record['data']['sha256'][:16]}",
         "length": f"{trainer.step:,} steps of {config.batch_size} images, {passes:.1f} passes over the data",
         "time": f"{trainer.seconds / 60:.1f} minutes on {record['device']}; processes: {processes}",
@@ -81,6 +84,8 @@ def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
     if not pixel_format.is_eight_bit:
         pairs = zip(pixel_format.low, pixel_format.high, strict=True)
         facts["values"] = f"{pixel_format.dtype}, from " + ", ".join(f"{low:g} to {high:g}" for low, high in pairs)
+    if "history" in record:
+        facts["history"] = format_history(record["history"])
     if losses:
         facts["final loss"] = f"{sum(losses) / len(losses):.4f}, mean over the last {len(losses)} lines of the metrics"
     for line in evaluations:

@@ -4,6 +4,7 @@
         model_index.json, scheduler/, unet/    a pipeline folder, with the averaged weights and, as the variant `raw`,
                                                the weights being trained; see `ddim.io.runs`
         optimizer.safetensors                  the moments of AdamW
+        averages.safetensors                   averages of other lengths: `ddim.training.averages`
         state.json                             the step, the loss scale, the metrics that no line of `metrics.jsonl`
                                                covers yet
         SHA256SUMS                             of all of these, as `sha256sum --check` reads it
@@ -38,7 +39,10 @@ TENSOR_FILES = {
     "model": f"unet/{WEIGHTS}.{RAW}.safetensors",
     "ema": f"unet/{WEIGHTS}.safetensors",
     "optimizer": "optimizer.safetensors",
+    "averages": "averages.safetensors",
 }
+OPTIONAL_TENSORS = ("averages",)
+"""Tensors that a checkpoint may lack, which is read as none."""
 STATE_FILE = "state.json"
 
 
@@ -47,11 +51,12 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         step: number of steps taken.
-        tensors: `model`, `ema` and `optimizer`, each a mapping from names to tensors on the CPU.
+        tensors: `model`, `ema`, `optimizer` and `averages`, each a mapping from names to tensors on the CPU; `averages`
+            is empty where none are tracked.
         state: plain values.
 
     Example:
-        >>> Checkpoint(5, {"model": {}, "ema": {}, "optimizer": {}}, {"seconds": 1.0}).step
+        >>> Checkpoint(5, {"model": {}, "ema": {}, "optimizer": {}, "averages": {}}, {"seconds": 1.0}).step
         5
     """
 
@@ -74,7 +79,7 @@ def save_checkpoint(
     Args:
         folder: folder of all checkpoints; created where it is missing.
         step: number of steps taken.
-        tensors: `model`, `ema` and `optimizer`.
+        tensors: `model`, `ema`, `optimizer` and, if there are any, `averages`.
         state: values that JSON can hold.
         keep: number of checkpoints to keep, the newest up to this step.
         keep_every: keep checkpoints of multiples of this step as well; 0 for none.
@@ -97,6 +102,8 @@ def save_checkpoint(
     path = folder / f"step-{step:08d}"
     with replace_folder(path) as temporary:
         for name, file in TENSOR_FILES.items():
+            if name in OPTIONAL_TENSORS and not tensors.get(name):
+                continue
             content = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors[name].items()}
             (temporary / file).parent.mkdir(exist_ok=True)
             try:
@@ -139,7 +146,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     verify_checksums(path)
     try:
         state = read_json(path / STATE_FILE)
-        tensors = {name: load_file(_tensor_file(path, name)) for name in TENSOR_FILES}
+        files = {name: _tensor_file(path, name) for name in TENSOR_FILES}
+        tensors = {
+            name: {} if name in OPTIONAL_TENSORS and not file.exists() else load_file(file)
+            for name, file in files.items()
+        }
         return Checkpoint(state.pop("step"), tensors, state)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"the checkpoint {path} is damaged or incomplete: {' '.join(str(error).split())}") from None

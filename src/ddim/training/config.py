@@ -5,13 +5,15 @@ It is merged from a preset, a YAML file, settings and overrides, later ones repl
 
 from __future__ import annotations
 
+import copy
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
@@ -21,6 +23,7 @@ from ddim.data.config import DataConfig, Section
 from ddim.io.array_files import MAX_CHANNELS
 from ddim.io.images import height_and_width
 from ddim.scheduler import DDIMScheduler
+from ddim.training.power_average import MAX_SIGMA_REL, MIN_SIGMA_REL
 from ddim.unet import UNet2DModel
 from ddim.validation import as_integer, choice, find_nearest, nearest, shorten, shown
 
@@ -35,7 +38,11 @@ SCHEDULER_DEFAULTS: Mapping[str, Any] = {"clip_sample": False}
 MAX_YAML_VALUES = 100_000
 """Values of a YAML file, each alias counted as what it stands for: a few lines of aliases can stand for billions."""
 
+LENGTHS = ("max_steps", "epochs")
+"""The entries that say how long a run is; it has one of them."""
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Length = Annotated[float, Field(ge=MIN_SIGMA_REL, le=MAX_SIGMA_REL)]
 
 
 class ObjectiveConfig(Section):
@@ -89,11 +96,16 @@ class OptimConfig(Section):
 
 
 class EmaConfig(Section):
-    """The exponential moving average of the weights, which is sampled from and which a run results in.
+    """Moving averages of the weights: the one that is sampled from and that a run results in, and those for `ddim ema`.
 
     Attributes:
-        decay: decay rate per step.
+        decay: decay rate per step of the exponential average that is sampled from.
         warmup: use at most (1 + n) / (10 + n) as the decay after n steps, so that the first weights fade quickly.
+        sigma_rel: sample from a power-function average of this length instead (`ddim.training.power_average`): its
+            standard deviation relative to the number of steps.
+        sigma_rels: lengths of the power-function averages that are tracked beside it, from which `ddim ema`
+            reconstructs any other after training; empty for none. Each takes 4 bytes of memory per parameter.
+        snapshots: largest number of their snapshots; each takes 2 bytes on the disk per parameter and length.
 
     Example:
         >>> EmaConfig().decay
@@ -102,6 +114,9 @@ class EmaConfig(Section):
 
     decay: float = Field(default=0.9999, ge=0, lt=1)
     warmup: bool = True
+    sigma_rel: Length | None = None
+    sigma_rels: tuple[Length, ...] = (0.05, 0.10)
+    snapshots: PositiveInt = 16
 
 
 class SampleConfig(Section):
@@ -165,11 +180,12 @@ class TrainConfig(Section):
 
     Attributes:
         data: the images.
-        model: arguments of `UNet2DModel`, `sample_size` among them; may be empty where `init` is set.
+        model: arguments of `UNet2DModel`, `sample_size` among them. With `init` they override single arguments of that
+            model.
         init: weights to start from, as `DDIMPipeline.from_pretrained` takes them: a built-in model, a folder, a hub id.
         scheduler: arguments of `DDIMScheduler`: the betas, the prediction type, how the result is sampled. Where they
-            are omitted, the scheduler of `init` decides; without `init`, `SCHEDULER_DEFAULTS` and then the defaults of
-            `DDIMScheduler`.
+            are omitted, the scheduler of `init` decides; without `init`, `clip_sample` is false, and the others have
+            the defaults of `DDIMScheduler`.
         objective: the loss.
         optim: the optimizer.
         ema: the averaged weights.
@@ -178,12 +194,14 @@ class TrainConfig(Section):
         checkpoints: when checkpoints are written, and which are kept.
         batch_size: images per step, over all processes.
         max_steps: step at which the run ends.
+        epochs: length of the run in visits of every image, instead of `max_steps`, which follows from it.
         seed: decides weights, data order, timesteps and noise.
         precision: `fp32`, or `bf16` or `fp16` (with loss scaling) for autocast. Weights stay in float32.
         channels_last: keep feature maps in NHWC, the faster layout on CPUs and GPUs alike.
         gradient_checkpointing: save memory by computing residual blocks twice.
-        compile: compile the network by `torch.compile`.
+        compile: compile the network by `torch.compile`, which takes minutes and is meant for GPUs.
         log_every: steps between lines of the metrics.
+        trackers: where metrics and samples are logged as well: `tensorboard`, `wandb`, `mlflow`.
 
     Example:
         >>> config = TrainConfig(data=DataConfig(source="digits"), model={"sample_size": 8})
@@ -203,13 +221,33 @@ class TrainConfig(Section):
     checkpoints: CheckpointConfig = CheckpointConfig()
     batch_size: PositiveInt = 128
     max_steps: PositiveInt = 800_000
+    epochs: PositiveFloat | None = Field(default=None, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
     gradient_checkpointing: bool = False
     compile: bool = False
     log_every: PositiveInt = 50
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
 
+
+SECTION_EXAMPLES = {"model": "sample_size", "scheduler": "prediction_type"}
+"""An entry of each section whose entries are the arguments of a class."""
+OTHER_NAMES = {
+    "learning_rate": "optim.lr",
+    "steps": "max_steps",
+    "num_steps": "max_steps",
+    "num_epochs": "epochs",
+    "resolution": "model.sample_size",
+    "image_size": "model.sample_size",
+    "size": "model.sample_size",
+    "channels": "model.in_channels",
+    "mixed_precision": "precision",
+    "gradient_accumulation_steps": "optim.accumulate",
+    "max_grad_norm": "optim.grad_clip",
+    "prediction_type": "scheduler.prediction_type",
+}
+"""Entries by the names that other projects give them."""
 
 RESUME_MAY_CHANGE = (
     "data.source",
@@ -233,14 +271,19 @@ RESUME_MAY_CHANGE = (
     "checkpoints",
     "max_steps",
     "optim.lr",
+    "optim.decay",
+    "optim.decay_steps",
+    "ema.snapshots",
+    "trackers",
     "gradient_checkpointing",
     "compile",
 )
 """Entries that may differ when a run resumes: none of them changes, beyond rounding, what an earlier step has computed.
 
 Of the scheduler these are the entries that sampling alone uses. The content of the data is compared, not its location.
-`max_steps` must stay where the learning rate decays towards it. `optim.lr` is the exception: a run that has diverged
-can resume with a lower one.
+The learning rate is a function of the step, `max_steps` and three entries of `optim`: where these change, it is from
+the next step on that of a run which had the new values from its start. The record of the run says where
+(`ddim.training.history`).
 """
 
 
@@ -315,18 +358,91 @@ def load_config(
         >>> load_config("digits", settings=["optim.lr=1e-3"], overrides={"seed": 7}).optim.lr
         0.001
     """
-    tree: dict[str, Any] = {} if preset is None else read_preset(preset)
-    if config_file is not None:
-        _merge(tree, read_yaml(config_file))
+    return validate(merge_config(preset, config_file, settings, overrides))
+
+
+def merge_config(
+    preset: str | None = None,
+    config_file: Path | None = None,
+    settings: Iterable[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+    base: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Merge a configuration from its parts; see `load_config`.
+
+    Args:
+        preset: one of `preset_names()`; `None` starts from nothing.
+        config_file: a YAML file, or the `config.yaml` of a run.
+        settings: `key=value` strings.
+        overrides: values by dotted key.
+        base: nested mappings that all other parts override.
+
+    Returns:
+        Nested dictionaries, unchecked.
+
+    Raises:
+        ValueError: naming what is wrong with a part; `epochs` beside `max_steps` in one of them.
+        FileNotFoundError: if the file cannot be read.
+
+    Example:
+        >>> merge_config(settings=["optim.lr=1e-3"], overrides={"seed": 7}, base={"seed": 1, "batch_size": 8})
+        {'seed': 7, 'batch_size': 8, 'optim': {'lr': 0.001}}
+    """
+    file = {} if config_file is None else as_configuration(read_yaml(config_file))
+    direct: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise ValueError(f"settings must be of the form key=value, such as optim.lr=2e-4, got {shown(setting)}")
-        _merge(tree, _nested(key.split("."), _yaml_value(value)))
+        _merge(direct, _nested(key.split("."), _yaml_value(value)))
     for key, value in (overrides or {}).items():
         if value is not None:
-            _merge(tree, _nested(key.split("."), value))
-    return validate(tree)
+            _merge(direct, _nested(key.split("."), value))
+    return merge(base, {} if preset is None else read_preset(preset), file, direct)
+
+
+def merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge trees of values, entry by entry; a length, in steps or in epochs, replaces one of either kind.
+
+    Args:
+        parts: nested mappings, later ones overriding earlier ones.
+
+    Returns:
+        A new tree.
+
+    Raises:
+        ValueError: if one of them has both lengths.
+
+    Example:
+        >>> merge({"optim": {"lr": 1, "eps": 2}, "max_steps": 10}, {"optim": {"lr": 3}, "epochs": 5})
+        {'optim': {'lr': 3, 'eps': 2}, 'epochs': 5}
+    """
+    tree: dict[str, Any] = {}
+    for part in parts:
+        lengths = [name for name in LENGTHS if part.get(name) is not None]
+        if len(lengths) == 2:
+            raise _invalid("epochs", "has no effect beside max_steps; leave one of them out")
+        if lengths:
+            tree = {name: value for name, value in tree.items() if name not in LENGTHS}
+        _merge(tree, copy.deepcopy(dict(part)))
+    return tree
+
+
+def as_configuration(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration in the content of a YAML file, which may be the record of a run (`RUN/config.yaml`).
+
+    Args:
+        tree: the content.
+
+    Returns:
+        Its entry `config`, which a configuration does not have, or all of it.
+
+    Example:
+        >>> as_configuration({"config": {"seed": 1}, "versions": {}}), as_configuration({"seed": 1})
+        ({'seed': 1}, {'seed': 1})
+    """
+    config = tree.get("config")
+    return config if isinstance(config, dict) else tree
 
 
 def validate(tree: Mapping[str, Any]) -> TrainConfig:
@@ -351,9 +467,13 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
         config = TrainConfig.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
+        *sections, name = first["loc"]
+        if sections and isinstance(name, int) and first["type"] in ("missing", "too_long"):
+            # A list that is too short is reported as the number that it lacks.
+            first |= {"loc": tuple(sections), "type": "tuple_type"}
         raise _invalid(".".join(map(str, first["loc"])), _describe(first)) from None
     # Entries that depend on each other; with `init`, on those of its model as well, and then `complete_config` checks.
-    if config.model or config.init is None:
+    if config.init is None:
         check_model(config.model)
     _check_section("model", UNet2DModel.__init__, config.model)
     _check_section("scheduler", DDIMScheduler.__init__, config.scheduler)
@@ -373,9 +493,42 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
         check_augmentation(config.data, config.model)
     if config.init is None:
         check_scheduler(config.scheduler)
+    ema = config.ema
+    for entry, values in (("ema.sigma_rels", ema.sigma_rels), ("trackers", config.trackers)):
+        if len(set(values)) < len(values):
+            raise _invalid(entry, f"must differ from each other, got {shown(list(values))}")
+    if ema.sigma_rel is not None and ema.model_copy(update={"decay": 0.9999, "warmup": True}) != ema:
+        raise _invalid("ema.decay", "has no effect beside ema.sigma_rel; leave ema.decay and ema.warmup out")
     if optim.decay_steps is not None and optim.decay == "constant":
         raise _invalid("optim.decay_steps", "requires optim.decay to be linear or cosine, got constant")
     return config
+
+
+def check_incomplete(tree: Mapping[str, Any]) -> TrainConfig:
+    """Check a tree of values that may leave out what else is required: the images, the network, the batch.
+
+    Args:
+        tree: nested mappings.
+
+    Returns:
+        A configuration that has placeholders for what is left out.
+
+    Raises:
+        ValueError: in one sentence that names the first wrong entry.
+
+    Example:
+        >>> check_incomplete({"optim": {"lr": 0.001}}).optim.lr
+        0.001
+    """
+    optim = tree.get("optim")
+    accumulate = optim.get("accumulate", 1) if isinstance(optim, Mapping) else 1
+    placeholders = {
+        "data": {"source": "images"},
+        "model": {"sample_size": 8},
+        "optim": {"decay": "linear"},
+        "batch_size": accumulate,
+    }
+    return validate(merge(placeholders, tree))
 
 
 def check_model(model: Mapping[str, Any]) -> None:
@@ -510,14 +663,50 @@ def incompatible_changes(old: TrainConfig, new: TrainConfig) -> list[str]:
         >>> incompatible_changes(old, old.model_copy(update={"seed": 1, "compile": True}))
         ['seed: expected 0, got 1']
     """
-    old_values, new_values = dict(_leaves(old.model_dump())), dict(_leaves(new.model_dump()))
-    free = [key for key in RESUME_MAY_CHANGE if key != "max_steps" or old.optim.decay == "constant"]
     return [
-        f"{key}: expected {old_values.get(key)}, got {new_values.get(key)}"
-        for key in sorted(old_values.keys() | new_values.keys())
-        if old_values.get(key) != new_values.get(key)
-        and not any(key == entry or key.startswith(f"{entry}.") for entry in free)
+        f"{key}: expected {old_value}, got {new_value}"
+        for key, (old_value, new_value) in sorted(changed_entries(old, new).items())
+        if not any(key == entry or key.startswith(f"{entry}.") for entry in RESUME_MAY_CHANGE)
     ]
+
+
+def changed_entries(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Compare two configurations.
+
+    Args:
+        old: a configuration.
+        new: another one.
+
+    Returns:
+        The old and the new value of each entry that differs, by its dotted key; `None` where an argument is missing.
+
+    Example:
+        >>> old = load_config("digits")
+        >>> changed_entries(old, old.model_copy(update={"seed": 1}))
+        {'seed': (0, 1)}
+    """
+    old_values, new_values = flat_entries(old), flat_entries(new)
+    return {
+        key: (old_values.get(key), new_values.get(key))
+        for key in old_values | new_values
+        if old_values.get(key) != new_values.get(key)
+    }
+
+
+def flat_entries(config: TrainConfig) -> dict[str, Any]:
+    """Return all entries of a configuration.
+
+    Args:
+        config: the configuration.
+
+    Returns:
+        Values as JSON holds them, by dotted key.
+
+    Example:
+        >>> flat_entries(load_config("digits"))["data.source"]
+        'digits'
+    """
+    return dict(_leaves(config.model_dump(mode="json")))
 
 
 def _check_section(section: str, constructor: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
@@ -535,11 +724,19 @@ def _check_section(section: str, constructor: Callable[..., Any], arguments: Map
 
 def _describe(error: Mapping[str, Any]) -> str:
     """Return what is wrong with an entry."""
+    *sections, name = map(str, error["loc"])
     if error["type"] == "missing":
         return "is required"
     if error["type"] == "extra_forbidden":
-        *sections, name = map(str, error["loc"])
         return f"is not an entry{_suggest(name, '.'.join(sections))}"
+    if error["type"] in ("model_type", "dict_type"):
+        section = cast(type[BaseModel], TrainConfig.model_fields[name].annotation)
+        example = SECTION_EXAMPLES.get(name) or next(entry_names(section))
+        return f"must be a section with entries such as {name}.{example}, got {shown(error['input'])}"
+    if error["type"] in ("tuple_type", "too_long"):
+        default = _default([*sections, name])
+        example = f" such as {list(default)}" if isinstance(default, tuple) else ""
+        return f"must be a list of numbers{example}, got {shown(error['input'])}"
     # Some messages add how the value was read.
     allowed = re.sub(r", (unable to|got a|input was) .*", "", error["msg"]).replace("Input should be", "must be")
     return f"{allowed}, got {shown(error['input'])}"
@@ -547,7 +744,9 @@ def _describe(error: Mapping[str, Any]) -> str:
 
 def _suggest(name: str, section: str) -> str:
     """Return the entry that was meant by a name: the nearest of its section, or of all; or a list of its section's."""
-    entries = list(_entry_names(TrainConfig))
+    entries = list(entry_names(TrainConfig))
+    if name in OTHER_NAMES:
+        return f" (did you mean {OTHER_NAMES[name]}?)"
     siblings = {entry.rpartition(".")[2]: entry for entry in entries if entry.rpartition(".")[0] == section}
     everywhere = {entry.rpartition(".")[2]: entry for entry in reversed(entries)}
     for by_name in (siblings, everywhere):
@@ -556,12 +755,33 @@ def _suggest(name: str, section: str) -> str:
     return f"; {section or 'the configuration'} has {', '.join(siblings)}"
 
 
-def _entry_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield dotted names of all entries, sections first."""
+def entry_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield dotted names of all entries of a section, those of its sections after it.
+
+    Args:
+        section: the class of the section.
+        prefix: before every name.
+
+    Yields:
+        Names such as `optim`, `optim.lr`.
+
+    Example:
+        >>> list(entry_names(EmaConfig, "ema."))
+        ['ema.decay', 'ema.warmup']
+    """
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}"
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _entry_names(field.annotation, f"{prefix}{name}.")
+            yield from entry_names(field.annotation, f"{prefix}{name}.")
+
+
+def _default(names: Sequence[str]) -> Any:
+    """Return the default of the entry of a section."""
+    section, field = TrainConfig.model_fields, None
+    for name in names:
+        field = section[name]
+        section = getattr(field.annotation, "model_fields", {})
+    return None if field is None else field.default
 
 
 def _invalid(entry: str, reason: str) -> ValueError:
@@ -574,8 +794,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            # A tuple becomes a list when it is written to YAML and read back.
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+            yield f"{prefix}{key}", value
 
 
 def _parse_yaml(text: str) -> Any:

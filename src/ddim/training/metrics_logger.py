@@ -1,8 +1,9 @@
-"""Metrics of a run: `metrics.jsonl`, TensorBoard, the loss curve.
+"""Metrics of a run: `metrics.jsonl`, trackers, the loss curve.
 
 RUN/metrics.jsonl      what the run computes: a line every `log_every` steps, equal to the byte however often the run
                        was stopped and resumed
-RUN/tensorboard/       the same, what differs between executions (images per second, memory), and the grids of samples
+RUN/tensorboard/       the same, what differs between executions (images per second, memory), and the grids of samples;
+                       likewise for other trackers (`ddim.training.trackers`)
 RUN/loss.png           the losses of metrics.jsonl as a curve
 """
 
@@ -10,16 +11,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from PIL import Image
 
 from ddim.io.atomic import atomic_write
 from ddim.training.progress import Progress, StepMetrics
+from ddim.training.trackers import log_image, start_trackers
 
 
 class MetricsLogger:
@@ -31,9 +34,19 @@ class MetricsLogger:
             its next checkpoint, are dropped, and so is an incomplete line.
         log_every: steps between lines.
         device: device whose memory is reported.
+        trackers: names of the trackers that get the same: `tensorboard`, `wandb`, `mlflow`.
+        config: entries of the configuration by dotted key, for the trackers.
     """
 
-    def __init__(self, out: Path, step: int, log_every: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        out: Path,
+        step: int,
+        log_every: int,
+        device: torch.device,
+        trackers: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self.path, self.log_every, self.device = out / "metrics.jsonl", log_every, device
         self.path.touch()
         text = self.path.read_text(errors="replace")
@@ -41,9 +54,7 @@ class MetricsLogger:
         if valid != text:
             with atomic_write(self.path) as temporary:
                 temporary.write_text(valid)
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+        self._trackers = start_trackers(trackers, out, step, config)
 
     def log_step(self, progress: Progress, learning_rate: float) -> None:
         """Log the metrics since the last line, and clear them, every `log_every` steps; otherwise do nothing.
@@ -61,7 +72,7 @@ class MetricsLogger:
         progress.pending_metrics.clear()
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Append a line to `metrics.jsonl`, and write the same to TensorBoard.
+        """Append a line to `metrics.jsonl`, and log the same to the trackers.
 
         Args:
             step: number of steps taken.
@@ -69,37 +80,40 @@ class MetricsLogger:
         """
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+        scalars: dict[str, float | None] = {}
         for name, value in values.items():
             if isinstance(value, list):
-                self.log_scalars(step, **{f"{name}/{index + 1}": entry for index, entry in enumerate(value)})
+                scalars |= {f"{name}/{index + 1}": entry for index, entry in enumerate(value)}
             else:
-                self.log_scalars(step, **{name: value})
+                scalars[name] = value
+        self.log_scalars(step, **scalars)
 
     def log_scalars(self, step: int, **values: float | None) -> None:
-        """Write numbers to TensorBoard alone.
+        """Log numbers to the trackers alone.
 
         Args:
             step: number of steps taken.
             values: numbers by name; `None` values are skipped.
         """
-        for name, value in values.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
-        self._board.flush()
+        numbers = {name: value for name, value in values.items() if value is not None}
+        for tracker in self._trackers:
+            tracker.log(numbers, step=step)
 
-    def log_image(self, step: int, image: Image.Image) -> None:
-        """Write an image to TensorBoard.
+    def log_image(self, step: int, image: Image.Image, file: Path) -> None:
+        """Log an image to the trackers.
 
         Args:
             step: number of steps taken.
             image: a gray or RGB image.
+            file: the same as a file.
         """
-        pixels = np.asarray(image)
-        self._board.add_image("samples", pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC")
+        for tracker in self._trackers:
+            log_image(tracker, step, image, file)
 
     def close(self) -> None:
-        """Close TensorBoard's file."""
-        self._board.close()
+        """End the trackers' runs."""
+        for tracker in self._trackers:
+            tracker.finish()
 
 
 def summarize(metrics: list[StepMetrics]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddim.training.config import EmaConfig, OptimConfig
+from ddim.training.power_average import decay as power_decay
 from ddim.unet import UNet2DModel
 
 
@@ -64,7 +65,7 @@ def ema_update(config: EmaConfig) -> Callable[[Any, Any, Any], None]:
     """Create the averaging function for `torch.optim.swa_utils.AveragedModel`.
 
     Args:
-        config: decay and warm-up.
+        config: decay and warm-up of an exponential average, or the length of a power-function average.
 
     Returns:
         A function for `AveragedModel`'s argument `multi_avg_fn`.
@@ -79,7 +80,10 @@ def ema_update(config: EmaConfig) -> Callable[[Any, Any, Any], None]:
     @torch.no_grad()
     def update(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
         n = int(num_averaged)
-        decay = min(config.decay, (1 + n) / (10 + n)) if config.warmup else config.decay
+        if config.sigma_rel is not None:
+            decay = power_decay(config.sigma_rel, n + 1)
+        else:
+            decay = min(config.decay, (1 + n) / (10 + n)) if config.warmup else config.decay
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
     return update

@@ -1,11 +1,13 @@
 """A whole training run, from data to a pipeline folder.
 
-RUN/config.yaml       the configuration, the data's fingerprint and the versions of packages
+RUN/config.yaml       the configuration and its history, the data's fingerprint and the versions of packages
+RUN/data.png          the images of the first step, as the network gets them
 RUN/metrics.jsonl     what the run computed, see `ddim.training.metrics_logger`
-RUN/tensorboard/      the same and more, for TensorBoard
+RUN/tensorboard/      the same and more, for TensorBoard; see `ddim.training.trackers`
 RUN/loss.png          the losses as a curve
 RUN/samples/          a grid of samples every so many steps, always from the same seeds
 RUN/checkpoints/      what resuming requires, each a pipeline folder too, with the averaged and the raw weights
+RUN/averages/         snapshots from which averages of other lengths are combined, see `ddim.training.averages`
 RUN/final/            the result: a pipeline folder for `ddim` and `diffusers`, with the averaged weights and a card
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import platform
 from collections.abc import Mapping
 from datetime import timedelta
@@ -34,14 +37,14 @@ from ddim.distributed import rank_and_world_size
 from ddim.io.atomic import atomic_write, is_vacant
 from ddim.io.config import public_entries
 from ddim.io.false_color import preview
-from ddim.io.hub import MODEL_INDEX
 from ddim.io.image_files import make_grid, save_images
 from ddim.io.images import to_values
 from ddim.io.locks import LOCK_NAME, OutputLock
 from ddim.io.pixel_format import NonFiniteError
-from ddim.io.runs import CHECKPOINTS, FINAL
+from ddim.io.runs import CHECKPOINTS, FINAL, list_checkpoints
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
+from ddim.training.averages import AVERAGES, remove_snapshots_after, take_over_snapshots
 from ddim.training.card import model_card
 from ddim.training.checkpoint import Checkpoint, load_checkpoint, load_newest, remove_partial
 from ddim.training.config import (
@@ -50,19 +53,25 @@ from ddim.training.config import (
     check_augmentation,
     check_model,
     check_scheduler,
+    flat_entries,
     incompatible_changes,
     validate,
 )
 from ddim.training.evaluate import evaluate
+from ddim.training.history import describe_changes, extend_history, format_history
+from ddim.training.machine import is_emulated
 from ddim.training.metrics_logger import MetricsLogger, plot_loss
 from ddim.training.optim import learning_rate
 from ddim.training.progress import Progress
+from ddim.training.trackers import check_trackers
 from ddim.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("ddim", "torch", "numpy", "pillow", "datasets", "accelerate", "safetensors", "pydantic")
 """Packages whose versions a run records."""
+
+DATA_GRID, DATA_GRID_IMAGES = "data.png", 64
 
 PROCESS_GROUP_TIMEOUT = timedelta(hours=6)
 """How long processes wait for each other: the main process generates samples and evaluates while the others wait."""
@@ -93,23 +102,30 @@ def train(
         ValueError: if the data, the run in `out`, or the checkpoint does not fit the configuration.
         FileExistsError: if `out` is not empty and `resume` is `never`, or it is not a run.
         RuntimeError: if another process writes to `out`.
+        ImportError: if the package of a tracker is not installed.
         TrainingStopped: on a signal, or a non-finite loss or gradient.
     """
     # Check everything before anything is written.
+    check_trackers(config.trackers)
     config = complete_config(config)
     accelerator, local_device = start_processes(device)
+    if is_emulated(config.precision, local_device):
+        logger.warning("this CPU has no instructions for %s: precision=fp32 is faster", config.precision)
     dataset = prepare_dataset(config, accelerator, local_device)
+    config = resolve_length(config, dataset.shape[0])
     record = _make_record(config, dataset, local_device)
     # Only the main process reads and writes `out`, which other machines need not have.
     is_main = accelerator.is_main_process
     with OutputLock(out / LOCK_NAME) if is_main else contextlib.nullcontext():
         loaded: list[Checkpoint | None] = [None]
         if is_main:
-            _check_run(record, config, out, resume)
+            old_record = _check_run(record, config, out, resume)
             loaded = [load_checkpoint(resume) if isinstance(resume, Path) else load_newest(out / CHECKPOINTS)]
             step = 0 if loaded[0] is None else loaded[0].step
             if isinstance(resume, Path) and step > config.max_steps:
                 raise ValueError(f"max_steps must be at least the step resumed from, {step}, got {config.max_steps}")
+            if old_record is not None:
+                _continue_record(record, old_record, config, step)
         trainer = Trainer(config, dataset, out, local_device, accelerator)
         _check_sampling(trainer)
         (checkpoint,) = broadcast_object_list(loaded)
@@ -121,8 +137,12 @@ def train(
             accelerator.wait_for_everyone()
             return out / FINAL
         remove_partial(out / CHECKPOINTS)
+        remove_snapshots_after(out / AVERAGES, trainer.step)
+        if isinstance(resume, Path):
+            take_over_snapshots(resume, out / AVERAGES)
         with atomic_write(out / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(record, sort_keys=False))
+        _write_data(trainer, out / DATA_GRID)
         _train_and_log(trainer, out, max_minutes)
         final = _write_result(trainer, out, record)
         accelerator.wait_for_everyone()
@@ -132,8 +152,9 @@ def train(
 def complete_config(config: TrainConfig) -> TrainConfig:
     """Fill in the arguments of the network and of the scheduler that the configuration leaves out.
 
-    With `init` they are those of the model that it names, so that fine-tuning keeps its schedule, its prediction type
-    and how it is sampled. Timesteps that were learned for its weights are not taken over.
+    With `init` they are those of the model that it names, so that fine-tuning keeps its network, its schedule, its
+    prediction type and how it is sampled; entries of the configuration override single ones. Timesteps that were
+    learned for its weights are not taken over.
 
     Args:
         config: the checked configuration.
@@ -156,7 +177,7 @@ def complete_config(config: TrainConfig) -> TrainConfig:
     model, scheduler = config.model, dict(SCHEDULER_DEFAULTS)
     if config.init is not None:
         pipe = DDIMPipeline.from_pretrained(config.init)
-        model = model or _plain_values(pipe.unet.config)
+        model = _plain_values(pipe.unet.config) | model
         defaults = DDIMScheduler().config
         scheduler = {
             name: value
@@ -217,7 +238,8 @@ def prepare_dataset(config: TrainConfig, accelerator: Accelerator, device: torch
 
     Raises:
         FileNotFoundError: if the source does not exist or holds no image.
-        ValueError: if more images than allowed cannot be read, or there are fewer images than a batch.
+        ValueError: if more images than allowed cannot be read, or there are fewer images than a batch
+            (`BatchSizeError`).
         RuntimeError: if the hub cannot be reached or refuses.
     """
     with accelerator.local_main_process_first():
@@ -228,16 +250,82 @@ def prepare_dataset(config: TrainConfig, accelerator: Accelerator, device: torch
             "data.brightness, contrast, saturation and hue must be 0 for images that do not have 8 bits, got "
             f"{dataset.pixel_format.dtype}"
         )
-    count, holdout = dataset.shape[0], config.data.holdout
-    if count - holdout < config.batch_size:
-        raise ValueError(
-            f"batch_size must be at most the number of images to train on, {count - holdout} ({config.data.source} has "
-            f"{count}, data.holdout is {holdout}), got {config.batch_size}"
-        )
+    check_batch_size(config, dataset.shape[0])
     if config.data.on_device and isinstance(dataset, CachedImageDataset):
         pixels = dataset.pixels.to(device)
         dataset = CachedImageDataset(pixels, str(device), dataset.fingerprint, dataset.identity, dataset.pixel_format)
     return dataset
+
+
+class BatchSizeError(ValueError):
+    """A batch of more images than there are.
+
+    Attributes:
+        largest: the largest batch that there are images for.
+
+    Example:
+        >>> raise BatchSizeError("batch_size must be at most 40, got 128", largest=40)
+        Traceback (most recent call last):
+        ddim.training.run.BatchSizeError: batch_size must be at most 40, got 128
+    """
+
+    def __init__(self, message: str, largest: int) -> None:
+        super().__init__(message)
+        self.largest = largest
+
+
+def check_batch_size(config: TrainConfig, count: int) -> None:
+    """Check that there are as many images as a batch has.
+
+    Args:
+        config: the configuration.
+        count: number of images, those held out included.
+
+    Raises:
+        BatchSizeError: if there are fewer.
+
+    Example:
+        >>> from ddim.training.config import load_config
+        >>> check_batch_size(load_config("digits"), 1797)
+    """
+    holdout = config.data.holdout
+    if count - holdout < config.batch_size:
+        raise BatchSizeError(
+            f"batch_size must be at most the number of images to train on, {count - holdout} ({config.data.source} has "
+            f"{count}, data.holdout is {holdout}), got {config.batch_size}",
+            count - holdout,
+        )
+
+
+def resolve_length(config: TrainConfig, count: int) -> TrainConfig:
+    """Replace a length in epochs by one in steps.
+
+    Args:
+        config: the configuration.
+        count: number of images, those held out included.
+
+    Returns:
+        The configuration without `epochs`; the last epoch ends in the last step.
+
+    Example:
+        >>> from ddim.training.config import load_config
+        >>> config = resolve_length(load_config("digits", overrides={"epochs": 2}), count=1797)
+        >>> config.max_steps, config.epochs
+        (29, None)
+    """
+    if config.epochs is None:
+        return config
+    max_steps = math.ceil(config.epochs * (count - config.data.holdout) / config.batch_size)
+    return config.model_copy(update={"max_steps": max(1, max_steps), "epochs": None})
+
+
+def _write_data(trainer: Trainer, path: Path) -> None:
+    """Write a grid of images of the first step, unless an earlier part of the run has."""
+    if path.exists():
+        return
+    pixel_format = trainer.dataset.pixel_format
+    values = pixel_format.to_array(pixel_format.to_unit(trainer.batches[0][:DATA_GRID_IMAGES]))
+    save_images(preview(values, pixel_format), path)
 
 
 def _train_and_log(trainer: Trainer, out: Path, max_minutes: float | None) -> None:
@@ -247,7 +335,8 @@ def _train_and_log(trainer: Trainer, out: Path, max_minutes: float | None) -> No
         "%s: %d images, %d x %d x %d, in %s; the loader delivers %.0f images/s",
         *(config.data.source, N, C, H, W, trainer.dataset.location, loader_rate(trainer.batches)),
     )
-    metrics_logger = MetricsLogger(out, trainer.step, config.log_every, trainer.device)
+    entries = flat_entries(config)
+    metrics_logger = MetricsLogger(out, trainer.step, config.log_every, trainer.device, config.trackers, entries)
 
     def after_step(progress: Progress) -> None:
         step = progress.step
@@ -255,7 +344,8 @@ def _train_and_log(trainer: Trainer, out: Path, max_minutes: float | None) -> No
         evaluates = config.evaluate.every and step % config.evaluate.every == 0
         try:
             if config.samples.every and step % config.samples.every == 0:
-                metrics_logger.log_image(step, _write_samples(trainer, out / "samples" / f"step-{step:08d}.png"))
+                file = out / "samples" / f"step-{step:08d}.png"
+                metrics_logger.log_image(step, _write_samples(trainer, file), file)
             if evaluates and (values := evaluate(trainer, _make_pipeline(trainer))):
                 metrics_logger.log(step, values)
         except NonFiniteError as error:
@@ -344,30 +434,64 @@ def _check_sampling(trainer: Trainer) -> None:
             raise ValueError(f"training configuration, {section}.num_inference_steps: {error}") from None
 
 
-def _check_run(record: dict[str, Any], config: TrainConfig, out: Path, resume: Literal["auto", "never"] | Path) -> None:
-    """Compare with the run in `out`, if there is one."""
+def holds_run(out: Path, resume: Literal["auto", "never"] | Path = "auto") -> bool:
+    """Return whether a folder holds a run to resume; one that is missing, or as good as empty, does not.
+
+    Args:
+        out: folder of the run.
+        resume: as for `train`.
+
+    Raises:
+        FileExistsError: if it holds something else, or a run that must not be resumed.
+
+    Example:
+        >>> holds_run(Path("missing"))
+        False
+    """
     if is_vacant(out):
-        return
-    path = out / "config.yaml"
+        return False
     if resume == "never":
         raise FileExistsError(f"{out} is not empty; use resume='auto' to resume the run in it, or another folder")
-    if not path.is_file():
+    if not (out / "config.yaml").is_file():
         raise FileExistsError(f"{out} is not empty and does not hold a run (no config.yaml); use another folder")
+    return True
+
+
+def _check_run(
+    record: dict[str, Any], config: TrainConfig, out: Path, resume: Literal["auto", "never"] | Path
+) -> dict[str, Any] | None:
+    """Compare with the run in `out`, if there is one, and return its record; `None` where nothing is resumed."""
+    if not holds_run(out, resume):
+        return None
+    path = out / "config.yaml"
     try:
         old = yaml.safe_load(path.read_text())
-        old_config = validate(old["config"])
-        changes = incompatible_changes(old_config, config)
+        changes = incompatible_changes(validate(old["config"]), config)
+        format_history(old.get("history", ()))
         if not _is_same_data(old["data"], record["data"]):
             changes.append(f"data: expected {_describe(old['data'])}, got {_describe(record['data'])}")
     except (yaml.YAMLError, ValueError, KeyError, TypeError):
         raise FileExistsError(f"{path} is not the record of a run; use another folder") from None
+    if not list_checkpoints(out / CHECKPOINTS) and not (out / FINAL).exists():
+        # Nothing that was computed is kept: the run starts again, with whatever configuration.
+        return None
     if changes:
-        advice = "resume it with its own, or use another folder"
-        if any(change.startswith("max_steps:") for change in changes) and (out / FINAL / MODEL_INDEX).is_file():
-            advice += f"; to train on from its result, use another folder and init={out / 'final'}"
-        raise ValueError(f"the run in {out} has another configuration ({'; '.join(changes)}); {advice}")
-    if old_config.optim.lr != config.optim.lr:
-        logger.info("optim.lr is %g from here on; it was %g", config.optim.lr, old_config.optim.lr)
+        raise ValueError(
+            f"the run in {out} has another configuration ({'; '.join(changes)}); resume it with its own, or use "
+            "another folder"
+        )
+    return dict(old)
+
+
+def _continue_record(record: dict[str, Any], old: dict[str, Any], config: TrainConfig, step: int) -> None:
+    """Add to a run's record what changes when it resumes, and log it."""
+    old_config = validate(old["config"])
+    for line in describe_changes(old_config, config, step):
+        logger.info("%s", line)
+    if step >= config.max_steps:
+        logger.info("the run is complete at step %d of %d; a larger max_steps trains on", step, config.max_steps)
+    if history := extend_history(old.get("history", ()), old_config, config, step):
+        record["history"] = history
 
 
 def _is_same_data(old: dict[str, Any], new: dict[str, Any]) -> bool:

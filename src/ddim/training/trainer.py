@@ -13,6 +13,7 @@ Losses stay on the device until they are needed, so that the loop does not wait 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import signal
 import time
@@ -36,12 +37,19 @@ from ddim.io.pixel_format import EIGHT_BIT, PixelFormat
 from ddim.io.runs import CHECKPOINTS, checkpoint_step, list_checkpoints
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
+from ddim.training.averages import AVERAGES, PowerAverages, save_snapshot, snapshot_interval
 from ddim.training.checkpoint import Checkpoint, save_checkpoint
 from ddim.training.config import TrainConfig
+from ddim.training.finetuning import load_weights
 from ddim.training.objective import QUARTILES, by_quartile, draw_timesteps, loss_weights
 from ddim.training.optim import ema_update, learning_rate, make_optimizer, zero_last_layers
 from ddim.training.progress import Progress, StepMetrics, TrainingStopped
 from ddim.unet import UNet2DModel
+from ddim.validation import pluralize
+
+logger = logging.getLogger(__name__)
+
+logger = logging.getLogger(__name__)
 
 SYNC_EVERY = 10
 """Steps between synchronizations with a GPU: losses are checked and signals exchanged."""
@@ -62,6 +70,7 @@ class Trainer:
     Attributes:
         model: the network being trained.
         ema: the moving average of its weights, a `UNet2DModel`; the one to sample from.
+        averages: further averages of its weights, for `ddim ema`; none in processes other than the main one.
         scheduler: the noise schedule.
         optimizer: AdamW.
         grad_scaler: loss scaling, enabled for fp16.
@@ -112,6 +121,8 @@ class Trainer:
         self.ema = cast(UNet2DModel, self._average.module)
         self.ema.disable_gradient_checkpointing()
         self.ema.requires_grad_(False).eval()
+        # Only the main process saves them.
+        self.averages = PowerAverages(self.model, config.ema.sigma_rels if self.accelerator.is_main_process else ())
         self.optimizer = make_optimizer(self.model, config.optim)
         self.grad_scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
@@ -151,6 +162,11 @@ class Trainer:
         except RuntimeError as error:
             raise ValueError(f"the checkpoint is of another model: {str(error).splitlines()[-1].strip()}") from None
         self._average.n_averaged.fill_(checkpoint.state["averaged"])
+        if self.averages.averages and checkpoint.tensors[AVERAGES]:
+            self.averages.load_state_dict(checkpoint.tensors[AVERAGES])
+        elif self.averages.averages:
+            logger.warning("the checkpoint has no averages for `ddim ema`; this run does not track them")
+            self.averages = PowerAverages(self.model, ())
         moments: dict[int, dict[str, Tensor]] = {}
         parameters = list(self.model.parameters())
         for name, tensor in checkpoint.tensors["optimizer"].items():
@@ -182,7 +198,12 @@ class Trainer:
             for index, state in self.optimizer.state_dict()["state"].items()
             for key, tensor in state.items()
         }
-        tensors = {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": moments}
+        tensors = {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": moments,
+            AVERAGES: self.averages.state_dict(),
+        }
         state = {
             "averaged": int(self._average.n_averaged),
             "scaler": self.grad_scaler.state_dict(),
@@ -242,7 +263,7 @@ class Trainer:
                         stops, is_late = self._synchronize(bool(signals), time.monotonic() > deadline)
 
                     # Update the weights and their average.
-                    self._apply_gradients()
+                    self.apply_gradients()
                     self.step = step
 
                     # Report.
@@ -255,6 +276,7 @@ class Trainer:
                     after_step(Progress(step, self.pending_metrics, rate))
 
                     # Save, and stop where asked.
+                    self._save_snapshot()
                     if (saves or stops or is_late) and is_main:
                         path = self.save()
                     if stops:
@@ -268,6 +290,12 @@ class Trainer:
             prefetcher.close()
         return self.step >= config.max_steps
 
+    def _save_snapshot(self) -> None:
+        """Write a snapshot of the averages, where one is due after this step."""
+        maximum = self.config.ema.snapshots
+        if self.averages.averages and self.step % snapshot_interval(self.step, maximum) == 0:
+            save_snapshot(self.out / AVERAGES, self.step, self.averages.state_dict(), maximum)
+
     def take_step(self) -> StepMetrics:
         """Take a single step, without checkpoints and signals.
 
@@ -280,7 +308,7 @@ class Trainer:
         self.model.train()
         self.compute_gradients(self._fetch(self.step))
         self._synchronize(False, False)
-        self._apply_gradients()
+        self.apply_gradients()
         self.step += 1
         return self.pending_metrics.pop()
 
@@ -352,12 +380,14 @@ class Trainer:
             images = images.pin_memory()
         return images.to(self.device, non_blocking=True)
 
-    def _apply_gradients(self) -> None:
+    def apply_gradients(self) -> None:
+        """Update the weights and their average by the gradients of this step."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optim, self.step, self.config.max_steps)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
         self._average.update_parameters(self.model)
+        self.averages.update(self.step + 1)
 
     def _synchronizes(self, step: int) -> bool:
         """Return whether losses and signals are checked in a step: always where that costs nothing."""
@@ -395,12 +425,13 @@ class Trainer:
     def _non_finite(self, step: int, loss: float, grad_norm: float) -> TrainingStopped:
         rate = learning_rate(self.config.optim, step, self.config.max_steps)
         checkpoints = list_checkpoints(self.out / CHECKPOINTS)
-        advice = "resume the run with a lower optim.lr"
+        advice = "resume the run with a lower optim.lr" if checkpoints else "start the run again with a lower optim.lr"
         if checkpoints and checkpoint_step(checkpoints[0]) >= step:
             # The weights that gave this loss are those of the last checkpoint.
             earlier = [path for path in checkpoints if checkpoint_step(path) < step]
-            advice = f"use resume={earlier[0]} and" if earlier else "start again in another folder with"
-            advice += " a lower optim.lr"
+            advice = f"delete {self.out / CHECKPOINTS} and start the run again with a lower optim.lr"
+            if earlier:
+                advice = f"use resume={earlier[0]} and a lower optim.lr"
         return TrainingStopped(
             f"loss {loss} or gradient norm {grad_norm} is not finite in step {step + 1} at learning rate {rate:.3g}; "
             f"last checkpoint: {checkpoints[0] if checkpoints else 'none'}; {advice}"
@@ -409,6 +440,8 @@ class Trainer:
 
 def build_model(config: TrainConfig, pixel_format: PixelFormat = EIGHT_BIT) -> UNet2DModel:
     """Build the network that a run starts from, on the CPU: new, or with the weights of `config.init`.
+
+    Where the images have other channels than the model `config.init`, its input and output layers are new.
 
     Args:
         config: the checked configuration.
@@ -431,12 +464,17 @@ def build_model(config: TrainConfig, pixel_format: PixelFormat = EIGHT_BIT) -> U
     if config.init is None:
         zero_last_layers(model)
         return model
-    weights = DDIMPipeline.from_pretrained(config.init).unet.state_dict()
+    source = DDIMPipeline.from_pretrained(config.init).unet
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"init: the weights of {config.init} do not fit the model: {reason}") from None
+        new_layers = load_weights(model, source.state_dict())
+    except ValueError as error:
+        raise ValueError(f"init: the weights of {config.init} do not fit the model: {error}") from None
+    if new_layers:
+        logger.info(
+            "%s has %s, the images have %s: %s are new, all other weights are kept",
+            *(config.init, pluralize(source.config.in_channels, "channel"), model.config.in_channels),
+            " and ".join(new_layers),
+        )
     return model
 
 

@@ -1,0 +1,132 @@
+"""Classes and guidance on the command line, against the same calls in Python."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from PIL import Image
+from typer.testing import CliRunner
+
+from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
+from ddim.cli import app
+from digits import TINY_MODEL
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    classes: dict[str, Any] = {"num_class_embeds": 4, "class_names": ("a", "b", "c, d"), "has_null_class": True}
+    unet = UNet2DModel(**TINY_MODEL, **classes).eval()
+    unet.conv_out.weight.data.mul_(0.1)
+    folder = tmp_path_factory.mktemp("model")
+    DDIMPipeline(unet, DDIMScheduler(clip_sample=False)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pipe(model: Path) -> DDIMPipeline:
+    pipe = DDIMPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> Result:
+    words = [str(argument) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["ddim", *words])
+    return CliRunner().invoke(app, words)
+
+
+def test_grid_has_a_row_per_class(model: Path, pipe: DDIMPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [
+        "--label",
+        "all",
+        "--guidance",
+        "2",
+        "--guidance-interval",
+        "100,900",
+        "-n",
+        "6",
+        "--steps",
+        "2",
+        "--scale",
+        "1",
+    ]
+    assert run(monkeypatch, "sample", model, *options, "-o", "x.png").exit_code == 0
+    images = pipe.sample_images(
+        6, class_labels=[0, 0, 1, 1, 2, 2], guidance_scale=2, guidance_interval=(100, 900), num_inference_steps=2
+    )
+    grid = np.asarray(Image.open("x.png"))
+    rows, columns = (np.flatnonzero(np.diff(np.pad(np.any(grid, axis=axis), 1).astype(int)) == 1) for axis in (1, 0))
+    assert (len(rows), len(columns)) == (3, 2)
+    for index, image in enumerate(images):
+        top, left = 2 + index // 2 * 10, 2 + index % 2 * 10
+        assert np.array_equal(grid[top : top + 8, left : left + 8], np.asarray(image))
+
+
+def test_bulk_samples_hold_their_labels(model: Path, pipe: DDIMPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["sample", model, "-n", "6", "--steps", "2", "--batch-size", "4", "-o", "x.npz"]
+    assert run(monkeypatch, *command, "--label", "c, d").exit_code == 0
+    assert np.load("x.npz")["arr_1"].tolist() == [2] * 6
+    assert run(monkeypatch, *command, "--label", "a,b", "--overwrite", "--guidance", "3").exit_code == 0
+    with np.load("x.npz") as file:
+        assert file["arr_1"].tolist() == [0, 0, 0, 1, 1, 1]
+        images = pipe.sample_images(
+            6, batch_size=4, class_labels=list("aaabbb"), guidance_scale=3, num_inference_steps=2, output_type="np"
+        )
+        np.testing.assert_allclose(file["arr_0"] / 255, np.stack(images), atol=0.51 / 255)
+    settings = json.loads(Path("x.npz.manifest.json").read_text())["settings"]
+    assert settings["class_labels"] == [[0, 3], [1, 3]]
+    assert settings["negative_labels"] == [[3, 6]]
+    other = run(monkeypatch, *command, "--label", "a,b", "--guidance", "2")
+    assert "(--guidance 2.0 instead of 3.0)" in str(other.exception)
+
+
+def test_decode_repeats_the_condition_of_the_encoding(
+    model: Path, pipe: DDIMPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index, image in enumerate(pipe.sample_images(2, class_labels="a", num_inference_steps=10)):
+        image.save(f"{index}.png")
+    options = ["-m", model, "--label", "a,b", "--guidance", "2", "--steps", "10"]
+    assert run(monkeypatch, "encode", "0.png", "1.png", *options, "-o", "x.npz").exit_code == 0
+    assert run(monkeypatch, "decode", "x.npz", "-o", "images").exit_code == 0
+    for index in range(2):
+        original, decoded = (
+            np.asarray(Image.open(file)).astype(int) for file in (f"{index}.png", f"images/0000{index}.png")
+        )
+        assert abs(original - decoded).max() <= 1
+    assert run(monkeypatch, "decode", "x.npz", "--label", "b", "-o", "others").exit_code == 0
+    assert Path("images/00000.png").read_bytes() != Path("others/00000.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--label", "x"], "--label must be from 0 to 2 or one of a, b, c, d, got 'x'"),
+        (["--label", "3"], "--label must be from 0 to 2"),
+        (["--label", "a,,b"], "labels must be indices or names, separated by commas, got 'a,,b'"),
+        (["--label", "a,b", "-n", "5"], "--count must be a multiple of the 2 labels, got 5"),
+        (["--guidance", "2"], "guidance requires --label, --negative-label, or a guide"),
+        (["--label", "a", "--guidance", "-1"], "--guidance must be a number of at least 0, got -1"),
+        (["--label", "a", "--guidance", "2", "--guidance-interval", "5"], "--guidance-interval must be two timesteps"),
+        (["--label", "a", "--negative-label", "b"], "--negative-label requires a --guidance other than 1"),
+        (["--label", "a", "--guidance", "2", "--guide", "mnist"], "--guide must have the model's sample shape"),
+        (["--label", "a", "--guidance", "2", "--guide", "missing"], "missing"),
+    ],
+)
+def test_wrong_options(model: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DDIMPipeline, "sample_images", lambda *args, **kwargs: pytest.fail("images were sampled"))
+    result = run(monkeypatch, "sample", model, *arguments)
+    assert message in str(result.exception)
+    assert result.exit_code
