@@ -521,7 +521,7 @@ OTHER = {
     "data.source": ("elsewhere", True),
     "data.split": ("test", True),
     "data.column": ("img", True),
-    "data.dtype": ("uint8", False),
+    "data.dtype": ("uint8", True),
     "data.value_range": ([(0.0, 1.0)], False),
     "data.crop": ("none", False),
     "data.horizontal_flip": (True, False),
