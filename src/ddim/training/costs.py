@@ -17,7 +17,7 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from ddim.data.config import DataConfig
 from ddim.data.dataset import CachedImageDataset, choose_cache, open_dataset
 from ddim.data.loader import Batches, loader_rate
 from ddim.info import count_flop
+from ddim.io.images import height_and_width
 from ddim.nn.layers import ResnetBlock2D
 from ddim.training.config import TrainConfig, describe_preset, preset_names, read_preset
 from ddim.training.machine import is_emulated
@@ -323,16 +324,6 @@ def _meta_network(model: Mapping[str, Any]) -> UNet2DModel:
 
 def _cache(config: DataConfig, num_bytes: int, shared: bool) -> str:
     return choose_cache(num_bytes, shared) if config.cache == "auto" else config.cache
-
-
-def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
-    """Return a `sample_size` as height and width.
-
-    Example:
-        >>> height_and_width(32), height_and_width([40, 64])
-        ((32, 32), (40, 64))
-    """
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from accelerate.utils import broadcast_object_list
 
 from ddim.data.sources import open_source
 from ddim.data.survey import ImageSurvey, survey_images
+from ddim.io.images import height_and_width
 from ddim.pipeline import DDIMPipeline
 from ddim.training.config import (
     LENGTHS,
@@ -36,7 +37,7 @@ from ddim.training.config import (
     read_yaml,
     validate,
 )
-from ddim.training.costs import RunCosts, count_hours, estimate_costs, height_and_width, left_to_the_run, memory_bytes
+from ddim.training.costs import RunCosts, count_hours, estimate_costs, left_to_the_run, memory_bytes
 from ddim.training.machine import Machine, inspect_machine
 from ddim.training.run import complete_config, holds_run, resolve_length, start_processes
 
