@@ -121,9 +121,8 @@ def train(
     if max_minutes is not None and not max_minutes > 0:
         raise typer.BadParameter(f"must be positive, got {max_minutes:g}", param_hint="--max-minutes")
     require("training", *REQUIRED_MODULES)
-    from accelerate import PartialState
-
     from ddim.cli.train_tables import cost_table, plan_table
+    from ddim.distributed import rank_and_world_size
     from ddim.io.hub import check_hub_id, push_folder
     from ddim.training.config import check_incomplete, merge_config, validate
     from ddim.training.costs import estimate_costs, preset_table
@@ -170,7 +169,8 @@ def train(
         resolved = validate(tree)
     if any(resolved.model.get(name) is not None for name in ("class_embed_type", "num_class_embeds")):
         raise ValueError("model.class_embed_type and model.num_class_embeds must be null: training is unconditional")
-    is_main = PartialState().is_main_process
+    # Not by accelerate, whose first state decides the device of all later ones.
+    is_main = rank_and_world_size()[0] == 0
     if plan is not None and is_main:
         print(plan_table(plan), file=sys.stderr)
     try:
