@@ -241,7 +241,8 @@ def configure(
 def choose_size(sizes: Sequence[tuple[int, int]], limit: int) -> tuple[int, int]:
     """Choose the height and width of a model from those of the images.
 
-    Images of one size keep it, up to the limit; others are fitted to one of `SIDES`, which few of them fall short of.
+    Images of one size keep it, rectangles too, where both sides are within the limit; others are fitted to a square of
+    one of `SIDES`, which few of them fall short of.
 
     Args:
         sizes: (H, W) of a sample of the images.
@@ -253,9 +254,15 @@ def choose_size(sizes: Sequence[tuple[int, int]], limit: int) -> tuple[int, int]
     Example:
         >>> choose_size([(28, 28)] * 3, limit=64), choose_size([(45, 45)] * 3, limit=64)
         ((28, 28), (44, 44))
+        >>> choose_size([(40, 64)] * 3, limit=64)
+        (40, 64)
         >>> choose_size([(480, 640), (100, 70), (300, 300)], limit=128)
         (64, 64)
     """
+    if len(set(sizes)) == 1 and max(sizes[0]) <= limit:
+        multiple = 2 ** (count_levels(min(sizes[0])) - 1)
+        height, width = (max(multiple, side // multiple * multiple) for side in sizes[0])
+        return height, width
     sides = sorted(min(size) for size in sizes)
     side = sides[int(SIDE_QUANTILE * len(sides))]
     if len(set(sizes)) > 1 or side > limit:
