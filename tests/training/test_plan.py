@@ -362,6 +362,8 @@ def test_only_missing_networks_are_planned() -> None:
     assert leaves_network_out({})
     assert leaves_network_out({"model": {"sample_size": 64}})
     assert leaves_network_out({"init": "mnist"})
+    assert leaves_network_out({"model": {"sample_size": 16, "block_out_channels": [8, 16]}})
+    assert not leaves_network_out({"model": TINY_MODEL})
     with pytest.raises(ValueError, match=r"^source must name the images to train on, such as a folder$"):
         configure({}, None)
 

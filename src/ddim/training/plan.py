@@ -115,6 +115,10 @@ class Plan(NamedTuple):
     limit: Limit
 
 
+NETWORK = {"sample_size", "block_out_channels", "down_block_types", "up_block_types"}
+"""The arguments without which a network is not decided: its levels and their blocks."""
+
+
 def leaves_network_out(tree: Mapping[str, Any]) -> bool:
     """Return whether a configuration leaves the network to a plan, or that of a model to start from.
 
@@ -125,10 +129,10 @@ def leaves_network_out(tree: Mapping[str, Any]) -> bool:
         >>> leaves_network_out({"data": {"source": "pics"}})
         True
         >>> leaves_network_out({"model": {"sample_size": 32, "block_out_channels": [32, 64]}})
-        False
+        True
     """
     model = tree.get("model") or {}
-    return not isinstance(model, Mapping) or not {"sample_size", "block_out_channels"} <= model.keys()
+    return not isinstance(model, Mapping) or not model.keys() >= NETWORK
 
 
 def plan_run(tree: Mapping[str, Any], device: str | torch.device = "auto", max_minutes: float | None = None) -> Plan:

@@ -26,9 +26,9 @@ MISSING: Any = object()
 """Stands for a value that a tree does not have."""
 HEADER = """\
 # A configuration for `ddim train --config FILE`. An entry after a # without a space has the default
-# that is shown; to change it, remove the # from it and from the line of its section. Without
-# `model.block_out_channels` the network, and all else that is left out, is chosen from the images
-# and the machine.
+# that is shown; to change it, remove the # from it and from the line of its section. Without the
+# size, channels and block types of `model`, what is left out is chosen from the images and the
+# machine.
 
 """
 
