@@ -17,7 +17,7 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from ddim.data.config import DataConfig
 from ddim.data.dataset import CachedImageDataset, choose_cache, open_dataset
 from ddim.data.loader import Batches, loader_rate
 from ddim.info import count_flop
+from ddim.io.images import height_and_width
 from ddim.nn.layers import ResnetBlock2D
 from ddim.training.config import TrainConfig, describe_preset, preset_names, read_preset
 from ddim.training.machine import is_emulated
@@ -51,7 +52,7 @@ TIMED_SECONDS = 2.5
 READ_IMAGES = 64
 """Images that are read to measure how fast they can be."""
 STATE_COPIES = 5
-"""Float32 numbers per parameter: weight, average, gradient, AdamW's two moments."""
+"""Float32 numbers per parameter: weight, average, gradient, two moments; `ema.sigma_rels` adds averages."""
 
 
 class RunCosts(NamedTuple):
@@ -119,7 +120,7 @@ def estimate_costs(config: TrainConfig, device: str | torch.device = "auto") -> 
     pixels = lazy.read(torch.arange(min(count, READ_IMAGES)))
     reading_rate = len(pixels) / (time.perf_counter() - start)
     is_cached = _cache(config.data, count * pixels[0].nbytes, accelerator.num_processes > 1) != "none"
-    dataset = CachedImageDataset(pixels)
+    dataset = CachedImageDataset(pixels, pixel_format=lazy.pixel_format)
 
     network = _meta_network(config.model)
     flop_per_image = PASSES * count_flop(network)
@@ -132,7 +133,7 @@ def estimate_costs(config: TrainConfig, device: str | torch.device = "auto") -> 
     part = config.model_copy(
         update={
             "model": config.model
-            | {"sample_size": measured_size[0] if len(set(measured_size)) == 1 else measured_size},
+            | {"sample_size": measured_size[0] if len(set(measured_size)) == 1 else list(measured_size)},
             "batch_size": batch * accelerator.num_processes,
             "optim": config.optim.model_copy(update={"accumulate": 1}),
             "data": config.data.model_copy(update={"holdout": 0}),
@@ -155,7 +156,7 @@ def estimate_costs(config: TrainConfig, device: str | torch.device = "auto") -> 
     return RunCosts(
         images=count - config.data.holdout,
         parameters=network.num_parameters(),
-        state_mib=(STATE_COPIES + len(config.ema.sigma_rels)) * 4 * network.num_parameters() / 2**20,
+        state_mib=memory_bytes(config, 0) / 2**20,
         peak_mib=peak_mib,
         gflop_per_step=config.batch_size * flop_per_image / 1e9,
         seconds_per_step=seconds_per_step,
@@ -217,7 +218,8 @@ def memory_bytes(config: TrainConfig, batch_size: int) -> int:
     """
     parameters, numbers = _count_numbers(json.dumps(config.model, sort_keys=True), config.gradient_checkpointing)
     bytes_per_number = 4 if config.precision == "fp32" else 2
-    return STATE_COPIES * 4 * parameters + batch_size * bytes_per_number * numbers
+    copies = STATE_COPIES + len(config.ema.sigma_rels)
+    return copies * 4 * parameters + batch_size * bytes_per_number * numbers
 
 
 @functools.cache
@@ -323,16 +325,6 @@ def _meta_network(model: Mapping[str, Any]) -> UNet2DModel:
 
 def _cache(config: DataConfig, num_bytes: int, shared: bool) -> str:
     return choose_cache(num_bytes, shared) if config.cache == "auto" else config.cache
-
-
-def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
-    """Return a `sample_size` as height and width.
-
-    Example:
-        >>> height_and_width(32), height_and_width([40, 64])
-        ((32, 32), (40, 64))
-    """
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 @contextmanager
