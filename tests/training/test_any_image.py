@@ -17,6 +17,7 @@ from PIL import Image
 from ddim import DDIMPipeline
 from ddim.data.config import DataConfig
 from ddim.data.dataset import open_dataset
+from ddim.evaluation.image_sets import open_files
 from ddim.io.array_files import read_pixels
 from ddim.io.images import fit_image
 from ddim.io.pixel_format import PixelFormat
@@ -112,6 +113,20 @@ def test_killed_run_equals_uninterrupted_run(folder: Path, run: Path) -> None:
         assert (run / "final" / name).read_bytes() == (other / "final" / name).read_bytes()
 
 
+def test_runs_do_not_resume_on_other_values(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for index in range(4):
+        values = np.random.default_rng(index).integers(0, 65536, (8, 8), np.uint16)
+        Image.fromarray(values).save(tmp_path / "images" / f"{index}.png")
+    model = NETWORK | {"sample_size": 8, "in_channels": 1, "out_channels": 1}
+    entries = CELLS | {"model": model, "max_steps": 1, "samples": CELLS["samples"] | {"every": 0, "count": 1}}
+    data = {"source": str(tmp_path / "images"), "cache": "none"}
+    train(validate(entries | {"data": data}), tmp_path / "run", "cpu")
+    message = r"data: expected 4 images \(uint16, SHA-256 .*\), got 4 images \(SHA-256 "
+    with pytest.raises(ValueError, match=message):
+        train(validate(entries | {"data": data | {"dtype": "uint8"}}), tmp_path / "run", "cpu")
+
+
 def test_ranges_of_the_data_are_recorded(run: Path, pipe: DDIMPipeline) -> None:
     values = cells(12)
     # Fitted to the larger size that is cropped from, within the range of each image.
@@ -195,6 +210,10 @@ def test_images_are_inverted_exactly(folder: Path, pipe: DDIMPipeline) -> None:
 def test_images_are_evaluated_by_their_pixels(folder: Path, run: Path) -> None:
     options = ["evaluate", "run", "--reference", "cells", "-n", "6", "--steps", "2"]
     ddim(folder, *options, "--features", "pixels", "--metrics", "kid,precision", "--out", "score.json")
+    ddim(folder, "sample", "--model", "run", "-n", "4", "--steps", "2", "--out", "y.tar")
+    shards, arrays = open_files(str(folder / "y.tar")), open_files(str(folder / "cells"), 4, (5, 40, 64))
+    assert (shards.shape, shards.pixel_format.dtype) == (arrays.shape, "uint16") == ((5, 40, 64), "uint16")
+    assert float(next(shards.batches()).min()) == 0
     assert json.loads((folder / "score.json").read_text())["settings"]["image_shape"] == [5, 40, 64]
     done = run_cli(*options, "--features", "mnist", env=environment(folder), cwd=folder)
     assert done.stderr.splitlines()[-1].endswith(

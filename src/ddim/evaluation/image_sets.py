@@ -23,6 +23,7 @@ from torch import Tensor
 from ddim.data.base import Decoded, Source
 from ddim.data.inspection import find_dtype
 from ddim.data.sources import open_source
+from ddim.io.array_files import TIFF_SUFFIXES, decode_tiff
 from ddim.io.images import as_array, decode_image, fit_array, fit_image, to_values
 from ddim.io.pixel_format import EIGHT_BIT, PixelFormat, measured_format
 from ddim.io.reading import reader_reason
@@ -242,7 +243,8 @@ def _open_shards(path: Path) -> Source:
         images = [
             entry
             for entry in entries
-            if entry.name.lower().endswith((".png", ".jpg", ".jpeg", ".webp")) and Path(entry.name).name[0] != "."
+            if entry.name.lower().endswith((".png", ".jpg", ".jpeg", ".webp", *TIFF_SUFFIXES))
+            and Path(entry.name).name[0] != "."
         ]
         for entry in images:
             if entry.offset_data + entry.size > shard.stat().st_size:
@@ -251,10 +253,12 @@ def _open_shards(path: Path) -> Source:
     if not members:
         raise FileNotFoundError(f"{path} contains no images")
 
-    def decode(shard: Path, offset: int, size: int, name: str) -> Image.Image:
+    def decode(shard: Path, offset: int, size: int, name: str) -> Decoded:
         with shard.open("rb") as stream:
             stream.seek(offset)
-            return decode_image(io.BytesIO(stream.read(size)), f"{shard}:{name}")
+            content = io.BytesIO(stream.read(size))
+        is_tiff = name.lower().endswith(TIFF_SUFFIXES)
+        return (decode_tiff if is_tiff else decode_image)(content, f"{shard}:{name}")
 
     def fetch(indices: Sequence[int]) -> list[Callable[[], Decoded]]:
         return [partial(decode, *members[i]) for i in indices]

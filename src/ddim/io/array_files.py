@@ -60,9 +60,34 @@ def read_pixels(path: str | Path) -> Image.Image | np.ndarray:
         if array.ndim not in (2, 3):
             raise ValueError(f"{path} must hold an image (H, W) or (H, W, C), got an array of shape {array.shape}")
         return np.array(array if array.ndim == 3 else array[:, :, None])
-    if file.suffix.lower() in TIFF_SUFFIXES and (pages := read_pages(file)) is not None:
+    if file.suffix.lower() not in TIFF_SUFFIXES:
+        return decode_image(path, str(path))
+    with file.open("rb") as stream:
+        return decode_tiff(stream, str(path))
+
+
+def decode_tiff(stream: IO[bytes], name: str) -> Image.Image | np.ndarray:
+    """Decode a TIFF file of a single image, or with one page per channel.
+
+    Args:
+        stream: of its bytes.
+        name: the image's name in messages.
+
+    Returns:
+        A PIL image, or an array (H, W, C) of several pages.
+
+    Raises:
+        ValueError: if it cannot be decoded, is an animation, or too large.
+
+    Example:
+        >>> decode_tiff(io.BytesIO(encode_tiff(np.zeros((2, 3, 4), np.uint16))), "x.tiff").shape
+        (2, 3, 4)
+    """
+    pages = read_pages(stream, name)
+    if pages is not None:
         return pages
-    return decode_image(path, str(path))
+    stream.seek(0)
+    return decode_image(stream, name)
 
 
 def load_npy(path: Path) -> np.ndarray:
@@ -96,11 +121,12 @@ def load_npy(path: Path) -> np.ndarray:
     return array
 
 
-def read_pages(path: str | Path | IO[bytes]) -> np.ndarray | None:
+def read_pages(stream: IO[bytes], name: str = "it") -> np.ndarray | None:
     """Read a TIFF file that has one page per channel.
 
     Args:
-        path: the file, or a stream of its bytes.
+        stream: of its bytes.
+        name: the image's name in messages.
 
     Returns:
         (H, W, C); `None` for a file of a single page, and one that is not a TIFF of gray pages of one size.
@@ -116,7 +142,7 @@ def read_pages(path: str | Path | IO[bytes]) -> np.ndarray | None:
     try:
         with PIL_OPEN_LOCK, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=("TIFF",))
+            image = Image.open(stream, formats=("TIFF",))
     except Exception:  # whoever decodes it as an image says why it is none
         return None
     with image:
@@ -133,9 +159,9 @@ def read_pages(path: str | Path | IO[bytes]) -> np.ndarray | None:
                     return None
                 pages.append(np.array(image))
         except Exception as error:  # decoders raise errors of many kinds
-            raise ValueError(f"{path} cannot be read: {decoder_reason(error)}") from None
+            raise ValueError(f"{name} cannot be read: {decoder_reason(error)}") from None
     if count > MAX_CHANNELS:
-        raise ValueError(f"{path} must have at most {MAX_CHANNELS} pages, one per channel, got {count}")
+        raise ValueError(f"{name} must have at most {MAX_CHANNELS} pages, one per channel, got {count}")
     return np.stack(pages, axis=2)
 
 

@@ -253,6 +253,7 @@ RESUME_MAY_CHANGE = (
     "data.source",
     "data.split",
     "data.column",
+    "data.dtype",
     "data.cache",
     "data.on_device",
     "data.max_unreadable",

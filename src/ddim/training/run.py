@@ -497,12 +497,15 @@ def _continue_record(record: dict[str, Any], old: dict[str, Any], config: TrainC
 def _is_same_data(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Return whether two records are of the same images, by their pixels, or by their files where no pixels are cached.
 
+    The same files can be read as 8 bits and as 16.
+
     The record of a run that began before files were recorded has pixels alone.
     """
-    if old["images"] != new["images"]:
+    if old["images"] != new["images"] or old.get("pixel_format") != new.get("pixel_format"):
         return False
     return old["sha256"] == new["sha256"] or old.get("identity") == new["identity"]
 
 
 def _describe(data: dict[str, Any]) -> str:
-    return f"{data['images']} images (SHA-256 {str(data['sha256'])[:16]})"
+    dtype = data.get("pixel_format", {}).get("dtype", "uint8")
+    return f"{data['images']} images ({'' if dtype == 'uint8' else f'{dtype}, '}SHA-256 {str(data['sha256'])[:16]})"
