@@ -59,6 +59,21 @@ def test_columns_and_arrays_are_labels(tmp_path: Path) -> None:
     assert survey(tmp_path / "plain.npz").labels is None
 
 
+def test_arrays_have_their_channels(tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", np.zeros((4, 12, 20, 5), np.uint16))
+    found = survey(tmp_path / "images.npz")
+    assert (found.sizes, found.modes, found.channels) == ([(12, 20)] * 4, [("uint16 of 5 channels", 4)], 5)
+    np.save(tmp_path / "gray.npy", np.zeros((4, 12, 20), np.float32))
+    assert survey(tmp_path / "gray.npy").channels == 1
+
+
+def test_deep_gray_images_are_gray(tmp_path: Path) -> None:
+    for index in range(2):
+        Image.fromarray(np.full((8, 8), 40_000 * index, np.uint16)).save(tmp_path / f"{index}.png")
+    found = survey(tmp_path)
+    assert (found.modes, found.channels) == ([("I;16", 2)], 1)
+
+
 def test_a_sample_is_looked_at_and_all_are_counted(tmp_path: Path) -> None:
     np.savez(tmp_path / "many.npz", np.zeros((1000, 8, 8), np.uint8))
     found = survey(tmp_path / "many.npz")

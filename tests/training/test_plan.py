@@ -20,6 +20,7 @@ from ddim.data.dataset import CachedImageDataset
 from ddim.data.survey import ImageSurvey
 from ddim.info import count_flop
 from ddim.io.image_files import make_grid
+from ddim.io.images import height_and_width
 from ddim.pipeline import DDIMPipeline
 from ddim.training.config import load_config, merge, merge_config, preset_names, validate
 from ddim.training.costs import MEASURED_FLOP_PER_CORE, RunCosts, estimate_costs, measured_part, memory_bytes
@@ -81,10 +82,16 @@ def parameters(model: Mapping[str, Any]) -> int:
         ([(100, 70)] * 19 + [(20, 20)], 128, 64),
         ([(5, 5), (6, 6)], 64, 4),
         ([(1, 1)], 64, 2),
+        ([(40, 64)] * 3, 64, (40, 64)),
+        ([(64, 24)] * 3, 64, (64, 24)),
+        ([(480, 640)] * 3, 64, (48, 72)),
+        ([(40, 64), (64, 40)], 64, 32),
     ],
 )
-def test_size_is_that_of_the_images_up_to_a_limit(sizes: list[tuple[int, int]], limit: int, expected: int) -> None:
-    assert choose_size(sizes, limit) == (expected, expected)
+def test_size_is_that_of_the_images_up_to_a_limit(
+    sizes: list[tuple[int, int]], limit: int, expected: int | tuple[int, int]
+) -> None:
+    assert choose_size(sizes, limit) == height_and_width(expected)
 
 
 @pytest.mark.parametrize("machine", [LAPTOP, GPU])
@@ -171,7 +178,7 @@ def test_memory_is_that_of_the_saved_tensors() -> None:
         output = model(torch.zeros(64, 1, 8, 8), 0).sample
     weights = {parameter.data_ptr() for parameter in model.parameters()}
     measured = sum(size for pointer, size in saved.items() if pointer not in weights)
-    computed = memory_bytes(config, 64) - 20 * model.num_parameters()
+    computed = memory_bytes(config, 64) - memory_bytes(config, 0)
     assert output.requires_grad
     assert 0.7 < computed / measured < 1.5
 
@@ -268,14 +275,17 @@ def write_mixed(folder: Path) -> Path:
     return folder
 
 
-SOURCES = ["mixed", "parquet", "npz", "few"]
+SOURCES = ["mixed", "parquet", "npz", "few", "arrays"]
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("sources")
     np.savez(folder / "images.npz", images=digits(40), labels=np.arange(40))
+    rng = np.random.default_rng(0)
+    np.savez(folder / "arrays.npz", rng.integers(0, 5000, (12, 12, 20, 5), np.uint16))
     return {
+        "arrays": str(folder / "arrays.npz"),
         "mixed": str(write_mixed(folder / "mixed")),
         "parquet": write_hugging_face(folder / "train.parquet", digits(40)),
         "npz": str(folder / "images.npz"),
@@ -288,20 +298,22 @@ def test_every_kind_of_collection_is_planned_and_trained(name: str, sources: dic
     tree = merge(SMALL, {"data": {"source": sources[name]}})
     plan = plan_run(tree, "cpu")
     config = plan.config
-    assert config.model["in_channels"] == (3 if name == "mixed" else 1)
-    assert config.model["sample_size"] == 8
+    assert config.model["in_channels"] == {"mixed": 3, "arrays": 5}.get(name, 1)
+    assert config.model["sample_size"] == ([12, 20] if name == "arrays" else 8)
     assert config.batch_size <= plan.survey.count
     assert config.scheduler["prediction_type"] == RECIPE["scheduler"]["prediction_type"]
     table = plan_table(plan)
     labels = {"mixed": "7 folders", "parquet": "the column label", "npz": "the array labels"}
     assert (f"labels are not used: {labels[name]}" in table) if name in labels else ("labels" not in table)
     final = train(config, tmp_path / "run", "cpu")
-    assert (
-        DDIMPipeline.from_pretrained(final)(seeds=[0], num_inference_steps=2).images[0].size[0]
-        == (config.model["sample_size"])
-    )
+    height, width = height_and_width(config.model["sample_size"])
+    pipe = DDIMPipeline.from_pretrained(final)
+    samples = pipe(seeds=[0], num_inference_steps=2, output_type="np").images
+    assert samples.shape == (1, height, width, config.model["in_channels"])
+    assert samples.dtype == (np.uint16 if name == "arrays" else np.float32)
     with Image.open(tmp_path / "run" / "data.png") as grid:
-        tile = Image.new("L", (8, 8))
+        assert grid.mode == ("RGB" if name in ("mixed", "arrays") else "L")
+        tile = Image.new("L", (width, height))
         assert grid.size == (tile if config.batch_size == 1 else make_grid([tile] * config.batch_size)).size
 
 
@@ -362,6 +374,8 @@ def test_only_missing_networks_are_planned() -> None:
     assert leaves_network_out({})
     assert leaves_network_out({"model": {"sample_size": 64}})
     assert leaves_network_out({"init": "mnist"})
+    assert leaves_network_out({"model": {"sample_size": 16, "block_out_channels": [8, 16]}})
+    assert not leaves_network_out({"model": TINY_MODEL})
     with pytest.raises(ValueError, match=r"^source must name the images to train on, such as a folder$"):
         configure({}, None)
 

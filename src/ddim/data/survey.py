@@ -18,6 +18,7 @@ from PIL import Image
 from ddim.data.base import Decoded, Source
 from ddim.data.inspection import GRAY_SPREAD, INSPECTED_SIDE
 from ddim.io.images import fit_image
+from ddim.validation import pluralize
 
 SURVEYED_IMAGES = 128
 SURVEY_SECONDS = 3.0
@@ -32,9 +33,9 @@ class ImageSurvey:
         name: how messages refer to the collection.
         count: number of images in it, readable or not.
         sizes: (H, W) in pixels of each image of the sample.
-        modes: Pillow's names of the pixel formats in the sample, or the type and the channels of arrays, each with its
-            number of images, the commonest first.
-        channels: channels of a model of all of them: 1 if every image is gray, otherwise 3; those of arrays.
+        modes: pixel formats in the sample, each with its number of images, the commonest first: Pillow's names, or the
+            type and number of channels of arrays.
+        channels: channels of a model of all of them: those of arrays; otherwise 1 if every image is gray, else 3.
         labels: what says which class an image belongs to, such as `10 folders`; `None` for nothing.
 
     Example:
@@ -76,8 +77,8 @@ def survey_images(source: Source) -> ImageSurvey:
         try:
             image = decode()
             if isinstance(image, np.ndarray):
-                height, width, channels = image.shape
-                return (height, width), f"{channels} x {image.dtype}", channels
+                height, width, channels = image.shape if image.ndim == 3 else (*image.shape, 1)
+                return (height, width), f"{image.dtype} of {pluralize(channels, 'channel')}", channels
             return (image.height, image.width), image.mode, 3 if _is_in_color(image) else 1
         except Exception as error:  # whoever reads the images reports those that cannot be read
             return error
@@ -91,12 +92,15 @@ def survey_images(source: Source) -> ImageSurvey:
         reasons = [str(each) for each in looks if isinstance(each, Exception)]
         raise ValueError(f"no image of {source.name} can be read; the first: {(reasons or ['it takes too long'])[0]}")
     sizes, modes, channels = zip(*seen, strict=True)
-    common = Counter(modes).most_common()
-    return ImageSurvey(source.name, source.count, list(sizes), common, max(channels), source.labels)
+    return ImageSurvey(
+        source.name, source.count, list(sizes), Counter(modes).most_common(), max(channels), source.labels
+    )
 
 
 def _is_in_color(image: Image.Image) -> bool:
     """Return whether the channels of some pixel differ by more than lossy formats tint gray ones."""
+    if len(image.getbands()) == 1 and image.mode != "P":
+        return False
     size = min(image.width, INSPECTED_SIDE), min(image.height, INSPECTED_SIDE)
     # Nearest neighbors, because averages would lose small colored parts.
     small = image if size == image.size else image.resize(size, Image.Resampling.NEAREST)

@@ -52,7 +52,7 @@ TIMED_SECONDS = 2.5
 READ_IMAGES = 64
 """Images that are read to measure how fast they can be."""
 STATE_COPIES = 5
-"""Float32 numbers per parameter: weight, average, gradient, AdamW's two moments."""
+"""Float32 numbers per parameter: weight, average, gradient, two moments; `ema.sigma_rels` adds averages."""
 
 
 class RunCosts(NamedTuple):
@@ -120,7 +120,7 @@ def estimate_costs(config: TrainConfig, device: str | torch.device = "auto") -> 
     pixels = lazy.read(torch.arange(min(count, READ_IMAGES)))
     reading_rate = len(pixels) / (time.perf_counter() - start)
     is_cached = _cache(config.data, count * pixels[0].nbytes, accelerator.num_processes > 1) != "none"
-    dataset = CachedImageDataset(pixels)
+    dataset = CachedImageDataset(pixels, pixel_format=lazy.pixel_format)
 
     network = _meta_network(config.model)
     flop_per_image = PASSES * count_flop(network)
@@ -133,7 +133,7 @@ def estimate_costs(config: TrainConfig, device: str | torch.device = "auto") -> 
     part = config.model_copy(
         update={
             "model": config.model
-            | {"sample_size": measured_size[0] if len(set(measured_size)) == 1 else measured_size},
+            | {"sample_size": measured_size[0] if len(set(measured_size)) == 1 else list(measured_size)},
             "batch_size": batch * accelerator.num_processes,
             "optim": config.optim.model_copy(update={"accumulate": 1}),
             "data": config.data.model_copy(update={"holdout": 0}),
@@ -156,7 +156,7 @@ def estimate_costs(config: TrainConfig, device: str | torch.device = "auto") -> 
     return RunCosts(
         images=count - config.data.holdout,
         parameters=network.num_parameters(),
-        state_mib=(STATE_COPIES + len(config.ema.sigma_rels)) * 4 * network.num_parameters() / 2**20,
+        state_mib=memory_bytes(config, 0) / 2**20,
         peak_mib=peak_mib,
         gflop_per_step=config.batch_size * flop_per_image / 1e9,
         seconds_per_step=seconds_per_step,
@@ -218,7 +218,8 @@ def memory_bytes(config: TrainConfig, batch_size: int) -> int:
     """
     parameters, numbers = _count_numbers(json.dumps(config.model, sort_keys=True), config.gradient_checkpointing)
     bytes_per_number = 4 if config.precision == "fp32" else 2
-    return STATE_COPIES * 4 * parameters + batch_size * bytes_per_number * numbers
+    copies = STATE_COPIES + len(config.ema.sigma_rels)
+    return copies * 4 * parameters + batch_size * bytes_per_number * numbers
 
 
 @functools.cache

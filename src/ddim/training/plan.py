@@ -116,6 +116,10 @@ class Plan(NamedTuple):
     limit: Limit
 
 
+NETWORK = {"sample_size", "block_out_channels", "down_block_types", "up_block_types"}
+"""The arguments without which a network is not decided: its levels and their blocks."""
+
+
 def leaves_network_out(tree: Mapping[str, Any]) -> bool:
     """Return whether a configuration leaves the network to a plan, or that of a model to start from.
 
@@ -126,10 +130,10 @@ def leaves_network_out(tree: Mapping[str, Any]) -> bool:
         >>> leaves_network_out({"data": {"source": "pics"}})
         True
         >>> leaves_network_out({"model": {"sample_size": 32, "block_out_channels": [32, 64]}})
-        False
+        True
     """
     model = tree.get("model") or {}
-    return not isinstance(model, Mapping) or not {"sample_size", "block_out_channels"} <= model.keys()
+    return not isinstance(model, Mapping) or not model.keys() >= NETWORK
 
 
 def plan_run(tree: Mapping[str, Any], device: str | torch.device = "auto", max_minutes: float | None = None) -> Plan:
@@ -241,35 +245,42 @@ def configure(
 def choose_size(sizes: Sequence[tuple[int, int]], limit: int) -> tuple[int, int]:
     """Choose the height and width of a model from those of the images.
 
-    Images of one size keep it, rectangles too, where both sides are within the limit; others are fitted to a square of
-    one of `SIDES`, which few of them fall short of.
+    Images of one size keep it, up to the area of the limit's square; others are fitted to a square of one of `SIDES`,
+    which few of them fall short of.
 
     Args:
         sizes: (H, W) of a sample of the images.
-        limit: of the chosen height and width.
+        limit: side of the largest square.
 
     Returns:
         Height and width, multiples of what the levels of `count_levels` require.
 
     Example:
-        >>> choose_size([(28, 28)] * 3, limit=64), choose_size([(45, 45)] * 3, limit=64)
-        ((28, 28), (44, 44))
-        >>> choose_size([(40, 64)] * 3, limit=64)
-        (40, 64)
+        >>> choose_size([(28, 28)] * 3, limit=64), choose_size([(80, 128)] * 3, limit=64)
+        ((28, 28), (48, 80))
         >>> choose_size([(480, 640), (100, 70), (300, 300)], limit=128)
         (64, 64)
     """
-    if len(set(sizes)) == 1 and max(sizes[0]) <= limit:
-        multiple = 2 ** (count_levels(min(sizes[0])) - 1)
-        height, width = (max(multiple, side // multiple * multiple) for side in sizes[0])
-        return height, width
-    sides = sorted(min(size) for size in sizes)
-    side = sides[int(SIDE_QUANTILE * len(sides))]
-    if len(set(sizes)) > 1 or side > limit:
-        side = max((standard for standard in SIDES if standard <= min(side, limit)), default=side)
-    multiple = 2 ** (count_levels(side) - 1)
-    side = max(multiple, side // multiple * multiple)
-    return side, side
+    height, width = sizes[0]
+    scale = min(1.0, limit / math.sqrt(height * width))
+    if len(set(sizes)) > 1:
+        sides = sorted(min(size) for size in sizes)
+        side = sides[int(SIDE_QUANTILE * len(sides))]
+        height = width = max((standard for standard in SIDES if standard <= min(side, limit)), default=side)
+        scale = 1.0
+    multiple = 2 ** (count_levels(round(min(height, width) * scale)) - 1)
+    height, width = (max(multiple, round(side * scale) // multiple * multiple) for side in (height, width))
+    return height, width
+
+
+def as_sample_size(size: tuple[int, int]) -> int | list[int]:
+    """Return a height and a width as a `sample_size`: one number for squares.
+
+    Example:
+        >>> as_sample_size((8, 8)), as_sample_size((8, 12))
+        (8, [8, 12])
+    """
+    return size[0] if size[0] == size[1] else list(size)
 
 
 def count_levels(side: int) -> int:
@@ -324,7 +335,7 @@ def choose_model(survey: ImageSurvey, machine: Machine, given: Mapping[str, Any]
     ]
     divisor = math.gcd(*block_out_channels)
     return {
-        "sample_size": height if height == width else [height, width],
+        "sample_size": as_sample_size((height, width)),
         "in_channels": channels,
         "out_channels": channels,
         "block_out_channels": list(block_out_channels),
@@ -370,8 +381,9 @@ def adapt_model(init: str, survey: ImageSurvey, machine: Machine) -> dict[str, A
         The channels of the images; the size of the model, or, where it has none, one for the images.
     """
     network = DDIMPipeline.from_pretrained(init).unet.config
-    size = {} if network.sample_size else {"sample_size": choose_size(survey.sizes, CPU_SIDE)[0]}
-    return {"in_channels": survey.channels, "out_channels": survey.channels} | size
+    size = network.sample_size or choose_size(survey.sizes, CPU_SIDE if machine.is_cpu else GPU_SIDE)
+    size = as_sample_size(height_and_width(size))
+    return {"sample_size": size, "in_channels": survey.channels, "out_channels": survey.channels}
 
 
 def largest_divisor(number: int, limit: int) -> int:

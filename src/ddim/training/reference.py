@@ -21,14 +21,16 @@ from ddim.unet import UNet2DModel
 
 COMPONENTS: Mapping[str, type[Any]] = {"model": UNet2DModel, "scheduler": DDIMScheduler}
 """Sections whose entries are the arguments of a class."""
+DECIDED_BY_DATA = {"pixel_format"}
+"""Arguments of these classes that are not entries."""
 COMMENT_WIDTH = 100
 MISSING: Any = object()
 """Stands for a value that a tree does not have."""
 HEADER = """\
 # A configuration for `ddim train --config FILE`. An entry after a # without a space has the default
-# that is shown; to change it, remove the # from it and from the line of its section. Without
-# `model.block_out_channels` the network, and all else that is left out, is chosen from the images
-# and the machine.
+# that is shown; to change it, remove the # from it and from the line of its section. Without the
+# size, channels and block types of `model`, what is left out is chosen from the images and the
+# machine.
 
 """
 
@@ -164,7 +166,7 @@ def _list_arguments(component: type[Any], prefix: str, defaults: Mapping[str, An
     """Yield the arguments of a class."""
     descriptions = parse_descriptions(component.__doc__ or "", "Args")
     for name, parameter in list(inspect.signature(component.__init__).parameters.items())[1:]:
-        if name in descriptions:
+        if name in descriptions and name not in DECIDED_BY_DATA:
             yield Entry(prefix + name, _plain(defaults.get(name, parameter.default)), descriptions[name], False)
 
 
