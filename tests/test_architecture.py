@@ -114,7 +114,7 @@ def test_kernels_are_commented() -> None:
     assert 100 * comments / code >= MIN_COMMENTS_PER_100_LINES
 
 
-@pytest.mark.parametrize(("engine", "most"), [("auto", 20), ("eager", 15)])
+@pytest.mark.parametrize(("engine", "most"), [("auto", 21), ("eager", 15)])
 def test_a_sample_passes_few_files(engine: str, most: int) -> None:
     command = [sys.executable, ROOT / "scripts/count_hops.py", "--engine", engine]
     result = subprocess.run(command, capture_output=True, text=True, check=True)

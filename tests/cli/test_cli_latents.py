@@ -724,6 +724,7 @@ def test_latents_match_the_api(
     assert len(settings.pop("sha256")) == 64
     assert settings == {
         "kind": "latents",
+        "condition": None,
         "model": "mnist",
         "model_sha256": model_sha256(pipe),
         "timesteps": TIMESTEPS,

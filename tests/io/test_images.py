@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddim.io.image_files import find_images, read_image
-from ddim.io.images import to_output, to_samples
+from ddim.io.images import decode_image, to_output, to_samples
 from digits import digits, write_digits
 
 H, W = 4, 6
@@ -480,6 +481,18 @@ def read_error(path: Path) -> str:
     reason = message.removeprefix(f"{path} cannot be read: ")
     assert reason.strip()
     return reason
+
+
+def test_png_without_the_checksum_of_its_pixels_is_refused() -> None:
+    """All pixels are there, and nothing says whether they are those that were written."""
+    stream = io.BytesIO()
+    noise("L", 6, 6).save(stream, "PNG")
+    data = stream.getvalue()
+    end = data.index(b"IEND") - 8
+    assert decode_image(io.BytesIO(data), "x.png").size == (6, 6)
+    for content in (data[:end], data[:end] + bytes(4) + data[end + 4 :]):
+        with pytest.raises(ValueError, match=r"^x\.png cannot be read: "):
+            decode_image(io.BytesIO(content), "x.png")
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])

@@ -419,7 +419,7 @@ NO_SETTINGS = {
     **{
         f"without {key}": json.dumps({name: entry for name, entry in asdict(SETTINGS).items() if name != key})
         for key in asdict(SETTINGS)
-        if key != "kind"
+        if key not in ("kind", "condition")
     },
 }
 

@@ -190,9 +190,9 @@ def test_constructor_signature_matches_diffusers() -> None:
         [(p.name, p.default) for p in inspect.signature(cls.__init__).parameters.values()]
         for cls in (UNet2DModel, DiffusersUNet2DModel)
     )
-    # The one argument of this library alone is last, and recorded beside those of diffusers.
-    assert ours.pop() == ("pixel_format", None)
-    assert ours == theirs
+    # The arguments of this library alone are last, and recorded beside those of diffusers.
+    assert ours[-3:] == [("pixel_format", None), ("class_names", None), ("has_null_class", False)]
+    assert ours[:-3] == theirs
 
 
 @every_config

@@ -332,7 +332,7 @@ def test_invalid_entry_is_named(key: str, value: Any, allowed: str) -> None:
     [
         ("optim.warmup_step", r"optim\.warmup_step: is not an entry \(did you mean optim\.warmup_steps\?\)"),
         ("optim.learning_rate", r"optim\.learning_rate: is not an entry \(did you mean optim\.lr\?\)"),
-        ("optim.rate", r"optim\.rate: is not an entry; optim has lr, betas, eps, "),
+        ("optim.momentum", r"optim\.momentum: is not an entry; optim has lr, betas, eps, "),
         ("image_size", r"image_size: is not an entry \(did you mean model\.sample_size\?\)"),
         ("weight_decay", r"weight_decay: is not an entry \(did you mean optim\.weight_decay\?\)"),
         ("batchsize", r"batchsize: is not an entry \(did you mean batch_size\?\)"),

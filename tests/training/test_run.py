@@ -718,7 +718,7 @@ COMMANDS = {
     "no hub id": ["train", *SMALL, "--out", "none", "--push-to-hub", "digits"],
     "another seed": ["train", *SMALL, "--out", "run", "--seed", "7"],
     "too few": ["train", *SMALL, "--out", "none", "--batch-size", "100"],
-    "no such entry": ["train", *SMALL, "--out", "none", "--set", "optim.rate=1"],
+    "no such entry": ["train", *SMALL, "--out", "none", "--set", "optim.momentum=1"],
 }
 
 
@@ -824,7 +824,7 @@ def test_push_to_hub_uploads_the_result(results: dict[str, Result], folder: Path
             r"ddim: --batch-size must be at most the number of images to train on, 40 \(images has 40, "
             r"data\.holdout is 0\), got 100",
         ),
-        ("no such entry", 1, r"ddim: training configuration, optim\.rate: is not an entry; optim has lr, .*"),
+        ("no such entry", 1, r"ddim: training configuration, optim\.momentum: is not an entry; optim has lr, .*"),
     ],
 )
 def test_errors_are_reported_in_one_line(

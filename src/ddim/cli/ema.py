@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
 from ddim.cli import options
@@ -152,7 +151,8 @@ def parse_lengths(text: str) -> list[float]:
             first, last = float(match[1]), float(match[2])
             if not first < last:
                 raise ValueError
-            return [round(length, 6) for length in np.linspace(first, last, LENGTHS_IN_RANGE).tolist()]
+            step = (last - first) / (LENGTHS_IN_RANGE - 1)
+            return [round(first + index * step, 6) for index in range(LENGTHS_IN_RANGE)]
         return sorted({float(entry) for entry in text.split(",")})
     except ValueError:
         raise ValueError(

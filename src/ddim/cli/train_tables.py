@@ -141,7 +141,7 @@ def cost_table(costs: RunCosts) -> str:
         "images": f"{costs.images:,}",
         "parameters": f"{costs.parameters:,}",
         "GFLOP per step": f"{costs.gflop_per_step:,.1f}",
-        "weights, average, gradients, moments": f"{costs.state_mib:,.0f} MiB",
+        "weights, averages, gradients, moments": f"{costs.state_mib:,.0f} MiB",
         "memory in use": f"{costs.peak_mib:,.0f} MiB",
         "loader": f"{costs.loader_images_per_second:,.0f} images/s",
         "reading all images once": f"{costs.reading_seconds:,.0f} s",

@@ -106,7 +106,7 @@ class Conditions:
     Attributes:
         labels: of D_1: class labels, int64 (N,), or embeddings of classes, floating (N, D); a single one is that of all
             samples; `None` for a network without classes.
-        baseline_labels: of D_0, of the same kind; `None` where the guide is D_0, or there is no guidance.
+        baseline_labels: of D_0, of the same kind; `None` without guidance, and where the guide is D_0.
         guidance: its scale and interval.
         guide: the model of D_0 where it is another one; `None` for the same network.
 

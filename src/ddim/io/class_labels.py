@@ -185,7 +185,7 @@ def count_labels(labels: Labels | None) -> int:
 
 
 def labels_of_batch(labels: Any, first: int, batch_size: int, count: int, name: str = "class_labels") -> Any:
-    """Return the labels of a batch that may go on beyond the last of all images, where the last label is repeated.
+    """Return the labels of a batch; beyond the last of all images the last label is repeated.
 
     Args:
         labels: as users give them: one for all images, or one per image.

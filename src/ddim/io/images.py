@@ -323,6 +323,11 @@ def decode_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
         with PIL_OPEN_LOCK, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             opened = Image.open(source, formats=FORMATS)
+            if opened.format == "PNG":
+                # Decoding ends with the last pixel, before the checksum of the data that it is made of.
+                opened.verify()
+                source.seek(0)
+                opened = Image.open(source, formats=("PNG",))
         with opened as image:
             # MPO is a camera's JPEG with a preview or depth map behind it, not an animation.
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)

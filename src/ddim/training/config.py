@@ -766,8 +766,8 @@ def entry_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
         Names such as `optim`, `optim.lr`.
 
     Example:
-        >>> list(entry_names(EmaConfig, "ema."))
-        ['ema.decay', 'ema.warmup']
+        >>> list(entry_names(ObjectiveConfig, "objective."))
+        ['objective.weighting', 'objective.gamma', 'objective.antithetic']
     """
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}"
