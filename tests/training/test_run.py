@@ -529,9 +529,10 @@ def test_presets_do_not_clip(preset: str) -> None:
     def completed_scheduler(*settings: str) -> dict[str, Any]:
         return complete_config(load_config(preset, settings=["data.source=digits", *settings])).scheduler
 
-    assert completed_scheduler() == {"clip_sample": False}
-    assert completed_scheduler("scheduler.clip_sample=true") == {"clip_sample": True}
-    assert completed_scheduler("scheduler.beta_end=0.01") == {"clip_sample": False, "beta_end": 0.01}
+    own = load_config(preset, settings=["data.source=digits"]).scheduler
+    assert completed_scheduler() == {"clip_sample": False, **own}
+    assert completed_scheduler("scheduler.clip_sample=true") == {"clip_sample": True, **own}
+    assert completed_scheduler("scheduler.beta_end=0.01") == {"clip_sample": False, "beta_end": 0.01, **own}
 
 
 @pytest.mark.parametrize("clip_sample", [True, False])
