@@ -46,7 +46,9 @@ def read_parquet(files: list[str], name: str, column: str | None, identity: str)
             check_size(Path(file))
         rows = datasets.Dataset.from_parquet(files)
     except Exception as error:  # every reader underneath has its own error types
-        raise ValueError(f"{name} cannot be read as parquet: {first_line(error.__cause__ or error)}") from None
+        cause = error.__cause__ or error
+        reason = "its names are not UTF-8 text" if isinstance(cause, UnicodeDecodeError) else first_line(cause)
+        raise ValueError(f"{name} cannot be read as parquet: {reason}") from None
     return _from_rows(rows, name, column, identity)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +31,8 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 CONVERTIBLE_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}
 """Modes of 8 bits per channel that PIL converts to gray and color."""
 MAX_UINT16 = 65535
+STRIP_BYTES = 16 << 20
+"""Values that are converted to bytes at a time."""
 RANGE_TOLERANCE = 1e-3
 """By how much values may exceed the range of images, which allows for rounding."""
 PIL_OPEN_LOCK = threading.Lock()
@@ -514,14 +517,23 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
             raise ValueError(f"{name} must hold finite values, got NaN or infinity")
         if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
             raise ValueError(f"{name} must hold floats in [0, 1], got values in [{low:.4g}, {high:.4g}]")
-        return Image.fromarray(to_bytes(values.clip(0, 1)))
+        return Image.fromarray(_by_strips(lambda strip: to_bytes(strip.clip(0, 1)), values))
     # In 32 bits, values up to 255 may be of 8 or of 16 bits.
     if mode == "I" and (low < 0 or high > MAX_UINT16 or 0 < high <= 255):
         raise ValueError(
             f"{name} must hold 8 or 16 bits per pixel, got 32-bit integers from {low} to {high}; convert it to mode L "
             "or I;16"
         )
-    return Image.fromarray((values / np.float32(257)).round().astype(np.uint8))
+    return Image.fromarray(_by_strips(lambda strip: (strip / np.float32(257)).round().astype(np.uint8), values))
+
+
+def _by_strips(convert: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
+    """Convert an image (H, W) to bytes a few rows at a time: a large one and its copies would not fit into memory."""
+    result = np.empty(values.shape, np.uint8)
+    count = max(1, values.nbytes // STRIP_BYTES)
+    for strip, target in zip(np.array_split(values, count), np.array_split(result, count), strict=True):
+        target[:] = convert(strip)
+    return result
 
 
 def _from_array(array: np.ndarray, name: str, pixel_format: PixelFormat) -> Tensor:
