@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -19,7 +18,7 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import IMAGEDESCRIPTION
 
-from ddim.io.images import PIL_OPEN_LOCK, decode_image, decoder_reason
+from ddim.io.images import decode_image, decoder_reason, open_image
 from ddim.io.reading import reader_reason
 
 MAX_CHANNELS = 16
@@ -140,9 +139,7 @@ def read_pages(stream: IO[bytes], name: str = "it") -> np.ndarray | None:
         True
     """
     try:
-        with PIL_OPEN_LOCK, warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(stream, formats=("TIFF",))
+        image = open_image(stream, formats=("TIFF",))
     except Exception:  # whoever decodes it as an image says why it is none
         return None
     with image:

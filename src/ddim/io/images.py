@@ -323,14 +323,12 @@ def decode_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
         except OSError as error:
             raise ValueError(f"{name} cannot be read: {decoder_reason(error)}") from None
     try:
-        with PIL_OPEN_LOCK, warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(source, formats=FORMATS)
-            if opened.format == "PNG":
-                # Decoding ends with the last pixel, before the checksum of the data that it is made of.
-                opened.verify()
-                source.seek(0)
-                opened = Image.open(source, formats=("PNG",))
+        opened = open_image(source)
+        if opened.format == "PNG":
+            # Decoding ends with the last pixel, before the checksum of the data that it is made of.
+            opened.verify()
+            source.seek(0)
+            opened = open_image(source)
         with opened as image:
             # MPO is a camera's JPEG with a preview or depth map behind it, not an animation.
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
@@ -346,6 +344,28 @@ def decode_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
     if frames > 1:
         raise ValueError(f"{name} must be a still image, got an animation of {frames} frames")
     return still
+
+
+def open_image(stream: IO[bytes], formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Open an image, of which only the header is read, and refuse one that would exhaust memory.
+
+    Args:
+        stream: of the file's bytes.
+        formats: that are recognized, as PIL names them.
+
+    Raises:
+        Exception: of many types, as PIL raises them.
+
+    Example:
+        >>> import io
+        >>> stream = io.BytesIO()
+        >>> Image.new("L", (4, 3)).save(stream, "PNG")
+        >>> open_image(stream).size
+        (4, 3)
+    """
+    with PIL_OPEN_LOCK, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(stream, formats=formats)
 
 
 def decoder_reason(error: Exception) -> str:
