@@ -28,7 +28,7 @@ from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.engine import check_engine
 from ddim.external_scheduler import StepArguments, run_scheduler
 from ddim.io import hub
-from ddim.io.class_labels import ClassLabels, Labels, count_labels, labels_of_batch
+from ddim.io.class_labels import ClassLabels, Labels, arguments_of_batch, count_labels
 from ddim.io.diffusers_mixins import join_mixins
 from ddim.io.json_files import read_json
 from ddim.io.pixel_format import PixelFormat
@@ -316,12 +316,11 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         count, batch_size = integer("count", count, 1), integer("batch_size", batch_size, 1)
         seed = integer("seed", seed, 0)
         batch_size = min(count, batch_size)
-        labels = {name: settings.pop(name) for name in ("class_labels", "negative_labels") if name in settings}
         images: list[Any] = []
         for first in range(0, count, batch_size):
-            of_batch = {name: labels_of_batch(label, first, batch_size, count, name) for name, label in labels.items()}
+            of_batch = arguments_of_batch(settings, first, batch_size, count)
             seeds = range(seed + first, seed + first + batch_size)
-            (batch,) = cast(tuple[Any], self(batch_size, return_dict=False, seeds=seeds, **of_batch, **settings))
+            (batch,) = cast(tuple[Any], self(batch_size, return_dict=False, seeds=seeds, **of_batch))
             images.extend(batch)
         return images[:count]
 

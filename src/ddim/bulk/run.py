@@ -20,7 +20,7 @@ from ddim.diffusion.guidance import Conditions
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.distributed import job_name, rank_and_world_size
 from ddim.engine import get_engine
-from ddim.io.class_labels import labels_of_batch
+from ddim.io.class_labels import arguments_of_batch
 from ddim.io.fingerprint import model_sha256
 from ddim.io.images import to_values
 from ddim.io.json_files import to_json
@@ -138,11 +138,7 @@ def sample_many(
                     continue
                 indices = target.indices(batch)
                 seeds = range(seed + indices.start, seed + indices.start + batch_size)
-                of_batch = condition | {
-                    name: labels_of_batch(condition[name], indices.start, batch_size, count, name)
-                    for name in ("class_labels", "negative_labels")
-                    if name in condition
-                }
+                of_batch = arguments_of_batch(condition, indices.start, batch_size, count)
                 images = quiet_pipe(
                     batch_size, seeds=seeds, output_type="np", return_dict=False, **settings, **of_batch
                 )[0]

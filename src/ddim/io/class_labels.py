@@ -184,28 +184,31 @@ def count_labels(labels: Labels | None) -> int:
     return len(labels) if not isinstance(labels, Tensor) or labels.ndim else 1
 
 
-def labels_of_batch(labels: Any, first: int, batch_size: int, count: int, name: str = "class_labels") -> Any:
-    """Return the labels of a batch; beyond the last of all images the last label is repeated.
+def arguments_of_batch(arguments: Mapping[str, Any], first: int, batch_size: int, count: int) -> dict[str, Any]:
+    """Return arguments with the labels of a batch; beyond the last of all images the last label is repeated.
 
     Args:
-        labels: as users give them: one for all images, or one per image.
+        arguments: among them may be `class_labels` and `negative_labels`, one for all images or one per image.
         first: index of the batch's first image.
         batch_size: images per batch.
         count: the number of all images.
-        name: of the argument, for messages.
 
     Raises:
         ValueError: for another number of labels.
 
     Example:
-        >>> labels_of_batch([3, 8, 5], first=2, batch_size=2, count=3)
-        [5, 5]
+        >>> arguments_of_batch({"class_labels": [3, 8, 5], "eta": 1}, first=2, batch_size=2, count=3)
+        {'class_labels': [5, 5], 'eta': 1}
     """
-    if (given := count_labels(labels)) == 1:
-        return labels
-    if given != count:
-        raise ValueError(f"{name} must be one label, or one per image ({count}), got {given}")
-    return [labels[min(index, count - 1)] for index in range(first, first + batch_size)]
+    result = dict(arguments)
+    for name in result.keys() & {"class_labels", "negative_labels"}:
+        labels = result[name]
+        if (given := count_labels(labels)) == 1:
+            continue
+        if given != count:
+            raise ValueError(f"{name} must be one label, or one per image ({count}), got {given}")
+        result[name] = [labels[min(index, count - 1)] for index in range(first, first + batch_size)]
+    return result
 
 
 def check_class_settings(
