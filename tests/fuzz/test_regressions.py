@@ -140,6 +140,14 @@ CASES: dict[str, tuple[str, Any, str]] = {
         Archive("npz", "", [Mutation("set", 25, 244, b"\xff" * 8)]),
         "cannot be read as .npz: File name in directory",
     ),
+    # `RowGroupMetaData.column` of pyarrow ends the process.
+    "sizes of a list in a parquet file without lists": (
+        "archives",
+        Archive(
+            "parquet", "", [Mutation("delete", 43479, 2, bytes(8)), Mutation("flip", 112, 347, b"\xc3\xec\xe8\xc8ce")]
+        ),
+        "cannot be read as parquet: Repetition level histogram size mismatch",
+    ),
 }
 
 

@@ -9,7 +9,7 @@ import io
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import datasets
 import huggingface_hub.constants
@@ -17,12 +17,13 @@ import pyarrow as pa
 from PIL import Image
 
 from ddim.data.base import Decoded, Source, first_line
+from ddim.data.thrift import read_footer, read_page_size
 from ddim.io.images import decode_image
 from ddim.io.npz import MAX_COMPRESSION_RATIO, SMALL_ARRAY_BYTES
 from ddim.validation import nearest, shorten
 
-FIELD_OF_INT32 = b"\x15"
-"""Byte before a field of 32 bits that follows the field before it, in Thrift's compact protocol."""
+BYTE_ARRAY_TYPES = (6, 7)
+"""Numbers of the types of byte arrays, of any length and of a fixed length, in parquet's definition."""
 
 
 def read_parquet(files: list[str], name: str, column: str | None, identity: str) -> Source:
@@ -103,16 +104,21 @@ def check_size(path: Path) -> None:
         if size > limit:
             raise ValueError(f"it claims {size:,} bytes in {compressed:,} compressed ones")
 
-    with ParquetFile(path) as file, path.open("rb") as content:
-        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
-        check(sum(group.total_byte_size for group in groups))
-        chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
-        chunks = [chunk for chunk in chunks if chunk.has_dictionary_page and "BYTE_ARRAY" in chunk.physical_type]
-        pages = [_dictionary_bytes(content, chunk.dictionary_page_offset) for chunk in chunks]
-        if sum(chunk.num_values * page for chunk, page in zip(chunks, pages, strict=True)) <= limit:
-            return
-        size, rows = 0, max(1, SMALL_ARRAY_BYTES // max(pages))
-        for batch in file.iter_batches(rows, columns=sorted({chunk.path_in_schema for chunk in chunks})):
+    footer = read_footer(path)
+    check(footer.total_byte_size)
+    bounds: dict[str, int] = {}  # of columns of byte arrays that have dictionaries
+    largest_page = 0
+    with path.open("rb") as content:
+        for chunk in footer.chunks:
+            if chunk.dictionary_page_offset is not None and chunk.physical_type in BYTE_ARRAY_TYPES:
+                page = read_page_size(content, chunk.dictionary_page_offset)
+                bounds[chunk.path] = bounds.get(chunk.path, 0) + chunk.num_values * page
+                largest_page = max(largest_page, page)
+    if sum(bounds.values()) <= limit:
+        return
+    size, rows = 0, max(1, SMALL_ARRAY_BYTES // largest_page)
+    with ParquetFile(path) as file:
+        for batch in file.iter_batches(rows, columns=sorted(bounds)):
             size += sum(map(_plain_bytes, batch.columns))
             check(size)
 
@@ -122,26 +128,6 @@ def _plain_bytes(array: pa.Array) -> int:
     if pa.types.is_dictionary(array.type):
         return int(array.dictionary_decode().nbytes)
     return sum(map(_plain_bytes, array.flatten())) if pa.types.is_struct(array.type) else int(array.nbytes)
-
-
-def _dictionary_bytes(content: BinaryIO, offset: int) -> int:
-    """Return the uncompressed size of a dictionary: the second field of its page's header, in Thrift's compact form."""
-    content.seek(offset)
-    fields = [_read_int32(content) for _ in range(2)]
-    return fields[1]
-
-
-def _read_int32(content: BinaryIO) -> int:
-    """Read a field of Thrift's compact form: its type, then 7 bits per byte, the lowest first, the sign in bit 0."""
-    if content.read(1) != FIELD_OF_INT32:
-        raise ValueError("the header of a dictionary is damaged")
-    value = 0
-    for shift in range(0, 35, 7):
-        (byte,) = content.read(1)
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            break
-    return value >> 1
 
 
 def _silence_datasets() -> None:
