@@ -384,9 +384,9 @@ def test_failures_are_shown_on_the_page(visit: Callable[..., Page], tmp_path: Pa
 def long_run(page: Page) -> None:
     """Start minutes of work, and wait for previews."""
     set_number(page, "number input for Steps", 1000)
-    set_number(page, "number input for Images", 64)
+    set_number(page, "number input for Images", 16)
     button(page, "Sample").click()
-    expect(page.locator("#sample-images img")).to_have_count(64)
+    expect(page.locator("#sample-images img")).to_have_count(16)
     expect(page.locator("#sample-status")).to_contain_text("of 1000")
 
 
@@ -404,7 +404,7 @@ def test_stop_frees_the_device(visit: Callable[..., Page]) -> None:
 def test_position_in_the_queue_is_shown(visit: Callable[..., Page], server: AppServer) -> None:
     page = visit()
     few_steps(page)
-    with server.listen("/sample", server.post("/sample", count=64, steps=1000)) as reports:
+    with server.listen("/sample", server.post("/sample", count=16, steps=1000)) as reports:
         next(report for report in reports if "done" in report)
         button(page, "Sample").click()
         expect(page.locator("#sample-status")).to_contain_text("Waiting: 1 run before this one.")

@@ -18,15 +18,15 @@ from fuzz.campaign import TARGETS, Tally, fault_kind, main, run, table
 from fuzz.harness import FAULTS, Fault, Outcome, Refused, Worker, attempt, expect, judge
 
 COUNTS = {
-    "checkpoints": 50,
-    "configurations": 60,
-    "commands": 15,
-    "images": 100,
-    "archives": 60,
-    "latents": 100,
-    "requests": 25,
+    "checkpoints": 40,
+    "configurations": 40,
+    "commands": 10,
+    "images": 50,
+    "archives": 40,
+    "latents": 60,
+    "requests": 10,
 }
-"""Inputs per target: 45 s of one processor in all."""
+"""Inputs per target: half a minute of one processor in all; `python -m tests.fuzz` is the campaign."""
 
 
 @pytest.mark.parametrize("target", TARGETS)
