@@ -107,7 +107,8 @@ def is_unchanged(module: nn.Module, expected: type[nn.Module]) -> bool:
         >>> is_unchanged(nn.Identity(), nn.Identity), is_unchanged(nn.Sequential(), nn.Identity)
         (True, False)
     """
-    if type(module) is not expected or has_hooks(module) or not INSTANCE_PATCHES.isdisjoint(vars(module)):
+    # Written so that PyTorch's compiler traces it: some versions do not pass a module's dictionary to a set's methods.
+    if type(module) is not expected or has_hooks(module) or any(name in module.__dict__ for name in INSTANCE_PATCHES):
         return False
     for weights in module._parameters.values():
         if type(weights) not in PLAIN_TENSORS:

@@ -66,13 +66,14 @@ def use_compiled_kernels(module: nn.Module, expected: type[nn.Module], x: Tensor
         True
     """
     return (
-        module.training
+        # First of all: not every version of PyTorch's compiler traces the rest.
+        not torch.compiler.is_compiling()
+        and module.training
         and x.device.type == "cpu"
         and not x.is_contiguous()
         and is_untouched(module, expected)
         and x.is_contiguous(memory_format=torch.channels_last)
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and all(_is_plain_float32(tensor) for tensor in (x, *tensors, *module.parameters(recurse=False)))
     )
