@@ -186,7 +186,7 @@ class TestNetwork:
         after = {name: (p.data_ptr(), p.stride(), p.requires_grad) for name, p in tiny_unet.named_parameters()}
         assert after == before
         assert all(module.training for module in tiny_unet.modules())
-        weights = [p for p in engine.network.parameters() if p.ndim == 4]
+        weights = [p for p in engine.network.unet.parameters() if p.ndim == 4]
         assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
 
     def test_raises_as_the_network(self, tiny_unet: UNet2DModel) -> None:

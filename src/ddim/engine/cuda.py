@@ -11,10 +11,11 @@ together from then on. A graph reads and writes the same addresses each time: x,
 the previous epsilon are copied into its input buffers, and its results are copied for the caller. All copies are on the
 device or from pinned memory, and nothing waits for them.
 
-`CUDAEngine` has such a step for each shape and setting. It keeps weights in channels_last, the layout of tensor cores,
-and multiplies by a block's weights of queries, keys and values at once. It changes no switch of PyTorch: by PyTorch's
-defaults convolutions in float32 may round to TF32, here as in the network itself, and the two then agree to about 1e-3
-only (`torch.backends.cudnn.allow_tf32`).
+`CUDAEngine` has such a step for each shape and setting, and evaluates the network by fused operations in channels_last,
+the layout of tensor cores (`ddim.engine.fused`). The projections of the time embedding are computed for all steps of a
+run at once, before the first. cuDNN chooses the algorithm of each convolution by trying what it has before a step is
+recorded. No switch of PyTorch stays changed: by PyTorch's defaults convolutions in float32 may round to TF32, here as
+in the network itself, and the two then agree to about 1e-3 only (`torch.backends.cudnn.allow_tf32`).
 
 Everything but the recording works on a CPU as well, where a step is run anew each time. `compile_network` is the other
 way to a faster network: PyTorch's compiler.
@@ -22,22 +23,21 @@ way to a faster network: PyTorch's compiler.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddim.diffusion.equations import Coefficients, Step, ddim_step, dynamic_threshold
 from ddim.diffusion.loop import StepFn, StepSettings
 from ddim.diffusion.solvers import add_correction
-from ddim.nn.layers import Attention
-from ddim.nn.ops import norm_act
+from ddim.engine.fused.network import FusedNetwork
 from ddim.unet import UNet2DModel
 
 Clip = Callable[[Tensor], Tensor]
@@ -74,14 +74,10 @@ class CUDAEngine:
         self.device = unet.device
         # Tensors made in inference mode could not be written to outside.
         with torch.inference_mode(False):
-            self.network = copy.deepcopy(unet).requires_grad_(False).eval()
-            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            for block in list(self.network.modules()):
-                attentions: Any = getattr(block, "attentions", None)
-                if attentions is not None:
-                    # A middle block without attention has a list of `None`.
-                    fused: list[Any] = [None if a is None else FusedAttention(a) for a in attentions]
-                    block.attentions = nn.ModuleList(fused)
+            weights = copy.deepcopy(unet).requires_grad_(False).eval()
+            weights.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            with torch.no_grad():
+                self.network = FusedNetwork(weights)
         self.runners: dict[Hashable, StepRunner] = {}
         self._stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
@@ -102,10 +98,10 @@ class CUDAEngine:
         Raises:
             ValueError: as `UNet2DModel.forward`.
         """
-        return evaluate(self.network, sample, timestep, class_labels)
+        return self.network(sample, timestep, class_labels)
 
     def prepare(self, timesteps: Sequence[int], classes: Tensor | None = None) -> None:
-        """Do nothing: a recorded step embeds its timestep.
+        """Do nothing: `step_fn` embeds the timesteps of a run.
 
         Args:
             timesteps: ignored.
@@ -148,16 +144,26 @@ class CUDAEngine:
         # On the device once, before the loop, like the timesteps.
         table = torch.tensor([step.coefficients() for step in steps], dtype=latents.dtype, device=latents.device)
         rows = dict(zip(steps, table, strict=True))
+        projected = self._project(steps)
         noise = settings.noise
         previous_epsilon: Tensor | None = None
 
         def take_step(x: Tensor, timestep: Tensor, step: Step) -> tuple[Tensor, Tensor]:
             nonlocal previous_epsilon
             drawn = None if noise is None else noise()
-            x_prev, x0, previous_epsilon = runner(x, timestep, rows[step], drawn, previous_epsilon)
+            embedding = projected[step.timestep]
+            x_prev, x0, previous_epsilon = runner(x, timestep, embedding, rows[step], drawn, previous_epsilon)
             return x_prev, x0
 
         return take_step
+
+    @torch.no_grad()
+    def _project(self, steps: Sequence[Step]) -> dict[int, Tensor]:
+        """Return the projected embedding (1, F) of each timestep."""
+        timesteps = sorted({step.timestep for step in steps})
+        with torch.autocast(self.device.type, enabled=False):
+            projected = self.network.project(torch.tensor(timesteps, device=self.device))
+        return dict(zip(timesteps, torch.split(projected, 1), strict=True))
 
     def _get_runner(self, latents: Tensor, settings: StepSettings, is_second_order: bool) -> StepRunner | None:
         """Return the runner of a shape and setting, recorded if there is none yet; `None` if it cannot be recorded."""
@@ -246,16 +252,37 @@ def record_graph(run: Callable[[], None], stream: torch.cuda.Stream, pool: Any =
     with torch.cuda.device(stream.device):
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side), tried_algorithms():
             for _ in range(WARM_UP_RUNS):
                 run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # The outer context restores the current stream even where the inner one fails to. Other threads, such as those
         # that load data, may use the device meanwhile.
-        with torch.cuda.stream(stream), torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.stream(stream),
+            torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
+            tried_algorithms(),
+        ):
             run()
     return graph
+
+
+@contextlib.contextmanager
+def tried_algorithms() -> Iterator[None]:
+    """Let cuDNN try its algorithms for convolutions of new shapes, and use the fastest, in a `with` block.
+
+    Example:
+        >>> with tried_algorithms():
+        ...     torch.backends.cudnn.benchmark
+        True
+    """
+    previous = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = previous
 
 
 @dataclass(frozen=True)
@@ -290,7 +317,7 @@ class StepRunner:
     """A step of one shape and setting, and the buffers that it reads and writes.
 
     Args:
-        network: in evaluation mode; of any floating dtype.
+        network: of any floating dtype.
         like: an x, (N, C, H, W), of the buffers' shape, dtype and device.
         options: what the step does.
         record: makes a graph of a function.
@@ -298,7 +325,7 @@ class StepRunner:
 
     def __init__(
         self,
-        network: UNet2DModel,
+        network: FusedNetwork,
         like: Tensor,
         options: StepOptions,
         record: Callable[[Callable[[], None]], Graph],
@@ -313,13 +340,15 @@ class StepRunner:
             # Ones, so that the runs of the recording divide by no zero.
             self.coefficients = new(len(Coefficients._fields)) + 1
             self.timestep = torch.ones((), dtype=torch.int64, device=like.device)
+            self.embedding = torch.zeros_like(network.project(self.timestep))
             self.graph = record(self._run)
 
     def _run(self) -> None:
         # Read the input buffers, evaluate the network.
         options, coefficients = self._options, Coefficients(*self.coefficients)
         with torch.autocast(self.x.device.type, enabled=False):
-            output = evaluate(self._network, self.x.to(self._network.dtype), self.timestep).to(self.x.dtype)
+            sample = self.x.to(self.embedding.dtype)
+            output = self._network.evaluate(sample, self.timestep, self.embedding).to(self.x.dtype)
         # Update x by equation (12), and by the second-order correction.
         x_prev, x0 = ddim_step(
             output,
@@ -342,6 +371,7 @@ class StepRunner:
         self,
         x: Tensor,
         timestep: Tensor,
+        embedding: Tensor,
         coefficients: Tensor,
         noise: Tensor | None = None,
         previous_epsilon: Tensor | None = None,
@@ -351,6 +381,7 @@ class StepRunner:
         Args:
             x: of the shape that the step was made for.
             timestep: int64 ().
+            embedding: of the timestep, `FusedNetwork.project`, (1, F).
             coefficients: those of `ddim.diffusion.equations.Coefficients`, (6,).
             noise: of the shape of `x`, for a step that adds noise.
             previous_epsilon: the epsilon that the step before returned; `None` for the first step.
@@ -369,7 +400,9 @@ class StepRunner:
         with _graph_lock:
             # Fill the input buffers.
             fill(self.x, x)
-            fill(self.timestep, timestep)
+            if self._network.divides_by_timestep:
+                fill(self.timestep, timestep)
+            fill(self.embedding, embedding)
             fill(self.coefficients, coefficients)
             if self.noise is not None and noise is not None:
                 fill(self.noise, noise)
@@ -383,25 +416,6 @@ class StepRunner:
             self.graph.replay()
             epsilon = None if self.epsilon is None else self.epsilon.clone()
             return self.x_prev.clone(), self.x0.clone(), epsilon
-
-
-@torch.no_grad()
-def evaluate(
-    network: nn.Module, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None
-) -> Tensor:
-    """Evaluate a network and return its prediction in the default memory format, whatever that of its weights is.
-
-    Args:
-        network: a `UNet2DModel`.
-        sample: x_t, (N, C, H, W).
-        timestep: t; one number, a tensor (), or one per sample (N,).
-        class_labels: int64 (N,), or embeddings (N, D), for class-conditional networks.
-
-    Returns:
-        The prediction, (N, C, H, W), contiguous, without gradients.
-    """
-    prediction: Tensor = network(sample, timestep, class_labels).sample
-    return prediction.contiguous()
 
 
 def fill(buffer: Tensor, values: Tensor) -> None:
@@ -442,45 +456,6 @@ def clip_identity(clip: Clip | None) -> Hashable | None:
     if isinstance(clip, functools.partial) and not clip.args and clip.func in (torch.clamp, dynamic_threshold):
         return (clip.func, *sorted(clip.keywords.items()))
     return None
-
-
-class FusedAttention(nn.Module):
-    """An `Attention` that computes queries, keys and values by one product, for feature maps in channels_last.
-
-    Args:
-        attention: the module whose weights it copies.
-
-    Example:
-        >>> attention = Attention(channels=8, head_dim=4, groups=2, eps=1e-5)
-        >>> FusedAttention(attention)(torch.zeros(1, 8, 2, 2)).shape
-        torch.Size([1, 8, 2, 2])
-    """
-
-    def __init__(self, attention: Attention) -> None:
-        super().__init__()
-        self.heads, self.rescale_output_factor = attention.heads, attention.rescale_output_factor
-        self.group_norm, self.to_out = attention.group_norm, attention.to_out[0]
-        linears = (attention.to_q, attention.to_k, attention.to_v)
-        self.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
-        self.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
-
-    def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
-        """Add attention to a feature map.
-
-        Args:
-            hidden_states: (N, C, H, W).
-            temb: ignored, as by `Attention`.
-
-        Returns:
-            (N, C, H, W).
-        """
-        N, C, H, W = hidden_states.shape
-        normed = hidden_states if self.group_norm is None else norm_act(self.group_norm, None, hidden_states)
-        tokens = normed.permute(0, 2, 3, 1).reshape(N, H * W, C)
-        q, k, v = F.linear(tokens, self.weight, self.bias).view(N, H * W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, H * W, -1)
-        output = hidden_states + self.to_out(attended).view(N, H, W, C).permute(0, 3, 1, 2)
-        return output if self.rescale_output_factor == 1 else output / self.rescale_output_factor
 
 
 def compile_network(unet: Any) -> Any:

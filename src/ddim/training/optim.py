@@ -62,13 +62,14 @@ def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
 
 
 def ema_update(config: EmaConfig) -> Callable[[Any, Any, Any], None]:
-    """Create the averaging function for `torch.optim.swa_utils.AveragedModel`.
+    """Create the function that updates an average of the weights, without waiting for the device.
 
     Args:
         config: decay and warm-up of an exponential average, or the length of a power-function average.
 
     Returns:
-        A function for `AveragedModel`'s argument `multi_avg_fn`.
+        A function of the averaged weights, which it changes, the current weights, and the number of updates before: as
+        `torch.optim.swa_utils.AveragedModel` takes it as `multi_avg_fn`. The first update copies the weights.
 
     Example:
         >>> average, weights = [torch.tensor(0.0)], [torch.tensor(1.0)]
@@ -80,6 +81,9 @@ def ema_update(config: EmaConfig) -> Callable[[Any, Any, Any], None]:
     @torch.no_grad()
     def update(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
         n = int(num_averaged)
+        if n == 0:
+            torch._foreach_copy_(averaged, current)
+            return
         if config.sigma_rel is not None:
             decay = power_decay(config.sigma_rel, n + 1)
         else:

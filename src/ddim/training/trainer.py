@@ -13,6 +13,7 @@ Losses stay on the device until they are needed, so that the loop does not wait 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import signal
@@ -20,12 +21,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ddim.data.augment import Augmentation
@@ -33,6 +33,7 @@ from ddim.data.dataset import ImageDataset
 from ddim.data.loader import Batches, Prefetcher, split_holdout
 from ddim.data.seeding import generator_for
 from ddim.distributed import ProcessGroup
+from ddim.engine.cuda import tried_algorithms
 from ddim.io.pixel_format import EIGHT_BIT, PixelFormat
 from ddim.io.runs import CHECKPOINTS, checkpoint_step, list_checkpoints
 from ddim.pipeline import DDIMPipeline
@@ -46,8 +47,6 @@ from ddim.training.optim import ema_update, learning_rate, make_optimizer, zero_
 from ddim.training.progress import Progress, StepMetrics, TrainingStopped
 from ddim.unet import UNet2DModel
 from ddim.validation import pluralize
-
-logger = logging.getLogger(__name__)
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +116,10 @@ class Trainer:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        self._average = AveragedModel(self.model, multi_avg_fn=ema_update(config.ema))
-        self.ema = cast(UNet2DModel, self._average.module)
+        self.ema = copy.deepcopy(self.model)
+        self._update_average = ema_update(config.ema)
+        # Counted here: `AveragedModel` moves its counter to the device, and what reads it there waits for it.
+        self._num_averaged = 0
         self.ema.disable_gradient_checkpointing()
         self.ema.requires_grad_(False).eval()
         # Only the main process saves them.
@@ -132,6 +133,9 @@ class Trainer:
         group = ProcessGroup(self.accelerator.process_index, processes)
         augmentation = Augmentation.of(config.data)
         self.batches = Batches(dataset, trained, config.batch_size, config.seed, size, augmentation, group)
+        self._fetch_stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._fetch_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
         # Progress.
         self.step = 0
@@ -161,7 +165,7 @@ class Trainer:
             self.ema.load_state_dict(checkpoint.tensors["ema"])
         except RuntimeError as error:
             raise ValueError(f"the checkpoint is of another model: {str(error).splitlines()[-1].strip()}") from None
-        self._average.n_averaged.fill_(checkpoint.state["averaged"])
+        self._num_averaged = checkpoint.state["averaged"]
         if self.averages.averages and checkpoint.tensors[AVERAGES]:
             self.averages.load_state_dict(checkpoint.tensors[AVERAGES])
         elif self.averages.averages:
@@ -205,7 +209,7 @@ class Trainer:
             AVERAGES: self.averages.state_dict(),
         }
         state = {
-            "averaged": int(self._average.n_averaged),
+            "averaged": self._num_averaged,
             "scaler": self.grad_scaler.state_dict(),
             "seconds": self.seconds,
             "records": self.pending_metrics,
@@ -355,7 +359,8 @@ class Trainer:
         ):
             # The processes exchange gradients once, in the last pass.
             is_last = index == passes - 1
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self._network):
+            no_sync = contextlib.nullcontext() if is_last else self.accelerator.no_sync(self._network)
+            with no_sync, tried_algorithms():
                 with torch.autocast(self.device.type, PRECISIONS[config.precision], config.precision != "fp32"):
                     predicted = self._network(x, t).sample
                 sample_losses = (predicted.float() - y).square().flatten(1).mean(1)
@@ -374,11 +379,17 @@ class Trainer:
         self._device_metrics.append(torch.cat([loss[None], grad_norm.detach()[None], sums, counts]))
 
     def _fetch(self, step: int) -> Tensor:
-        """Read this process's images of a step, and start their copy to the device."""
-        images = self.batches[step]
-        if self.device.type == "cuda" and images.device.type == "cpu":
-            images = images.pin_memory()
-        return images.to(self.device, non_blocking=True)
+        """Read this process's images of a step, and copy them to the device."""
+        if self._fetch_stream is None:
+            return self.batches[step].to(self.device)
+        # On a stream of its own: what waits for a copy in here would wait for the steps that are queued on the default
+        # stream, and leave the device without work until the next one is queued.
+        with torch.cuda.stream(self._fetch_stream):
+            images = self.batches[step]
+            images = images if images.is_cuda else images.pin_memory().to(self.device, non_blocking=True)
+        self._fetch_stream.synchronize()
+        images.record_stream(torch.cuda.current_stream(self.device))
+        return images
 
     def apply_gradients(self) -> None:
         """Update the weights and their average by the gradients of this step."""
@@ -386,7 +397,8 @@ class Trainer:
             group["lr"] = learning_rate(self.config.optim, self.step, self.config.max_steps)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
-        self._average.update_parameters(self.model)
+        self._update_average(list(self.ema.parameters()), list(self.model.parameters()), self._num_averaged)
+        self._num_averaged += 1
         self.averages.update(self.step + 1)
 
     def _synchronizes(self, step: int) -> bool:
