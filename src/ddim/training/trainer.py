@@ -40,8 +40,9 @@ from ddim.scheduler import DDIMScheduler
 from ddim.training.averages import AVERAGES, PowerAverages, save_snapshot, snapshot_interval
 from ddim.training.checkpoint import Checkpoint, save_checkpoint
 from ddim.training.config import TrainConfig
+from ddim.training.distilling import make_objective
 from ddim.training.finetuning import load_weights
-from ddim.training.objective import QUARTILES, by_quartile, draw_timesteps, loss_weights
+from ddim.training.objective import QUARTILES, by_quartile, loss_weights
 from ddim.training.optim import ema_update, learning_rate, make_optimizer, zero_last_layers
 from ddim.training.progress import Progress, StepMetrics, TrainingStopped
 from ddim.unet import UNet2DModel
@@ -72,6 +73,7 @@ class Trainer:
         ema: the moving average of its weights, a `UNet2DModel`; the one to sample from.
         averages: further averages of its weights, for `ddim ema`; none in processes other than the main one.
         scheduler: the noise schedule.
+        objective: what the network learns to predict.
         optimizer: AdamW.
         grad_scaler: loss scaling, enabled for fp16.
         batches: this process's images of each step.
@@ -110,6 +112,7 @@ class Trainer:
             config.objective.weighting,
             config.objective.gamma,
         ).to(device)
+        self.objective = make_objective(config, self.scheduler, device)
 
         # The network, its average, and the optimizer.
         self.model = build_model(config, dataset.pixel_format).to(device)
@@ -324,7 +327,7 @@ class Trainer:
         """
         local, batch_size = self.batches.local, self.config.batch_size
         generator = generator_for(self.config.seed, "step", step, self.device)
-        timesteps = draw_timesteps(batch_size, len(self.scheduler), self.config.objective.antithetic, generator)
+        timesteps = self.objective.draw_timesteps(batch_size, generator)
         noise = torch.randn((batch_size, *images.shape[1:]), generator=generator, device=self.device)
         return self.dataset.pixel_format.to_samples(images).clamp(-1, 1), noise[local], timesteps[local]
 
@@ -341,7 +344,7 @@ class Trainer:
         noisy = self.scheduler.add_noise(x0, noise, timesteps)
         if config.channels_last:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
-        target = self.scheduler.training_target(x0, noise, timesteps)
+        target = self.objective.target(x0, noise, timesteps, noisy)
         # Dropout draws from the global generators; each process seeds its own.
         purpose = f"dropout {self.accelerator.process_index}"
         torch.manual_seed(generator_for(config.seed, purpose, self.step).initial_seed())
