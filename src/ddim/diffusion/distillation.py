@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -119,8 +119,12 @@ class Segments:
         Args:
             device: the device.
         """
-        moved = (tensor.to(device) for tensor in (self.timesteps, self.coefficients, self.rotations))
-        return Segments(*moved, self.order)
+        return replace(
+            self,
+            timesteps=self.timesteps.to(device),
+            coefficients=self.coefficients.to(device),
+            rotations=self.rotations.to(device),
+        )
 
 
 def _angle(alpha: float) -> float:

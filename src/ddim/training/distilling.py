@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -71,6 +70,8 @@ class DistillationObjective:
             its engine.
 
     Attributes:
+        teacher: as given.
+        device: of the teacher.
         timesteps: of the student, decreasing.
 
     Raises:
@@ -94,7 +95,8 @@ class DistillationObjective:
                 "prediction_type of a student must be v_prediction or sample, got epsilon, which says nothing about "
                 "x_0 where there is only noise"
             )
-        self.device, self._precision = teacher.device, precision
+        # Kept, because engines do not keep their network alive.
+        self.teacher, self.device, self._precision = teacher, teacher.device, precision
         steps = teacher_steps(given, S, config.substeps)
         self._segments = Segments.of(steps, S, config.order).to(self.device)
         self.timesteps: list[int] = self._segments.timesteps[:, 0].tolist()
@@ -222,4 +224,4 @@ def _denoiser_of(teacher: DDIMPipeline, timesteps: list[int]) -> Denoiser:
         predict = CUDAEngine(teacher.unet).predict
         return lambda x, t: predict(x, t)[:, : x.shape[1]].float()
     predictor = teacher.sampler.predictor(timesteps)
-    return partial(predictor, class_labels=None)
+    return lambda x, t: predictor(x, t, None)

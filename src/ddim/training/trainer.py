@@ -222,7 +222,12 @@ class Trainer:
         keep, keep_every = self.config.checkpoints.keep, self.config.checkpoints.keep_every
         return save_checkpoint(self.out / CHECKPOINTS, self.step, tensors, state, keep, keep_every, configs)
 
-    def train(self, after_step: Callable[[Progress], None], max_minutes: float | None = None) -> bool:
+    def train(
+        self,
+        after_step: Callable[[Progress], None],
+        max_minutes: float | None = None,
+        shared_bar: tqdm[Any] | None = None,
+    ) -> bool:
         """Train from the current step to `max_steps`, with checkpoints on the way and at the end.
 
         SIGINT and SIGTERM let the current step finish, save, and stop; a second signal ends the program at once.
@@ -230,6 +235,7 @@ class Trainer:
         Args:
             after_step: called after each step, before its checkpoint.
             max_minutes: stop, with a checkpoint, after this time; `None` for no limit.
+            shared_bar: a bar of several runs to advance, which stays open; `None` for one of this run.
 
         Returns:
             Whether `max_steps` is reached.
@@ -241,14 +247,11 @@ class Trainer:
         start, first_step, earlier_seconds = time.monotonic(), self.step, self.seconds
         deadline = math.inf if max_minutes is None else start + 60 * max_minutes
         prefetcher = Prefetcher(self._fetch, config.max_steps - 1)
-        bar = tqdm(
-            total=config.max_steps,
-            initial=first_step,
-            desc="training",
-            unit="step",
-            dynamic_ncols=True,
-            disable=not is_main,
-        )
+        if shared_bar is None:
+            bar = training_bar(config.max_steps, first_step, "training", is_main)
+        else:
+            bar = shared_bar
+            bar.initial, bar.n = bar.initial + first_step, bar.n + first_step
         self.model.train()
         try:
             with stop_signals() as signals:
@@ -289,7 +292,8 @@ class Trainer:
                     if is_late:
                         break
         finally:
-            bar.close()
+            if shared_bar is None:
+                bar.close()
             prefetcher.close()
         return self.step >= config.max_steps
 
@@ -439,6 +443,25 @@ class Trainer:
             f"loss {loss} or gradient norm {grad_norm} is not finite in step {step + 1} at learning rate {rate:.3g}; "
             f"last checkpoint: {checkpoints[0] if checkpoints else 'none'}; {advice}"
         )
+
+
+def training_bar(total: int, initial: int, description: str, is_shown: bool = True) -> tqdm[Any]:
+    """Open the progress bar of one run, or of several.
+
+    Args:
+        total: steps, of all runs.
+        initial: steps that have been taken before.
+        description: of what the steps are.
+        is_shown: whether it is shown.
+
+    Returns:
+        The bar, to be closed.
+
+    Example:
+        >>> training_bar(10, 3, "training", is_shown=False).total
+        10
+    """
+    return tqdm(total=total, initial=initial, desc=description, unit="step", dynamic_ncols=True, disable=not is_shown)
 
 
 def build_model(config: TrainConfig, pixel_format: PixelFormat = EIGHT_BIT) -> UNet2DModel:
