@@ -30,6 +30,7 @@ import torch
 import yaml
 
 from ddim.bulk import sample_many
+from ddim.data.sources import open_source
 from ddim.devices import choose_device
 from ddim.diffusion.distillation import check_student_steps
 from ddim.distributed import rank_and_world_size
@@ -84,14 +85,17 @@ class Stage:
         return str(self.num_inference_steps)
 
 
-def plan_stages(steps: Sequence[int], scheduler: DDIMScheduler, teacher_steps: int | None = None) -> list[Stage]:
+def plan_stages(
+    steps: Sequence[int], scheduler: DDIMScheduler, teacher_steps: int | None = None, direct: bool = False
+) -> list[Stage]:
     """Return the students that lead to some numbers of steps.
 
     Args:
         steps: decreasing numbers of steps; each divides the one before.
         scheduler: of the model.
         teacher_steps: steps of the model that the first student learns from, a multiple of its own; defaults to the
-            number of steps of a model that is a student itself, else to the multiple nearest to 32.
+            number of steps of a model that is a student itself, else to the last multiple up to 32.
+        direct: the model is the teacher of every student.
 
     Returns:
         One stage per number.
@@ -114,7 +118,7 @@ Stage(num_inference_steps=1, substeps=2)]
                 f"num_inference_steps must decrease, each number dividing the one before, got {smaller} after {larger}"
             )
     first = counts[0]
-    own_steps = student_steps(scheduler)
+    own_steps = scheduler.distilled_steps
     if teacher_steps is None:
         teacher_steps = own_steps or first * max(2, min(TEACHER_STEPS // first, T // first))
     teacher_steps = integer("teacher_steps", teacher_steps, 1, T)
@@ -124,30 +128,8 @@ Stage(num_inference_steps=1, substeps=2)]
         raise ValueError(
             f"teacher_steps must be a multiple of the first number of steps, {first}, and larger, got {teacher_steps}"
         )
-    teachers = [teacher_steps, *counts]
-    return [Stage(count, teacher // count) for teacher, count in itertools.pairwise(teachers)]
-
-
-def student_steps(scheduler: DDIMScheduler) -> int | None:
-    """Return the number of steps that a model was distilled to.
-
-    Args:
-        scheduler: of the model.
-
-    Returns:
-        The number; `None` for a model that samples in any.
-
-    Example:
-        >>> student_steps(DDIMScheduler())
-        >>> student_steps(DDIMScheduler.from_config({}, **student_scheduler(4, 1000)))
-        4
-    """
-    lists = scheduler.timesteps_by_steps
-    if scheduler.config.timestep_spacing != "trailing" or len(lists) != 1 or scheduler.solver_order != 1:
-        return None
-    (timesteps,) = lists.values()
-    is_trailing = list(timesteps) == scheduler.make_timesteps(len(timesteps), "trailing")
-    return len(timesteps) if is_trailing else None
+    taken = [teacher_steps] * len(counts) if direct else [teacher_steps, *counts]
+    return [Stage(count, number // count) for number, count in zip(taken, counts, strict=False)]
 
 
 def student_scheduler(num_inference_steps: int, num_train_timesteps: int) -> dict[str, Any]:
@@ -183,6 +165,7 @@ def distill(
     data: str | None = None,
     *,
     teacher_steps: int | None = None,
+    direct: bool = False,
     settings: Iterable[str] = (),
     overrides: Mapping[str, Any] | None = None,
     max_minutes: float | None = None,
@@ -196,6 +179,8 @@ def distill(
         steps: numbers of steps, decreasing; each divides the one before.
         data: images of the kind that the model generates, as `ddim train` takes them; `None` for its own samples.
         teacher_steps: steps of the model that the first student learns from; see `plan_stages`.
+        direct: every student learns from the model itself, instead of from the student before it. A training step then
+            takes `teacher_steps` / S evaluations of the model, and no errors of earlier students are learned.
         settings: `key=value` entries of the training configuration, which replace what is chosen here.
         overrides: the same by dotted key.
         max_minutes: stop after this time; the same call resumes. Where no `max_steps` is set, the first call also
@@ -223,7 +208,7 @@ def distill(
         raise FileExistsError(f"{out} is not empty and does not hold a distillation (no {RECORD}); use another folder")
     pipe = DDIMPipeline.from_pretrained(model)
     check_teacher(pipe, model)
-    stages = plan_stages(steps, pipe.scheduler, teacher_steps)
+    stages = plan_stages(steps, pipe.scheduler, teacher_steps, direct)
     given = merge_config(None, None, settings, overrides)
     if given.get("epochs") is not None:
         raise ValueError("epochs does not apply to a distillation; use max_steps")
@@ -231,29 +216,33 @@ def distill(
         "model_sha256": model_sha256(pipe),
         "steps": [stage.num_inference_steps for stage in stages],
         "substeps": [stage.substeps for stage in stages],
+        "direct": direct,
         "data": data,
     }
     record = _read_record(out / RECORD, identity)
     if record is None:
         record = {"model": model, **identity, "settings": choose_settings(pipe, target)}
-    # An entry that is wrong is reported before samples are generated.
-    _stage_config(pipe, stages[0], model, "images", record["settings"], given)
+    # What is wrong with an entry or the images is reported before samples are generated.
+    config = _stage_config(pipe, stages[0], model, model, data or SAMPLES, record["settings"], given)
+    if data is not None:
+        open_source(config.data.source, config.data.split, config.data.column)
     _write_record(out / RECORD, record)
 
     source = data if data is not None else str(generate_samples(pipe, out, target))
     if "lengths" not in record:
         record["lengths"] = [FIRST_LENGTH, *[LATER_LENGTH] * (len(stages) - 1)]
         if deadline < math.inf and "max_steps" not in given:
-            config = _stage_config(pipe, stages[0], model, source, record["settings"], given)
+            config = _stage_config(pipe, stages[0], model, model, source, record["settings"], given)
             seconds_per_step = estimate_costs(config, target).seconds_per_step
             record["lengths"] = fit_lengths(stages, seconds_per_step, deadline - time.monotonic())
         _write_record(out / RECORD, record)
 
-    teacher, configs = model, []
+    previous, configs = model, []
     for index, (stage, length) in enumerate(zip(stages, record["lengths"], strict=True)):
         chosen = merge(record["settings"], stage_settings(pipe, index, length))
-        configs.append(_stage_config(pipe, stage, teacher, source, chosen, given))
-        teacher = str(out / RUNS / stage.name / FINAL)
+        teacher = model if direct else previous
+        configs.append(_stage_config(pipe, stage, teacher, previous, source, chosen, given))
+        previous = str(out / RUNS / stage.name / FINAL)
     return _run_stages(out, stages, configs, target, deadline)
 
 
@@ -384,7 +373,7 @@ def generate_samples(pipe: DDIMPipeline, out: Path, device: torch.device) -> Pat
         The file.
     """
     path = out / SAMPLES
-    own_steps = student_steps(pipe.scheduler)
+    own_steps = pipe.scheduler.distilled_steps
     order = 1 if own_steps else 2
     batch_size = SAMPLE_BATCH if device.type == "cpu" else GPU_SAMPLE_BATCH
     sample_many(
@@ -402,6 +391,7 @@ def _stage_config(
     pipe: DDIMPipeline,
     stage: Stage,
     teacher: str,
+    init: str,
     source: str,
     chosen: Mapping[str, Any],
     given: Mapping[str, Any],
@@ -413,7 +403,7 @@ def _stage_config(
         data["value_range"] = [list(pair) for pair in zip(pixel_format.low, pixel_format.high, strict=True)]
     base = {
         "data": data,
-        "init": teacher,
+        "init": init,
         "model": {"dropout": 0.0},
         "scheduler": student_scheduler(S, len(pipe.scheduler)),
         "objective": {"weighting": "truncated_snr"},

@@ -42,6 +42,10 @@ def distill(
             "below."
         ),
     ] = None,
+    direct: Annotated[
+        bool,
+        typer.Option("--direct", help="Distill every student from the model itself, not from the student before it."),
+    ] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="One setting, such as optim.lr=2e-4; can be repeated.")
     ] = None,
@@ -94,6 +98,7 @@ def distill(
         counts,
         data,
         teacher_steps=teacher_steps,
+        direct=direct,
         settings=settings or (),
         overrides=overrides,
         max_minutes=max_minutes,
