@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 
-import ddim.distillation
 from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
 from ddim.distillation import Stage, distill, fit_lengths, plan_stages, student_scheduler
 from ddim.io.runs import checkpoint_step, list_checkpoints
@@ -124,11 +123,9 @@ class TestStudents:
             plan_stages([2], scheduler, teacher_steps=8)
 
 
-def test_without_data_the_models_own_samples_are_used(
-    teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ddim.distillation, "SAMPLE_COUNT", 24)
-    (student,) = distill(teacher, tmp_path / "out", [1], direct=True, overrides=TINY | {"max_steps": 2}, device="cpu")
+def test_without_data_the_models_own_samples_are_used(teacher: str, tmp_path: Path) -> None:
+    overrides = TINY | {"max_steps": 2}
+    (student,) = distill(teacher, tmp_path / "out", [1], count=24, direct=True, overrides=overrides, device="cpu")
     assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (24, 8, 8, 1)
     config = yaml.safe_load((tmp_path / "out" / "runs" / "1" / "config.yaml").read_text())["config"]
     assert (config["data"]["source"], config["distill"]["substeps"]) == (str(tmp_path / "out" / "samples.npz"), 32)
@@ -189,6 +186,7 @@ def test_killed_run_equals_uninterrupted_run(teacher: str, images: str, tmp_path
         ({"overrides": {"epochs": 2}}, "epochs does not apply to a distillation; use max_steps"),
         ({"max_minutes": 0}, "max_minutes must be"),
         ({"data": "no/such/images"}, "no/such/images"),
+        ({"data": None, "count": 4, "overrides": {"batch_size": 8}}, "batch_size must be at most the number of images"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(

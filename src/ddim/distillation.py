@@ -42,8 +42,8 @@ from ddim.scheduler import DDIMScheduler
 from ddim.training.config import TrainConfig, merge, merge_config, read_yaml, validate
 from ddim.training.costs import estimate_costs
 from ddim.training.machine import inspect_machine
-from ddim.training.plan import LR_WIDTH, PEAK_LR, TIME_SHARE, choose_batch_size, choose_precisions
-from ddim.training.run import train
+from ddim.training.plan import LR_WIDTH, MIN_BATCH_SIZE, PEAK_LR, TIME_SHARE, choose_batch_size, choose_precisions
+from ddim.training.run import check_batch_size, train
 from ddim.training.trainer import training_bar
 from ddim.validation import integer, pluralize, real
 
@@ -164,6 +164,7 @@ def distill(
     steps: Sequence[int] = (4,),
     data: str | None = None,
     *,
+    count: int = SAMPLE_COUNT,
     teacher_steps: int | None = None,
     direct: bool = False,
     settings: Iterable[str] = (),
@@ -178,6 +179,7 @@ def distill(
         out: folder for the students; empty, missing, or that of the same call, which resumes.
         steps: numbers of steps, decreasing; each divides the one before.
         data: images of the kind that the model generates, as `ddim train` takes them; `None` for its own samples.
+        count: number of the model's own samples, where no images are given.
         teacher_steps: steps of the model that the first student learns from; see `plan_stages`.
         direct: every student learns from the model itself, instead of from the student before it. A training step then
             takes `teacher_steps` / S evaluations of the model, and no errors of earlier students are learned.
@@ -209,6 +211,7 @@ def distill(
     pipe = DDIMPipeline.from_pretrained(model)
     check_teacher(pipe, model)
     stages = plan_stages(steps, pipe.scheduler, teacher_steps, direct)
+    count = integer("count", count, 1)
     given = merge_config(None, None, settings, overrides)
     if given.get("epochs") is not None:
         raise ValueError("epochs does not apply to a distillation; use max_steps")
@@ -221,14 +224,16 @@ def distill(
     }
     record = _read_record(out / RECORD, identity)
     if record is None:
-        record = {"model": model, **identity, "settings": choose_settings(pipe, target)}
+        record = {"model": model, **identity, "settings": choose_settings(pipe, target, count)}
     # What is wrong with an entry or the images is reported before samples are generated.
     config = _stage_config(pipe, stages[0], model, model, data or SAMPLES, record["settings"], given)
-    if data is not None:
+    if data is None:
+        check_batch_size(config, count)
+    else:
         open_source(config.data.source, config.data.split, config.data.column)
     _write_record(out / RECORD, record)
 
-    source = data if data is not None else str(generate_samples(pipe, out, target))
+    source = data if data is not None else str(generate_samples(pipe, out, count, target))
     if "lengths" not in record:
         record["lengths"] = [FIRST_LENGTH, *[LATER_LENGTH] * (len(stages) - 1)]
         if deadline < math.inf and "max_steps" not in given:
@@ -282,7 +287,7 @@ def check_teacher(pipe: DDIMPipeline, model: str) -> None:
         model: its name, for messages.
 
     Raises:
-        ValueError: if it has classes, a learned variance, or no size.
+        ValueError: if it has classes or a learned variance, or its configuration lacks the size of its images.
 
     Example:
         >>> check_teacher(DDIMPipeline.from_pretrained("mnist"), "mnist")
@@ -295,15 +300,16 @@ def check_teacher(pipe: DDIMPipeline, model: str) -> None:
             f"model must predict as many channels as it takes, {model} predicts a variance besides; its distillation "
             "is not supported yet"
         )
-    pipe.sample_shape  # noqa: B018  # raises where there is no size
+    pipe.sample_shape  # noqa: B018  # raises where the configuration lacks the size
 
 
-def choose_settings(pipe: DDIMPipeline, device: torch.device) -> dict[str, Any]:
+def choose_settings(pipe: DDIMPipeline, device: torch.device, count: int) -> dict[str, Any]:
     """Choose what depends on the machine: a run that resumes elsewhere keeps it.
 
     Args:
         pipe: the model.
         device: device to train on.
+        count: number of images, or of the model's own samples.
 
     Returns:
         Entries of the training configuration.
@@ -311,9 +317,10 @@ def choose_settings(pipe: DDIMPipeline, device: torch.device) -> dict[str, Any]:
     machine = inspect_machine(device)
     size = pipe.sample_shape[1:]
     if machine.is_cpu:
-        batch_size, precision = choose_batch_size(size, SAMPLE_COUNT, is_cpu=True), "fp32"
+        batch_size, precision = choose_batch_size(size, count, is_cpu=True), "fp32"
     else:
-        batch_size = 2 ** int(math.log2(max(16, min(GPU_BATCH_SIZE, GPU_BATCH_PIXELS // math.prod(size)))))
+        largest = min(GPU_BATCH_SIZE, max(MIN_BATCH_SIZE, GPU_BATCH_PIXELS // math.prod(size)), count)
+        batch_size = 2 ** int(math.log2(largest))
         precision = choose_precisions(machine)[0]
     return {"batch_size": batch_size, "precision": precision, "data": {"on_device": not machine.is_cpu}}
 
@@ -361,12 +368,13 @@ def fit_lengths(stages: Sequence[Stage], seconds_per_step: float, seconds: float
     return [max(1, int(TIME_SHARE * share * seconds / cost)) for share, cost in zip(shares, costs, strict=True)]
 
 
-def generate_samples(pipe: DDIMPipeline, out: Path, device: torch.device) -> Path:
+def generate_samples(pipe: DDIMPipeline, out: Path, count: int, device: torch.device) -> Path:
     """Generate the model's own samples to distill on; those that are present are kept.
 
     Args:
         pipe: the model.
         out: the folder.
+        count: number of samples.
         device: where to generate them.
 
     Returns:
@@ -379,7 +387,7 @@ def generate_samples(pipe: DDIMPipeline, out: Path, device: torch.device) -> Pat
     sample_many(
         pipe.to(device),
         path,
-        SAMPLE_COUNT,
+        count,
         batch_size=batch_size,
         num_inference_steps=own_steps or SAMPLE_STEPS,
         order=order,

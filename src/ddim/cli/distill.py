@@ -35,6 +35,9 @@ def distill(
             help="Images of the kind that the model generates, as for ddim train; defaults to the model's own samples."
         ),
     ] = None,
+    count: Annotated[
+        int, typer.Option("--count", "-n", help="Number of the model's own samples, where no --data is given.")
+    ] = 4096,
     teacher_steps: Annotated[
         int | None,
         typer.Option(
@@ -97,6 +100,7 @@ def distill(
         out,
         counts,
         data,
+        count=count,
         teacher_steps=teacher_steps,
         direct=direct,
         settings=settings or (),
