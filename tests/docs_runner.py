@@ -162,6 +162,9 @@ def reduced(command: str, given: dict[str, Any]) -> dict[str, Any]:
         options["table_steps"] = "3"
     if command == "interpolate" and all(point.isdecimal() for point in given["points"]):
         options["steps"] = 3
+    if command == "distill":
+        options |= {"steps": given["steps"], "max_steps": 2, "batch_size": 8, "teacher_steps": None}
+        options["settings"] = [*(given["settings"] or ()), "samples.count=2"]
     if command == "train":
         channels = read_preset(given["preset"])["model"]["block_out_channels"] if given["preset"] else [8, 16]
         small = [f"model.block_out_channels={[min(width, 32) for width in channels]}", "model.attention_head_dim=8"]

@@ -34,7 +34,7 @@ from ddim.io.class_labels import ClassLabels, Labels
 from ddim.io.images import check_output_type, height_and_width, to_output
 from ddim.io.pixel_format import PixelFormat, format_of
 from ddim.scheduler import check_own_steps
-from ddim.validation import integer
+from ddim.validation import integer, pluralize
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +142,12 @@ class Sampler:
         timesteps = config.timesteps
         if timesteps is None:
             timesteps = scheduler.make_timesteps(config.num_inference_steps, order=order)
+        distilled = scheduler.distilled_steps
+        if distilled is not None and list(timesteps) != scheduler.make_timesteps(distilled):
+            logger.warning(
+                "this model was distilled to %s at its own timesteps; at others its images are worse",
+                pluralize(distilled, "step"),
+            )
         steps = scheduler.make_steps(timesteps, config.eta, config.use_sigma_hat, order)
         if config.eta > 1:
             logger.warning(

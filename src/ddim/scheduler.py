@@ -230,6 +230,22 @@ class DDIMScheduler(SchedulerFiles):
         return exact if unchanged else held
 
     @property
+    def distilled_steps(self) -> int | None:
+        """The number of steps that a model was distilled to (`ddim.distillation`); `None` for one that samples in any.
+
+        It is not an entry of its own: a student has the `trailing` timesteps of one number of steps, at order 1, listed
+        in `timesteps_by_steps`.
+
+        Example:
+            >>> DDIMScheduler(timestep_spacing="trailing", timesteps_by_steps={"2": [999, 499]}).distilled_steps
+            2
+        """
+        if self.config.timestep_spacing != "trailing" or len(self._learned_timesteps) != 1 or self.solver_order != 1:
+            return None
+        ((steps, timesteps),) = self._learned_timesteps.items()
+        return steps if timesteps == self.make_timesteps(steps, "trailing") else None
+
+    @property
     def clip(self) -> Callable[[Tensor], Tensor] | None:
         """The function applied to the predicted x_0: dynamic thresholding, clipping, or `None`."""
         config = self.config

@@ -190,13 +190,16 @@ DEFAULTS = {
     "encode": ["--steps", "3", "--tolerance", "1e-3"],
     "reconstruct": ["--steps", "3", "--tolerance", "1e-3"],
     "tune": ["--codes", "4"],
+    "distill": ["--steps", "1", "-n", "4", "--max-steps", "1", "--batch-size", "4"],
     "evaluate": ["-n", "4", "--steps", "2"],
     "direction": ["-n", "2", "--steps", "3"],
     "train": ["--config", "config.yaml"],
 }
 """Options that keep a command short, unless the same are drawn."""
 NEEDED = ("run", "sigma_rel", "images", "codes", "points", "checkpoint", "samples", "sources")
-SLOW = ("train", "tune", "evaluate")
+WRITING = ("convert", "tune", "distill", "train", "ema", "export")
+"""Commands that require `--out`."""
+SLOW = ("train", "tune", "distill", "evaluate")
 
 
 SLOW_OPTION = "compile_network"
@@ -220,7 +223,9 @@ def command_lines(draw: Callable[[Any], Any]) -> CommandLine:
     parameters = {parameter.name: parameter for parameter in COMMANDS[name].params if parameter.name != SLOW_OPTION}
     chosen = draw(st.lists(st.sampled_from(sorted(parameters)), max_size=5, unique=True))
     chosen += [parameter for parameter in NEEDED if parameter in parameters and parameter not in chosen]
-    chosen += ["out"] if name in ("convert", "tune", "train", "ema", "export") and "out" not in chosen else []
+    chosen += (
+        ["out"] if name in ("convert", "tune", "distill", "train", "ema", "export") and "out" not in chosen else []
+    )
     hostile = set(draw(st.sampled_from([[], [], chosen[:1], chosen[:1], chosen[:2]])))
     options, values = [], []
     for key in chosen:
@@ -255,7 +260,15 @@ def command_lines(draw: Callable[[Any], Any]) -> CommandLine:
 EXAMPLES = command_lines()
 
 
-IMPORTED = ("ddim.bulk", "ddim.convert", "ddim.evaluation.report", "ddim.training.run", "ddim.tuning", "torch._dynamo")
+IMPORTED = (
+    "ddim.bulk",
+    "ddim.convert",
+    "ddim.distillation",
+    "ddim.evaluation.report",
+    "ddim.training.run",
+    "ddim.tuning",
+    "torch._dynamo",
+)
 """What commands import, once for all children."""
 
 

@@ -16,6 +16,7 @@ from ddim.cli.app import app as page
 from ddim.cli.checks import Command
 from ddim.cli.convert import convert
 from ddim.cli.direction import direction
+from ddim.cli.distill import distill
 from ddim.cli.edit import edit
 from ddim.cli.ema import ema
 from ddim.cli.encode import decode, encode
@@ -43,7 +44,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(sample, encode, decode, reconstruct, interpolate, trajectory, consistency, edit, direction),
-    *(train, ema, export, tune, evaluate, convert, info, page),
+    *(train, ema, export, tune, distill, evaluate, convert, info, page),
 )
 for command in COMMANDS:
     app.command(cls=Command)(command)

@@ -61,6 +61,13 @@ FLAGS = {
 BY_COMMAND: dict[str, dict[str, str]] = {
     "trajectory": {"batch_size": "--count"},
     "consistency": {"batch_size": "--count"},
+    "distill": {
+        "model": "MODEL",
+        "source": "--data",
+        "settings": "--set",
+        "teacher_steps": "--teacher-steps",
+        "max_steps": "--max-steps",
+    },
     "tune": {"model": "MODEL", "num_latents": "--codes", "codes": "--codes"},
     "evaluate": {"num_images": "--count", "num_samples": "--count", "samples": "SAMPLES"},
     "convert": {

@@ -11,6 +11,7 @@ import yaml
 from ddim.io.false_color import shows_values
 from ddim.io.images import height_and_width
 from ddim.io.pixel_format import PixelFormat
+from ddim.training.config import DistillConfig
 from ddim.training.history import format_history
 from ddim.training.trainer import Trainer
 
@@ -76,6 +77,7 @@ def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
         "weights": f"exponential moving average, decay {config.ema.decay}"
         if config.ema.sigma_rel is None
         else f"power-function average, sigma_rel {config.ema.sigma_rel:g}",
+        **_describe_teacher(config.distill),
         "data": f"{config.data.source}: {images:,} images{held_out}, SHA-256 {record['data']['sha256'][:16]}",
         "length": f"{trainer.step:,} steps of {config.batch_size} images, {passes:.1f} passes over the data",
         "time": f"{trainer.seconds / 60:.1f} minutes on {record['device']}; processes: {processes}",
@@ -106,6 +108,17 @@ def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
         facts="\n".join(f"| {name} | {fact} |" for name, fact in facts.items()),
         settings=yaml.safe_dump(record["config"], sort_keys=False),
     )
+
+
+def _describe_teacher(config: DistillConfig) -> dict[str, str]:
+    """Return what the steps of a student are, and where they come from."""
+    if config.teacher is None:
+        return {}
+    S = config.num_inference_steps
+    return {
+        "steps": f"{S}, and no other number",
+        "distilled from": f"{S * config.substeps} steps of order {config.order} of `{config.teacher}`",
+    }
 
 
 def _describe_images(size: tuple[int, int], channels: int, pixel_format: PixelFormat) -> str:

@@ -63,6 +63,29 @@ class ObjectiveConfig(Section):
     antithetic: bool = True
 
 
+class DistillConfig(Section):
+    """Distillation of another model's steps; see `ddim.training.distilling`. `ddim distill` fills it in.
+
+    Attributes:
+        teacher: model whose steps the network learns to take at once, named as in `init`; null to learn from images
+            alone.
+        num_inference_steps: steps of the network: it learns at the `trailing` timesteps of this number alone.
+        substeps: steps of the teacher for each step of the network.
+        order: order of the teacher's solver: 1 (DDIM) or 2.
+        teacher_sha256: SHA-256 of the teacher, which runs record; a run resumes only with the same.
+
+    Example:
+        >>> DistillConfig(teacher="mnist").substeps
+        8
+    """
+
+    teacher: str | None = None
+    num_inference_steps: PositiveInt = 4
+    substeps: PositiveInt = 8
+    order: Literal[1, 2] = 1
+    teacher_sha256: str | None = None
+
+
 class OptimConfig(Section):
     """AdamW with gradient clipping and a learning-rate schedule.
 
@@ -187,6 +210,7 @@ class TrainConfig(Section):
             are omitted, the scheduler of `init` decides; without `init`, `clip_sample` is false, and the others have
             the defaults of `DDIMScheduler`.
         objective: the loss.
+        distill: distillation of another model's steps.
         optim: the optimizer.
         ema: the averaged weights.
         samples: grids of samples during training.
@@ -214,6 +238,7 @@ class TrainConfig(Section):
     init: str | None = None
     scheduler: dict[str, Any] = Field(default_factory=dict)
     objective: ObjectiveConfig = ObjectiveConfig()
+    distill: DistillConfig = DistillConfig()
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
     samples: SampleConfig = SampleConfig()
@@ -258,6 +283,7 @@ RESUME_MAY_CHANGE = (
     "data.on_device",
     "data.max_unreadable",
     "init",
+    "distill.teacher",
     "scheduler.clip_sample",
     "scheduler.clip_sample_range",
     "scheduler.dynamic_thresholding_ratio",

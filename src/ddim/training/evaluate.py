@@ -47,14 +47,15 @@ def held_out_loss(trainer: Trainer) -> float:
     """
     scheduler, total = trainer.scheduler, 0.0
     count = len(trainer.held_out)
-    timesteps = torch.arange(count) * len(scheduler) // count
+    timesteps = trainer.objective.spread_timesteps(count)
     images = center_crop(trainer.dataset.read(trainer.held_out).cpu(), trainer.batches.size)
     x0 = trainer.dataset.pixel_format.to_samples(images).clamp(-1, 1)
     noise = torch.randn(x0.shape, generator=generator_for(trainer.config.seed, "held-out noise", 0))
     for part in (slice(start, start + BATCH_SIZE) for start in range(0, count, BATCH_SIZE)):
         x, e, t = (tensor[part].to(trainer.device) for tensor in (x0, noise, timesteps))
-        predicted = trainer.ema(scheduler.add_noise(x, e, t), t).sample
-        total += float((predicted - scheduler.training_target(x, e, t)).square().flatten(1).mean(1).sum())
+        noisy = scheduler.add_noise(x, e, t)
+        target = trainer.objective.target(x, e, t, noisy)
+        total += float((trainer.ema(noisy, t).sample - target).square().flatten(1).mean(1).sum())
     return total / count
 
 

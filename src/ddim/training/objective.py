@@ -14,11 +14,89 @@ alpha) carries them over: an error of epsilon is SNR times that of x_0, an error
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
+from ddim.scheduler import DDIMScheduler
+
 QUARTILES = 4
 """Ranges of timesteps that losses are reported for."""
+
+
+class Objective(Protocol):
+    """What the network learns to predict, and at which timesteps.
+
+    `ddim.training.trainer` draws x_0 and epsilon, noises x_0 to x_t at the timesteps of this object, and takes steps
+    towards its targets.
+    """
+
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw the timesteps of a batch.
+
+        Args:
+            count: number of timesteps, over all processes.
+            generator: draws them, on its device.
+
+        Returns:
+            int64 (count,), on the device of the generator.
+        """
+        ...
+
+    def spread_timesteps(self, count: int) -> Tensor:
+        """Return the timesteps at which held-out images are evaluated, always the same.
+
+        Args:
+            count: number of images.
+
+        Returns:
+            int64 (count,), on the CPU.
+        """
+        ...
+
+    def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor, noisy: Tensor) -> Tensor:
+        """Return what the network learns to predict.
+
+        Args:
+            x0: clean images, float32 (n, C, H, W).
+            noise: epsilon, of the same shape.
+            timesteps: int64 (n,).
+            noisy: x_t, which the network is given.
+
+        Returns:
+            float32 (n, C, H, W), without gradients.
+        """
+        ...
+
+
+class DenoisingObjective:
+    """DDPM's objective: epsilon, x_0 or v of noised images, at all timesteps.
+
+    Args:
+        scheduler: the noise schedule and the prediction type.
+        antithetic: draw timesteps in pairs, as `draw_timesteps` does.
+
+    Example:
+        >>> objective = DenoisingObjective(DDIMScheduler())
+        >>> objective.spread_timesteps(4)
+        tensor([  0, 250, 500, 750])
+    """
+
+    def __init__(self, scheduler: DDIMScheduler, antithetic: bool = True) -> None:
+        self.scheduler, self.antithetic = scheduler, antithetic
+
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw the timesteps of a batch, uniform over 0 .. T-1; see `Objective.draw_timesteps`."""
+        return draw_timesteps(count, len(self.scheduler), self.antithetic, generator)
+
+    def spread_timesteps(self, count: int) -> Tensor:
+        """Return evenly spaced timesteps; see `Objective.spread_timesteps`."""
+        return torch.arange(count) * len(self.scheduler) // count
+
+    def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor, noisy: Tensor) -> Tensor:
+        """Return epsilon, x_0 or v, by the prediction type; see `Objective.target`."""
+        return self.scheduler.training_target(x0, noise, timesteps)
 
 
 def draw_timesteps(count: int, num_train_timesteps: int, antithetic: bool, generator: torch.Generator) -> Tensor:

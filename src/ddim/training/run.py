@@ -28,6 +28,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from PIL import Image
+from tqdm import tqdm
 
 from ddim.data.augment import Augmentation
 from ddim.data.dataset import CachedImageDataset, ImageDataset, open_dataset
@@ -37,6 +38,7 @@ from ddim.distributed import rank_and_world_size
 from ddim.io.atomic import atomic_write, is_vacant
 from ddim.io.config import public_entries
 from ddim.io.false_color import preview
+from ddim.io.fingerprint import model_sha256
 from ddim.io.image_files import make_grid, save_images
 from ddim.io.images import to_values
 from ddim.io.locks import LOCK_NAME, OutputLock
@@ -83,6 +85,7 @@ def train(
     device: str | torch.device = "auto",
     resume: Literal["auto", "never"] | Path = "auto",
     max_minutes: float | None = None,
+    shared_bar: tqdm[Any] | None = None,
 ) -> Path:
     """Train to the end, or resume a run. Each of several processes calls this.
 
@@ -93,6 +96,7 @@ def train(
         resume: `auto` resumes from the newest complete checkpoint in `out`, if any; `never` requires `out` to be empty
             or missing; a path is the checkpoint to resume from.
         max_minutes: stop after this time; the same call resumes. `None` for no limit.
+        shared_bar: a bar of several runs to advance; `None` for one of this run.
 
     Returns:
         `out/final`.
@@ -143,7 +147,7 @@ def train(
         with atomic_write(out / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(record, sort_keys=False))
         _write_data(trainer, out / DATA_GRID)
-        _train_and_log(trainer, out, max_minutes)
+        _train_and_log(trainer, out, max_minutes, shared_bar)
         final = _write_result(trainer, out, record)
         accelerator.wait_for_everyone()
         return final
@@ -188,7 +192,11 @@ def complete_config(config: TrainConfig) -> TrainConfig:
     check_model(model)
     check_augmentation(config.data, model)
     check_scheduler(scheduler)
-    return config.model_copy(update={"model": model, "scheduler": scheduler})
+    distill = config.distill
+    if distill.teacher is not None:
+        sha256 = model_sha256(DDIMPipeline.from_pretrained(distill.teacher))
+        distill = distill.model_copy(update={"teacher_sha256": sha256})
+    return config.model_copy(update={"model": model, "scheduler": scheduler, "distill": distill})
 
 
 def _plain_values(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -328,7 +336,7 @@ def _write_data(trainer: Trainer, path: Path) -> None:
     save_images(preview(values, pixel_format), path)
 
 
-def _train_and_log(trainer: Trainer, out: Path, max_minutes: float | None) -> None:
+def _train_and_log(trainer: Trainer, out: Path, max_minutes: float | None, shared_bar: tqdm[Any] | None = None) -> None:
     config = trainer.config
     N, C, H, W = trainer.dataset.shape
     logger.info(
@@ -353,7 +361,7 @@ def _train_and_log(trainer: Trainer, out: Path, max_minutes: float | None) -> No
             logger.warning("no samples of step %d: %s", step, error)
 
     try:
-        if not trainer.train(after_step, max_minutes):
+        if not trainer.train(after_step, max_minutes, shared_bar):
             logger.warning(
                 "time limit reached after step %d of %d; run again to resume", trainer.step, config.max_steps
             )

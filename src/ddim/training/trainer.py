@@ -41,8 +41,9 @@ from ddim.scheduler import DDIMScheduler
 from ddim.training.averages import AVERAGES, PowerAverages, save_snapshot, snapshot_interval
 from ddim.training.checkpoint import Checkpoint, save_checkpoint
 from ddim.training.config import TrainConfig
+from ddim.training.distilling import make_objective
 from ddim.training.finetuning import load_weights
-from ddim.training.objective import QUARTILES, by_quartile, draw_timesteps, loss_weights
+from ddim.training.objective import QUARTILES, by_quartile, loss_weights
 from ddim.training.optim import ema_update, learning_rate, make_optimizer, zero_last_layers
 from ddim.training.progress import Progress, StepMetrics, TrainingStopped
 from ddim.unet import UNet2DModel
@@ -71,6 +72,7 @@ class Trainer:
         ema: the moving average of its weights, a `UNet2DModel`; the one to sample from.
         averages: further averages of its weights, for `ddim ema`; none in processes other than the main one.
         scheduler: the noise schedule.
+        objective: what the network learns to predict.
         optimizer: AdamW.
         grad_scaler: loss scaling, enabled for fp16.
         batches: this process's images of each step.
@@ -109,6 +111,7 @@ class Trainer:
             config.objective.weighting,
             config.objective.gamma,
         ).to(device)
+        self.objective = make_objective(config, self.scheduler, device)
 
         # The network, its average, and the optimizer.
         self.model = build_model(config, dataset.pixel_format).to(device)
@@ -223,7 +226,12 @@ class Trainer:
         keep, keep_every = self.config.checkpoints.keep, self.config.checkpoints.keep_every
         return save_checkpoint(self.out / CHECKPOINTS, self.step, tensors, state, keep, keep_every, configs)
 
-    def train(self, after_step: Callable[[Progress], None], max_minutes: float | None = None) -> bool:
+    def train(
+        self,
+        after_step: Callable[[Progress], None],
+        max_minutes: float | None = None,
+        shared_bar: tqdm[Any] | None = None,
+    ) -> bool:
         """Train from the current step to `max_steps`, with checkpoints on the way and at the end.
 
         SIGINT and SIGTERM let the current step finish, save, and stop; a second signal ends the program at once.
@@ -231,6 +239,7 @@ class Trainer:
         Args:
             after_step: called after each step, before its checkpoint.
             max_minutes: stop, with a checkpoint, after this time; `None` for no limit.
+            shared_bar: a bar of several runs to advance, which stays open; `None` for one of this run.
 
         Returns:
             Whether `max_steps` is reached.
@@ -242,14 +251,11 @@ class Trainer:
         start, first_step, earlier_seconds = time.monotonic(), self.step, self.seconds
         deadline = math.inf if max_minutes is None else start + 60 * max_minutes
         prefetcher = Prefetcher(self._fetch, config.max_steps - 1)
-        bar = tqdm(
-            total=config.max_steps,
-            initial=first_step,
-            desc="training",
-            unit="step",
-            dynamic_ncols=True,
-            disable=not is_main,
-        )
+        if shared_bar is None:
+            bar = training_bar(config.max_steps, first_step, "training", is_main)
+        else:
+            bar = shared_bar
+            bar.initial, bar.n = bar.initial + first_step, bar.n + first_step
         self.model.train()
         try:
             with stop_signals() as signals:
@@ -290,7 +296,8 @@ class Trainer:
                     if is_late:
                         break
         finally:
-            bar.close()
+            if shared_bar is None:
+                bar.close()
             prefetcher.close()
         return self.step >= config.max_steps
 
@@ -328,7 +335,7 @@ class Trainer:
         """
         local, batch_size = self.batches.local, self.config.batch_size
         generator = generator_for(self.config.seed, "step", step, self.device)
-        timesteps = draw_timesteps(batch_size, len(self.scheduler), self.config.objective.antithetic, generator)
+        timesteps = self.objective.draw_timesteps(batch_size, generator)
         noise = torch.randn((batch_size, *images.shape[1:]), generator=generator, device=self.device)
         return self.dataset.pixel_format.to_samples(images).clamp(-1, 1), noise[local], timesteps[local]
 
@@ -345,7 +352,7 @@ class Trainer:
         noisy = self.scheduler.add_noise(x0, noise, timesteps)
         if config.channels_last:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
-        target = self.scheduler.training_target(x0, noise, timesteps)
+        target = self.objective.target(x0, noise, timesteps, noisy)
         # Dropout draws from the global generators; each process seeds its own.
         purpose = f"dropout {self.accelerator.process_index}"
         torch.manual_seed(generator_for(config.seed, purpose, self.step).initial_seed())
@@ -448,6 +455,25 @@ class Trainer:
             f"loss {loss} or gradient norm {grad_norm} is not finite in step {step + 1} at learning rate {rate:.3g}; "
             f"last checkpoint: {checkpoints[0] if checkpoints else 'none'}; {advice}"
         )
+
+
+def training_bar(total: int, initial: int, description: str, is_shown: bool = True) -> tqdm[Any]:
+    """Open the progress bar of one run, or of several.
+
+    Args:
+        total: steps, of all runs.
+        initial: steps that have been taken before.
+        description: of what the steps are.
+        is_shown: whether it is shown.
+
+    Returns:
+        The bar, to be closed.
+
+    Example:
+        >>> training_bar(10, 3, "training", is_shown=False).total
+        10
+    """
+    return tqdm(total=total, initial=initial, desc=description, unit="step", dynamic_ncols=True, disable=not is_shown)
 
 
 def build_model(config: TrainConfig, pixel_format: PixelFormat = EIGHT_BIT) -> UNet2DModel:

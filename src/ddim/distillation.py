@@ -1,0 +1,451 @@
+"""Distillation: students that sample in one to four steps what their teacher samples in many.
+
+    OUT/distillation.yaml   what is distilled from what, and the settings that were chosen
+    OUT/samples.npz         the teacher's own samples, where no images are given
+    OUT/runs/4/             the training run of the student of 4 steps (`ddim.training.run`), and so on
+    OUT/4/                  that student: an ordinary pipeline folder for `ddim` and `diffusers`
+
+The first student starts from the model's weights and learns to do several of the model's steps in one; it predicts v,
+whatever the model predicts. Every further one starts from the student before it, and learns to do as many of its steps
+in one as its own number of steps requires: two, where the numbers are halved. `ddim.diffusion.distillation` has the
+mathematics, docs/fewer-steps.md what was measured.
+
+References:
+    Salimans and Ho, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ddim.bulk import sample_many
+from ddim.data.sources import open_source
+from ddim.devices import choose_device
+from ddim.diffusion.distillation import check_student_steps
+from ddim.distributed import rank_and_world_size
+from ddim.io.atomic import atomic_write, is_vacant, replace_folder
+from ddim.io.fingerprint import model_sha256
+from ddim.io.runs import CHECKPOINTS, FINAL, checkpoint_step, list_checkpoints
+from ddim.pipeline import DDIMPipeline
+from ddim.scheduler import DDIMScheduler
+from ddim.training.config import TrainConfig, merge, merge_config, read_yaml, validate
+from ddim.training.costs import estimate_costs
+from ddim.training.machine import inspect_machine
+from ddim.training.plan import LR_WIDTH, MIN_BATCH_SIZE, PEAK_LR, TIME_SHARE, choose_batch_size, choose_precisions
+from ddim.training.run import check_batch_size, train
+from ddim.training.trainer import training_bar
+from ddim.validation import integer, pluralize, real
+
+logger = logging.getLogger(__name__)
+
+RECORD, RUNS, SAMPLES = "distillation.yaml", "runs", "samples.npz"
+TEACHER_STEPS = 32
+"""Steps of the model that the first student takes at once, about."""
+FIRST_LENGTH, LATER_LENGTH = 2000, 1000
+"""Training steps of the first student and of each further one."""
+LATER_LR = 0.5
+"""Learning rate of further students, relative to that of the first."""
+SAMPLE_COUNT, SAMPLE_STEPS, SAMPLE_BATCH = 4096, 20, 64
+"""The model's own samples that are distilled on where no images are given: how many, and in how many steps."""
+GPU_BATCH_PIXELS, GPU_BATCH_SIZE, GPU_SAMPLE_BATCH = 2**20, 512, 512
+BACKWARD = 3
+"""A training step of the student costs as much as so many evaluations of the teacher."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One student.
+
+    Attributes:
+        num_inference_steps: its number of steps, S.
+        substeps: steps of its teacher for each of them.
+
+    Example:
+        >>> Stage(num_inference_steps=4, substeps=8).name
+        '4'
+    """
+
+    num_inference_steps: int
+    substeps: int
+
+    @property
+    def name(self) -> str:
+        """The name of its folders."""
+        return str(self.num_inference_steps)
+
+
+def plan_stages(
+    steps: Sequence[int], scheduler: DDIMScheduler, teacher_steps: int | None = None, direct: bool = False
+) -> list[Stage]:
+    """Return the students that lead to some numbers of steps.
+
+    Args:
+        steps: decreasing numbers of steps; each divides the one before.
+        scheduler: of the model.
+        teacher_steps: steps of the model that the first student learns from, a multiple of its own; defaults to the
+            number of steps of a model that is a student itself, else to the last multiple up to 32.
+        direct: the model is the teacher of every student.
+
+    Returns:
+        One stage per number.
+
+    Raises:
+        ValueError: naming what does not divide what, or if the model has too few timesteps.
+
+    Example:
+        >>> plan_stages([4, 2, 1], DDIMScheduler())
+        [Stage(num_inference_steps=4, substeps=8), Stage(num_inference_steps=2, substeps=2), \
+Stage(num_inference_steps=1, substeps=2)]
+    """
+    T = len(scheduler)
+    if not steps:
+        raise ValueError("num_inference_steps must be at least one number, got none")
+    counts = [check_student_steps(count, T) for count in steps]
+    for larger, smaller in itertools.pairwise(counts):
+        if smaller >= larger or larger % smaller:
+            raise ValueError(
+                f"num_inference_steps must decrease, each number dividing the one before, got {smaller} after {larger}"
+            )
+    first = counts[0]
+    own_steps = scheduler.distilled_steps
+    if teacher_steps is None:
+        teacher_steps = own_steps or first * max(2, min(TEACHER_STEPS // first, T // first))
+    teacher_steps = integer("teacher_steps", teacher_steps, 1, T)
+    if own_steps is not None and teacher_steps != own_steps:
+        raise ValueError(f"teacher_steps must be {own_steps}, the steps of this distilled model, got {teacher_steps}")
+    if teacher_steps % first or teacher_steps == first:
+        raise ValueError(
+            f"teacher_steps must be a multiple of the first number of steps, {first}, and larger, got {teacher_steps}"
+        )
+    taken = [teacher_steps] * len(counts) if direct else [teacher_steps, *counts]
+    return [Stage(count, number // count) for number, count in zip(taken, counts, strict=False)]
+
+
+def student_scheduler(num_inference_steps: int, num_train_timesteps: int) -> dict[str, Any]:
+    """Return the arguments of a student's scheduler; the noise schedule is its teacher's.
+
+    Args:
+        num_inference_steps: S, which divides T.
+        num_train_timesteps: T.
+
+    Returns:
+        Arguments of `DDIMScheduler`, by which `diffusers` takes the same steps.
+
+    Example:
+        >>> student_scheduler(2, 1000)["timesteps_by_steps"]
+        {'2': [999, 499]}
+    """
+    S, T = num_inference_steps, num_train_timesteps
+    return {
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+        "steps_offset": 0,
+        "set_alpha_to_one": True,
+        "clip_sample": False,
+        "thresholding": False,
+        "timesteps_by_steps": {str(S): [T - 1 - index * (T // S) for index in range(S)]},
+    }
+
+
+def distill(
+    model: str,
+    out: str | Path,
+    steps: Sequence[int] = (4,),
+    data: str | None = None,
+    *,
+    count: int = SAMPLE_COUNT,
+    teacher_steps: int | None = None,
+    direct: bool = False,
+    settings: Iterable[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+    max_minutes: float | None = None,
+    device: str | torch.device = "auto",
+) -> list[Path]:
+    """Distill a model into students of fewer steps, or resume.
+
+    Args:
+        model: the teacher of the first student: a built-in model, a folder, a run, or a hub id.
+        out: folder for the students; empty, missing, or that of the same call, which resumes.
+        steps: numbers of steps, decreasing; each divides the one before.
+        data: images of the kind that the model generates, as `ddim train` takes them; `None` for its own samples.
+        count: number of the model's own samples, where no images are given.
+        teacher_steps: steps of the model that the first student learns from; see `plan_stages`.
+        direct: every student learns from the model itself, instead of from the student before it. A training step then
+            takes `teacher_steps` / S evaluations of the model, and no errors of earlier students are learned.
+        settings: `key=value` entries of the training configuration, which replace what is chosen here.
+        overrides: the same by dotted key.
+        max_minutes: stop after this time; the same call resumes. Where no `max_steps` is set, the first call also
+            chooses the lengths of the runs so that all fit into it.
+        device: device to train on.
+
+    Returns:
+        The folders of the students that are complete, in the order of `steps`.
+
+    Raises:
+        FileNotFoundError: if the model or the data does not exist.
+        FileExistsError: if `out` holds something else.
+        ValueError: if the steps do not fit each other or the model, an entry is wrong, or `out` holds the distillation
+            of another model or to other steps.
+        TrainingStopped: on a signal, or a non-finite loss or gradient.
+    """
+    # Check everything before anything is written.
+    out, target = Path(out), choose_device(device)
+    deadline = math.inf
+    if max_minutes is not None:
+        deadline = time.monotonic() + 60 * real("max_minutes", max_minutes, above=0)
+    if rank_and_world_size()[1] > 1:
+        raise ValueError("distillation runs in a single process, got several")
+    if not is_vacant(out) and not (out / RECORD).is_file():
+        raise FileExistsError(f"{out} is not empty and does not hold a distillation (no {RECORD}); use another folder")
+    pipe = DDIMPipeline.from_pretrained(model)
+    check_teacher(pipe, model)
+    stages = plan_stages(steps, pipe.scheduler, teacher_steps, direct)
+    count = integer("count", count, 1)
+    given = merge_config(None, None, settings, overrides)
+    if given.get("epochs") is not None:
+        raise ValueError("epochs does not apply to a distillation; use max_steps")
+    identity = {
+        "model_sha256": model_sha256(pipe),
+        "steps": [stage.num_inference_steps for stage in stages],
+        "substeps": [stage.substeps for stage in stages],
+        "direct": direct,
+        "data": data,
+    }
+    record = _read_record(out / RECORD, identity)
+    if record is None:
+        record = {"model": model, **identity, "settings": choose_settings(pipe, target, count)}
+    # What is wrong with an entry or the images is reported before samples are generated.
+    config = _stage_config(pipe, stages[0], model, model, data or SAMPLES, record["settings"], given)
+    if data is None:
+        check_batch_size(config, count)
+    else:
+        open_source(config.data.source, config.data.split, config.data.column)
+    _write_record(out / RECORD, record)
+
+    source = data if data is not None else str(generate_samples(pipe, out, count, target))
+    if "lengths" not in record:
+        record["lengths"] = [FIRST_LENGTH, *[LATER_LENGTH] * (len(stages) - 1)]
+        if deadline < math.inf and "max_steps" not in given:
+            config = _stage_config(pipe, stages[0], model, model, source, record["settings"], given)
+            seconds_per_step = estimate_costs(config, target).seconds_per_step
+            record["lengths"] = fit_lengths(stages, seconds_per_step, deadline - time.monotonic())
+        _write_record(out / RECORD, record)
+
+    previous, configs = model, []
+    for index, (stage, length) in enumerate(zip(stages, record["lengths"], strict=True)):
+        chosen = merge(record["settings"], stage_settings(pipe, index, length))
+        teacher = model if direct else previous
+        configs.append(_stage_config(pipe, stage, teacher, previous, source, chosen, given))
+        previous = str(out / RUNS / stage.name / FINAL)
+    return _run_stages(out, stages, configs, target, deadline)
+
+
+def _run_stages(
+    out: Path, stages: Sequence[Stage], configs: Sequence[TrainConfig], device: torch.device, deadline: float
+) -> list[Path]:
+    """Run what is not complete, with one bar; return the folders of the students that are complete."""
+    done: list[Path] = []
+    lengths = [config.max_steps for config in configs]
+    with training_bar(sum(lengths), 0, "distilling") as bar:
+        for index, (stage, config) in enumerate(zip(stages, configs, strict=True)):
+            run, result = out / RUNS / stage.name, out / stage.name
+            count = pluralize(stage.num_inference_steps, "step")
+            bar.set_description(count)
+            if not (result.is_dir() and _trained_steps(run) == config.max_steps):
+                minutes = (deadline - time.monotonic()) / 60
+                if minutes <= 0:
+                    logger.warning("time limit reached before the student of %s; run again to resume", count)
+                    break
+                final = train(config, run, device, "auto", minutes if minutes < math.inf else None, bar)
+                if _trained_steps(run) < config.max_steps:
+                    break
+                with replace_folder(result) as temporary:
+                    shutil.copytree(final, temporary, dirs_exist_ok=True)
+            else:
+                bar.initial += config.max_steps
+                bar.n = sum(lengths[: index + 1])
+            done.append(result)
+    return done
+
+
+def check_teacher(pipe: DDIMPipeline, model: str) -> None:
+    """Check that a model can be distilled.
+
+    Args:
+        pipe: the model.
+        model: its name, for messages.
+
+    Raises:
+        ValueError: if it has classes or a learned variance, or its configuration lacks the size of its images.
+
+    Example:
+        >>> check_teacher(DDIMPipeline.from_pretrained("mnist"), "mnist")
+    """
+    config = pipe.unet.config
+    if pipe.unet.class_embedding is not None:
+        raise ValueError(f"model must be unconditional, {model} has classes; its distillation is not supported yet")
+    if config.out_channels != config.in_channels:
+        raise ValueError(
+            f"model must predict as many channels as it takes, {model} predicts a variance besides; its distillation "
+            "is not supported yet"
+        )
+    pipe.sample_shape  # noqa: B018  # raises where the configuration lacks the size
+
+
+def choose_settings(pipe: DDIMPipeline, device: torch.device, count: int) -> dict[str, Any]:
+    """Choose what depends on the machine: a run that resumes elsewhere keeps it.
+
+    Args:
+        pipe: the model.
+        device: device to train on.
+        count: number of images, or of the model's own samples.
+
+    Returns:
+        Entries of the training configuration.
+    """
+    machine = inspect_machine(device)
+    size = pipe.sample_shape[1:]
+    if machine.is_cpu:
+        batch_size, precision = choose_batch_size(size, count, is_cpu=True), "fp32"
+    else:
+        largest = min(GPU_BATCH_SIZE, max(MIN_BATCH_SIZE, GPU_BATCH_PIXELS // math.prod(size)), count)
+        batch_size = 2 ** int(math.log2(largest))
+        precision = choose_precisions(machine)[0]
+    return {"batch_size": batch_size, "precision": precision, "data": {"on_device": not machine.is_cpu}}
+
+
+def stage_settings(pipe: DDIMPipeline, index: int, max_steps: int) -> dict[str, Any]:
+    """Choose what depends on the length of a run.
+
+    Args:
+        pipe: the model.
+        index: number of the student, from 0.
+        max_steps: the length.
+
+    Returns:
+        Entries of the training configuration.
+    """
+    lr = PEAK_LR * min(1.0, LR_WIDTH / pipe.unet.config.block_out_channels[0])
+    return {
+        "max_steps": max_steps,
+        "optim": {"lr": lr * (LATER_LR if index else 1.0), "warmup_steps": min(100, max_steps // 10)},
+        "ema": {"decay": round(min(0.9999, max(0.9, 1 - 20 / max_steps)), 5)},
+        "checkpoints": {"every": max(1, min(1000, max_steps // 4))},
+        "log_every": min(50, max(1, max_steps // 50)),
+    }
+
+
+def fit_lengths(stages: Sequence[Stage], seconds_per_step: float, seconds: float) -> list[int]:
+    """Choose the lengths of all runs so that they fit into a time.
+
+    The first run, which learns another prediction as well, gets half of it, the others equal parts of the rest.
+
+    Args:
+        stages: the students.
+        seconds_per_step: of a training step of the first.
+        seconds: the time for all.
+
+    Returns:
+        Training steps, at least 1 each.
+
+    Example:
+        >>> fit_lengths([Stage(4, 8), Stage(2, 2), Stage(1, 2)], seconds_per_step=0.1, seconds=100)
+        [425, 467, 467]
+    """
+    shares = [1.0] if len(stages) == 1 else [0.5, *[0.5 / (len(stages) - 1)] * (len(stages) - 1)]
+    costs = [seconds_per_step * (stage.substeps + BACKWARD) / (stages[0].substeps + BACKWARD) for stage in stages]
+    return [max(1, int(TIME_SHARE * share * seconds / cost)) for share, cost in zip(shares, costs, strict=True)]
+
+
+def generate_samples(pipe: DDIMPipeline, out: Path, count: int, device: torch.device) -> Path:
+    """Generate the model's own samples to distill on; those that are present are kept.
+
+    Args:
+        pipe: the model.
+        out: the folder.
+        count: number of samples.
+        device: where to generate them.
+
+    Returns:
+        The file.
+    """
+    path = out / SAMPLES
+    own_steps = pipe.scheduler.distilled_steps
+    order = 1 if own_steps else 2
+    batch_size = SAMPLE_BATCH if device.type == "cpu" else GPU_SAMPLE_BATCH
+    sample_many(
+        pipe.to(device),
+        path,
+        count,
+        batch_size=batch_size,
+        num_inference_steps=own_steps or SAMPLE_STEPS,
+        order=order,
+    )
+    return path
+
+
+def _stage_config(
+    pipe: DDIMPipeline,
+    stage: Stage,
+    teacher: str,
+    init: str,
+    source: str,
+    chosen: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> TrainConfig:
+    """Return the configuration of a student's run."""
+    S, pixel_format = stage.num_inference_steps, pipe.pixel_format
+    data: dict[str, Any] = {"source": source}
+    if not pixel_format.is_eight_bit:
+        data["value_range"] = [list(pair) for pair in zip(pixel_format.low, pixel_format.high, strict=True)]
+    base = {
+        "data": data,
+        "init": init,
+        "model": {"dropout": 0.0},
+        "scheduler": student_scheduler(S, len(pipe.scheduler)),
+        "objective": {"weighting": "truncated_snr"},
+        "distill": {"teacher": teacher, "num_inference_steps": S, "substeps": stage.substeps},
+        "optim": {"decay": "linear"},
+        "ema": {"sigma_rels": []},
+        "samples": {"every": 0, "num_inference_steps": S},
+        "evaluate": {"num_inference_steps": S},
+    }
+    return validate(merge(base, chosen, given))
+
+
+def _read_record(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read the record of a folder, and compare it with what is asked for; `None` where there is none."""
+    if not path.is_file():
+        return None
+    record = read_yaml(path)
+    if not isinstance(record.get("settings"), dict):
+        raise FileExistsError(f"{path} is not the record of a distillation; use another folder")
+    changes = [
+        f"{key}: expected {record.get(key)}, got {value}" for key, value in identity.items() if record.get(key) != value
+    ]
+    if changes:
+        raise ValueError(f"{path.parent} holds another distillation ({'; '.join(changes)}); use another folder")
+    return record
+
+
+def _write_record(path: Path, record: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        temporary.write_text(yaml.safe_dump(dict(record), sort_keys=False))
+
+
+def _trained_steps(run: Path) -> int:
+    """Return the number of steps that a run has taken, by its newest checkpoint."""
+    checkpoints = list_checkpoints(run / CHECKPOINTS)
+    return checkpoint_step(checkpoints[0]) if checkpoints else 0

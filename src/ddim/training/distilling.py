@@ -1,0 +1,227 @@
+"""The objective of distillation: to take several steps of a teacher in one (`ddim.diffusion.distillation`).
+
+Each batch has equally many images at each of the S timesteps of the student. A noised image x_t goes through k steps of
+the teacher to x_s; the network learns the v (or the x_0) that takes x_t there in one step of DDIM. Nothing else differs
+from training: data, optimizer, averages, checkpoints and resuming are those of `ddim.training.trainer`.
+
+The images decide where the teacher is asked, not what is learned: the teacher's own samples serve as well.
+
+On a GPU the k steps of the teacher are recorded as one CUDA graph, so that they are one launch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from ddim.diffusion.distillation import Segments, check_student_steps, follow_teacher, velocity_target
+from ddim.diffusion.equations import Step, make_steps
+from ddim.diffusion.loop import Denoiser, StepSettings
+from ddim.engine.cuda import CUDAEngine, fill, record_graph
+from ddim.pipeline import DDIMPipeline
+from ddim.scheduler import DDIMScheduler, check_own_steps
+from ddim.training.config import DistillConfig, TrainConfig
+from ddim.training.objective import DenoisingObjective, Objective
+
+logger = logging.getLogger(__name__)
+
+AUTOCAST_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_objective(config: TrainConfig, scheduler: DDIMScheduler, device: torch.device) -> Objective:
+    """Create the objective that a configuration describes.
+
+    Args:
+        config: the configuration; with `distill.teacher`, the teacher is loaded.
+        scheduler: of the network that is trained.
+        device: device to train on.
+
+    Returns:
+        `DistillationObjective` where there is a teacher, else `DenoisingObjective`.
+
+    Raises:
+        FileNotFoundError: if the teacher does not exist.
+        ValueError: if the teacher or the scheduler does not allow these steps.
+
+    Example:
+        >>> from ddim.training.config import load_config
+        >>> make_objective(load_config("digits"), DDIMScheduler(), torch.device("cpu"))  # doctest: +ELLIPSIS
+        <ddim.training.objective.DenoisingObjective object at ...>
+    """
+    if config.distill.teacher is None:
+        return DenoisingObjective(scheduler, config.objective.antithetic)
+    pipe = DDIMPipeline.from_pretrained(config.distill.teacher).to(device)
+    pipe.unet.requires_grad_(False).eval()
+    return DistillationObjective(pipe, scheduler, config.distill, config.precision)
+
+
+class DistillationObjective:
+    """Several steps of a teacher in one.
+
+    Args:
+        teacher: the model whose steps are taken, on the device to train on.
+        scheduler: of the student: the same noise schedule; it predicts v or x_0.
+        config: numbers of steps of the student and the teacher.
+        precision: `fp32`, or `bf16` or `fp16` for autocast of the teacher on a GPU; on a CPU it runs in float32, on
+            its engine.
+
+    Attributes:
+        teacher: as given.
+        device: of the teacher.
+        timesteps: of the student, decreasing.
+
+    Raises:
+        ValueError: if the student's steps do not divide the schedule, the teacher has fewer timesteps than steps, or
+            the schedules or prediction types do not fit.
+
+    References:
+        Salimans and Ho, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512.
+    """
+
+    def __init__(
+        self, teacher: DDIMPipeline, scheduler: DDIMScheduler, config: DistillConfig, precision: str = "fp32"
+    ) -> None:
+        S = check_student_steps(config.num_inference_steps, len(scheduler))
+        given = check_own_steps(teacher.scheduler)
+        if not torch.equal(given.alphas_cumprod.cpu(), scheduler.alphas_cumprod.cpu()):
+            raise ValueError("the student must have the noise schedule of its teacher, got another one")
+        self._prediction_type = scheduler.config.prediction_type
+        if self._prediction_type == "epsilon":
+            raise ValueError(
+                "prediction_type of a student must be v_prediction or sample, got epsilon, which says nothing about "
+                "x_0 where there is only noise"
+            )
+        # Kept, because engines do not keep their network alive.
+        self.teacher, self.device, self._precision = teacher, teacher.device, precision
+        steps = teacher_steps(given, S, config.substeps)
+        self._segments = Segments.of(steps, S, config.order).to(self.device)
+        self.timesteps: list[int] = self._segments.timesteps[:, 0].tolist()
+        self._timesteps = self._segments.timesteps[:, 0].contiguous()
+        # The segment of each timestep.
+        self._index = torch.zeros(len(scheduler), dtype=torch.int64, device=self.device)
+        self._index[self._timesteps] = torch.arange(S, device=self.device)
+        alphas = torch.from_numpy(scheduler.alphas_cumprod_float64).to(self.device)[self._timesteps]
+        self._signal, self._noise = alphas.sqrt().float(), (1 - alphas).sqrt().float()
+        self._settings = StepSettings(given.config.prediction_type, given.clip)
+        self._denoiser = _denoiser_of(teacher, self._segments.timesteps.flatten().tolist())
+        self._recorded: RecordedTarget | None = None
+        self._records = self.device.type == "cuda"
+
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw timesteps of the student, equally many of each; see `Objective.draw_timesteps`."""
+        S, device = len(self.timesteps), generator.device
+        first = torch.randint(S, (), generator=generator, device=device)
+        return self._timesteps.to(device)[(torch.arange(count, device=device) + first) % S]
+
+    def spread_timesteps(self, count: int) -> Tensor:
+        """Return the timesteps of the student in turn; see `Objective.spread_timesteps`."""
+        return torch.tensor(self.timesteps)[torch.arange(count) % len(self.timesteps)]
+
+    @torch.no_grad()
+    def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor, noisy: Tensor) -> Tensor:
+        """Return the v or the x_0 that takes x_t where the teacher leads; see `Objective.target`."""
+        index = self._index[timesteps]
+        if self._records:
+            recorded = self._get_recorded(noisy)
+            if recorded is not None:
+                return recorded(noisy, index)
+        return self._compute(noisy.contiguous(), index)
+
+    def _compute(self, x: Tensor, index: Tensor) -> Tensor:
+        """Return the targets of x_t, (n, C, H, W), in the segments `index`, int64 (n,)."""
+        with self._autocast():
+            x_prev = follow_teacher(self._denoiser, x, self._segments, index, self._settings)
+        v = velocity_target(x, x_prev, self._segments, index)
+        if self._prediction_type == "v_prediction":
+            return v
+        signal, noise = self._signal[index, None, None, None], self._noise[index, None, None, None]
+        return signal * x - noise * v
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        is_used = self.device.type == "cuda" and self._precision != "fp32"
+        # A recorded graph must not depend on weights that autocast has cached.
+        return torch.autocast(self.device.type, AUTOCAST_DTYPES[self._precision], is_used, cache_enabled=False)
+
+    def _get_recorded(self, like: Tensor) -> RecordedTarget | None:
+        """Return the recorded computation for a batch's shape; `None` for another shape than the first one's."""
+        if self._recorded is None:
+            try:
+                self._recorded = RecordedTarget(self._compute, like)
+            except RuntimeError as error:
+                logger.warning(
+                    "the teacher's steps cannot be recorded and run one by one: %s", str(error).split("\n")[0]
+                )
+                self._records = False
+                return None
+        return self._recorded if self._recorded.shape == like.shape else None
+
+
+def teacher_steps(scheduler: DDIMScheduler, num_inference_steps: int, substeps: int) -> list[Step]:
+    """Return the steps of a teacher: DDIM's, between `trailing` timesteps, the last one to alpha = 1.
+
+    Args:
+        scheduler: the teacher's.
+        num_inference_steps: S, the steps of the student; divides T.
+        substeps: k, the steps of the teacher for each of them.
+
+    Returns:
+        S k steps.
+
+    Raises:
+        ValueError: if there are more of them than timesteps.
+
+    Example:
+        >>> [step.timestep for step in teacher_steps(DDIMScheduler(), 2, 2)]
+        [999, 749, 499, 249]
+    """
+    T, S = len(scheduler), num_inference_steps
+    if S * substeps > T:
+        raise ValueError(f"substeps must be at most {T // S} for {S} steps of a model of {T} timesteps, got {substeps}")
+    timesteps = scheduler.make_timesteps(S * substeps, "trailing", order=1)
+    return make_steps(timesteps, scheduler.alphas_cumprod_float64)
+
+
+class RecordedTarget:
+    """A function of x_t and segments, recorded as a CUDA graph.
+
+    Args:
+        compute: the function: takes (N, C, H, W) and int64 (N,), returns (N, C, H, W).
+        like: an x_t of the shape that it is recorded for, on a CUDA device.
+
+    Attributes:
+        shape: of x_t.
+    """
+
+    def __init__(self, compute: Callable[[Tensor, Tensor], Tensor], like: Tensor) -> None:
+        self.shape = like.shape
+        with torch.no_grad():
+            self._x = torch.zeros(like.shape, device=like.device)
+            self._index = torch.zeros(len(like), dtype=torch.int64, device=like.device)
+            self._result = torch.zeros(like.shape, device=like.device)
+
+        def run() -> None:
+            with torch.no_grad():
+                self._result.copy_(compute(self._x, self._index))
+
+        stream = torch.cuda.Stream(like.device)  # type: ignore[no-untyped-call]
+        self._graph = record_graph(run, stream)
+
+    def __call__(self, x: Tensor, index: Tensor) -> Tensor:
+        """Run the graph; the result is the caller's to keep."""
+        fill(self._x, x)
+        fill(self._index, index)
+        self._graph.replay()
+        return self._result.clone()
+
+
+def _denoiser_of(teacher: DDIMPipeline, timesteps: list[int]) -> Denoiser:
+    """Return the teacher as a function of x_t and one timestep per sample, run by its fastest engine."""
+    if teacher.device.type == "cuda":
+        predict = CUDAEngine(teacher.unet).predict
+        return lambda x, t: predict(x, t)[:, : x.shape[1]].float()
+    predictor = teacher.sampler.predictor(timesteps)
+    return lambda x, t: predictor(x, t, None)

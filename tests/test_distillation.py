@@ -1,0 +1,237 @@
+"""`ddim.distillation`: students in folders, sampled by both libraries; resuming; what is refused before any work."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
+from ddim.distillation import Stage, distill, fit_lengths, plan_stages, student_scheduler
+from ddim.io.runs import checkpoint_step, list_checkpoints
+from digits import TINY_MODEL, write_digits
+from helpers import environment, messages, seeded
+from programs import run_cli, start_cli
+
+TINY = {"max_steps": 6, "batch_size": 8, "samples.count": 4, "trackers": []}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny network of random weights that predicts epsilon, slightly, so that its images are of moderate size."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(**TINY_MODEL)
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    DDIMPipeline(unet, DDIMScheduler(prediction_type="v_prediction")).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_digits(tmp_path_factory.mktemp("digits"), 24))
+
+
+@pytest.fixture(scope="module")
+def students(teacher: str, images: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Students of 4 and 2 steps."""
+    out = tmp_path_factory.mktemp("out") / "students"
+    return distill(teacher, out, [4, 2], images, overrides=TINY, device="cpu")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The weights and configurations of all students in a folder."""
+    files = [*folder.glob("[0-9]*/**/*.json"), *folder.glob("[0-9]*/**/*.safetensors")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+class TestStudents:
+    def test_each_has_a_folder_and_a_run(self, students: list[Path]) -> None:
+        out = students[0].parent
+        assert students == [out / "4", out / "2"]
+        assert sorted(path.name for path in out.iterdir() if path.name[0] != ".") == [
+            "2",
+            "4",
+            "distillation.yaml",
+            "runs",
+        ]
+        configs = [yaml.safe_load((out / "runs" / name / "config.yaml").read_text())["config"] for name in ("4", "2")]
+        assert [config["distill"]["substeps"] for config in configs] == [8, 2]
+        assert configs[1]["distill"]["teacher"] == configs[1]["init"] == str(out / "runs" / "4" / "final")
+
+    def test_diffusers_samples_the_same_images(self, students: list[Path]) -> None:
+        for folder, steps in zip(students, (4, 2), strict=True):
+            arguments = {"batch_size": 3, "num_inference_steps": steps, "output_type": "np"}
+            theirs = diffusers.DDIMPipeline.from_pretrained(folder)
+            theirs.set_progress_bar_config(disable=True)
+            expected = theirs(generator=seeded(5), **arguments).images
+            ours = DDIMPipeline.from_pretrained(folder)
+            ours.set_progress_bar_config(disable=True)
+            images = ours(generator=seeded(5), **arguments).images
+            assert theirs.scheduler.timesteps.tolist() == ours.scheduler.make_timesteps(steps)
+            assert np.abs(images - expected).max() < 1 / 255
+            assert images.std() > 0.05
+
+    def test_inversion_and_interpolation(self, students: list[Path]) -> None:
+        pipe = DDIMPipeline.from_pretrained(students[0])
+        pipe.set_progress_bar_config(disable=True)
+        images = pipe(seeds=[0, 1], num_inference_steps=4).images
+        encoded = pipe.encode(images, num_inference_steps=4)
+        decoded = pipe.decode(encoded, num_inference_steps=4).images
+        # An untrained network is far from invertible in its last step, which is a fourth of all.
+        pairs = zip(images, decoded, strict=True)
+        errors = [np.square(np.asarray(a, float) - np.asarray(b, float)).mean() / 255**2 for a, b in pairs]
+        assert max(errors) < 3e-3
+        frames = pipe.interpolate(*encoded.latents, frames=3, num_inference_steps=4).images
+        assert len(frames) == 3
+
+    def test_another_number_of_steps_warns(self, students: list[Path], caplog: pytest.LogCaptureFixture) -> None:
+        pipe = DDIMPipeline.from_pretrained(students[0])
+        pipe.set_progress_bar_config(disable=True)
+        pipe(num_inference_steps=4)
+        assert not caplog.messages
+        pipe(num_inference_steps=2)
+        assert caplog.messages == [
+            "this model was distilled to 4 steps at its own timesteps; at others its images are worse"
+        ]
+
+    def test_same_call_changes_nothing(self, students: list[Path], teacher: str, images: str) -> None:
+        out = students[0].parent
+        before = contents(out)
+        checkpoints = [path.stat().st_mtime_ns for path in out.glob("runs/*/checkpoints/*")]
+        assert distill(teacher, out, [4, 2], images, overrides=TINY, device="cpu") == students
+        assert contents(out) == before
+        assert [path.stat().st_mtime_ns for path in out.glob("runs/*/checkpoints/*")] == checkpoints
+
+    def test_card_says_what_was_distilled(self, students: list[Path], teacher: str) -> None:
+        card = (students[0] / "README.md").read_text()
+        assert f"| distilled from | 32 steps of order 1 of `{teacher}` |" in card
+        assert "| steps | 4, and no other number |" in card
+
+    def test_student_is_a_teacher_of_its_own_steps(self, students: list[Path]) -> None:
+        scheduler = DDIMPipeline.from_pretrained(students[0]).scheduler
+        assert scheduler.distilled_steps == 4
+        assert plan_stages([2, 1], scheduler) == [Stage(2, 2), Stage(1, 2)]
+        with pytest.raises(ValueError, match="teacher_steps must be 4, the steps of this distilled model, got 8"):
+            plan_stages([2], scheduler, teacher_steps=8)
+
+
+def test_without_data_the_models_own_samples_are_used(teacher: str, tmp_path: Path) -> None:
+    overrides = TINY | {"max_steps": 2}
+    (student,) = distill(teacher, tmp_path / "out", [1], count=24, direct=True, overrides=overrides, device="cpu")
+    assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (24, 8, 8, 1)
+    config = yaml.safe_load((tmp_path / "out" / "runs" / "1" / "config.yaml").read_text())["config"]
+    assert (config["data"]["source"], config["distill"]["substeps"]) == (str(tmp_path / "out" / "samples.npz"), 32)
+    assert DDIMPipeline.from_pretrained(student).scheduler.config.prediction_type == "v_prediction"
+
+
+def test_direct_students_learn_from_the_model() -> None:
+    assert plan_stages([4, 2, 1], DDIMScheduler(), 16, direct=True) == [Stage(4, 4), Stage(2, 8), Stage(1, 16)]
+
+
+def test_lengths_fit_into_a_time() -> None:
+    stages = plan_stages([4, 2, 1], DDIMScheduler())
+    lengths = fit_lengths(stages, seconds_per_step=1.1, seconds=1000)
+    # A training step costs its evaluations of the teacher, and three for the student.
+    seconds = [length * (stage.substeps + 3) / 10 for length, stage in zip(lengths, stages, strict=True)]
+    assert 800 < sum(seconds) < 1000
+    assert seconds[0] == pytest.approx(sum(seconds) / 2, rel=0.01)
+
+
+def test_killed_run_equals_uninterrupted_run(teacher: str, images: str, tmp_path: Path) -> None:
+    """SIGKILL in each stage, then the same command."""
+    settings = ["--set", "checkpoints.every=3", "--set", "trackers=[]", "--set", "samples.count=4"]
+    command = ["distill", teacher, "--steps", "2,1", "--data", images, "--max-steps", "12", "--batch-size", "8"]
+    command += [*settings, "--device", "cpu", "--out"]
+    env = environment(tmp_path)
+    out, uninterrupted = tmp_path / "killed", tmp_path / "uninterrupted"
+    for stage, step in (("2", 6), ("1", 3)):
+        with start_cli(*command, out, env=env) as process:
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline and process.poll() is None:
+                checkpoints = list_checkpoints(out / "runs" / stage / "checkpoints")
+                if checkpoints and checkpoint_step(checkpoints[0]) >= step:
+                    break
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not (out / stage).exists()
+    results = [run_cli(*command, folder, env=env) for folder in (out, uninterrupted)]
+    assert [result.returncode for result in results] == [0, 0], results[0].stderr
+    assert results[0].stdout.split() == [str(out / "2"), str(out / "1")]
+    assert contents(out).keys() == contents(uninterrupted).keys()
+    assert contents(out) == contents(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": [3]}, "num_inference_steps must divide the 1000 timesteps of the model, so that diffusers takes"),
+        ({"steps": [2, 4]}, "num_inference_steps must decrease, each number dividing the one before, got 4 after 2"),
+        ({"steps": [5, 2]}, "num_inference_steps must decrease, each number dividing the one before, got 2 after 5"),
+        ({"steps": []}, "num_inference_steps must be at least one number, got none"),
+        ({"teacher_steps": 30}, "teacher_steps must be a multiple of the first number of steps, 4, and larger, got 30"),
+        ({"teacher_steps": 4}, "teacher_steps must be a multiple of the first number of steps, 4, and larger, got 4"),
+        ({"teacher_steps": 2000}, "teacher_steps must be an integer from 1 to 1000, got 2000"),
+        ({"model": "no/such/folder"}, "no/such/folder"),
+        ({"settings": ["optim.lr=-1"]}, "training configuration, optim.lr: must be greater than 0, got -1"),
+        ({"overrides": {"epochs": 2}}, "epochs does not apply to a distillation; use max_steps"),
+        ({"max_minutes": 0}, "max_minutes must be"),
+        ({"data": "no/such/images"}, "no/such/images"),
+        ({"data": None, "count": 4, "overrides": {"batch_size": 8}}, "batch_size must be at most the number of images"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    teacher: str, images: str, tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    given: dict[str, Any] = {"model": teacher, "out": tmp_path / "out", "steps": [4], "data": images, "device": "cpu"}
+    with pytest.raises((ValueError, OSError), match=f"^.*{message}"):
+        distill(**given | arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_teacher_of_few_timesteps(tmp_path: Path) -> None:
+    scheduler = DDIMScheduler(10)
+    assert plan_stages([5], scheduler) == [Stage(5, 2)]
+    with pytest.raises(ValueError, match="must divide the 10 timesteps"):
+        plan_stages([4], scheduler)
+    with pytest.raises(ValueError, match="teacher_steps must be an integer from 1 to 10, got 20"):
+        plan_stages([10], scheduler)
+
+
+def test_folder_with_other_content_is_refused(teacher: str, students: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(FileExistsError, match="is not empty and does not hold a distillation"):
+        distill(teacher, tmp_path, device="cpu")
+    with pytest.raises(ValueError, match=r"holds another distillation \(steps: expected \[4, 2\], got \[4\]"):
+        distill(teacher, students[0].parent, [4], device="cpu")
+
+
+def test_model_with_classes_is_refused(tmp_path: Path) -> None:
+    DDIMPipeline(UNet2DModel(**TINY_MODEL, num_class_embeds=3), DDIMScheduler()).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"model must be unconditional, .* has classes"):
+        distill(str(tmp_path / "model"), tmp_path / "out", device="cpu")
+
+
+def test_command_translates_arguments(teacher: str, tmp_path: Path) -> None:
+    env: Callable[..., Any] = environment
+    result = run_cli("distill", teacher, "--steps", "3", "--out", tmp_path / "out", env=env(tmp_path))
+    assert result.returncode == 1
+    assert messages(result.stderr) == [
+        "ddim: --steps must divide the 1000 timesteps of the model, so that diffusers takes the same steps, got 3"
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_student_scheduler_loads_in_diffusers() -> None:
+    scheduler = DDIMScheduler.from_config({}, **student_scheduler(4, 1000))
+    theirs = diffusers.DDIMScheduler.from_config(dict(scheduler.config))
+    assert (theirs.config.timestep_spacing, theirs.config.prediction_type) == ("trailing", "v_prediction")

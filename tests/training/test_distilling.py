@@ -1,0 +1,124 @@
+"""The objective of distillation: a network that meets its targets samples what its teacher samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
+from ddim.data.dataset import CachedImageDataset
+from ddim.diffusion.loop import StepSettings, sample
+from ddim.diffusion.sampling_config import SamplingConfig
+from ddim.distillation import student_scheduler
+from ddim.training.config import DistillConfig, TrainConfig
+from ddim.training.distilling import DistillationObjective, make_objective, teacher_steps
+from ddim.training.objective import DenoisingObjective
+from ddim.training.trainer import Trainer
+from digits import TINY_MODEL
+from helpers import randn, seeded
+
+
+def make_teacher(**scheduler: Any) -> DDIMPipeline:
+    """Return a tiny network of random weights."""
+    torch.manual_seed(0)
+    return DDIMPipeline(UNet2DModel(**TINY_MODEL).eval(), DDIMScheduler(**{"clip_sample": False} | scheduler))
+
+
+def make_student_scheduler(S: int, **scheduler: Any) -> DDIMScheduler:
+    return DDIMScheduler.from_config({}, **student_scheduler(S, 1000) | scheduler)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("predicted", ["v_prediction", "sample"])
+def test_exact_student_samples_the_images_of_its_teacher(prediction_type: str, predicted: str) -> None:
+    teacher = make_teacher(prediction_type=prediction_type)
+    scheduler = make_student_scheduler(4, prediction_type=predicted)
+    objective = DistillationObjective(teacher, scheduler, DistillConfig(num_inference_steps=4, substeps=3))
+
+    def student(x: Tensor, t: Tensor) -> Tensor:
+        return objective.target(x, x, t.expand(len(x)), x)
+
+    x = randn(3, 1, 8, 8)
+    steps = scheduler.make_steps(scheduler.make_timesteps(4))
+    *_, last = sample(student, x, steps, StepSettings(predicted))
+    timesteps = teacher.scheduler.make_timesteps(12, "trailing")
+    teacher.set_progress_bar_config(disable=True)
+    expected = teacher.sampler.run(x, teacher.sampler.plan(SamplingConfig(timesteps=timesteps)))
+    torch.testing.assert_close(last.sample, expected, atol=1e-3 * float(expected.abs().max()), rtol=0)
+
+
+def test_teacher_clips_where_its_scheduler_does() -> None:
+    scheduler = make_student_scheduler(1)
+    config = DistillConfig(num_inference_steps=1, substeps=2)
+    x, t = 3 * randn(2, 1, 8, 8), torch.tensor([999, 999])
+    targets = [
+        DistillationObjective(make_teacher(clip_sample=clips), scheduler, config).target(x, x, t, x)
+        for clips in (True, False)
+    ]
+    # The only step ends in the clipped x_0.
+    alpha = float(scheduler.alphas_cumprod_float64[999])
+    x0 = [alpha**0.5 * x - (1 - alpha) ** 0.5 * v for v in targets]
+    assert float(x0[0].abs().max()) <= 1 + 1e-4 < float(x0[1].abs().max())
+
+
+def test_batches_have_equally_many_images_at_each_timestep() -> None:
+    objective = DistillationObjective(make_teacher(), make_student_scheduler(4), DistillConfig())
+    drawn = [objective.draw_timesteps(16, seeded(seed)) for seed in range(8)]
+    for timesteps in drawn:
+        values, counts = timesteps.unique(return_counts=True)
+        assert values.tolist() == [249, 499, 749, 999]
+        assert counts.tolist() == [4, 4, 4, 4]
+    # In a batch that S does not divide, no timestep is always the one with fewer images.
+    assert len({int(timesteps[0]) for timesteps in drawn}) > 1
+    assert objective.spread_timesteps(5).tolist() == [999, 749, 499, 249, 999]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "config", "message"),
+    [
+        ({}, {"prediction_type": "epsilon"}, {}, "prediction_type of a student must be v_prediction or sample, got"),
+        ({"beta_end": 0.01}, {}, {}, "the student must have the noise schedule of its teacher"),
+        ({}, {}, {"num_inference_steps": 7}, "num_inference_steps must divide the 1000 timesteps of the model"),
+        ({}, {}, {"substeps": 251}, "substeps must be at most 250 for 4 steps of a model of 1000 timesteps, got 251"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    teacher: dict[str, Any], student: dict[str, Any], config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        DistillationObjective(make_teacher(**teacher), make_student_scheduler(4, **student), DistillConfig(**config))
+
+
+def test_teacher_steps_end_in_a_clean_image() -> None:
+    steps = teacher_steps(DDIMScheduler(set_alpha_to_one=False), 4, 8)
+    assert (len(steps), steps[0].timestep, steps[-1].alpha_prev) == (32, 999, 1.0)
+    assert [step.timestep for step in steps[::8]] == [999, 749, 499, 249]
+
+
+class TestTrainer:
+    def test_trains_on_images_by_default(self, make_config: Callable[..., TrainConfig]) -> None:
+        config = make_config()
+        objective = make_objective(config, DDIMScheduler(), torch.device("cpu"))
+        assert isinstance(objective, DenoisingObjective)
+        assert objective.antithetic
+
+    def test_loss_falls(self, make_config: Callable[..., TrainConfig], images: Tensor, tmp_path: Any) -> None:
+        """The student becomes its teacher's steps: the loss at the end is far below that at the start."""
+        # Of random weights, v alone is of the size of images.
+        make_teacher(prediction_type="v_prediction").save_pretrained(tmp_path / "teacher")
+        config = make_config(
+            model=TINY_MODEL,
+            scheduler=student_scheduler(2, 1000),
+            distill={"teacher": str(tmp_path / "teacher"), "num_inference_steps": 2, "substeps": 4},
+            objective={"weighting": "truncated_snr"},
+            max_steps=60,
+            batch_size=16,
+            optim={"lr": 5e-3, "warmup_steps": 1},
+        )
+        trainer = Trainer(config, CachedImageDataset(images), tmp_path, torch.device("cpu"))
+        losses = [trainer.take_step().loss for _ in range(60)]
+        assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
