@@ -533,6 +533,7 @@ OTHER = {
     "data.hue": (0.1, False),
     "data.cache": ("disk", True),
     "data.on_device": (True, True),
+    "data.labels": ("auto", True),
     "data.holdout": (5, False),
     "data.max_unreadable": (0, True),
     "model.sample_size": (16, False),
@@ -544,6 +545,7 @@ OTHER = {
     "objective.weighting": ("min_snr", False),
     "objective.gamma": (4.0, False),
     "objective.antithetic": (False, False),
+    "objective.class_dropout": (0.2, False),
     "optim.lr": (1e-3, True),
     "optim.betas": ([0.9, 0.99], False),
     "optim.eps": (1e-6, False),
@@ -575,7 +577,7 @@ OTHER = {
     "gradient_checkpointing": (True, True),
     "compile": (True, True),
 }
-NEITHER = {"optim.decay_steps", "evaluate.features", "log_every", "epochs"}
+NEITHER = {"data.balanced", "optim.decay_steps", "evaluate.features", "log_every", "epochs"}
 """Entries that are compared but not changed here, and `epochs`, which a run replaces by `max_steps`."""
 
 
