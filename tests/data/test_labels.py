@@ -143,7 +143,7 @@ def test_digits() -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ("colour", r"data\.labels: .* has no colour; use color, size, id, same or none \(did you mean 'color'\?\)$"),
+        ("kolor", r"data\.labels: .* has no kolor; use color, size, id, same or none \(did you mean 'color'\?\)$"),
         ("auto", r"data\.labels: .* has several columns; name one of color, size, id, same, or none$"),
         ("id", r"data\.labels: id of .* is another value for each of its 4 images, which are not classes$"),
         ("same", r"data\.labels: same of .* must hold at least 2 classes, got 1$"),

@@ -56,7 +56,7 @@ def count(config: dict[str, Any], network: Any = UNet2DModel) -> int:
 def test_preset_names_match_files() -> None:
     files = {Path(entry.name).stem for entry in PRESETS.iterdir()}
     assert preset_names() == sorted(files)
-    assert {"mnist", "faces", "digits", "cifar10-small", *PAPER} == files
+    assert {"mnist", "mnist-labels", "faces", "digits", "digits-labels", "cifar10-small", *PAPER} == files
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -66,7 +66,9 @@ def test_presets_load_and_build(name: str) -> None:
         network = UNet2DModel(**config.model)
     scheduler = DDIMScheduler(**config.scheduler)
     assert (scheduler.config.beta_start, scheduler.config.beta_end, len(scheduler)) == (1e-4, 0.02, 1000)
-    assert scheduler.config.prediction_type == ("v_prediction" if name == "faces" else "epsilon")
+    of_v = ("faces", "mnist-labels", "digits-labels")
+    assert scheduler.config.prediction_type == ("v_prediction" if name in of_v else "epsilon")
+    assert config.data.labels == ("label" if name.endswith("-labels") else "none")
     channels, size = config.model["in_channels"], config.model["sample_size"]
     shape = (1, channels, size, size)
     sample = torch.zeros(shape, device="meta")
