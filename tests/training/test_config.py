@@ -56,7 +56,7 @@ def count(config: dict[str, Any], network: Any = UNet2DModel) -> int:
 def test_preset_names_match_files() -> None:
     files = {Path(entry.name).stem for entry in PRESETS.iterdir()}
     assert preset_names() == sorted(files)
-    assert {"mnist", "faces", "digits", "cifar10-small", *PAPER} == files
+    assert {"mnist", "mnist-labels", "faces", "digits", "digits-labels", "cifar10-small", *PAPER} == files
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -66,7 +66,9 @@ def test_presets_load_and_build(name: str) -> None:
         network = UNet2DModel(**config.model)
     scheduler = DDIMScheduler(**config.scheduler)
     assert (scheduler.config.beta_start, scheduler.config.beta_end, len(scheduler)) == (1e-4, 0.02, 1000)
-    assert scheduler.config.prediction_type == ("v_prediction" if name == "faces" else "epsilon")
+    of_v = ("faces", "mnist-labels", "digits-labels")
+    assert scheduler.config.prediction_type == ("v_prediction" if name in of_v else "epsilon")
+    assert config.data.labels == ("label" if name.endswith("-labels") else "none")
     channels, size = config.model["in_channels"], config.model["sample_size"]
     shape = (1, channels, size, size)
     sample = torch.zeros(shape, device="meta")
@@ -533,6 +535,7 @@ OTHER = {
     "data.hue": (0.1, False),
     "data.cache": ("disk", True),
     "data.on_device": (True, True),
+    "data.labels": ("auto", True),
     "data.holdout": (5, False),
     "data.max_unreadable": (0, True),
     "model.sample_size": (16, False),
@@ -544,6 +547,7 @@ OTHER = {
     "objective.weighting": ("min_snr", False),
     "objective.gamma": (4.0, False),
     "objective.antithetic": (False, False),
+    "objective.class_dropout": (0.2, False),
     "optim.lr": (1e-3, True),
     "optim.betas": ([0.9, 0.99], False),
     "optim.eps": (1e-6, False),
@@ -575,7 +579,7 @@ OTHER = {
     "gradient_checkpointing": (True, True),
     "compile": (True, True),
 }
-NEITHER = {"optim.decay_steps", "evaluate.features", "log_every", "epochs"}
+NEITHER = {"data.balanced", "optim.decay_steps", "evaluate.features", "log_every", "epochs"}
 """Entries that are compared but not changed here, and `epochs`, which a run replaces by `max_steps`."""
 
 

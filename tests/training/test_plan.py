@@ -514,3 +514,13 @@ def test_plans_are_numbers_of_this_machine() -> None:
     assert "what fits into --max-minutes" in table
     assert "v_prediction" in table
     assert BatchSizeError("x", 3).largest == 3
+
+
+def test_labels_are_planned() -> None:
+    tree = merge(SMALL, {"data": {"source": "digits", "labels": "auto"}})
+    table = plan_table(plan_run(tree, "cpu"))
+    assert "10 classes by label: 0, 1, 2, 3, 4, ...; 174 to 183 images each" in table
+    assert "10% of them dropped, for guidance" in table
+    assert "labels are not used" not in table
+    table = plan_table(plan_run(merge(SMALL, {"data": {"source": "digits"}}), "cpu"))
+    assert re.search(r"labels are not used: the column label +--labels auto", table)

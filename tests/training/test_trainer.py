@@ -481,7 +481,6 @@ def test_run_beyond_max_steps_is_complete(make_config: MakeConfig, images: Tenso
     ("entries", "message"),
     [
         ({"model": TINY_MODEL | {"sample_size": 9}}, r"multiples of 2, got \(1, 1, 9, 9\)"),
-        ({"model": TINY_MODEL | {"num_class_embeds": 4}}, "class-conditional"),
         (
             {"model": TINY_MODEL | {"block_out_channels": [8, 18]}},
             r"block_out_channels must be multiples of .*, got 18",

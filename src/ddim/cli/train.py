@@ -35,6 +35,13 @@ def train(
             "digits; defaults to the preset's."
         ),
     ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="Classes to train with: auto uses the column label or class folders; a column or array, or an entry "
+            "of metadata.jsonl; defaults to none, which trains without."
+        ),
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="Start from settings that come with the package.")] = None,
     config: Annotated[str | None, typer.Option(help="A YAML file with settings, or RUN/config.yaml.")] = None,
     settings: Annotated[
@@ -114,6 +121,8 @@ def train(
 
       ddim train --init mnist --data pics/ --out runs/fine-tuned
 
+      ddim train --data pets/ --labels auto --out runs/pets
+
       ddim train --config mine.yaml --data images/ --out runs/mine --set optim.lr=1e-4
     """
     if out is None and not (dry_run or print_config or list_presets):
@@ -138,6 +147,7 @@ def train(
         raise NotADirectoryError(f"{out} is a file, not a folder")
     overrides: dict[str, Any] = {
         "data.source": data,
+        "data.labels": labels,
         "init": init,
         "model.sample_size": resolution,
         "seed": seed,
@@ -167,8 +177,6 @@ def train(
         resolved, plan = configure(tree, run_folder, device, resume_from, max_minutes)
     else:
         resolved = validate(tree)
-    if any(resolved.model.get(name) is not None for name in ("class_embed_type", "num_class_embeds")):
-        raise ValueError("model.class_embed_type and model.num_class_embeds must be null: training is unconditional")
     # Not by accelerate, whose first state decides the device of all later ones.
     is_main = rank_and_world_size()[0] == 0
     if plan is not None and is_main:

@@ -48,7 +48,7 @@ def plan_table(plan: Plan) -> str:
     decay = f", {optim.decay} decay over the last {optim.decay_steps:,}" if optim.decay_steps else ""
     rows = [
         ("images", describe_images(plan.survey), ""),
-        *([("", f"labels are not used: {_cut(plan.survey.labels)}", "")] if plan.survey.labels else []),
+        *describe_labels(plan),
         ("machine", describe_machine(plan.machine), "--device"),
         *([("start", f"the weights of {config.init}", "--init")] if config.init is not None else []),
         ("size", f"{height}x{width}, {describe_channels(model['in_channels'])}", "--resolution"),
@@ -68,6 +68,23 @@ def plan_table(plan: Plan) -> str:
     ]
     first, second = (max(len(row[index]) for row in rows) for index in range(2))
     return "\n".join(f"{name:<{first}}  {value:<{second}}  {option}".rstrip() for name, value, option in rows)
+
+
+def describe_labels(plan: Plan) -> list[tuple[str, str, str]]:
+    """Return the row of the labels: those that are used, or what could be; none without labels.
+
+    Args:
+        plan: the plan.
+    """
+    if plan.classes is not None:
+        dropout = plan.config.objective.class_dropout
+        rows = [("labels", plan.classes, "--labels")]
+        if dropout:
+            rows.append(("", f"{dropout:.0%} of them dropped, for guidance", "--set objective.class_dropout"))
+        return rows
+    if plan.survey.labels is None:
+        return []
+    return [("", f"labels are not used: {_cut(plan.survey.labels)}", "--labels auto")]
 
 
 def describe_images(survey: ImageSurvey) -> str:

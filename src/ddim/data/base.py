@@ -28,6 +28,9 @@ class Source:
         describe: returns how messages refer to the image at an index.
         labels: what says which class an image belongs to, such as `10 folders` or `the column label`; `None` for
             nothing.
+        label_columns: returns the names of the columns that can say it.
+        class_names: returns the classes of a column in the order of the data set, if that declares them; may hold
+            classes that no image has.
 
     Example:
         >>> pixel = Image.new("L", (1, 1))
@@ -43,6 +46,8 @@ class Source:
     read_column: Callable[[str], list[str] | None] = lambda name: None
     describe: Callable[[int], str] = "image {}".format
     labels: str | None = None
+    label_columns: Callable[[], tuple[str, ...]] = tuple
+    class_names: Callable[[str], tuple[str, ...]] = lambda name: ()
 
 
 def canonical_value(text: str) -> str:

@@ -50,6 +50,10 @@ class DataConfig(Section):
         cache: where decoded images are kept: `memory`, `disk` (a memory map), `none` (decode at each visit), or `auto`
             to choose by their size.
         on_device: keep the decoded images on the training device.
+        labels: classes of the images: `none` trains without, `auto` uses the column `label`, class folders, or what
+            else there is (`ddim.data.labels`); or the name of a column of a table, of an array of an `.npz` file, of an
+            entry of `metadata.jsonl`.
+        balanced: visit every class equally often, in random order, instead of every image; requires `labels`.
         holdout: number of images, drawn by the seed, that are not trained on; the averaged weights are evaluated on
             them.
         max_unreadable: number of images that may fail to decode; one more stops the run.
@@ -74,5 +78,7 @@ class DataConfig(Section):
     hue: HueAmount = 0.0
     cache: Literal["auto", "memory", "disk", "none"] = "auto"
     on_device: bool = False
+    labels: str = Field(default="none", min_length=1)
+    balanced: bool = False
     holdout: NonNegativeInt = 0
     max_unreadable: NonNegativeInt = 10

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from ddim.data.base import Decoded, Source
 from ddim.data.config import DataConfig
 from ddim.data.inspection import find_dtype, inspect_images
+from ddim.data.labels import ImageLabels, read_labels
 from ddim.data.sources import open_source
 from ddim.io.cache import Cache
 from ddim.io.images import as_array, fit_array, fit_image, height_and_width
@@ -54,6 +55,8 @@ class ImageDataset(Protocol):
             because the fingerprint of images without a cache is not that of their pixels.
         location: where decoded images are kept, for messages.
         pixel_format: the type and the ranges of the images' values.
+        labels: classes of the N images; `None` where they are not used.
+        unused_labels: what says which class an image belongs to, where it is not used; `None` for nothing.
 
     Example:
         >>> dataset: ImageDataset = CachedImageDataset(torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
@@ -66,6 +69,8 @@ class ImageDataset(Protocol):
     identity: str
     location: str
     pixel_format: PixelFormat
+    labels: ImageLabels | None
+    unused_labels: str | None
 
     def read(self, indices: Tensor) -> Tensor:
         """Read images by index.
@@ -75,6 +80,17 @@ class ImageDataset(Protocol):
 
         Returns:
             (n, C, H, W) in the data's units: uint8, or float32 for values of other types.
+        """
+        ...
+
+    def read_labeled(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Read images by index, with the classes of these very images.
+
+        Args:
+            indices: int64 (n,).
+
+        Returns:
+            The images, as `read` returns them; their classes, int64 (n,) on the same device, or `None` without labels.
         """
         ...
 
@@ -88,6 +104,8 @@ class CachedImageDataset:
         fingerprint: defaults to the SHA-256 of the pixels.
         identity: of the files that hold the images; defaults to the fingerprint.
         pixel_format: the type and the ranges of the values.
+        labels: classes of the N images, on the device of the pixels.
+        unused_labels: what says which class an image belongs to, where it is not used.
 
     Example:
         >>> dataset = CachedImageDataset(torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1, 1))
@@ -102,8 +120,11 @@ class CachedImageDataset:
         fingerprint: str | None = None,
         identity: str | None = None,
         pixel_format: PixelFormat = EIGHT_BIT,
+        labels: ImageLabels | None = None,
+        unused_labels: str | None = None,
     ) -> None:
         self.pixels, self.location, self.pixel_format = pixels, location, pixel_format
+        self.labels, self.unused_labels = labels, unused_labels
         self.shape = (pixels.shape[0], pixels.shape[1], pixels.shape[2], pixels.shape[3])
         self.fingerprint = fingerprint or hashlib.sha256(pixels.numpy().data).hexdigest()
         self.identity = identity or self.fingerprint
@@ -117,7 +138,42 @@ class CachedImageDataset:
         Returns:
             (n, C, H, W), uint8 or float32, on the device of the pixels.
         """
-        return _as_values(self.pixels[indices.to(self.pixels.device)])
+        return _as_values(self.pixels[self._on_device(indices)])
+
+    def read_labeled(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Read images by index, with their classes.
+
+        Args:
+            indices: int64 (n,).
+
+        Returns:
+            Images (n, C, H, W), and classes, int64 (n,), or `None`; on the device of the pixels.
+        """
+        indices = self._on_device(indices)
+        return self.read(indices), None if self.labels is None else self.labels.indices[indices]
+
+    def _on_device(self, indices: Tensor) -> Tensor:
+        device = self.pixels.device
+        if device.type == "cuda" and indices.device.type == "cpu":
+            # A copy of pageable memory would wait for the device.
+            return indices.pin_memory().to(device, non_blocking=True)
+        return indices.to(device)
+
+    def to(self, device: torch.device) -> CachedImageDataset:
+        """Return the images and their classes on a device.
+
+        Args:
+            device: the device.
+        """
+        return CachedImageDataset(
+            self.pixels.to(device),
+            str(device),
+            self.fingerprint,
+            self.identity,
+            self.pixel_format,
+            None if self.labels is None else self.labels.to(device),
+            self.unused_labels,
+        )
 
 
 class DecodeErrors:
@@ -254,6 +310,8 @@ class LazyImageDataset:
         decoder: decodes and fits the images.
         shape: (C, H, W).
         pixel_format: the type and the ranges of the images' values.
+        labels: classes of all images of the source; a substitute has its own.
+        unused_labels: what says which class an image belongs to, where it is not used.
 
     Example:
         >>> pixel = Image.new("L", (1, 1), 7)
@@ -265,8 +323,16 @@ class LazyImageDataset:
 
     location = "no cache: they are decoded at each visit"
 
-    def __init__(self, decoder: Decoder, shape: tuple[int, int, int], pixel_format: PixelFormat = EIGHT_BIT) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        shape: tuple[int, int, int],
+        pixel_format: PixelFormat = EIGHT_BIT,
+        labels: ImageLabels | None = None,
+        unused_labels: str | None = None,
+    ) -> None:
         self.decoder, self.pixel_format = decoder, pixel_format
+        self.labels, self.unused_labels = labels, unused_labels
         self.shape = (decoder.source.count, *shape)
         self.fingerprint = self.identity = _hash_identity(decoder.source)
 
@@ -282,8 +348,23 @@ class LazyImageDataset:
         Raises:
             ValueError: if more images than allowed, or all images, cannot be read.
         """
+        return self.read_labeled(indices)[0]
+
+    def read_labeled(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Decode images by index, with their classes: that of its substitute for an unreadable image.
+
+        Args:
+            indices: int64 (n,).
+
+        Returns:
+            Images (n, C, H, W), and classes, int64 (n,), or `None`.
+
+        Raises:
+            ValueError: if more images than allowed, or all images, cannot be read.
+        """
         visited = indices.tolist()
         decoded = dict(zip(visited, self.decoder.decode(visited), strict=True))
+        sources = {}
         for index, pixels in decoded.items():
             substitute = index
             while pixels is None:
@@ -291,8 +372,11 @@ class LazyImageDataset:
                 if substitute == index:
                     raise self.decoder.errors.none_readable()
                 (pixels,) = self.decoder.decode([substitute])
-            decoded[index] = pixels
-        return _as_values(torch.from_numpy(np.stack([decoded[index] for index in visited])))
+            decoded[index], sources[index] = pixels, substitute
+        images = _as_values(torch.from_numpy(np.stack([decoded[index] for index in visited])))
+        if self.labels is None:
+            return images, None
+        return images, self.labels.indices[torch.tensor([sources[index] for index in visited])]
 
 
 def open_dataset(config: DataConfig, size: int | Sequence[int], channels: int, shared: bool = False) -> ImageDataset:
@@ -321,6 +405,8 @@ def open_dataset(config: DataConfig, size: int | Sequence[int], channels: int, s
         (1, 3, 8, 8)
     """
     source = open_source(config.source, config.split, config.column)
+    labels = read_labels(source, config.labels)
+    unused_labels = source.labels if labels is None else None
     dtype = find_dtype(source, channels) if config.dtype == "auto" else config.dtype
     given = _given_format(config, dtype, channels)
     if dtype == "uint8":
@@ -348,13 +434,26 @@ def open_dataset(config: DataConfig, size: int | Sequence[int], channels: int, s
             entry = hashlib.sha256(json.dumps(key).encode()).hexdigest()
             dataset = _open_disk_cache(entry, shape, decoder, dtype, given)
             if dataset is not None:
+                dataset.labels, dataset.unused_labels = _labels_of_readable(labels, decoder), unused_labels
                 return dataset
         if cache == "none" or (cache == "disk" and num_bytes > MEMORY_CACHE_BYTES):
             stack.pop_all()
-            return LazyImageDataset(decoder, shape, given or _measure(decoder.decode_all(), dtype))
+            pixel_format = given or _measure(decoder.decode_all(), dtype)
+            return LazyImageDataset(decoder, shape, pixel_format, labels, unused_labels)
         pixels = np.concatenate(list(decoder.decode_all()))
         pixel_format = given or _measure([pixels], dtype)
-        return CachedImageDataset(torch.from_numpy(pixels), identity=_hash_identity(source), pixel_format=pixel_format)
+        return CachedImageDataset(
+            torch.from_numpy(pixels),
+            identity=_hash_identity(source),
+            pixel_format=pixel_format,
+            labels=_labels_of_readable(labels, decoder),
+            unused_labels=unused_labels,
+        )
+
+
+def _labels_of_readable(labels: ImageLabels | None, decoder: Decoder) -> ImageLabels | None:
+    """Return the labels of the images that have been decoded, in their order."""
+    return None if labels is None else labels.without(decoder.errors.reasons)
 
 
 def _given_format(config: DataConfig, dtype: str, channels: int) -> PixelFormat | None:
@@ -432,10 +531,11 @@ def _open_disk_cache(
             content = chunk.tobytes()
             digest.update(content)
             yield content
-        text = json.dumps({"sha256": digest.hexdigest(), "unreadable": list(reasons.values())}).encode()
+        about = {"sha256": digest.hexdigest(), "unreadable": list(reasons.values()), "indices": list(reasons)}
+        text = json.dumps(about).encode()
         yield text + struct.pack("<Q", len(text))
 
-    def parse(content: np.ndarray) -> tuple[CachedImageDataset, list[str]]:
+    def parse(content: np.ndarray) -> tuple[CachedImageDataset, dict[int, str]]:
         (length,) = struct.unpack("<Q", content[-8:].tobytes())
         pixels, text = np.split(content[:-8], [len(content) - 8 - length])
         about = json.loads(text.tobytes())
@@ -443,7 +543,9 @@ def _open_disk_cache(
         pixel_format = given or _measure(np.array_split(images, -(-len(images) // DECODE_CHUNK_IMAGES)), dtype)
         location, identity = f"a memory map in {cache.folder}", _hash_identity(decoder.source)
         dataset = CachedImageDataset(torch.from_numpy(images), location, about["sha256"], identity, pixel_format)
-        return dataset, about["unreadable"]
+        # Version 0.1 did not record which images cannot be read, and labels would not be those of the others.
+        indices = about.get("indices", [] if not about["unreadable"] else None)
+        return dataset, dict(zip(indices, about["unreadable"], strict=True))
 
     cached = cache.read(entry, parse)
     if cached is None:
@@ -451,6 +553,6 @@ def _open_disk_cache(
         return result[0] if cache.write(entry, chunks()) and (result := cache.read(entry, parse)) else None
     dataset, unreadable = cached
     # An earlier run wrote the cache: its unreadable images count against this run's limit too.
-    for index, reason in enumerate(unreadable):
+    for index, reason in unreadable.items():
         decoder.errors.add(index, reason)
     return dataset

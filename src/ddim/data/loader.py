@@ -2,7 +2,9 @@
 
 The order is a function of the seed alone: epoch e visits the images in a permutation drawn from (seed, e), step n takes
 the n-th batch of the endless sequence of epochs, and process r of P takes the r-th part of that batch. Each image is
-visited once per epoch, whatever P, and a run that resumes needs to know nothing but its step.
+visited once per epoch, whatever P, and a run that resumes needs to know nothing but its step. Where classes are
+balanced, an epoch has as many visits, the same number for each class: images of large classes miss epochs, those of
+small ones are visited several times.
 """
 
 from __future__ import annotations
@@ -44,6 +46,37 @@ def split_holdout(count: int, holdout: int, seed: int) -> tuple[Tensor, Tensor]:
     return order[holdout:].sort().values, order[:holdout].sort().values
 
 
+def balanced_order(classes: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw as many images as there are, every class equally often, in random order.
+
+    Within a class no image is visited once more than another. A remainder goes to random classes.
+
+    Args:
+        classes: of the images, int64 (N,), on the CPU.
+        generator: draws.
+
+    Returns:
+        Positions of images, int64 (N,).
+
+    Example:
+        >>> classes = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1])
+        >>> order = balanced_order(classes, torch.Generator().manual_seed(0))
+        >>> classes[order].bincount()
+        tensor([4, 4])
+    """
+    sizes = classes.bincount()
+    members = [part for part in torch.split(classes.argsort(stable=True), sizes.tolist()) if len(part)]
+    N, K = len(classes), len(members)
+    visits = torch.full((K,), N // K)
+    visits[torch.randperm(K, generator=generator)[: N % K]] += 1
+    positions = []
+    for part, count in zip(members, visits.tolist(), strict=True):
+        rounds = range(-(-count // len(part)))
+        drawn = torch.cat([part[torch.randperm(len(part), generator=generator)] for _ in rounds] or [part[:0]])
+        positions.append(drawn[:count])
+    return torch.cat(positions)[torch.randperm(N, generator=generator)]
+
+
 class Batches:
     """The endless, seeded sequence of batches, or one process's part of each.
 
@@ -55,6 +88,7 @@ class Batches:
         size: height and width that the model takes, one number for squares; larger images are cropped at random.
         augmentation: how images are changed at random.
         processes: this process among those that divide each batch; its size must divide `batch_size`.
+        balanced: visit all classes equally often; requires labels.
 
     Attributes:
         local: this process's part of a batch, a slice.
@@ -76,19 +110,36 @@ class Batches:
         size: int | Sequence[int],
         augmentation: Augmentation = NO_AUGMENTATION,
         processes: ProcessGroup = SINGLE_PROCESS,
+        balanced: bool = False,
     ) -> None:
         self.dataset, self.indices, self.batch_size, self.seed = dataset, indices, batch_size, seed
         self.size, self.augmentation = height_and_width(size), augmentation
         local_size = batch_size // processes.size
         self.local = slice(processes.rank * local_size, (processes.rank + 1) * local_size)
+        self._classes: Tensor | None = None
+        if balanced:
+            if dataset.labels is None:
+                raise ValueError("data.balanced requires data.labels, got none")
+            self._classes = dataset.labels.indices.cpu()[indices]
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
     def __getitem__(self, step: int) -> Tensor:
         """Return the images of a step, (n, C, *size), uint8 or float32; an epoch's last batch runs into the next."""
+        return self.read_labeled(step)[0]
+
+    def read_labeled(self, step: int) -> tuple[Tensor, Tensor | None]:
+        """Return the images of a step and their classes.
+
+        Args:
+            step: number of the step, from 0.
+
+        Returns:
+            Images, (n, C, *size), uint8 or float32; classes, int64 (n,), or `None` without labels.
+        """
         # Read: the seed and the step alone decide which images are visited.
-        images = self.dataset.read(self.image_indices(step))
-        return self.augmentation.apply(images, self.seed, step, self.size, self.batch_size, self.local)
+        images, labels = self.dataset.read_labeled(self.image_indices(step))
+        return self.augmentation.apply(images, self.seed, step, self.size, self.batch_size, self.local), labels
 
     def image_indices(self, step: int) -> Tensor:
         """Return the indices of the images that this process visits in a step.
@@ -112,7 +163,11 @@ class Batches:
     def _epoch_order(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = torch.randperm(len(self.indices), generator=generator_for(self.seed, "order", epoch))
+            generator = generator_for(self.seed, "order", epoch)
+            if self._classes is None:
+                self._order = torch.randperm(len(self.indices), generator=generator)
+            else:
+                self._order = balanced_order(self._classes, generator)
         return self._order
 
 

@@ -160,7 +160,16 @@ def _from_rows(rows: datasets.Dataset, name: str, column: str | None, identity: 
         key for key, feature in rows.features.items() if key != chosen and not isinstance(feature, datasets.Image)
     ]
     labels = f"the {'column' if len(others) == 1 else 'columns'} {', '.join(others)}" if others else None
-    return Source(name, len(encoded), fetch, f"{identity} {chosen}", partial(_read_column, rows), labels=labels)
+    return Source(
+        name,
+        len(encoded),
+        fetch,
+        f"{identity} {chosen}",
+        partial(_read_column, rows),
+        labels=labels,
+        label_columns=lambda: tuple(others),
+        class_names=lambda column: tuple(getattr(rows.features.get(column), "names", None) or ()),
+    )
 
 
 def _read_column(rows: datasets.Dataset, name: str) -> list[str] | None:

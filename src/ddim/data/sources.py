@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ddim.data.base import Decoded, Source, first_line
+from ddim.data.metadata import METADATA_FILE, find_metadata, read_metadata
 from ddim.extras import require
 from ddim.io.array_files import MAX_CHANNELS, load_npy, read_pixels
 from ddim.io.hub import HUB_ID
@@ -28,6 +29,8 @@ from ddim.io.pixel_format import DTYPES, stored_dtype
 from ddim.validation import join_choices
 
 DIGITS = "digits"
+FOLDER = "folder"
+"""The column of a folder's images that holds the names of their folders."""
 ARRAYS_OF_IMAGES = f"(N, H, W) or (N, H, W, C) of {join_choices(DTYPES)} with C from 1 to {MAX_CHANNELS}"
 """What an array must be, for messages."""
 
@@ -63,7 +66,10 @@ def open_source(source: str, split: str = "train", column: str | None = None) ->
         require(f"the data set {DIGITS}", "sklearn")
         from sklearn.datasets import load_digits
 
-        return _from_array(np.round(load_digits().images * (255 / 16)).astype(np.uint8), DIGITS)
+        digits = load_digits()
+        columns = {"label": list(map(str, digits.target.tolist()))}
+        images = _from_array(np.round(digits.images * (255 / 16)).astype(np.uint8), DIGITS)
+        return replace(images, read_column=columns.get, labels="the column label", label_columns=lambda: tuple(columns))
     if path.is_dir():
         tables = sorted(
             str(file) for file in path.rglob("*.parquet") if file.is_file() and not file.name.startswith(".")
@@ -79,8 +85,10 @@ def open_source(source: str, split: str = "train", column: str | None = None) ->
             return _from_tables([source], source, column)
         if path.suffix == ".npz":
             images = _from_array(_read_npz(path), source)
+            names = _npz_labels(path, images.count)
+            labels = f"the {'array' if len(names) == 1 else 'arrays'} {', '.join(names)}" if names else None
             read_column = partial(_read_npz_column, path, images.count)
-            return replace(images, read_column=read_column, labels=_npz_labels(path, images.count))
+            return replace(images, read_column=read_column, labels=labels, label_columns=lambda: names)
         if path.suffix == ".npy":
             return _from_npy(path)
         raise ValueError(f"{source} is neither a folder of images nor a .parquet, .npz or .npy file")
@@ -99,10 +107,30 @@ def _from_files(files: list[Path], folder: Path) -> Source:
     def fetch(indices: Sequence[int]) -> list[Callable[[], Decoded]]:
         return [partial(read_pixels, files[i]) for i in indices]
 
-    folders = len({file.parent for file in files})
-    labels = f"{folders} folders" if folders > 1 else None
+    parents = {file.parent for file in files}
+    metadata = find_metadata(parents, folder)
+    found = [f"{len(parents)} folders"] if len(parents) > 1 else []
+    found += [METADATA_FILE] if metadata else []
+
+    def label_columns() -> tuple[str, ...]:
+        columns = read_metadata(metadata, files) if metadata else {}
+        return (*columns, *([FOLDER] if len(parents) > 1 and FOLDER not in columns else []))
+
+    def read_column(name: str) -> list[str] | None:
+        columns = read_metadata(metadata, files) if metadata else {}
+        if name in columns:
+            return columns[name]
+        return [file.parent.name for file in files] if name == FOLDER and len(parents) > 1 else None
+
     return Source(
-        str(folder), len(files), fetch, _stamp(files), describe=lambda index: str(files[index]), labels=labels
+        str(folder),
+        len(files),
+        fetch,
+        _stamp(files),
+        read_column,
+        lambda index: str(files[index]),
+        " and ".join(found) or None,
+        label_columns,
     )
 
 
@@ -161,13 +189,12 @@ def _read_npz(path: Path) -> np.ndarray:
     raise ValueError(f"{path} must hold images as an array {ARRAYS_OF_IMAGES}, got {content or 'nothing'}")
 
 
-def _npz_labels(path: Path, count: int) -> str | None:
+def _npz_labels(path: Path, count: int) -> tuple[str, ...]:
     """Name the arrays of an `.npz` file that can be classes: one integer, boolean or text per image."""
     with open_npz(path) as file:
-        names = [
+        return tuple(
             name for name, header in file.headers.items() if header.shape == (count,) and header.dtype.kind in "biuU"
-        ]
-    return f"the {'array' if len(names) == 1 else 'arrays'} {', '.join(names)}" if names else None
+        )
 
 
 def _read_npz_column(path: Path, count: int, name: str) -> list[str] | None:

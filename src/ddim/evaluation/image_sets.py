@@ -24,6 +24,7 @@ from ddim.data.base import Decoded, Source
 from ddim.data.inspection import find_dtype
 from ddim.data.sources import open_source
 from ddim.io.array_files import TIFF_SUFFIXES, decode_tiff
+from ddim.io.class_labels import arguments_of_batch
 from ddim.io.images import as_array, decode_image, fit_array, fit_image, to_values
 from ddim.io.pixel_format import EIGHT_BIT, PixelFormat, measured_format
 from ddim.io.reading import reader_reason
@@ -171,7 +172,7 @@ def sample_image_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = 
         seed: seed of the first image.
         name: the set's name in tables.
         settings: `eta`, `num_inference_steps`, `timesteps`, `order`, `use_sigma_hat` and `use_clipped_model_output` of
-            `DDIMPipeline.__call__`.
+            `DDIMPipeline.__call__`; its arguments of classes and guidance, labels one for all images or one per image.
 
     Returns:
         The set.
@@ -189,7 +190,8 @@ def sample_image_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = 
         start = number * size
         # A last batch in full size, because networks round differently for batches of different sizes.
         seeds = range(seed + start, seed + start + size)
-        images = quiet_pipe(size, seeds=seeds, output_type="np", return_dict=False, **settings)[0]
+        arguments = arguments_of_batch(settings, start, size, count)
+        images = quiet_pipe(size, seeds=seeds, output_type="np", return_dict=False, **arguments)[0]
         pixels = torch.from_numpy(to_values(images, pixel_format))[: count - start]
         return _scale(pixels.permute(0, 3, 1, 2).contiguous(), pixel_format)
 

@@ -169,6 +169,21 @@ class ClassLabels:
         return index
 
 
+def grid_of_classes(count: int, num_classes: int) -> tuple[int, int]:
+    """Return rows and columns of a grid with a row per class.
+
+    Args:
+        count: number of images, about; the first classes are shown where there are more classes.
+        num_classes: number of classes.
+
+    Example:
+        >>> grid_of_classes(64, 10), grid_of_classes(64, 1000)
+        ((10, 6), (8, 8))
+    """
+    rows = min(num_classes, max(1, round(count**0.5)) if num_classes > count else num_classes)
+    return rows, max(1, round(count / rows))
+
+
 def count_labels(labels: Labels | None) -> int:
     """Return the number of labels: 1 for a single one, and for none.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ddim.io.class_labels import MAX_NAMES_SHOWN, ClassLabels, grid_of_classes
 from ddim.io.false_color import shows_values
 from ddim.io.images import height_and_width
 from ddim.io.pixel_format import PixelFormat
@@ -17,8 +18,7 @@ from ddim.training.trainer import Trainer
 
 CARD = """---
 library_name: ddim
-pipeline_tag: unconditional-image-generation
-tags:
+{tag}tags:
   - diffusers
   - ddim
 ---
@@ -32,7 +32,7 @@ A denoising diffusion model of {kind}, trained with `ddim`.
 {count} samples from seeds 0 to {last} at {steps} steps, none picked{shown}.
 
 ```python
-from ddim import DDIMPipeline  # or: from diffusers import DDIMPipeline{units}
+from ddim import DDIMPipeline{origin}{units}
 
 pipe = DDIMPipeline.from_pretrained("{name}")  # this folder, or its id on the hub
 images = pipe(batch_size=16, num_inference_steps={steps}{output}).images
@@ -83,6 +83,11 @@ def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
         "time": f"{trainer.seconds / 60:.1f} minutes on {record['device']}; processes: {processes}",
         "objective": f"{config.objective.weighting} weighting, {config.precision}",
     }
+    count, of_class = config.samples.count, ""
+    if trainer.classes is not None:
+        rows, columns = grid_of_classes(count, trainer.classes.count)
+        count, of_class = rows * columns, ", a row per class"
+        facts["classes"] = _describe_classes(trainer.classes, config.objective.class_dropout)
     if not pixel_format.is_eight_bit:
         pairs = zip(pixel_format.low, pixel_format.high, strict=True)
         facts["values"] = f"{pixel_format.dtype}, from " + ", ".join(f"{low:g} to {high:g}" for low, high in pairs)
@@ -99,11 +104,14 @@ def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
     return CARD.format(
         name=out.resolve().name,
         kind=_describe_images(height_and_width(model["sample_size"]), channels, pixel_format),
-        units="" if pixel_format.is_eight_bit else ", whose images are in [0, 1]",
-        output="" if pixel_format.is_eight_bit and pixel_format.fits_pil(channels) else ', output_type="np"',
-        shown="" if shows_values(channels, pixel_format) else ", in false color",
-        count=config.samples.count,
-        last=config.samples.count - 1,
+        units="" if pixel_format.is_eight_bit or trainer.classes is not None else ", whose images are in [0, 1]",
+        tag="" if trainer.classes is not None else "pipeline_tag: unconditional-image-generation\n",
+        origin="" if trainer.classes is not None else "  # or: from diffusers import DDIMPipeline",
+        output=(f", class_labels={_an_example(trainer.classes)}" if trainer.classes is not None else "")
+        + ("" if pixel_format.is_eight_bit and pixel_format.fits_pil(channels) else ', output_type="np"'),
+        shown=of_class + ("" if shows_values(channels, pixel_format) else ", in false color"),
+        count=count,
+        last=count - 1,
         steps=config.samples.num_inference_steps,
         facts="\n".join(f"| {name} | {fact} |" for name, fact in facts.items()),
         settings=yaml.safe_dump(record["config"], sort_keys=False),
@@ -119,6 +127,18 @@ def _describe_teacher(config: DistillConfig) -> dict[str, str]:
         "steps": f"{S}, and no other number",
         "distilled from": f"{S * config.substeps} steps of order {config.order} of `{config.teacher}`",
     }
+
+
+def _describe_classes(classes: ClassLabels, class_dropout: float) -> str:
+    """Return how many classes there are, their names, and the null class."""
+    names = ", ".join(classes.names[:MAX_NAMES_SHOWN]) + ", ..." * (classes.count > MAX_NAMES_SHOWN)
+    null = f"; {class_dropout:.0%} of the labels dropped, for guidance" if classes.has_null else "; no null class"
+    return f"{classes.count}: {names}{null}"
+
+
+def _an_example(classes: ClassLabels) -> str:
+    """Return a class as Python code: its name, or its number where that is the name."""
+    return "0" if classes.names[0] == "0" else repr(classes.names[0])
 
 
 def _describe_images(size: tuple[int, int], channels: int, pixel_format: PixelFormat) -> str:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveIn
 
 from ddim.annotations import check_arguments
 from ddim.data.config import DataConfig, Section
+from ddim.data.labels import NONE
 from ddim.io.array_files import MAX_CHANNELS
 from ddim.io.images import height_and_width
 from ddim.scheduler import DDIMScheduler
@@ -52,6 +53,8 @@ class ObjectiveConfig(Section):
         weighting: weights of timesteps: `simple` (DDPM's), `min_snr` or `truncated_snr`.
         gamma: bound of the signal-to-noise ratio for `min_snr`.
         antithetic: draw timesteps in pairs t, T - 1 - t.
+        class_dropout: part of the labels, drawn anew in every step, that are replaced by the null class, which guidance
+            and sampling without a class require; 0 trains no null class. It has no effect without `data.labels`.
 
     Example:
         >>> ObjectiveConfig(weighting="min_snr").gamma
@@ -61,6 +64,7 @@ class ObjectiveConfig(Section):
     weighting: Literal["simple", "min_snr", "truncated_snr"] = "simple"
     gamma: PositiveFloat = Field(default=5.0, allow_inf_nan=False)
     antithetic: bool = True
+    class_dropout: float = Field(default=0.1, ge=0, lt=1)
 
 
 class DistillConfig(Section):
@@ -271,8 +275,14 @@ OTHER_NAMES = {
     "gradient_accumulation_steps": "optim.accumulate",
     "max_grad_norm": "optim.grad_clip",
     "prediction_type": "scheduler.prediction_type",
+    "label": "data.labels",
+    "num_class_embeds": "data.labels",
+    "cond_drop_prob": "objective.class_dropout",
 }
 """Entries by the names that other projects give them."""
+
+CLASS_ARGUMENTS = ("class_embed_type", "num_class_embeds", "class_names", "has_null_class")
+"""Arguments of `UNet2DModel` that follow from the labels of the data."""
 
 RESUME_MAY_CHANGE = (
     "data.source",
@@ -281,6 +291,7 @@ RESUME_MAY_CHANGE = (
     "data.dtype",
     "data.cache",
     "data.on_device",
+    "data.labels",
     "data.max_unreadable",
     "init",
     "distill.teacher",
@@ -519,6 +530,8 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
         check_augmentation(config.data, config.model)
     if config.init is None:
         check_scheduler(config.scheduler)
+    if config.data.balanced and config.data.labels == NONE:
+        raise _invalid("data.balanced", "requires data.labels: auto, or a column, got none")
     ema = config.ema
     for entry, values in (("ema.sigma_rels", ema.sigma_rels), ("trackers", config.trackers)):
         if len(set(values)) < len(values):
@@ -586,6 +599,9 @@ def check_model(model: Mapping[str, Any]) -> None:
         )
     if "pixel_format" in model:
         raise _invalid("model.pixel_format", "is not an entry; the data, and data.value_range, decide it")
+    for name in CLASS_ARGUMENTS:
+        if model.get(name) not in (None, False):
+            raise _invalid(f"model.{name}", "is not an entry; the data, and data.labels, decide it")
 
 
 def check_augmentation(data: DataConfig, model: Mapping[str, Any]) -> None:
@@ -793,7 +809,7 @@ def entry_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
     Example:
         >>> list(entry_names(ObjectiveConfig, "objective."))
-        ['objective.weighting', 'objective.gamma', 'objective.antithetic']
+        ['objective.weighting', 'objective.gamma', 'objective.antithetic', 'objective.class_dropout']
     """
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}"

@@ -19,7 +19,9 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +37,7 @@ from ddim.training.config import TrainConfig, describe_preset, preset_names, rea
 from ddim.training.machine import is_emulated
 from ddim.training.metrics_logger import memory_mib
 from ddim.training.run import check_batch_size, complete_config, resolve_length, start_processes
-from ddim.training.trainer import Trainer
+from ddim.training.trainer import Trainer, class_arguments
 from ddim.unet import UNet2DModel
 
 logger = logging.getLogger(__name__)
@@ -117,12 +119,17 @@ def estimate_costs(config: TrainConfig, device: str | torch.device = "auto") -> 
     check_batch_size(config, count)
 
     start = time.perf_counter()
-    pixels = lazy.read(torch.arange(min(count, READ_IMAGES)))
+    first = torch.arange(min(count, READ_IMAGES))
+    pixels, classes = lazy.read_labeled(first)
     reading_rate = len(pixels) / (time.perf_counter() - start)
     is_cached = _cache(config.data, count * pixels[0].nbytes, accelerator.num_processes > 1) != "none"
-    dataset = CachedImageDataset(pixels, pixel_format=lazy.pixel_format)
+    labels = None
+    if lazy.labels is not None and classes is not None:
+        labels = replace(lazy.labels, indices=classes)
+    dataset = CachedImageDataset(pixels, pixel_format=lazy.pixel_format, labels=labels)
 
-    network = _meta_network(config.model)
+    arguments = class_arguments(config, labels)
+    network = _meta_network(config.model | arguments)
     flop_per_image = PASSES * count_flop(network)
     local_batch = config.batch_size // accelerator.num_processes
     budget = float("inf")
@@ -149,14 +156,14 @@ def estimate_costs(config: TrainConfig, device: str | torch.device = "auto") -> 
     seconds_per_sample = sampling * scale / local_batch
     peak_mib = memory_mib(local_device)
     if local_device.type == "cpu":
-        peak_mib = resident + memory_bytes(config, local_batch // config.optim.accumulate) / 2**20
+        peak_mib = resident + memory_bytes(config, local_batch // config.optim.accumulate, arguments) / 2**20
     cached_rate = loader_rate(
         Batches(dataset, torch.arange(len(pixels)), config.batch_size, config.seed, config.model["sample_size"])
     )
     return RunCosts(
         images=count - config.data.holdout,
         parameters=network.num_parameters(),
-        state_mib=memory_bytes(config, 0) / 2**20,
+        state_mib=memory_bytes(config, 0, arguments) / 2**20,
         peak_mib=peak_mib,
         gflop_per_step=config.batch_size * flop_per_image / 1e9,
         seconds_per_step=seconds_per_step,
@@ -198,7 +205,7 @@ def measured_part(
     )
 
 
-def memory_bytes(config: TrainConfig, batch_size: int) -> int:
+def memory_bytes(config: TrainConfig, batch_size: int, classes: Mapping[str, Any] = MappingProxyType({})) -> int:
     """Compute the memory of a training step: weights, average, gradients, moments, and the feature maps.
 
     The feature maps that the backward pass needs are the outputs of all layers; with gradient checkpointing, a residual
@@ -207,6 +214,7 @@ def memory_bytes(config: TrainConfig, batch_size: int) -> int:
     Args:
         config: the completed configuration.
         batch_size: images per backward pass.
+        classes: arguments of the network that follow from the labels (`ddim.training.trainer.class_arguments`).
 
     Returns:
         Bytes.
@@ -216,7 +224,8 @@ def memory_bytes(config: TrainConfig, batch_size: int) -> int:
         >>> 50e6 < memory_bytes(load_config("digits"), batch_size=128) < 500e6
         True
     """
-    parameters, numbers = _count_numbers(json.dumps(config.model, sort_keys=True), config.gradient_checkpointing)
+    model = json.dumps(config.model | dict(classes), sort_keys=True)
+    parameters, numbers = _count_numbers(model, config.gradient_checkpointing)
     bytes_per_number = 4 if config.precision == "fp32" else 2
     copies = STATE_COPIES + len(config.ema.sigma_rels)
     return copies * 4 * parameters + batch_size * bytes_per_number * numbers
@@ -245,7 +254,9 @@ def _count_numbers(model: str, gradient_checkpointing: bool) -> tuple[int, int]:
             module.register_forward_hook(add)
     height, width = height_and_width(network.config.sample_size)
     with torch.device("meta"), torch.no_grad():
-        network(torch.empty(1, network.config.in_channels, height, width), torch.zeros((), dtype=torch.int64))
+        zero = torch.zeros((), dtype=torch.int64)
+        label = None if network.class_embedding is None else zero[None]
+        network(torch.empty(1, network.config.in_channels, height, width), zero, label)
     return network.num_parameters(), numbers
 
 
@@ -287,7 +298,8 @@ def preset_table() -> str:
 
 def _time_steps(trainer: Trainer) -> tuple[float, float, float]:
     """Return seconds of the update, of the gradients, and of an evaluation without them, of a trainer's batch."""
-    images = trainer.batches[0].to(trainer.device)
+    images, labels = (t if t is None else t.to(trainer.device) for t in trainer.batches.read_labeled(0))
+    assert images is not None
     trainer.model.train()
     updates: list[float] = []
     gradients: list[float] = []
@@ -295,7 +307,7 @@ def _time_steps(trainer: Trainer) -> tuple[float, float, float]:
     # The first step compiles kernels and allocates memory.
     while len(updates) < 1 + TIMED_STEPS and (len(updates) < 2 or time.perf_counter() - start < TIMED_SECONDS):
         first = _clock(trainer.device)
-        trainer.compute_gradients(images)
+        trainer.compute_gradients(images, labels)
         second = _clock(trainer.device)
         trainer.apply_gradients()
         updates.append(_clock(trainer.device) - second)
@@ -305,7 +317,7 @@ def _time_steps(trainer: Trainer) -> tuple[float, float, float]:
     x0, _, timesteps = trainer.draw(images, 0)
     with torch.no_grad():
         first = _clock(trainer.device)
-        trainer.ema(x0, timesteps)
+        trainer.ema(x0, timesteps, labels)
         sampling = _clock(trainer.device) - first
     return statistics.median(updates[1:]), statistics.median(gradients[1:]), sampling
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,14 +50,16 @@ def held_out_loss(trainer: Trainer) -> float:
     scheduler, total = trainer.scheduler, 0.0
     count = len(trainer.held_out)
     timesteps = trainer.objective.spread_timesteps(count)
-    images = center_crop(trainer.dataset.read(trainer.held_out).cpu(), trainer.batches.size)
+    images, labels = trainer.dataset.read_labeled(trainer.held_out)
+    images = center_crop(images.cpu(), trainer.batches.size)
     x0 = trainer.dataset.pixel_format.to_samples(images).clamp(-1, 1)
     noise = torch.randn(x0.shape, generator=generator_for(trainer.config.seed, "held-out noise", 0))
     for part in (slice(start, start + BATCH_SIZE) for start in range(0, count, BATCH_SIZE)):
         x, e, t = (tensor[part].to(trainer.device) for tensor in (x0, noise, timesteps))
+        classes = () if labels is None else (labels[part].to(trainer.device),)
         noisy = scheduler.add_noise(x, e, t)
         target = trainer.objective.target(x, e, t, noisy)
-        total += float((trainer.ema(noisy, t).sample - target).square().flatten(1).mean(1).sum())
+        total += float((trainer.ema(noisy, t, *classes).sample - target).square().flatten(1).mean(1).sum())
     return total / count
 
 
@@ -77,7 +81,12 @@ def sample_distance(trainer: Trainer, pipe: DDIMPipeline) -> float:
         trained = trainer.batches.indices
         order = torch.randperm(len(trained), generator=generator_for(trainer.config.seed, "reference", 0))
         indices = trained[order[: settings.count]]
-    samples = sample_image_set(pipe, settings.count, num_inference_steps=settings.num_inference_steps)
+    classes: dict[str, Any] = {}
+    if (labels := trainer.dataset.labels) is not None:
+        # Samples have the classes of the real images.
+        real_classes = labels.indices.cpu()[indices]
+        classes["class_labels"] = real_classes[torch.arange(settings.count) % len(real_classes)].tolist()
+    samples = sample_image_set(pipe, settings.count, num_inference_steps=settings.num_inference_steps, **classes)
     parts = torch.split(indices, BATCH_SIZE)
     real = [center_crop(trainer.dataset.read(part).cpu(), trainer.batches.size) for part in parts]
     if not pixel_format.is_eight_bit:

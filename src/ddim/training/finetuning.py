@@ -2,18 +2,72 @@
 
 A U-Net is convolutional, so that its weights fit every size. The number of channels of the images shows in two layers
 alone, `conv_in` and `conv_out`: where it differs, these two are new and all other weights are kept.
+
+Classes show in one layer alone, the rows of the class embedding, which are added to the embedding of the timestep.
+Classes are the same where their names are; the null class is one of them. New classes of a network that had none are
+zero, so that it starts as it was trained; those of a network with classes start as its null class, or as the mean of
+its classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
+from ddim.io.class_labels import ClassLabels
 from ddim.unet import UNet2DModel
 
 CHANNEL_LAYERS = ("conv_in", "conv_out")
 """The layers whose shapes depend on the channels of the images."""
+
+
+CLASS_WEIGHT = "class_embedding.weight"
+
+
+def fit_classes(
+    weights: Mapping[str, Tensor], trained: ClassLabels | None, model: UNet2DModel
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the weights of a trained network with an embedding of the classes of another one.
+
+    Args:
+        weights: of the trained network.
+        trained: its classes; `None` for none.
+        model: the other network.
+
+    Returns:
+        Weights, and the names of the classes that are new.
+
+    Raises:
+        ValueError: if the trained network has classes and the other one has none.
+
+    Example:
+        >>> shape = {"block_out_channels": (4,), "down_block_types": ("DownBlock2D",), "norm_num_groups": 2,
+        ...          "up_block_types": ("UpBlock2D",), "attention_head_dim": 4}
+        >>> plain = UNet2DModel(8, 1, 1, **shape)
+        >>> pets = UNet2DModel(8, 1, 1, **shape, num_class_embeds=2, class_names=("cat", "dog"))
+        >>> fit_classes(plain.state_dict(), None, pets)[1]
+        ['cat', 'dog']
+    """
+    result = dict(weights)
+    classes = ClassLabels.of(model.config)
+    if classes is None:
+        if trained is not None:
+            raise ValueError(f"it has {trained.count} classes, and data.labels is none; use auto or a column")
+        return result, []
+    own = model.state_dict()[CLASS_WEIGHT]
+    rows, new = torch.zeros_like(own), []
+    table = result.get(CLASS_WEIGHT)
+    if trained is not None and table is not None:
+        rows[:] = table[trained.count] if trained.has_null else table.mean(0)
+    known = {} if trained is None else {name: index for index, name in enumerate(trained.names)}
+    for index, name in enumerate(classes.names):
+        if table is not None and name in known:
+            rows[index] = table[known[name]]
+        else:
+            new.append(name)
+    return result | {CLASS_WEIGHT: rows}, new
 
 
 def load_weights(model: UNet2DModel, weights: Mapping[str, Tensor]) -> list[str]:

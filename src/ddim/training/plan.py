@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from accelerate.utils import broadcast_object_list
 
+from ddim.data.labels import describe_classes, read_labels
 from ddim.data.sources import open_source
 from ddim.data.survey import ImageSurvey, survey_images
 from ddim.io.images import height_and_width
@@ -107,6 +108,7 @@ class Plan(NamedTuple):
         config: the whole configuration.
         costs: of the run, measured.
         limit: what decides its length: the configuration, the number of images, a night, or the time limit.
+        classes: the classes that it trains with, in words; `None` without labels.
     """
 
     survey: ImageSurvey
@@ -114,6 +116,7 @@ class Plan(NamedTuple):
     config: TrainConfig
     costs: RunCosts
     limit: Limit
+    classes: str | None = None
 
 
 NETWORK = {"sample_size", "block_out_channels", "down_block_types", "up_block_types"}
@@ -156,8 +159,10 @@ def plan_run(tree: Mapping[str, Any], device: str | torch.device = "auto", max_m
     given_model = dict(tree.get("model") or {})
     accelerator, local_device = start_processes(device)
     machine = inspect_machine(local_device)
+    source = open_source(given.data.source, given.data.split, given.data.column)
+    labels = read_labels(source, given.data.labels)
     with left_to_the_run():
-        survey = survey_images(open_source(given.data.source, given.data.split, given.data.column))
+        survey = survey_images(source)
 
     # The network.
     if given.init is None:
@@ -192,7 +197,8 @@ def plan_run(tree: Mapping[str, Any], device: str | torch.device = "auto", max_m
     config = complete_config(config)
     costs = costs._replace(hours=count_hours(config, costs.seconds_per_step, costs.seconds_per_sample))
     # Times differ between processes.
-    (plan,) = broadcast_object_list([Plan(survey, machine, config, costs, limit)])
+    classes = None if labels is None else describe_classes(labels)
+    (plan,) = broadcast_object_list([Plan(survey, machine, config, costs, limit, classes)])
     return plan
 
 

@@ -16,12 +16,12 @@ import yaml
 from pydantic import BaseModel
 
 from ddim.scheduler import DDIMScheduler
-from ddim.training.config import SCHEDULER_DEFAULTS, TrainConfig
+from ddim.training.config import CLASS_ARGUMENTS, SCHEDULER_DEFAULTS, TrainConfig
 from ddim.unet import UNet2DModel
 
 COMPONENTS: Mapping[str, type[Any]] = {"model": UNet2DModel, "scheduler": DDIMScheduler}
 """Sections whose entries are the arguments of a class."""
-DECIDED_BY_DATA = {"pixel_format"}
+DECIDED_BY_DATA = {"pixel_format", *CLASS_ARGUMENTS}
 """Arguments of these classes that are not entries."""
 COMMENT_WIDTH = 100
 MISSING: Any = object()

@@ -32,10 +32,12 @@ from tqdm import tqdm
 
 from ddim.data.augment import Augmentation
 from ddim.data.dataset import CachedImageDataset, ImageDataset, open_dataset
+from ddim.data.labels import describe_classes
 from ddim.data.loader import loader_rate
 from ddim.devices import choose_device
 from ddim.distributed import rank_and_world_size
 from ddim.io.atomic import atomic_write, is_vacant
+from ddim.io.class_labels import grid_of_classes
 from ddim.io.config import public_entries
 from ddim.io.false_color import preview
 from ddim.io.fingerprint import model_sha256
@@ -50,6 +52,7 @@ from ddim.training.averages import AVERAGES, remove_snapshots_after, take_over_s
 from ddim.training.card import model_card
 from ddim.training.checkpoint import Checkpoint, load_checkpoint, load_newest, remove_partial
 from ddim.training.config import (
+    CLASS_ARGUMENTS,
     SCHEDULER_DEFAULTS,
     TrainConfig,
     check_augmentation,
@@ -181,7 +184,10 @@ def complete_config(config: TrainConfig) -> TrainConfig:
     model, scheduler = config.model, dict(SCHEDULER_DEFAULTS)
     if config.init is not None:
         pipe = DDIMPipeline.from_pretrained(config.init)
-        model = _plain_values(pipe.unet.config) | model
+        if (embed_type := getattr(pipe.unet.config, "class_embed_type", None)) is not None:
+            raise ValueError(f"init: training does not support class_embed_type={embed_type}, which {config.init} has")
+        trained = {name: v for name, v in _plain_values(pipe.unet.config).items() if name not in CLASS_ARGUMENTS}
+        model = trained | model
         defaults = DDIMScheduler().config
         scheduler = {
             name: value
@@ -260,8 +266,7 @@ def prepare_dataset(config: TrainConfig, accelerator: Accelerator, device: torch
         )
     check_batch_size(config, dataset.shape[0])
     if config.data.on_device and isinstance(dataset, CachedImageDataset):
-        pixels = dataset.pixels.to(device)
-        dataset = CachedImageDataset(pixels, str(device), dataset.fingerprint, dataset.identity, dataset.pixel_format)
+        dataset = dataset.to(device)
     return dataset
 
 
@@ -343,6 +348,10 @@ def _train_and_log(trainer: Trainer, out: Path, max_minutes: float | None, share
         "%s: %d images, %d x %d x %d, in %s; the loader delivers %.0f images/s",
         *(config.data.source, N, C, H, W, trainer.dataset.location, loader_rate(trainer.batches)),
     )
+    if trainer.dataset.labels is not None:
+        logger.info("%s", describe_classes(trainer.dataset.labels))
+    elif trainer.dataset.unused_labels is not None:
+        logger.info("labels are not used: %s; data.labels: auto trains with them", trainer.dataset.unused_labels)
     entries = flat_entries(config)
     metrics_logger = MetricsLogger(out, trainer.step, config.log_every, trainer.device, config.trackers, entries)
 
@@ -398,11 +407,18 @@ def _write_samples(trainer: Trainer, path: Path) -> Image.Image:
     """Write a grid of samples of the averaged weights, from seeds 0, 1, 2, ..., and return it."""
     samples = trainer.config.samples
     pipe = _make_pipeline(trainer)
-    output = pipe.sample_images(samples.count, num_inference_steps=samples.num_inference_steps, output_type="np")
+    count, columns, labels = samples.count, None, None
+    if trainer.classes is not None:
+        # A row per class.
+        rows, columns = grid_of_classes(count, trainer.classes.count)
+        count, labels = rows * columns, [row for row in range(rows) for _ in range(columns)]
+    output = pipe.sample_images(
+        count, num_inference_steps=samples.num_inference_steps, output_type="np", class_labels=labels
+    )
     images = preview(to_values(output, pipe.pixel_format), pipe.pixel_format)
     path.parent.mkdir(exist_ok=True)
-    save_images(images, path)
-    return make_grid(images)
+    save_images(images, path, columns=columns)
+    return make_grid(images, columns)
 
 
 def _make_record(config: TrainConfig, dataset: ImageDataset, device: torch.device) -> dict[str, Any]:
@@ -410,6 +426,8 @@ def _make_record(config: TrainConfig, dataset: ImageDataset, device: torch.devic
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     pixel_format = dataset.pixel_format.record()
     data = {"images": dataset.shape[0], "sha256": dataset.fingerprint, "identity": dataset.identity}
+    if (labels := dataset.labels) is not None:
+        data["labels"] = {"column": labels.column, "classes": list(labels.names), "sha256": labels.sha256()}
     return {
         "config": config.model_dump(mode="json"),
         "data": data | ({} if pixel_format is None else {"pixel_format": pixel_format}),
@@ -511,9 +529,16 @@ def _is_same_data(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """
     if old["images"] != new["images"] or old.get("pixel_format") != new.get("pixel_format"):
         return False
+    if old.get("labels", {}).get("sha256") != new.get("labels", {}).get("sha256"):
+        return False
     return old["sha256"] == new["sha256"] or old.get("identity") == new["identity"]
 
 
 def _describe(data: dict[str, Any]) -> str:
     dtype = data.get("pixel_format", {}).get("dtype", "uint8")
-    return f"{data['images']} images ({'' if dtype == 'uint8' else f'{dtype}, '}SHA-256 {str(data['sha256'])[:16]})"
+    labels = data.get("labels")
+    classes = f", {len(labels['classes'])} classes (SHA-256 {str(labels['sha256'])[:16]})" if labels else ""
+    return (
+        f"{data['images']} images ({'' if dtype == 'uint8' else f'{dtype}, '}SHA-256 {str(data['sha256'])[:16]})"
+        f"{classes}"
+    )

@@ -7,6 +7,9 @@ Every random number of step n is a function of (seed, n), so that a resumed run 
 would. All processes draw the numbers of the whole batch and use their part: the number of processes changes nothing but
 the order of sums (and dropout, which each process draws for its own part).
 
+With labels the network is told the class of each image. Some labels, drawn anew in every step, are replaced by the null
+class, which stands for all classes: guidance needs it (arXiv 2207.12598).
+
 Losses stay on the device until they are needed, so that the loop does not wait for a GPU at every step.
 """
 
@@ -30,10 +33,12 @@ from tqdm import tqdm
 
 from ddim.data.augment import Augmentation
 from ddim.data.dataset import ImageDataset
+from ddim.data.labels import ImageLabels
 from ddim.data.loader import Batches, Prefetcher, split_holdout
 from ddim.data.seeding import generator_for
 from ddim.distributed import ProcessGroup
 from ddim.engine.cuda import tried_algorithms
+from ddim.io.class_labels import MAX_NAMES_SHOWN, ClassLabels
 from ddim.io.pixel_format import EIGHT_BIT, PixelFormat
 from ddim.io.runs import CHECKPOINTS, checkpoint_step, list_checkpoints
 from ddim.pipeline import DDIMPipeline
@@ -42,7 +47,7 @@ from ddim.training.averages import AVERAGES, PowerAverages, save_snapshot, snaps
 from ddim.training.checkpoint import Checkpoint, save_checkpoint
 from ddim.training.config import TrainConfig
 from ddim.training.distilling import make_objective
-from ddim.training.finetuning import load_weights
+from ddim.training.finetuning import fit_classes, load_weights
 from ddim.training.objective import QUARTILES, by_quartile, loss_weights
 from ddim.training.optim import ema_update, learning_rate, make_optimizer, zero_last_layers
 from ddim.training.progress import Progress, StepMetrics, TrainingStopped
@@ -80,6 +85,7 @@ class Trainer:
         pending_metrics: metrics of the steps that no line of `metrics.jsonl` covers yet; checkpoints save them.
         seconds: time spent in `train`, over all parts of the run.
         held_out: indices of the images that are not trained on.
+        classes: of the network; `None` without labels.
 
     Raises:
         ValueError: if the model does not take such images, or the batch cannot be divided among the processes.
@@ -114,7 +120,8 @@ class Trainer:
         self.objective = make_objective(config, self.scheduler, device)
 
         # The network, its average, and the optimizer.
-        self.model = build_model(config, dataset.pixel_format).to(device)
+        self.model = build_model(config, dataset.pixel_format, dataset.labels).to(device)
+        self.classes = ClassLabels.of(self.model.config)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.gradient_checkpointing:
@@ -135,7 +142,9 @@ class Trainer:
         trained, self.held_out = split_holdout(dataset.shape[0], config.data.holdout, config.seed)
         group = ProcessGroup(self.accelerator.process_index, processes)
         augmentation = Augmentation.of(config.data)
-        self.batches = Batches(dataset, trained, config.batch_size, config.seed, size, augmentation, group)
+        self.batches = Batches(
+            dataset, trained, config.batch_size, config.seed, size, augmentation, group, config.data.balanced
+        )
         self._fetch_stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._fetch_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -152,7 +161,8 @@ class Trainer:
             self._network = torch.compile(self._network)
         with torch.no_grad():
             # A trial run raises the model's own errors for images that do not fit, before anything is written.
-            self.model(torch.zeros(1, dataset.shape[1], *self.batches.size, device=device), 0)
+            label = None if self.classes is None else torch.zeros(1, dtype=torch.int64, device=device)
+            self.model(torch.zeros(1, dataset.shape[1], *self.batches.size, device=device), 0, label)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint.
@@ -265,7 +275,7 @@ class Trainer:
                     stops = is_late = False
 
                     # Gradients, while the next batch is fetched.
-                    self.compute_gradients(prefetcher[self.step])
+                    self.compute_gradients(*prefetcher[self.step])
 
                     # Check losses before the update, so that no non-finite gradient reaches a checkpoint; all processes
                     # agree whether to stop.
@@ -317,7 +327,7 @@ class Trainer:
             TrainingStopped: on a non-finite loss or gradient.
         """
         self.model.train()
-        self.compute_gradients(self._fetch(self.step))
+        self.compute_gradients(*self._fetch(self.step))
         self._synchronize(False, False)
         self.apply_gradients()
         self.step += 1
@@ -339,11 +349,28 @@ class Trainer:
         noise = torch.randn((batch_size, *images.shape[1:]), generator=generator, device=self.device)
         return self.dataset.pixel_format.to_samples(images).clamp(-1, 1), noise[local], timesteps[local]
 
-    def compute_gradients(self, images: Tensor) -> None:
+    def drop_labels(self, labels: Tensor, step: int) -> Tensor:
+        """Replace some labels of this process's part of a step by the null class.
+
+        Args:
+            labels: int64 (n,) on the device.
+            step: number of steps taken before.
+
+        Returns:
+            int64 (n,).
+        """
+        if self.classes is None or not self.classes.has_null:
+            return labels
+        generator = generator_for(self.config.seed, "class dropout", step, self.device)
+        numbers = torch.rand(self.config.batch_size, generator=generator, device=self.device)[self.batches.local]
+        return labels.masked_fill(numbers < self.config.objective.class_dropout, self.classes.count)
+
+    def compute_gradients(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Compute the clipped gradients of this step, averaged over all processes, and queue its metrics.
 
         Args:
             images: this process's part of the batch, (n, C, H, W) on the device, in the data's units.
+            labels: their classes, int64 (n,) on the device, where the network has classes.
         """
         config = self.config
 
@@ -360,16 +387,17 @@ class Trainer:
         # Forward and backward, in `accumulate` passes over parts of the batch.
         self.optimizer.zero_grad(set_to_none=True)
         passes = config.optim.accumulate
+        parts = [tensor.chunk(passes) for tensor in (noisy, timesteps, target)]
+        # The network takes labels only where it has classes.
+        labels_of_parts = [()] * passes if labels is None else zip(self.drop_labels(labels, self.step).chunk(passes))
         losses = []
-        for index, (x, t, y) in enumerate(
-            zip(*(part.chunk(passes) for part in (noisy, timesteps, target)), strict=True)
-        ):
+        for index, (x, t, y, c) in enumerate(zip(*parts, labels_of_parts, strict=True)):
             # The processes exchange gradients once, in the last pass.
             is_last = index == passes - 1
             no_sync = contextlib.nullcontext() if is_last else self.accelerator.no_sync(self._network)
             with no_sync, tried_algorithms():
                 with torch.autocast(self.device.type, PRECISIONS[config.precision], config.precision != "fp32"):
-                    predicted = self._network(x, t).sample
+                    predicted = self._network(x, t, *c).sample
                 sample_losses = (predicted.float() - y).square().flatten(1).mean(1)
                 loss = (self._loss_weights[t] * sample_losses).mean() / passes
                 self.grad_scaler.scale(loss).backward()
@@ -385,18 +413,19 @@ class Trainer:
         sums, counts = by_quartile(sample_losses, timesteps, len(self.scheduler))
         self._device_metrics.append(torch.cat([loss[None], grad_norm.detach()[None], sums, counts]))
 
-    def _fetch(self, step: int) -> Tensor:
-        """Read this process's images of a step, and copy them to the device."""
+    def _fetch(self, step: int) -> tuple[Tensor, ...]:
+        """Read this process's images of a step, and their classes if they have any; copy them to the device."""
         if self._fetch_stream is None:
-            return self.batches[step].to(self.device)
+            return tuple(tensor.to(self.device) for tensor in self.batches.read_labeled(step) if tensor is not None)
         # On a stream of its own: what waits for a copy in here would wait for the steps that are queued on the default
         # stream, and leave the device without work until the next one is queued.
         with torch.cuda.stream(self._fetch_stream):
-            images = self.batches[step]
-            images = images if images.is_cuda else images.pin_memory().to(self.device, non_blocking=True)
+            tensors = tuple(tensor for tensor in self.batches.read_labeled(step) if tensor is not None)
+            tensors = tuple(t if t.is_cuda else t.pin_memory().to(self.device, non_blocking=True) for t in tensors)
         self._fetch_stream.synchronize()
-        images.record_stream(torch.cuda.current_stream(self.device))
-        return images
+        for tensor in tensors:
+            tensor.record_stream(torch.cuda.current_stream(self.device))
+        return tensors
 
     def apply_gradients(self) -> None:
         """Update the weights and their average by the gradients of this step."""
@@ -476,14 +505,44 @@ def training_bar(total: int, initial: int, description: str, is_shown: bool = Tr
     return tqdm(total=total, initial=initial, desc=description, unit="step", dynamic_ncols=True, disable=not is_shown)
 
 
-def build_model(config: TrainConfig, pixel_format: PixelFormat = EIGHT_BIT) -> UNet2DModel:
+def class_arguments(config: TrainConfig, labels: ImageLabels | None) -> dict[str, Any]:
+    """Return the arguments of the network that follow from the labels of the images.
+
+    Args:
+        config: the configuration; with `objective.class_dropout` there is a null class, the last one.
+        labels: classes of the images; `None` for none.
+
+    Returns:
+        Arguments of `UNet2DModel`.
+
+    Example:
+        >>> from ddim.training.config import load_config
+        >>> labels = ImageLabels(("cat", "dog"), torch.tensor([1, 0]), "label")
+        >>> class_arguments(load_config("digits"), labels)
+        {'num_class_embeds': 3, 'class_names': ['cat', 'dog'], 'has_null_class': True}
+    """
+    if labels is None:
+        return {}
+    has_null = config.objective.class_dropout > 0
+    return {
+        "num_class_embeds": len(labels.names) + has_null,
+        "class_names": list(labels.names),
+        "has_null_class": has_null,
+    }
+
+
+def build_model(
+    config: TrainConfig, pixel_format: PixelFormat = EIGHT_BIT, labels: ImageLabels | None = None
+) -> UNet2DModel:
     """Build the network that a run starts from, on the CPU: new, or with the weights of `config.init`.
 
-    Where the images have other channels than the model `config.init`, its input and output layers are new.
+    Where the images have other channels than the model `config.init`, its input and output layers are new; where they
+    have other classes, the embeddings of these are.
 
     Args:
         config: the checked configuration.
         pixel_format: the type and the ranges of the images' values, which the network records.
+        labels: classes of the images; `None` for none.
 
     Returns:
         The network.
@@ -498,13 +557,15 @@ def build_model(config: TrainConfig, pixel_format: PixelFormat = EIGHT_BIT) -> U
         18521
     """
     torch.manual_seed(config.seed)
-    model = UNet2DModel.from_config({}, **config.model, pixel_format=pixel_format.record())
+    arguments = config.model | class_arguments(config, labels)
+    model = UNet2DModel.from_config({}, **arguments, pixel_format=pixel_format.record())
     if config.init is None:
         zero_last_layers(model)
         return model
     source = DDIMPipeline.from_pretrained(config.init).unet
     try:
-        new_layers = load_weights(model, source.state_dict())
+        weights, new_classes = fit_classes(source.state_dict(), ClassLabels.of(source.config), model)
+        new_layers = load_weights(model, weights)
     except ValueError as error:
         raise ValueError(f"init: the weights of {config.init} do not fit the model: {error}") from None
     if new_layers:
@@ -513,6 +574,9 @@ def build_model(config: TrainConfig, pixel_format: PixelFormat = EIGHT_BIT) -> U
             *(config.init, pluralize(source.config.in_channels, "channel"), model.config.in_channels),
             " and ".join(new_layers),
         )
+    if new_classes:
+        shown_classes = ", ".join(new_classes[:MAX_NAMES_SHOWN]) + ", ..." * (len(new_classes) > MAX_NAMES_SHOWN)
+        logger.info("%s does not have the classes %s: their embeddings are new", config.init, shown_classes)
     return model
 
 
