@@ -120,7 +120,8 @@ class FusedNetwork:
         self.unet.check_sample(sample)
         timesteps = as_timesteps(timestep, sample.device)
         check_embeddings(timesteps.reshape(-1), sample)
-        with torch.autocast(sample.device.type, enabled=False), torch.cuda.device_of(sample):
+        on_device: Any = torch.cuda.device_of
+        with torch.autocast(sample.device.type, enabled=False), on_device(sample):
             projected = self.project(timesteps, class_labels)
             check_embeddings(projected, sample)
             return self.evaluate(sample, timesteps, projected)
