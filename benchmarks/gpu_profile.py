@@ -1,11 +1,13 @@
 """Where the time of ddim's engine on a GPU goes: the CIFAR-10 architecture with random weights.
 
-    python -m benchmarks.gpu_profile [--batches 1 16 256] [--dtype bf16] [--layers 256] [--kernels 15]
+    python -m benchmarks.gpu_profile [--batches 1 16 256] [--dtype bf16] [--layers 256] [--alternatives 256]
 
 For each batch size, whole steps, as recorded and launched by the engine, are timed without a profiler, then profiled:
 the time on the device by kind of kernel, and the slowest kernels. For the batch size `--layers` each operation of one
 evaluation is then timed on its own, once per distinct shape: rates in TFLOP/s of convolutions and products, in GB/s of
-what only moves memory. What a kind takes, and how far its rate is from the machine's, says what bounds the whole.
+what only moves memory. What a kind takes, and how far its rate is from the machine's, says what bounds the whole. For
+the batch size `--alternatives` operations are timed beside other ways to compute the same: other tiles, two kernels
+instead of one, PyTorch's operators, upsampling before the convolution, 1x1 convolutions by cuDNN.
 
 `--cpu-try` runs all that does not need CUDA on a CPU with a small network, to test this script.
 """
@@ -17,13 +19,14 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu import DTYPES, describe_machine, use_tf32
@@ -31,7 +34,8 @@ from benchmarks.networks import make_unet
 from ddim import DDIMScheduler
 from ddim.diffusion.loop import StepSettings
 from ddim.engine.cuda import CUDAEngine, record_graph, tried_algorithms
-from ddim.engine.fused import operations
+from ddim.engine.fused import operations, reference
+from ddim.engine.fused.reference import Norm
 from ddim.info import count_flop
 
 KINDS = {
@@ -195,12 +199,81 @@ def time_layers(engine: CUDAEngine, batch: int) -> None:
         print(f"  {1000 * seconds:8.3f} ms {line}")
 
 
+NORM_SHAPES = (((128,), 32), ((128, 128), 32), ((256, 128), 32), ((256,), 16), ((256, 256), 16))
+"""Channels of the inputs and height of the feature maps of the network's largest group norms."""
+
+NORM_VARIANTS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "8 warps": {"_launch_options": lambda elements: {"num_warps": max(1, min(8, elements // 512))}},
+    "8 warps, 128 registers": {"_launch_options": lambda _: {"num_warps": 8, "maxnreg": 128}},
+    "16 warps, any registers": {"_launch_options": lambda _: {"num_warps": 16}},
+    "half of a tile": {"TILE_ELEMENTS": 8192},
+    "two kernels": {"MAX_TILE_ELEMENTS": 0},
+    "two kernels, small tiles": {"MAX_TILE_ELEMENTS": 0, "TILE_ELEMENTS": 4096},
+}
+
+
+def time_alternatives(device: torch.device, dtype: torch.dtype, batch: int) -> None:
+    """Time operations of the network beside other ways to compute the same."""
+    kernels: Any = operations.load_kernels(device, dtype)
+
+    def feature_map(channels: int, size: int) -> Tensor:
+        x = torch.randn(batch, channels, size, size, device=device, dtype=dtype)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def show(name: str, variant: str, run: Callable[[], Any], moved: int = 0) -> None:
+        try:
+            seconds = time_operation(run, device)
+        except Exception as error:
+            print(f"  {name:34} {variant:28} failed: {str(error).splitlines()[0][:60]}")
+            return
+        rate = f"{moved / seconds / 1e9:7.0f} GB/s" if moved else ""
+        print(f"  {name:34} {variant:28} {1e6 * seconds:9.1f} us {rate}", flush=True)
+
+    print(f"\nalternatives at batch {batch}")
+    x = feature_map(128, 32)
+    show("copy 128 channels 32x32", "clone", x.clone, 2 * x.nbytes)
+    for channels, size in NORM_SHAPES:
+        maps = [feature_map(c, size) for c in channels]
+        weight = torch.ones(sum(channels), device=device, dtype=dtype)
+        norm = Norm(weight, torch.zeros_like(weight), 32, 1e-6, silu=True)
+        a, b = maps[0], maps[1] if len(maps) > 1 else None
+        shift = torch.randn(1, len(weight), device=device, dtype=dtype)
+        name, moved = f"norm {channels} {size}x{size}", 2 * sum(m.nbytes for m in maps)
+        for variant, changes in NORM_VARIANTS.items():
+            if kernels is not None:
+                with mock.patch.multiple(kernels, **changes) if changes else nullcontext():
+                    show(name, variant, partial(kernels.normalize, a, b, norm, shift), moved)
+        show(name, "PyTorch's operators", partial(reference.normalize, a, b, norm, shift), moved)
+    for channels, size in ((128, 32), (256, 16)):
+        x, skip, bias = feature_map(channels, size), feature_map(channels, size), torch.ones(channels, device=device)
+        for elements in (2048, 4096, 8192, 16384):
+            if kernels is not None:
+                with mock.patch.object(kernels, "STREAM_ELEMENTS", elements):
+                    run = partial(kernels.add_residual, x, bias, [skip])
+                    show(f"residual {channels} {size}x{size}", f"{elements} elements", run, 3 * x.nbytes)
+    for channels, size in ((256, 16), (256, 8), (256, 4)):
+        x, name = feature_map(channels, size), f"upsample {channels} {size}x{size}"
+        conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        conv.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        filters = torch.randn(4 * channels, channels, 2, 2, device=device, dtype=dtype)
+        filters = filters.contiguous(memory_format=torch.channels_last)
+        show(name, "small map", lambda x=x, w=filters: operations.interleave(F.conv2d(x, w, padding=1)))
+        show(name, "large map", lambda x=x, conv=conv: conv(F.interpolate(x, scale_factor=2, mode="nearest")))
+    for inputs, outputs, size in ((256, 128, 32), (128, 128, 32), (256, 256, 16)):
+        x, weight = feature_map(inputs, size), torch.randn(outputs, inputs, device=device, dtype=dtype)
+        name = f"1x1 {inputs} to {outputs} {size}x{size}"
+        show(name, "product", lambda x=x, w=weight: F.linear(x.permute(0, 2, 3, 1), w))
+        show(name, "convolution", lambda x=x, w=weight: F.conv2d(x, w[:, :, None, None]))
+
+
 def main() -> None:
     """Profile all batch sizes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 256], help="batch sizes")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights")
     parser.add_argument("--layers", type=int, help="also time each operation at this batch size")
+    parser.add_argument("--alternatives", type=int, help="also time alternatives at this batch size")
     parser.add_argument("--kernels", type=int, default=15, help="slowest kernels to list")
     parser.add_argument("--cpu-try", action="store_true", help="run on a CPU, with a small network, to test the script")
     options = parser.parse_args()
@@ -218,6 +291,8 @@ def main() -> None:
             profile_steps(engine, batch, flop, options.kernels)
         if options.layers is not None:
             time_layers(engine, options.layers)
+        if options.alternatives is not None:
+            time_alternatives(engine.device, dtype, options.alternatives)
 
 
 if __name__ == "__main__":
