@@ -1,6 +1,7 @@
 """Sampling on a GPU, compared and timed beside `diffusers`: the CIFAR-10 architecture with random weights.
 
-    python -m benchmarks.gpu [--batches 1 16 256 1024] [--dtypes float32 TF32 bf16] [--compile] [--out FOLDER]
+    python -m benchmarks.gpu [--batches 256 1 16 1024] [--dtypes bf16 float32 TF32] [--compile] [--out FOLDER]
+    python -m benchmarks.gpu --minutes 2.5 --batches 256 1 --dtypes bf16 float32 --repeats 3 --training
 
 First, in float32 without TF32, ddim's engine and `diffusers` are compared with the network as it is: predictions at
 several timesteps, and images after 50 steps. A difference ends the run with status 1. Then whole sampling runs:
@@ -8,12 +9,14 @@ several timesteps, and images after 50 steps. A difference ends the run with sta
 - ddim: `DDIMPipeline(unet, scheduler)`, on a GPU the engine of CUDA graphs; ddim eager: with `engine="eager"`;
   ddim compile, with `--compile`: with `engine="compile"`.
 - diffusers as documented: its `DDIMPipeline`, with the network moved to the device and the dtype.
-- diffusers tuned: channels_last, `torch.compile(mode="reduce-overhead", fullgraph=True)` for each batch size, and
+- diffusers tuned: channels_last, `torch.compile(mode="max-autotune", fullgraph=True)` for each batch size, and
   timesteps moved to the device first, because an input on the CPU prevents CUDA graphs.
 
-Repeats of the rows are interleaved. Rows that are not compiled come first. Then launches are counted: not earlier,
-because a profiler may slow what is launched after it. Compiled rows come last, each interleaved with `ddim`. After
-`--minutes` (default 8) nothing more is measured; another run with `--dtypes` can measure the rest.
+Batches and dtypes are measured in the order in which they are given, and written to `--out` after each. Repeats of the
+rows are interleaved. Rows that are not compiled come first, then those that are, each interleaved with `ddim`. With
+`--training`, the rate of `ddim train` follows, without and with `compile=true`. Launches are counted last: a profiler
+may slow what is launched after it. After `--minutes` (default 8) nothing more is measured; another run can measure the
+rest.
 
 `--cpu-try` runs everything that does not need CUDA on a CPU with a small network, to test this script.
 """
@@ -30,6 +33,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -45,10 +49,15 @@ from torch.profiler import ProfilerActivity, profile
 import ddim
 from benchmarks.networks import make_unet
 from benchmarks.report import markdown_table, write_files
+from ddim.data.dataset import CachedImageDataset
 from ddim.engine import get_engine
 from ddim.engine.base import EagerEngine
 from ddim.info import count_flop
 from ddim.io.json_files import to_json
+from ddim.training.config import load_config
+from ddim.training.progress import Progress
+from ddim.training.run import start_processes
+from ddim.training.trainer import Trainer
 
 DTYPES = {"float32": (torch.float32, False), "TF32": (torch.float32, True), "bf16": (torch.bfloat16, False)}
 """The dtype of the weights, and whether convolutions and products of float32 may round to TF32."""
@@ -62,10 +71,13 @@ TOLERANCE, MIN_EQUAL_PIXELS = 1e-4, 0.999
 """Largest difference of predictions, relative to the largest value; share of pixels that must be within 1/255."""
 
 WARM_UP_STEPS = 4
-"""The third evaluation is the first that only replays what `reduce-overhead` has recorded."""
+"""The third evaluation is the first that only replays what `max-autotune` has recorded."""
 
 MAX_RUN_SECONDS, MIN_STEPS = 1.0, 3
 """Longer runs are cut to this time, but not to fewer steps."""
+
+TRAINING_BATCH, TRAINING_WARM_UP, TRAINING_STEPS = 512, 12, 40
+"""Images per training step, the steps before the clock starts, and the steps that are timed."""
 
 MARGIN_SECONDS = 30
 """Time for what comes before and after the measurements."""
@@ -76,6 +88,10 @@ LAUNCH = re.compile("(cuda|cu)(LaunchKernel|LaunchCooperativeKernel|GraphLaunch)
 
 class OutOfTime(BaseException):
     """Raised at the time limit; not an `Exception`, because those end only their row."""
+
+
+class Measured(Exception):
+    """Raised to end a training run that has been timed, before it writes a checkpoint."""
 
 
 @dataclass
@@ -104,6 +120,7 @@ class Bench:
         self.diffusers_unet = diffusers.UNet2DModel(**self.unet.config).eval()
         self.diffusers_unet.load_state_dict(self.unet.state_dict())
         self.machine, self.flop, self.check, self.matmul = describe_machine(self.cuda), count_flop(self.unet), "", {}
+        self.training: dict[str, float | str] = {}
         names = [DDIM, EAGER, *([COMPILED] if options.compile else []), DIFFUSERS, TUNED]
         settings = [(batch, dtype) for batch in options.batches for dtype in options.dtypes]
         self.groups = {setting: {name: Row(name, *setting) for name in names} for setting in settings}
@@ -125,7 +142,7 @@ class Bench:
             theirs: Any = copy.deepcopy(self.diffusers_unet).to(self.device, dtype)
             if name == TUNED:
                 theirs.to(memory_format=torch.channels_last)
-                network = torch.compile(theirs.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+                network = torch.compile(theirs.forward, mode="max-autotune", fullgraph=True, dynamic=False)
                 theirs.forward = lambda sample, timestep: network(sample, timestep.to(sample.device))
             pipe = diffusers.DDIMPipeline(theirs, diffusers.DDIMScheduler())
         pipe.set_progress_bar_config(disable=True)
@@ -249,18 +266,54 @@ class Bench:
         for rows in plain:
             self.measure(rows)
             self.write()
+        if self.options.training:
+            self.measure_training(compiles=False)
+        for group in self.groups.values():
+            for row in [group[name] for name in (TUNED, COMPILED) if name in group]:
+                runs = self.measure([group[DDIM], row])
+                self.count_launches(row, runs.pop(row.name, None))
+                del runs
+                torch._dynamo.reset()  # Also frees the memory of recorded graphs.
+                self.write()
+        if self.options.training:
+            self.measure_training(compiles=True)
         for row in [row for rows in plain for row in rows if row.seconds and self.cuda]:
             use_tf32(DTYPES[row.dtype][1])
             self.count_launches(row, self.prepare(row))
-        for dtype in reversed(self.options.dtypes):  # The fastest first, in case time runs out.
-            for batch in self.options.batches:
-                group = self.groups[batch, dtype]
-                for row in [group[name] for name in (TUNED, COMPILED) if name in group]:
-                    runs = self.measure([group[DDIM], row])
-                    self.count_launches(row, runs.pop(row.name, None))
-                    del runs
-                    torch._dynamo.reset()  # Also frees the memory of recorded graphs.
-                    self.write()
+
+    def measure_training(self, compiles: bool) -> None:
+        """Measure the images per second of `ddim train` in bf16, with all that it does but writing files."""
+        name = "ddim train, compile=true" if compiles else "ddim train"
+        print(name, file=sys.stderr, flush=True)
+        batch, warm_up, steps = (TRAINING_BATCH, TRAINING_WARM_UP, TRAINING_STEPS) if self.cuda else (8, 1, 1)
+        overrides = {"data.source": "random", "batch_size": batch, "precision": "bf16", "compile": compiles}
+        config = load_config("cifar10" if self.cuda else "mnist", overrides=overrides)
+        size, channels = config.model["sample_size"], config.model["in_channels"]
+        pixels = torch.randint(256, (4 * batch, channels, size, size), dtype=torch.uint8)
+        dataset = CachedImageDataset(pixels)
+        dataset.pixels = pixels.to(self.device)  # As with `data.on_device`.
+        started = 0.0
+
+        def after_step(progress: Progress) -> None:
+            nonlocal started
+            if progress.step in (warm_up, warm_up + steps):
+                self.synchronize()
+                if progress.step > warm_up:
+                    self.training[name] = steps * batch / (time.perf_counter() - started)
+                    raise Measured
+                started = time.perf_counter()
+
+        benchmark = torch.backends.cudnn.benchmark
+        try:
+            with tempfile.TemporaryDirectory() as folder, torch.enable_grad(), suppress(Measured):
+                accelerator, device = start_processes(self.device)
+                Trainer(config, dataset, Path(folder), device, accelerator).train(after_step)
+        except Exception as error:
+            self.training[name] = f"not measured: {next(iter(str(error).splitlines()), type(error).__name__)}"
+        finally:
+            torch.backends.cudnn.benchmark = benchmark
+        torch._dynamo.reset()
+        self.write()
 
     def numbers(self) -> list[dict[str, Any]]:
         """Return the rows with what follows from their medians."""
@@ -273,6 +326,7 @@ class Bench:
                 median = medians[row.name, row.batch, row.dtype]
                 rate = self.flop * row.batch / median
                 values |= {"ms": 1000 * median, "images_per_second": row.batch / median / self.options.steps}
+                values |= {"evaluations_per_second": row.batch / median}
                 values |= {"tflops": rate / 1e12, "of_matmul": rate / self.matmul[row.dtype], "skip_reason": ""}
                 baselines = {
                     "float32": (DIFFUSERS, "float32"),
@@ -297,26 +351,33 @@ class Bench:
         for batch in self.options.batches:
             rows = [row for row in self.numbers() if row["batch"] == batch]
             text += f"\n## Batch {batch}\n\n{markdown_table(rows, {'dtype': 'dtype', 'row': 'name'}, columns)}\n"
+        if self.training:
+            text += "\n## Training\n\nImages/s of the same network in bf16, random images on the device.\n\n"
+            for name, rate in self.training.items():
+                text += f"- {name}: {rate if isinstance(rate, str) else format(rate, ',.0f')}\n"
         return text
 
     def write(self) -> None:
         """Write the report to the folder `--out`, if given."""
         if self.options.out is not None:
             summary = {"machine": self.machine, "check": self.check, "matmul": self.matmul, "flop": self.flop}
-            contents = {"gpu.md": self.report(), "gpu.json": to_json(summary | {"rows": self.numbers()})}
+            results: dict[str, Any] = {"training": self.training, "rows": self.numbers()}
+            contents = {"gpu.md": self.report(), "gpu.json": to_json(summary | results)}
             write_files(self.options.out, contents)
 
 
 LEGEND = (
     "Medians of whole sampling runs, with fixed costs spread over the steps; long runs are cut to `steps run`. "
-    "`images/s`: in {steps} steps. `/ float32`, `/ documented`, `/ tuned`: speed relative to `diffusers as documented` "
-    "in float32, to the same in the row's dtype, to `diffusers tuned` in the row's dtype. float32 is without TF32; "
-    "PyTorch's default, TF32 in convolutions only, is near TF32. `launches`: of kernels and graphs, per step. "
-    "`of matmul`: of the rate of large matrix products in that dtype. `peak MiB`: the most allocated from building a "
-    "row to the end of its first run, a compiler's trials included. `preparation`: the time between the two."
+    "`evaluations/s`: of the network, per image. `images/s`: in {steps} steps. `/ float32`, `/ documented`, `/ tuned`: "
+    "speed relative to `diffusers as documented` in float32, to the same in the row's dtype, to `diffusers tuned` in "
+    "the row's dtype. float32 is without TF32; PyTorch's default, TF32 in convolutions only, is near TF32. "
+    "`launches`: of kernels and graphs, per step. `of matmul`: of the rate of large matrix products in that dtype. "
+    "`peak MiB`: the most allocated from building a row to the end of its first run, a compiler's trials included. "
+    "`preparation`: the time between the two."
 )
 COLUMNS = {
     "ms per step": ("ms", ",.3f"),
+    "evaluations/s": ("evaluations_per_second", ",.0f"),
     "images/s": ("images_per_second", ",.2f"),
     "/ float32": ("times_float32", ".2f"),
     "/ documented": ("times_documented", ".2f"),
@@ -351,18 +412,19 @@ def describe_machine(cuda: bool) -> str:
 def main() -> None:
     """Run until all rows are measured or time is over; print the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, nargs="+", help="batch sizes (default 1 16 256 1024)")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="dtypes to measure")
+    parser.add_argument("--batches", type=int, nargs="+", help="batch sizes (default 256 1 16 1024)")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "float32", "TF32"], help="in order")
     parser.add_argument("--steps", type=int, help="steps of a whole run (default 50); long runs are cut")
     parser.add_argument("--repeats", type=int, default=5, help="runs per row")
     parser.add_argument("--minutes", type=float, default=8, help="time limit")
     parser.add_argument("--compile", action="store_true", help='also measure engine="compile", which takes minutes')
+    parser.add_argument("--training", action="store_true", help="also measure `ddim train`")
     parser.add_argument("--cpu-try", action="store_true", help="run on a CPU, with a small network, to test the script")
     parser.add_argument("--out", type=Path, help="a folder for gpu.md and gpu.json")
     options = parser.parse_args()
     if not options.cpu_try and not torch.cuda.is_available():
         raise SystemExit("no CUDA device; --cpu-try tests the script on a CPU")
-    options.batches = options.batches or ([1, 2] if options.cpu_try else [1, 16, 256, 1024])
+    options.batches = options.batches or ([1, 2] if options.cpu_try else [256, 1, 16, 1024])
     options.steps = options.steps or (2 if options.cpu_try else 50)
 
     def stop(*_: Any) -> None:

@@ -83,10 +83,13 @@ def parameters(function: ast.FunctionDef) -> int:
 
 
 def test_few_functions_have_many_parameters() -> None:
-    """The constructors of `UNet2DModel` and `DDIMScheduler` are those of `diffusers`; commands have options."""
+    """The constructors of `UNet2DModel` and `DDIMScheduler` are those of `diffusers`; commands have options.
+
+    Kernels in Triton take each pointer, size and compile-time constant as an argument.
+    """
     found = []
     for path in MODULES:
-        if path.is_relative_to(PACKAGE / "cli") or path.name in ("unet.py", "scheduler.py"):
+        if path.is_relative_to(PACKAGE / "cli") or path.name in ("unet.py", "scheduler.py", "triton_kernels.py"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and parameters(node) >= MANY_PARAMETERS:

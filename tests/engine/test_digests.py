@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddim.engine.digests import MULTIPLIERS, digest_bits, digest_bits_on_device, fingerprint_weights
+from ddim.engine.digests import MULTIPLIERS, concatenate, digest_bits, digest_bits_on_device, fingerprint_weights
 from helpers import randn
 
 FLOATS_PER_ROW = MULTIPLIERS.nbytes // 4
@@ -68,3 +68,11 @@ def test_digests_of_devices_have_the_same_numbers(dtype: torch.dtype) -> None:
     digest, numbers = digest_bits(weights), digest_bits_on_device(weights)
     assert digest[: 8 * number] == numbers[:number].numpy().tobytes()
     assert list(digest[8 * number :]) == numbers[number:].tolist()
+
+
+def test_concatenation_keeps_order_and_limit() -> None:
+    vectors = [randn(n, seed=n) for n in (3, 5, 1, 40, 2)] + [randn(4).bfloat16(), randn(2).bfloat16()]
+    groups = list(concatenate(vectors, limit=4 * 9))
+    assert [len(group) for group in groups] == [9, 40, 2, 6]
+    assert torch.equal(torch.cat(groups[:3]), torch.cat(vectors[:5]))
+    assert torch.equal(groups[3], torch.cat(vectors[5:]))

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddim.engine.fused import operations, reference
-from ddim.engine.fused.network import apply_linear, pad_channels
+from ddim.engine.fused.network import FusedNetwork, apply_linear, pad_channels
 from ddim.engine.fused.reference import Norm
+from ddim.unet import UNet2DModel
 from helpers import environment, randn
 
 HAS_TRITON = find_spec("triton") is not None
@@ -243,7 +246,7 @@ class TestTiling:
 
 class TestChoice:
     def test_cpu_runs_on_operators(self) -> None:
-        assert operations.load_kernels(torch.device("cpu")) is None
+        assert operations.load_kernels(torch.device("cpu"), torch.float32) is None
 
     def test_broken_compiler_falls_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A machine without a C compiler, or without Triton, runs on PyTorch's operators."""
@@ -252,11 +255,47 @@ class TestChoice:
             raise RuntimeError("Failed to find C compiler")
 
         monkeypatch.setattr(operations.importlib, "import_module", fail)
-        assert operations.load_kernels.__wrapped__(torch.device("cuda")) is None
+        assert operations.load_kernels.__wrapped__(torch.device("cuda"), torch.float32) is None
 
     @needs_cuda
     def test_gpu_runs_on_kernels(self) -> None:
-        assert operations.load_kernels(DEVICE) is not None
+        assert all(operations.load_kernels(DEVICE, dtype) is not None for dtype in TOLERANCES)
+
+
+@needs_kernels
+class TestNetwork:
+    """The whole network on kernels, with each operation where the network has it."""
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"downsample_padding": 0},
+            {
+                "resnet_time_scale_shift": "scale_shift",
+                "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+                "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+                "mid_block_scale_factor": 1.4,
+            },
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_equals_the_network(
+        self,
+        make_unet: Callable[..., UNet2DModel],
+        monkeypatch: pytest.MonkeyPatch,
+        changes: dict[str, Any],
+        dtype: torch.dtype,
+    ) -> None:
+        monkeypatch.setattr(operations, "load_kernels", lambda device, dtype: load_kernels())
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        unet = make_unet(**changes).to(DEVICE)
+        x, t = randn(2, 3, 16, 16).to(DEVICE), torch.tensor([7, 400], device=DEVICE)
+        with torch.no_grad():
+            expected = unet(x, t).sample
+            actual = FusedNetwork(unet.to(dtype=dtype, memory_format=torch.channels_last))(x.to(dtype), t)
+        assert actual.is_contiguous()
+        assert_close(actual, expected.double(), 1e-5 if dtype == torch.float32 else None)
 
 
 class TestLayers:

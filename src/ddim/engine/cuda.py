@@ -259,18 +259,16 @@ def record_graph(run: Callable[[], None], stream: torch.cuda.Stream, pool: Any =
         graph = torch.cuda.CUDAGraph()
         # The outer context restores the current stream even where the inner one fails to. Other threads, such as those
         # that load data, may use the device meanwhile.
-        with (
-            torch.cuda.stream(stream),
-            torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
-            tried_algorithms(),
-        ):
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             run()
     return graph
 
 
 @contextlib.contextmanager
 def tried_algorithms() -> Iterator[None]:
-    """Let cuDNN try its algorithms for convolutions of new shapes, and use the fastest, in a `with` block.
+    """Let cuDNN try its algorithms for convolutions of new shapes in a `with` block.
+
+    PyTorch remembers the fastest for as long as the process runs, in the block and after it.
 
     Example:
         >>> with tried_algorithms():

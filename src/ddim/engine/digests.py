@@ -7,11 +7,15 @@ read before each run, about as fast as memory can be read.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+CONCATENATED_BYTES = 256 << 20
+"""Weights on a GPU that are read together: hundreds of small tensors one by one take longer to launch than to read."""
 
 MULTIPLIERS = np.random.default_rng(0).integers(0, 2**62, 1024) * 2 + 1
 """Odd factors by position in a row of bits, (1024,) int64: 8 KiB, which stay in the fastest cache."""
@@ -39,7 +43,34 @@ def fingerprint_weights(network: nn.Module) -> Any:
     if all(weights.device.type == "cpu" for weights in stored):
         return identities, [digest_bits(weights) for weights in stored]
     # A GPU's digests are read all at once: reading one waits for the device.
-    return identities, torch.cat([digest_bits_on_device(weights) for weights in stored]).tolist()
+    return identities, torch.cat([digest_bits_on_device(weights) for weights in concatenate(stored)]).tolist()
+
+
+def concatenate(vectors: Sequence[Tensor], limit: int = CONCATENATED_BYTES) -> Iterator[Tensor]:
+    """Concatenate vectors as far as dtype, device and size allow.
+
+    Args:
+        vectors: (L,) each.
+        limit: bytes of a result of several vectors.
+
+    Yields:
+        Vectors with the same numbers in the same order.
+
+    Example:
+        >>> [len(x) for x in concatenate([torch.ones(2), torch.ones(3), torch.ones(1).half()])]
+        [5, 1]
+    """
+    group: list[Tensor] = []
+    size = 0
+    for vector in vectors:
+        fits = group and size + vector.nbytes <= limit
+        if group and not (fits and (vector.dtype, vector.device) == (group[0].dtype, group[0].device)):
+            yield torch.cat(group)
+            group, size = [], 0
+        group.append(vector)
+        size += vector.nbytes
+    if group:
+        yield torch.cat(group)
 
 
 def _in_storage_order(weights: Tensor) -> Tensor:

@@ -37,7 +37,6 @@ from ddim.data.labels import ImageLabels
 from ddim.data.loader import Batches, Prefetcher, split_holdout
 from ddim.data.seeding import generator_for
 from ddim.distributed import ProcessGroup
-from ddim.engine.cuda import tried_algorithms
 from ddim.io.class_labels import MAX_NAMES_SHOWN, ClassLabels
 from ddim.io.pixel_format import EIGHT_BIT, PixelFormat
 from ddim.io.runs import CHECKPOINTS, checkpoint_step, list_checkpoints
@@ -394,8 +393,7 @@ class Trainer:
         for index, (x, t, y, c) in enumerate(zip(*parts, labels_of_parts, strict=True)):
             # The processes exchange gradients once, in the last pass.
             is_last = index == passes - 1
-            no_sync = contextlib.nullcontext() if is_last else self.accelerator.no_sync(self._network)
-            with no_sync, tried_algorithms():
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self._network):
                 with torch.autocast(self.device.type, PRECISIONS[config.precision], config.precision != "fp32"):
                     predicted = self._network(x, t, *c).sample
                 sample_losses = (predicted.float() - y).square().flatten(1).mean(1)

@@ -61,8 +61,8 @@ class FusedNetwork:
     def __init__(self, unet: UNet2DModel) -> None:
         self.unet = unet
         self.divides_by_timestep = unet.config.time_embedding_type == "fourier"
-        # Compiles a first kernel, where there are any, outside of what is recorded.
-        operations.load_kernels(unet.device)
+        # Compiles kernels, where there are any, outside of what is recorded.
+        operations.load_kernels(unet.device, unet.dtype)
         projections: list[_Projection] = []
         self._conv_in = pad_channels(_weight(unet.conv_in), dim=1)
         source = Source(unet.conv_in.out_channels, _bias(unet.conv_in))
@@ -120,7 +120,8 @@ class FusedNetwork:
         self.unet.check_sample(sample)
         timesteps = as_timesteps(timestep, sample.device)
         check_embeddings(timesteps.reshape(-1), sample)
-        with torch.autocast(sample.device.type, enabled=False):
+        on_device: Any = torch.cuda.device_of
+        with torch.autocast(sample.device.type, enabled=False), on_device(sample):
             projected = self.project(timesteps, class_labels)
             check_embeddings(projected, sample)
             return self.evaluate(sample, timesteps, projected)

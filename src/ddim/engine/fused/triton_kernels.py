@@ -69,7 +69,7 @@ def _load(a_ptr, b_ptr, n, p, c, mask, P, A, C, HAS_B: tl.constexpr):
 
 @triton.jit
 def _load_row(ptr, n, stride, c, mask, USED: tl.constexpr):
-    """Load channels c of a row per sample as float32; zeros if there are no rows."""
+    """Load channels c of sample n's row as float32, or zeros where rows are not USED."""
     if USED:
         row = tl.load(ptr + n.to(tl.int64) * stride + c, mask=mask, other=0.0).to(tl.float32)
     else:
