@@ -23,6 +23,7 @@ from PIL import Image
 from typer.core import TyperCommand
 
 import ddim.app
+import ddim.distillation
 import ddim.tuning
 from ddim.cli import main
 from ddim.cli.checks import Command, check_options
@@ -132,6 +133,9 @@ def reduce_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for function in (ddim.tuning.tune, ddim.tuning.enough_steps):
         monkeypatch.setitem(function.__kwdefaults__, "num_latents", 2)  # type: ignore[arg-type]
     monkeypatch.setattr(ddim.tuning, "REFERENCE_STEPS", 10)
+    monkeypatch.setitem(ddim.distillation.distill.__kwdefaults__, "count", 8)
+    for length in ("FIRST_LENGTH", "LATER_LENGTH"):
+        monkeypatch.setattr(ddim.distillation, length, 2)
     monkeypatch.setattr(ddim.app, "serve", lambda names, *_: [find_model(name) for name in names])
     # A model and a data set on the hub: those that the reader's machine has in the cache.
     monkeypatch.setattr(hub, "_download", lambda *_: find_model("mnist"))
@@ -155,7 +159,7 @@ def reduced(command: str, given: dict[str, Any]) -> dict[str, Any]:
         "codes": lambda codes: 2 if isinstance(codes, int) else codes,
         "features": lambda features: "pixels" if features == "inception" else features,
         "max_iterations": lambda count: 3,
-        "steps": lambda steps: {"consistency": "2,3", "tune": "2"}.get(command) or fewer(steps),
+        "steps": lambda steps: {"consistency": "2,3", "tune": "2", "distill": steps}.get(command) or fewer(steps),
     }
     options = {name: change(given[name]) for name, change in smaller.items() if name in given}
     if command == "evaluate" and (given["table"] or given["figure"]):
@@ -163,7 +167,6 @@ def reduced(command: str, given: dict[str, Any]) -> dict[str, Any]:
     if command == "interpolate" and all(point.isdecimal() for point in given["points"]):
         options["steps"] = 3
     if command == "distill":
-        options |= {"steps": given["steps"], "max_steps": 2, "batch_size": 8, "teacher_steps": None}
         options["settings"] = [*(given["settings"] or ()), "samples.count=2"]
     if command == "train":
         channels = read_preset(given["preset"])["model"]["block_out_channels"] if given["preset"] else [8, 16]
