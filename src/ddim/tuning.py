@@ -37,6 +37,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddim.diffusion.equations import Step, sigma_ddim
+from ddim.diffusion.guidance import Conditions
 from ddim.diffusion.loop import StepSettings, sample
 from ddim.diffusion.noise import MAX_SEED, NoiseSource, check_seeds, noise_from_generator, noise_from_seeds
 from ddim.diffusion.schedule import SPACINGS
@@ -52,6 +54,7 @@ from ddim.io.atomic import atomic_write
 from ddim.io.cache import Cache
 from ddim.io.fingerprint import model_sha256
 from ddim.io.json_files import to_json
+from ddim.latents import Condition
 from ddim.pipeline import DDIMPipeline
 from ddim.sampler import evaluating
 from ddim.scheduler import DDIMScheduler
@@ -117,6 +120,7 @@ def tune(
     seed: int = 0,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
+    **condition: Unpack[Condition],
 ) -> TunedTimesteps:
     """Search for the subsequence of S timesteps with the least error for a model.
 
@@ -129,6 +133,8 @@ def tune(
         seed: of the first latent; as many latents after them evaluate the result.
         batch_size: latents per network evaluation.
         progress: show a bar.
+        condition: classes and guidance, as for a call of the pipeline; labels are one for all latents, or one for each
+            of those on which errors are measured, which those that evaluate the result share.
 
     Returns:
         The timesteps and their error.
@@ -139,7 +145,7 @@ def tune(
     num_latents = integer("num_latents", num_latents, 1, MAX_LATENTS)
     S = num_inference_steps
     seeds = range(seed, seed + num_latents), range(seed + num_latents, seed + 2 * num_latents)
-    search_errors, test_errors = (ErrorEvaluator(pipe, order, eta, part, batch_size) for part in seeds)
+    search_errors, test_errors = (ErrorEvaluator(pipe, order, eta, part, batch_size, condition) for part in seeds)
     formulas = {spacing: pipe.scheduler.make_timesteps(S, spacing) for spacing in SPACINGS}
     # Some give fewer timesteps than are asked for.
     formulas = {name: timesteps for name, timesteps in formulas.items() if len(timesteps) == S}
@@ -229,6 +235,7 @@ def enough_steps(
     num_latents: int = 32,
     seed: int = 0,
     batch_size: int = BATCH_SIZE,
+    **condition: Unpack[Condition],
 ) -> tuple[int, float]:
     """Find the smallest number of steps whose error at eta = 0 is within a tolerance.
 
@@ -242,6 +249,7 @@ def enough_steps(
         num_latents: latents on which the error is measured, at most 10000.
         seed: of the first of them.
         batch_size: latents per network evaluation.
+        condition: classes and guidance, as for a call of the pipeline; labels are one for all latents, or one for each.
 
     Returns:
         The number of steps, and its error.
@@ -254,7 +262,7 @@ def enough_steps(
     scheduler = pipe.scheduler
     order = scheduler.solver_order if order is None else order
     seeds = range(seed, seed + integer("num_latents", num_latents, 1, MAX_LATENTS))
-    errors = ErrorEvaluator(pipe, order, 0.0, seeds, batch_size)
+    errors = ErrorEvaluator(pipe, order, 0.0, seeds, batch_size, condition)
 
     def error(number: int) -> float:
         return errors.mse(scheduler.make_timesteps(number, order=order))
@@ -282,10 +290,23 @@ class ErrorEvaluator:
         eta: the noise of the process.
         seeds: of the latents.
         batch_size: latents per network evaluation.
+        condition: classes and guidance.
+
+    Raises:
+        ValueError: for an argument out of range, or a condition that the model does not take.
     """
 
-    def __init__(self, pipe: DDIMPipeline, order: int, eta: float, seeds: Sequence[int], batch_size: int) -> None:
+    def __init__(
+        self,
+        pipe: DDIMPipeline,
+        order: int,
+        eta: float,
+        seeds: Sequence[int],
+        batch_size: int,
+        condition: Condition | None = None,
+    ) -> None:
         self.pipe, self.order, self.eta = pipe, order, eta
+        self._conditions = pipe.conditions(len(seeds), **condition or {})
         size = integer("batch_size", batch_size, 1)
         checked = check_seeds(seeds, len(seeds))
         self._batches = [checked[first : first + size] for first in range(0, len(checked), size)]
@@ -305,7 +326,7 @@ class ErrorEvaluator:
             "seeds": [checked[0], len(checked)],
             "batch_size": size,
             "settings": [REFERENCE_STEPS, PRUNE_RATIO],
-        }
+        } | (_describe_condition(self._conditions) if condition else {})
         sha256 = hashlib.sha256(to_json(key).encode()).hexdigest()
         self._cache, self._entry = Cache("tuning"), sha256
         self._errors = self._cache.read(self._entry, _parse_errors) or {}
@@ -382,7 +403,9 @@ class ErrorEvaluator:
         """Return images and the prediction of each step, which at the first steps is `known`."""
         sampler, seeds = self.pipe.sampler, self._batches[batch]
         shape = (len(seeds), *sampler.sample_shape)
-        predict = sampler.denoiser(steps)
+        first = sum(map(len, self._batches[:batch]))
+        conditions = self._conditions and self._conditions.take(slice(first, first + len(seeds)))
+        predict = sampler.denoiser(steps, conditions=conditions)
         outputs: list[Tensor] = []
 
         def denoiser(x: Tensor, timestep: Tensor) -> Tensor:
@@ -415,6 +438,19 @@ class ErrorEvaluator:
                 yield total / math.sqrt(variance) if variance else total
 
         return draw().__next__
+
+
+def _describe_condition(conditions: Conditions | None) -> dict[str, Any]:
+    """Return what identifies conditions in the cache."""
+    if conditions is None:
+        return {}
+    guide: Any = conditions.guide
+    return {
+        "labels": None if conditions.labels is None else conditions.labels.tolist(),
+        "baseline_labels": None if conditions.baseline_labels is None else conditions.baseline_labels.tolist(),
+        "guidance": [conditions.guidance.scale, conditions.guidance.interval],
+        "guide_sha256": None if guide is None else model_sha256(guide),
+    }
 
 
 def _parse_errors(content: np.ndarray) -> dict[str, list[tuple[float, float]]]:

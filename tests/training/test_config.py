@@ -149,7 +149,7 @@ def test_built_in_model_matches_its_preset() -> None:
 
 @pytest.mark.parametrize("name", ["imagenet", "", "mnist.yaml", "../presets/mnist"])
 def test_unknown_preset_raises(name: str) -> None:
-    with pytest.raises(ValueError, match=r"^preset must be one of celeba64, .*mnist, got '.*'( |$)") as caught:
+    with pytest.raises(ValueError, match=r"^preset must be one of celeba64, .*mnist-labels, got '.*'( |$)") as caught:
         load_config(name, overrides=DATA)
     assert all(preset in str(caught.value) for preset in preset_names())
     with pytest.raises(ValueError, match="preset must be one of"):

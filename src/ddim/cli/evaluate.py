@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +13,7 @@ import typer
 from ddim.cli import options
 from ddim.cli.checks import refuse_sampling_options
 from ddim.cli.common import SamplingOptions, choose_model, load_pipeline, parse_integers, with_spacing
+from ddim.cli.conditions import NO_CONDITIONS, ConditionOptions, takes_conditions
 from ddim.validation import pluralize, shown
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ DEFAULT_FEATURES = "pixels"
 """They require neither a download nor an optional package."""
 
 
+@takes_conditions
 def evaluate(
     ctx: typer.Context,
     samples: Annotated[
@@ -63,6 +65,14 @@ def evaluate(
             "--attributes",
             help="Also report how frequent the values of each attribute are; requires features that recognize "
             "attributes: mnist or faces.",
+        ),
+    ] = False,
+    per_class: Annotated[
+        bool,
+        typer.Option(
+            "--per-class",
+            help="Also report each class: the share of its samples that are recognized as it, and their Fréchet "
+            "distance to its images; requires labels of the samples, such as --label all, and of the reference.",
         ),
     ] = False,
     memorization: Annotated[
@@ -110,6 +120,7 @@ def evaluate(
     order: options.Order = None,
     sigma_hat: options.SigmaHat = False,
     clipped_model_output: options.ClippedModelOutput = False,
+    conditions: ConditionOptions = NO_CONDITIONS,
     out: Annotated[
         list[str] | None,
         typer.Option(
@@ -139,6 +150,8 @@ def evaluate(
 
       ddim evaluate mnist --reference mnist/train.parquet --memorization -n 1000 --out distances.png
 
+      ddim evaluate runs/digits --reference digits --label all --guidance 1.5 -n 1000 --per-class
+
       ddim evaluate runs/mine --every-checkpoint --reference images/ -n 500 --metrics fid --out curve.png
 
       torchrun --nproc-per-node 8 -m ddim evaluate my-model --reference owner/dataset -n 50000
@@ -154,7 +167,15 @@ def evaluate(
     source = Source(distributed.local_device(device), engine, split, seed, None if model is None else samples)
     if weights is not None and not source.is_model(samples):
         raise ValueError("--weights requires a model as what is evaluated")
+    if conditions != NO_CONDITIONS and not source.is_model(samples):
+        raise ValueError("--label and the options of guidance require a model as what is evaluated")
+    if per_class and (memorization or every_checkpoint or table is not None or figure is not None):
+        raise ValueError("--per-class excludes --memorization, --every-checkpoint, --table and --figure")
+    if per_class and reference is None:
+        raise ValueError("--per-class requires labeled images as the --reference")
     if table is not None or figure is not None:
+        if conditions != NO_CONDITIONS:
+            raise ValueError("--table and --figure sample from all classes; leave --label and guidance out")
         if (table, figure) not in ((1, None), (2, None), (None, 4)):
             raise ValueError("give one of --table 1, --table 2 and --figure 4")
         if reference is None:
@@ -180,10 +201,12 @@ def evaluate(
     )
     if not (source.is_model(samples) or (reference is not None and source.is_model(reference))):
         refuse_sampling_options(ctx, "on images of files")
+    source = replace(source, conditions=conditions)
     sample_set = source.open(samples, sampling, count, None)
     reference_set = None
     if reference is not None:
-        reference_set = source.open(reference, sampling, reference_count, sample_set)
+        of_reference = replace(source, conditions=NO_CONDITIONS)
+        reference_set = of_reference.open(reference, sampling, reference_count, sample_set)
     if every_checkpoint:
         _evaluate_checkpoints(source, samples, sampling, count, reference_set, features, names, outputs)
         return
@@ -193,7 +216,7 @@ def evaluate(
         if memorization:
             distances, result = measure_memorization(sample_set, reference_set, held_out_set, features, group)
         else:
-            result = report.evaluate(sample_set, reference_set, features, names, group, attributes)
+            result = report.evaluate(sample_set, reference_set, features, names, group, attributes, per_class)
     if not group.is_main:
         return
     if source.is_model(samples):
@@ -206,6 +229,9 @@ def evaluate(
             "seed": seed,
             "spacing": spacing,
         } | ({"use_clipped_model_output": True} if clipped_model_output else {})
+        result["settings"] |= {
+            name: value for name, value in asdict(conditions).items() if value != getattr(NO_CONDITIONS, name)
+        }
     for path in outputs:
         if Path(path).suffix.lower() in report.REPORT_SUFFIXES:
             report.write_report(result, Path(path))
@@ -247,7 +273,8 @@ def _evaluate_checkpoints(
         curve = measure_curve("step", checkpoints, sample, reference, features, metrics, group)
     if not group.is_main:
         return
-    curve.settings.update({"model": run, "seed": source.seed} | asdict(sampling))
+    given = {name: v for name, v in asdict(source.conditions).items() if v != getattr(NO_CONDITIONS, name)}
+    curve.settings.update({"model": run, "seed": source.seed} | asdict(sampling) | given)
     for path in outputs:
         write_curve(curve, Path(path))
     print(curve.table())
@@ -274,6 +301,7 @@ class Source:
         split: of data sets on the hub.
         seed: of the first generated image.
         model: the value of `--model`, which makes a hub id one of a model rather than of a data set.
+        conditions: classes and guidance of generated images.
     """
 
     device: str
@@ -281,6 +309,7 @@ class Source:
     split: str
     seed: int
     model: str | None = None
+    conditions: ConditionOptions = NO_CONDITIONS
 
     def is_model(self, name: str) -> bool:
         """Return whether a name means a model rather than images.
@@ -316,7 +345,10 @@ class Source:
             return open_files(name, count, like.shape, self.split, like.pixel_format)
         pipe = load_pipeline(name, self.device, engine=self.engine)
         count = 10_000 if count is None else count
-        return sample_image_set(pipe, count, self.seed, name, **asdict(sampling.config(pipe)))
+        settings: dict[str, Any] = asdict(sampling.config(pipe))
+        if self.conditions != NO_CONDITIONS:
+            settings |= self.conditions.condition(pipe, count)
+        return sample_image_set(pipe, count, self.seed, name, **settings)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
@@ -25,6 +25,8 @@ from ddim.cli.common import (
     show_images,
     split_model,
 )
+from ddim.cli.conditions import NO_CONDITIONS, ConditionOptions, takes_conditions
+from ddim.io.class_labels import take_labels
 from ddim.validation import integer, pluralize, shown
 
 MAX_SEED_DIGITS = 19
@@ -35,9 +37,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ddim.io.latent_files import LatentSettings
+    from ddim.latents import Condition
     from ddim.pipeline import DDIMPipeline
 
 
+@takes_conditions
 def interpolate(
     points: Annotated[
         list[str],
@@ -66,6 +70,7 @@ def interpolate(
     resize: options.Resize = False,
     force: options.Force = False,
     batch_size: options.LatentBatchSize = 8,
+    conditions: ConditionOptions = NO_CONDITIONS,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
@@ -79,12 +84,17 @@ def interpolate(
     the points all are decoded as `ddim decode` does, without clipping and without the last step's jump, and the image
     of a seed differs from that of `ddim sample`.
 
+    Of a model with classes, --label 3,8 gives each point its label, and the frames go from class to class; a single one
+    holds for all. Without it, latents keep the classes and the guidance of their encoding.
+
     Examples:
       ddim interpolate 3 14 --out strip.png
 
       ddim interpolate one.png seven.png 3 --frames 25 --closed --out walk.gif
 
       ddim interpolate 1 2 3 4 --grid 8x8 --out grid.png
+
+      ddim interpolate 5 5 -m runs/digits --label 3,8 --guidance 1.5   # one class turns into another
     """
     from ddim.io.image_files import (
         ANIMATION_SUFFIXES,
@@ -112,17 +122,19 @@ def interpolate(
         pipe = load_pipeline(name or DEFAULT_MODEL, device, dtype, engine)
     path_timesteps = given.choose_timesteps(pipe, SamplingOptions(steps, spacing))
     given.check(pipe, path_timesteps, grid_shape is not None, force)
+    condition = given.condition(pipe, conditions)
     num_segments = given.count if closed else given.count - 1
     num_images = num_segments * (frames - 1) + (not closed) if grid_shape is None else math.prod(grid_shape)
     num_replaced = count_replaced(pipe, out, num_images)
     images = pipe.interpolate(
-        given.encode(pipe, path_timesteps, resize, batch_size),
+        given.encode(pipe, path_timesteps, resize, batch_size, condition),
         frames=frames if grid_shape is None else grid_shape,
         closed=closed,
         timesteps=path_timesteps,
         as_samples=given.are_seeds,
         batch_size=batch_size,
         output_type="np",
+        **condition,
     ).images
     note, frames_shown = "", show_images(pipe, images)
     suffix = "" if is_folder_path(out) else target.suffix.lower()
@@ -166,6 +178,37 @@ def parse_grid(text: str) -> tuple[int, int]:
     if rows * columns > MAX_FRAMES:
         raise ValueError(f"--grid must have at most {MAX_FRAMES} images, got {shown(text)}")
     return rows, columns
+
+
+def join_conditions(parts: Sequence[tuple[Mapping[str, Any], int]]) -> Condition:
+    """Return the condition of several groups of latents from those of the groups.
+
+    Args:
+        parts: the condition of each group, as a file of latents holds it, and its number of latents.
+
+    Raises:
+        ValueError: if they have different guidance, or labels are those of some groups alone.
+
+    Example:
+        >>> join_conditions([({"class_labels": [3]}, 2), ({"class_labels": [5, 8]}, 2)])
+        {'class_labels': [3, 3, 5, 8]}
+    """
+    names = ("class_labels", "negative_labels")
+    first, *others = ({key: value for key, value in part.items() if key not in names} for part, _ in parts)
+    joined: Any = dict(first)
+    different = any(other != first for other in others)
+    for name in names:
+        lists = [part.get(name) for part, _ in parts]
+        if not any(lists):
+            continue
+        joined[name] = []
+        for labels, (_, count) in zip(lists, parts, strict=True):
+            different = different or not labels
+            joined[name] += list(labels or ()) * (count if len(labels or ()) == 1 else 1)
+    if different:
+        raise ValueError("the points were encoded with different classes or guidance; give --label and --guidance")
+    result: Condition = joined
+    return result
 
 
 @dataclass(frozen=True)
@@ -269,7 +312,35 @@ class Points:
         if self.count < 2:
             raise ValueError(f"an interpolation requires at least two points, got {self.count}")
 
-    def encode(self, pipe: DDIMPipeline, timesteps: list[int], resize: bool, batch_size: int) -> list[Tensor]:
+    def condition(self, pipe: DDIMPipeline, options: ConditionOptions) -> Condition:
+        """Return the classes and the guidance of all points, as arguments of the library.
+
+        Args:
+            pipe: the model.
+            options: as they were given; where none is, latents keep the condition of their encoding.
+
+        Returns:
+            Labels are one for all points, or one per point.
+
+        Raises:
+            ValueError: for options that the model does not take, or latents of different guidance.
+        """
+        recorded: list[tuple[Mapping[str, Any], int]] = []
+        for name in self.names:
+            if name in self.latents:
+                latents, settings = self.latents[name]
+                recorded.append((settings.condition or {}, len(latents)))
+            else:
+                recorded.append(({}, len(self.images.get(name, [name]))))
+        if options != NO_CONDITIONS or not any(condition for condition, _ in recorded):
+            return options.condition(pipe, self.count)
+        condition = join_conditions(recorded)
+        pipe.conditions(self.count, **condition)
+        return condition
+
+    def encode(
+        self, pipe: DDIMPipeline, timesteps: list[int], resize: bool, batch_size: int, condition: Condition
+    ) -> list[Tensor]:
         """Return the latents of all points.
 
         Args:
@@ -277,6 +348,7 @@ class Points:
             timesteps: of encoding.
             resize: fit images of other sizes and modes; otherwise they are refused.
             batch_size: images per network call.
+            condition: of all points.
 
         Returns:
             A latent (C, H, W) per seed and image, and those of each file, in the order of the points.
@@ -286,11 +358,22 @@ class Points:
         """
         from ddim.diffusion.noise import noise_from_seeds
 
-        result = {name: list(latents.to(pipe.device)) for name, (latents, _) in self.latents.items()}
-        if self.images:
-            images = [image for group in self.images.values() for image in group]
-            encoded = iter(pipe.encode(images, timesteps=timesteps, resize=resize, batch_size=batch_size).latents)
-            result |= {name: [next(encoded) for _ in group] for name, group in self.images.items()}
-        for name, seed in self.seeds.items():
-            result[name] = list(noise_from_seeds((1, *pipe.sample_shape), [seed], pipe.device)())
-        return [latent for name in self.names for latent in result[name]]
+        result: list[Tensor | None] = []
+        # An image that is several points may have a class in each.
+        images: list[Image.Image | np.ndarray] = []
+        rows: list[int] = []
+        for name in self.names:
+            if name in self.images:
+                rows += range(len(result), len(result) + len(self.images[name]))
+                images += self.images[name]
+                result += [None] * len(self.images[name])
+            elif name in self.latents:
+                result += self.latents[name][0].to(pipe.device)
+            else:
+                result += noise_from_seeds((1, *pipe.sample_shape), [self.seeds[name]], pipe.device)()
+        if images:
+            of_images: Any = take_labels(condition, rows, self.count)
+            encoded = pipe.encode(images, timesteps=timesteps, resize=resize, batch_size=batch_size, **of_images)
+            for row, latent in zip(rows, encoded.latents, strict=True):
+                result[row] = latent
+        return [latent for latent in result if latent is not None]

@@ -68,7 +68,8 @@ BY_COMMAND: dict[str, dict[str, str]] = {
         "teacher_steps": "--teacher-steps",
         "max_steps": "--max-steps",
     },
-    "tune": {"model": "MODEL", "num_latents": "--codes", "codes": "--codes"},
+    "interpolate": {"count": "the number of points"},
+    "tune": {"model": "MODEL", "num_latents": "--codes", "codes": "--codes", "count": "--codes"},
     "evaluate": {"num_images": "--count", "num_samples": "--count", "samples": "SAMPLES"},
     "convert": {
         "num_heads": "--heads",

@@ -10,9 +10,11 @@ import typer
 
 from ddim.cli import options
 from ddim.cli.common import choose_model, load_pipeline, parse_integers, report_result
+from ddim.cli.conditions import NO_CONDITIONS, ConditionOptions, takes_conditions
 from ddim.validation import pluralize
 
 
+@takes_conditions
 def tune(
     model: Annotated[
         str | None,
@@ -36,6 +38,7 @@ def tune(
     seed: options.Seed = 0,
     plot: Annotated[str | None, typer.Option(help="Plot the timesteps into this .png or .svg file as well.")] = None,
     batch_size: Annotated[int, typer.Option(help="Latents per network call.")] = 64,
+    conditions: ConditionOptions = NO_CONDITIONS,
     device: options.Device = "auto",
     engine: options.Engine = "auto",
 ) -> None:
@@ -49,6 +52,8 @@ def tune(
       ddim tune mnist --steps 10 --out mnist-tuned
 
       ddim tune my-model --steps 5,10,20 --out my-model --plot timesteps.png
+
+      ddim tune runs/digits --label all --guidance 1.5 --codes 60 --out digits-tuned
 
       ddim sample --model mnist-tuned --steps 10
     """
@@ -74,9 +79,10 @@ def tune(
     if plot is not None:
         plot_path = check_output_path(plot, {".png": "", ".svg": ""}, folder_allowed=False, name="plot")
     pipe = load_pipeline(name, device, engine=engine)
+    condition = conditions.condition(pipe, codes)
     plotted: dict[str, list[int]] = {}
     for num_steps in numbers_of_steps:
-        result = search(pipe, num_steps, order, eta, num_latents=codes, seed=seed, batch_size=batch_size)
+        result = search(pipe, num_steps, order, eta, num_latents=codes, seed=seed, batch_size=batch_size, **condition)
         smallest = min(result.classic.values())
         print(f"{pluralize(num_steps, 'step')}, order {order}, eta {eta:g}")
         errors = {"learned": result.error, **result.classic}

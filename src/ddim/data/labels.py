@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from ddim.data.base import Source
 from ddim.validation import nearest, pluralize, shorten
 
 AUTO, NONE = "auto", "none"
@@ -84,12 +83,36 @@ class ImageLabels:
         return digest.hexdigest()
 
 
-def read_labels(source: Source, labels: str) -> ImageLabels | None:
+class LabeledCollection(Protocol):
+    """A collection whose images may have labels: a `Source`, or a set of images to evaluate."""
+
+    @property
+    def name(self) -> str:
+        """How messages refer to it."""
+
+    @property
+    def read_column(self) -> Callable[[str], list[str] | None]:
+        """See `Source`."""
+
+    @property
+    def label_columns(self) -> Callable[[], tuple[str, ...]]:
+        """See `Source`."""
+
+    @property
+    def class_names(self) -> Callable[[str], tuple[str, ...]]:
+        """See `Source`."""
+
+
+def read_labels(
+    source: LabeledCollection, labels: str, argument: str = "data.labels", min_classes: int = 2
+) -> ImageLabels | None:
     """Read the classes of a collection's images.
 
     Args:
         source: the collection.
         labels: `none`, `auto`, or the name of a column.
+        argument: the name of this argument, for messages.
+        min_classes: fewer are refused, and from 2 on values of which each image has another.
 
     Returns:
         The classes; `None` for `none`.
@@ -99,6 +122,7 @@ def read_labels(source: Source, labels: str) -> ImageLabels | None:
             classes: fewer than two, or as many as images.
 
     Example:
+        >>> from ddim.data.base import Source
         >>> values = {"label": ["dog", "cat", "dog"], "id": ["1", "2", "3"]}
         >>> source = Source("pets", 3, lambda indices: [], "", values.get, label_columns=lambda: ("label", "id"))
         >>> read_labels(source, "auto")
@@ -109,20 +133,20 @@ def read_labels(source: Source, labels: str) -> ImageLabels | None:
     """
     if labels == NONE:
         return None
-    column = choose_column(source) if labels == AUTO else labels
+    column = choose_column(source, argument) if labels == AUTO else labels
     values = source.read_column(column)
     if values is None:
         columns = source.label_columns()
         allowed = f"{', '.join(map(shorten, columns))} or none{nearest(column, columns)}" if columns else "none"
-        raise ValueError(f"data.labels: {source.name} has no {shorten(column)}; use {allowed}")
+        raise ValueError(f"{argument}: {source.name} has no {shorten(column)}; use {allowed}")
     # Tables that passed through other tools hold 3.0 for the class 3.
     if all(_is_whole(value.removesuffix(".0")) for value in values):
         values = [value.removesuffix(".0") for value in values]
     names = order_classes(values, source.class_names(column))
-    label = f"data.labels: {shorten(column)} of {source.name}"
-    if len(names) < 2:
-        raise ValueError(f"{label} must hold at least 2 classes, got {shorten(', '.join(names))}")
-    if len(names) == len(values) > 2:
+    label = f"{argument}: {shorten(column)} of {source.name}"
+    if len(names) < min_classes:
+        raise ValueError(f"{label} must hold at least {min_classes} classes, got {shorten(', '.join(names))}")
+    if len(names) == len(values) > 2 <= min_classes:
         raise ValueError(f"{label} is another value for each of its {len(values)} images, which are not classes")
     if len(names) > MAX_CLASSES:
         raise ValueError(f"{label} must hold at most {MAX_CLASSES} classes, got {len(names)}")
@@ -132,16 +156,18 @@ def read_labels(source: Source, labels: str) -> ImageLabels | None:
     return ImageLabels(names, torch.tensor([index[value] for value in values]), column)
 
 
-def choose_column(source: Source) -> str:
+def choose_column(source: LabeledCollection, argument: str = "data.labels") -> str:
     """Return the column that `auto` stands for.
 
     Args:
         source: the collection.
+        argument: the name of the argument, for messages.
 
     Raises:
         ValueError: if it has none, or several of which none has a usual name.
 
     Example:
+        >>> from ddim.data.base import Source
         >>> choose_column(Source("x", 1, lambda indices: [], "", label_columns=lambda: ("hair", "label")))
         'label'
     """
@@ -153,9 +179,9 @@ def choose_column(source: Source) -> str:
         if len(names) == 1:
             return names[0]
     if not columns:
-        raise ValueError(f"data.labels: {source.name} has no labels; use none")
+        raise ValueError(f"{argument}: {source.name} has no labels; use none")
     raise ValueError(
-        f"data.labels: {source.name} has several columns; name one of {', '.join(map(shorten, columns))}, or none"
+        f"{argument}: {source.name} has several columns; name one of {', '.join(map(shorten, columns))}, or none"
     )
 
 

@@ -52,6 +52,8 @@ class ImageSet:
         read_column: returns the values of another column of a table as text, one per image; `None` where there is no
             such column.
         pixel_format: the type and the ranges of the values.
+        label_columns: returns the names of the columns that can say which class an image belongs to.
+        class_names: returns the classes of a column in the order of the data set, if that declares them.
 
     Example:
         >>> pixels = torch.zeros(100, 1, 4, 4, dtype=torch.uint8)
@@ -67,6 +69,8 @@ class ImageSet:
     from_files: bool
     read_column: Callable[[str], list[str] | None] = lambda name: None
     pixel_format: PixelFormat = EIGHT_BIT
+    label_columns: Callable[[], tuple[str, ...]] = tuple
+    class_names: Callable[[str], tuple[str, ...]] = lambda name: ()
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -145,7 +149,11 @@ def open_files(
         values = images.read_column(name)
         return None if values is None else values[:total]
 
-    return ImageSet(source, (channels, height, width), total, read_batch, True, read_column, checked)
+    return ImageSet(
+        *(source, (channels, height, width), total, read_batch, True, read_column, checked),
+        label_columns=images.label_columns,
+        class_names=images.class_names,
+    )
 
 
 def _shape_of(image: Decoded) -> Shape:
@@ -175,7 +183,7 @@ def sample_image_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = 
             `DDIMPipeline.__call__`; its arguments of classes and guidance, labels one for all images or one per image.
 
     Returns:
-        The set.
+        The set; with labels, its column `label` holds the names of the classes.
 
     Example:
         >>> digits = sample_image_set(DDIMPipeline.from_pretrained("mnist"), 100, num_inference_steps=20)
@@ -195,7 +203,19 @@ def sample_image_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = 
         pixels = torch.from_numpy(to_values(images, pixel_format))[: count - start]
         return _scale(pixels.permute(0, 3, 1, 2).contiguous(), pixel_format)
 
-    return ImageSet(name, pipe.sample_shape, count, read_batch, from_files=False, pixel_format=pixel_format)
+    columns: dict[str, list[str]] = {}
+    if (labels := settings.get("class_labels")) is not None and pipe.classes is not None:
+        columns["label"] = [pipe.classes.name_of(index) for index in pipe.classes.resolve(labels, count).tolist()]
+    return ImageSet(
+        name,
+        pipe.sample_shape,
+        count,
+        read_batch,
+        from_files=False,
+        read_column=columns.get,
+        pixel_format=pixel_format,
+        label_columns=lambda: tuple(columns),
+    )
 
 
 def batch_sha256(batch: Tensor) -> str:

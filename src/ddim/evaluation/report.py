@@ -15,6 +15,7 @@ import torch
 
 from ddim.distributed import SINGLE_PROCESS, ProcessGroup
 from ddim.evaluation.attributes import read_labels, summarize_attributes
+from ddim.evaluation.classes import match_labels, summarize_classes
 from ddim.evaluation.classifiers import CLASSIFIERS, AttributeClassifier
 from ddim.evaluation.features import extractor_id, load_features
 from ddim.evaluation.image_sets import ImageSet
@@ -38,6 +39,9 @@ METRIC_NAMES = {
     "confident_reference": "confident reference",
     "confident_ratio": "their ratio",
     "largest_difference": "largest difference, points",
+    "agreement": "samples of their class",
+    "agreement_reference": "reference of its class",
+    "fid_classes": "Fréchet distance, mean of classes",
     "samples_min": "samples, minimum",
     "samples_p1": "samples, 1st percentile",
     "samples_p5": "samples, 5th percentile",
@@ -55,6 +59,7 @@ METRIC_NAMES = {
 REPORT_SUFFIXES = {".json": "", ".csv": "", ".md": "Markdown"}
 FEATURES_WITH_LOGITS = ("mnist", "inception")
 ATTRIBUTE_COLUMNS = ("attribute", "value", "samples", "reference", "difference")
+CLASS_COLUMNS = ("class", "samples", "reference", "agreement", "Fréchet distance")
 MAX_HASH_LENGTH = 16
 """Digits of a SHA-256 that tables show."""
 
@@ -91,6 +96,7 @@ def evaluate(
     metrics: Sequence[str],
     group: ProcessGroup = SINGLE_PROCESS,
     attributes: bool = False,
+    per_class: bool = False,
 ) -> dict[str, Any]:
     """Compute metrics of a set of images, and describe how.
 
@@ -102,9 +108,11 @@ def evaluate(
         group: the processes that share the work.
         attributes: whether to report attributes (`ddim.evaluation.attributes`), which requires features that recognize
             some, `mnist` or `faces`.
+        per_class: whether to report each class (`ddim.evaluation.classes`), which requires labels of both sets.
 
     Returns:
-        `{"metrics": {...}, "settings": {...}}`, and with `attributes` also `{"attributes": {...}}`.
+        `{"metrics": {...}, "settings": {...}}`, with `attributes` also `{"attributes": {...}}`, and with `per_class`
+        also `{"classes": {...}}`.
 
     Raises:
         ValueError: for an unknown metric, sets that are too small, features that do not accept the images or do not
@@ -125,6 +133,9 @@ def evaluate(
         )
     if attributes and reference is None:
         raise ValueError("reference must be given for attributes=True, got None")
+    if per_class and reference is None:
+        raise ValueError("reference must be given for per_class=True, got None")
+    labels = match_labels(samples, reference) if per_class and reference is not None else None
     extractor: Any = load_features(features, samples.shape, samples.pixel_format)
     if attributes and not isinstance(extractor, AttributeClassifier):
         raise ValueError(f"features must be {' or '.join(CLASSIFIERS)} for attributes=True, got {shown(features)}")
@@ -148,6 +159,10 @@ def evaluate(
         )
         result["metrics"] |= summary.metrics
         result["attributes"] = summary.frequencies
+    if labels is not None and reference_values is not None:
+        classes = summarize_classes(extractor, sample_features.values, reference_values, *labels)
+        result["metrics"] |= classes.metrics
+        result["classes"] = classes.classes
     return result | {"settings": settings}
 
 
@@ -213,6 +228,8 @@ def format_table(result: dict[str, Any]) -> str:
     tables = [align(_rows(result))]
     if "attributes" in result:
         tables.append(align([ATTRIBUTE_COLUMNS, *_attribute_rows(result["attributes"])]))
+    if "classes" in result:
+        tables.append(align([CLASS_COLUMNS, *_class_rows(result["classes"])]))
     return "\n\n".join(tables)
 
 
@@ -244,7 +261,12 @@ def write_report(result: dict[str, Any], path: Path) -> None:
             for value, fractions in values.items()
             for role in ("samples", "reference")
         }
-        columns = result["metrics"] | frequencies | scalars
+        by_class = {
+            f"{metric}_class_{name}": value
+            for name, values in result.get("classes", {}).items()
+            for metric, value in values.items()
+        }
+        columns = result["metrics"] | frequencies | by_class | scalars
         stream = io.StringIO()
         writer = csv.writer(stream)
         writer.writerow(columns)
@@ -254,6 +276,8 @@ def write_report(result: dict[str, Any], path: Path) -> None:
         text = markdown(("", ""), _rows(result))
         if "attributes" in result:
             text += "\n" + markdown(ATTRIBUTE_COLUMNS, _attribute_rows(result["attributes"]))
+        if "classes" in result:
+            text += "\n" + markdown(CLASS_COLUMNS, _class_rows(result["classes"]))
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -285,6 +309,17 @@ def _attribute_rows(attributes: dict[str, Any]) -> list[tuple[str, ...]]:
             samples, reference = 100 * fractions["samples"], 100 * fractions["reference"]
             rows.append((attribute, value, f"{samples:.1f}%", f"{reference:.1f}%", f"{samples - reference:+.1f}"))
     return rows
+
+
+def _class_rows(classes: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
+    """Return the metrics of all classes as text."""
+    return [
+        (
+            *(name, f"{values['samples']}", f"{values['reference']}", f"{values['agreement']:.1%}"),
+            f"{values['fid']:.4g}" if "fid" in values else "",
+        )
+        for name, values in classes.items()
+    ]
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:

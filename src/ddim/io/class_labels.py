@@ -215,6 +215,24 @@ def arguments_of_batch(arguments: Mapping[str, Any], first: int, batch_size: int
         >>> arguments_of_batch({"class_labels": [3, 8, 5], "eta": 1}, first=2, batch_size=2, count=3)
         {'class_labels': [5, 5], 'eta': 1}
     """
+    return take_labels(arguments, [min(index, count - 1) for index in range(first, first + batch_size)], count)
+
+
+def take_labels(arguments: Mapping[str, Any], rows: Sequence[int], count: int) -> dict[str, Any]:
+    """Return arguments with the labels of some images.
+
+    Args:
+        arguments: among them may be `class_labels` and `negative_labels`, one for all images or one per image.
+        rows: indices of the images.
+        count: the number of all images.
+
+    Raises:
+        ValueError: for another number of labels.
+
+    Example:
+        >>> take_labels({"class_labels": [3, 8, 5], "eta": 1}, rows=[2, 0], count=3)
+        {'class_labels': [5, 3], 'eta': 1}
+    """
     result = dict(arguments)
     for name in result.keys() & {"class_labels", "negative_labels"}:
         labels = result[name]
@@ -222,7 +240,7 @@ def arguments_of_batch(arguments: Mapping[str, Any], first: int, batch_size: int
             continue
         if given != count:
             raise ValueError(f"{name} must be one label, or one per image ({count}), got {given}")
-        result[name] = [labels[min(index, count - 1)] for index in range(first, first + batch_size)]
+        result[name] = [labels[row] for row in rows]
     return result
 
 
