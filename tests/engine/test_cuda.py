@@ -196,6 +196,26 @@ class TestNetwork:
         with pytest.raises(ValueError, match="got 2 for 3 samples"):
             engine.predict(randn(3, 3, 16, 16), torch.tensor([3, 4]))
 
+    def test_wrong_number_of_labels(self, make_unet: Callable[..., UNet2DModel]) -> None:
+        engine = CUDAEngine(make_unet(num_class_embeds=5))
+        with pytest.raises(ValueError, match="got 2 for 3 samples"):
+            engine.predict(randn(3, 3, 16, 16), torch.tensor([3, 4, 5]), torch.tensor([1, 2]))
+        with pytest.raises(ValueError, match="class_labels must be given"):
+            engine.predict(randn(3, 3, 16, 16), 3)
+
+    @pytest.mark.parametrize("kind", ["timestep", "identity"])
+    def test_embedded_classes(self, make_unet: Callable[..., UNet2DModel], kind: str) -> None:
+        unet = make_unet(class_embed_type=kind)
+        x, labels = randn(2, 3, 16, 16), randn(2, 32) if kind == "identity" else torch.tensor([4, 1])
+        with torch.no_grad():
+            assert error(CUDAEngine(unet).predict(x, 3, labels), unet(x, 3, labels).sample) < 1e-5
+
+    def test_learned_embeddings(self, make_unet: Callable[..., UNet2DModel]) -> None:
+        unet = make_unet(time_embedding_type="learned", num_train_timesteps=1000)
+        x, t = randn(2, 3, 16, 16), torch.tensor([999, 0])
+        with torch.no_grad():
+            assert error(CUDAEngine(unet).predict(x, t), unet(x, t).sample) < 1e-5
+
 
 @pytest.mark.usefixtures("recording")
 class TestLoop:
@@ -472,6 +492,23 @@ class TestGPU:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision(self, on_gpu: UNet2DModel, dtype: torch.dtype) -> None:
         assert_same(pair(on_gpu.to(dtype)), HALF_PRECISION, seeds=[1, 2], num_inference_steps=10)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_is_as_accurate_as_the_network(self, on_gpu: UNet2DModel, dtype: torch.dtype) -> None:
+        x = randn(4, 3, 16, 16).cuda()
+        with torch.no_grad():
+            expected = on_gpu(x, 500).sample
+            on_gpu.to(dtype)
+            of_network = (on_gpu(x.to(dtype), 500).sample - expected).square().mean()
+            of_engine = (CUDAEngine(on_gpu).predict(x.to(dtype), 500) - expected).square().mean()
+        assert of_engine <= 1.5 * of_network
+
+    def test_no_switch_stays_changed(self, on_gpu: UNet2DModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        for before in (False, True):
+            monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+            assert_same(pair(on_gpu), 1e-4, seeds=[1], num_inference_steps=2)
+            assert torch.backends.cudnn.benchmark == before
+            assert not torch.backends.cudnn.allow_tf32
 
     def test_states_are_copies(self, on_gpu: UNet2DModel) -> None:
         steps = make_steps(TIMESTEPS, ALPHAS)

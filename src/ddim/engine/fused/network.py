@@ -120,6 +120,10 @@ class FusedNetwork:
         self.unet.check_sample(sample)
         timesteps = as_timesteps(timestep, sample.device)
         check_embeddings(timesteps.reshape(-1), sample)
+        # An embedding (D,), or a label (), holds for the whole batch.
+        single_ndim = 1 if self.unet.config.class_embed_type == "identity" else 0
+        if class_labels is not None and class_labels.ndim > single_ndim:
+            check_embeddings(class_labels, sample)
         on_device: Any = torch.cuda.device_of
         with torch.autocast(sample.device.type, enabled=False), on_device(sample):
             projected = self.project(timesteps, class_labels)
