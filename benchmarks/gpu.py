@@ -14,9 +14,9 @@ several timesteps, and images after 50 steps. A difference ends the run with sta
 
 Batches and dtypes are measured in the order in which they are given, and written to `--out` after each. Repeats of the
 rows are interleaved. Rows that are not compiled come first, then those that are, each interleaved with `ddim`. With
-`--training`, the rate of `ddim train` follows, without and with `compile=true`. Launches are counted last: a profiler
-may slow what is launched after it. After `--minutes` (default 8) nothing more is measured; another run can measure the
-rest.
+`--training`, the rate of `ddim train` follows the former, and that with `compile=true` the first of the latter.
+Launches are counted last: a profiler may slow what is launched after it. After `--minutes` (default 8) nothing more is
+measured; another run can measure the rest.
 
 `--cpu-try` runs everything that does not need CUDA on a CPU with a small network, to test this script.
 """
@@ -268,15 +268,15 @@ class Bench:
             self.write()
         if self.options.training:
             self.measure_training(compiles=False)
-        for group in self.groups.values():
+        for number, group in enumerate(self.groups.values()):
             for row in [group[name] for name in (TUNED, COMPILED) if name in group]:
                 runs = self.measure([group[DDIM], row])
                 self.count_launches(row, runs.pop(row.name, None))
                 del runs
                 torch._dynamo.reset()  # Also frees the memory of recorded graphs.
                 self.write()
-        if self.options.training:
-            self.measure_training(compiles=True)
+            if self.options.training and number == 0:
+                self.measure_training(compiles=True)
         for row in [row for rows in plain for row in rows if row.seconds and self.cuda]:
             use_tf32(DTYPES[row.dtype][1])
             self.count_launches(row, self.prepare(row))

@@ -56,10 +56,12 @@ class Tape(TorchDispatchMode):
         return result
 
     def replay(self) -> None:
-        for func, args, kwargs, result in self.calls:
-            for place, values in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(place, Tensor) and place.data_ptr() != values.data_ptr():
-                    place.copy_(values)
+        # As a graph does, whatever is cast where it is replayed.
+        with torch.autocast("cpu", enabled=False):
+            for func, args, kwargs, result in self.calls:
+                for place, values in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                    if isinstance(place, Tensor) and place.data_ptr() != values.data_ptr():
+                        place.copy_(values)
 
     def pool(self) -> None:
         return None
@@ -272,6 +274,15 @@ class TestLoop:
         latents = randn(2, 3, 16, 16, dtype=torch.float64)
         assert_same(pipes, latents=latents, num_inference_steps=6)
         assert pipes[1](latents=latents, num_inference_steps=2, output_type="pt").images.dtype == torch.float64
+
+    def test_autocast_is_ignored(self, tiny_unet: UNet2DModel) -> None:
+        engine, steps, latents = CUDAEngine(tiny_unet), make_steps(TIMESTEPS, ALPHAS), randn(2, 3, 16, 16)
+        *_, expected = run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings()))
+        with torch.autocast("cpu", torch.bfloat16):
+            engine = CUDAEngine(tiny_unet)
+            *_, actual = run_steps(latents, steps, engine.step_fn(latents, steps, StepSettings()))
+            assert engine.predict(latents, 3).dtype == torch.float32
+        assert torch.equal(actual.sample, expected.sample)
 
     def test_callbacks_replace_latents(self, tiny_unet: UNet2DModel) -> None:
         def callback(pipe: Any, index: int, t: int, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:

@@ -76,7 +76,7 @@ class CUDAEngine:
         with torch.inference_mode(False):
             weights = copy.deepcopy(unet).requires_grad_(False).eval()
             weights.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 self.network = FusedNetwork(weights)
         self.runners: dict[Hashable, StepRunner] = {}
         self._stream: torch.cuda.Stream | None = None
@@ -338,7 +338,7 @@ class StepRunner:
             # Ones, so that the runs of the recording divide by no zero.
             self.coefficients = new(len(Coefficients._fields)) + 1
             self.timestep = torch.ones((), dtype=torch.int64, device=like.device)
-            self.embedding = torch.zeros_like(network.project(self.timestep))
+            self.embedding = torch.zeros(1, network.embedding_size, dtype=network.unet.dtype, device=like.device)
             self.graph = record(self._run)
 
     def _run(self) -> None:

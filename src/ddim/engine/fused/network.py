@@ -50,6 +50,7 @@ class FusedNetwork:
     Attributes:
         unet: the same.
         divides_by_timestep: whether predictions are divided by their timesteps, as with Fourier embeddings.
+        embedding_size: F, the channels of the projected embeddings of all residual blocks together.
 
     Example:
         >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8, 8, 8), norm_num_groups=4).eval()
@@ -89,6 +90,7 @@ class FusedNetwork:
         self._projection_weight = torch.cat([projection.weight for projection in projections])
         self._projection_bias = torch.cat([projection.bias for projection in projections])
         self._widths = [len(projection.bias) for projection in projections]
+        self.embedding_size = sum(self._widths)
 
     def project(self, timesteps: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Embed timesteps and class labels, and project the embeddings for all residual blocks.
@@ -98,7 +100,7 @@ class FusedNetwork:
             class_labels: as `UNet2DModel.forward` takes them.
 
         Returns:
-            (N, F) or (1, F), F the sum of the blocks' widths.
+            (N, F) or (1, F), F of `embedding_size`.
         """
         emb = self._act(self.unet.embed(timesteps, class_labels))
         return F.linear(emb, self._projection_weight, self._projection_bias)
