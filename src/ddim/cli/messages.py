@@ -62,7 +62,7 @@ BY_COMMAND: dict[str, dict[str, str]] = {
     "trajectory": {"batch_size": "--count"},
     "consistency": {"batch_size": "--count"},
     "interpolate": {"count": "the number of points"},
-    "tune": {"model": "MODEL", "num_latents": "--codes", "codes": "--codes", "count": "--codes"},
+    "tune": {"model": "MODEL", "num_latents": "--codes", "codes": "--codes"},
     "evaluate": {"num_images": "--count", "num_samples": "--count", "samples": "SAMPLES"},
     "convert": {
         "num_heads": "--heads",
