@@ -160,7 +160,7 @@ def reduced(command: str, given: dict[str, Any]) -> dict[str, Any]:
     if given.get("label") is not None:
         del smaller["count"]  # as many images of each class
         if command == "evaluate":
-            smaller["count"] = lambda count: 20
+            smaller["count"], smaller["reference_count"] = (lambda count: 20), (lambda count: 100)
     options = {name: change(given[name]) for name, change in smaller.items() if name in given}
     if command == "evaluate" and (given["table"] or given["figure"]):
         options["table_steps"] = "3"
