@@ -161,6 +161,10 @@ def reduced(command: str, given: dict[str, Any]) -> dict[str, Any]:
         "max_iterations": lambda count: 3,
         "steps": lambda steps: {"consistency": "2,3", "tune": "2", "distill": steps}.get(command) or fewer(steps),
     }
+    if given.get("label") is not None:
+        del smaller["count"]  # as many images of each class
+        if command == "evaluate":
+            smaller["count"], smaller["reference_count"] = (lambda count: 20), (lambda count: 100)
     options = {name: change(given[name]) for name, change in smaller.items() if name in given}
     if command == "evaluate" and (given["table"] or given["figure"]):
         options["table_steps"] = "3"

@@ -20,11 +20,21 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ddim import DDIMInverseScheduler, DDIMPipeline, DDIMScheduler
+from ddim import DDIMInverseScheduler, DDIMPipeline, DDIMScheduler, UNet2DModel
 from ddim.diffusion.equations import sigma_ddim
 from ddim.diffusion.noise import noise_from_seeds
 from ddim.diffusion.schedule import SPACINGS, check_timesteps_by_steps
-from ddim.tuning import ErrorEvaluator, TunedTimesteps, draw_timesteps, enough_steps, plot_timesteps, search, tune
+from ddim.tuning import (
+    REFERENCE_STEPS,
+    ErrorEvaluator,
+    TunedTimesteps,
+    draw_timesteps,
+    enough_steps,
+    plot_timesteps,
+    search,
+    tune,
+)
+from digits import TINY_MODEL
 from helpers import ALPHAS, randn, seeded
 from programs import run_cli
 
@@ -428,3 +438,24 @@ class TestCommand:
         assert message in result.stderr
         assert "Traceback" not in result.stderr
         assert not (tmp_path / "new").exists()
+
+
+def test_latents_take_labels_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    torch.manual_seed(0)
+    unet = UNet2DModel(**TINY_MODEL, num_class_embeds=4, has_null_class=True).eval()
+    pipe = DDIMPipeline(unet, DDIMScheduler(clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    evaluator = ErrorEvaluator(pipe, 1, 0.0, range(5), 2, {"class_labels": [0, 2], "guidance_scale": 2.0})
+    scheduler = pipe.scheduler
+    limit = scheduler.make_timesteps(min(REFERENCE_STEPS, len(scheduler)), "blend")
+
+    def images(timesteps: list[int], order: int) -> torch.Tensor:
+        settings = {"timesteps": timesteps, "order": order, "output_type": "pt"}
+        return pipe(seeds=range(5), class_labels=[0, 2, 0, 2, 0], guidance_scale=2.0, **settings).images
+
+    expected = (images([900, 0], 1) - images(list(limit), 2)).square().mean().item()
+    assert evaluator.mse([900, 0]) == pytest.approx(expected, rel=1e-3)
+    # Other labels are other errors, not those of the cache.
+    other = ErrorEvaluator(pipe, 1, 0.0, range(5), 2, {"class_labels": [1, 2], "guidance_scale": 2.0})
+    assert other.mse([900, 0]) != evaluator.mse([900, 0])

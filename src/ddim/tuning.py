@@ -52,6 +52,7 @@ from ddim.diffusion.schedule import SPACINGS
 from ddim.extras import require
 from ddim.io.atomic import atomic_write
 from ddim.io.cache import Cache
+from ddim.io.class_labels import count_labels
 from ddim.io.fingerprint import model_sha256
 from ddim.io.json_files import to_json
 from ddim.latents import Condition
@@ -133,8 +134,8 @@ def tune(
         seed: of the first latent; as many latents after them evaluate the result.
         batch_size: latents per network evaluation.
         progress: show a bar.
-        condition: classes and guidance, as for a call of the pipeline; labels are one for all latents, or one for each
-            of those on which errors are measured, which those that evaluate the result share.
+        condition: classes and guidance, as for a call of the pipeline; of several labels latents take one after the
+            other, in turn.
 
     Returns:
         The timesteps and their error.
@@ -249,7 +250,8 @@ def enough_steps(
         num_latents: latents on which the error is measured, at most 10000.
         seed: of the first of them.
         batch_size: latents per network evaluation.
-        condition: classes and guidance, as for a call of the pipeline; labels are one for all latents, or one for each.
+        condition: classes and guidance, as for a call of the pipeline; of several labels latents take one after the
+            other, in turn.
 
     Returns:
         The number of steps, and its error.
@@ -290,7 +292,7 @@ class ErrorEvaluator:
         eta: the noise of the process.
         seeds: of the latents.
         batch_size: latents per network evaluation.
-        condition: classes and guidance.
+        condition: classes and guidance; of several labels latents take one after the other, in turn.
 
     Raises:
         ValueError: for an argument out of range, or a condition that the model does not take.
@@ -306,7 +308,7 @@ class ErrorEvaluator:
         condition: Condition | None = None,
     ) -> None:
         self.pipe, self.order, self.eta = pipe, order, eta
-        self._conditions = pipe.conditions(len(seeds), **condition or {})
+        self._conditions = pipe.conditions(len(seeds), **_in_turn(condition or {}, len(seeds)))
         size = integer("batch_size", batch_size, 1)
         checked = check_seeds(seeds, len(seeds))
         self._batches = [checked[first : first + size] for first in range(0, len(checked), size)]
@@ -438,6 +440,16 @@ class ErrorEvaluator:
                 yield total / math.sqrt(variance) if variance else total
 
         return draw().__next__
+
+
+def _in_turn(condition: Condition, count: int) -> Condition:
+    """Return a condition with labels for a number of latents, which take several in turn."""
+    result: Any = dict(condition)
+    for name in result.keys() & {"class_labels", "negative_labels"}:
+        if (given := count_labels(result[name])) > 1:
+            result[name] = [result[name][index % given] for index in range(count)]
+    turned: Condition = result
+    return turned
 
 
 def _describe_condition(conditions: Conditions | None) -> dict[str, Any]:

@@ -645,7 +645,7 @@ def test_help_names_every_option(results: Commands, name: str) -> None:
             assert re.search(rf"(?<![\w-]){option}(?![\w-])", stdout, re.IGNORECASE)
         assert parameter.help.split(";")[0] in " ".join(stdout.replace("│", " ").split())
     examples = re.findall(rf"^ *ddim {name} (.*\S)\s*$", stdout, re.MULTILINE)
-    assert len(examples) == {"consistency": 1, "interpolate": 3, "decode": 3}.get(name, 2)
+    assert len(examples) == {"consistency": 1, "interpolate": 4, "decode": 3}.get(name, 2)
     for example in examples:
         # The options exist and their values are of the right kind.
         command.make_context(name, shlex.split(example))

@@ -131,7 +131,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_resumed_run_equals_uninterrupted_one(
     make_config: MakeConfig, folder: Path, tmp_path: Path, balanced: bool
 ) -> None:
-    data = {"source": str(folder), "labels": "auto", "balanced": balanced, "holdout": 4}
+    data = {"source": str(folder), "labels": "auto", "balanced": balanced, "holdout": 4, "on_device": balanced}
     checkpoints = {"every": 5}
     config = make_config(data=data, checkpoints=checkpoints, max_steps=10)
     train(config, tmp_path / "whole", "cpu")

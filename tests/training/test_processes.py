@@ -123,6 +123,22 @@ def test_two_processes_match_one(single: Path, pair: Path) -> None:
     assert max_difference(ema_weights(single, 50), ema_weights(pair, 50)) < 1e-4
 
 
+def test_two_processes_match_one_with_labels(env: dict[str, str], tmp_path: Path) -> None:
+    images = write_digits(tmp_path / "images", 60)
+    for index, path in enumerate(sorted(images.glob("*.png"))):
+        folder = images / f"class-{min(index % 5, 2)}"
+        folder.mkdir(exist_ok=True)
+        path.rename(folder / path.name)
+    data = {"source": str(images), "labels": "auto", "balanced": True}
+    labeled = SETTINGS | {"data": data, "max_steps": 8, "checkpoints": {"every": 8}, "evaluate": {"every": 0}}
+    (tmp_path / "labels.yaml").write_text(yaml.safe_dump(labeled))
+    train_single(tmp_path / "labels.yaml", tmp_path / "single", 8)
+    for done in run_pair(*command(["train"], tmp_path / "labels.yaml", tmp_path / "pair"), env=env):
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "pair") == pytest.approx(losses(tmp_path / "single"), abs=1e-5)
+    assert max_difference(*(ema_weights(tmp_path / run, 8) for run in ("single", "pair"))) < 1e-4
+
+
 def test_resumes_with_another_number_of_processes(
     single: Path, env: dict[str, str], settings: Path, tmp_path: Path
 ) -> None:

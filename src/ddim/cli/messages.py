@@ -69,7 +69,7 @@ BY_COMMAND: dict[str, dict[str, str]] = {
         "max_steps": "--max-steps",
     },
     "interpolate": {"count": "the number of points"},
-    "tune": {"model": "MODEL", "num_latents": "--codes", "codes": "--codes", "count": "--codes"},
+    "tune": {"model": "MODEL", "num_latents": "--codes", "codes": "--codes"},
     "evaluate": {"num_images": "--count", "num_samples": "--count", "samples": "SAMPLES"},
     "convert": {
         "num_heads": "--heads",

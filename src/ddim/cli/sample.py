@@ -118,7 +118,8 @@ def sample(
     if sampling.steps is None:
         from ddim.tuning import enough_steps
 
-        num_steps, error = enough_steps(pipe, AUTO_TOLERANCE if tolerance is None else tolerance, order)
+        limit = AUTO_TOLERANCE if tolerance is None else tolerance
+        num_steps, error = enough_steps(pipe, limit, order, **conditions.condition(pipe, num_labels))
         sampling = replace(sampling, steps=num_steps)
         if rank == 0:
             print(f"{pluralize(num_steps, 'step')}, mean squared error {error:.1e}", file=sys.stderr)

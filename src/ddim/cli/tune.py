@@ -53,7 +53,7 @@ def tune(
 
       ddim tune my-model --steps 5,10,20 --out my-model --plot timesteps.png
 
-      ddim tune runs/digits --label all --guidance 1.5 --codes 60 --out digits-tuned
+      ddim tune runs/digits --label all --guidance 1.5 --out digits-tuned
 
       ddim sample --model mnist-tuned --steps 10
     """
@@ -79,7 +79,7 @@ def tune(
     if plot is not None:
         plot_path = check_output_path(plot, {".png": "", ".svg": ""}, folder_allowed=False, name="plot")
     pipe = load_pipeline(name, device, engine=engine)
-    condition = conditions.condition(pipe, codes)
+    condition = conditions.condition(pipe, conditions.num_labels(pipe))
     plotted: dict[str, list[int]] = {}
     for num_steps in numbers_of_steps:
         result = search(pipe, num_steps, order, eta, num_latents=codes, seed=seed, batch_size=batch_size, **condition)

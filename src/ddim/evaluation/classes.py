@@ -68,7 +68,7 @@ def match_labels(
         >>> match_labels(images("1", "0", "1"), images("cat", "cat", "dog"))[0].indices
         tensor([1, 0, 1])
     """
-    known = read_labels(reference, column, "classes of the reference")
+    known = read_labels(reference, column, "classes of the reference", min_classes=1)
     given = read_labels(samples, AUTO, "classes of the samples", min_classes=1)
     assert known is not None
     assert given is not None
