@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
 from ddim.data.dataset import CachedImageDataset
+from ddim.diffusion.equations import ddim_step
 from ddim.diffusion.loop import StepSettings, sample
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.distillation import student_scheduler
-from ddim.training.config import DistillConfig, TrainConfig
+from ddim.training.config import DistillConfig, ObjectiveConfig, TrainConfig
 from ddim.training.distilling import DistillationObjective, make_objective, teacher_steps
 from ddim.training.objective import DenoisingObjective
 from ddim.training.trainer import Trainer
@@ -63,6 +64,30 @@ def test_teacher_clips_where_its_scheduler_does() -> None:
     alpha = float(scheduler.alphas_cumprod_float64[999])
     x0 = [alpha**0.5 * x - (1 - alpha) ** 0.5 * v for v in targets]
     assert float(x0[0].abs().max()) <= 1 + 1e-4 < float(x0[1].abs().max())
+
+
+@pytest.mark.parametrize("predicted", ["v_prediction", "sample"])
+def test_weights_are_those_of_errors_after_a_step(predicted: str) -> None:
+    scheduler = make_student_scheduler(4, prediction_type=predicted)
+    objective = DistillationObjective(make_teacher(), scheduler, DistillConfig())
+    weights = objective.loss_weights(ObjectiveConfig())
+    assert sorted(weights.nonzero().flatten().tolist()) == [249, 499, 749, 999]
+    x, output, change = (randn(1, 1, 8, 8, seed=seed) for seed in range(3))
+    errors = {}
+    for step in scheduler.make_steps(scheduler.make_timesteps(4)):
+        moved = [ddim_step(y, x, step, predicted)[0] for y in (output, output + change)]
+        errors[step.timestep] = float((moved[1] - moved[0]).square().mean())
+    mean = sum(errors.values()) / 4
+    for timestep, error in errors.items():
+        assert float(weights[timestep]) == pytest.approx(error / mean, rel=1e-3, abs=1e-6)
+
+
+def test_weights_of_the_objective() -> None:
+    config = ObjectiveConfig(weighting="truncated_snr")
+    objective = DistillationObjective(make_teacher(), make_student_scheduler(4), DistillConfig(weighting="objective"))
+    alphas = DDIMScheduler().alphas_cumprod
+    snr = alphas / (1 - alphas)
+    torch.testing.assert_close(objective.loss_weights(config), snr.clamp_min(1) / (snr + 1))
 
 
 def test_batches_have_equally_many_images_at_each_timestep() -> None:
