@@ -15,6 +15,8 @@ from ddim.diffusion.equations import ddim_step
 from ddim.diffusion.loop import StepSettings, sample
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.distillation import student_scheduler
+from ddim.engine.cuda import Rerun
+from ddim.training import distilling
 from ddim.training.config import DistillConfig, ObjectiveConfig, TrainConfig
 from ddim.training.distilling import DistillationObjective, make_objective, teacher_steps
 from ddim.training.objective import DenoisingObjective
@@ -116,6 +118,22 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         DistillationObjective(make_teacher(**teacher), make_student_scheduler(4, **student), DistillConfig(**config))
+
+
+def test_recorded_targets_are_those_that_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffers of the CUDA graph, run anew each time where there is no GPU."""
+    monkeypatch.setattr(distilling, "record_graph", lambda run, stream: Rerun(run))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    objective = DistillationObjective(make_teacher(), make_student_scheduler(4), DistillConfig(substeps=2))
+    recorded = DistillationObjective(make_teacher(), make_student_scheduler(4), DistillConfig(substeps=2))
+    recorded._records = True
+    batches = [randn(4, 1, 8, 8, seed=seed).contiguous(memory_format=torch.channels_last) for seed in range(3)]
+    timesteps = torch.tensor([249, 999, 749, 499])
+    results = [recorded.target(x, x, timesteps, x) for x in batches]
+    for x, result in zip(batches, results, strict=True):
+        torch.testing.assert_close(result, objective.target(x, x, timesteps, x), rtol=1e-4, atol=1e-4)
+    # Of another shape, such as that of the last held-out images, nothing is recorded.
+    assert recorded.target(batches[0][:2], batches[0][:2], timesteps[:2], batches[0][:2]).shape == (2, 1, 8, 8)
 
 
 def test_teacher_steps_end_in_a_clean_image() -> None:
