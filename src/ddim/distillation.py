@@ -54,6 +54,8 @@ TEACHER_STEPS = 32
 """Steps of the model that the first student takes at once, about."""
 FIRST_LENGTH, LATER_LENGTH = 2000, 1000
 """Training steps of the first student and of each further one."""
+FIRST_SHARE = 0.7
+"""The part of a time limit that the first student gets, where there are several."""
 LATER_LR = 0.5
 """Learning rate of further students, relative to that of the first."""
 SAMPLE_COUNT, SAMPLE_STEPS, SAMPLE_BATCH = 4096, 20, 64
@@ -349,7 +351,7 @@ def stage_settings(pipe: DDIMPipeline, index: int, max_steps: int) -> dict[str, 
 def fit_lengths(stages: Sequence[Stage], seconds_per_step: float, seconds: float) -> list[int]:
     """Choose the lengths of all runs so that they fit into a time.
 
-    The first run, which learns another prediction as well, gets half of it, the others equal parts of the rest.
+    The first run gets `FIRST_SHARE`, since all further students inherit its errors, the others equal parts of the rest.
 
     Args:
         stages: the students.
@@ -361,9 +363,10 @@ def fit_lengths(stages: Sequence[Stage], seconds_per_step: float, seconds: float
 
     Example:
         >>> fit_lengths([Stage(4, 8), Stage(2, 2), Stage(1, 2)], seconds_per_step=0.1, seconds=100)
-        [425, 467, 467]
+        [595, 280, 280]
     """
-    shares = [1.0] if len(stages) == 1 else [0.5, *[0.5 / (len(stages) - 1)] * (len(stages) - 1)]
+    later = len(stages) - 1
+    shares = [FIRST_SHARE, *[(1 - FIRST_SHARE) / later] * later] if later else [1.0]
     costs = [seconds_per_step * (stage.substeps + BACKWARD) / (stages[0].substeps + BACKWARD) for stage in stages]
     return [max(1, int(TIME_SHARE * share * seconds / cost)) for share, cost in zip(shares, costs, strict=True)]
 

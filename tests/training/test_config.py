@@ -552,6 +552,7 @@ OTHER = {
     "distill.num_inference_steps": (2, False),
     "distill.substeps": (2, False),
     "distill.order": (2, False),
+    "distill.weighting": ("objective", False),
     "distill.teacher_sha256": ("0" * 64, False),
     "optim.lr": (1e-3, True),
     "optim.betas": ([0.9, 0.99], False),

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
 from ddim.data.dataset import CachedImageDataset
+from ddim.diffusion.equations import ddim_step
 from ddim.diffusion.loop import StepSettings, sample
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.distillation import student_scheduler
-from ddim.training.config import DistillConfig, TrainConfig
+from ddim.engine.cuda import Rerun
+from ddim.training import distilling
+from ddim.training.config import DistillConfig, ObjectiveConfig, TrainConfig
 from ddim.training.distilling import DistillationObjective, make_objective, teacher_steps
 from ddim.training.objective import DenoisingObjective
 from ddim.training.trainer import Trainer
@@ -65,6 +68,30 @@ def test_teacher_clips_where_its_scheduler_does() -> None:
     assert float(x0[0].abs().max()) <= 1 + 1e-4 < float(x0[1].abs().max())
 
 
+@pytest.mark.parametrize("predicted", ["v_prediction", "sample"])
+def test_weights_are_those_of_errors_after_a_step(predicted: str) -> None:
+    scheduler = make_student_scheduler(4, prediction_type=predicted)
+    objective = DistillationObjective(make_teacher(), scheduler, DistillConfig())
+    weights = objective.loss_weights(ObjectiveConfig())
+    assert sorted(weights.nonzero().flatten().tolist()) == [249, 499, 749, 999]
+    x, output, change = (randn(1, 1, 8, 8, seed=seed) for seed in range(3))
+    errors = {}
+    for step in scheduler.make_steps(scheduler.make_timesteps(4)):
+        moved = [ddim_step(y, x, step, predicted)[0] for y in (output, output + change)]
+        errors[step.timestep] = float((moved[1] - moved[0]).square().mean())
+    mean = sum(errors.values()) / 4
+    for timestep, error in errors.items():
+        assert float(weights[timestep]) == pytest.approx(error / mean, rel=1e-3, abs=1e-6)
+
+
+def test_weights_of_the_objective() -> None:
+    config = ObjectiveConfig(weighting="truncated_snr")
+    objective = DistillationObjective(make_teacher(), make_student_scheduler(4), DistillConfig(weighting="objective"))
+    alphas = DDIMScheduler().alphas_cumprod
+    snr = alphas / (1 - alphas)
+    torch.testing.assert_close(objective.loss_weights(config), snr.clamp_min(1) / (snr + 1))
+
+
 def test_batches_have_equally_many_images_at_each_timestep() -> None:
     objective = DistillationObjective(make_teacher(), make_student_scheduler(4), DistillConfig())
     drawn = [objective.draw_timesteps(16, seeded(seed)) for seed in range(8)]
@@ -91,6 +118,22 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         DistillationObjective(make_teacher(**teacher), make_student_scheduler(4, **student), DistillConfig(**config))
+
+
+def test_recorded_targets_are_those_that_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffers of the CUDA graph, run anew each time where there is no GPU."""
+    monkeypatch.setattr(distilling, "record_graph", lambda run, stream: Rerun(run))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    objective = DistillationObjective(make_teacher(), make_student_scheduler(4), DistillConfig(substeps=2))
+    recorded = DistillationObjective(make_teacher(), make_student_scheduler(4), DistillConfig(substeps=2))
+    recorded._records = True
+    batches = [randn(4, 1, 8, 8, seed=seed).contiguous(memory_format=torch.channels_last) for seed in range(3)]
+    timesteps = torch.tensor([249, 999, 749, 499])
+    results = [recorded.target(x, x, timesteps, x) for x in batches]
+    for x, result in zip(batches, results, strict=True):
+        torch.testing.assert_close(result, objective.target(x, x, timesteps, x), rtol=1e-4, atol=1e-4)
+    # Of another shape, such as that of the last held-out images, nothing is recorded.
+    assert recorded.target(batches[0][:2], batches[0][:2], timesteps[:2], batches[0][:2]).shape == (2, 1, 8, 8)
 
 
 def test_teacher_steps_end_in_a_clean_image() -> None:

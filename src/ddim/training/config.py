@@ -76,6 +76,8 @@ class DistillConfig(Section):
         num_inference_steps: steps of the network: it learns at the `trailing` timesteps of this number alone.
         substeps: steps of the teacher for each step of the network.
         order: order of the teacher's solver: 1 (DDIM) or 2.
+        weighting: weights of the network's timesteps: `step`, by the error of x where its step ends, or `objective`, by
+            `objective.weighting`.
         teacher_sha256: SHA-256 of the teacher, which runs record; a run resumes only with the same.
 
     Example:
@@ -87,6 +89,7 @@ class DistillConfig(Section):
     num_inference_steps: PositiveInt = 4
     substeps: PositiveInt = 8
     order: Literal[1, 2] = 1
+    weighting: Literal["step", "objective"] = "step"
     teacher_sha256: str | None = None
 
 

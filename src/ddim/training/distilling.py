@@ -24,8 +24,8 @@ from ddim.diffusion.loop import Denoiser, StepSettings
 from ddim.engine.cuda import CUDAEngine, fill, record_graph
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler, check_own_steps
-from ddim.training.config import DistillConfig, TrainConfig
-from ddim.training.objective import DenoisingObjective, Objective
+from ddim.training.config import DistillConfig, ObjectiveConfig, TrainConfig
+from ddim.training.objective import DenoisingObjective, Objective, loss_weights
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,8 @@ class DistillationObjective:
         given = check_own_steps(teacher.scheduler)
         if not torch.equal(given.alphas_cumprod.cpu(), scheduler.alphas_cumprod.cpu()):
             raise ValueError("the student must have the noise schedule of its teacher, got another one")
-        self._prediction_type = scheduler.config.prediction_type
+        self._prediction_type, self._weighting = scheduler.config.prediction_type, config.weighting
+        self._alphas = scheduler.alphas_cumprod
         if self._prediction_type == "epsilon":
             raise ValueError(
                 "prediction_type of a student must be v_prediction or sample, got epsilon, which says nothing about "
@@ -120,6 +121,27 @@ class DistillationObjective:
     def spread_timesteps(self, count: int) -> Tensor:
         """Return the timesteps of the student in turn; see `Objective.spread_timesteps`."""
         return torch.tensor(self.timesteps)[torch.arange(count) % len(self.timesteps)]
+
+    def loss_weights(self, config: ObjectiveConfig) -> Tensor:
+        """Return weights by the error of x_s, with a mean of 1 over the student's timesteps; 0 at all others.
+
+        An error of v is multiplied by sin(phi_t - phi_s) in x_s. That of a first step from nearly pure noise to hardly
+        less of it counts little, and is largest: the v that leads there is not smooth.
+
+        Args:
+            config: the weighting that is used instead where `distill.weighting` is `objective`.
+
+        Returns:
+            float32 (T,).
+        """
+        if self._weighting == "objective":
+            return loss_weights(self._alphas, self._prediction_type, config.weighting, config.gamma)
+        factors = self._segments.rotations[:, 1]
+        if self._prediction_type == "sample":
+            factors = factors / self._noise
+        weights = torch.zeros(len(self._alphas), device=self.device)
+        weights[self._timesteps] = factors**2 / (factors**2).mean()
+        return weights
 
     @torch.no_grad()
     def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor, noisy: Tensor) -> Tensor:

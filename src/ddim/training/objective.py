@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ddim.scheduler import DDIMScheduler
+from ddim.training.config import ObjectiveConfig
 
 QUARTILES = 4
 """Ranges of timesteps that losses are reported for."""
@@ -52,6 +53,17 @@ class Objective(Protocol):
 
         Returns:
             int64 (count,), on the CPU.
+        """
+        ...
+
+    def loss_weights(self, config: ObjectiveConfig) -> Tensor:
+        """Return the weight of every timestep on the error of what the network predicts.
+
+        Args:
+            config: the weighting of the configuration.
+
+        Returns:
+            float32 (T,), on any device.
         """
         ...
 
@@ -93,6 +105,12 @@ class DenoisingObjective:
     def spread_timesteps(self, count: int) -> Tensor:
         """Return evenly spaced timesteps; see `Objective.spread_timesteps`."""
         return torch.arange(count) * len(self.scheduler) // count
+
+    def loss_weights(self, config: ObjectiveConfig) -> Tensor:
+        """Return the weights that the configuration names; see `Objective.loss_weights`."""
+        scheduler = self.scheduler
+        prediction_type = scheduler.config.prediction_type
+        return loss_weights(scheduler.alphas_cumprod, prediction_type, config.weighting, config.gamma)
 
     def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor, noisy: Tensor) -> Tensor:
         """Return epsilon, x_0 or v, by the prediction type; see `Objective.target`."""

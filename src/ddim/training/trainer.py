@@ -47,7 +47,7 @@ from ddim.training.checkpoint import Checkpoint, save_checkpoint
 from ddim.training.config import TrainConfig
 from ddim.training.distilling import make_objective
 from ddim.training.finetuning import fit_classes, load_weights
-from ddim.training.objective import QUARTILES, by_quartile, loss_weights
+from ddim.training.objective import QUARTILES, by_quartile
 from ddim.training.optim import ema_update, learning_rate, make_optimizer, zero_last_layers
 from ddim.training.progress import Progress, StepMetrics, TrainingStopped
 from ddim.unet import UNet2DModel
@@ -110,13 +110,8 @@ class Trainer:
 
         # The objective.
         self.scheduler = DDIMScheduler.from_config({}, **config.scheduler)
-        self._loss_weights = loss_weights(
-            self.scheduler.alphas_cumprod,
-            self.scheduler.config.prediction_type,
-            config.objective.weighting,
-            config.objective.gamma,
-        ).to(device)
         self.objective = make_objective(config, self.scheduler, device)
+        self._loss_weights = self.objective.loss_weights(config.objective).to(device)
 
         # The network, its average, and the optimizer.
         self.model = build_model(config, dataset.pixel_format, dataset.labels).to(device)
