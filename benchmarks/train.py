@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from ddim import UNet2DModel
 from ddim.data.dataset import CachedImageDataset
 from ddim.training.config import TrainConfig, load_config
+from ddim.training.machine import PRECISIONS
 from ddim.training.metrics_logger import MetricsLogger
 from ddim.training.optim import learning_rate
 from ddim.training.progress import Progress
 from ddim.training.run import start_processes
-from ddim.training.trainer import PRECISIONS, Trainer
+from ddim.training.trainer import Trainer
 
 TRAINER = "ddim train"
 DDIM, DDIM_NCHW = "bare loop, ddim", "bare loop, ddim, NCHW"

@@ -25,11 +25,10 @@ from ddim.engine.cuda import CUDAEngine, fill, record_graph
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler, check_own_steps
 from ddim.training.config import DistillConfig, ObjectiveConfig, TrainConfig
+from ddim.training.machine import PRECISIONS
 from ddim.training.objective import DenoisingObjective, Objective, loss_weights
 
 logger = logging.getLogger(__name__)
-
-AUTOCAST_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_objective(config: TrainConfig, scheduler: DDIMScheduler, device: torch.device) -> Objective:
@@ -166,7 +165,7 @@ class DistillationObjective:
     def _autocast(self) -> AbstractContextManager[None]:
         is_used = self.device.type == "cuda" and self._precision != "fp32"
         # A recorded graph must not depend on weights that autocast has cached.
-        return torch.autocast(self.device.type, AUTOCAST_DTYPES[self._precision], is_used, cache_enabled=False)
+        return torch.autocast(self.device.type, PRECISIONS[self._precision], is_used, cache_enabled=False)
 
     def _get_recorded(self, like: Tensor) -> RecordedTarget | None:
         """Return the recorded computation for a batch's shape; `None` for another shape than the first one's."""

@@ -14,6 +14,8 @@ CGROUP_FILES = (
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
 """Limit and use of a container's memory in bytes, as versions 2 and 1 of control groups report them."""
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Data types of autocast, by the names of configurations."""
 BF16_CPU_FLAGS = ("avx512_bf16", "amx_bf16")
 BF16_CAPABILITY = (8, 0)
 FP16_CAPABILITY = (7, 0)

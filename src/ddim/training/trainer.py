@@ -47,6 +47,7 @@ from ddim.training.checkpoint import Checkpoint, save_checkpoint
 from ddim.training.config import TrainConfig
 from ddim.training.distilling import make_objective
 from ddim.training.finetuning import fit_classes, load_weights
+from ddim.training.machine import PRECISIONS
 from ddim.training.objective import QUARTILES, by_quartile
 from ddim.training.optim import ema_update, learning_rate, make_optimizer, zero_last_layers
 from ddim.training.progress import Progress, StepMetrics, TrainingStopped
@@ -57,8 +58,6 @@ logger = logging.getLogger(__name__)
 
 SYNC_EVERY = 10
 """Steps between synchronizations with a GPU: losses are checked and signals exchanged."""
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
