@@ -118,7 +118,7 @@ def read_labels(
         The classes; `None` for `none`.
 
     Raises:
-        ValueError: if there is no such column, nothing or too much for `auto` to choose from, or the values are not
+        ValueError: if such a column does not exist, `auto` has none or several to choose from, or the values are not
             classes: fewer than two, or as many as images.
 
     Example:

@@ -7,7 +7,7 @@ Every random number of step n is a function of (seed, n), so that a resumed run 
 would. All processes draw the numbers of the whole batch and use their part: the number of processes changes nothing but
 the order of sums (and dropout, which each process draws for its own part).
 
-With labels the network is told the class of each image. Some labels, drawn anew in every step, are replaced by the null
+With labels the network takes the class of each image. Some labels, drawn anew in every step, are replaced by the null
 class, which stands for all classes: guidance needs it (arXiv 2207.12598).
 
 Losses stay on the device until they are needed, so that the loop does not wait for a GPU at every step.
