@@ -8,6 +8,7 @@ without running them. What a reader brings along, such as images, is there; what
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -36,6 +37,7 @@ from digits import TINY_MODEL, digits, write_digits
 from image_data import write_hugging_face
 
 ROOT = Path(__file__).parents[1]
+FACES = Path(__file__).with_name("evaluation") / "faces.parquet"
 SNIPPET = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: .+ -->\n\Z")
 """Stands before a snippet that is not run, with the reason."""
@@ -176,8 +178,10 @@ def reduced(command: str, given: dict[str, Any]) -> dict[str, Any]:
         channels = read_preset(given["preset"])["model"]["block_out_channels"] if given["preset"] else [8, 16]
         small = [f"model.block_out_channels={[min(width, 32) for width in channels]}", "model.attention_head_dim=8"]
         samples = ["samples.count=2", "samples.num_inference_steps=2", "checkpoints.every=2"]
+        samples += ["compile=false", "data.on_device=false", "precision=fp32"]
         settings = given["settings"] or ()
-        if given["init"] or any(setting.startswith("init=") for setting in settings):
+        starts = given["init"] or any(setting.startswith("init=") for setting in settings)
+        if starts and not given["preset"]:
             small = []  # the network is that of the model it starts from
         options |= {"max_steps": 2, "epochs": None, "batch_size": 8, "settings": [*settings, *small, *samples]}
     return options
@@ -196,6 +200,8 @@ def bring_files(folder: Path, text: str) -> None:
     (folder / "digits/0002.png").unlink()
     for name in ("train", "test"):
         write_hugging_face(folder / f"mnist/{name}.parquet", large)
+        (folder / "faces").mkdir(exist_ok=True)
+        shutil.copy(FACES, folder / f"faces/{name}.parquet")
     write_hugging_face(folder / "train.parquet", large)
     if "--out images" not in text:
         np.savez(folder / "images.npz", large[..., None])

@@ -124,7 +124,12 @@ BAD: dict[str, tuple[list[str], int, str]] = {
         1,
         "^ddim: --timesteps must be integers from 0 to 999, got 2000",
     ),
-    "model": (["sample", "-m", "monalisa"], 1, r"the model 'monalisa' does not exist: it is not built in \(mnist\)"),
+    "model": (
+        ["sample", "-m", "monalisa"],
+        1,
+        r"the model 'monalisa' does not exist: it is not built in \(faces, mnist\)",
+    ),
+    "nearest model": (["sample", "-m", "face"], 1, "^ddim: the model 'face' does not exist: .*did you mean '?faces'?"),
     "hub model": (
         ["sample", "-m", "nobody/nothing"],
         1,

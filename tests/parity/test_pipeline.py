@@ -81,6 +81,17 @@ def test_scheduler_settings_carry_over(pipe, reference, settings) -> None:
     assert np.abs(a - b).max() <= 1 / 255
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_diffusers_loads_faces_and_samples_the_same_images(eta: float) -> None:
+    ours = DDIMPipeline.from_pretrained("faces")
+    theirs = diffusers.DDIMPipeline.from_pretrained(builtin_models()["faces"], torch_dtype=torch.float32)
+    for p in (ours, theirs):
+        p.set_progress_bar_config(disable=True)
+    a, b = (sample_arrays(p, seeded(6), eta=eta, num_inference_steps=8) for p in (ours, theirs))
+    assert a.shape == b.shape == (2, 64, 64, 3)
+    assert np.abs(a - b).max() <= 1 / 255
+
+
 def test_accepts_unet_and_scheduler_of_diffusers(pipe, reference) -> None:
     mixed = DDIMPipeline(reference.unet, diffusers.DDPMScheduler(clip_sample=False))
     mixed.set_progress_bar_config(disable=True)

@@ -141,9 +141,10 @@ def test_small_cifar10_preset_is_small() -> None:
     assert parameters < count(read_preset("cifar10")["model"]) / 3
 
 
-def test_built_in_model_matches_its_preset() -> None:
-    config = load_config("mnist")
-    built_in = UNet2DModel.from_pretrained("mnist", subfolder="unet").config
+@pytest.mark.parametrize("name", ["mnist", "faces"])
+def test_built_in_model_matches_its_preset(name: str) -> None:
+    config = load_config(name)
+    built_in = UNet2DModel.from_pretrained(name, subfolder="unet").config
     assert {key: built_in[key] for key in config.model} == config.model
 
 

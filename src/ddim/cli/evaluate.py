@@ -32,8 +32,8 @@ def evaluate(
         str | None,
         typer.Argument(
             show_default=False,
-            help="What to evaluate: a model (mnist, a folder), which generates --count images; or images: a folder, an "
-            ".npz or parquet file, tar shards, a data set.",
+            help="What to evaluate: a model (mnist, faces, a folder), which generates --count images; or images: a "
+            "folder, an .npz or parquet file, tar shards, a data set.",
         ),
     ] = None,
     model: options.ModelOption = None,

@@ -71,6 +71,8 @@ def sample(
 ) -> None:
     """Generate images.
 
+    The model defaults to mnist, the built-in model of digits; faces is another, of drawn faces in color.
+
     The path of the result is printed. A folder, x.npz and x.tar get a manifest, and the same command resumes after an
     interruption; torchrun or accelerate launch share the work among processes.
 
@@ -78,6 +80,8 @@ def sample(
       ddim sample                                         # 16 digits, 50 steps, samples.png
 
       ddim sample --steps 20 --count 64 --out digits.png
+
+      ddim sample --model faces --steps 20 --scale 2      # drawn faces, the built-in model in color
 
       ddim sample --steps auto --order 2                  # as few steps as meet the tolerance
 
