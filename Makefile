@@ -1,4 +1,4 @@
-# make demo   sample 16 digits with the built-in model
+# make demo   sample 16 faces and 16 digits with the built-in models
 # make test   lint, formatting, spelling, types, the import contract and the whole test suite
 
 PYTHON ?= python3
@@ -9,7 +9,8 @@ CODE := src tests benchmarks scripts examples
 .PHONY: demo test clean
 
 demo: $(VENV)/core
-	$(BIN)/ddim sample --model mnist --count 16 --steps 50 --out demo.png
+	$(BIN)/ddim sample --model faces --count 16 --steps 20 --scale 2 --out demo.png
+	$(BIN)/ddim sample --model mnist --count 16 --steps 50 --out demo-digits.png
 
 test: $(VENV)/dev
 	$(BIN)/ruff check $(CODE)
@@ -20,7 +21,7 @@ test: $(VENV)/dev
 	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 clean:
-	rm -rf $(VENV) demo.png
+	rm -rf $(VENV) demo.png demo-digits.png
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "ddim needs Python 3.11 or newer")'

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -11,7 +13,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from typer.testing import CliRunner
 
+import ddim.app
+from ddim.cli import app
 from ddim.info import describe
 from ddim.io.hub import builtin_models
 from ddim.pipeline import DDIMPipeline
@@ -67,6 +72,28 @@ def test_cards_samples_are_those_of_the_model() -> None:
         assert grid.size == (10 * 64 + 11 * GRID_GAP, 10 * 64 + 11 * GRID_GAP)
         shown = np.asarray(grid.crop((GRID_GAP, GRID_GAP, GRID_GAP + 64, GRID_GAP + 64)).convert("RGB"), int)
     assert np.abs(shown - expected).max() <= 2
+
+
+def test_demo_samples_faces_and_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of `make demo`, in fewer steps."""
+    done = subprocess.run(["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    commands = [shlex.split(line)[1:] for line in done.stdout.splitlines() if "/ddim " in line]
+    assert [command[command.index("--model") + 1] for command in commands] == ["faces", "mnist"]
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        result = CliRunner().invoke(app, [*command, "--steps", "2"])
+        assert result.exit_code == 0, result.output
+    with Image.open("demo.png") as faces, Image.open("demo-digits.png") as digits:
+        assert faces.size == (2 * (4 * 64 + 5 * GRID_GAP),) * 2
+        assert (faces.mode, digits.mode) == ("RGB", "L")
+
+
+def test_page_opens_all_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[list[str]] = []
+    monkeypatch.setattr(ddim.app, "serve", lambda names, *_: opened.append(names))
+    for arguments in ([], ["faces"]):
+        assert CliRunner().invoke(app, ["app", *arguments]).exit_code == 0
+    assert opened == [["mnist", "faces"], ["faces"]]
 
 
 def test_license_of_the_faces_names_the_design_and_is_packaged() -> None:

@@ -143,7 +143,9 @@ def check_looks(page: Page, name: str) -> None:
 def test_every_tab_works(visit: Callable[..., Page]) -> None:
     """One walk through all tabs, as a user would go."""
     page = visit()
-    expect(page.locator("#header")).to_contain_text("Model: mnist, gray, 28 x 28 pixels")
+    expect(page.locator("#header")).to_contain_text(
+        "Model: mnist, gray, 28 x 28 pixels; in the tab Model also color, faces"
+    )
     set_number(page, "number input for Steps", 10)
     sample(page)
     images = page.locator("#sample-images")

@@ -5,7 +5,7 @@ No font, style or script is fetched from anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import gradio as gr
@@ -89,20 +89,23 @@ element.addEventListener('click', (event) => {
 """Reports which image of `ddim.app.rendering.grid` was clicked."""
 
 
-def header(model: str, images: str) -> str:
+def header(model: str, images: str, names: Sequence[str] = ()) -> str:
     """Return the page's title, with the session's model, as HTML.
 
     Args:
         model: the model's name.
         images: what its images are.
+        names: the models that the tab Model offers.
 
     Example:
-        >>> header("mnist", "gray, 28 x 28 pixels")[-64:]
-        '<p>Model: <b id="model-name">mnist</b>, gray, 28 x 28 pixels</p>'
+        >>> header("mnist", "gray, 28 x 28 pixels", ["mnist", "faces"])[-100:]
+        '<p>Model: <b id="model-name">mnist</b>, gray, 28 x 28 pixels; in the tab Model also <b>faces</b></p>'
     """
+    others = ", ".join(f"<b>{escape(name)}</b>" for name in names if name != model)
     return (
         "<h1>ddim</h1><p>Denoising Diffusion Implicit Models</p>"
-        f'<p>Model: <b id="model-name">{escape(model)}</b>, {escape(images)}</p>'
+        f'<p>Model: <b id="model-name">{escape(model)}</b>, {escape(images)}'
+        f"{f'; in the tab Model also {others}' if others else ''}</p>"
     )
 
 

@@ -55,7 +55,7 @@ def build(models: ModelCache, downloads: str) -> gr.Blocks:
     ) as blocks:
         endpoint_list = gr.HTML(show_endpoints([]), js_on_load=page.CLICKS, elem_id="endpoints", render=False)
         first = models.names[0]
-        header = gr.HTML(page.header(first, describe_images(models.open(first))), elem_id="header")
+        header = gr.HTML(page.header(first, describe_images(models.open(first)), models.names), elem_id="header")
         shared = Shared(models, gr.State(first), header, gr.State([]), endpoint_list, get_upload_folder(), downloads)
         for name, tab in (
             ("Sample", sample.tab),

@@ -16,7 +16,8 @@ def app(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Built-in models, folders or hub ids; the page starts with the first; defaults to mnist.",
+            help="Built-in models, folders or hub ids; the page starts with the first; defaults to the built-in ones, "
+            "mnist and faces.",
             show_default=False,
         ),
     ] = None,
@@ -60,6 +61,8 @@ def app(
     require("the page", "gradio")
     integer("--port", port, 0, 65535)
     from ddim.app import serve
+    from ddim.io.hub import builtin_models
 
-    names = [with_weights(name, weights) for name in [*(models or []), *(model or [])] or [DEFAULT_MODEL]]
+    given = [*(models or []), *(model or [])] or dict.fromkeys([DEFAULT_MODEL, *builtin_models()])
+    names = [with_weights(name, weights) for name in given]
     serve(names, host, port, share, allow_paths, allow_host or (), open_browser, device, engine)

@@ -81,7 +81,7 @@ class ModelHandlers:
             return {
                 self.status: page.status(f"{model} is open."),
                 self.shared.model: model,
-                self.shared.header: page.header(model, result.value["kind"]),
+                self.shared.header: page.header(model, result.value["kind"], self.shared.models.names),
                 self.size: show_size(result.value),
                 self.configuration: show_configuration(result.value),
                 self.card: show_card(result.value),
