@@ -164,7 +164,7 @@ def reduced(command: str, given: dict[str, Any]) -> dict[str, Any]:
     if given.get("label") is not None:
         del smaller["count"]  # as many images of each class
         if command == "evaluate":
-            smaller["count"], smaller["reference_count"] = (lambda count: 20), (lambda count: 100)
+            smaller["count"], smaller["reference_count"] = (lambda count: 20), (lambda count: 40)
     options = {name: change(given[name]) for name, change in smaller.items() if name in given}
     if command == "evaluate" and (given["table"] or given["figure"]):
         options["table_steps"] = "3"
@@ -176,6 +176,7 @@ def reduced(command: str, given: dict[str, Any]) -> dict[str, Any]:
         channels = read_preset(given["preset"])["model"]["block_out_channels"] if given["preset"] else [8, 16]
         small = [f"model.block_out_channels={[min(width, 32) for width in channels]}", "model.attention_head_dim=8"]
         samples = ["samples.count=2", "samples.num_inference_steps=2", "checkpoints.every=2"]
+        samples += ["compile=false", "data.on_device=false"]
         settings = given["settings"] or ()
         if given["init"] or any(setting.startswith("init=") for setting in settings):
             small = []  # the network is that of the model it starts from
@@ -195,7 +196,7 @@ def bring_files(folder: Path, text: str) -> None:
         save(pixels, folder / ("one.png" if index else "digit.png"))
     (folder / "digits/0002.png").unlink()
     for name in ("train", "test"):
-        write_hugging_face(folder / f"mnist/{name}.parquet", large)
+        write_hugging_face(folder / f"mnist/{name}.parquet", large, num_classes=10)
     write_hugging_face(folder / "train.parquet", large)
     if "--out images" not in text:
         np.savez(folder / "images.npz", large[..., None])

@@ -154,7 +154,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "order and eta": ("/sample", {"order": 2, "eta": 1}, "order=2 requires eta=0"),
     "spacing": ("/sample", {"spacing": "even"}, "spacing must be one of the model's own, leading, .*, got 'even'"),
     "long word": ("/sample", {"spacing": "x" * 1000}, r"spacing must be .*, got 'x{30,60}\.\.\."),
-    "model": ("/sample", {"model": "monalisa"}, "model must be mnist, color, or a hub id .*, got 'monalisa'"),
+    "model": (
+        "/sample",
+        {"model": "monalisa"},
+        "model must be mnist, color, .*mnist-labels, or a hub .*'monalisa'",
+    ),
     "folder": ("/sample", {"model": "/etc"}, "model must be .*, got '/etc'; .*allow_paths=True"),
     "folder above": ("/info", {"model": "../../etc"}, "model must be .*, got '../../etc'; .*allow_paths=True"),
     "hub": ("/info", {"model": "nobody/nothing"}, "the model nobody/nothing is neither a folder nor in the cache"),

@@ -124,7 +124,11 @@ BAD: dict[str, tuple[list[str], int, str]] = {
         1,
         "^ddim: --timesteps must be integers from 0 to 999, got 2000",
     ),
-    "model": (["sample", "-m", "monalisa"], 1, r"the model 'monalisa' does not exist: it is not built in \(mnist\)"),
+    "model": (
+        ["sample", "-m", "monalisa"],
+        1,
+        r"the model 'monalisa' does not exist: it is not built in \((faces, )?mnist, mnist-labels\)",
+    ),
     "hub model": (
         ["sample", "-m", "nobody/nothing"],
         1,

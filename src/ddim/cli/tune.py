@@ -18,7 +18,7 @@ from ddim.validation import pluralize
 def tune(
     model: Annotated[
         str | None,
-        typer.Argument(help="A built-in model (mnist), a folder, or a hub id.", show_default=False),
+        typer.Argument(help="A built-in model (mnist, mnist-labels), a folder, or a hub id.", show_default=False),
     ] = None,
     *,
     out: Annotated[

@@ -93,8 +93,8 @@ def builtin_models() -> dict[str, Path]:
     """Return the folders of the models that ship with the package, by name.
 
     Example:
-        >>> list(builtin_models())
-        ['mnist']
+        >>> {"mnist", "mnist-labels"} <= builtin_models().keys()
+        True
     """
     root = Path(str(resources.files("ddim") / "models"))
     return {index.parent.name: index.parent for index in sorted(root.glob(f"*/{MODEL_INDEX}"))}
