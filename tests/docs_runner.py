@@ -166,7 +166,7 @@ def reduced(command: str, given: dict[str, Any]) -> dict[str, Any]:
     if given.get("label") is not None:
         del smaller["count"]  # as many images of each class
         if command == "evaluate":
-            smaller["count"], smaller["reference_count"] = (lambda count: 20), (lambda count: 100)
+            smaller["count"], smaller["reference_count"] = (lambda count: 20), (lambda count: 40)
     options = {name: change(given[name]) for name, change in smaller.items() if name in given}
     if command == "evaluate" and (given["table"] or given["figure"]):
         options["table_steps"] = "3"
@@ -199,7 +199,7 @@ def bring_files(folder: Path, text: str) -> None:
         save(pixels, folder / ("one.png" if index else "digit.png"))
     (folder / "digits/0002.png").unlink()
     for name in ("train", "test"):
-        write_hugging_face(folder / f"mnist/{name}.parquet", large)
+        write_hugging_face(folder / f"mnist/{name}.parquet", large, num_classes=10)
         (folder / "faces").mkdir(exist_ok=True)
         shutil.copy(FACES, folder / f"faces/{name}.parquet")
     write_hugging_face(folder / "train.parquet", large)

@@ -41,11 +41,12 @@ def write_table(path: Path, **columns: pa.Array) -> str:
     return str(path)
 
 
-def write_hugging_face(path: Path, pixels: np.ndarray, column: str = "image") -> str:
-    """Write a parquet file as `datasets` does, with a column of labels first; its path."""
+def write_hugging_face(path: Path, pixels: np.ndarray, column: str = "image", num_classes: int | None = None) -> str:
+    """Write a parquet file as `datasets` does, with a column of labels first, all different by default; its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     features = datasets.Features({"label": datasets.Value("int64"), column: datasets.Image()})
-    columns = {"label": list(range(len(pixels))), column: [Image.fromarray(image) for image in pixels]}
+    labels = [index % (num_classes or len(pixels)) for index in range(len(pixels))]
+    columns = {"label": labels, column: [Image.fromarray(image) for image in pixels]}
     datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
     return str(path)
 

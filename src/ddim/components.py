@@ -380,8 +380,8 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
         """Load a pipeline: a built-in model, a folder, or a hub id.
 
         Args:
-            pretrained_model_name_or_path: `"mnist"` or `"faces"`, which are built in; a folder of any layout that
-                `ddim.io.hub` describes; or a hub id such as `"google/ddpm-cifar10-32"`.
+            pretrained_model_name_or_path: `"mnist"`, `"mnist-labels"` or `"faces"`, which are built in; a folder of
+                any layout that `ddim.io.hub` describes; or a hub id such as `"google/ddpm-cifar10-32"`.
             torch_dtype: of the networks; defaults to float32; `"auto"` for that of the files; a mapping of
                 components, or `"default"`, to dtypes. `dtype` is another name.
             variant: of the weights, such as `fp16`.

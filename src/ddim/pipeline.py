@@ -374,8 +374,8 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
         """Load a pipeline: a built-in model, a folder, or a hub id.
 
         Args:
-            pretrained_model_name_or_path: `"mnist"` or `"faces"`, which are built in; a folder of any layout that
-                `ddim.io.hub` describes; or a hub id such as `"google/ddpm-cifar10-32"`.
+            pretrained_model_name_or_path: `"mnist"`, `"mnist-labels"` or `"faces"`, which are built in; a folder of
+                any layout that `ddim.io.hub` describes; or a hub id such as `"google/ddpm-cifar10-32"`.
             engine: how the network is run: `auto`, `eager` or `compile`.
             options: those of `ComponentPipeline.from_pretrained`: `torch_dtype`, `variant`, `use_safetensors`,
                 `device_map`; `cache_dir`, `local_files_only`, `revision`, `token`, `force_download`; `unet` or

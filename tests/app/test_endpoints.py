@@ -51,6 +51,14 @@ SAME: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "faces": ({"model": "faces", "count": 2, "steps": 3}, ["-m", "faces", "-n", "2", "--steps", "3"]),
     "eta": ({"count": 5, "steps": 7, "eta": 0.5}, ["-n", "5", "--steps", "7", "--eta", "0.5"]),
+    "class": (
+        {"model": "mnist-labels", "count": 4, "steps": 5, "label": "7", "guidance": 1.5},
+        ["-m", "mnist-labels", "-n", "4", "--steps", "5", "--label", "7", "--guidance", "1.5"],
+    ),
+    "no class": (
+        {"model": "mnist-labels", "count": 2, "steps": 3},
+        ["-m", "mnist-labels", "-n", "2", "--steps", "3"],
+    ),
 }
 
 
@@ -62,7 +70,15 @@ def test_images_match_ddim_sample(server: AppServer, run_command: Callable[[list
     count, steps = SAME[name][0]["count"], SAME[name][0]["steps"]
     first = SAME[name][0].get("seed", 0)
     assert result["seeds"] == list(range(first, first + count))
-    assert result["evaluations"] == count * steps
+    assert result["evaluations"] == count * steps * (2 if "guidance" in SAME[name][0] else 1)
+
+
+def test_all_classes_share_the_images(server: AppServer, run_command: Callable[[list[str]], Path]) -> None:
+    result = server.call("/sample", model="mnist-labels", count=20, steps=2, label="all")
+    arguments = ["-m", "mnist-labels", "-n", "20", "--steps", "2", "--label", "all"]
+    expected = np.load(run_command(["sample", *arguments, "--out", "all.npz"]))["arr_0"]
+    for path, image in zip(result["images"], expected, strict=True):
+        assert np.array_equal(pixels(path), image[..., 0])
 
 
 def test_progress_is_reported(server: AppServer) -> None:
@@ -138,11 +154,21 @@ def test_documented_example_runs(server: AppServer, tmp_path: Path, monkeypatch:
 # --- mistakes
 
 
+CLASSES = {"model": "mnist-labels"}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "negative steps": ("/sample", {"steps": -5}, "steps must be an integer from 1 to 1000, got -5"),
     "huge steps": ("/sample", {"steps": 10**30}, "steps must be an integer from 1 to 1000, got 1000"),
     "words as steps": ("/sample", {"steps": "many"}, "steps must be an integer .*, got 'many'"),
     "fractional steps": ("/sample", {"steps": 2.5}, "steps must be an integer from 1 to 1000, got 2.5"),
+    "label without classes": ("/sample", {"label": "3"}, "label and guidance require a model with classes"),
+    "guidance without classes": ("/sample", {"guidance": 2}, "label and guidance require a model with classes"),
+    "guidance without a label": ("/sample", {**CLASSES, "guidance": 2}, "guidance requires a label"),
+    "unknown label": ("/sample", {**CLASSES, "label": "ten"}, "label must be from 0 to 9 or one of 0, .*, got 'ten'"),
+    "empty label": ("/sample", {**CLASSES, "label": ""}, "labels must be indices or names, .*, got ''"),
+    "many labels": ("/sample", {**CLASSES, "label": "all"}, "count must be a multiple of the 10 labels, got 16"),
+    "list as label": ("/sample", {**CLASSES, "label": [1]}, r"label must be any, all, or a class, got \[1\]"),
+    "words as guidance": ("/sample", {**CLASSES, "label": "3", "guidance": "x"}, "guidance must be a number, got 'x'"),
+    "large guidance": ("/sample", {**CLASSES, "label": "3", "guidance": 101}, "guidance must be .* 0 to 100, got 101"),
     "no steps": ("/sample", {"steps": None}, "steps must be an integer .*, got None"),
     "true steps": ("/sample", {"steps": True}, "steps must be an integer .*, got True"),
     "many images": ("/sample", {"count": 65}, "count must be an integer from 1 to 64, got 65"),
@@ -155,7 +181,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "order and eta": ("/sample", {"order": 2, "eta": 1}, "order=2 requires eta=0"),
     "spacing": ("/sample", {"spacing": "even"}, "spacing must be one of the model's own, leading, .*, got 'even'"),
     "long word": ("/sample", {"spacing": "x" * 1000}, r"spacing must be .*, got 'x{30,60}\.\.\."),
-    "model": ("/sample", {"model": "monalisa"}, "model must be mnist, color, faces, or a hub id .*, got 'monalisa'"),
+    "model": (
+        "/sample",
+        {"model": "monalisa"},
+        "model must be mnist, color, .*faces.*, or a hub id .*, got 'monalisa'",
+    ),
     "folder": ("/sample", {"model": "/etc"}, "model must be .*, got '/etc'; .*allow_paths=True"),
     "folder above": ("/info", {"model": "../../etc"}, "model must be .*, got '../../etc'; .*allow_paths=True"),
     "hub": ("/info", {"model": "nobody/nothing"}, "the model nobody/nothing is neither a folder nor in the cache"),

@@ -367,6 +367,72 @@ def test_shown_command_and_program_sample_the_same_images(
             assert np.array_equal(shown, np.asarray(image))
 
 
+def test_classes_and_guidance(
+    visit: Callable[..., Page], run_command: Callable[[list[str]], Path], tmp_path: Path
+) -> None:
+    """A model with classes shows a choice of them, which no other model has; the command samples the same images."""
+    page = visit()
+    choice, guidance = page.get_by_label("Class", exact=True), page.get_by_label("number input for Guidance")
+    expect(choice).to_have_count(0)
+    tab(page, "Model")
+    name = page.get_by_label("Model", exact=True).last
+    name.fill("mnist-labels")
+    name.press("Enter")
+    button(page, "Open").click()
+    expect(page.locator("#header")).to_contain_text("Model: mnist-labels")
+
+    tab(page, "Sample")
+    expect(choice).to_have_value("any")
+    set_number(page, "number input for Steps", 3)
+    set_number(page, "number input for Images", 16)
+    choose(page, "all, a row per class")
+    # As many images of each class.
+    expect(page.get_by_label("number input for Images")).to_have_value("20")
+    guidance.fill("1.5")
+    guidance.press("Tab")
+    sample(page)
+    expect(page.locator("#sample-status")).to_contain_text("6 function evaluations per image, 120 in all")
+    expect(page.locator("#sample-images img")).to_have_count(20)
+    expect(page.locator("#sample-images li").nth(3)).to_contain_text("1, seed 3")
+    check_looks(page, "classes-sample")
+    button(page, "The same in Python and on the command line").click()
+    expect(page.locator(".cm-content")).to_have_count(2)
+    code = [block.inner_text() for block in page.locator(".cm-content").all()]
+    program, command = ("\n".join(text.splitlines()) for text in code)
+    assert "--label all --guidance 1.5" in command
+    with page.expect_download() as download:
+        button(page, "Grid as PNG").click()
+    download.value.save_as(tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").read_bytes() == run_command(command.split()[1:]).read_bytes()
+    scope: dict[str, Any] = {}
+    exec(program, scope)
+    with page.expect_download() as download:
+        button(page, "Array as NPZ").click()
+    download.value.save_as(tmp_path / "array.npz")
+    with np.load(tmp_path / "array.npz") as array:
+        assert np.array_equal(np.stack([np.asarray(image) for image in scope["images"]]), array["arr_0"][..., 0])
+
+    # Guidance is that of a class. A seed with a class does not decide a frame: the image itself is pinned.
+    choose(page, "any")
+    set_number(page, "number input for Images", 1)
+    sample(page)
+    expect(page.locator("#sample-images li")).to_have_count(1)
+    page.locator("#sample-images").get_by_role("button").click()
+    expect(page.locator("#sample-images [aria-pressed=true]")).to_have_count(1)
+    choose(page, "7")
+    sample(page)
+    expect(page.locator("#sample-images li")).to_contain_text("7, seed 0")
+    page.locator("#sample-images").get_by_role("button").click()
+    tab(page, "Interpolate")
+    expect(page.locator("#endpoints li")).to_have_text(["seed 0", "image"])
+
+
+def choose(page: Page, name: str) -> None:
+    """Choose a class."""
+    page.get_by_label("Class", exact=True).click()
+    page.get_by_role("option", name=name, exact=True).click()
+
+
 def test_failures_are_shown_on_the_page(visit: Callable[..., Page], tmp_path: Path) -> None:
     page = visit()
     tab(page, "Interpolate")

@@ -127,7 +127,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "model": (
         ["sample", "-m", "monalisa"],
         1,
-        r"the model 'monalisa' does not exist: it is not built in \(faces, mnist\)",
+        r"the model 'monalisa' does not exist: it is not built in \(faces, mnist, mnist-labels\)",
     ),
     "nearest model": (["sample", "-m", "face"], 1, "^ddim: the model 'face' does not exist: .*did you mean '?faces'?"),
     "hub model": (

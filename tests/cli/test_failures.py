@@ -201,7 +201,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "seed": (["sample", "--seed", "-1"], "--seed must be an integer of at least 0, got -1"),
     "seed of edit": (["edit", "x.png", "--seed", "-1"], "--seed must be an integer of at least 0, got -1"),
     "two models": (["sample", "mnist", "--model", "other"], "give one model, got 'mnist' and --model 'other'"),
-    "no model": (["tune", "--out", "x"], "give a model: mnist, faces, a folder, or a hub id"),
+    "no model": (["tune", "--out", "x"], "give a model: mnist, mnist-labels, faces, a folder, or a hub id"),
     "run on a file": (["train", "--preset", "digits", "--out", "file"], "file is a file, not a folder"),
     "no configuration": (
         ["train", "--config", "none.yaml", "--out", "run"],

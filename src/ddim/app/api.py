@@ -18,6 +18,7 @@ from gradio.events import api
 from PIL import Image
 
 from ddim.app import inputs
+from ddim.app.conditions import ANY
 from ddim.app.events import DEVICE_EVENT, REPORTED_ERRORS, Endpoint, Shared, make_download_folder
 from ddim.app.handlers import interpolate as interpolation
 from ddim.app.handlers import invert as inversion
@@ -60,14 +61,17 @@ def add_endpoints(shared: Shared) -> None:
         eta: float = 0.0,
         order: int = 1,
         spacing: str = sampling.MODELS_OWN,
+        label: str = ANY,
+        guidance: float = 1.0,
     ) -> Work:
         """Sample images; image i depends on seed + i."""
-        settings = sampling.SampleSettings.checked(steps, eta, order, spacing, count, seed)
+        classes = open_model(model).classes
+        settings = sampling.SampleSettings.checked(steps, eta, order, spacing, count, seed, label, guidance, classes)
 
         def work(run: Run) -> Answer:
             images = sampling.sample(run, open_model(model), settings).images
-            nfe = settings.num_inference_steps * settings.count
-            return {"seeds": list(settings.seeds), "images": files(images), "evaluations": nfe}
+            evaluations = settings.nfe * settings.count
+            return {"seeds": list(settings.seeds), "images": files(images), "evaluations": evaluations}
 
         return work
 

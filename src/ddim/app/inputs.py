@@ -24,6 +24,7 @@ MAX_COUNT = 64
 
 MAX_STEPS = 1000
 MAX_ETA = 2.0
+MAX_GUIDANCE = 100.0
 MAX_SEED = 2**53 - 1 - MAX_COUNT
 """Browsers cannot represent larger integers exactly."""
 

@@ -176,7 +176,7 @@ def choose_model(
         raise ValueError(f"give one model, got {shown(argument)} and --model {shown(option)}")
     model = argument if option is None else option
     if model is None and default is None:
-        raise ValueError("give a model: mnist, faces, a folder, or a hub id")
+        raise ValueError("give a model: mnist, mnist-labels, faces, a folder, or a hub id")
     return with_weights(str(default) if model is None else model, weights)
 
 

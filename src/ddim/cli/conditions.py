@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from ddim.validation import pluralize, shown
+from ddim.io.label_text import parse_labels, spread
+from ddim.validation import shown
 
 if TYPE_CHECKING:
     from ddim.io.class_labels import ClassLabels
@@ -58,8 +59,6 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     ),
 }
 """The options by name: their annotations, as Typer reads them, and their defaults."""
-ALL = "all"
-"""The value of `--label` that stands for every class."""
 
 
 @dataclass(frozen=True)
@@ -179,58 +178,6 @@ def takes_conditions(command: Callable[..., None]) -> Callable[..., None]:
     vars(wrapped)["__signature__"] = signature.replace(parameters=parameters)
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapped
-
-
-def parse_labels(text: str, classes: ClassLabels | None) -> list[str]:
-    """Split the labels of an option.
-
-    Args:
-        text: an index, a name, several of them separated by commas, or `all`.
-        classes: of the model; a name may hold commas itself.
-
-    Returns:
-        At least one label.
-
-    Raises:
-        ValueError: for an empty label.
-
-    Example:
-        >>> parse_labels("3, cat", None)
-        ['3', 'cat']
-    """
-    names = () if classes is None else classes.names
-    if text in names:
-        return [text]
-    if text == ALL and classes is not None:
-        return [str(index) for index in range(classes.count)]
-    labels = [part.strip() for part in text.split(",")]
-    if not all(labels):
-        raise ValueError(f"labels must be indices or names, separated by commas, got {shown(text)}")
-    return labels
-
-
-def spread(labels: Sequence[str], count: int) -> str | list[str]:
-    """Return one label per image, as many images for each label.
-
-    Args:
-        labels: at least one.
-        count: the number of images.
-
-    Returns:
-        The label, if it is one; else a list of `count`.
-
-    Raises:
-        ValueError: if the images cannot be divided equally.
-
-    Example:
-        >>> spread(["cat", "dog"], 4)
-        ['cat', 'cat', 'dog', 'dog']
-    """
-    if len(labels) == 1:
-        return labels[0]
-    if count % len(labels):
-        raise ValueError(f"count must be a multiple of the {pluralize(len(labels), 'label')}, got {count}")
-    return [label for label in labels for _ in range(count // len(labels))]
 
 
 def _parse_interval(text: str) -> tuple[int, int]:

@@ -13,9 +13,9 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="A built-in model (mnist, faces), a folder, a training run or one of its checkpoints (RUN@raw: the "
-        "weights being trained), or a hub id such as google/ddpm-cifar10-32; may also stand among the arguments, "
-        "without the option.",
+        help="A built-in model (mnist, mnist-labels, faces), a folder, a training run or one of its checkpoints "
+        "(RUN@raw: the weights being trained), or a hub id such as google/ddpm-cifar10-32; may also stand among the "
+        "arguments, without the option.",
     ),
 ]
 Weights = Annotated[

@@ -18,7 +18,9 @@ from ddim.validation import pluralize
 def tune(
     model: Annotated[
         str | None,
-        typer.Argument(help="A built-in model (mnist, faces), a folder, or a hub id.", show_default=False),
+        typer.Argument(
+            help="A built-in model (mnist, mnist-labels, faces), a folder, or a hub id.", show_default=False
+        ),
     ] = None,
     *,
     out: Annotated[

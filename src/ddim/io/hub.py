@@ -94,7 +94,7 @@ def builtin_models() -> dict[str, Path]:
 
     Example:
         >>> list(builtin_models())
-        ['faces', 'mnist']
+        ['faces', 'mnist', 'mnist-labels']
     """
     root = Path(str(resources.files("ddim") / "models"))
     return {index.parent.name: index.parent for index in sorted(root.glob(f"*/{MODEL_INDEX}"))}

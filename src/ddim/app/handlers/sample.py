@@ -15,12 +15,15 @@ from PIL import Image
 
 from ddim import validation
 from ddim.app import inputs, page
+from ddim.app.conditions import ANY, NO_CONDITION, ConditionSettings, label_choices
 from ddim.app.events import Endpoint, Shared, Task, Updates, event_value, make_download_folder, show_endpoints
 from ddim.app.pictures import Picture, pictures_of
 from ddim.app.rendering import Cell, grid
 from ddim.app.runs import Run, RunResult
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.diffusion.schedule import SPACINGS
+from ddim.io.class_labels import ClassLabels
+from ddim.io.label_text import ALL
 from ddim.io.pixel_format import PixelFormat
 from ddim.io.sample_files import save_samples
 from ddim.pipeline import DDIMPipeline
@@ -43,6 +46,7 @@ class SampleSettings:
         spacing: of the timesteps.
         count: number of images.
         seed: of the first image.
+        condition: classes and guidance.
     """
 
     num_inference_steps: int = 20
@@ -51,9 +55,21 @@ class SampleSettings:
     spacing: str = MODELS_OWN
     count: int = 16
     seed: int = 0
+    condition: ConditionSettings = NO_CONDITION
 
     @classmethod
-    def checked(cls, steps: Any, eta: Any, order: Any, spacing: Any, count: Any, seed: Any) -> SampleSettings:
+    def checked(
+        cls,
+        steps: Any,
+        eta: Any,
+        order: Any,
+        spacing: Any,
+        count: Any,
+        seed: Any,
+        label: Any = ANY,
+        guidance: Any = 1.0,
+        classes: ClassLabels | None = None,
+    ) -> SampleSettings:
         """Check what a client sent.
 
         Args:
@@ -63,27 +79,47 @@ class SampleSettings:
             spacing: `MODELS_OWN` or one of `SPACINGS`.
             count: an integer from 1 to `inputs.MAX_COUNT`.
             seed: an integer from 0 to `inputs.MAX_SEED`.
+            label: as for `ConditionSettings.checked`, like `guidance`.
+            guidance: the scale.
+            classes: of the model.
 
         Returns:
             The settings.
 
         Raises:
             ValueError: naming the first argument that is not allowed.
-            TypeError: if `eta` is not a number.
+            TypeError: if `eta` or `guidance` is not a number.
         """
+        num_images = inputs.integer("count", count, 1, inputs.MAX_COUNT)
         return cls(
             inputs.integer("steps", steps, 1, inputs.MAX_STEPS),
             validation.real("eta", eta, 0, inputs.MAX_ETA),
             inputs.integer("order", order, 1, 2),
             validation.choice("spacing", spacing, [MODELS_OWN, *SPACINGS]),
-            inputs.integer("count", count, 1, inputs.MAX_COUNT),
+            num_images,
             inputs.seed(seed),
+            ConditionSettings.checked(label, guidance, classes, num_images),
         )
 
     @property
     def seeds(self) -> range:
         """The seed of each image."""
         return range(self.seed, self.seed + self.count)
+
+    @property
+    def nfe(self) -> int:
+        """Function evaluations per image."""
+        return self.num_inference_steps * self.condition.evaluations_per_step
+
+    @property
+    def columns(self) -> int | None:
+        """Images per row, where there is a row per class; else `None`."""
+        return self.condition.columns(self.count)
+
+    @property
+    def names(self) -> list[str]:
+        """The text below each image: its class, if it has one, and its seed."""
+        return [f"{self.condition.name_of(index, self.count)}seed {seed}" for index, seed in enumerate(self.seeds)]
 
     def config(self, pipe: DDIMPipeline) -> SamplingConfig:
         """Return the settings of the sampler.
@@ -116,7 +152,7 @@ class SampleSettings:
             steps = "timesteps=timesteps"
         lines.append(
             f"images = pipe.sample_images({self.count}, seed={self.seed}, {steps}, eta={self.eta}, order={self.order}"
-            f"{output})"
+            f"{self.condition.as_python(self.count)}{output})"
         )
         return "\n".join(lines)
 
@@ -130,8 +166,8 @@ class SampleSettings:
         spacing = "" if self.spacing == MODELS_OWN else f" --spacing {self.spacing}"
         return (
             f"ddim sample --model {shlex.quote(model)} --count {self.count} --seed {self.seed} "
-            f"--steps {self.num_inference_steps} --eta {self.eta} --order {self.order}{spacing} "
-            f"--out samples.{'png' if to_png else 'npz'}"
+            f"--steps {self.num_inference_steps} --eta {self.eta} --order {self.order}{spacing}"
+            f"{self.condition.as_command()} --out samples.{'png' if to_png else 'npz'}"
         )
 
 
@@ -160,9 +196,10 @@ class SampledImages:
             index: of the image.
 
         Returns:
-            Its seed; or, if noise was added on the way, the image itself.
+            Its seed; or the image itself, if it has a class, or noise was added on the way.
         """
-        seed = self.settings.seeds[index] if self.settings.eta == 0 else None
+        is_decided_by_seed = self.settings.eta == 0 and self.settings.condition.is_any
+        seed = self.settings.seeds[index] if is_decided_by_seed else None
         return Endpoint(self.pictures[index], seed)
 
 
@@ -181,9 +218,9 @@ def sample(run: Run, base: DDIMPipeline, settings: SampleSettings) -> SampledIma
         ValueError: if two settings exclude each other, or the model was trained with fewer timesteps.
     """
     pipe = run.pipeline(base)
-    config = asdict(settings.config(pipe))
+    arguments = asdict(settings.config(pipe)) | dict(settings.condition.arguments(settings.count))
     output: Any = pipe(
-        settings.count, seeds=settings.seeds, output_type="np", callback_on_step_end=run.preview, **config
+        settings.count, seeds=settings.seeds, output_type="np", callback_on_step_end=run.preview, **arguments
     )
     return SampledImages(settings, pictures_of(pipe, output.images), pipe.pixel_format)
 
@@ -205,10 +242,9 @@ def show_preview(images: Sequence[Image.Image], settings: SampleSettings) -> str
         settings: what is sampled.
     """
     cells = [
-        Cell(image, f"seed {seed}", f"image of seed {seed}, unfinished")
-        for image, seed in zip(images, settings.seeds, strict=True)
+        Cell(image, name, f"image of {name}, unfinished") for image, name in zip(images, settings.names, strict=True)
     ]
-    return grid(cells, images[0].size[::-1], "Images")
+    return grid(cells, images[0].size[::-1], "Images", settings.columns)
 
 
 def show_images(sampled: SampledImages, endpoints: Sequence[Endpoint] = ()) -> str:
@@ -219,11 +255,12 @@ def show_images(sampled: SampledImages, endpoints: Sequence[Endpoint] = ()) -> s
         endpoints: what is pinned.
     """
     pinned = {id(endpoint.image) for endpoint in endpoints}
+    settings = sampled.settings
     cells = [
-        Cell(image, f"seed {seed}", f"image of seed {seed}", f"seed-{seed}.png", "Pin", index, id(image) in pinned)
-        for index, (image, seed) in enumerate(zip(sampled.images, sampled.settings.seeds, strict=True))
+        Cell(image, name, f"image of {name}", f"seed-{seed}.png", "Pin", index, id(image) in pinned)
+        for index, (image, name, seed) in enumerate(zip(sampled.images, settings.names, settings.seeds, strict=True))
     ]
-    return grid(cells, sampled.images[0].size[::-1], "Images")
+    return grid(cells, sampled.images[0].size[::-1], "Images", settings.columns)
 
 
 def save(sampled: SampledImages, downloads: str | Path) -> tuple[str, str]:
@@ -239,7 +276,7 @@ def save(sampled: SampledImages, downloads: str | Path) -> tuple[str, str]:
     folder = make_download_folder(downloads)
     grid_path, array_path = folder / "samples.png", folder / "samples.npz"
     values = [np.atleast_3d(np.asarray(picture.values)) for picture in sampled.pictures]
-    save_samples(values, sampled.pixel_format, grid_path, scale=None)
+    save_samples(values, sampled.pixel_format, grid_path, sampled.settings.columns, scale=None)
     save_samples(values, sampled.pixel_format, array_path)
     return str(grid_path), str(array_path)
 
@@ -256,26 +293,30 @@ class SampleHandlers:
     array_file: gr.DownloadButton
     python: gr.Code
     command: gr.Code
+    class_settings: gr.Group
+    label: gr.Dropdown
+    guidance: gr.Slider
+    count: gr.Slider
 
     def sample(self, model: str, *values: Any) -> Task[SampledImages]:
         """Return the task of sampling.
 
         Args:
             model: the model's name.
-            values: the arguments of `SampleSettings.checked`.
+            values: the arguments of `SampleSettings.checked`, without the classes.
 
         Raises:
             ValueError: if an input is not allowed.
             TypeError: if an input is not a number.
         """
-        settings = SampleSettings.checked(*values)
+        settings = self._check(model, *values)
 
         def show_result(result: RunResult[SampledImages]) -> Updates:
-            S, images = settings.num_inference_steps, result.value.images
+            nfe, images = settings.nfe, result.value.images
             grid_path, array_path = save(result.value, self.shared.downloads)
             text = (
-                f"{pluralize(len(images), 'image')} in {result.seconds:.2f} s: {pluralize(S, 'function evaluation')} "
-                f"per image, {S * len(images)} in all. Click an image to pin it for the other tabs."
+                f"{pluralize(len(images), 'image')} in {result.seconds:.2f} s: {pluralize(nfe, 'function evaluation')} "
+                f"per image, {nfe * len(images)} in all. Click an image to pin it for the other tabs."
             )
             return {
                 self.status: page.status(text, 1),
@@ -294,18 +335,28 @@ class SampleHandlers:
             show_result,
         )
 
+    def _check(self, model: str, *values: Any) -> SampleSettings:
+        """Check the settings of the tab; guidance is that of a class."""
+        *others, label, guidance = values
+        return SampleSettings.checked(
+            *others, label, 1.0 if label == ANY else guidance, self.shared.models.open(model).classes
+        )
+
     def reset(self, model: str, *values: Any) -> Updates:
         """Remove the images, which are those of another model, and return the program and the command for this one.
 
         Args:
             model: the model's name.
-            values: the arguments of `SampleSettings.checked`; the defaults stand in for what is not allowed.
+            values: the arguments of `SampleSettings.checked`, without the classes; the class is the first choice of
+                this model, and the defaults stand in for what is not allowed.
 
         Returns:
             The updates.
         """
+        classes = self.shared.models.open(model).classes
+        choices = label_choices(classes, inputs.MAX_COUNT)
         try:
-            settings = SampleSettings.checked(*values)
+            settings = SampleSettings.checked(*values[:-2], choices[0][1], 1.0, classes)
         except (ValueError, TypeError):
             settings = SampleSettings()
         return {
@@ -316,7 +367,31 @@ class SampleHandlers:
             self.array_file: gr.DownloadButton(value=None, interactive=False),
             self.python: settings.as_python(model),
             self.command: settings.as_command(model),
+            self.class_settings: gr.Group(visible=classes is not None),
+            self.label: gr.Dropdown(choices=choices, value=choices[0][1]),
+            self.guidance: gr.Slider(value=1.0, visible=classes is not None and classes.has_null),
         }
+
+    def fit_count(self, model: str, label: Any, count: Any) -> Updates:
+        """Make the number of images one that all classes share equally, where all were chosen.
+
+        Args:
+            model: the model's name.
+            label: what was chosen.
+            count: the number of images.
+
+        Returns:
+            The updates.
+
+        Raises:
+            ValueError: if the number of images is not allowed.
+        """
+        classes = self.shared.models.open(model).classes
+        if label != ALL or classes is None:
+            return {}
+        num_images = inputs.integer("count", count, 1, inputs.MAX_COUNT)
+        columns = min(max(1, round(num_images / classes.count)), inputs.MAX_COUNT // classes.count)
+        return {self.count: classes.count * columns}
 
     def pin(self, sampled: SampledImages | None, endpoints: list[Endpoint], event: gr.EventData) -> Updates:
         """Pin the image that was clicked, or unpin it.
