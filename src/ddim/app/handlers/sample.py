@@ -338,9 +338,9 @@ class SampleHandlers:
     def _check(self, model: str, *values: Any) -> SampleSettings:
         """Check the settings of the tab; guidance is that of a class."""
         *others, label, guidance = values
-        return SampleSettings.checked(
-            *others, label, 1.0 if label == ANY else guidance, self.shared.models.open(model).classes
-        )
+        classes = self.shared.models.open(model).classes
+        guidance = 1.0 if label == ANY else guidance
+        return SampleSettings.checked(*others, label=label, guidance=guidance, classes=classes)
 
     def reset(self, model: str, *values: Any) -> Updates:
         """Remove the images, which are those of another model, and return the program and the command for this one.
@@ -356,7 +356,7 @@ class SampleHandlers:
         classes = self.shared.models.open(model).classes
         choices = label_choices(classes, inputs.MAX_COUNT)
         try:
-            settings = SampleSettings.checked(*values[:-2], choices[0][1], 1.0, classes)
+            settings = SampleSettings.checked(*values[:-2], label=choices[0][1], classes=classes)
         except (ValueError, TypeError):
             settings = SampleSettings()
         return {
