@@ -33,6 +33,8 @@ MODELS_OWN = "the model's own"
 """The spacing that leaves the timesteps to the model."""
 
 NOTHING_SAMPLED = "Nothing has been sampled yet."
+ARGUMENTS = ("steps", "eta", "order", "spacing", "count", "seed", "label", "guidance")
+"""The arguments of `SampleSettings.checked` that have a control, in the order of the controls."""
 
 
 @dataclass(frozen=True)
@@ -337,10 +339,10 @@ class SampleHandlers:
 
     def _check(self, model: str, *values: Any) -> SampleSettings:
         """Check the settings of the tab; guidance is that of a class."""
-        *others, label, guidance = values
-        classes = self.shared.models.open(model).classes
-        guidance = 1.0 if label == ANY else guidance
-        return SampleSettings.checked(*others, label=label, guidance=guidance, classes=classes)
+        arguments = dict(zip(ARGUMENTS, values, strict=True))
+        if arguments["label"] == ANY:
+            arguments["guidance"] = 1.0
+        return SampleSettings.checked(**arguments, classes=self.shared.models.open(model).classes)
 
     def reset(self, model: str, *values: Any) -> Updates:
         """Remove the images, which are those of another model, and return the program and the command for this one.
@@ -356,7 +358,8 @@ class SampleHandlers:
         classes = self.shared.models.open(model).classes
         choices = label_choices(classes, inputs.MAX_COUNT)
         try:
-            settings = SampleSettings.checked(*values[:-2], label=choices[0][1], classes=classes)
+            arguments = dict(zip(ARGUMENTS, values, strict=True)) | {"label": choices[0][1], "guidance": 1.0}
+            settings = SampleSettings.checked(**arguments, classes=classes)
         except (ValueError, TypeError):
             settings = SampleSettings()
         return {
