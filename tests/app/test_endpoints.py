@@ -130,6 +130,20 @@ def test_reconstruction_and_edits(server: AppServer, mnist: DDIMPipeline, tmp_pa
         assert np.array_equal(pixels(path), np.asarray(edit))
 
 
+def test_reconstruction_and_edits_of_a_class(server: AppServer, tmp_path: Path) -> None:
+    pipe = DDIMPipeline.from_pretrained("mnist-labels")
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe(seeds=[3], class_labels=3, num_inference_steps=5).images[0]
+    image.save(tmp_path / "three.png")
+    condition: dict[str, Any] = {"model": "mnist-labels", "steps": 5, "label": "8", "guidance": 2}
+    result = server.call("/reconstruct", picture=handle_file(tmp_path / "three.png"), **condition)
+    expected = pipe.reconstruct(image, 5, exact=False, class_labels=8, guidance_scale=2)
+    assert result["euler"]["mse"] == pytest.approx(float(expected.mse[0]), rel=1e-3)
+    edits = server.call("/edit", picture=handle_file(tmp_path / "three.png"), strength=0.8, count=1, **condition)
+    expected_edit = pipe.edit(image, 0.8, 5, seeds=[0], class_labels=8, guidance_scale=2).images[0]
+    assert np.array_equal(pixels(edits["images"][0]), np.asarray(expected_edit))
+
+
 def test_info(server: AppServer) -> None:
     facts = server.call("/info")
     assert facts["parameters"] == 1_805_121

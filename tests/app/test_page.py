@@ -426,10 +426,32 @@ def test_classes_and_guidance(
     tab(page, "Interpolate")
     expect(page.locator("#endpoints li")).to_have_text(["seed 0", "image"])
 
+    tab(page, "Invert")
+    button(page, "Use the image pinned last").click()
+    expect(page.locator("#seen")).to_contain_text("28 x 28")
+    set_number(page, "number input for Steps", 3)
+    choose(page, "8")
+    button(page, "Edit").click()
+    expect(page.locator("#edited img")).to_have_count(8)
+    check_looks(page, "classes-invert")
+
+
+def test_page_starts_with_a_model_with_classes(desktop: BrowserContext, tmp_path: Path) -> None:
+    expect.set_options(timeout=180_000)
+    with AppServer(tmp_path, "mnist-labels") as server:
+        page = desktop.new_page()
+        page.set_default_timeout(180_000)
+        page.goto(server.url)
+        few_steps(page)
+        choose(page, "7")
+        sample(page)
+        expect(page.locator("#sample-images li").last).to_contain_text("7, seed 1")
+        page.close()
+
 
 def choose(page: Page, name: str) -> None:
     """Choose a class."""
-    page.get_by_label("Class", exact=True).click()
+    page.get_by_label("Class", exact=True).filter(visible=True).click()
     page.get_by_role("option", name=name, exact=True).click()
 
 

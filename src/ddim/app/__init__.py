@@ -3,7 +3,7 @@
     page.py        appearance: theme, styles, scripts, small pieces of HTML
     rendering.py   images as HTML
     inputs.py      checks and limits of everything that clients send
-    conditions.py  classes and guidance
+    conditions.py  classes and guidance; class_inputs.py, their inputs on the page
     models.py      the models that may be opened
     runs.py        how work runs: one run at a time, with progress, stopped within a step
     events.py      how an event of the page becomes a run, and what the tabs share

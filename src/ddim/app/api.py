@@ -18,7 +18,7 @@ from gradio.events import api
 from PIL import Image
 
 from ddim.app import inputs
-from ddim.app.conditions import ANY
+from ddim.app.conditions import ANY, ConditionSettings
 from ddim.app.events import DEVICE_EVENT, REPORTED_ERRORS, Endpoint, Shared, make_download_folder
 from ddim.app.handlers import interpolate as interpolation
 from ddim.app.handlers import invert as inversion
@@ -111,12 +111,15 @@ def add_endpoints(shared: Shared) -> None:
 
         return work
 
-    def reconstruct(picture: gr.FileData, model: str = first, steps: int = 50) -> Work:
+    def reconstruct(
+        picture: gr.FileData, model: str = first, steps: int = 50, label: str = ANY, guidance: float = 1.0
+    ) -> Work:
         """Encode an image exactly and by Euler's steps, and decode both latents."""
         S, image = inputs.integer("steps", steps, 2, inputs.MAX_STEPS), fit_upload(picture, model)
+        condition = ConditionSettings.checked(label, guidance, open_model(model).classes, 1)
 
         def work(run: Run) -> Answer:
-            results = inversion.invert(run, open_model(model), image, S).results
+            results = inversion.invert(run, open_model(model), image, S, condition).results
             return {
                 result.method.lower(): {
                     "image": files([result.image])[0],
@@ -139,9 +142,12 @@ def add_endpoints(shared: Shared) -> None:
         count: int = 1,
         steps: int = 50,
         seed: int = 0,
+        label: str = ANY,
+        guidance: float = 1.0,
     ) -> Work:
         """Add noise to an image up to `strength` and sample from there; edit i has the noise of seed + i."""
-        settings, image = inversion.EditSettings.checked(strength, steps, seed, count), fit_upload(picture, model)
+        image, classes = fit_upload(picture, model), open_model(model).classes
+        settings = inversion.EditSettings.checked(strength, steps, seed, count, label, guidance, classes)
 
         def work(run: Run) -> Answer:
             images = inversion.edit(run, open_model(model), image, settings)

@@ -158,6 +158,20 @@ NO_CONDITION = ConditionSettings()
 """No class, and no guidance."""
 
 
+def guidance_of(label: Any, guidance: Any) -> Any:
+    """Return the guidance of the page's slider, which counts for a class alone.
+
+    Args:
+        label: what was chosen.
+        guidance: where the slider stands.
+
+    Example:
+        >>> guidance_of("any", 2.0), guidance_of("cat", 2.0)
+        (1.0, 2.0)
+    """
+    return 1.0 if label == ANY else guidance
+
+
 def label_choices(classes: ClassLabels | None, max_rows: int = 0) -> list[tuple[str, str]]:
     """Return what a user chooses a class from: texts that are shown, and labels.
 

@@ -14,10 +14,13 @@ from PIL import Image
 
 from ddim import validation
 from ddim.app import inputs, page
+from ddim.app.class_inputs import ClassInputs
+from ddim.app.conditions import ANY, NO_CONDITION, ConditionSettings, guidance_of
 from ddim.app.events import Endpoint, Shared, Task, Updates, event_value
 from ddim.app.pictures import Picture, fit, show_output
 from ddim.app.rendering import Cell, grid
 from ddim.app.runs import Run, RunResult
+from ddim.io.class_labels import ClassLabels
 from ddim.io.false_color import preview
 from ddim.io.images import to_output, to_values
 from ddim.io.pixel_format import EIGHT_BIT
@@ -72,7 +75,9 @@ class InversionComparison:
     results: list[InversionResult]
 
 
-def invert(run: Run, base: DDIMPipeline, image: Picture, steps: int) -> InversionComparison:
+def invert(
+    run: Run, base: DDIMPipeline, image: Picture, steps: int, condition: ConditionSettings = NO_CONDITION
+) -> InversionComparison:
     """Encode an image exactly and by Euler's steps, and decode both latents.
 
     Args:
@@ -80,6 +85,7 @@ def invert(run: Run, base: DDIMPipeline, image: Picture, steps: int) -> Inversio
         base: the model.
         image: of the model's size.
         steps: of encoding and decoding.
+        condition: classes and guidance of both.
 
     Returns:
         The image and both results.
@@ -87,7 +93,7 @@ def invert(run: Run, base: DDIMPipeline, image: Picture, steps: int) -> Inversio
     pipe = run.pipeline(base)
     results = []
     for method, exact in (("exact", True), ("Euler", False)):
-        output = pipe.reconstruct([image.values], steps, exact, output_type="np")
+        output = pipe.reconstruct([image.values], steps, exact, output_type="np", **condition.arguments(1))
         latents = output.codes.latents
         scaled = to_output(latents / LATENT_RANGE, "np")
         results.append(
@@ -114,14 +120,25 @@ class EditSettings:
         strength: fraction of the steps to go back, from 0 to 1.
         num_inference_steps: of a whole process.
         seeds: of the noise of each edit.
+        condition: classes and guidance.
     """
 
     strength: float
     num_inference_steps: int
     seeds: range
+    condition: ConditionSettings = NO_CONDITION
 
     @classmethod
-    def checked(cls, strength: Any, steps: Any, seed: Any, count: Any) -> EditSettings:
+    def checked(
+        cls,
+        strength: Any,
+        steps: Any,
+        seed: Any,
+        count: Any,
+        label: Any = ANY,
+        guidance: Any = 1.0,
+        classes: ClassLabels | None = None,
+    ) -> EditSettings:
         """Check what a client sent.
 
         Args:
@@ -129,13 +146,16 @@ class EditSettings:
             steps: an integer from 1 to `inputs.MAX_STEPS`.
             seed: an integer from 0 to `inputs.MAX_SEED`.
             count: an integer from 1 to `inputs.MAX_COUNT`.
+            label: as for `ConditionSettings.checked`, like `guidance`.
+            guidance: the scale.
+            classes: of the model.
 
         Returns:
             The settings.
 
         Raises:
             ValueError: naming the first argument that is not allowed.
-            TypeError: if `strength` is not a number.
+            TypeError: if `strength` or `guidance` is not a number.
 
         Example:
             >>> EditSettings.checked(0.5, 50, 7, 2).seeds
@@ -146,6 +166,7 @@ class EditSettings:
             validation.real("strength", strength, 0, 1),
             inputs.integer("steps", steps, 1, inputs.MAX_STEPS),
             range(first_seed, first_seed + num_edits),
+            ConditionSettings.checked(label, guidance, classes, num_edits),
         )
 
 
@@ -162,9 +183,10 @@ def edit(run: Run, base: DDIMPipeline, image: Picture, settings: EditSettings) -
         An edit per seed.
     """
     pipe = run.pipeline(base)
-    images = [image.values] * len(settings.seeds)
-    edits = pipe.edit(images, settings.strength, settings.num_inference_steps, "np", seeds=settings.seeds).images
-    return show_output(pipe, edits)
+    count, steps = len(settings.seeds), settings.num_inference_steps
+    condition = settings.condition.arguments(count)
+    edits = pipe.edit([image.values] * count, settings.strength, steps, "np", seeds=settings.seeds, **condition)
+    return show_output(pipe, edits.images)
 
 
 def check_image(image: Picture | None) -> Picture:
@@ -288,6 +310,7 @@ class InvertHandlers:
     canvas: gr.HTML
     inverted: gr.HTML
     edited: gr.HTML
+    class_inputs: ClassInputs
 
     def use_upload(self, model: str, path: str) -> Updates:
         """Use an uploaded image.
@@ -355,27 +378,36 @@ class InvertHandlers:
         Returns:
             The updates.
         """
+        pipe = self.shared.models.open(model)
         return {
+            **self.class_inputs.follow(pipe.classes),
             self.status: page.status(READY),
             self.image: None,
             self.shown_image: show_image(None),
-            self.canvas: show_canvas(self.shared.models.open(model).sample_shape),
+            self.canvas: show_canvas(pipe.sample_shape),
             self.inverted: "",
             self.edited: "",
         }
 
-    def invert(self, model: str, image: Picture | None, steps: Any) -> Task[InversionComparison]:
+    def invert(
+        self, model: str, image: Picture | None, steps: Any, label: Any, guidance: Any
+    ) -> Task[InversionComparison]:
         """Return the task of the inversion.
 
         Args:
             model: the model's name.
             image: the image of the tab.
             steps: of encoding and decoding.
+            label: the class.
+            guidance: its scale.
 
         Raises:
             ValueError: if an input is not allowed.
+            TypeError: if the guidance is not a number.
         """
         checked, S = check_image(image), inputs.integer("steps", steps, 2, inputs.MAX_STEPS)
+        classes = self.shared.models.open(model).classes
+        condition = ConditionSettings.checked(label, guidance_of(label, guidance), classes, 1)
 
         def show_result(result: RunResult[InversionComparison]) -> Updates:
             text = f"Encoded and decoded in {result.seconds:.2f} s."
@@ -383,12 +415,21 @@ class InvertHandlers:
 
         return Task(
             "Inverting",
-            lambda run: invert(run, self.shared.models.open(model), checked, S),
+            lambda run: invert(run, self.shared.models.open(model), checked, S, condition),
             lambda comparison: {self.inverted: show_comparison(comparison)},
             show_result,
         )
 
-    def edit(self, model: str, image: Picture | None, strength: Any, steps: Any, seed: Any) -> Task[list[Image.Image]]:
+    def edit(
+        self,
+        model: str,
+        image: Picture | None,
+        strength: Any,
+        steps: Any,
+        seed: Any,
+        label: Any,
+        guidance: Any,
+    ) -> Task[list[Image.Image]]:
         """Return the task of `NUM_EDITS` edits.
 
         Args:
@@ -397,12 +438,16 @@ class InvertHandlers:
             strength: fraction of the steps to go back.
             steps: of a whole process.
             seed: of the first edit's noise.
+            label: the class that the edits are sampled from.
+            guidance: its scale.
 
         Raises:
             ValueError: if an input is not allowed.
-            TypeError: if the strength is not a number.
+            TypeError: if the strength or the guidance is not a number.
         """
-        checked, settings = check_image(image), EditSettings.checked(strength, steps, seed, NUM_EDITS)
+        checked, classes = check_image(image), self.shared.models.open(model).classes
+        scale = guidance_of(label, guidance)
+        settings = EditSettings.checked(strength, steps, seed, NUM_EDITS, label, scale, classes)
 
         def show_result(result: RunResult[list[Image.Image]]) -> Updates:
             cells = [

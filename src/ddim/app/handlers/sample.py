@@ -15,7 +15,8 @@ from PIL import Image
 
 from ddim import validation
 from ddim.app import inputs, page
-from ddim.app.conditions import ANY, NO_CONDITION, ConditionSettings, label_choices
+from ddim.app.class_inputs import ClassInputs
+from ddim.app.conditions import ANY, NO_CONDITION, ConditionSettings, guidance_of
 from ddim.app.events import Endpoint, Shared, Task, Updates, event_value, make_download_folder, show_endpoints
 from ddim.app.pictures import Picture, pictures_of
 from ddim.app.rendering import Cell, grid
@@ -33,8 +34,6 @@ MODELS_OWN = "the model's own"
 """The spacing that leaves the timesteps to the model."""
 
 NOTHING_SAMPLED = "Nothing has been sampled yet."
-ARGUMENTS = ("steps", "eta", "order", "spacing", "count", "seed", "label", "guidance")
-"""The arguments of `SampleSettings.checked` that have a control, in the order of the controls."""
 
 
 @dataclass(frozen=True)
@@ -295,9 +294,7 @@ class SampleHandlers:
     array_file: gr.DownloadButton
     python: gr.Code
     command: gr.Code
-    class_settings: gr.Group
-    label: gr.Dropdown
-    guidance: gr.Slider
+    class_inputs: ClassInputs
     count: gr.Slider
 
     def sample(self, model: str, *values: Any) -> Task[SampledImages]:
@@ -338,11 +335,11 @@ class SampleHandlers:
         )
 
     def _check(self, model: str, *values: Any) -> SampleSettings:
-        """Check the settings of the tab; guidance is that of a class."""
-        arguments = dict(zip(ARGUMENTS, values, strict=True))
-        if arguments["label"] == ANY:
-            arguments["guidance"] = 1.0
-        return SampleSettings.checked(**arguments, classes=self.shared.models.open(model).classes)
+        """Check the settings of the tab."""
+        steps, eta, order, spacing, count, seed, label, guidance = values
+        classes = self.shared.models.open(model).classes
+        scale = guidance_of(label, guidance)
+        return SampleSettings.checked(steps, eta, order, spacing, count, seed, label, scale, classes)
 
     def reset(self, model: str, *values: Any) -> Updates:
         """Remove the images, which are those of another model, and return the program and the command for this one.
@@ -356,10 +353,10 @@ class SampleHandlers:
             The updates.
         """
         classes = self.shared.models.open(model).classes
-        choices = label_choices(classes, inputs.MAX_COUNT)
+        label = self.class_inputs.default_label(classes)
+        steps, eta, order, spacing, count, seed, *_ = values
         try:
-            arguments = dict(zip(ARGUMENTS, values, strict=True)) | {"label": choices[0][1], "guidance": 1.0}
-            settings = SampleSettings.checked(**arguments, classes=classes)
+            settings = SampleSettings.checked(steps, eta, order, spacing, count, seed, label, 1.0, classes)
         except (ValueError, TypeError):
             settings = SampleSettings()
         return {
@@ -370,9 +367,7 @@ class SampleHandlers:
             self.array_file: gr.DownloadButton(value=None, interactive=False),
             self.python: settings.as_python(model),
             self.command: settings.as_command(model),
-            self.class_settings: gr.Group(visible=classes is not None),
-            self.label: gr.Dropdown(choices=choices, value=choices[0][1]),
-            self.guidance: gr.Slider(value=1.0, visible=classes is not None and classes.has_null),
+            **self.class_inputs.follow(classes),
         }
 
     def fit_count(self, model: str, label: Any, count: Any) -> Updates:

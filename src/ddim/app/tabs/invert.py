@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from ddim.app import inputs, page
+from ddim.app.class_inputs import ClassInputs
 from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors
 from ddim.app.handlers.invert import READY, InvertHandlers, show_canvas, show_image
 
@@ -59,7 +60,8 @@ def tab(shared: Shared) -> None:
     Args:
         shared: what every tab is given.
     """
-    image, shape = gr.State(None), shared.models.open(shared.models.names[0]).sample_shape
+    first = shared.models.open(shared.models.names[0])
+    image, shape = gr.State(None), first.sample_shape
     page.lead(
         "Without noise on the way each step can be inverted, so that an image has a latent, and the latent decodes to "
         "the image. The paper takes Euler's step backwards, which is approximate; here each step's equation is "
@@ -79,6 +81,7 @@ def tab(shared: Shared) -> None:
                              info="Of an edit: how far the image goes back to noise.")  # fmt: skip
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=inputs.MAX_SEED, min_width=120,
                          info="Of an edit's noise.")  # fmt: skip
+    class_inputs = ClassInputs.lay_out(first.classes)
     with gr.Row():
         start_inversion = gr.Button("Invert", variant="primary", min_width=120)
         start_edit = gr.Button("Edit", variant="primary", min_width=120)
@@ -87,8 +90,9 @@ def tab(shared: Shared) -> None:
     inverted = gr.HTML(elem_id="inverted")
     edited = gr.HTML(elem_id="edited")
 
-    handlers = InvertHandlers(shared, status, image, shown_image, canvas, inverted, edited)
+    handlers = InvertHandlers(shared, status, image, shown_image, canvas, inverted, edited, class_inputs)
     outputs = [image, shown_image, status]
+    condition = [class_inputs.label, class_inputs.guidance]
     file.upload(report_errors(handlers.use_upload, status), [shared.model, file], outputs, **INSTANT_EVENT)
     canvas.select(report_errors(handlers.use_drawing, status), shared.model, outputs, **INSTANT_EVENT)
     use_pinned.click(
@@ -96,16 +100,22 @@ def tab(shared: Shared) -> None:
     )
     runs: list[Any] = [
         start_inversion.click(
-            follow_run(handlers.invert, status), [shared.model, image, steps], [status, inverted], **RUN_EVENT
+            follow_run(handlers.invert, status),
+            [shared.model, image, steps, *condition],
+            [status, inverted],
+            **RUN_EVENT,
         ),
         start_edit.click(
             follow_run(handlers.edit, status),
-            [shared.model, image, strength, steps, seed],
+            [shared.model, image, strength, steps, seed, *condition],
             [status, edited],
             **RUN_EVENT,
         ),
     ]
     stop.click(lambda: page.status("Stopped."), None, status, cancels=runs, **INSTANT_EVENT)
     shared.model.change(
-        handlers.clear, shared.model, [status, image, shown_image, canvas, inverted, edited], **INSTANT_EVENT
+        handlers.clear,
+        shared.model,
+        [status, image, shown_image, canvas, inverted, edited, *class_inputs.components],
+        **INSTANT_EVENT,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gradio as gr
 
 from ddim.app import inputs, page
-from ddim.app.conditions import label_choices
+from ddim.app.class_inputs import ClassInputs
 from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors
 from ddim.app.handlers.sample import MODELS_OWN, NOTHING_SAMPLED, SampleHandlers, SampleSettings, show_empty
 from ddim.diffusion.schedule import SPACINGS
@@ -20,7 +20,6 @@ def tab(shared: Shared) -> None:
         shared: what every tab is given.
     """
     defaults, classes = SampleSettings(), shared.models.open(shared.models.names[0]).classes
-    choices = label_choices(classes, inputs.MAX_COUNT)
     page.lead(
         "DDIM turns noise into images. Each image starts from a latent, a field of random numbers that its seed "
         "decides, and a network removes the noise in a number of steps.",
@@ -32,11 +31,7 @@ def tab(shared: Shared) -> None:
             steps = gr.Slider(1, inputs.MAX_STEPS, defaults.num_inference_steps, step=1, label="Steps",
                               info="Function evaluations per image: fewer is faster, more is finer.")  # fmt: skip
             count = gr.Slider(1, inputs.MAX_COUNT, defaults.count, step=1, label="Images")
-            with gr.Group(visible=classes is not None) as class_settings:
-                label = gr.Dropdown(choices, value=choices[0][1], label="Class")
-                guidance = gr.Slider(0, 5, 1.0, step=0.1, label="Guidance",
-                                     visible=classes is not None and classes.has_null,
-                                     info="Of a class: more is more typical, 1 is none.")  # fmt: skip
+            class_inputs = ClassInputs.lay_out(classes, inputs.MAX_COUNT)
             with gr.Row(equal_height=False, elem_classes="ends"):
                 seed = gr.Number(defaults.seed, label="Seed", precision=0, minimum=0, maximum=inputs.MAX_SEED, scale=3,
                                  min_width=120, info="Image i has seed + i.")  # fmt: skip
@@ -64,9 +59,9 @@ def tab(shared: Shared) -> None:
 
     sampled = gr.State(None)
     handlers = SampleHandlers(
-        shared, status, images, sampled, grid_file, array_file, python, command, class_settings, label, guidance, count
+        shared, status, images, sampled, grid_file, array_file, python, command, class_inputs, count
     )
-    settings = [shared.model, steps, eta, order, spacing, count, seed, label, guidance]
+    settings = [shared.model, steps, eta, order, spacing, count, seed, class_inputs.label, class_inputs.guidance]
     outputs = [status, images, sampled, grid_file, array_file, python, command]
     run = gr.on(
         [start.click, seed.submit],
@@ -75,9 +70,12 @@ def tab(shared: Shared) -> None:
         outputs,
         **RUN_EVENT,
     )
-    shared.model.change(handlers.reset, settings, [*outputs, class_settings, label, guidance], **INSTANT_EVENT)
-    label.change(
-        report_errors(handlers.fit_count, status), [shared.model, label, count], [status, count], **INSTANT_EVENT
+    shared.model.change(handlers.reset, settings, [*outputs, *class_inputs.components], **INSTANT_EVENT)
+    class_inputs.label.change(
+        report_errors(handlers.fit_count, status),
+        [shared.model, class_inputs.label, count],
+        [status, count],
+        **INSTANT_EVENT,
     )
     stop.click(lambda: page.status("Stopped."), None, status, cancels=run, **INSTANT_EVENT)
     new_seed.click(None, None, seed, js=RANDOM_SEED, **INSTANT_EVENT)
