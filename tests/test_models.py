@@ -23,8 +23,8 @@ from ddim.pipeline import DDIMPipeline
 
 ROOT = Path(__file__).parents[1]
 MODELS = builtin_models()
-LICENSES = {"faces": "cc-by-4.0", "mnist": "cc-by-sa-3.0"}
-SHAPES = {"faces": (3, 64, 64), "mnist": (1, 28, 28)}
+LICENSES = {"faces": "cc-by-4.0", "mnist": "cc-by-sa-3.0", "mnist-labels": "cc-by-sa-3.0"}
+SHAPES = {"faces": (3, 64, 64), "mnist": (1, 28, 28), "mnist-labels": (1, 28, 28)}
 MAX_BYTES = 10e6
 CARD_STEPS = 50
 GRID_GAP = 2
@@ -32,7 +32,7 @@ GRID_GAP = 2
 
 
 def test_models_are_known() -> None:
-    assert list(MODELS) == ["faces", "mnist"]
+    assert list(MODELS) == ["faces", "mnist", "mnist-labels"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -93,7 +93,7 @@ def test_page_opens_all_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ddim.app, "serve", lambda names, *_: opened.append(names))
     for arguments in ([], ["faces"]):
         assert CliRunner().invoke(app, ["app", *arguments]).exit_code == 0
-    assert opened == [["mnist", "faces"], ["faces"]]
+    assert opened == [["mnist", "faces", "mnist-labels"], ["faces"]]
 
 
 def test_license_of_the_faces_names_the_design_and_is_packaged() -> None:

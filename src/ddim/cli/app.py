@@ -17,7 +17,7 @@ def app(
         list[str] | None,
         typer.Argument(
             help="Built-in models, folders or hub ids; the page starts with the first; defaults to the built-in ones, "
-            "mnist and faces.",
+            "mnist before the others.",
             show_default=False,
         ),
     ] = None,
