@@ -51,6 +51,12 @@ CASES: dict[str, tuple[str, Any, str]] = {
         Damage("ddpm.pt", FLIP_IN_THE_MIDDLE),
         "does not match the checksums",
     ),
+    # The reader of safetensors quotes what it cannot parse.
+    "long shape in a header": (
+        "checkpoints",
+        Damage("safetensors", index={"shape": "x" * 3000}),
+        "is truncated or damaged: Error while deserializing header",
+    ),
     "compressed pickle": ("checkpoints", Damage("bin", file="zip bomb"), "its members take 3221"),
     # Tensors that no network has.
     "number as a name": (

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ddim.io.weights import is_state_dict, read_pickle
+from ddim.validation import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -78,4 +79,4 @@ def _read_safetensors(path: Path) -> Any:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or damaged: {error}") from None
+        raise ValueError(f"{path} is truncated or damaged: {shorten(str(error))}") from None
