@@ -57,6 +57,11 @@ CASES: dict[str, tuple[str, Any, str]] = {
         Damage("safetensors", index={"shape": "x" * 3000}),
         "is truncated or damaged: Error while deserializing header",
     ),
+    "schedule that underflows": (
+        "configurations",
+        Configuration("scheduler", {"rescale_betas_zero_snr": True, "beta_end": 0.999}),
+        "",
+    ),
     "compressed pickle": ("checkpoints", Damage("bin", file="zip bomb"), "its members take 3221"),
     # Tensors that no network has.
     "number as a name": (

@@ -139,7 +139,9 @@ def rescale_zero_terminal_snr(betas: NDArray[np.float64]) -> NDArray[np.float64]
     root = np.sqrt(make_alphas_cumprod(betas))
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     alpha_bar = root**2
-    ratios: NDArray[np.float64] = np.concatenate([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    # Of steep schedules more than the last may be 0.
+    ratios: NDArray[np.float64] = alpha_bar.copy()
+    np.divide(alpha_bar[1:], alpha_bar[:-1], out=ratios[1:], where=alpha_bar[:-1] > 0)
     return 1 - ratios
 
 
