@@ -66,7 +66,8 @@ def add_endpoints(shared: Shared) -> None:
     ) -> Work:
         """Sample images; image i depends on seed + i."""
         classes = open_model(model).classes
-        settings = sampling.SampleSettings.checked(steps, eta, order, spacing, count, seed, label, guidance, classes)
+        settings = sampling.SampleSettings.checked(steps, eta, order, spacing, count, seed)
+        settings = settings.of_class(label, guidance, classes)
 
         def work(run: Run) -> Answer:
             images = sampling.sample(run, open_model(model), settings).images

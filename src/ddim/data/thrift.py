@@ -120,7 +120,7 @@ def read_page_size(file: BinaryIO, offset: int) -> int:
         Bytes.
 
     Raises:
-        ValueError: if there is no such header.
+        ValueError: if the header is missing or damaged.
     """
     file.seek(offset)
     for number, value in Reader(file.read(PAGE_HEADER_BYTES)).fields():

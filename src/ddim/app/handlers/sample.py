@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from PIL import Image
 from ddim import validation
 from ddim.app import inputs, page
 from ddim.app.class_inputs import ClassInputs
-from ddim.app.conditions import ANY, NO_CONDITION, ConditionSettings, guidance_of
+from ddim.app.conditions import NO_CONDITION, ConditionSettings, guidance_of
 from ddim.app.events import Endpoint, Shared, Task, Updates, event_value, make_download_folder, show_endpoints
 from ddim.app.pictures import Picture, pictures_of
 from ddim.app.rendering import Cell, grid
@@ -67,11 +67,8 @@ class SampleSettings:
         spacing: Any,
         count: Any,
         seed: Any,
-        label: Any = ANY,
-        guidance: Any = 1.0,
-        classes: ClassLabels | None = None,
     ) -> SampleSettings:
-        """Check what a client sent.
+        """Check what a client sent; classes are checked by `of_class`.
 
         Args:
             steps: an integer from 1 to `inputs.MAX_STEPS`.
@@ -80,27 +77,36 @@ class SampleSettings:
             spacing: `MODELS_OWN` or one of `SPACINGS`.
             count: an integer from 1 to `inputs.MAX_COUNT`.
             seed: an integer from 0 to `inputs.MAX_SEED`.
-            label: as for `ConditionSettings.checked`, like `guidance`.
-            guidance: the scale.
-            classes: of the model.
 
         Returns:
             The settings.
 
         Raises:
             ValueError: naming the first argument that is not allowed.
-            TypeError: if `eta` or `guidance` is not a number.
+            TypeError: if `eta` is not a number.
         """
-        num_images = inputs.integer("count", count, 1, inputs.MAX_COUNT)
         return cls(
             inputs.integer("steps", steps, 1, inputs.MAX_STEPS),
             validation.real("eta", eta, 0, inputs.MAX_ETA),
             inputs.integer("order", order, 1, 2),
             validation.choice("spacing", spacing, [MODELS_OWN, *SPACINGS]),
-            num_images,
+            inputs.integer("count", count, 1, inputs.MAX_COUNT),
             inputs.seed(seed),
-            ConditionSettings.checked(label, guidance, classes, num_images),
         )
+
+    def of_class(self, label: Any, guidance: Any, classes: ClassLabels | None) -> SampleSettings:
+        """Return the same settings for images of a class, after checking what a client sent.
+
+        Args:
+            label: as for `ConditionSettings.checked`.
+            guidance: the scale.
+            classes: of the model; `None` for none.
+
+        Raises:
+            ValueError: if the model has no such class, or the scale is not allowed.
+            TypeError: if `guidance` is not a number.
+        """
+        return replace(self, condition=ConditionSettings.checked(label, guidance, classes, self.count))
 
     @property
     def seeds(self) -> range:
@@ -302,7 +308,7 @@ class SampleHandlers:
 
         Args:
             model: the model's name.
-            values: the arguments of `SampleSettings.checked`, without the classes.
+            values: the arguments of `SampleSettings.checked`, the class and the scale of guidance.
 
         Raises:
             ValueError: if an input is not allowed.
@@ -339,15 +345,15 @@ class SampleHandlers:
         steps, eta, order, spacing, count, seed, label, guidance = values
         classes = self.shared.models.open(model).classes
         scale = guidance_of(label, guidance)
-        return SampleSettings.checked(steps, eta, order, spacing, count, seed, label, scale, classes)
+        return SampleSettings.checked(steps, eta, order, spacing, count, seed).of_class(label, scale, classes)
 
     def reset(self, model: str, *values: Any) -> Updates:
         """Remove the images, which are those of another model, and return the program and the command for this one.
 
         Args:
             model: the model's name.
-            values: the arguments of `SampleSettings.checked`, without the classes; the class is the first choice of
-                this model, and the defaults stand in for what is not allowed.
+            values: the arguments of `SampleSettings.checked`, the class and the scale of guidance; the class is the
+                first choice of this model, and the defaults stand in for what is not allowed.
 
         Returns:
             The updates.
@@ -356,7 +362,7 @@ class SampleHandlers:
         label = self.class_inputs.default_label(classes)
         steps, eta, order, spacing, count, seed, *_ = values
         try:
-            settings = SampleSettings.checked(steps, eta, order, spacing, count, seed, label, 1.0, classes)
+            settings = SampleSettings.checked(steps, eta, order, spacing, count, seed).of_class(label, 1.0, classes)
         except (ValueError, TypeError):
             settings = SampleSettings()
         return {
