@@ -22,8 +22,9 @@ LISTEN_SECONDS = 10
 MAX_UNHEARD_RUNS = 32
 """Runs that wait for a listener; the oldest one is given up for another."""
 
-LINGER_SECONDS = 3.0
-"""How long a stream counts after the server has ended it: the client may just have asked for another run."""
+LINGER_SECONDS = LISTEN_SECONDS
+"""How long a stream counts after the server has ended it: the client may just have asked for another run, which then
+has as long as any other to be listened to."""
 
 MAX_KEYS = 4096
 """Sessions and runs that are remembered."""
