@@ -262,7 +262,7 @@ def test_help_lists_every_command(results: Commands) -> None:
     assert (code, stderr) == (0, "")
     assert "Usage: ddim [OPTIONS] COMMAND" in stdout
     assert "Example: ddim sample --model mnist --steps 20 --count 16 --out digits.png" in stdout
-    training = {"train", "ema", "export"}
+    training = {"train", "ema", "export", "distill"}
     latent_space = {"encode", "decode", "reconstruct", "interpolate", "trajectory", "consistency", "edit", "direction"}
     assert COMMANDS.keys() == {"sample", "tune", "evaluate", "convert", "info", "app"} | training | latent_space
     for name in (*COMMANDS, "--version", "--help"):

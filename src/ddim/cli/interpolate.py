@@ -26,7 +26,6 @@ from ddim.cli.common import (
     split_model,
 )
 from ddim.cli.conditions import NO_CONDITIONS, ConditionOptions, takes_conditions
-from ddim.io.class_labels import take_labels
 from ddim.validation import integer, pluralize, shown
 
 MAX_SEED_DIGITS = 19
@@ -357,6 +356,7 @@ class Points:
             ValueError: for an image that the model does not take.
         """
         from ddim.diffusion.noise import noise_from_seeds
+        from ddim.io.class_labels import take_labels
 
         result: list[Tensor | None] = []
         # An image that is several points may have a class in each.
