@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ddim.io.reading import reader_reason
 from ddim.io.weights import is_state_dict, read_pickle
-from ddim.validation import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -79,4 +79,4 @@ def _read_safetensors(path: Path) -> Any:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or damaged: {shorten(str(error))}") from None
+        raise ValueError(f"{path} is truncated or damaged: {reader_reason(error)}") from None

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ddim.io.json_files import read_json, to_json
-from ddim.validation import shorten
+from ddim.io.reading import reader_reason
 
 WEIGHTS = "diffusion_pytorch_model"
 MAX_SHARD_SIZE = "10GB"
@@ -192,7 +192,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                         tensors[name] = mapped if in_place else mapped.clone()
                         size += 0 if in_place else mapped.nbytes
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is truncated or damaged: {shorten(str(error))}") from None
+            raise ValueError(f"{path} is truncated or damaged: {reader_reason(error)}") from None
         if expected is not None and expected != digest(tensors):
             raise ValueError(f"{path} is damaged: its tensors are not those it was written with (SHA-256 differs)")
         for tensor in tensors.values():
