@@ -264,7 +264,7 @@ INVALID = [
     ({"latents": torch.zeros(1, 1, 8, 8, dtype=torch.int64)}, "finite floating-point"),
     ({"latents": [[0.0]]}, "latents must be a tensor (N, C, H, W), got list"),
     ({"output_type": "jpg"}, "output_type must ... got 'jpg'"),
-    ({"order": 3}, "order must ... got 3"),
+    ({"order": 5}, "order must ... got 5"),
     ({"order": 2, "eta": 1.0}, "order=2 requires eta=0 (deterministic sampling), got eta=1"),
     ({"timesteps": []}, "timesteps must hold at least one timestep, got none"),
     ({"timesteps": [1, 2]}, "strictly decreasing"),

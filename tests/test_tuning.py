@@ -163,7 +163,7 @@ class TestTune:
         ("arguments", "message"),
         [
             ({"num_inference_steps": 0}, "num_inference_steps must be an integer of at least 1, got 0"),
-            ({"order": 3}, r"order must be 1 .* got 3"),
+            ({"order": 5}, r"order must be 1 .* got 5"),
             ({"order": 2, "eta": 0.5}, "requires eta=0"),
             ({"order": 1, "eta": -1}, "eta must .* got -1"),
             ({"num_latents": 0}, "num_latents must be an integer from 1 to 10000, got 0"),
@@ -289,7 +289,7 @@ class TestScheduler:
         inverse = DDIMInverseScheduler(timesteps_by_steps=self.LISTS)
         inverse.set_timesteps(3)
         assert inverse.timesteps.tolist() == self.LISTS["3"][::-1]
-        with pytest.raises(ValueError, match="solver_order must be 1, got 2: a step of order 2 depends on"):
+        with pytest.raises(ValueError, match="solver_order must be 1, got 2: a step of order 2 or more depends"):
             DDIMInverseScheduler.from_config(DDIMScheduler(solver_order=2).config)
 
     def test_added_to_scheduler(self) -> None:
@@ -387,7 +387,7 @@ class TestCommand:
         decoded = pipe.decode(encoding, 50, "pt").images
         assert float((decoded - images).square().mean()) < 1e-4
         assert not torch.equal(pipe.decode(encoding.latents, 50, "pt", order=2).images, decoded)
-        with pytest.raises(ValueError, match="order=2 cannot encode: a step of order 2 depends on the one"):
+        with pytest.raises(ValueError, match="order=2 cannot encode: a step of order 2 or more depends on"):
             pipe.encode(images, 50, order=2)
         with pytest.raises(ValueError, match=r"pass \.latents"):
             pipe.decode(encoding, 50, order=2)

@@ -229,7 +229,8 @@ class LatentSpace:
 
         Raises:
             ValueError: for an argument out of range, latents that hold NaN or have another shape, or latents from
-                `encode` along other timesteps or to be decoded at order 2 (pass their `.latents` if that is meant).
+                `encode` along other timesteps or to be decoded at a higher order (pass their `.latents` if that is
+                meant).
             TypeError: for one of a wrong type.
 
         Example:
@@ -341,7 +342,7 @@ class LatentSpace:
             output_type: `pil`, `np` (float32 (N, H, W, C) in [0, 1]) or `pt` ((N, C, H, W) in [0, 1]).
             closed: return to the first latent (`ddim.diffusion.interpolation.slerp_path`).
             timesteps: a custom subsequence instead of S: strictly decreasing integers.
-            order: of the solver, 1 or 2; defaults to 1, and with `as_samples` to the scheduler's `solver_order`.
+            order: of the solver, 1 to 4; defaults to 1, and with `as_samples` to the scheduler's `solver_order`.
             as_samples: decode as a call of the pipeline samples, clipping and the jump to alpha = 1 included: frames of
                 latents that are the noise of seeds are then the images of these seeds. Without it, they are those of
                 `decode`, and latents of encoded images give these images back.
@@ -417,7 +418,7 @@ class LatentSpace:
             latents: x at the first timestep, (N, C, H, W).
             eta: 0 for DDIM, 1 for DDPM.
             timesteps: a custom subsequence instead of S: strictly decreasing integers.
-            order: of the solver, 1 or 2; `None` for the scheduler's `solver_order`.
+            order: of the solver, 1 to 4; `None` for the scheduler's `solver_order`.
             at: the timesteps to keep, instead of `frames`; each must be one that the process visits.
             condition: classes and guidance, as for a call of the pipeline.
 
@@ -467,7 +468,7 @@ class LatentSpace:
             latents: (N, C, H, W).
             num_inference_steps: the numbers of steps.
             output_type: `pil`, `np` (float32 (N, H, W, C) in [0, 1]) or `pt` ((N, C, H, W) in [0, 1]).
-            order: of the solver, 1 or 2; `None` for the scheduler's `solver_order`.
+            order: of the solver, 1 to 4; `None` for the scheduler's `solver_order`.
             condition: classes and guidance, as for a call of the pipeline.
 
         Returns:
@@ -534,7 +535,7 @@ class LatentSpace:
                 has as many edits.
             eta: of the steps back, 0 for DDIM, 1 for DDPM; above 0 it requires `seeds`.
             timesteps: a custom subsequence instead of S: strictly decreasing integers.
-            order: of the steps back, 1 or 2; `None` for the scheduler's `solver_order`.
+            order: of the steps back, 1 to 4; `None` for the scheduler's `solver_order`.
             resize: fit PIL images of other sizes and modes; otherwise they are refused.
             batch_size: images per network evaluation of the encoding.
             condition: classes and guidance, as for a call of the pipeline.
@@ -672,7 +673,7 @@ def invertible_steps(
         scheduler: the noise schedule.
         num_inference_steps: S, from 1 to T.
         timesteps: a custom subsequence instead of S: strictly decreasing integers.
-        order: of the solver, 1 or 2.
+        order: of the solver, 1 to 4.
 
     Raises:
         ValueError: for an argument out of range, or timesteps among which 0 is the only one.

@@ -208,9 +208,9 @@ class DDIMPipeline(ComponentPipeline, LatentSpace):
                 to within rounding, if the network is deterministic (dropout draws from PyTorch's global generator).
             latents: x at the first timestep, (N, C, H, W), instead of noise that is drawn.
             timesteps: a custom subsequence instead of S: strictly decreasing integers.
-            order: of the solver: 1 for DDIM, 2 for the two-step method of `ddim.diffusion.solvers.second_order`, which
-                costs the same and requires eta = 0; defaults to the scheduler's `solver_order`. The timesteps of each
-                are those of `DDIMScheduler.make_timesteps`.
+            order: of the solver: 1 for DDIM, 2 to 4 for the multistep methods of `ddim.diffusion.solvers.multistep`,
+                which cost the same and require eta = 0; defaults to the scheduler's `solver_order`. The timesteps of
+                each are those of `DDIMScheduler.make_timesteps`.
             use_sigma_hat: add noise with DDPM's larger variance (the paper's sigma-hat); requires `eta=1`.
             class_labels: of a model with classes, one for all images or one per image: indices, or names of
                 `pipe.classes`. Left out, a model that was trained with a null class samples from all classes.

@@ -38,7 +38,7 @@ from ddim.diffusion.equations import (
 )
 from ddim.diffusion.noise import noise_from_generator
 from ddim.diffusion.sampling_config import check_order
-from ddim.diffusion.solvers import add_correction, second_order
+from ddim.diffusion.solvers import NUM_LAST_STEPS, add_corrections, multistep
 from ddim.io.config import DEFAULTED, register_to_config
 from ddim.io.diffusers_mixins import join_mixins
 from ddim.io.pretrained import SchedulerFiles
@@ -62,7 +62,7 @@ FOREIGN_SETTINGS = frozenset(
 
 MAX_RANGE = 1e6
 """Bounds of samples are below this: they are in [-1, 1]."""
-NO_INVERSE = "a step of order 2 depends on the one before it and has no inverse of its own; use order=1"
+NO_INVERSE = "a step of order 2 or more depends on those before it and has no inverse of its own; use order=1"
 
 
 class DDIMScheduler(SchedulerFiles):
@@ -85,8 +85,8 @@ class DDIMScheduler(SchedulerFiles):
         timestep_spacing: one of `ddim.diffusion.schedule.SPACINGS`; `diffusers` has the first three.
         rescale_betas_zero_snr: rescale the betas so that x_{T-1} is pure noise; requires a network that predicts x_0 or
             v.
-        solver_order: 1 for DDIM, 2 for `ddim.diffusion.solvers.second_order`, whose steps remember the epsilon of the
-            previous one.
+        solver_order: 1 for DDIM, 2 to 4 for `ddim.diffusion.solvers.multistep`, whose steps remember the epsilons of
+            the previous ones.
         timesteps_by_steps: learned subsequences, as `ddim.tuning` finds them for this `solver_order`, by their length:
             `{"10": [999, ...]}`.
 
@@ -269,9 +269,9 @@ class DDIMScheduler(SchedulerFiles):
         Args:
             num_inference_steps: S, from 1 to T.
             spacing: one of `ddim.diffusion.schedule.SPACINGS`; `None` for learned timesteps where the configuration has
-                some for S and this order, else those of the configured spacing; at order 2, `leading`, the default of
-                all configurations, stands for `blend`.
-            order: of the solver, 1 or 2; `None` for the configured `solver_order`.
+                some for S and this order, else those of the configured spacing; above order 1, `leading`, the default
+                of all configurations, stands for `blend`.
+            order: of the solver, 1 to 4; `None` for the configured `solver_order`.
 
         Returns:
             At most S integers in [0, T - 1], strictly decreasing.
@@ -290,7 +290,7 @@ class DDIMScheduler(SchedulerFiles):
             if learned is not None and order == self.solver_order:
                 return list(learned)
             spacing = config.timestep_spacing
-            if order == 2 and spacing == "leading":
+            if order > 1 and spacing == "leading":
                 spacing = "blend"
         return schedule.make_timesteps(spacing, num_inference_steps, self.alphas_cumprod_float64, config.steps_offset)
 
@@ -303,7 +303,7 @@ class DDIMScheduler(SchedulerFiles):
             timesteps: strictly decreasing integers in [0, T - 1].
             eta: the noise of the process, at least 0: 0 for DDIM, 1 for DDPM.
             use_sigma_hat: draw the noise with DDPM's larger variance.
-            order: of the solver: 1, or 2 (`ddim.diffusion.solvers.second_order`), which requires eta = 0.
+            order: of the solver: 1, or 2 to 4 (`ddim.diffusion.solvers.multistep`), which require eta = 0.
 
         Raises:
             ValueError: for a list, an eta or an order that is not allowed, or a timestep without any signal where the
@@ -326,7 +326,7 @@ class DDIMScheduler(SchedulerFiles):
                 f"at timestep {checked[0]} the schedule leaves no signal, so epsilon does not determine x_0; "
                 "use prediction_type='v_prediction' or 'sample', or start from a smaller timestep"
             )
-        return second_order(steps) if order == 2 else steps
+        return multistep(steps, order) if order > 1 else steps
 
     def set_timesteps(
         self,
@@ -364,7 +364,7 @@ class DDIMScheduler(SchedulerFiles):
     """`num_inference_steps` as `set_timesteps` left it."""
 
     def _set_timesteps(self, timesteps: list[int], device: str | torch.device | None) -> None:
-        self._previous: tuple[int, Tensor] | None = None
+        self._history: list[tuple[int, Tensor]] = []
         self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
         self._listed = self.timesteps, timesteps[::-1]
 
@@ -432,11 +432,10 @@ class DDIMScheduler(SchedulerFiles):
             bool(use_clipped_model_output),
             noise,
         )
-        if self.solver_order == 2:
-            is_next = self._previous is not None and self._previous[0] > t
-            previous_epsilon = self._previous[1] if self._previous is not None and is_next else None
-            prev_sample, epsilon = add_correction(prev_sample, x0, sample, coefficients, previous_epsilon)
-            self._previous = t, epsilon
+        if self.solver_order > 1:
+            history = [epsilon for _, epsilon in self._history_before(t)]
+            prev_sample, epsilon = add_corrections(prev_sample, x0, sample, coefficients, history)
+            self._history = [(t, epsilon), *self._history_before(t)][: self.solver_order - 1]
         return DDIMSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
 
     def _transition(self, timestep: Tensor | int, eta: float) -> tuple[int, Coefficients]:
@@ -447,11 +446,10 @@ class DDIMScheduler(SchedulerFiles):
         if self.num_inference_steps is None:
             raise ValueError("set_timesteps(num_inference_steps) must be called before step")
         (t,) = schedule.check_timesteps([timestep], len(self))  # type: ignore[list-item]
-        previous = [self._previous[0]] if self._previous is not None and self._previous[0] > t else []
-        visited = [*previous, t] if self.solver_order == 2 else [t]
-        index = len(visited) - 1
         next_timestep = self._next_timestep(t)
-        visited += [] if next_timestep is None else [next_timestep]
+        visited, index = [t] if next_timestep is None else [t, next_timestep], 0
+        if self.solver_order > 1:
+            visited, index = self._visited_around(t)
         is_differentiable = not all(_is_plain(values) for values in (self.alphas_cumprod, self.final_alpha_cumprod))
         own_variance = not torch.compiler.is_compiling() and has_members(self, _VARIANCE)
         if own_variance and not is_differentiable:
@@ -464,8 +462,23 @@ class DDIMScheduler(SchedulerFiles):
             variance = _variance(alpha, alpha_prev) if own_variance else self._get_variance(t, t_prev)
             sigma = eta * torch.as_tensor(variance).double().sqrt()
         direction = (1 - alpha_prev - sigma**2).clamp(min=0).sqrt()
-        correction = self.make_steps(visited, order=2)[index].correction if self.solver_order == 2 else 0.0
-        return t, Coefficients(alpha.sqrt(), (1 - alpha).sqrt(), alpha_prev.sqrt(), direction, sigma, correction)
+        corrections: tuple[float, ...] = ()
+        if self.solver_order > 1:
+            corrections = self.make_steps(visited, order=self.solver_order)[index].corrections
+        return t, Coefficients(alpha.sqrt(), (1 - alpha).sqrt(), alpha_prev.sqrt(), direction, sigma, *corrections)
+
+    def _visited_around(self, t: int) -> tuple[list[int], int]:
+        """Return the timesteps that a multistep method's step from t depends on, and the index of t among them."""
+        visited = [*(u for u, _ in reversed(self._history_before(t))), t]
+        index = len(visited) - 1
+        # Those after it decide whether it is among the last.
+        while len(visited) - index <= NUM_LAST_STEPS and (after := self._next_timestep(visited[-1])) is not None:
+            visited.append(after)
+        return visited, index
+
+    def _history_before(self, t: int) -> list[tuple[int, Tensor]]:
+        """Return the timesteps and epsilons of the steps before t in the same run, the last one first."""
+        return self._history if self._history and self._history[0][0] > t else []
 
     def _alpha(self, t: int) -> Tensor:
         """Return alphas_cumprod at t, or for t = -1 where the last step leads, float64 ()."""
@@ -581,7 +594,7 @@ class DDIMInverseScheduler(DDIMScheduler):
     `DDIMScheduler`). Two things are wrong there and right here: it steps from t - T // S whatever the previous timestep
     is, and with v-prediction its step is not the inverse of `DDIMScheduler.step`. Here, given the model output at the
     x_t that results, `step` inverts `DDIMScheduler.step` exactly, so that a fixed-point iteration over it does too;
-    `DDIMPipeline.encode` does this, and better. `solver_order=2` is refused.
+    `DDIMPipeline.encode` does this, and better. a `solver_order` above 1 is refused.
 
     Clipping, on by default as in `diffusers`, cannot be undone; switch it off for images to come back. Neither can, for
     a good denoiser, the step from alpha = 1: `set_alpha_to_one=False` starts from alphas_cumprod[0].

@@ -128,8 +128,8 @@ def tune(
     Args:
         pipe: the model; its scheduler decides whether the predicted x_0 is clipped.
         num_inference_steps: S, from 1 to the number of timesteps the model was trained with.
-        order: of the solver, 1 or 2.
-        eta: the noise of the process; 0 at order 2.
+        order: of the solver, 1 to 4.
+        eta: the noise of the process; 0 above order 1.
         num_latents: latents on which errors are measured, at most 10000.
         seed: of the first latent; as many latents after them evaluate the result.
         batch_size: latents per network evaluation.
@@ -246,7 +246,7 @@ def enough_steps(
     Args:
         pipe: the model.
         tolerance: mean squared error in [0, 1]; above 0, below 1.
-        order: of the solver, 1 or 2; defaults to the scheduler's `solver_order`.
+        order: of the solver, 1 to 4; defaults to the scheduler's `solver_order`.
         num_latents: latents on which the error is measured, at most 10000.
         seed: of the first of them.
         batch_size: latents per network evaluation.
@@ -288,7 +288,7 @@ class ErrorEvaluator:
 
     Args:
         pipe: the model.
-        order: of the solver, 1 or 2.
+        order: of the solver, 1 to 4.
         eta: the noise of the process.
         seeds: of the latents.
         batch_size: latents per network evaluation.

@@ -226,7 +226,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "words as eta": ("/sample", {"eta": "1"}, "eta must be a number, got '1'"),
     "seed": ("/sample", {"seed": -1}, "seed must be an integer from 0 to .*, got -1"),
     "huge seed": ("/sample", {"seed": 2**63}, "seed must be an integer from 0 to .*, got 9223"),
-    "order": ("/sample", {"order": 3}, "order must be an integer from 1 to 2, got 3"),
+    "order": ("/sample", {"order": 5}, "order must be an integer from 1 to 4, got 5"),
     "order and eta": ("/sample", {"order": 2, "eta": 1}, "order=2 requires eta=0"),
     "spacing": ("/sample", {"spacing": "even"}, "spacing must be one of the model's own, leading, .*, got 'even'"),
     "long word": ("/sample", {"spacing": "x" * 1000}, r"spacing must be .*, got 'x{30,60}\.\.\."),

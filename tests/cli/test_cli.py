@@ -103,7 +103,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "scale of a folder": (["sample", "--scale", "2", "-o", "new/"], 1, "^ddim: --scale has no effect on a folder"),
     "count": (["sample", "--count", "0"], 1, "^ddim: --count must be an integer of at least 1, got 0"),
     "batch size": (["sample", "--batch-size", "0"], 1, "^ddim: --batch-size must be an integer of at least 1, got 0"),
-    "order": (["sample", "--order", "3"], 1, r"^ddim: --order must be 1 \(DDIM\) or 2 .*, got 3"),
+    "order": (["sample", "--order", "5"], 1, r"^ddim: --order must be 1 \(DDIM\) or 2, 3 or 4 .*, got 5"),
     "order and eta": (["sample", "--order", "2", "--eta", "1"], 1, "^ddim: --order 2 requires --eta 0 .*, got --eta 1"),
     "seed": (["sample", "--seed", "-1"], 1, "^ddim: --seed must be an integer of at least 0, got -1"),
     "large seed": (["sample", "--seed", str(2**63)], 1, "seed"),

@@ -240,18 +240,19 @@ class TestLoop:
         assert_same(pair(tiny_unet), seeds=[5], num_inference_steps=10, eta=1.0, use_sigma_hat=True)
 
     @pytest.mark.parametrize("clip", [{}, {"clip_sample": False}, {"thresholding": True}], ids=str)
-    def test_second_order(self, tiny_unet: UNet2DModel, recording: bool, clip: dict[str, Any]) -> None:
-        """The correction is part of the recorded step; its first step, which has none, shares the recording."""
+    @pytest.mark.parametrize("order", [2, 4])
+    def test_multistep(self, tiny_unet: UNet2DModel, recording: bool, clip: dict[str, Any], order: int) -> None:
+        """Corrections are part of the recorded step; the first steps, which have fewer, share the recording."""
         pipes = pair(tiny_unet, **clip)
         for seeds in ([5, 6], [7, 8]):
-            assert_same(pipes, seeds=seeds, num_inference_steps=8, order=2)
+            assert_same(pipes, seeds=seeds, num_inference_steps=8, order=order)
         (runner,) = pipes[1].fast.runners.values()
         assert isinstance(runner.graph, Tape) == recording
-        assert runner.previous_epsilon is not None
+        assert runner.history_length == order - 1
 
-    def test_second_order_runs_alternate(self, tiny_unet: UNet2DModel) -> None:
-        """Runs that share a recorded step do not share the epsilon of the step before."""
-        steps = DDIMScheduler().make_steps(TIMESTEPS, order=2)
+    def test_multistep_runs_alternate(self, tiny_unet: UNet2DModel) -> None:
+        """Runs that share a recorded step do not share the epsilons of the steps before."""
+        steps = DDIMScheduler().make_steps(TIMESTEPS, order=3)
         engine = CUDAEngine(tiny_unet)
 
         def run(seed: int) -> Iterator[State]:
@@ -400,13 +401,13 @@ class TestRunners:
         *_, actual = states
         assert torch.equal(actual.sample, expected.sample)
 
-    @pytest.mark.parametrize(("noisy", "second_order"), [(False, False), (True, False), (False, True)])
-    def test_step_does_not_wait(self, tiny_unet: UNet2DModel, noisy: bool, second_order: bool) -> None:
+    @pytest.mark.parametrize(("noisy", "history_length"), [(False, 0), (True, 0), (False, 3)])
+    def test_step_does_not_wait(self, tiny_unet: UNet2DModel, noisy: bool, history_length: int) -> None:
         """No number is read back from a tensor, which no graph could record."""
         run = cuda.StepRunner(
             CUDAEngine(tiny_unet).network,
             randn(1, 3, 16, 16),
-            StepOptions("epsilon", DDIMScheduler().clip, True, noisy, second_order),
+            StepOptions("epsilon", DDIMScheduler().clip, True, noisy, history_length),
             Tape,
         )
         assert run.graph.calls

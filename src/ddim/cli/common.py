@@ -37,7 +37,7 @@ class SamplingOptions:
         spacing: of the timesteps; `None` for the model's own.
         timesteps: a custom list of timesteps, used instead of `steps` and `spacing`.
         eta: 0 for DDIM, 1 for DDPM.
-        order: of the method, 1 or 2; `None` for the model's own.
+        order: of the method, 1 to 4; `None` for the model's own.
         sigma_hat: whether noise has DDPM's larger variance.
         clipped_model_output: whether epsilon is recomputed from the clipped x_0.
 

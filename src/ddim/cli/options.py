@@ -42,8 +42,8 @@ Timesteps = Annotated[str | None, typer.Option(help="Custom timesteps instead of
 Order = Annotated[
     int | None,
     typer.Option(
-        help="Order of the method: 1 is DDIM, 2 uses the last two predictions at the same cost (with blend timesteps "
-        "if the model's are leading); defaults to the model's."
+        help="Order of the method: 1 is DDIM, 2 to 4 use as many of the last predictions at the same cost (with blend "
+        "timesteps if the model's are leading); defaults to the model's."
     ),
 ]
 SigmaHat = Annotated[bool, typer.Option("--sigma-hat", help="Add noise with DDPM's larger variance; requires --eta 1.")]

@@ -32,7 +32,9 @@ def tune(
     model_option: options.ModelOption = None,
     weights: options.Weights = None,
     steps: Annotated[str, typer.Option(help="Numbers of steps, such as 10 or 5,10,20.")] = "10",
-    order: Annotated[int, typer.Option(help="Order of the method: 1 is DDIM, 2 uses the last two predictions.")] = 2,
+    order: Annotated[
+        int, typer.Option(help="Order of the method: 1 is DDIM, 2 to 4 use as many of the last predictions.")
+    ] = 2,
     eta: options.Eta = 0.0,
     codes: Annotated[
         int, typer.Option(help="Number of latents for the search; as many others measure its result.")

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ddim.diffusion.equations import Coefficients, Step, ddim_step
 from ddim.diffusion.loop import Denoiser, StepSettings
-from ddim.diffusion.solvers import add_correction, second_order
+from ddim.diffusion.solvers import add_corrections, multistep
 from ddim.validation import integer
 
 UNCLIPPED = StepSettings()
@@ -72,9 +72,9 @@ class Segments:
 
     Attributes:
         timesteps: where the teacher is evaluated, int64 (S, k).
-        coefficients: of its steps, (S, k, 6), in the order of `ddim.diffusion.equations.Coefficients`.
+        coefficients: of its steps, (S, k, 8), in the order of `ddim.diffusion.equations.Coefficients`.
         rotations: cosine and sine of the angle of each step of the student, (S, 2).
-        order: of the teacher's solver.
+        order: of the teacher's solver, 1 or 2.
 
     Example:
         >>> from ddim.diffusion.equations import make_steps
@@ -104,7 +104,7 @@ class Segments:
         k = len(steps) // num_inference_steps
         parts = [steps[first : first + k] for first in range(0, len(steps), k)]
         if order == 2:
-            parts = [second_order(part) for part in parts]
+            parts = [multistep(part, 2) for part in parts]
         angles = [_angle(part[0].alpha) - _angle(part[-1].alpha_prev) for part in parts]
         return cls(
             torch.tensor([[step.timestep for step in part] for part in parts]),
@@ -159,13 +159,14 @@ def follow_teacher(
         1.0
     """
     timesteps, coefficients = segments.timesteps[index], segments.coefficients[index]
-    previous_epsilon: Tensor | None = None
+    history: list[Tensor] = []
     for k in range(timesteps.shape[1]):
         c = Coefficients(*coefficients[:, k, :, None, None, None].unbind(1))
         output = denoiser(x, timesteps[:, k])
         x_prev, x0 = ddim_step(output, x, c, settings.prediction_type, settings.clip)
         if segments.order == 2:
-            x_prev, previous_epsilon = add_correction(x_prev, x0, x, c, previous_epsilon)
+            x_prev, epsilon = add_corrections(x_prev, x0, x, c, history)
+            history = [epsilon]
         x = x_prev
     return x
 

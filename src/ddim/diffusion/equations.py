@@ -211,6 +211,10 @@ def sigma_hat(alpha: float, alpha_prev: float) -> float:
     return math.sqrt(1 - alpha / alpha_prev)
 
 
+MAX_CORRECTIONS = 3
+"""The largest number of earlier predictions that a step uses."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One transition of the generative process: everything that is known of it before the network runs.
@@ -222,7 +226,8 @@ class Step:
         alpha_prev: alphas_cumprod at `prev_timestep`.
         sigma: of equation (16).
         noise_std: the scale of the noise that is added: `sigma`, or the larger sigma-hat.
-        correction: k of `ddim.diffusion.solvers.second_order`, 0 for a step of DDIM.
+        corrections: k_1, k_2, ... of `ddim.diffusion.solvers.multistep`, at most `MAX_CORRECTIONS`; none for a step of
+            DDIM.
     """
 
     timestep: int
@@ -231,7 +236,7 @@ class Step:
     alpha_prev: float
     sigma: float = 0.0
     noise_std: float = 0.0
-    correction: float = 0.0
+    corrections: tuple[float, ...] = ()
 
     def coefficients(self) -> Coefficients:
         """Return the factors of the step's equation.
@@ -244,7 +249,7 @@ class Step:
         # direction at all.
         direction = math.sqrt(max(0.0, 1 - self.alpha_prev - self.sigma**2))
         signal, noise = math.sqrt(self.alpha), math.sqrt(1 - self.alpha)
-        return Coefficients(signal, noise, math.sqrt(self.alpha_prev), direction, self.noise_std, self.correction)
+        return Coefficients(signal, noise, math.sqrt(self.alpha_prev), direction, self.noise_std, *self.corrections)
 
 
 class Coefficients(NamedTuple):
@@ -258,7 +263,9 @@ class Coefficients(NamedTuple):
         signal_prev: sqrt(alpha_prev).
         direction: sqrt(1 - alpha_prev - sigma^2).
         noise_std: as of `Step`.
-        correction: as of `Step`; `ddim_step` leaves it to `ddim.diffusion.solvers.add_correction`.
+        correction_1: k_1 of `Step.corrections`; `ddim_step` leaves these to `ddim.diffusion.solvers.add_corrections`.
+        correction_2: k_2.
+        correction_3: k_3.
     """
 
     signal: float | Tensor
@@ -266,7 +273,14 @@ class Coefficients(NamedTuple):
     signal_prev: float | Tensor
     direction: float | Tensor
     noise_std: float | Tensor
-    correction: float | Tensor = 0.0
+    correction_1: float | Tensor = 0.0
+    correction_2: float | Tensor = 0.0
+    correction_3: float | Tensor = 0.0
+
+    @property
+    def corrections(self) -> tuple[float | Tensor, ...]:
+        """The factors of the changes of epsilon since one, two and three steps before."""
+        return self.correction_1, self.correction_2, self.correction_3
 
 
 def make_steps(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ddim.diffusion.equations import Step, ddim_step
 from ddim.diffusion.noise import NoiseSource
-from ddim.diffusion.solvers import add_correction
+from ddim.diffusion.solvers import add_corrections, history_length
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """Takes x_t (N, C, H, W) and t, an int64 tensor () on the same device; returns the prediction (N, C, H, W)."""
@@ -104,7 +104,7 @@ def sample(
         A `State` after each step.
 
     References:
-        Equation (12) of arXiv 2010.02502; steps with a `correction`: `ddim.diffusion.solvers.second_order`.
+        Equation (12) of arXiv 2010.02502; steps with `corrections`: `ddim.diffusion.solvers.multistep`.
 
     Example:
         >>> from ddim.diffusion.equations import Step
@@ -121,7 +121,7 @@ def generative_step(denoiser: Denoiser, steps: Sequence[Step], settings: StepSet
 
     Args:
         denoiser: the network.
-        steps: all steps that will be taken, in order: those of second order remember the epsilon of the step before.
+        steps: all steps that will be taken, in order: those of higher order remember the epsilons of the steps before.
         settings: the prediction type, clipping and noise.
 
     Returns:
@@ -134,11 +134,11 @@ def generative_step(denoiser: Denoiser, steps: Sequence[Step], settings: StepSet
         >>> round(float(x0), 6)
         1.0
     """
-    is_second_order = any(step.correction for step in steps)
-    previous_epsilon: Tensor | None = None
+    length = history_length(steps)
+    history: list[Tensor] = []
 
     def step_fn(x: Tensor, timestep: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        nonlocal previous_epsilon
+        nonlocal history
         noise = None if settings.noise is None else settings.noise()
         coefficients = step.coefficients()
         x_prev, x0 = ddim_step(
@@ -150,8 +150,9 @@ def generative_step(denoiser: Denoiser, steps: Sequence[Step], settings: StepSet
             settings.use_clipped_model_output,
             noise,
         )
-        if is_second_order:
-            x_prev, previous_epsilon = add_correction(x_prev, x0, x, coefficients, previous_epsilon)
+        if length:
+            x_prev, epsilon = add_corrections(x_prev, x0, x, coefficients, history)
+            history = [epsilon, *history][:length]
         return x_prev, x0
 
     return step_fn

@@ -11,6 +11,9 @@ from typing import Any
 
 from ddim.validation import integer, real, shown
 
+ORDERS = (1, 2, 3, 4)
+"""The orders of the solvers."""
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -23,7 +26,7 @@ class SamplingConfig:
         num_inference_steps: S, the number of steps, at least 1; ignored where `timesteps` is given.
         eta: the noise of the process, at least 0: 0 for DDIM, 1 for DDPM.
         timesteps: a custom subsequence of timesteps, strictly decreasing; `None` for that of the scheduler.
-        order: the order of the solver: 1 (DDIM) or 2; `None` for the scheduler's `solver_order`.
+        order: the order of the solver, from 1 (DDIM) to 4; `None` for the scheduler's `solver_order`.
         use_sigma_hat: add noise with DDPM's larger variance; requires `eta=1`.
         use_clipped_model_output: recompute epsilon from the clipped x_0 in each step.
 
@@ -68,10 +71,10 @@ class SamplingConfig:
         """Return the order of the solver: the one that was given, or the scheduler's.
 
         Args:
-            solver_order: the scheduler's, 1 or 2.
+            solver_order: the scheduler's, from 1 to 4.
 
         Raises:
-            ValueError: if the scheduler's order is 2 and the process has noise.
+            ValueError: if the scheduler's order is above 1 and the process has noise.
 
         Example:
             >>> SamplingConfig(order=1, eta=1).resolve_order(2)
@@ -82,10 +85,10 @@ class SamplingConfig:
         """
         if self.order is not None:
             return self.order
-        if solver_order == 2 and self.eta:
+        if solver_order > 1 and self.eta:
             raise ValueError(
-                f"the model's solver_order=2 requires eta=0 (deterministic sampling), got eta={self.eta:g}; "
-                "give order=1"
+                f"the model's solver_order={solver_order} requires eta=0 (deterministic sampling), "
+                f"got eta={self.eta:g}; give order=1"
             )
         return solver_order
 
@@ -125,21 +128,21 @@ def check_order(order: int, eta: float = 0.0) -> int:
     """Check the order of a solver.
 
     Args:
-        order: 1 or 2.
+        order: from 1 to 4.
         eta: the noise of the process.
 
     Returns:
         The order.
 
     Raises:
-        ValueError: for another order, or order 2 of a process with noise.
+        ValueError: for another order, or an order above 1 of a process with noise.
 
     Example:
         >>> check_order(2)
         2
     """
-    if order not in (1, 2) or isinstance(order, bool):
-        raise ValueError(f"order must be 1 (DDIM) or 2 (the two-step method), got {shown(order)}")
-    if order == 2 and eta:
-        raise ValueError(f"order=2 requires eta=0 (deterministic sampling), got eta={eta:g}")
+    if order not in ORDERS or isinstance(order, bool):
+        raise ValueError(f"order must be 1 (DDIM) or 2, 3 or 4 (multistep methods), got {shown(order)}")
+    if order > 1 and eta:
+        raise ValueError(f"order={order} requires eta=0 (deterministic sampling), got eta={eta:g}")
     return order

@@ -178,7 +178,7 @@ def make_timesteps(
     - `logsnr`: S timesteps nearest to equal steps in log(alphas_cumprod / (1 - alphas_cumprod)), all distinct;
     - `blend`: S timesteps nearest to equal steps in u + log(1 + 200 u) / 20, u = t / T, down from T - 1 and ending one
       step above 0, all distinct: like `trailing` where there is much noise, with shorter steps where there is little.
-      For order 2.
+      For orders above 1.
 
     Args:
         spacing: one of `SPACINGS`.

@@ -5,11 +5,11 @@ A step of the loop is the network and equation (12) of the paper,
     x_0, epsilon = predict(network(x, t), x, c)
     x_prev       = c.signal_prev clip(x_0) + c.direction epsilon + c.noise_std noise
 
-and, for the second-order method, a multiple of epsilon - previous_epsilon: hundreds of small kernels, and launching one
-from Python takes longer than many of them run. `StepRunner` has CUDA record them once, as a graph, and launches them
-together from then on. A graph reads and writes the same addresses each time: x, t, the coefficients c, the noise and
-the previous epsilon are copied into its input buffers, and its results are copied for the caller. All copies are on the
-device or from pinned memory, and nothing waits for them.
+and, for multistep methods, multiples of the changes of epsilon since earlier steps: hundreds of small kernels, and
+launching one from Python takes longer than many of them run. `StepRunner` has CUDA record them once, as a graph, and
+launches them together from then on. A graph reads and writes the same addresses each time: x, t, the coefficients c,
+the noise and earlier epsilons are copied into its input buffers, and its results are copied for the caller. All copies
+are on the device or from pinned memory, and nothing waits for them.
 
 `CUDAEngine` has such a step for each shape and setting, and evaluates the network by fused operations in channels_last,
 the layout of tensor cores (`ddim.engine.fused`). The projections of the time embedding are computed for all steps of a
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ddim.diffusion.equations import Coefficients, Step, ddim_step, dynamic_threshold
 from ddim.diffusion.loop import StepFn, StepSettings
-from ddim.diffusion.solvers import add_correction
+from ddim.diffusion.solvers import add_corrections, history_length
 from ddim.engine.fused.network import FusedNetwork
 from ddim.unet import UNet2DModel
 
@@ -138,7 +138,7 @@ class CUDAEngine:
             >>> torch.equal(x_prev, x0)
             True
         """
-        runner = self._get_runner(latents, settings, is_second_order=any(step.correction for step in steps))
+        runner = self._get_runner(latents, settings, history_length(steps))
         if runner is None:
             return None
         # On the device once, before the loop, like the timesteps.
@@ -146,13 +146,15 @@ class CUDAEngine:
         rows = dict(zip(steps, table, strict=True))
         projected = self._project(steps)
         noise = settings.noise
-        previous_epsilon: Tensor | None = None
+        history: list[Tensor] = []
 
         def take_step(x: Tensor, timestep: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-            nonlocal previous_epsilon
+            nonlocal history
             drawn = None if noise is None else noise()
             embedding = projected[step.timestep]
-            x_prev, x0, previous_epsilon = runner(x, timestep, embedding, rows[step], drawn, previous_epsilon)
+            x_prev, x0, epsilon = runner(x, timestep, embedding, rows[step], drawn, history)
+            if epsilon is not None:
+                history = [epsilon, *history][: runner.history_length]
             return x_prev, x0
 
         return take_step
@@ -165,7 +167,7 @@ class CUDAEngine:
             projected = self.network.project(torch.tensor(timesteps, device=self.device))
         return dict(zip(timesteps, torch.split(projected, 1), strict=True))
 
-    def _get_runner(self, latents: Tensor, settings: StepSettings, is_second_order: bool) -> StepRunner | None:
+    def _get_runner(self, latents: Tensor, settings: StepSettings, history_length: int) -> StepRunner | None:
         """Return the runner of a shape and setting, recorded if there is none yet; `None` if it cannot be recorded."""
         clip_key = clip_identity(settings.clip)
         if clip_key is None:
@@ -175,7 +177,7 @@ class CUDAEngine:
             settings.clip,
             settings.use_clipped_model_output,
             has_noise=settings.noise is not None,
-            is_second_order=is_second_order,
+            history_length=history_length,
         )
         key = (latents.shape, latents.dtype, clip_key, *options.key())
         with _graph_lock:
@@ -292,23 +294,23 @@ class StepOptions:
         clip: applied to each predicted x_0; `None` leaves it.
         use_clipped_model_output: recompute epsilon from the clipped x_0.
         has_noise: whether noise is added.
-        is_second_order: whether the second-order correction is added.
+        history_length: how many earlier predictions the corrections of a multistep method use.
     """
 
     prediction_type: str
     clip: Clip | None
     use_clipped_model_output: bool
     has_noise: bool
-    is_second_order: bool
+    history_length: int
 
     def key(self) -> tuple[Hashable, ...]:
         """Return all options but `clip`, for a dictionary of recorded steps.
 
         Example:
-            >>> StepOptions("epsilon", None, False, has_noise=True, is_second_order=False).key()
-            ('epsilon', False, True, False)
+            >>> StepOptions("epsilon", None, False, has_noise=True, history_length=0).key()
+            ('epsilon', False, True, 0)
         """
-        return self.prediction_type, self.use_clipped_model_output, self.has_noise, self.is_second_order
+        return self.prediction_type, self.use_clipped_model_output, self.has_noise, self.history_length
 
 
 class StepRunner:
@@ -333,8 +335,8 @@ class StepRunner:
             new = functools.partial(torch.zeros, dtype=like.dtype, device=like.device)
             self.x, self.x_prev, self.x0 = new(like.shape), new(like.shape), new(like.shape)
             self.noise = new(like.shape) if options.has_noise else None
-            self.previous_epsilon = new(like.shape) if options.is_second_order else None
-            self.epsilon = new(like.shape) if options.is_second_order else None
+            self.history = [new(like.shape) for _ in range(options.history_length)]
+            self.epsilon = new(like.shape) if self.history else None
             # Ones, so that the runs of the recording divide by no zero.
             self.coefficients = new(len(Coefficients._fields)) + 1
             self.timestep = torch.ones((), dtype=torch.int64, device=like.device)
@@ -347,7 +349,7 @@ class StepRunner:
         with torch.autocast(self.x.device.type, enabled=False):
             sample = self.x.to(self.embedding.dtype)
             output = self._network.evaluate(sample, self.timestep, self.embedding).to(self.x.dtype)
-        # Update x by equation (12), and by the second-order correction.
+        # Update x by equation (12), and by the corrections of a multistep method.
         x_prev, x0 = ddim_step(
             output,
             self.x,
@@ -358,11 +360,16 @@ class StepRunner:
             self.noise,
         )
         if self.epsilon is not None:
-            x_prev, epsilon = add_correction(x_prev, x0, self.x, coefficients, self.previous_epsilon)
+            x_prev, epsilon = add_corrections(x_prev, x0, self.x, coefficients, self.history)
             self.epsilon.copy_(epsilon)
         # Write the output buffers.
         self.x_prev.copy_(x_prev)
         self.x0.copy_(x0)
+
+    @property
+    def history_length(self) -> int:
+        """How many earlier predictions it uses."""
+        return len(self.history)
 
     @torch.no_grad()
     def __call__(
@@ -372,7 +379,7 @@ class StepRunner:
         embedding: Tensor,
         coefficients: Tensor,
         noise: Tensor | None = None,
-        previous_epsilon: Tensor | None = None,
+        history: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Take the step.
 
@@ -380,13 +387,13 @@ class StepRunner:
             x: of the shape that the step was made for.
             timestep: int64 ().
             embedding: of the timestep, `FusedNetwork.project`, (1, F).
-            coefficients: those of `ddim.diffusion.equations.Coefficients`, (6,).
+            coefficients: those of `ddim.diffusion.equations.Coefficients`, (8,).
             noise: of the shape of `x`, for a step that adds noise.
-            previous_epsilon: the epsilon that the step before returned; `None` for the first step.
+            history: the epsilons that the steps before returned, the last one first, as far as there are any.
 
         Returns:
-            x_prev, the predicted x_0 after clipping, and the epsilon for the next step (`None` for first order): copies
-            that no later call touches.
+            x_prev, the predicted x_0 after clipping, and the epsilon for the next steps (`None` for first order):
+            copies that no later call touches.
 
         Raises:
             ValueError: if x has another shape.
@@ -404,12 +411,12 @@ class StepRunner:
             fill(self.coefficients, coefficients)
             if self.noise is not None and noise is not None:
                 fill(self.noise, noise)
-            if self.previous_epsilon is not None:
-                # The correction of the first step is 0: any finite epsilon will do.
-                if previous_epsilon is None:
-                    self.previous_epsilon.zero_()
+            for index, buffer in enumerate(self.history):
+                # The corrections of what does not exist yet are 0: any finite epsilon will do.
+                if index < len(history):
+                    fill(buffer, history[index])
                 else:
-                    fill(self.previous_epsilon, previous_epsilon)
+                    buffer.zero_()
             # Launch, and copy the results before the next launch overwrites them.
             self.graph.replay()
             epsilon = None if self.epsilon is None else self.epsilon.clone()

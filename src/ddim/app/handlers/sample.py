@@ -21,7 +21,7 @@ from ddim.app.events import Endpoint, Shared, Task, Updates, event_value, make_d
 from ddim.app.pictures import Picture, pictures_of
 from ddim.app.rendering import Cell, grid
 from ddim.app.runs import Run, RunResult
-from ddim.diffusion.sampling_config import SamplingConfig
+from ddim.diffusion.sampling_config import ORDERS, SamplingConfig
 from ddim.diffusion.schedule import SPACINGS
 from ddim.io.class_labels import ClassLabels
 from ddim.io.label_text import ALL
@@ -43,7 +43,7 @@ class SampleSettings:
     Attributes:
         num_inference_steps: number of steps.
         eta: 0 for DDIM, 1 for DDPM.
-        order: of the method, 1 or 2.
+        order: of the method, 1 to 4.
         spacing: of the timesteps.
         count: number of images.
         seed: of the first image.
@@ -73,7 +73,7 @@ class SampleSettings:
         Args:
             steps: an integer from 1 to `inputs.MAX_STEPS`.
             eta: a number from 0 to `inputs.MAX_ETA`.
-            order: 1 or 2.
+            order: 1 to 4.
             spacing: `MODELS_OWN` or one of `SPACINGS`.
             count: an integer from 1 to `inputs.MAX_COUNT`.
             seed: an integer from 0 to `inputs.MAX_SEED`.
@@ -88,7 +88,7 @@ class SampleSettings:
         return cls(
             inputs.integer("steps", steps, 1, inputs.MAX_STEPS),
             validation.real("eta", eta, 0, inputs.MAX_ETA),
-            inputs.integer("order", order, 1, 2),
+            inputs.integer("order", order, 1, ORDERS[-1]),
             validation.choice("spacing", spacing, [MODELS_OWN, *SPACINGS]),
             inputs.integer("count", count, 1, inputs.MAX_COUNT),
             inputs.seed(seed),

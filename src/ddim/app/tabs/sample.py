@@ -8,6 +8,7 @@ from ddim.app import inputs, page
 from ddim.app.class_inputs import ClassInputs
 from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors
 from ddim.app.handlers.sample import MODELS_OWN, NOTHING_SAMPLED, SampleHandlers, SampleSettings, show_empty
+from ddim.diffusion.sampling_config import ORDERS
 from ddim.diffusion.schedule import SPACINGS
 
 RANDOM_SEED = "() => Math.floor(Math.random() * 2 ** 32)"
@@ -39,8 +40,9 @@ def tab(shared: Shared) -> None:
             with gr.Accordion("More settings", open=False):
                 eta = gr.Slider(0, 1, defaults.eta, step=0.05, label="Eta",
                                 info="0 is DDIM, 1 is DDPM; values between add some noise in each step.")  # fmt: skip
-                order = gr.Radio([("1: DDIM", 1), ("2: two-step", 2)], value=defaults.order, label="Order",
-                                 info="2 uses two predictions at the same cost, and requires eta = 0.")  # fmt: skip
+                order = gr.Radio([("1: DDIM", 1), *((str(order), order) for order in ORDERS[1:])],
+                                 value=defaults.order, label="Order",
+                                 info="2 to 4 use as many predictions, and require eta = 0.")  # fmt: skip
                 spacing = gr.Dropdown([MODELS_OWN, *SPACINGS], value=defaults.spacing, label="Spacing",
                                       info="Spacing of the timesteps.")  # fmt: skip
             with gr.Row():

@@ -1,4 +1,4 @@
-"""The second-order solver on processes with a known score, and its equality in all interfaces."""
+"""The multistep solvers on processes with a known score, and their equality in all interfaces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddim import DDIMPipeline, DDIMScheduler
 from ddim.diffusion.loop import sample
-from ddim.diffusion.solvers import BEND, second_order
+from ddim.diffusion.solvers import BEND, multistep
 from helpers import randn, seeded
 
 SCHEDULER = DDIMScheduler(clip_sample=False)
@@ -62,7 +62,7 @@ class TestGaussian:
         first = float(scheduler.alphas_cumprod_float64[-1])
         exact = math.sqrt(VARIANCE / (first * VARIANCE + 1 - first))
         numbers = np.array([40, 80, 160])
-        for order, low, high in ((1, 0.95, 1.05), (2, 1.9, 2.2)):
+        for order, low, high in ((1, 0.95, 1.05), (2, 1.9, 2.2), (3, 2.9, 3.3), (4, 3.6, 4.3)):
             errors = [abs(slope(int(number), order) - exact) for number in numbers]
             order_estimate = -np.polyfit(np.log(numbers), np.log(errors), 1)[0]
             assert low < order_estimate < high
@@ -100,10 +100,38 @@ class TestMixture:
 
 
 class TestSteps:
-    def test_first_step_is_ddim(self) -> None:
-        steps = SCHEDULER.make_steps([900, 600, 300, 0], order=2)
-        assert [bool(step.correction) for step in steps] == [False, True, True, True]
-        assert [step.correction for step in second_order(SCHEDULER.make_steps([500]))] == [0]
+    @pytest.mark.parametrize(
+        ("order", "lengths"), [(1, [0] * 7), (2, [0] + [1] * 6), (3, [0, 1, 2, 2, 2, 1, 1]), (4, [0, 1, 2, 3, 3, 1, 1])]
+    )
+    def test_first_and_last_steps_have_a_lower_order(self, order: int, lengths: list[int]) -> None:
+        steps = SCHEDULER.make_steps([900, 700, 500, 300, 200, 100, 0], order=order)
+        assert [len(step.corrections) for step in steps] == lengths
+        assert [step.corrections for step in multistep(SCHEDULER.make_steps([500]), order)] == [()]
+
+    @pytest.mark.parametrize("order", [3, 4])
+    def test_high_orders_match_integral(self, order: int) -> None:
+        """A step equals the integral over sigma of the polynomial through its predictions, by NumPy and SciPy."""
+        steps = SCHEDULER.make_steps([950, 700, 520, 300, 120, 20, 0], order=order)
+        predictions = [0.7, -0.2, 0.4, 0.1, -0.5, 0.3, 0.2]
+        x = 0.4
+        for index, step in enumerate(steps):
+            used = len(step.corrections) + 1
+            epsilons = predictions[index + 1 - used : index + 1]
+            nodes = [math.log(BEND + math.acos(math.sqrt(s.alpha))) for s in steps[index + 1 - used : index + 1]]
+            coefficients = np.polyfit(nodes, epsilons, used - 1)
+
+            def polynomial(sigma: float, coefficients: Any = coefficients) -> float:
+                return float(np.polyval(coefficients, math.log(BEND + math.atan(sigma))))
+
+            ends = [math.sqrt((1 - alpha) / alpha) for alpha in (step.alpha, step.alpha_prev)]
+            integral = quad(polynomial, *ends, epsabs=1e-12, epsrel=1e-12)[0]
+            expected = math.sqrt(step.alpha_prev) * (x / math.sqrt(step.alpha) + integral)
+            x0 = (x - math.sqrt(1 - step.alpha) * epsilons[-1]) / math.sqrt(step.alpha)
+            result = math.sqrt(step.alpha_prev) * x0 + math.sqrt(1 - step.alpha_prev) * epsilons[-1]
+            for k, previous in zip(step.corrections, epsilons[-2::-1], strict=True):
+                result += k * (epsilons[-1] - previous)
+            assert result == pytest.approx(expected, rel=1e-7)
+            x = result
 
     @pytest.mark.parametrize("timesteps", [[900, 600, 300], [999, 998, 997], [500, 2, 0], [999, 1], [40, 20, 3]])
     def test_matches_integral(self, timesteps: list[int]) -> None:
@@ -123,18 +151,18 @@ class TestSteps:
             ends = [math.sqrt((1 - alpha) / alpha) for alpha in (b, c)]
             expected = math.sqrt(c) * (x / math.sqrt(b) + quad(line, *ends, epsabs=1e-12, epsrel=1e-12)[0])
             x0 = (x - math.sqrt(1 - b) * epsilon) / math.sqrt(b)
-            result = math.sqrt(c) * x0 + math.sqrt(1 - c) * epsilon + step.correction * (epsilon - previous_epsilon)
+            result = math.sqrt(c) * x0 + math.sqrt(1 - c) * epsilon + step.corrections[0] * (epsilon - previous_epsilon)
             assert result == pytest.approx(expected, rel=1e-7)
 
     def test_zero_terminal_snr_is_finite(self) -> None:
         """At zero terminal SNR sigma is infinite at the first timestep."""
         scheduler = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
-        steps = scheduler.make_steps([999, 700, 400, 100], order=2)
-        assert [bool(step.correction) for step in steps] == [False, True, True, True]
-        assert all(math.isfinite(step.correction) for step in steps)
+        for order in (2, 3, 4):
+            steps = scheduler.make_steps([999, 700, 400, 200, 100, 50], order=order)
+            assert all(math.isfinite(k) for step in steps for k in step.corrections)
 
     @pytest.mark.parametrize(
-        ("order", "eta", "message"), [(3, 0.0, r"order must be 1 .*, got 3"), (2, 0.5, "order=2 requires eta=0")]
+        ("order", "eta", "message"), [(5, 0.0, r"order must be 1 .*, got 5"), (2, 0.5, "order=2 requires eta=0")]
     )
     def test_invalid_input_raises(self, order: int, eta: float, message: str) -> None:
         with pytest.raises(ValueError, match=message):
@@ -150,11 +178,12 @@ class TestInterfaces:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
+    @pytest.mark.parametrize("order", [2, 3, 4])
     @pytest.mark.parametrize("clip", [True, False])
-    def test_scheduler_matches_pipeline(self, pipe: DDIMPipeline, clip: bool) -> None:
-        scheduler = DDIMScheduler(solver_order=2, clip_sample=clip)
+    def test_scheduler_matches_pipeline(self, pipe: DDIMPipeline, clip: bool, order: int) -> None:
+        scheduler = DDIMScheduler(solver_order=order, clip_sample=clip)
         pipe.scheduler = DDIMScheduler(clip_sample=clip)
-        expected = pipe(seeds=[1, 2], num_inference_steps=7, order=2, output_type="pt").images
+        expected = pipe(seeds=[1, 2], num_inference_steps=7, order=order, output_type="pt").images
         latents = torch.cat([randn(1, 3, 16, 16, seed=s) for s in (1, 2)])
         for _ in range(2):  # `set_timesteps` resets the state of the first run.
             scheduler.set_timesteps(7)
@@ -187,12 +216,14 @@ class TestInterfaces:
         assert reference(num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
     def test_invalid_order_raises(self, pipe: DDIMPipeline) -> None:
-        with pytest.raises(ValueError, match=r"order must be 1 .*, got 3"):
-            pipe(order=3)
+        with pytest.raises(ValueError, match=r"order must be 1 .*, got 5"):
+            pipe(order=5)
         with pytest.raises(ValueError, match="requires eta=0"):
             pipe(order=2, eta=0.5)
         pipe.scheduler = DDIMScheduler(solver_order=2)
         with pytest.raises(ValueError, match=r"the model's solver_order=2 requires eta=0 .*, got eta=1; give order=1"):
             pipe(eta=1)
-        with pytest.raises(ValueError, match="order=2 cannot encode: a step of order 2 depends on the one before it"):
+        with pytest.raises(
+            ValueError, match="order=2 cannot encode: a step of order 2 or more depends on those before it"
+        ):
             pipe.encode(torch.zeros(1, 3, 16, 16), order=2)
