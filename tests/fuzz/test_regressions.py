@@ -57,6 +57,12 @@ CASES: dict[str, tuple[str, Any, str]] = {
         Damage("safetensors", index={"shape": "x" * 3000}),
         "is truncated or damaged: Error while deserializing header",
     ),
+    # Its message is about the size of its buffer.
+    "impossible shape in a header": (
+        "checkpoints",
+        Damage("openai.safetensors", index={"file": [15, 267], "shape": [15, 49728394974, 49728394974, 553]}),
+        "openai.safetensors is truncated or damaged: it claims more than it can hold",
+    ),
     "schedule that underflows": (
         "configurations",
         Configuration("scheduler", {"rescale_betas_zero_snr": True, "beta_end": 0.999}),

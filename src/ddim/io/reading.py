@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import zlib
 
 ABOUT_THE_READER = (
@@ -10,6 +11,8 @@ ABOUT_THE_READER = (
     zlib.error,
 )
 """Kinds of errors whose messages are about a reader's own code."""
+ABOUT_ITS_BUFFERS = re.compile(r"overflow|buffer size")
+"""What other messages have in common that are about a reader's own code: that of safetensors for impossible shapes."""
 DAMAGED = "it is damaged"
 MAX_REASON = 200
 """Characters of a reason: longer ones repeat what the file holds."""
@@ -36,4 +39,6 @@ def reader_reason(error: Exception) -> str:
     if isinstance(error, ABOUT_THE_READER):
         return DAMAGED
     text = " ".join(str(error).split())
+    if ABOUT_ITS_BUFFERS.search(text):
+        return "it claims more than it can hold"
     return (text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}...") or DAMAGED
