@@ -138,6 +138,12 @@ class Sampler:
             TypeError: if the scheduler does not take the steps of `DDIMScheduler`.
         """
         scheduler = check_own_steps(self.scheduler)
+        learned = None
+        if config.timesteps is None and config.order is None and not config.eta:
+            learned = scheduler.make_learned_steps(config.num_inference_steps)
+        if learned is not None:
+            scheduler.set_timesteps(config.num_inference_steps)
+            return SamplingPlan(replace(config, timesteps=[step.timestep for step in learned]), learned)
         order = config.resolve_order(scheduler.solver_order)
         timesteps = config.timesteps
         if timesteps is None:

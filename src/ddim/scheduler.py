@@ -36,9 +36,10 @@ from ddim.diffusion.equations import (
     training_target,
     velocity,
 )
+from ddim.diffusion.learned import Row, check_coefficients_by_steps, learned_steps
 from ddim.diffusion.noise import noise_from_generator
 from ddim.diffusion.sampling_config import check_order
-from ddim.diffusion.solvers import NUM_LAST_STEPS, add_corrections, multistep
+from ddim.diffusion.solvers import NUM_LAST_STEPS, add_corrections, history_length, multistep
 from ddim.io.config import DEFAULTED, register_to_config
 from ddim.io.diffusers_mixins import join_mixins
 from ddim.io.pretrained import SchedulerFiles
@@ -89,8 +90,10 @@ class DDIMScheduler(SchedulerFiles):
             the previous ones.
         timesteps_by_steps: learned subsequences, as `ddim.tuning` finds them for this `solver_order`, by their length:
             `{"10": [999, ...]}`.
+        coefficients_by_steps: learned coefficients, as `ddim.coefficients` finds them, by their number of steps, as
+            rows of `ddim.diffusion.learned`. They are used where neither an order nor timesteps are asked for.
 
-    The last two are only this library's. The configuration holds them in the entry `_ddim`, where they differ from
+    The last three are only this library's. The configuration holds them in the entry `_ddim`, where they differ from
     their defaults, which `diffusers` passes on unread.
 
     Attributes:
@@ -104,6 +107,7 @@ class DDIMScheduler(SchedulerFiles):
         betas: float32 (T,); `alphas` is 1 - betas. For information: steps depend on `alphas_cumprod`.
         solver_order: as given.
         timesteps_by_steps: as given; `{}` for none.
+        coefficients_by_steps: as given; `{}` for none.
         init_noise_sigma: standard deviation of the initial noise, 1.
         order: of the method, 1.
 
@@ -121,7 +125,7 @@ class DDIMScheduler(SchedulerFiles):
     """
 
     config_name = "scheduler_config.json"
-    own_settings: ClassVar = {"solver_order": 1, "timesteps_by_steps": None}
+    own_settings: ClassVar = {"solver_order": 1, "timesteps_by_steps": None, "coefficients_by_steps": None}
     foreign_settings = FOREIGN_SETTINGS
     has_compatibles = True
     order = 1
@@ -147,6 +151,7 @@ class DDIMScheduler(SchedulerFiles):
         rescale_betas_zero_snr: bool = False,
         solver_order: int = 1,
         timesteps_by_steps: Mapping[str, Sequence[int]] | None = None,
+        coefficients_by_steps: Mapping[str, Sequence[Row]] | None = None,
     ) -> None:
         choice("prediction_type", prediction_type, PREDICTION_TYPES)
         choice("timestep_spacing", timestep_spacing, schedule.SPACINGS)
@@ -172,6 +177,9 @@ class DDIMScheduler(SchedulerFiles):
         learned = {} if timesteps_by_steps is None else timesteps_by_steps
         self._learned_timesteps = schedule.check_timesteps_by_steps(learned, len(betas))
         self.timesteps_by_steps = dict(learned)
+        coefficients = {} if coefficients_by_steps is None else coefficients_by_steps
+        self._learned_rows = check_coefficients_by_steps(coefficients, len(betas))
+        self.coefficients_by_steps = dict(coefficients)
         alphas_cumprod = schedule.make_alphas_cumprod(betas)
         final_alpha = np.float64(1.0) if set_alpha_to_one else alphas_cumprod[0]
         self.betas = torch.tensor(betas, dtype=torch.float32)
@@ -353,17 +361,25 @@ class DDIMScheduler(SchedulerFiles):
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("give either num_inference_steps or timesteps, not both or neither")
+        learned = None
         if timesteps is not None:
             chosen = schedule.check_timesteps(timesteps, len(self))
+        elif (learned := self.make_learned_steps(num_inference_steps)) is not None:
+            chosen = [step.timestep for step in learned]
         else:
             chosen = self.make_timesteps(num_inference_steps)  # type: ignore[arg-type]
         self.num_inference_steps = self._num_set = len(chosen)
         self._set_timesteps(chosen, device)
+        self._learned_steps = learned
 
     _num_set: int | None = None
     """`num_inference_steps` as `set_timesteps` left it."""
 
+    _learned_steps: list[Step] | None = None
+    """Those that `step` takes; `None` for the steps of a formula."""
+
     def _set_timesteps(self, timesteps: list[int], device: str | torch.device | None) -> None:
+        self._learned_steps = None
         self._history: list[tuple[int, Tensor]] = []
         self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
         self._listed = self.timesteps, timesteps[::-1]
@@ -376,6 +392,25 @@ class DDIMScheduler(SchedulerFiles):
             timestep: not used; schedulers are interchangeable.
         """
         return sample
+
+    def make_learned_steps(self, num_inference_steps: int | None) -> list[Step] | None:
+        """Return the steps of learned coefficients.
+
+        Args:
+            num_inference_steps: S.
+
+        Returns:
+            S steps, whose `timestep` is the one that the network is given; `None` where the configuration has none.
+
+        Example:
+            >>> scheduler = DDIMScheduler(coefficients_by_steps={"2": [[900, 880, 0.1], [300, 310, 0.0, -0.2]]})
+            >>> [step.timestep for step in scheduler.make_learned_steps(2)]
+            [880, 310]
+        """
+        rows = self._learned_rows.get(as_integer(num_inference_steps) or 0)
+        if rows is None:
+            return None
+        return learned_steps(rows, self.alphas_cumprod_float64, float(self._before_rounding("final_alpha_cumprod")))
 
     def step(
         self,
@@ -432,10 +467,11 @@ class DDIMScheduler(SchedulerFiles):
             bool(use_clipped_model_output),
             noise,
         )
-        if self.solver_order > 1:
+        length = self.solver_order - 1 if self._learned_steps is None else history_length(self._learned_steps)
+        if length:
             history = [epsilon for _, epsilon in self._history_before(t)]
             prev_sample, epsilon = add_corrections(prev_sample, x0, sample, coefficients, history)
-            self._history = [(t, epsilon), *self._history_before(t)][: self.solver_order - 1]
+            self._history = [(t, epsilon), *self._history_before(t)][:length]
         return DDIMSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
 
     def _transition(self, timestep: Tensor | int, eta: float) -> tuple[int, Coefficients]:
@@ -446,6 +482,13 @@ class DDIMScheduler(SchedulerFiles):
         if self.num_inference_steps is None:
             raise ValueError("set_timesteps(num_inference_steps) must be called before step")
         (t,) = schedule.check_timesteps([timestep], len(self))  # type: ignore[list-item]
+        if self._learned_steps is not None:
+            learned = {step.timestep: step for step in self._learned_steps}
+            if t not in learned:
+                raise ValueError(f"timestep must be one of those that were set ({list(learned)}), got {t}")
+            if eta:
+                raise ValueError(f"learned coefficients require eta=0, got eta={eta:g}")
+            return t, learned[t].coefficients()
         next_timestep = self._next_timestep(t)
         visited, index = [t] if next_timestep is None else [t, next_timestep], 0
         if self.solver_order > 1:

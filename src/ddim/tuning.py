@@ -308,7 +308,7 @@ class ErrorEvaluator:
         condition: Condition | None = None,
     ) -> None:
         self.pipe, self.order, self.eta = pipe, order, eta
-        self._conditions = pipe.conditions(len(seeds), **_in_turn(condition or {}, len(seeds)))
+        self._conditions = pipe.conditions(len(seeds), **in_turn(condition or {}, len(seeds)))
         size = integer("batch_size", batch_size, 1)
         checked = check_seeds(seeds, len(seeds))
         self._batches = [checked[first : first + size] for first in range(0, len(checked), size)]
@@ -442,8 +442,17 @@ class ErrorEvaluator:
         return draw().__next__
 
 
-def _in_turn(condition: Condition, count: int) -> Condition:
-    """Return a condition with labels for a number of latents, which take several in turn."""
+def in_turn(condition: Condition, count: int) -> Condition:
+    """Return a condition with labels for a number of latents, which take several in turn.
+
+    Args:
+        condition: with one label or several.
+        count: the number of latents.
+
+    Example:
+        >>> in_turn({"class_labels": [3, 8]}, 3)
+        {'class_labels': [3, 8, 3]}
+    """
     result: Any = dict(condition)
     for name in result.keys() & {"class_labels", "negative_labels"}:
         if (given := count_labels(result[name])) > 1:

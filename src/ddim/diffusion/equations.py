@@ -226,6 +226,7 @@ class Step:
         alpha_prev: alphas_cumprod at `prev_timestep`.
         sigma: of equation (16).
         noise_std: the scale of the noise that is added: `sigma`, or the larger sigma-hat.
+        direction_offset: k_0 of `ddim.diffusion.learned`: what is added to the weight of epsilon; 0 for a step of DDIM.
         corrections: k_1, k_2, ... of `ddim.diffusion.solvers.multistep`, at most `MAX_CORRECTIONS`; none for a step of
             DDIM.
     """
@@ -237,6 +238,7 @@ class Step:
     sigma: float = 0.0
     noise_std: float = 0.0
     corrections: tuple[float, ...] = ()
+    direction_offset: float = 0.0
 
     def coefficients(self) -> Coefficients:
         """Return the factors of the step's equation.
@@ -247,7 +249,7 @@ class Step:
         """
         # For eta above 1 the radicand can turn negative; the largest variance that keeps the marginal leaves no
         # direction at all.
-        direction = math.sqrt(max(0.0, 1 - self.alpha_prev - self.sigma**2))
+        direction = math.sqrt(max(0.0, 1 - self.alpha_prev - self.sigma**2)) + self.direction_offset
         signal, noise = math.sqrt(self.alpha), math.sqrt(1 - self.alpha)
         return Coefficients(signal, noise, math.sqrt(self.alpha_prev), direction, self.noise_std, *self.corrections)
 
