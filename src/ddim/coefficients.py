@@ -141,6 +141,7 @@ def learn(
     name = min(others, key=lambda name: others[name])
     if others[name] < error:
         rows, error = candidates[name], others[name]
+    rows = [[int(row[0]), int(row[1]), *row[2:]] for row in rows]
     return LearnedCoefficients(rows, error, others, fitted.evaluations + unseen.evaluations)
 
 

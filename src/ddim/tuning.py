@@ -246,7 +246,8 @@ def enough_steps(
     Args:
         pipe: the model.
         tolerance: mean squared error in [0, 1]; above 0, below 1.
-        order: of the solver, 1 to 4; defaults to the scheduler's `solver_order`.
+        order: of the solver, 1 to 4; defaults to the scheduler's `solver_order`, and to learned coefficients where it
+            has some.
         num_latents: latents on which the error is measured, at most 10000.
         seed: of the first of them.
         batch_size: latents per network evaluation.
@@ -262,11 +263,15 @@ def enough_steps(
     """
     tolerance = real("tolerance", tolerance, above=0, below=1)
     scheduler = pipe.scheduler
+    takes_learned = order is None
     order = scheduler.solver_order if order is None else order
     seeds = range(seed, seed + integer("num_latents", num_latents, 1, MAX_LATENTS))
     errors = ErrorEvaluator(pipe, order, 0.0, seeds, batch_size, condition)
 
     def error(number: int) -> float:
+        learned = scheduler.make_learned_steps(number) if takes_learned else None
+        if learned is not None:
+            return errors.mse_of_steps(learned)
         return errors.mse(scheduler.make_timesteps(number, order=order))
 
     largest = min(MAX_STEPS, len(scheduler))
@@ -341,6 +346,15 @@ class ErrorEvaluator:
         """
         return self._mean([mse for mse, _ in self._errors_of(timesteps)])
 
+    def mse_of_steps(self, steps: Sequence[Step]) -> float:
+        """Return the mean squared error in [0, 1] of steps with learned coefficients.
+
+        Args:
+            steps: of `DDIMScheduler.make_learned_steps`.
+        """
+        return self._mean([self._compare(self._sample(steps, batch, [], clip=True)[0], batch)[0]
+                           for batch in range(len(self._batches))])  # fmt: skip
+
     def mean_rmse(self, timesteps: Sequence[int]) -> float:
         """Return the mean of the latents' root mean square errors in [0, 1], infinite where the trial was pruned.
 
@@ -384,11 +398,15 @@ class ErrorEvaluator:
             known = predictions[batch][:shared] if predictions else []
             images, outputs = self._sample(steps, batch, known, clip=True)
             self._latest[1].append(outputs)
-            squared = ((images - self._limit(batch)) / 2).double().square().flatten(1).mean(1)
-            errors.append((float(squared.mean()), float(squared.sqrt().mean())))
+            errors.append(self._compare(images, batch))
             if self._best_rmse and sum(rmse for _, rmse in errors) > PRUNE_RATIO * sum(self._best_rmse[: len(errors)]):
                 break
         return errors
+
+    def _compare(self, images: Tensor, batch: int) -> tuple[float, float]:
+        """Return both errors of the images of a batch."""
+        squared = ((images - self._limit(batch)) / 2).double().square().flatten(1).mean(1)
+        return float(squared.mean()), float(squared.sqrt().mean())
 
     def _limit(self, batch: int) -> Tensor:
         """Return the images of very many steps, (N, C, H, W) in [-1, 1]."""

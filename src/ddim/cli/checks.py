@@ -138,6 +138,13 @@ COMMAND_CONFLICTS: Mapping[str, Sequence[Conflict]] = {
             ("attributes", "memorization"), lambda values: values["every_checkpoint"], "beside --every-checkpoint"
         ),
     ),
+    "tune": (
+        Conflict(
+            ("order", "eta", "plot"),
+            lambda values: values["coefficients"],
+            "beside --coefficients, which are of no order, and of eta 0",
+        ),
+    ),
     "convert": (
         Conflict(("head_channels",), lambda values: values["heads"] is not None, "beside --heads"),
         Conflict(("ema",), lambda values: Path(values["checkpoint"]).is_dir(), "for a diffusers folder"),
