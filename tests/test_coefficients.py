@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from ddim.coefficients import Runs, learn, start_rows
 from ddim.tuning import enough_steps
 from digits import TINY_MODEL
 from helpers import randn
+from programs import run_cli
 
 SCHEDULER = DDIMScheduler(clip_sample=False)
 
@@ -24,7 +28,10 @@ SCHEDULER = DDIMScheduler(clip_sample=False)
 class Config(dict[str, Any]):
     """A configuration with attributes."""
 
-    __getattr__ = dict.__getitem__
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
 
 
 class MixtureNetwork(nn.Module):
@@ -155,3 +162,46 @@ def test_invalid_arguments_raise(pipe: DDIMPipeline, arguments: dict[str, Any], 
     with pytest.raises(ValueError, match=message):
         learn(pipe, progress=False, **arguments)
     assert pipe.unet.evaluations == before
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Run `ddim tune --coefficients`; return its folder and the standard output."""
+    folder = tmp_path_factory.mktemp("tuned")
+    torch.manual_seed(0)
+    DDIMPipeline(UNet2DModel(**TINY_MODEL).eval(), DDIMScheduler(num_train_timesteps=20)).save_pretrained(folder / "m")
+    arguments = ("tune", "m", "--steps", "2,3", "--coefficients", "--codes", "2", "--out", "t")
+    done = run_cli(*arguments, env=os.environ, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_command_writes_a_pipeline(tuned: tuple[Path, str]) -> None:
+    folder, printed = tuned
+    config = json.loads((folder / "t/scheduler/scheduler_config.json").read_text())
+    rows = config["_ddim"]["coefficients_by_steps"]
+    assert {key: len(value) for key, value in rows.items()} == {"2": 2, "3": 3}
+    assert printed.count("learned coefficients have") == 2
+    assert f"t {rows['2'][0][0]:>4}, network at {rows['2'][0][1]:>4}, weights {rows['2'][0][2]:+.4f}" in printed
+    assert printed.splitlines()[-1] == "t"
+
+
+def test_command_line_samples_with_them(tuned: tuple[Path, str]) -> None:
+    folder, _ = tuned
+    options = ("sample", "-m", "t", "-n", "2", "--out")
+    for out, further in (("learned", ()), ("plain", ("--order", "1"))):
+        done = run_cli(*options, f"{out}.npz", "--steps", "3", *further, env=os.environ, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    pipe = DDIMPipeline.from_pretrained(folder / "t")
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe.sample_images(2, num_inference_steps=3)
+    learned, plain = (np.load(folder / f"{name}.npz")["arr_0"][..., 0] for name in ("learned", "plain"))
+    assert np.array_equal(learned, np.stack([np.asarray(image) for image in images]))
+    assert not np.array_equal(learned, plain)
+
+
+@pytest.mark.parametrize("option", [("--order", "2"), ("--eta", "0.5"), ("--plot", "x.png")])
+def test_options_without_effect_are_refused(tmp_path: Path, option: tuple[str, str]) -> None:
+    done = run_cli("tune", "mnist", "--coefficients", *option, "--out", "new", env=os.environ, cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"{option[0]} has no effect beside --coefficients" in done.stderr
