@@ -1,7 +1,7 @@
 """Runs the snippets of a page of the documentation: all in order, in one folder and one Python namespace.
 
 Shell snippets are parsed by `sh`. Commands of `ddim` run in this process, on their real arguments, with less work: few
-images, few steps, small networks. `pip`, `make` and launchers of several processes are checked as far as possible
+images, few steps, small networks, those of the built-in models included. `pip`, `make` and launchers of several processes are checked as far as possible
 without running them. What a reader brings along, such as images, is there; what the page makes, it has to make itself.
 """
 
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from typer.core import TyperCommand
@@ -33,6 +34,7 @@ from ddim.io import hub
 from ddim.io.hub import find_model
 from ddim.pipeline import DDIMPipeline
 from ddim.training.config import read_preset
+from ddim.unet import UNet2DModel
 from digits import TINY_MODEL, digits, write_digits
 from image_data import write_hugging_face
 
@@ -68,8 +70,25 @@ def excluded(text: str) -> list[str]:
     return re.findall(r"<!-- not run: (.+) -->\n```", text)
 
 
-def run_page(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the snippets of a page in a folder; the first that fails raises."""
+def make_small_models(folder: Path) -> dict[str, Path]:
+    """Save models of the names, samples, classes and schedules of the built-in ones, with small random networks."""
+    torch.manual_seed(0)
+    models: dict[str, Path] = {}
+    for name, path in hub.builtin_models().items():
+        pipe = DDIMPipeline.from_pretrained(path)
+        small = {"block_out_channels": [8] * len(pipe.unet.config.block_out_channels), "layers_per_block": 1}
+        unet = UNet2DModel.from_config(pipe.unet.config, **small, norm_num_groups=4, attention_head_dim=8)
+        # Small predictions, so that images can be inverted.
+        unet.conv_out.weight.data.mul_(0.1)
+        models[name] = folder / name
+        shutil.copytree(path, models[name], ignore=shutil.ignore_patterns("*.safetensors"))
+        DDIMPipeline(unet.eval(), pipe.scheduler).save_pretrained(models[name])
+    return models
+
+
+def run_page(page: Path, models: dict[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the snippets of a page in a folder, with other built-in models; the first that fails raises."""
+    monkeypatch.setattr(hub, "builtin_models", lambda: models)
     text = page.read_text()
     bring_files(folder, text)
     reduce_work(monkeypatch)

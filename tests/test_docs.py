@@ -10,7 +10,7 @@ import pytest
 
 from ddim.info import describe
 from ddim.io.hub import builtin_models
-from docs_runner import excluded, parse_shell, run_page, snippets
+from docs_runner import excluded, make_small_models, parse_shell, run_page, snippets
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -56,9 +56,16 @@ def test_shell_is_parsed_by_the_shell() -> None:
     assert parse_shell(code) == [["ddim", "info"], ["ddim", "sample", "a b", "--out", "x.png"]]
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_small_models(tmp_path_factory.mktemp("models"))
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in DEVELOPERS_PAGES], ids=by_name)
-def test_snippets_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_page(page, tmp_path, monkeypatch)
+def test_snippets_run_in_order(
+    page: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_page(page, models, tmp_path, monkeypatch)
 
 
 def test_few_snippets_are_not_run() -> None:

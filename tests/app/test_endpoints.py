@@ -113,6 +113,35 @@ def test_interpolation_passes_through_seeds_and_images(server: AppServer, mnist:
     assert np.abs(frames[0] - frames[-1]).mean() > 5
 
 
+def test_interpolation_goes_from_class_to_class(server: AppServer, run_command: Callable[[list[str]], Path]) -> None:
+    result = server.call(
+        "/interpolate", model="mnist-labels", seeds=[5, 5], frames=3, steps=3, label="3,8", guidance=1.5
+    )
+    options = ["-m", "mnist-labels", "--frames", "3", "--steps", "3", "--label", "3,8", "--guidance", "1.5"]
+    expected = np.load(run_command(["interpolate", "5", "5", *options, "--out", "classes.npz"]))["arr_0"]
+    assert not np.array_equal(expected[0], expected[2])
+    for path, frame in zip(result["images"], expected, strict=True):
+        assert np.array_equal(pixels(path), frame[..., 0])
+
+
+def test_interpolation_between_classes_passes_through_images(server: AppServer, tmp_path: Path) -> None:
+    pipe = DDIMPipeline.from_pretrained("mnist-labels")
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe(seeds=[3], class_labels=3, num_inference_steps=10).images[0]
+    image.save(tmp_path / "three.png")
+    result = server.call(
+        "/interpolate",
+        model="mnist-labels",
+        seeds=[1],
+        pictures=[handle_file(tmp_path / "three.png")],
+        frames=2,
+        steps=10,
+        label="1,8",
+        guidance=1.5,
+    )
+    assert np.abs(pixels(result["images"][-1]).astype(int) - np.asarray(image)).mean() < 1
+
+
 def test_reconstruction_and_edits(server: AppServer, mnist: DDIMPipeline, tmp_path: Path) -> None:
     image = mnist(seeds=[3], num_inference_steps=10).images[0]
     image.save(tmp_path / "three.png")
@@ -183,6 +212,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "list as label": ("/sample", {**CLASSES, "label": [1]}, r"label must be any, all, or a class, got \[1\]"),
     "words as guidance": ("/sample", {**CLASSES, "label": "3", "guidance": "x"}, "guidance must be a number, got 'x'"),
     "large guidance": ("/sample", {**CLASSES, "label": "3", "guidance": 101}, "guidance must be .* 0 to 100, got 101"),
+    "labels of endpoints": (
+        "/interpolate",
+        {**CLASSES, "seeds": [1, 2, 3], "label": "3,8"},
+        "the number of endpoints must be a multiple of the 2 labels, got 3",
+    ),
+    "label of steps": ("/consistency", {"label": "3"}, "label and guidance require a model with classes"),
     "no steps": ("/sample", {"steps": None}, "steps must be an integer .*, got None"),
     "true steps": ("/sample", {"steps": True}, "steps must be an integer .*, got True"),
     "many images": ("/sample", {"count": 65}, "count must be an integer from 1 to 64, got 65"),

@@ -15,10 +15,15 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
 from app_server import AppServer
+from ddim.pipeline import DDIMPipeline
+from ddim.scheduler import DDIMScheduler
+from ddim.unet import UNet2DModel
+from digits import TINY_MODEL
 
 CHROMIUM = shutil.which("chromium")
 SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
@@ -66,7 +71,7 @@ def desktop(browser: Browser) -> BrowserContext:
 def visit(browser: Browser, desktop: BrowserContext, server: AppServer) -> Iterator[Callable[..., Page]]:
     """`visit(...)`: the page in a new tab, or in a new browser of other settings.
 
-    It contacts no other host, and none of its scripts fails.
+    It contacts no other host, none of its scripts fails, and the server logs no failure.
     """
     hosts, failures, pages = set[str](), list[str](), list[Page]()
 
@@ -87,6 +92,7 @@ def visit(browser: Browser, desktop: BrowserContext, server: AppServer) -> Itera
         page.close()
     assert hosts - {""} == {urlsplit(server.url).netloc}
     assert not failures
+    assert "Traceback" not in server.log.read_text()
 
 
 def button(page: Page, name: str) -> Locator:
@@ -437,16 +443,45 @@ def test_classes_and_guidance(
 
 
 def test_page_starts_with_a_model_with_classes(desktop: BrowserContext, tmp_path: Path) -> None:
+    """All tabs have its classes; the numbers of steps compared are few, because it has few timesteps."""
     expect.set_options(timeout=180_000)
-    with AppServer(tmp_path, "mnist-labels") as server:
+    torch.manual_seed(0)
+    classes: dict[str, Any] = {"num_class_embeds": 3, "class_names": ("cat", "dog"), "has_null_class": True}
+    unet = UNet2DModel(**TINY_MODEL, **classes)
+    DDIMPipeline(unet, DDIMScheduler(num_train_timesteps=8)).save_pretrained(tmp_path / "pets")
+    with AppServer(tmp_path, "pets") as server:
         page = desktop.new_page()
         page.set_default_timeout(180_000)
         page.goto(server.url)
         few_steps(page)
-        choose(page, "7")
+        choose(page, "dog")
         sample(page)
-        expect(page.locator("#sample-images li").last).to_contain_text("7, seed 1")
+        expect(page.locator("#sample-images li").last).to_contain_text("dog, seed 1")
+
+        tab(page, "Steps")
+        set_number(page, "number input for Latents", 1)
+        choose(page, "cat")
+        button(page, "Compare").click()
+        expect(page.locator("#steps-images section")).to_have_count(2)
+
+        tab(page, "Interpolate")
+        set_number(page, "number input for Steps", 2)
+        set_number(page, "number input for Frames per leg", 3)
+        several = page.get_by_label("Class", exact=True).filter(visible=True)
+        several.fill("cat, dog")
+        several.press("Enter")
+        set_seeds(page, "5, 5")
+        button(page, "Interpolate").click()
+        frames = page.locator("#walk .strip img")
+        expect(frames).to_have_count(3)
+        # The latent is the same, the class is not.
+        assert frames.first.get_attribute("src") != frames.last.get_attribute("src")
+        set_seeds(page, "6")
+        button(page, "Interpolate").click()
+        refusal = "the number of endpoints must be a multiple of the 2 labels, got 3"
+        expect(page.locator("#interpolate-status")).to_contain_text(refusal)
         page.close()
+        assert "Traceback" not in server.log.read_text()
 
 
 def choose(page: Page, name: str) -> None:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
 from ddim.cli import app
+from ddim.io.latent_files import load_latents
 from digits import TINY_MODEL
 
 
@@ -175,6 +176,19 @@ def test_points_keep_the_classes_of_their_encoding(
     mixed = run(monkeypatch, "interpolate", "x.npz", "3", "-o", "q.npz")
     assert "the points were encoded with different classes or guidance; give --label" in str(mixed.exception)
     assert not Path("q.npz").exists()
+
+
+def test_direction_is_of_the_classes(model: Path, pipe: DDIMPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = pipe.sample_images(3, class_labels=list("aab"), num_inference_steps=10)
+    for folder, index in (("with", 0), ("without", 1), ("without", 2)):
+        Path(folder).mkdir(exist_ok=True)
+        images[index].save(f"{folder}/{index}.png")
+    options = ["-m", model, "--steps", "4", "--guidance", "2", "-o", "x.npz"]
+    assert run(monkeypatch, "direction", "with", "without", "--label", "a,b,b", *options).exit_code == 0
+    expected = pipe.direction(images[:1], images[1:], 4, class_labels=list("abb"), guidance_scale=2)
+    np.testing.assert_allclose(load_latents("x.npz", "direction")[0][0], expected, atol=1e-5)
+    refused = run(monkeypatch, "direction", "with", "without", "--label", "a,b", *options)
+    assert "must be a multiple of the 2 labels, got 3" in str(refused.exception)
 
 
 def test_classes_are_evaluated(model: Path, pipe: DDIMPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

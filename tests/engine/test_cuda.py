@@ -143,7 +143,7 @@ class TestCoefficients:
 
     def test_last_step_ends_in_a_clean_image(self) -> None:
         step = make_steps(TIMESTEPS, ALPHAS, eta=1.0)[-1]
-        assert step.coefficients()[2:] == (1.0, 0.0, 0.0, 0.0)
+        assert step.coefficients()[2:] == (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 RESNET = {
@@ -245,7 +245,8 @@ class TestLoop:
         """Corrections are part of the recorded step; the first steps, which have fewer, share the recording."""
         pipes = pair(tiny_unet, **clip)
         for seeds in ([5, 6], [7, 8]):
-            assert_same(pipes, seeds=seeds, num_inference_steps=8, order=order)
+            # Higher orders magnify rounding.
+            assert_same(pipes, 1e-5 if order == 2 else 1e-4, seeds=seeds, num_inference_steps=8, order=order)
         (runner,) = pipes[1].fast.runners.values()
         assert isinstance(runner.graph, Tape) == recording
         assert runner.history_length == order - 1

@@ -76,12 +76,13 @@ def add_endpoints(shared: Shared) -> None:
 
         return work
 
-    def consistency(model: str = first, count: int = 4, seed: int = 0) -> Work:
+    def consistency(model: str = first, count: int = 4, seed: int = 0, label: str = ANY, guidance: float = 1.0) -> Work:
         """Sample the same latents by DDIM in several numbers of steps, and by DDPM in all of them."""
         num_latents, first_seed = inputs.integer("count", count, 1, inputs.MAX_LATENTS), inputs.seed(seed)
+        condition = ConditionSettings.checked(label, guidance, open_model(model).classes, num_latents)
 
         def work(run: Run) -> Answer:
-            rows = comparison.compare(run, open_model(model), first_seed, num_latents)
+            rows = comparison.compare(run, open_model(model), first_seed, num_latents, condition)
             return {
                 "rows": [
                     {"method": row.method, "steps": row.steps, "seconds": row.seconds, "images": files(row.images)}
@@ -98,17 +99,24 @@ def add_endpoints(shared: Shared) -> None:
         frames: int = 11,
         steps: int = 20,
         closed: bool = False,
+        label: str = ANY,
+        guidance: float = 1.0,
     ) -> Work:
-        """Interpolate through the latents of seeds, then those of images, in the order given."""
+        """Interpolate through the latents of seeds, then those of images, in the order given; labels share them."""
         settings = interpolation.PathSettings.checked(frames, steps, closed)
         checked_seeds = [inputs.seed(seed) for seed in inputs.sequence("seeds", seeds, 0, inputs.MAX_LATENTS)]
         sources = inputs.sequence("pictures", pictures, 0, inputs.MAX_LATENTS)
+        num_endpoints = len(checked_seeds) + len(sources)
         interpolation.check_endpoints([*checked_seeds, *sources])
+        condition = ConditionSettings.checked(
+            label, guidance, open_model(model).classes, num_endpoints, "the number of endpoints"
+        )
         endpoints = [Endpoint(None, seed) for seed in checked_seeds]
         endpoints += [Endpoint(fit_upload(source, model)) for source in sources]
 
         def work(run: Run) -> Answer:
-            return {"images": files(interpolation.interpolate(run, open_model(model), endpoints, settings).frames)}
+            path = interpolation.interpolate(run, open_model(model), endpoints, settings, condition)
+            return {"images": files(path.frames)}
 
         return work
 

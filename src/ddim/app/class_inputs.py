@@ -21,7 +21,7 @@ class ClassInputs:
         group: holds both.
         label: the choice of the class.
         guidance: the slider.
-        max_rows: the largest number of classes that may be chosen at once.
+        max_rows: the largest number of classes that `all` may stand for.
     """
 
     group: gr.Group
@@ -30,19 +30,21 @@ class ClassInputs:
     max_rows: int
 
     @classmethod
-    def lay_out(cls, classes: ClassLabels | None, max_rows: int = 0) -> ClassInputs:
+    def lay_out(cls, classes: ClassLabels | None, max_rows: int = 0, list_info: str | None = None) -> ClassInputs:
         """Add the inputs to the page that is being built.
 
         Args:
             classes: of the page's first model; `None` for a model without.
-            max_rows: the largest number of classes that may be chosen at once.
+            max_rows: the largest number of classes that `all` may stand for; 0 offers no `all`.
+            list_info: shown where a list of classes may be typed too; `None` where it may not.
 
         Returns:
             The inputs.
         """
         choices = label_choices(classes, max_rows)
         with gr.Group(visible=classes is not None) as group:
-            label = gr.Dropdown(choices, value=choices[0][1], label="Class")
+            label = gr.Dropdown(choices, value=choices[0][1], label="Class", info=list_info,
+                                allow_custom_value=list_info is not None)  # fmt: skip
             guidance = gr.Slider(0, MAX_SLIDER_GUIDANCE, 1.0, step=0.1, label="Guidance", visible=has_guidance(classes),
                                  info="Of a class: more is more typical, 1 is none.")  # fmt: skip
         return cls(group, label, guidance, max_rows)

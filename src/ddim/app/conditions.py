@@ -33,14 +33,17 @@ class ConditionSettings:
     guidance_scale: float = 1.0
 
     @classmethod
-    def checked(cls, label: Any, guidance: Any, classes: ClassLabels | None, count: int) -> ConditionSettings:
+    def checked(
+        cls, label: Any, guidance: Any, classes: ClassLabels | None, count: int | None, count_name: str = "count"
+    ) -> ConditionSettings:
         """Check what a client sent.
 
         Args:
             label: `ANY`, `ALL`, an index, a name, or several of them separated by commas.
             guidance: a number from 0 to `inputs.MAX_GUIDANCE`; 1 without a class.
             classes: of the model; `None` for a model without.
-            count: the number of images, which several labels share equally.
+            count: the number of images, which several labels share equally; `None` where they need not.
+            count_name: what messages call the number.
 
         Returns:
             The settings.
@@ -69,12 +72,13 @@ class ConditionSettings:
         if is_any:
             if scale != 1:
                 raise ValueError("guidance requires a label")
-            classes.null(count)
+            classes.null(count or 1)
             return cls()
         if scale != 1 and not classes.has_null:
             raise ValueError(f"guidance must be 1, got {scale:g}: the model was trained without a null class")
         labels = parse_labels(text, classes)
-        spread(labels, count)
+        if count is not None:
+            spread(labels, count, count_name)
         classes.resolve(labels, len(labels), "label")
         return cls(text, tuple(labels), scale)
 

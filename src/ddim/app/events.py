@@ -133,9 +133,9 @@ def follow_run(prepare: Callable[..., Task[Any]], status: gr.HTML) -> Callable[.
                         details = f"step {event.done} of {event.total}, {event.seconds:.1f} s"
                         yield {status: page.status(task.description, event.done / max(1, event.total), details)}
                     elif isinstance(event, RunPreview):
-                        yield task.show_preview(event.value)
+                        yield _some(task.show_preview(event.value))
                     else:
-                        yield task.show_result(event)
+                        yield _some(task.show_result(event))
         except REPORTED_ERRORS as error:
             yield {status: page.failed(error)}
 
@@ -157,11 +157,16 @@ def report_errors(answer: Callable[..., Updates], status: gr.HTML) -> Callable[.
     @wraps(answer)
     def handle(*values: Any) -> Updates:
         try:
-            return answer(*values)
+            return _some(answer(*values))
         except REPORTED_ERRORS as error:
             return {status: page.failed(error)}
 
     return handle
+
+
+def _some(updates: Updates) -> Updates:
+    """Return updates as Gradio takes them: it counts an empty dict as a value of one component."""
+    return updates or gr.skip()
 
 
 def event_value(event: gr.EventData) -> Any:

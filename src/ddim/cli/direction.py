@@ -9,12 +9,14 @@ import typer
 
 from ddim.cli import options
 from ddim.cli.common import DEFAULT_MODEL, SamplingOptions, load_pipeline, report_result, split_model
+from ddim.cli.conditions import NO_CONDITIONS, ConditionOptions, takes_conditions
 from ddim.validation import pluralize, shown
 
 if TYPE_CHECKING:
     from ddim.data.base import Decoded, Source
 
 
+@takes_conditions
 def direction(
     sources: Annotated[
         list[str],
@@ -42,6 +44,7 @@ def direction(
     timesteps: options.Timesteps = None,
     resize: options.Resize = False,
     batch_size: options.LatentBatchSize = 8,
+    conditions: ConditionOptions = NO_CONDITIONS,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     engine: options.Engine = "auto",
@@ -49,6 +52,9 @@ def direction(
     """Find the direction of an attribute in latent space, for ddim decode --direction: experimental.
 
     It is the mean latent of images with the attribute minus that of images without it. The path is printed.
+
+    Of a model with classes, images are encoded by the null class, or by their --label: one for all, or several that
+    share them equally, those with the attribute first.
 
     Examples:
       ddim direction smiling/ others/ --model my-model --out smile.safetensors
@@ -75,7 +81,10 @@ def direction(
     name = name or DEFAULT_MODEL
     pipe = load_pipeline(name, device, dtype, engine)
     chosen = sampling.choose_timesteps(pipe)
-    result = pipe.direction(positive, negative, steps, timesteps=chosen, resize=resize, batch_size=batch_size)
+    condition = conditions.condition(pipe, len(positive) + len(negative))
+    result = pipe.direction(
+        positive, negative, steps, timesteps=chosen, resize=resize, batch_size=batch_size, **condition
+    )
     visited = pipe.latent_timesteps(steps, chosen)
     settings = LatentSettings(name, model_sha256(pipe), visited, True, InversionConfig.tolerance, [], "direction")
     num_replaced = int(target.exists())

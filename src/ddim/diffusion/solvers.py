@@ -65,7 +65,7 @@ def multistep(steps: Sequence[Step], order: int) -> list[Step]:
         >>> [step.corrections < (0,) for step in steps]
         [True, True, True]
     """
-    s = [_variable(math.acos(math.sqrt(step.alpha))) for step in steps]
+    s = [float(_variable(math.acos(math.sqrt(step.alpha)))) for step in steps]
     corrected = []
     for index, step in enumerate(steps):
         used = min(order, index + 1, order if index < len(steps) - NUM_LAST_STEPS else LAST_ORDER)

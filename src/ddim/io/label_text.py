@@ -42,12 +42,13 @@ def parse_labels(text: str, classes: ClassLabels | None) -> list[str]:
     return labels
 
 
-def spread(labels: Sequence[str], count: int) -> str | list[str]:
+def spread(labels: Sequence[str], count: int, count_name: str = "count") -> str | list[str]:
     """Return one label per image, as many images for each label.
 
     Args:
         labels: at least one.
         count: the number of images.
+        count_name: what messages call it.
 
     Returns:
         The label, if it is one; else a list of `count`.
@@ -62,5 +63,5 @@ def spread(labels: Sequence[str], count: int) -> str | list[str]:
     if len(labels) == 1:
         return labels[0]
     if count % len(labels):
-        raise ValueError(f"count must be a multiple of the {pluralize(len(labels), 'label')}, got {count}")
+        raise ValueError(f"{count_name} must be a multiple of the {pluralize(len(labels), 'label')}, got {count}")
     return [label for label in labels for _ in range(count // len(labels))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import gradio as gr
 from PIL import Image
 
 from ddim.app import inputs, page
+from ddim.app.class_inputs import ClassInputs
+from ddim.app.conditions import NO_CONDITION, ConditionSettings, guidance_of
 from ddim.app.events import (
     Endpoint,
     Shared,
@@ -24,6 +26,7 @@ from ddim.app.pictures import Picture, fit, pictures_of, show_output
 from ddim.app.rendering import Cell, data_url, grid
 from ddim.app.runs import Run, RunResult
 from ddim.diffusion.noise import noise_from_seeds
+from ddim.io.class_labels import take_labels
 from ddim.io.image_files import save_animation
 from ddim.pipeline import DDIMPipeline
 from ddim.validation import pluralize, shown
@@ -89,7 +92,13 @@ class PathSettings:
         )
 
 
-def interpolate(run: Run, base: DDIMPipeline, endpoints: Sequence[Endpoint], settings: PathSettings) -> PathFrames:
+def interpolate(
+    run: Run,
+    base: DDIMPipeline,
+    endpoints: Sequence[Endpoint],
+    settings: PathSettings,
+    condition: ConditionSettings = NO_CONDITION,
+) -> PathFrames:
     """Encode the endpoints that are images, and decode the path through all.
 
     Args:
@@ -97,14 +106,21 @@ def interpolate(run: Run, base: DDIMPipeline, endpoints: Sequence[Endpoint], set
         base: the model.
         endpoints: at least two.
         settings: how the path is made.
+        condition: classes, one for all endpoints or one each, between which frames go; and guidance.
 
     Returns:
         The frames.
     """
     pipe = run.pipeline(base)
-    images = [endpoint.picture.values for endpoint in endpoints if endpoint.seed is None and endpoint.picture]
+    images = {
+        index: endpoint.picture.values
+        for index, endpoint in enumerate(endpoints)
+        if endpoint.seed is None and endpoint.picture
+    }
     S = settings.num_inference_steps
-    encoded = iter(pipe.encode(images, S, verify=False).latents if images else ())
+    arguments = condition.arguments(len(endpoints))
+    of_images = take_labels(arguments, list(images), len(endpoints))
+    encoded = iter(pipe.encode(list(images.values()), S, verify=False, **of_images).latents if images else ())
     latents = [
         next(encoded)
         if endpoint.seed is None
@@ -113,12 +129,18 @@ def interpolate(run: Run, base: DDIMPipeline, endpoints: Sequence[Endpoint], set
     ]
     are_seeds = all(endpoint.seed is not None for endpoint in endpoints)
     frames = pipe.interpolate(
-        latents, None, settings.frames, S, "np", closed=settings.closed, as_samples=are_seeds
+        latents, None, settings.frames, S, "np", closed=settings.closed, as_samples=are_seeds, **arguments
     ).images
     return PathFrames(show_output(pipe, frames), list(range(0, len(frames), settings.frames - 1)))
 
 
-def make_endpoints(run: Run, base: DDIMPipeline, seeds: Sequence[int], images: Sequence[Picture]) -> list[Endpoint]:
+def make_endpoints(
+    run: Run,
+    base: DDIMPipeline,
+    seeds: Sequence[int],
+    images: Sequence[Picture],
+    condition: ConditionSettings = NO_CONDITION,
+) -> list[Endpoint]:
     """Make endpoints of seeds, whose images are sampled, and of images.
 
     Args:
@@ -126,6 +148,7 @@ def make_endpoints(run: Run, base: DDIMPipeline, seeds: Sequence[int], images: S
         base: the model.
         seeds: of latents.
         images: of the model's size.
+        condition: class and guidance of the images of seeds; of several classes, the first.
 
     Returns:
         The endpoints, those of seeds first.
@@ -133,7 +156,14 @@ def make_endpoints(run: Run, base: DDIMPipeline, seeds: Sequence[int], images: S
     pictures: list[Picture] = []
     if seeds:
         pipe = run.pipeline(base)
-        output: Any = pipe(len(seeds), num_inference_steps=ENDPOINT_STEPS, seeds=seeds, output_type="np")
+        condition = replace(condition, labels=condition.labels[:1])
+        output: Any = pipe(
+            len(seeds),
+            num_inference_steps=ENDPOINT_STEPS,
+            seeds=seeds,
+            output_type="np",
+            **condition.arguments(len(seeds)),
+        )
         pictures = pictures_of(pipe, output.images)
     sampled = [Endpoint(picture, seed) for picture, seed in zip(pictures, seeds, strict=True)]
     return [*sampled, *map(Endpoint, images)]
@@ -238,19 +268,26 @@ class InterpolateHandlers:
     status: gr.HTML
     strip: gr.HTML
     animation: gr.DownloadButton
+    class_inputs: ClassInputs
 
-    def add_seeds(self, model: str, endpoints: list[Endpoint], text: Any) -> Task[list[Endpoint]]:
+    def add_seeds(
+        self, model: str, endpoints: list[Endpoint], text: Any, label: Any, guidance: Any
+    ) -> Task[list[Endpoint]]:
         """Return the task of adding endpoints of seeds.
 
         Args:
             model: the model's name.
             endpoints: those of the session.
             text: the seeds, as a user wrote them.
+            label: the class of their images, or `any`; of several, the first.
+            guidance: of a class.
 
         Raises:
             ValueError: if an input is not allowed, or the list of endpoints is full.
         """
-        return self._add(model, endpoints, parse_seeds(text), ())
+        seeds = parse_seeds(text)
+        first = self._condition(model, label, guidance, None)
+        return self._add(model, endpoints, seeds, (), first)
 
     def add_files(self, model: str, endpoints: list[Endpoint], paths: Any) -> Task[list[Endpoint]]:
         """Return the task of adding endpoints of uploaded images.
@@ -266,7 +303,12 @@ class InterpolateHandlers:
         return self._add(model, endpoints, (), paths or ())
 
     def _add(
-        self, model: str, endpoints: list[Endpoint], seeds: Sequence[int], paths: Sequence[str]
+        self,
+        model: str,
+        endpoints: list[Endpoint],
+        seeds: Sequence[int],
+        paths: Sequence[str],
+        condition: ConditionSettings = NO_CONDITION,
     ) -> Task[list[Endpoint]]:
         paths = inputs.sequence("images", paths, 0, inputs.MAX_LATENTS)
         check_room(endpoints, len(seeds) + len(paths))
@@ -281,7 +323,7 @@ class InterpolateHandlers:
 
         return Task(
             "Adding",
-            lambda run: make_endpoints(run, self.shared.models.open(model), seeds, images),
+            lambda run: make_endpoints(run, self.shared.models.open(model), seeds, images, condition),
             lambda _: {},
             show_result,
         )
@@ -305,16 +347,36 @@ class InterpolateHandlers:
     def _set_endpoints(self, endpoints: list[Endpoint]) -> Updates:
         return {self.shared.endpoints: endpoints, self.shared.endpoint_list: show_endpoints(endpoints)}
 
-    def reset(self) -> Updates:
-        """Remove the path, which is that of another model."""
+    def _condition(self, model: str, label: Any, guidance: Any, count: int | None) -> ConditionSettings:
+        classes = self.shared.models.open(model).classes
+        return ConditionSettings.checked(label, guidance_of(label, guidance), classes, count, "the number of endpoints")
+
+    def reset(self, model: str) -> Updates:
+        """Remove the path, which is that of another model.
+
+        Args:
+            model: the model's name.
+
+        Returns:
+            The updates.
+        """
         return {
+            **self.class_inputs.follow(self.shared.models.open(model).classes),
             self.status: page.status(READY),
             self.strip: "",
             self.animation: gr.DownloadButton(value=None, interactive=False),
         }
 
     def interpolate(
-        self, model: str, endpoints: list[Endpoint], text: Any, frames: Any, steps: Any, closed: Any
+        self,
+        model: str,
+        endpoints: list[Endpoint],
+        text: Any,
+        frames: Any,
+        steps: Any,
+        closed: Any,
+        label: Any,
+        guidance: Any,
     ) -> Task[PathFrames]:
         """Return the task of the interpolation.
 
@@ -325,18 +387,21 @@ class InterpolateHandlers:
             frames: per leg, both ends included.
             steps: of encoding and decoding.
             closed: whether the path returns to the first endpoint.
+            label: a class for all endpoints, or several, which share them equally; or `any`.
+            guidance: of a class.
 
         Raises:
             ValueError: if an input is not allowed, or there are too few endpoints.
         """
         settings, seeds = PathSettings.checked(frames, steps, closed), parse_seeds(text)
         check_endpoints([*endpoints, *seeds])
+        condition = self._condition(model, label, guidance, len(endpoints) + len(seeds))
         base = self.shared.models.open(model)
 
         def work(run: Run) -> PathFrames:
-            every = [*endpoints, *make_endpoints(run, base, seeds, ())]
+            every = [*endpoints, *make_endpoints(run, base, seeds, (), condition)]
             run.show(every)
-            return interpolate(run, base, every, settings)
+            return interpolate(run, base, every, settings, condition)
 
         def show_result(result: RunResult[PathFrames]) -> Updates:
             text = f"{pluralize(len(result.value.frames), 'frame')} in {result.seconds:.2f} s."

@@ -12,6 +12,8 @@ import gradio as gr
 from PIL import Image
 
 from ddim.app import inputs, page
+from ddim.app.class_inputs import ClassInputs
+from ddim.app.conditions import NO_CONDITION, ConditionSettings, guidance_of
 from ddim.app.events import Shared, Task, Updates
 from ddim.app.pictures import show_output
 from ddim.app.rendering import Cell, grid
@@ -23,6 +25,8 @@ DDIM_STEPS = (5, 10, 20, 50, 100)
 
 MIN_COMPARED_STEPS = 20
 """The fewest steps of DDIM whose time is compared with DDPM's."""
+
+NOTHING_COMPARED = "Nothing has been sampled yet. DDPM comes last and takes longest."
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,9 @@ class ComparisonRow:
     seconds: float
 
 
-def compare(run: Run, base: DDIMPipeline, seed: int, count: int) -> list[ComparisonRow]:
+def compare(
+    run: Run, base: DDIMPipeline, seed: int, count: int, condition: ConditionSettings = NO_CONDITION
+) -> list[ComparisonRow]:
     """Sample the same latents by DDIM in each of `DDIM_STEPS` steps, and by DDPM in all steps.
 
     DDPM has order 1, whatever the model's `solver_order`.
@@ -52,6 +58,7 @@ def compare(run: Run, base: DDIMPipeline, seed: int, count: int) -> list[Compari
         base: the model.
         seed: of the first latent.
         count: number of latents.
+        condition: class and guidance.
 
     Returns:
         A row per method and number of steps.
@@ -63,7 +70,12 @@ def compare(run: Run, base: DDIMPipeline, seed: int, count: int) -> list[Compari
     for method, steps, settings in [*methods, ("DDPM", T, {"eta": 1.0, "order": 1, "use_sigma_hat": True})]:
         started = time.monotonic()
         output: Any = pipe(
-            count, num_inference_steps=steps, seeds=range(seed, seed + count), output_type="np", **settings
+            count,
+            num_inference_steps=steps,
+            seeds=range(seed, seed + count),
+            output_type="np",
+            **settings,
+            **condition.arguments(count),
         )
         rows.append(ComparisonRow(method, steps, show_output(pipe, output.images), time.monotonic() - started))
         run.show(list(rows))
@@ -109,19 +121,36 @@ class StepsHandlers:
     shared: Shared
     status: gr.HTML
     images: gr.HTML
+    class_inputs: ClassInputs
 
-    def compare(self, model: str, seed: Any, count: Any) -> Task[list[ComparisonRow]]:
+    def reset(self, model: str) -> Updates:
+        """Remove the images, which are those of another model.
+
+        Args:
+            model: the model's name.
+
+        Returns:
+            The updates.
+        """
+        classes = self.shared.models.open(model).classes
+        return {self.status: page.status(NOTHING_COMPARED), self.images: "", **self.class_inputs.follow(classes)}
+
+    def compare(self, model: str, seed: Any, count: Any, label: Any, guidance: Any) -> Task[list[ComparisonRow]]:
         """Return the task of the comparison.
 
         Args:
             model: the model's name.
             seed: of the first latent.
             count: number of latents.
+            label: the class, or `any`.
+            guidance: of a class.
 
         Raises:
             ValueError: if an input is not allowed.
         """
         first_seed, num_latents = inputs.seed(seed), inputs.integer("latents", count, 1, inputs.MAX_LATENTS)
+        classes = self.shared.models.open(model).classes
+        condition = ConditionSettings.checked(label, guidance_of(label, guidance), classes, num_latents)
 
         def show_result(result: RunResult[list[ComparisonRow]]) -> Updates:
             rows = result.value
@@ -129,7 +158,7 @@ class StepsHandlers:
 
         return Task(
             "Sampling",
-            lambda run: compare(run, self.shared.models.open(model), first_seed, num_latents),
+            lambda run: compare(run, self.shared.models.open(model), first_seed, num_latents, condition),
             lambda rows: {self.images: show_rows(rows, first_seed)},
             show_result,
         )

@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from ddim.app import inputs, page
+from ddim.app.class_inputs import ClassInputs
 from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors
 from ddim.app.handlers.interpolate import READY, InterpolateHandlers
 
@@ -62,6 +63,10 @@ def tab(shared: Shared) -> None:
             frames = gr.Slider(2, inputs.MAX_FRAMES, 11, step=1, label="Frames per leg", info="Both ends included.")
             steps = gr.Slider(2, 200, 20, step=1, label="Steps", info="Of encoding and decoding.")
             closed = gr.Checkbox(label="Return to the first", value=False)
+            class_inputs = ClassInputs.lay_out(
+                shared.models.open(shared.models.names[0]).classes,
+                list_info="Of all frames; or one per endpoint, such as 3, 8, between which frames go.",
+            )
     with gr.Row():
         start = gr.Button("Interpolate", variant="primary", min_width=120)
         stop = gr.Button("Stop", min_width=96)
@@ -69,13 +74,14 @@ def tab(shared: Shared) -> None:
     status = gr.HTML(page.status(READY), elem_id="interpolate-status")
     strip = gr.HTML(js_on_load=SCRUB, elem_id="walk")
 
-    handlers = InterpolateHandlers(shared, status, strip, animation)
+    handlers = InterpolateHandlers(shared, status, strip, animation, class_inputs)
     endpoints = [status, shared.endpoints, shared.endpoint_list]
+    condition = [class_inputs.label, class_inputs.guidance]
     runs: list[Any] = [
         gr.on(
             [add_seeds.click, seeds.submit],
             follow_run(handlers.add_seeds, status),
-            [shared.model, shared.endpoints, seeds],
+            [shared.model, shared.endpoints, seeds, *condition],
             endpoints,
             **RUN_EVENT,
         ),
@@ -87,13 +93,15 @@ def tab(shared: Shared) -> None:
         ),
         start.click(
             follow_run(handlers.interpolate, status),
-            [shared.model, shared.endpoints, seeds, frames, steps, closed],
+            [shared.model, shared.endpoints, seeds, frames, steps, closed, *condition],
             [*endpoints, strip, animation],
             **RUN_EVENT,
         ),
     ]
     # The seeds in the box are those that are not endpoints yet.
     shared.endpoints.change(lambda: "", None, seeds, **INSTANT_EVENT)
-    shared.model.change(handlers.reset, None, [status, strip, animation], **INSTANT_EVENT)
+    shared.model.change(
+        handlers.reset, shared.model, [status, strip, animation, *class_inputs.components], **INSTANT_EVENT
+    )
     stop.click(lambda: page.status("Stopped."), None, status, cancels=runs, **INSTANT_EVENT)
     shared.endpoint_list.select(report_errors(handlers.remove, status), shared.endpoints, endpoints, **INSTANT_EVENT)

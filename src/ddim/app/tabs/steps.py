@@ -5,10 +5,9 @@ from __future__ import annotations
 import gradio as gr
 
 from ddim.app import inputs, page
+from ddim.app.class_inputs import ClassInputs
 from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run
-from ddim.app.handlers.steps import StepsHandlers
-
-NOTHING_COMPARED = "Nothing has been sampled yet. DDPM comes last and takes longest."
+from ddim.app.handlers.steps import NOTHING_COMPARED, StepsHandlers
 
 
 def tab(shared: Shared) -> None:
@@ -26,19 +25,20 @@ def tab(shared: Shared) -> None:
     with gr.Row(equal_height=True):
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=inputs.MAX_SEED, min_width=120)
         count = gr.Slider(1, inputs.MAX_LATENTS, 4, step=1, label="Latents", min_width=200)
+    class_inputs = ClassInputs.lay_out(shared.models.open(shared.models.names[0]).classes)
     with gr.Row():
         start = gr.Button("Compare", variant="primary", min_width=120)
         stop = gr.Button("Stop", min_width=96)
     status = gr.HTML(page.status(NOTHING_COMPARED), elem_id="steps-status")
     images = gr.HTML(elem_id="steps-images")
 
-    handlers = StepsHandlers(shared, status, images)
+    handlers = StepsHandlers(shared, status, images, class_inputs)
     run = gr.on(
         [start.click, seed.submit],
         follow_run(handlers.compare, status),
-        [shared.model, seed, count],
+        [shared.model, seed, count, class_inputs.label, class_inputs.guidance],
         [status, images],
         **RUN_EVENT,
     )
-    shared.model.change(lambda: (page.status(NOTHING_COMPARED), ""), None, [status, images], **INSTANT_EVENT)
+    shared.model.change(handlers.reset, shared.model, [status, images, *class_inputs.components], **INSTANT_EVENT)
     stop.click(lambda: page.status("Stopped."), None, status, cancels=run, **INSTANT_EVENT)
