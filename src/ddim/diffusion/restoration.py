@@ -79,13 +79,19 @@ class Method(ABC):
         name: by which it is chosen.
         requires_linear: whether A must be a `LinearOperator`.
         requires_gradient: whether it differentiates the network.
-        default_eta: the noise of the process that its authors use.
+        default_steps: its number of steps.
+        default_eta: the noise of its process.
+        default_order: of its solver.
+        default_resampling: length and repeats of `resampled`; `None` for a run that does not go back.
     """
 
     name: ClassVar[str]
     requires_linear: ClassVar[bool] = True
     requires_gradient: ClassVar[bool] = False
+    default_steps: ClassVar[int] = 50
     default_eta: ClassVar[float] = 0.0
+    default_order: ClassVar[int] = 1
+    default_resampling: ClassVar[tuple[int, int] | None] = None
 
     def start(self, noise: Tensor, problem: Problem, step: Step) -> Tensor:
         """Return x at the first timestep.
@@ -221,6 +227,7 @@ class DDNM(Method):
 
     name = "ddnm"
     default_eta = 0.85
+    default_resampling = (5, 4)
 
     def __call__(
         self, x: Tensor, step: Step, predict: Predictor, problem: Problem, noise: NoiseSource
@@ -260,6 +267,7 @@ class DDRM(Method):
     """
 
     name = "ddrm"
+    default_steps = 20
     default_eta = 0.85
 
     def __init__(self, eta: float = 0.85) -> None:
@@ -307,7 +315,9 @@ class RePaint(Method):
     """
 
     name = "repaint"
+    default_steps = 250
     default_eta = 1.0
+    default_resampling = (10, 10)
 
     def __call__(
         self, x: Tensor, step: Step, predict: Predictor, problem: Problem, noise: NoiseSource
@@ -326,6 +336,7 @@ class _PosteriorMean(Method):
 
     requires_linear = False
     requires_gradient = True
+    default_order = 2
 
     def __init__(self) -> None:
         self._history: list[Tensor] = []
@@ -455,10 +466,10 @@ def conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, iterat
 class DPS(Method):
     """Diffusion posterior sampling: x_prev moves down the gradient of the distance to the measurement.
 
-        x_prev <- x_prev - scale grad |y - A x_0|^2 / |y - A x_0|
+        x_prev <- x_prev - scale grad |y - A x_0|
 
     Args:
-        scale: of the move.
+        scale: of the move, as in its authors' code; they take 0.3 to 1.
 
     References:
         Algorithm 1 of arXiv 2209.14687.
@@ -467,6 +478,7 @@ class DPS(Method):
     name = "dps"
     requires_linear = False
     requires_gradient = True
+    default_steps = 1000
     default_eta = 1.0
 
     def __init__(self, scale: float = 1.0) -> None:
@@ -480,8 +492,7 @@ class DPS(Method):
             sample = x.detach().requires_grad_()
             x0, epsilon = predict(sample)
             residual = (problem.measurement - problem.operator(x0)).flatten(1)
-            # The gradient of the square, divided by the distance, is twice that of the distance.
-            (gradient,) = torch.autograd.grad(2 * residual.norm(dim=1).sum(), sample)
+            (gradient,) = torch.autograd.grad(residual.norm(dim=1).sum(), sample)
         c, x0, epsilon = step.coefficients(), x0.detach(), epsilon.detach()
         x_prev = c.signal_prev * x0 + c.direction * epsilon + c.noise_std * noise()
         return x_prev - self.scale * gradient, x0
