@@ -1,8 +1,9 @@
 """Runs the snippets of a page of the documentation: all in order, in one folder and one Python namespace.
 
 Shell snippets are parsed by `sh`. Commands of `ddim` run in this process, on their real arguments, with less work: few
-images, few steps, small networks, those of the built-in models included. `pip`, `make` and launchers of several processes are checked as far as possible
-without running them. What a reader brings along, such as images, is there; what the page makes, it has to make itself.
+images, few steps, small networks, those of the built-in models included. `pip`, `make` and launchers of several
+processes are checked as far as possible without running them. What a reader brings along, such as images, is there;
+what the page makes, it has to make itself.
 """
 
 from __future__ import annotations

@@ -285,6 +285,8 @@ class Worker:
 def _serve(connection: Connection, target: str, folder: Path) -> None:
     """Check inputs as they come: the main function of a worker."""
     os.setsid()
+    # The server that forked this process has not imported it where the package is not on its path.
+    importlib.import_module("fuzz.preload")
     log = (empty(folder) / "log").open("w")
     for stream in (1, 2):
         os.dup2(log.fileno(), stream)
