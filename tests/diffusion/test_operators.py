@@ -14,8 +14,8 @@ from torch import Tensor
 from ddim.diffusion.operators import (
     MIN_SINGULAR_VALUE,
     BicubicDownsample,
-    BoxDownsample,
     Blur,
+    BoxDownsample,
     GaussianBlur,
     Grayscale,
     LinearOperator,

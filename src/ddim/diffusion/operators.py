@@ -291,6 +291,8 @@ class BicubicDownsample(Separable):
 
 def _check_factor(shape: Shape, factor: int) -> int:
     factor = integer("factor", factor, 1)
+    if len(shape) != 3:
+        raise ValueError(f"shape must be (C, H, W) of images, got {tuple(shape)}")
     if any(size % factor for size in shape[1:]):
         raise ValueError(f"factor must divide the height and the width of {tuple(shape)}, got {factor}")
     return factor

@@ -8,16 +8,16 @@ x_prev, towards what was measured:
 | `DDNM`   | A^+ y + (1 - A^+ A) x_0; by parts, with noise          | linear A |
 | `DDRM`   | in A's singular basis, as much y as its noise allows   | linear A |
 | `RePaint`| kept; x_prev is replaced by a noisy y where it is known | masks, without noise |
-| `PiGDM`  | x_0 + J^T A^T (A A^T + noise^2 / r^2)^-1 (y - A x_0)   | any A, by gradients |
-| `MMPS`   | the same with the covariance V = (1 - alpha) / sqrt(alpha) J instead of r^2 | any A, by gradients |
+| `PiGDM`  | kept; x_prev moves along J^T A^T (r^2 A A^T + noise^2)^-1 (y - A x_0) | any A, by gradients |
+| `MMPS`   | x_0 + V A^T (A V A^T + noise^2)^-1 (y - A x_0)         | any A, by gradients |
 | `DPS`    | kept; x_prev moves down the gradient of |y - A x_0|    | any A, by gradients |
 
 J is the derivative of the predicted x_0 by x_t. By Tweedie's formula the mean of x_0 given x_t and y is
 
     E[x_0 | x_t, y] = x_0 + (1 - alpha) / sqrt(alpha) grad log p(y | x_t)
 
-in which `PiGDM` and `MMPS` take p(y | x_t) for the Gaussian of mean A x_0 and covariance A r^2 A^T or A V A^T, plus
-noise_std^2. V is the exact covariance of x_0 given x_t, so that for Gaussian data `MMPS` samples the exact posterior.
+in which `PiGDM` takes the covariance of x_0 given x_t for r^2 = 1 - alpha, and `MMPS` for what it is where the data are
+Gaussian, V = (1 - alpha) / sqrt(alpha) J: there it samples the exact posterior.
 
 A run may go back on its way, `resampled`: noise is added again, and the steps are taken anew, so that what was put in
 from y and what the model adds harmonize. All methods are step functions of `ddim.diffusion.loop.run_steps`.
@@ -34,7 +34,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ddim.diffusion.equations import Step, ddim_step, predict_x0_epsilon, x0_to_epsilon
+from ddim.diffusion.equations import MAX_CORRECTIONS, Step, ddim_step, predict_x0_epsilon, x0_to_epsilon
 from ddim.diffusion.loop import Denoiser, StepFn
 from ddim.diffusion.noise import NoiseSource
 from ddim.diffusion.operators import LinearOperator
@@ -47,7 +47,7 @@ Predictor = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 MIN_NOISE_STD = 1e-3
 """The smallest noise that systems of equations are solved with: without any they may have no solution."""
-MAX_PROJECTIONS = 200
+MAX_PROJECTIONS = 2000
 """Rounds of `project`."""
 
 
@@ -331,69 +331,53 @@ class RePaint(Method):
         return mask * known + (1 - mask) * unknown, x0
 
 
-class _PosteriorMean(Method):
-    """Methods that correct the predicted x_0 to its mean given y, and then take a step of DDIM or of higher order."""
+class PiGDM(Method):
+    """Pseudo-inverse guidance: x_prev moves along the gradient of log p(y | x_t), with r^2 = 1 - alpha.
 
+        x_prev <- x_prev + sqrt(alpha) r^2 J^T A^T (r^2 A A^T + noise_std^2)^-1 (y - A x_0)
+
+    For a `LinearOperator` the system is solved in its singular basis; for another callable A A^T is taken for 1.
+
+    References:
+        Algorithm 1 of Song et al., Pseudoinverse-guided diffusion models, ICLR 2023.
+    """
+
+    name = "pigdm"
     requires_linear = False
     requires_gradient = True
-    default_order = 2
-
-    def __init__(self) -> None:
-        self._history: list[Tensor] = []
+    default_steps = 100
+    default_eta = 1.0
 
     def __call__(
         self, x: Tensor, step: Step, predict: Predictor, problem: Problem, noise: NoiseSource
     ) -> tuple[Tensor, Tensor]:
         """Take a step, as `Method` says."""
+        variance, operator = 1 - step.alpha, problem.operator
         with torch.enable_grad():
             sample = x.detach().requires_grad_()
-            x0, _ = predict(sample)
-            gradient = self._log_likelihood_gradient(sample, x0, step, problem)
-        x0 = x0.detach() + (1 - step.alpha) / math.sqrt(step.alpha) * gradient
-        epsilon = x0_to_epsilon(x0, x, step.alpha)
-        drawn = noise() if step.noise_std else None
-        x_prev, _ = ddim_step(epsilon, x, step, "epsilon", noise=drawn)
-        if step.corrections or self._history:
-            x_prev, epsilon = add_corrections(x_prev, x0, x, step.coefficients(), self._history)
-        self._history = [epsilon, *self._history][:3]
-        return x_prev, x0
-
-    @abstractmethod
-    def _log_likelihood_gradient(self, sample: Tensor, x0: Tensor, step: Step, problem: Problem) -> Tensor:
-        """Return the gradient of log p(y | x_t) by x_t."""
-
-
-class PiGDM(_PosteriorMean):
-    """Pseudo-inverse guidance: the covariance of x_0 given x_t is taken for r^2 = 1 - alpha.
-
-    For a `LinearOperator` the system is solved in its singular basis; for another callable A A^T is taken for 1.
-
-    References:
-        Equation (7) of Song et al., Pseudoinverse-guided diffusion models, ICLR 2023.
-    """
-
-    name = "pigdm"
-
-    def _log_likelihood_gradient(self, sample: Tensor, x0: Tensor, step: Step, problem: Problem) -> Tensor:
-        variance, noise = 1 - step.alpha, problem.noise_std**2
-        operator = problem.operator
-        predicted = operator(x0)
-        residual = (problem.measurement - predicted).detach()
-        if isinstance(operator, LinearOperator):
-            values = operator.singular_values.to(x0.device, x0.dtype)
-            weights = torch.where(values > 0, 1 / (variance * values.square() + noise).clamp(min=1e-12), 0)
-            weighted = operator.measure(weights * operator.unmeasure(residual))
-        else:
-            weighted = residual / (variance + noise)
-        (gradient,) = torch.autograd.grad((predicted * weighted).sum(), sample)
-        return gradient
+            x0, epsilon = predict(sample)
+            predicted = operator(x0)
+            residual = (problem.measurement - predicted).detach()
+            if isinstance(operator, LinearOperator):
+                values = operator.singular_values.to(x0.device, x0.dtype)
+                total = variance * values.square() + problem.noise_std**2
+                weights = torch.where(values > 0, variance / total.clamp(min=1e-12), 0)
+                weighted = operator.measure(weights * operator.unmeasure(residual))
+            else:
+                weighted = residual * variance / (variance + problem.noise_std**2)
+            (gradient,) = torch.autograd.grad((predicted * weighted).sum(), sample)
+        c, x0, epsilon = step.coefficients(), x0.detach(), epsilon.detach()
+        x_prev = c.signal_prev * x0 + c.direction * epsilon + c.noise_std * noise()
+        return x_prev + c.signal * gradient, x0
 
 
-class MMPS(_PosteriorMean):
-    """Moment matching posterior sampling: the covariance of x_0 given x_t is (1 - alpha) / sqrt(alpha) J.
+class MMPS(Method):
+    """Moment matching posterior sampling: x_0 becomes its mean given y, for a Gaussian with the covariance V of x_0.
 
-    (A V A^T + noise_std^2) w = y - A x_0 is solved by conjugate gradients, each of whose iterations is one derivative
-    of the network, backwards.
+        x_0 <- x_0 + V A^T w,     (A V A^T + noise_std^2) w = y - A x_0,     V = (1 - alpha) / sqrt(alpha) J
+
+    The system is solved by conjugate gradients, each of whose iterations is one derivative of the network, backwards.
+    The step from this x_0 is DDIM's, or of higher order.
 
     Args:
         iterations: of conjugate gradients, at most.
@@ -403,30 +387,44 @@ class MMPS(_PosteriorMean):
     """
 
     name = "mmps"
+    requires_linear = False
+    requires_gradient = True
+    default_order = 2
 
     def __init__(self, iterations: int = 3) -> None:
-        super().__init__()
         self.iterations = iterations
+        self._history: list[Tensor] = []
 
-    def _log_likelihood_gradient(self, sample: Tensor, x0: Tensor, step: Step, problem: Problem) -> Tensor:
+    def __call__(
+        self, x: Tensor, step: Step, predict: Predictor, problem: Problem, noise: NoiseSource
+    ) -> tuple[Tensor, Tensor]:
+        """Take a step, as `Method` says."""
         scale = (1 - step.alpha) / math.sqrt(step.alpha)
-        noise = max(problem.noise_std, MIN_NOISE_STD) ** 2
-        predicted = problem.operator(x0)
+        variance = max(problem.noise_std, MIN_NOISE_STD) ** 2
+        with torch.enable_grad():
+            sample = x.detach().requires_grad_()
+            x0, _ = predict(sample)
+            predicted = problem.operator(x0)
+        x0 = x0.detach()
 
         def pull_back(w: Tensor) -> Tensor:
-            """Return J^T A^T w."""
+            """Return V A^T w."""
             (gradient,) = torch.autograd.grad(predicted, sample, w, retain_graph=True)
-            return gradient
+            return scale * gradient
 
         def apply(w: Tensor) -> Tensor:
-            """Return (A V A^T + noise_std^2) w, where V is symmetric."""
-            pulled = scale * pull_back(w)
-            # A is taken for linear around x_0.
-            _, pushed = torch.autograd.functional.jvp(problem.operator, x0.detach(), pulled)
-            return pushed + noise * w
+            """Return (A V A^T + noise_std^2) w, with A linear around x_0."""
+            _, pushed = torch.autograd.functional.jvp(problem.operator, x0, pull_back(w))
+            return pushed + variance * w
 
         residual = (problem.measurement - predicted).detach()
-        return pull_back(conjugate_gradients(apply, residual, self.iterations))
+        x0 = x0 + pull_back(conjugate_gradients(apply, residual, self.iterations))
+        epsilon = x0_to_epsilon(x0, x, step.alpha)
+        x_prev, _ = ddim_step(epsilon, x, step, "epsilon", noise=noise() if step.noise_std else None)
+        if step.corrections or self._history:
+            x_prev, epsilon = add_corrections(x_prev, x0, x, step.coefficients(), self._history)
+        self._history = [epsilon, *self._history][:MAX_CORRECTIONS]
+        return x_prev, x0
 
 
 def conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, iterations: int) -> Tensor:
@@ -451,10 +449,13 @@ def conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, iterat
 
     solution, residual, direction = torch.zeros_like(right), right, right
     square = dot(residual, residual)
+    # Below this the residual is rounding, in which further iterations would lose themselves.
+    enough = torch.finfo(right.dtype).eps ** 2 * square
     for _ in range(iterations):
         applied = apply(direction)
         curvature = dot(direction, applied)
-        length = torch.where(curvature > 0, square / curvature.clamp(min=torch.finfo(right.dtype).tiny), 0)
+        is_active = (curvature > 0) & (square > enough)
+        length = torch.where(is_active, square / curvature.clamp(min=torch.finfo(right.dtype).tiny), 0)
         solution = solution + length * direction
         residual = residual - length * applied
         previous, square = square, dot(residual, residual)
@@ -519,6 +520,7 @@ def project(x: Tensor, problem: Problem, bound: float = 1.0) -> Tensor:
         [[[[0.5, 1.0]]]]
     """
     operator, y = problem.linear, problem.measurement
+    x = x.clamp(-bound, bound)
     left = torch.zeros_like(x)
     for _ in range(MAX_PROJECTIONS):
         agreeing = x + operator.pseudo_inverse(y - operator(x))
