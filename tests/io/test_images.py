@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from ddim.io import images as images_module
 from ddim.io.image_files import find_images, read_image
-from ddim.io.images import decode_image, to_output, to_samples
+from ddim.io.images import decode_image, fit_image, to_output, to_samples
 from digits import digits, write_digits
 
 H, W = 4, 6
@@ -762,3 +763,19 @@ def test_other_formats_start_no_program(tmp_path: Path, monkeypatch: pytest.Monk
         path = tmp_path / f"x.{suffix}"
         path.write_bytes((tmp_path / "x.eps").read_bytes())
         assert read_error(path) == "not an image of a known format"
+
+
+@pytest.mark.parametrize("mode", ["F", "I", "I;16"])
+def test_wide_values_are_converted_by_strips(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips that divide the height and strips that do not give the pixels of the whole image."""
+    values = np.random.default_rng(0).random((37, 53))
+    stored = values.astype(np.float32) if mode == "F" else (values * 65535).astype("int32" if mode == "I" else "uint16")
+    whole = np.asarray(fit_image(Image.fromarray(stored), 37, 53, 1))
+    expected = stored * 255 if mode == "F" else stored / 257
+    assert np.abs(whole - expected).max() <= 0.51
+    for rows in (1, 5, 37):
+        monkeypatch.setattr(images_module, "STRIP_BYTES", rows * 53 * 4)
+        assert np.array_equal(np.asarray(fit_image(Image.fromarray(stored), 37, 53, 1)), whole)
+        color = np.asarray(fit_image(Image.fromarray(stored), 20, 30, 3))
+        gray = np.asarray(fit_image(Image.fromarray(stored), 20, 30, 1))
+        assert np.array_equal(color, np.repeat(gray[..., None], 3, 2))

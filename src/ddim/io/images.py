@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -209,11 +209,19 @@ def fit_image(image: Image.Image, height: int, width: int, channels: int, crop: 
     elif image.mode not in ("1", "L"):
         # PIL converts some modes, such as CMYK, to no mode with alpha.
         image = image.convert("RGB")
-    image = image.convert(MODES[channels])
+    if image.mode == "L" and channels == 3:
+        # Color is made of gray at its new size: a large image would take four times the memory before.
+        return _resize(image, height, width, crop).convert("RGB")
+    return _resize(image.convert(MODES[channels]), height, width, crop)
+
+
+def _resize(image: Image.Image, height: int, width: int, crop: bool) -> Image.Image:
+    """Crop the center of an image to the aspect ratio, if that is asked for, and resize it."""
     if image.size == (width, height):
         return image
-    if crop:
-        image = image.crop(_crop_box(*image.size, height, width))
+    box = _crop_box(*image.size, height, width)
+    if crop and box != (0, 0, *image.size):
+        image = image.crop(box)
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
@@ -530,29 +538,39 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
         return image.convert("LA") if mode == "La" else image
     if mode != "F" and not mode.startswith("I"):
         raise ValueError(f"{name} must be gray or color, got mode {mode}; convert it to RGB")
-    values = np.asarray(image)
-    low, high = values.min(), values.max()
+    extremes = [(strip.min(), strip.max()) for _, strip in _strips(image)]
+    low, high = np.min([low for low, _ in extremes]), np.max([high for _, high in extremes])
     if mode == "F":
         if not np.isfinite([low, high]).all():
             raise ValueError(f"{name} must hold finite values, got NaN or infinity")
         if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
             raise ValueError(f"{name} must hold floats in [0, 1], got values in [{low:.4g}, {high:.4g}]")
-        return Image.fromarray(_by_strips(lambda strip: to_bytes(strip.clip(0, 1)), values))
+        return Image.fromarray(_by_strips(lambda strip: to_bytes(strip.clip(0, 1)), image))
     # In 32 bits, values up to 255 may be of 8 or of 16 bits.
     if mode == "I" and (low < 0 or high > MAX_UINT16 or 0 < high <= 255):
         raise ValueError(
             f"{name} must hold 8 or 16 bits per pixel, got 32-bit integers from {low} to {high}; convert it to mode L "
             "or I;16"
         )
-    return Image.fromarray(_by_strips(lambda strip: (strip / np.float32(257)).round().astype(np.uint8), values))
+    return Image.fromarray(_by_strips(lambda strip: (strip / np.float32(257)).round().astype(np.uint8), image))
 
 
-def _by_strips(convert: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
-    """Convert an image (H, W) to bytes a few rows at a time: a large one and its copies would not fit into memory."""
-    result = np.empty(values.shape, np.uint8)
-    count = max(1, values.nbytes // STRIP_BYTES)
-    for strip, target in zip(np.array_split(values, count), np.array_split(result, count), strict=True):
-        target[:] = convert(strip)
+def _strips(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield an image of one channel a few rows at a time, with the number of the first.
+
+    A large one and its copies would not fit into memory; PIL makes two of an image that becomes an array.
+    """
+    width, height = image.size
+    rows = max(1, STRIP_BYTES // (4 * width))
+    for top in range(0, height, rows):
+        yield top, np.asarray(image.crop((0, top, width, min(top + rows, height))))
+
+
+def _by_strips(convert: Callable[[np.ndarray], np.ndarray], image: Image.Image) -> np.ndarray:
+    """Convert an image of one channel to bytes (H, W)."""
+    result = np.empty(image.size[::-1], np.uint8)
+    for top, strip in _strips(image):
+        result[top : top + len(strip)] = convert(strip)
     return result
 
 
