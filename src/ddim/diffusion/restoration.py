@@ -226,8 +226,9 @@ class DDNM(Method):
     """
 
     name = "ddnm"
+    default_steps = 80
     default_eta = 0.85
-    default_resampling = (5, 4)
+    default_resampling = (10, 3)
 
     def __call__(
         self, x: Tensor, step: Step, predict: Predictor, problem: Problem, noise: NoiseSource
