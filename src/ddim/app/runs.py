@@ -256,6 +256,8 @@ async def run_events(
         assert audience is not None
         await audience.left()
         run.cancel()
+        # At once: whoever iterates may take its time to come back.
+        _leave_line(run)
         report(None)
 
     leaving = asyncio.ensure_future(leave()) if audience else None
@@ -271,15 +273,21 @@ async def run_events(
         yield RunResult(await future, time.monotonic() - run.started)
     finally:
         run.cancel()
-        _line.remove(run)
-        for ahead, other in enumerate(_line):
-            if ahead:
-                other.wait(ahead)
+        _leave_line(run)
         if leaving:
             leaving.cancel()
         # A run that waits leaves the executor; the outcome of a cancelled one is retrieved, so that it is not logged.
         future.cancel()
         future.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+
+def _leave_line(run: Run) -> None:
+    """Take a run out of the line, if it is in it, and let the others know their places."""
+    if run in _line:
+        _line.remove(run)
+        for ahead, other in enumerate(_line):
+            if ahead:
+                other.wait(ahead)
 
 
 def stop_all() -> None:
