@@ -203,16 +203,31 @@ def fit_image(image: Image.Image, height: int, width: int, channels: int, crop: 
         raise ValueError(f"{name} must be an array of {channels} channels, got an image of mode {image.mode}")
     image = _to_eight_bits(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if channels in (1, 3):
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = _convert(image, "RGBA") if channels in (2, 4) else _blend_with_white(image, MODES[channels])
     elif image.mode not in ("1", "L"):
         # PIL converts some modes, such as CMYK, to no mode with alpha.
-        image = image.convert("RGB")
+        image = _convert(image, "RGB")
     if image.mode == "L" and channels == 3:
         # Color is made of gray at its new size: a large image would take four times the memory before.
         return _resize(image, height, width, crop).convert("RGB")
-    return _resize(image.convert(MODES[channels]), height, width, crop)
+    return _resize(_convert(image, MODES[channels]), height, width, crop)
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    """Return an image in a mode; itself, where PIL would make a copy."""
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _blend_with_white(image: Image.Image, mode: str) -> Image.Image:
+    """Return an image with transparency in the mode `L` or `RGB`, made a few rows at a time: copies take memory."""
+    width, height = image.size
+    result = Image.new(mode, image.size)
+    rows = max(1, STRIP_BYTES // (4 * width))
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height))).convert("RGBA")
+        opaque = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
+        result.paste(opaque.convert(mode), (0, top))
+    return result
 
 
 def _resize(image: Image.Image, height: int, width: int, crop: bool) -> Image.Image:
