@@ -218,6 +218,8 @@ def bring_files(folder: Path, text: str) -> None:
         save(pixels, folder / "digits" / f"{index:04d}.png")
         save(pixels, folder / ("one.png" if index else "digit.png"))
     (folder / "digits/0002.png").unlink()
+    (folder / "small").mkdir()
+    Image.fromarray(np.ascontiguousarray(large[0])).resize((7, 7)).save(folder / "small/0.png")
     for name in ("train", "test"):
         write_hugging_face(folder / f"mnist/{name}.parquet", large, num_classes=10)
         (folder / "faces").mkdir(exist_ok=True)

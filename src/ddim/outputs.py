@@ -231,3 +231,27 @@ class TrajectoryOutput(Output):
     samples: list[Any]
     pred_original_samples: list[Any]
     images: Any
+
+
+@dataclass
+class RestoreOutput(Output):
+    """Images sampled from measurements.
+
+    Attributes:
+        images: N times `samples` images, those of a measurement one after the other: a list of PIL images, an array
+            (N, H, W, C) or a tensor (N, C, H, W) in [0, 1].
+        mean: the mean of the samples of each measurement, of the same kind.
+        std: the standard deviation of the samples of each measurement, per value in [0, 1], (N, C, H, W); zero for one
+            sample.
+        nfe: function evaluations per image.
+
+    Example:
+        >>> import torch
+        >>> RestoreOutput([], [], torch.zeros(1, 1, 8, 8), 50).nfe
+        50
+    """
+
+    images: Any
+    mean: Any
+    std: torch.Tensor
+    nfe: int

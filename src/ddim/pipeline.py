@@ -34,6 +34,7 @@ from ddim.io.json_files import read_json
 from ddim.io.pixel_format import PixelFormat
 from ddim.latents import Condition, LatentSpace
 from ddim.outputs import ImagePipelineOutput
+from ddim.restoration import Restoration
 from ddim.sampler import Sampler, check_output_channels
 from ddim.scheduler import DDIMScheduler, has_own_steps
 from ddim.unet import UNet2DModel
@@ -65,7 +66,7 @@ SCHEDULER_CLASSES = (
 )
 
 
-class DDIMPipeline(ComponentPipeline, LatentSpace):
+class DDIMPipeline(ComponentPipeline, LatentSpace, Restoration):
     """A denoising diffusion model: samples images, and encodes images into latents and back.
 
     Args:

@@ -26,6 +26,7 @@ from ddim.cli.failures import Commands, exit_with
 from ddim.cli.info import info
 from ddim.cli.interpolate import interpolate
 from ddim.cli.reconstruct import reconstruct
+from ddim.cli.restore import inpaint, restore, super_resolve
 from ddim.cli.sample import sample
 from ddim.cli.train import train
 from ddim.cli.trajectory import consistency, trajectory
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(sample, encode, decode, reconstruct, interpolate, trajectory, consistency, edit, direction),
+    *(inpaint, super_resolve, restore),
     *(train, ema, export, tune, distill, evaluate, convert, info, page),
 )
 for command in COMMANDS:

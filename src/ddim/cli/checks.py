@@ -45,6 +45,11 @@ NOT_EMPTY = (
     "held_out",
     "pairs",
     "direction",
+    "mask",
+    "box",
+    "operator",
+    "method",
+    "resampling",
     "where",
     "data",
     "checkpoint",
@@ -61,7 +66,7 @@ MAXIMA = {"count": MAX_COUNT, "reference_count": MAX_COUNT, "frames": MAX_FRAMES
 COMMAND_MAXIMA = {
     "trajectory": {"count": MAX_COLUMNS},
     "consistency": {"count": MAX_COLUMNS},
-    "edit": {"count": MAX_EDITS},
+    **{command: {"count": MAX_EDITS} for command in ("edit", "inpaint", "super-resolve", "restore")},
 }
 
 MARKUP = re.compile(r"\[(?=[a-z#/@][^[]*?\])")

@@ -31,6 +31,7 @@ IDENTIFIERS = {
     "negative_labels": "--negative-label",
     "guidance_scale": "--guidance",
     "guidance_interval": "--guidance-interval",
+    "noise_std": "--noise-std",
 }
 """Arguments whose names are not English words: replaced wherever they occur."""
 
@@ -39,7 +40,7 @@ WORDS = {
     for name in (
         *("eta", "order", "timesteps", "seed", "count", "tolerance", "strength", "frames", "grid", "fps", "at"),
         *("out", "plot", "model", "weights", "reference", "data", "split", "metrics", "features", "layout", "resume"),
-        *("device", "dtype", "engine", "host", "port", "guide"),
+        *("device", "dtype", "engine", "host", "port", "guide", "method", "factor", "kernel"),
     )
 } | {"seeds": "--seed"}
 """Arguments whose names are English words: replaced only as the subject of a message, as the object of an instruction,
@@ -68,6 +69,9 @@ BY_COMMAND: dict[str, dict[str, str]] = {
         "teacher_steps": "--teacher-steps",
         "max_steps": "--max-steps",
     },
+    "inpaint": {"masks": "--mask", "samples": "--count", "resampling": "--resampling"},
+    "super-resolve": {"samples": "--count", "resampling": "--resampling"},
+    "restore": {"samples": "--count", "resampling": "--resampling", "operator": "--operator"},
     "interpolate": {"count": "the number of points"},
     "tune": {"model": "MODEL", "num_latents": "--codes", "codes": "--codes"},
     "evaluate": {"num_images": "--count", "num_samples": "--count", "samples": "SAMPLES"},

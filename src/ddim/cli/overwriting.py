@@ -9,7 +9,7 @@ from typing import Any
 
 from ddim.validation import shown
 
-INPUTS = ("images", "points", "sources", "codes", "direction", "samples", "reference", "held_out", "features")
+INPUTS = ("images", "mask", "points", "sources", "codes", "direction", "samples", "reference", "held_out", "features")
 """Parameters that name files and folders of images or latents, alone or in a list."""
 OUTPUTS = ("out", "plot", "pairs", "curve")
 """Parameters that name what is written."""
