@@ -182,7 +182,7 @@ class Restoration:
         x, nfe = _run(sampler, config, chosen, problem, noise, conditions, self.progress_bar)
         if isinstance(operator, LinearOperator) and not noise_std:
             x = project(x, problem)
-        grouped = x.clamp(-1, 1).unflatten(0, (len(measurement), samples))
+        grouped = x.clamp(-1, 1).view(len(measurement), samples, *x.shape[1:])
         std = grouped.std(1, correction=1) / 2 if samples > 1 else torch.zeros_like(grouped[:, 0])
         return RestoreOutput(
             sampler.to_output(x, output_type), sampler.to_output(grouped.mean(1), output_type), std, nfe
@@ -277,7 +277,8 @@ class Restoration:
         """
         sampler = self.sampler
         operator = KERNELS[choice("kernel", kernel, tuple(KERNELS))](sampler.sample_shape, factor)
-        y = to_samples(images, *operator.measurement_shape, False, pixel_format=sampler.pixel_format)
+        channels, height, width = operator.measurement_shape
+        y = to_samples(images, channels, height, width, pixel_format=sampler.pixel_format)
         y = y.to(sampler.device)
         return self.restore(y, operator, noise_std, method, num_inference_steps, output_type, **arguments)
 

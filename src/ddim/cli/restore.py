@@ -309,8 +309,8 @@ def restore(
     given = read_images(paths)
     pipe = load_pipeline(name or DEFAULT_MODEL, device, dtype, engine)
     measure = make_operator(pipe, kind, number)
-    shape = pipe.sample_shape if simulate else measure.measurement_shape
-    y = to_samples(given, *shape, resize, pixel_format=pipe.pixel_format)
+    channels, height, width = pipe.sample_shape if simulate else measure.measurement_shape
+    y = to_samples(given, channels, height, width, resize, pixel_format=pipe.pixel_format)
     if simulate:
         generator = torch.Generator().manual_seed(seed)
         y = measure(y)

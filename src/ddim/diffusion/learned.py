@@ -34,9 +34,7 @@ Row = Sequence[float]
 """The numbers of a step: t, the network's timestep, k_0, k_1, ..."""
 
 
-def check_coefficients_by_steps(
-    by_steps: Mapping[Any, Sequence[Row]], num_train_timesteps: int
-) -> dict[int, list[list[float]]]:
+def check_coefficients_by_steps(by_steps: Mapping[Any, Any], num_train_timesteps: int) -> dict[int, list[list[float]]]:
     """Check learned coefficients, keyed by their number of steps.
 
     Args:

@@ -163,7 +163,7 @@ class Mask(LinearOperator):
         if mask.ndim == 3 and mask.shape[1:] == self.shape[1:] and mask.shape[0] not in (1, self.shape[0]):
             mask = mask[:, None]  # (N, H, W)
         try:
-            expanded = torch.broadcast_to(mask, torch.broadcast_shapes(mask.shape, self.shape))
+            expanded = mask.expand(*mask.shape[:-3], *self.shape)
         except RuntimeError:
             expanded = mask
         if expanded.shape[-3:] != self.shape or expanded.ndim > 4:

@@ -415,7 +415,7 @@ class MMPS(Method):
 
         def apply(w: Tensor) -> Tensor:
             """Return (A V A^T + noise_std^2) w, with A linear around x_0."""
-            _, pushed = torch.autograd.functional.jvp(problem.operator, x0, pull_back(w))
+            _, pushed = torch.autograd.functional.jvp(problem.operator, x0, pull_back(w))  # type: ignore[no-untyped-call]
             return pushed + variance * w
 
         residual = (problem.measurement - predicted).detach()
