@@ -264,7 +264,9 @@ def test_help_lists_every_command(results: Commands) -> None:
     assert "Example: ddim sample --model mnist --steps 20 --count 16 --out digits.png" in stdout
     training = {"train", "ema", "export", "distill"}
     latent_space = {"encode", "decode", "reconstruct", "interpolate", "trajectory", "consistency", "edit", "direction"}
-    assert COMMANDS.keys() == {"sample", "tune", "evaluate", "convert", "info", "app"} | training | latent_space
+    restoration = {"inpaint", "super-resolve", "restore"}
+    others = {"sample", "tune", "evaluate", "convert", "info", "app"}
+    assert COMMANDS.keys() == others | training | latent_space | restoration
     for name in (*COMMANDS, "--version", "--help"):
         assert re.search(rf"│ {name} ", stdout)
 

@@ -139,7 +139,13 @@ SETTINGS += ("seed=2001-99-99", "seed=" + "9" * 5000, "ema.decay=1.5", "data.cac
 
 KINDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("model", "model_option", "models", "run"), MODELS),
-    **dict.fromkeys(("images", "checkpoint"), IMAGES),
+    **dict.fromkeys(("images", "checkpoint", "mask"), IMAGES),
+    "box": ("2,2,3,3", "0,0,1,1", "0,0,8,8", "7,7,2,2", "-1,0,2,2", "2,2,3", "x", "", "1,1,1," + "9" * 5000),
+    "operator": ("blur:1", "box:2", "bicubic:2", "gray", "box:3", "blur:0", "blur:nan", "blur:1e9", "box:1e9", "x", ""),
+    "method": ("ddnm", "ddrm", "mmps", "pigdm", "dps", "repaint", "x", ""),
+    "resampling": ("2,2", "1,1", "1,3", "0,1", "2", "x", "1000,1000", "2,2,2", ""),
+    "kernel": ("box", "bicubic", "x", ""),
+    "noise_std": ("0", "0.1", "1", "-1", "nan", "inf", "1e-30", "1e9", "x"),
     "points": (*IMAGES, *LATENTS, *NUMBERS[:8], "1", "2", "3"),
     **dict.fromkeys(("samples", "reference", "held_out", "data", "sources"), SETS),
     "direction": LATENTS,
@@ -193,6 +199,9 @@ DEFAULTS = {
     "distill": ["--steps", "1", "-n", "4", "--max-steps", "1", "--batch-size", "4"],
     "evaluate": ["-n", "4", "--steps", "2"],
     "direction": ["-n", "2", "--steps", "3"],
+    "inpaint": ["--steps", "3", "--box", "2,2,3,3"],
+    "super-resolve": ["--steps", "3", "--factor", "2"],
+    "restore": ["--steps", "3", "--operator", "blur:1"],
     "train": ["--config", "config.yaml"],
 }
 """Options that keep a command short, unless the same are drawn."""
@@ -202,7 +211,7 @@ WRITING = ("convert", "tune", "distill", "train", "ema", "export")
 SLOW = ("train", "tune", "distill", "evaluate")
 
 
-SLOW_OPTION = "compile_network"
+SLOW_OPTIONS = ("compile_network", "coefficients")
 OF_THE_LIBRARY = re.compile(
     r"class_labels|num_inference_steps=|\b(force|overwrite|resize|use_ema)=|\bbatch_size (must|=)"
 )
@@ -219,8 +228,8 @@ class CommandLine(NamedTuple):
 def command_lines(draw: Callable[[Any], Any]) -> CommandLine:
     """Draw a command, some of its options, and a value for each: mostly likely ones, and one of any kind."""
     name = draw(st.sampled_from([command for command in COMMANDS for _ in range(1 if command in SLOW else 4)]))
-    # torch.compile takes minutes, as its help says.
-    parameters = {parameter.name: parameter for parameter in COMMANDS[name].params if parameter.name != SLOW_OPTION}
+    # torch.compile takes minutes, as its help says, and so does learning coefficients of a large network.
+    parameters = {p.name: p for p in COMMANDS[name].params if p.name not in SLOW_OPTIONS}
     chosen = draw(st.lists(st.sampled_from(sorted(parameters)), max_size=5, unique=True))
     chosen += [parameter for parameter in NEEDED if parameter in parameters and parameter not in chosen]
     chosen += (
