@@ -26,6 +26,7 @@ from PIL import Image
 from typer.core import TyperCommand
 
 import ddim.app
+import ddim.coefficients
 import ddim.distillation
 import ddim.tuning
 from ddim.cli import main
@@ -154,7 +155,10 @@ def reduce_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Command, "invoke", invoke)
     for function in (ddim.tuning.tune, ddim.tuning.enough_steps):
         monkeypatch.setitem(function.__kwdefaults__, "num_latents", 2)  # type: ignore[arg-type]
-    monkeypatch.setattr(ddim.tuning, "REFERENCE_STEPS", 10)
+    for module in (ddim.tuning, ddim.coefficients):
+        monkeypatch.setattr(module, "REFERENCE_STEPS", 10)
+    monkeypatch.setattr(ddim.coefficients, "MAX_EVALUATIONS_PER_LATENT", 20)
+    monkeypatch.setitem(ddim.coefficients.learn.__kwdefaults__, "num_latents", 2)  # type: ignore[arg-type]
     monkeypatch.setitem(ddim.distillation.distill.__kwdefaults__, "count", 8)
     for length in ("FIRST_LENGTH", "LATER_LENGTH"):
         monkeypatch.setattr(ddim.distillation, length, 2)
@@ -178,7 +182,7 @@ def reduced(command: str, given: dict[str, Any]) -> dict[str, Any]:
         "reference_count": lambda count: 8,
         "frames": lambda frames: min(frames, 3),
         "grid": lambda grid: grid and "2x2",
-        "codes": lambda codes: 2 if isinstance(codes, int) else codes,
+        "codes": lambda codes: 2 if codes is None or isinstance(codes, int) else codes,
         "features": lambda features: "pixels" if features == "inception" else features,
         "max_iterations": lambda count: 3,
         "steps": lambda steps: {"consistency": "2,3", "tune": "2", "distill": steps}.get(command) or fewer(steps),
