@@ -322,7 +322,11 @@ def test_signatures_match_diffusers(method: str) -> None:
         ours, theirs = ([name for name, _ in arguments] for arguments in (ours[:3], theirs))
     if method == "__init__":
         # Our additional arguments follow those of diffusers.
-        assert [ours.pop() for _ in OURS] == [("timesteps_by_steps", None), ("solver_order", 1)]
+        assert [ours.pop() for _ in OURS] == [
+            ("coefficients_by_steps", None),
+            ("timesteps_by_steps", None),
+            ("solver_order", 1),
+        ]
     assert ours == theirs
 
 
@@ -339,7 +343,7 @@ def test_results_are_tuples_on_request() -> None:
         assert len(result.to_tuple()) == len(pair) == 2
 
 
-OURS = ("solver_order", "timesteps_by_steps")
+OURS = ("solver_order", "timesteps_by_steps", "coefficients_by_steps")
 
 
 @pytest.mark.parametrize("arguments", [{}, {"beta_schedule": "scaled_linear", "steps_offset": 1, "clip_sample": False}])
