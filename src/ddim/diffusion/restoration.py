@@ -516,6 +516,7 @@ def project(x: Tensor, problem: Problem, bound: float = 1.0) -> Tensor:
         Images whose measurements are y, as far as any within the bound are (Dykstra's alternating projections).
 
     Example:
+        >>> from ddim.diffusion.operators import Mask
         >>> problem = Problem(torch.tensor([[[[0.5, 0.0]]]]), Mask((1, 1, 2), torch.tensor([[True, False]])))
         >>> project(torch.tensor([[[[0.9, 1.5]]]]), problem).tolist()
         [[[[0.5, 1.0]]]]
