@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel, coefficients
+from ddim.cli.common import with_spacing
 from ddim.coefficients import Runs, learn, start_rows
-from ddim.tuning import enough_steps
+from ddim.tuning import TunedTimesteps, enough_steps
 from digits import TINY_MODEL
 from helpers import randn
 from programs import run_cli
@@ -205,3 +206,28 @@ def test_options_without_effect_are_refused(tmp_path: Path, option: tuple[str, s
     done = run_cli("tune", "mnist", "--coefficients", *option, "--out", "new", env=os.environ, cwd=tmp_path)
     assert done.returncode == 1
     assert f"{option[0]} has no effect beside --coefficients" in done.stderr
+
+
+ROWS = [[900, 880, 0.1], [500, 520, -0.2, 0.3], [100, 90, 0.05, 0.1, -0.4]]
+
+
+def test_edits_are_those_of_formulas() -> None:
+    """Coefficients are of a whole run: an edit takes a part of one."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(**TINY_MODEL).eval()
+    edits = []
+    for coefficients_by_steps in (None, {"3": ROWS}):
+        own = DDIMPipeline(unet, DDIMScheduler(clip_sample=False, coefficients_by_steps=coefficients_by_steps))
+        own.set_progress_bar_config(disable=True)
+        edits.append(own.edit(torch.zeros(1, 1, 8, 8), 0.7, 3, "pt", seeds=[1]).images)
+    assert torch.equal(*edits)
+
+
+def test_what_is_asked_for_later_takes_their_place(pipe: DDIMPipeline) -> None:
+    scheduler = DDIMScheduler(coefficients_by_steps={"3": ROWS, "1": ROWS[:1]})
+    tuned = TunedTimesteps([900, 300, 0], 0.001, {}, order=2, eta=0.0).added_to(scheduler)
+    assert tuned.make_learned_steps(3) is None
+    assert tuned.make_learned_steps(1) == scheduler.make_learned_steps(1)
+    assert DDIMScheduler.from_config(scheduler.config, solver_order=2).make_learned_steps(3) is None
+    own = DDIMPipeline(pipe.unet, scheduler)
+    assert with_spacing(own, "trailing").scheduler.make_learned_steps(3) is None

@@ -562,7 +562,8 @@ class LatentSpace:
         strength = real("strength", strength, 0, 1)
         inversion = InversionConfig(batch_size=batch_size, verify=False)
         x = self._to_samples(images, resize)
-        plan = self.sampler.plan(SamplingConfig(num_inference_steps, eta, timesteps, order))
+        # Learned coefficients are of whole runs.
+        plan = self.sampler.plan(SamplingConfig(num_inference_steps, eta, timesteps, order), takes_learned=False)
         if eta > 0 and seeds is None:
             raise ValueError(f"eta above 0 draws noise and requires seeds, one per image, got eta={eta:g}")
         checked = None

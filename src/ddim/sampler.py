@@ -127,11 +127,12 @@ class Sampler:
         """The type and the ranges of the values that samples stand for."""
         return format_of(self.unet.config)
 
-    def plan(self, config: SamplingConfig) -> SamplingPlan:
+    def plan(self, config: SamplingConfig, takes_learned: bool = True) -> SamplingPlan:
         """Return the steps of a run; the scheduler's own timesteps are set to match.
 
         Args:
             config: the settings.
+            takes_learned: take learned coefficients where the scheduler has some for the settings.
 
         Raises:
             ValueError: if the schedule does not allow them: more steps than it has timesteps, a timestep outside it.
@@ -139,7 +140,7 @@ class Sampler:
         """
         scheduler = check_own_steps(self.scheduler)
         learned = None
-        if config.timesteps is None and config.order is None and not config.eta:
+        if takes_learned and config.timesteps is None and config.order is None and not config.eta:
             learned = scheduler.make_learned_steps(config.num_inference_steps)
         if learned is not None:
             scheduler.set_timesteps(config.num_inference_steps)

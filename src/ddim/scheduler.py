@@ -125,7 +125,9 @@ class DDIMScheduler(SchedulerFiles):
     """
 
     config_name = "scheduler_config.json"
-    own_settings: ClassVar = {"solver_order": 1, "timesteps_by_steps": None, "coefficients_by_steps": None}
+    learned_settings: ClassVar = {"timesteps_by_steps": None, "coefficients_by_steps": None}
+    """What is learned for a model and a number of steps, without anything learned: formulas take its place."""
+    own_settings: ClassVar = {"solver_order": 1, **learned_settings}
     foreign_settings = FOREIGN_SETTINGS
     has_compatibles = True
     order = 1
@@ -194,7 +196,7 @@ class DDIMScheduler(SchedulerFiles):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **overrides: Any) -> Self:
-        """Build a scheduler from a configuration; another `solver_order` drops the timesteps learned for the old one.
+        """Build a scheduler from a configuration; another `solver_order` drops what was learned for the old one.
 
         Args:
             config: a configuration of any diffusion scheduler, such as another scheduler's `.config`.
@@ -212,7 +214,7 @@ class DDIMScheduler(SchedulerFiles):
         if isinstance(config, Mapping) and "solver_order" in overrides:
             previous = cls.extract_init_dict(config)[0].get("solver_order", 1)
             if overrides["solver_order"] != previous:
-                overrides = {"timesteps_by_steps": None} | overrides
+                overrides = cls.learned_settings | overrides
         return super().from_config(config, return_unused_kwargs, **overrides)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -637,7 +639,7 @@ class DDIMInverseScheduler(DDIMScheduler):
     `DDIMScheduler`). Two things are wrong there and right here: it steps from t - T // S whatever the previous timestep
     is, and with v-prediction its step is not the inverse of `DDIMScheduler.step`. Here, given the model output at the
     x_t that results, `step` inverts `DDIMScheduler.step` exactly, so that a fixed-point iteration over it does too;
-    `DDIMPipeline.encode` does this, and better. a `solver_order` above 1 is refused.
+    `DDIMPipeline.encode` does this, and better. A `solver_order` above 1 is refused.
 
     Clipping, on by default as in `diffusers`, cannot be undone; switch it off for images to come back. Neither can, for
     a good denoiser, the step from alpha = 1: `set_alpha_to_one=False` starts from alphas_cumprod[0].

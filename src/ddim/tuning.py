@@ -107,8 +107,13 @@ class TunedTimesteps:
             [900, 300, 0]
         """
         known = dict(scheduler.timesteps_by_steps) if scheduler.solver_order == self.order else {}
-        known[str(len(self.timesteps))] = list(self.timesteps)
-        return DDIMScheduler.from_config(scheduler.config, solver_order=self.order, timesteps_by_steps=known)
+        S = str(len(self.timesteps))
+        known[S] = list(self.timesteps)
+        # Coefficients of as many steps would be used instead.
+        others = {key: rows for key, rows in scheduler.coefficients_by_steps.items() if key != S}
+        return DDIMScheduler.from_config(
+            scheduler.config, solver_order=self.order, timesteps_by_steps=known, coefficients_by_steps=others or None
+        )
 
 
 def tune(

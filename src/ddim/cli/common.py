@@ -293,7 +293,7 @@ def with_spacing(pipe: DDIMPipeline, spacing: str | None) -> DDIMPipeline:
     """
     if spacing is not None:
         config = pipe.scheduler.config
-        pipe.scheduler = pipe.scheduler.from_config(config, timestep_spacing=spacing, timesteps_by_steps=None)
+        pipe.scheduler = pipe.scheduler.from_config(config, timestep_spacing=spacing, **pipe.scheduler.learned_settings)
     return pipe
 
 

@@ -323,7 +323,7 @@ def _describe_machine(pipe: DDIMPipeline) -> dict[str, Any]:
 
 def _with_paper_settings(pipe: DDIMPipeline, clip_sample: bool) -> DDIMPipeline:
     """Return the pipeline with the paper's settings: order 1 and timesteps from formulas; with or without clipping."""
-    settings = {"clip_sample": clip_sample, "thresholding": False, "solver_order": 1, "timesteps_by_steps": None}
+    settings = {"clip_sample": clip_sample, "thresholding": False, **DDIMScheduler.own_settings}
     scheduler = pipe.scheduler.from_config(pipe.scheduler.config, **settings)
     return DDIMPipeline(pipe.unet, scheduler, engine=pipe.engine)
 
