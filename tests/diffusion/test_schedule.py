@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from ddim.diffusion.schedule import (
     SPACINGS,
     check_betas,
     check_timesteps,
+    check_timesteps_by_steps,
     make_alphas_cumprod,
     make_betas,
     make_timesteps,
@@ -256,3 +258,10 @@ def test_integer_sequences_are_accepted_as_timesteps(kind: object) -> None:
 def test_invalid_timesteps_raise(timesteps: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_timesteps(timesteps, T)
+
+
+@pytest.mark.parametrize("key", ["9" * 5000, "x" * 5000, None, -1, 1.5])
+def test_keys_that_are_no_numbers_of_steps_raise_one_sentence(key: Any) -> None:
+    with pytest.raises(ValueError, match="timesteps_by_steps") as caught:
+        check_timesteps_by_steps({key: [900]}, 1000)
+    assert len(str(caught.value)) < 300

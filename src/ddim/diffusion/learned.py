@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddim.diffusion.equations import MAX_CORRECTIONS, Step
-from ddim.diffusion.schedule import check_timesteps
-from ddim.validation import as_integer, shown
+from ddim.diffusion.schedule import check_timesteps, entries_by_steps
+from ddim.validation import shown
 
 MAX_WEIGHT = 1e3
 """Weights are smaller than this: those of every solver are of the order of 1."""
@@ -52,14 +52,10 @@ def check_coefficients_by_steps(by_steps: Mapping[Any, Any], num_train_timesteps
         >>> check_coefficients_by_steps({"2": [[900, 880, 0.1], [300, 310, 0.0, -0.2]]}, 1000)
         {2: [[900, 880, 0.1], [300, 310, 0.0, -0.2]]}
     """
-    if not isinstance(by_steps, Mapping):
-        raise TypeError(f"coefficients_by_steps must be a mapping of numbers of steps to rows, got {shown(by_steps)}")
     checked: dict[int, list[list[float]]] = {}
-    for key, rows in by_steps.items():
-        name = f"coefficients_by_steps[{key!r}]"
-        S = as_integer(int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 10 else key)
-        if not isinstance(rows, Sequence) or isinstance(rows, str) or S is None or len(rows) != S:
-            raise ValueError(f"{name} must list {key} rows, got {shown(rows)}")
+    for name, S, rows in entries_by_steps("coefficients_by_steps", by_steps, "rows"):
+        if not isinstance(rows, Sequence) or isinstance(rows, str) or len(rows) != S:
+            raise ValueError(f"{name} must list {S} rows, got {shown(rows)}")
         for index, row in enumerate(rows):
             longest = 3 + min(index, MAX_CORRECTIONS)
             if not isinstance(row, Sequence) or isinstance(row, str) or not 3 <= len(row) <= longest:

@@ -15,18 +15,20 @@ over T products.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ddim.validation import as_integer, integer, join_choices, nearest, shown
+from ddim.validation import as_integer, integer, join_choices, nearest, shorten, shown
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "quad", "const", "jsd")
 SPACINGS = ("leading", "trailing", "linspace", "quad", "logsnr", "blend")
 
 MAX_TRAIN_TIMESTEPS = 1_000_000
+MAX_DIGITS = len(str(MAX_TRAIN_TIMESTEPS))
+"""Of a number of steps, which is at most that of the timesteps."""
 MAX_BETA_COSINE = 0.999
 QUAD_REACH = 0.8
 SIGMOID_REACH = 6.0
@@ -315,16 +317,44 @@ def check_timesteps_by_steps(by_steps: Mapping[Any, Sequence[int]], num_train_ti
         >>> check_timesteps_by_steps({"2": [900, 0]}, 1000)
         {2: [900, 0]}
     """
-    if not isinstance(by_steps, Mapping):
-        raise TypeError(f"timesteps_by_steps must be a mapping of numbers of steps to timesteps, got {shown(by_steps)}")
     checked = {}
-    for key, timesteps in by_steps.items():
-        S = as_integer(int(key) if isinstance(key, str) and key.isdecimal() else key)
+    for name, S, timesteps in entries_by_steps("timesteps_by_steps", by_steps, "timesteps"):
         try:
             chosen = check_timesteps(timesteps, num_train_timesteps)
         except ValueError as error:
-            raise ValueError(f"timesteps_by_steps[{key!r}]: {error}") from None
+            raise ValueError(f"{name}: {error}") from None
         if len(chosen) != S:
-            raise ValueError(f"timesteps_by_steps[{key!r}] must list {key} timesteps, got {len(chosen)}")
+            raise ValueError(f"{name} must list {S} timesteps, got {len(chosen)}")
         checked[S] = chosen
     return checked
+
+
+def entries_by_steps(name: str, by_steps: Any, kind: str) -> Iterator[tuple[str, int, Any]]:
+    """Iterate over what is learned for some numbers of steps.
+
+    Args:
+        name: of the mapping, in messages.
+        by_steps: the mapping; its keys are integers or their digits (as in JSON).
+        kind: what its values list, in messages.
+
+    Yields:
+        The name of the entry, its number of steps, and its value.
+
+    Raises:
+        TypeError: if it is not a mapping.
+        ValueError: for a key that is not a number of steps.
+
+    Example:
+        >>> list(entries_by_steps("x", {"2": [900, 0]}, "timesteps"))
+        [("x['2']", 2, [900, 0])]
+    """
+    if not isinstance(by_steps, Mapping):
+        raise TypeError(f"{name} must be a mapping of numbers of steps to {kind}, got {shown(by_steps)}")
+    for key, value in by_steps.items():
+        is_text = isinstance(key, str) and key.isdecimal() and len(key) <= MAX_DIGITS
+        S = as_integer(int(key) if is_text else key)
+        if S is None:
+            raise ValueError(
+                f"{name}[{shown(key)}] must list {shorten(str(key))} {kind}: its key must be a number of steps"
+            )
+        yield f"{name}[{shown(key)}]", S, value
