@@ -53,9 +53,9 @@ def check_coefficients_by_steps(by_steps: Mapping[Any, Any], num_train_timesteps
         {2: [[900, 880, 0.1], [300, 310, 0.0, -0.2]]}
     """
     checked: dict[int, list[list[float]]] = {}
-    for name, S, rows in entries_by_steps("coefficients_by_steps", by_steps, "rows"):
-        if not isinstance(rows, Sequence) or isinstance(rows, str) or len(rows) != S:
-            raise ValueError(f"{name} must list {S} rows, got {shown(rows)}")
+    for name, count, S, rows in entries_by_steps("coefficients_by_steps", by_steps, "rows"):
+        if not isinstance(rows, Sequence) or isinstance(rows, str) or S is None or len(rows) != S:
+            raise ValueError(f"{name} must list {count} rows, got {shown(rows)}")
         for index, row in enumerate(rows):
             longest = 3 + min(index, MAX_CORRECTIONS)
             if not isinstance(row, Sequence) or isinstance(row, str) or not 3 <= len(row) <= longest:

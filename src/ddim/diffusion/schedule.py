@@ -318,18 +318,18 @@ def check_timesteps_by_steps(by_steps: Mapping[Any, Sequence[int]], num_train_ti
         {2: [900, 0]}
     """
     checked = {}
-    for name, S, timesteps in entries_by_steps("timesteps_by_steps", by_steps, "timesteps"):
+    for name, count, S, timesteps in entries_by_steps("timesteps_by_steps", by_steps, "timesteps"):
         try:
             chosen = check_timesteps(timesteps, num_train_timesteps)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        if len(chosen) != S:
-            raise ValueError(f"{name} must list {S} timesteps, got {len(chosen)}")
+        if S is None or len(chosen) != S:
+            raise ValueError(f"{name} must list {count} timesteps, got {len(chosen)}")
         checked[S] = chosen
     return checked
 
 
-def entries_by_steps(name: str, by_steps: Any, kind: str) -> Iterator[tuple[str, int, Any]]:
+def entries_by_steps(name: str, by_steps: Any, kind: str) -> Iterator[tuple[str, str, int | None, Any]]:
     """Iterate over what is learned for some numbers of steps.
 
     Args:
@@ -338,23 +338,18 @@ def entries_by_steps(name: str, by_steps: Any, kind: str) -> Iterator[tuple[str,
         kind: what its values list, in messages.
 
     Yields:
-        The name of the entry, its number of steps, and its value.
+        The name of the entry, its key as text, its number of steps (`None` for a key that is none), and its value.
 
     Raises:
         TypeError: if it is not a mapping.
-        ValueError: for a key that is not a number of steps.
 
     Example:
         >>> list(entries_by_steps("x", {"2": [900, 0]}, "timesteps"))
-        [("x['2']", 2, [900, 0])]
+        [("x['2']", '2', 2, [900, 0])]
     """
     if not isinstance(by_steps, Mapping):
         raise TypeError(f"{name} must be a mapping of numbers of steps to {kind}, got {shown(by_steps)}")
     for key, value in by_steps.items():
         is_text = isinstance(key, str) and key.isdecimal() and len(key) <= MAX_DIGITS
         S = as_integer(int(key) if is_text else key)
-        if S is None:
-            raise ValueError(
-                f"{name}[{shown(key)}] must list {shorten(str(key))} {kind}: its key must be a number of steps"
-            )
-        yield f"{name}[{shown(key)}]", S, value
+        yield f"{name}[{shown(key)}]", shorten(str(key)), S, value
