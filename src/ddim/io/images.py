@@ -220,11 +220,9 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 def _blend_with_white(image: Image.Image, mode: str) -> Image.Image:
     """Return an image with transparency in the mode `L` or `RGB`, made a few rows at a time: copies take memory."""
-    width, height = image.size
     result = Image.new(mode, image.size)
-    rows = max(1, STRIP_BYTES // (4 * width))
-    for top in range(0, height, rows):
-        strip = image.crop((0, top, width, min(top + rows, height))).convert("RGBA")
+    for top, stored in _strips(image):
+        strip = stored.convert("RGBA")
         opaque = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
         result.paste(opaque.convert(mode), (0, top))
     return result
@@ -553,8 +551,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
         return image.convert("LA") if mode == "La" else image
     if mode != "F" and not mode.startswith("I"):
         raise ValueError(f"{name} must be gray or color, got mode {mode}; convert it to RGB")
-    extremes = [(strip.min(), strip.max()) for _, strip in _strips(image)]
-    low, high = np.min([low for low, _ in extremes]), np.max([high for _, high in extremes])
+    low, high = (extreme([extreme(np.asarray(strip)) for _, strip in _strips(image)]) for extreme in (np.min, np.max))
     if mode == "F":
         if not np.isfinite([low, high]).all():
             raise ValueError(f"{name} must hold finite values, got NaN or infinity")
@@ -570,22 +567,22 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(_by_strips(lambda strip: (strip / np.float32(257)).round().astype(np.uint8), image))
 
 
-def _strips(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield an image of one channel a few rows at a time, with the number of the first.
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Yield an image a few rows at a time, with the number of the first.
 
     A large one and its copies would not fit into memory; PIL makes two of an image that becomes an array.
     """
     width, height = image.size
     rows = max(1, STRIP_BYTES // (4 * width))
     for top in range(0, height, rows):
-        yield top, np.asarray(image.crop((0, top, width, min(top + rows, height))))
+        yield top, image.crop((0, top, width, min(top + rows, height)))
 
 
 def _by_strips(convert: Callable[[np.ndarray], np.ndarray], image: Image.Image) -> np.ndarray:
     """Convert an image of one channel to bytes (H, W)."""
     result = np.empty(image.size[::-1], np.uint8)
     for top, strip in _strips(image):
-        result[top : top + len(strip)] = convert(strip)
+        result[top : top + strip.height] = convert(np.asarray(strip))
     return result
 
 
