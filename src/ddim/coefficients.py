@@ -28,10 +28,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from ddim.diffusion.equations import Step, ddim_step
+from ddim.diffusion.equations import MAX_CORRECTIONS, Step, ddim_step
 from ddim.diffusion.guidance import Conditions
-from ddim.diffusion.learned import learned_steps
-from ddim.diffusion.loop import Denoiser
+from ddim.diffusion.loop import Denoiser, StepSettings, sample
 from ddim.diffusion.noise import noise_from_seeds
 from ddim.diffusion.schedule import SPACINGS
 from ddim.diffusion.solvers import add_corrections
@@ -48,8 +47,6 @@ MAX_LEARNED_STEPS = 20
 """The largest number of steps whose coefficients are learned; with more, formulas are near the limit."""
 MAX_EVALUATIONS_PER_LATENT = 1600
 """Function evaluations of a fit, without those of the limit."""
-NUM_EARLIER = 3
-"""Earlier predictions that a step uses."""
 ORDERS = (1, 2)
 """Orders of the formulas that a fit starts from and is compared with."""
 SMALLEST_ERROR = 1e-3
@@ -181,13 +178,15 @@ class Runs:
         conditions: Conditions | None = pipe.conditions(len(seeds), **in_turn(condition, len(seeds)))
         scheduler = sampler.scheduler
         self._prediction_type, self._clip = scheduler.config.prediction_type, scheduler.clip
-        self._final_alpha = 1.0 if scheduler.config.set_alpha_to_one else float(scheduler.alphas_cumprod_float64[0])
         batch_size = min(batch_size, len(seeds))
         self._denoiser: Denoiser = sampler.denoiser([], batch_size, conditions=conditions)
         shape = (len(seeds), *sampler.sample_shape)
         self.start = noise_from_seeds(shape, list(seeds), sampler.device)().to(sampler.sample_dtype)
         timesteps = scheduler.make_timesteps(min(REFERENCE_STEPS, len(scheduler)), "blend")
-        self.limit = self._sample_limit(scheduler.make_steps(timesteps, order=2)).clamp(-1, 1)
+        # Without clipping, which would add an error of its own at every step.
+        settings = StepSettings(self._prediction_type)
+        *_, last = sample(self.predict, self.start, scheduler.make_steps(timesteps, order=2), settings)
+        self.limit = last.sample.clamp(-1, 1)
 
     def steps(self, rows: Sequence[Sequence[float]]) -> list[Step]:
         """Return the steps of rows.
@@ -195,18 +194,18 @@ class Runs:
         Args:
             rows: a row per step.
         """
-        return learned_steps(rows, self.pipe.scheduler.alphas_cumprod_float64, self._final_alpha)
+        return self.pipe.scheduler.make_row_steps(rows)
 
-    def predict(self, x: Tensor, step: Step) -> Tensor:
-        """Return the network's output at a step.
+    def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
+        """Return the network's output, and count its evaluations.
 
         Args:
             x: of all latents, (N, C, H, W).
-            step: whose timestep it is given.
+            timestep: that it is given, int64 ().
         """
         self.evaluations += len(x)
         with torch.no_grad(), evaluating(self.pipe.unet):
-            return self._denoiser(x, torch.tensor(step.timestep, device=x.device))
+            return self._denoiser(x, timestep)
 
     def take(self, x: Tensor, step: Step, output: Tensor, history: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Take a step, and return x_prev and epsilon.
@@ -221,7 +220,13 @@ class Runs:
         return add_corrections(x_prev, x0, x, step.coefficients(), history)
 
     def finish(
-        self, steps: Sequence[Step], index: int, x: Tensor, history: Sequence[Tensor], output: Tensor | None = None
+        self,
+        steps: Sequence[Step],
+        index: int,
+        x: Tensor,
+        history: Sequence[Tensor],
+        output: Tensor | None = None,
+        before: list[tuple[Tensor, list[Tensor], Tensor]] | None = None,
     ) -> Tensor:
         """Return the images of a run from one of its steps on.
 
@@ -231,12 +236,16 @@ class Runs:
             x: before it.
             history: earlier epsilons, the last one first.
             output: of the network at it, where it is known.
+            before: gets x, the history and the output before each step.
         """
         earlier = list(history)
         for step in steps[index:]:
-            output = self.predict(x, step) if output is None else output
+            if output is None:
+                output = self.predict(x, torch.tensor(step.timestep, device=x.device))
+            if before is not None:
+                before.append((x, earlier, output))
             x, epsilon = self.take(x, step, output, earlier)
-            earlier, output = [epsilon, *earlier][:NUM_EARLIER], None
+            earlier, output = [epsilon, *earlier][:MAX_CORRECTIONS], None
         return x
 
     def errors(self, rows: Sequence[Sequence[float]]) -> Tensor:
@@ -271,15 +280,6 @@ class Runs:
         """
         return float(self.errors(rows).sqrt().mean())
 
-    def _sample_limit(self, steps: Sequence[Step]) -> Tensor:
-        x, history = self.start, list[Tensor]()
-        for step in steps:
-            # Without clipping, which would add an error of its own at every step.
-            x_prev, x0 = ddim_step(self.predict(x, step), x, step, self._prediction_type)
-            x, epsilon = add_corrections(x_prev, x0, x, step.coefficients(), history)
-            history = [epsilon]
-        return x
-
 
 class State:
     """A run of some rows, step by step, from which runs of other rows can start.
@@ -295,13 +295,7 @@ class State:
     def __init__(self, runs: Runs, rows: list[list[float]]) -> None:
         self.runs, self.rows = runs, rows
         self._before: list[tuple[Tensor, list[Tensor], Tensor]] = []
-        x, history = runs.start, list[Tensor]()
-        for step in runs.steps(rows):
-            output = runs.predict(x, step)
-            self._before.append((x, history, output))
-            x, epsilon = runs.take(x, step, output, history)
-            history = [epsilon, *history][:NUM_EARLIER]
-        self.images = x
+        self.images = runs.finish(runs.steps(rows), 0, runs.start, [], before=self._before)
 
     def changed(self, index: int, column: int, rows: list[list[float]]) -> Tensor:
         """Return the images of rows that differ in one number.
@@ -333,7 +327,7 @@ def fit(
         Rows of at most the same error.
     """
     T = len(runs.pipe.scheduler)
-    rows = [[*row, *[0.0] * (3 + min(index, NUM_EARLIER) - len(row))] for index, row in enumerate(rows)]
+    rows = [[*row, *[0.0] * (3 + min(index, MAX_CORRECTIONS) - len(row))] for index, row in enumerate(rows)]
     free = [(i, c) for i, row in enumerate(rows) for c in range(2 if weights_only else 0, len(row))]
     lowest, damping = runs.mean_rmse(rows), FIRST_DAMPING
     has_converged = False

@@ -410,8 +410,18 @@ class DDIMScheduler(SchedulerFiles):
             [880, 310]
         """
         rows = self._learned_rows.get(as_integer(num_inference_steps) or 0)
-        if rows is None:
-            return None
+        return None if rows is None else self.make_row_steps(rows)
+
+    def make_row_steps(self, rows: Sequence[Row]) -> list[Step]:
+        """Return the steps of rows of coefficients along this schedule.
+
+        Args:
+            rows: a row per step, as `ddim.diffusion.learned.learned_steps` takes them.
+
+        Example:
+            >>> DDIMScheduler().make_row_steps([[900, 880, 0.1]])[0].timestep
+            880
+        """
         return learned_steps(rows, self.alphas_cumprod_float64, float(self._before_rounding("final_alpha_cumprod")))
 
     def step(

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from ddim.latents import Condition
     from ddim.pipeline import DDIMPipeline
 
-NUM_COEFFICIENT_LATENTS = 32
-
 
 @takes_conditions
 def tune(
@@ -106,7 +104,7 @@ def tune(
     condition = conditions.condition(pipe, conditions.num_labels(pipe))
     if coefficients:
         for num_steps in numbers_of_steps:
-            _learn(pipe, num_steps, NUM_COEFFICIENT_LATENTS if codes is None else codes, seed, batch_size, condition)
+            _learn(pipe, num_steps, codes, seed, batch_size, condition)
         pipe.save_pretrained(folder)
         report_result(folder, 0, f"coefficients of {pluralize(len(numbers_of_steps), 'number')} of steps")
         return
@@ -136,11 +134,12 @@ def tune(
 
 
 def _learn(
-    pipe: DDIMPipeline, num_steps: int, num_latents: int, seed: int, batch_size: int, condition: Condition
+    pipe: DDIMPipeline, num_steps: int, codes: int | None, seed: int, batch_size: int, condition: Condition
 ) -> None:
     """Learn the coefficients of a number of steps, print their errors, and add them to a pipeline's scheduler."""
-    from ddim.coefficients import learn
+    from ddim.coefficients import NUM_LATENTS, learn
 
+    num_latents = NUM_LATENTS if codes is None else codes
     result = learn(pipe, num_steps, num_latents=num_latents, seed=seed, batch_size=batch_size, **condition)
     print(f"{pluralize(num_steps, 'step')}, {result.evaluations:,} function evaluations")
     for name, error in sorted({"learned": result.error, **result.others}.items(), key=lambda entry: entry[1]):
