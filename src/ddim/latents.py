@@ -110,10 +110,8 @@ class Condition(TypedDict, total=False):
     guide: Any
 
 
-class LatentSpace:
-    """The latent space of a model: the methods of a pipeline that encode, decode, interpolate and edit.
-
-    They are written against the public methods of `Sampler` alone.
+class SamplerMethods:
+    """Methods of a pipeline that are written against the public methods of `Sampler` alone: what they require of it.
 
     Attributes:
         progress_bar: opens the progress bar of each run.
@@ -134,6 +132,10 @@ class LatentSpace:
             condition: classes and guidance.
         """
         raise NotImplementedError
+
+
+class LatentSpace(SamplerMethods):
+    """The latent space of a model: the methods of a pipeline that encode, decode, interpolate and edit."""
 
     def encode(
         self,

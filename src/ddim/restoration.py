@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ddim.diffusion.guidance import Conditions
@@ -27,7 +28,7 @@ from ddim.diffusion.restoration import METHODS, Method, Operator, Problem, proje
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.engine import get_engine
 from ddim.io.images import to_samples
-from ddim.latents import Condition
+from ddim.latents import Condition, SamplerMethods
 from ddim.outputs import RestoreOutput
 from ddim.sampler import ProgressBar, Sampler, evaluating
 from ddim.validation import choice, integer, real
@@ -81,28 +82,8 @@ class RestorationConfig:
         )
 
 
-class Restoration:
-    """The methods of a pipeline that restore images, written against the public methods of `Sampler` alone.
-
-    Attributes:
-        progress_bar: opens the progress bar of each run.
-    """
-
-    progress_bar: ProgressBar
-
-    @property
-    def sampler(self) -> Sampler:
-        """The network and the scheduler, ready to run."""
-        raise NotImplementedError
-
-    def conditions(self, count: int, **condition: Unpack[Condition]) -> Conditions | None:
-        """Return what the samples of a run are conditioned on; see `Sampler.conditions`.
-
-        Args:
-            count: the number of samples.
-            condition: classes and guidance.
-        """
-        raise NotImplementedError
+class Restoration(SamplerMethods):
+    """The methods of a pipeline that restore images."""
 
     def restore(
         self,
@@ -344,7 +325,7 @@ def _run(
     engine = get_engine(sampler.unet, "eager") if method.requires_gradient else None
     denoiser = sampler.denoiser(plan.steps, engine=engine, conditions=conditions)
     steps = plan.steps if config.resampling is None else resampled(plan.steps, *config.resampling)
-    run = method(config.eta) if method.name == "ddrm" else method()  # type: ignore[call-arg]
+    run = method.of(config.eta)
     step_fn = restoration_step(denoiser, sampler.scheduler.config.prediction_type, run, problem, noise)
     x = run.start(noise().to(sampler.sample_dtype), problem, plan.steps[0])
     with evaluating(sampler.unet), sampler.running(len(steps), progress_bar) as bar:
@@ -370,8 +351,6 @@ def read_masks(masks: Any, count: int, size: tuple[int, int], resize: bool = Fal
         >>> read_masks(torch.tensor([[True, False]]), 1, (1, 2)).tolist()
         [[[True, False]]]
     """
-    from PIL import Image
-
     if isinstance(masks, Image.Image):
         masks = [masks]
     if isinstance(masks, list | tuple) and all(isinstance(mask, Image.Image) for mask in masks):

@@ -131,7 +131,7 @@ class RestorationOptions:
             given: what was given, as it is shown, of the model's size.
             result: the samples, of the output type `np`.
         """
-        from ddim.io.image_files import enlarge, is_folder_path, save_image, stack_rows
+        from ddim.io.image_files import enlarge, is_folder_path, make_grid, save_image
 
         num_replaced = count_replaced(pipe, self.out, len(result.images))
         if target.suffix.lower() == ".png" and not is_folder_path(self.out):
@@ -141,9 +141,7 @@ class RestorationOptions:
                 + ([mean] if self.count > 1 else [])
                 for image, mean, first in zip(given, means, range(0, len(samples), self.count), strict=True)
             ]
-            # One below the other: `stack_rows` takes columns.
-            cells = [cell for row in rows for cell in row]
-            grid = stack_rows([cells], len(rows[0]))
+            grid = make_grid([cell for row in rows for cell in row], len(rows[0]))
             save_image(enlarge(grid, samples[0], self.scale), target)
         else:
             save_results(pipe, result.images, self.out)
@@ -186,6 +184,8 @@ def inpaint(
     """
     import torch
 
+    from ddim.restoration import read_masks
+
     shared = RestorationOptions(out, count, seed, method, steps, resampling, scale)
     target = shared.check()
     if (mask is None) == (box is None):
@@ -195,7 +195,7 @@ def inpaint(
     masks = None if mask is None else [_as_image(image) for image in read_images([mask])]
     pipe = load_pipeline(name or DEFAULT_MODEL, device, dtype, engine)
     size = pipe.sample_shape[1:]
-    missing = parse_box(box, size) if box is not None else masks
+    missing = read_masks(masks if box is None else parse_box(box, size), len(originals), size, resize)
     result = pipe.inpaint(
         originals,
         missing,
@@ -204,11 +204,8 @@ def inpaint(
         **conditions.condition(pipe, len(originals) * count),
     )
     known = result.images.reshape(len(originals), count, *result.images.shape[1:])[:, 0]
-    from ddim.restoration import read_masks
-
-    holes = read_masks(missing, len(originals), size, resize).expand(len(originals), *size)
     middle = torch.as_tensor(known)
-    middle = torch.where(holes[..., None], middle.double().mean().to(middle.dtype), middle)
+    middle = torch.where(missing[..., None], middle.double().mean().to(middle.dtype), middle)
     shared.write(target, pipe, show_images(pipe, middle.numpy()), result)
 
 
@@ -256,7 +253,7 @@ def super_resolve(
         **shared.arguments(len(small)),
         **conditions.condition(pipe, len(small) * count),
     )
-    shared.write(target, pipe, _fill(pipe, small), result)
+    shared.write(target, pipe, _fill(pipe, small, factor), result)
 
 
 @takes_conditions
@@ -410,24 +407,13 @@ def _as_image(image: Image.Image | np.ndarray) -> Image.Image:
     return image if isinstance(image, Images.Image) else Images.fromarray(image)
 
 
-def _fill(pipe: DDIMPipeline, small: Sequence[Image.Image | np.ndarray]) -> list[Image.Image]:
+def _fill(pipe: DDIMPipeline, small: Sequence[Image.Image | np.ndarray], factor: int) -> list[Image.Image]:
     """Return small images at the model's size, each pixel a square, as they are shown."""
     from ddim.io.images import to_samples
 
-    factor = pipe.sample_shape[1] // np_shape(small[0])[0]
     C, H, W = pipe.sample_shape
     y = to_samples(list(small), C, H // factor, W // factor, pixel_format=pipe.pixel_format)
     return _show_measurement(pipe, y)
-
-
-def np_shape(image: Image.Image | np.ndarray) -> tuple[int, int]:
-    """Return (height, width) of an image.
-
-    Args:
-        image: a PIL image or an array (H, W, C).
-    """
-    size = getattr(image, "size", None)
-    return (size[1], size[0]) if isinstance(size, tuple) else image.shape[:2]  # type: ignore[union-attr]
 
 
 def _show_measurement(pipe: DDIMPipeline, y: Tensor) -> list[Image.Image]:

@@ -29,12 +29,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from ddim.diffusion.equations import MAX_CORRECTIONS, Step, ddim_step, predict_x0_epsilon, x0_to_epsilon
+from ddim.diffusion.equations import MAX_CORRECTIONS, Step, add_noise, ddim_step, predict_x0_epsilon, x0_to_epsilon
 from ddim.diffusion.loop import Denoiser, StepFn
 from ddim.diffusion.noise import NoiseSource
 from ddim.diffusion.operators import LinearOperator
@@ -93,6 +93,15 @@ class Method(ABC):
     default_order: ClassVar[int] = 1
     default_resampling: ClassVar[tuple[int, int] | None] = None
 
+    @classmethod
+    def of(cls, eta: float) -> Self:
+        """Return the method for one run.
+
+        Args:
+            eta: the noise of the process, which most methods know from their steps.
+        """
+        return cls()
+
     def start(self, noise: Tensor, problem: Problem, step: Step) -> Tensor:
         """Return x at the first timestep.
 
@@ -142,7 +151,8 @@ def restoration_step(
         nonlocal last_x0
         if step.alpha_prev < step.alpha:
             assert last_x0 is not None
-            return add_noise_again(x, step, noise()), last_x0
+            ratio = torch.tensor(step.alpha_prev / step.alpha, dtype=torch.float64)
+            return add_noise(x, noise(), ratio), last_x0
 
         def predict(sample: Tensor) -> tuple[Tensor, Tensor]:
             return predict_x0_epsilon(denoiser(sample, timestep), sample, step.alpha, prediction_type)
@@ -153,21 +163,10 @@ def restoration_step(
     return step_fn
 
 
-def add_noise_again(x: Tensor, step: Step, noise: Tensor) -> Tensor:
-    """Return a sample of q(x_t | x_s) for a later t, a step towards noise.
-
-    Args:
-        x: x_s, (N, C, H, W).
-        step: from s, of `alpha`, to t, of the smaller `alpha_prev`.
-        noise: standard Gaussian, of the shape of `x`.
-
-    Example:
-        >>> step = Step(-1, 9, alpha=1.0, alpha_prev=0.64)
-        >>> round(float(add_noise_again(torch.tensor(1.0), step, torch.tensor(0.0))), 6)
-        0.8
-    """
-    ratio = step.alpha_prev / step.alpha
-    return math.sqrt(ratio) * x + math.sqrt(1 - ratio) * noise
+def _update(step: Step, x0: Tensor, epsilon: Tensor, noise: NoiseSource) -> Tensor:
+    """Return x_prev by equation (12), from an x_0 and an epsilon that need not belong to one x_t."""
+    c = step.coefficients()
+    return c.signal_prev * x0 + c.direction * epsilon + c.noise_std * noise()
 
 
 def resampled(steps: Sequence[Step], length: int, repeats: int) -> list[Step]:
@@ -241,7 +240,7 @@ class DDNM(Method):
         residual = inverse * operator.unmeasure(y - operator(x0))
         if not problem.noise_std:
             x0 = x0 + operator.from_coefficients(residual)
-            return c.signal_prev * x0 + c.direction * epsilon + c.noise_std * noise(), x0
+            return _update(step, x0, epsilon, noise), x0
         # The noise that all of the residual would bring into x_prev.
         brought = step.alpha_prev**0.5 * problem.noise_std * inverse
         part = (step.noise_std / brought.clamp(min=1e-12)).clamp(max=1)
@@ -273,6 +272,11 @@ class DDRM(Method):
 
     def __init__(self, eta: float = 0.85) -> None:
         self.eta = eta
+
+    @classmethod
+    def of(cls, eta: float) -> Self:
+        """Return the method for one run of the process of `eta`."""
+        return cls(eta)
 
     def start(self, noise: Tensor, problem: Problem, step: Step) -> Tensor:
         """Return x at the first timestep, what was measured with as much noise as belongs to it."""
@@ -327,7 +331,7 @@ class RePaint(Method):
         mask = problem.linear.singular_values.to(x.device, x.dtype)
         c = step.coefficients()
         x0, epsilon = predict(x)
-        unknown = c.signal_prev * x0 + c.direction * epsilon + c.noise_std * noise()
+        unknown = _update(step, x0, epsilon, noise)
         known = c.signal_prev * problem.measurement + math.sqrt(1 - step.alpha_prev) * noise()
         return mask * known + (1 - mask) * unknown, x0
 
@@ -367,9 +371,8 @@ class PiGDM(Method):
             else:
                 weighted = residual * variance / (variance + problem.noise_std**2)
             (gradient,) = torch.autograd.grad((predicted * weighted).sum(), sample)
-        c, x0, epsilon = step.coefficients(), x0.detach(), epsilon.detach()
-        x_prev = c.signal_prev * x0 + c.direction * epsilon + c.noise_std * noise()
-        return x_prev + c.signal * gradient, x0
+        x0 = x0.detach()
+        return _update(step, x0, epsilon.detach(), noise) + math.sqrt(step.alpha) * gradient, x0
 
 
 class MMPS(Method):
@@ -495,9 +498,8 @@ class DPS(Method):
             x0, epsilon = predict(sample)
             residual = (problem.measurement - problem.operator(x0)).flatten(1)
             (gradient,) = torch.autograd.grad(residual.norm(dim=1).sum(), sample)
-        c, x0, epsilon = step.coefficients(), x0.detach(), epsilon.detach()
-        x_prev = c.signal_prev * x0 + c.direction * epsilon + c.noise_std * noise()
-        return x_prev - self.scale * gradient, x0
+        x0 = x0.detach()
+        return _update(step, x0, epsilon.detach(), noise) - self.scale * gradient, x0
 
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (DDNM, DDRM, RePaint, PiGDM, MMPS, DPS)}
