@@ -105,6 +105,7 @@ def test_scheduler_round_trip_of_every_argument(tmp_path: Path) -> None:
         "rescale_betas_zero_snr": True,
         "solver_order": 2,
         "timesteps_by_steps": {"2": [30, 4]},
+        "coefficients_by_steps": {"2": [[30, 29, 0.1], [4, 4, 0.0, -0.2]]},
     }
     defaults = inspect.signature(DDIMScheduler).parameters
     assert list(changed) == list(defaults)

@@ -32,7 +32,8 @@ from ddim.pipeline import DDIMPipeline
 from ddim.validation import pluralize, shown
 
 ENDPOINT_STEPS = 20
-"""Number of steps in which the images of seeds are sampled for the list of endpoints."""
+"""Number of steps in which the images of seeds are sampled for the list of endpoints; a model of fewer timesteps takes
+all of them."""
 
 MAX_SEED_DIGITS = 19
 
@@ -159,7 +160,7 @@ def make_endpoints(
         condition = replace(condition, labels=condition.labels[:1])
         output: Any = pipe(
             len(seeds),
-            num_inference_steps=ENDPOINT_STEPS,
+            num_inference_steps=min(ENDPOINT_STEPS, len(pipe.scheduler)),
             seeds=seeds,
             output_type="np",
             **condition.arguments(len(seeds)),
