@@ -1,4 +1,4 @@
-"""Quality against the number of steps: DDIM, order 2, and order 2 with learned timesteps, on the built-in model.
+"""Quality against the number of steps: DDIM, order 2, learned timesteps and learned coefficients, built-in model.
 
     python -m benchmarks.steps --data mnist/test.parquet --out benchmarks/results
 
@@ -9,7 +9,8 @@
 With `--clipping` instead: mean squared differences between the images of S steps of DDIM and of the next larger S, for
 three kinds of clipping.
 
-Timesteps are learned with `ddim.tuning.tune` from other latents. Results that `steps.json` in `--out` has are not
+Timesteps are learned with `ddim.tuning.tune`, coefficients with `ddim.coefficients.learn`, both from other latents; the
+seconds that the latter took are among the results. Results that `steps.json` in `--out` has are not
 measured again, so that an interrupted run resumes; delete it for a new run.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from benchmarks.report import write_files
 from ddim import DDIMPipeline, DDIMScheduler
+from ddim.coefficients import learn
 from ddim.diffusion.noise import noise_from_seeds
 from ddim.evaluation.features import load_features
 from ddim.evaluation.image_sets import open_files, sample_image_set
@@ -35,7 +38,7 @@ from ddim.io.json_files import to_json
 from ddim.tuning import tune
 
 STEPS = (5, 7, 10, 15, 20)
-METHODS = ("DDIM", "order 2", "order 2, learned timesteps")
+METHODS = ("DDIM", "order 2", "order 2, learned timesteps", "learned coefficients")
 SEED = 100_000
 """Of the first latent: far from those that timesteps are learned with."""
 BATCH_SIZE = 64
@@ -57,12 +60,27 @@ class Results:
         return self.values[name]
 
 
-def call_arguments(method: str, number: int, results: Results, pipe: DDIMPipeline) -> dict[str, Any]:
-    """Return the arguments of a call of the pipeline for a method and a number of steps."""
-    arguments: dict[str, Any] = {"num_inference_steps": number, "order": 1 if method == "DDIM" else 2}
+def with_method(pipe: DDIMPipeline, method: str, number: int, results: Results) -> tuple[DDIMPipeline, dict[str, Any]]:
+    """Return the pipeline, and the arguments of its call, for a method and a number of steps."""
+    arguments: dict[str, Any] = {"num_inference_steps": number}
+    if method == "learned coefficients":
+        rows = results.get(f"coefficients, {number}", lambda: learn_rows(pipe, number, results))
+        scheduler = DDIMScheduler.from_config(pipe.scheduler.config, coefficients_by_steps={str(number): rows})
+        pipe = DDIMPipeline(pipe.unet, scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe, arguments
+    arguments["order"] = 1 if method == "DDIM" else 2
     if "learned" in method:
         arguments["timesteps"] = results.get(f"timesteps, {number}", lambda: tune(pipe, number).timesteps)
-    return arguments
+    return pipe, arguments
+
+
+def learn_rows(pipe: DDIMPipeline, number: int, results: Results) -> list[list[float]]:
+    """Learn the coefficients of a number of steps, and note how long it took."""
+    started = time.perf_counter()
+    rows = learn(pipe, number).rows
+    results.get(f"seconds of learning coefficients, {number}", lambda: time.perf_counter() - started)
+    return rows
 
 
 def sample_latents(pipe: DDIMPipeline, count: int, **arguments: Any) -> Tensor:
@@ -136,16 +154,16 @@ def main() -> None:
     def error(method: str, number: int) -> float:
         if not limit:
             limit.append(sample_latents(pipe, arguments.latents, num_inference_steps=1000))
-        images = sample_latents(pipe, arguments.latents, **call_arguments(method, number, results, pipe))
+        sampled, settings = with_method(pipe, method, number, results)
+        images = sample_latents(sampled, arguments.latents, **settings)
         return float((images - limit[0]).double().square().mean())
 
     extractor = load_features("mnist", pipe.sample_shape)
     real = compute_features(open_files(arguments.data, shape=pipe.sample_shape), extractor)
 
     def distance(method: str, number: int) -> float:
-        generated = sample_image_set(
-            pipe, arguments.images, name=f"{method}, {number}", **call_arguments(method, number, results, pipe)
-        )
+        sampled, settings = with_method(pipe, method, number, results)
+        generated = sample_image_set(sampled, arguments.images, name=f"{method}, {number}", **settings)
         return frechet(compute_features(generated, extractor).values, real.values)
 
     titles = {

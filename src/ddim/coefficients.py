@@ -47,13 +47,21 @@ MAX_LEARNED_STEPS = 20
 """The largest number of steps whose coefficients are learned; with more, formulas are near the limit."""
 MAX_EVALUATIONS_PER_LATENT = 1600
 """Function evaluations of a fit, without those of the limit."""
+LAST_EVALUATIONS_PER_LATENT = 60
+"""Further ones, of the fit of the weights to the rounded timesteps."""
 ORDERS = (1, 2)
 """Orders of the formulas that a fit starts from and is compared with."""
 SMALLEST_ERROR = 1e-3
 """Latents with smaller root mean square errors count as much as those with this one."""
-FIRST_DAMPING, LARGEST_DAMPING = 1e-3, 1e3
+SMALLEST_DAMPING, FIRST_DAMPING, LARGEST_DAMPING = 1e-6, 1e-3, 1e3
 DAMPING_FACTOR = 8.0
 """Damping grows by this where a move is not kept, and shrinks by it where one is."""
+LEAST_GAIN = 0.002
+"""A fit ends with a move that lowers the error by a smaller part of it."""
+WEIGHT_DIFFERENCE = 0.02
+"""By which a weight is changed for its derivative."""
+TIMESTEP_DIFFERENCE, RELATIVE_TIMESTEP_DIFFERENCE = 3.0, 0.05
+"""By which a timestep is changed for its derivative: the larger of the number and the part of the timestep."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,8 @@ def learn(
             bar.update(min(1.0, fitted.evaluations / budget) - bar.n)
 
         rows = fit(fitted, best, budget, advance)
-        rows = fit(fitted, _rounded(rows, len(pipe.scheduler)), budget + 60 * count, advance, weights_only=True)
+        last = budget + LAST_EVALUATIONS_PER_LATENT * count
+        rows = fit(fitted, _rounded(rows, len(pipe.scheduler)), last, advance, weights_only=True)
         bar.update(1 - bar.n)
     others = {name: unseen.mse(candidate) for name, candidate in candidates.items()}
     error = unseen.mse(rows)
@@ -345,8 +354,8 @@ def fit(
             trial = _moved(rows, free, move, T)
             error = runs.mean_rmse(trial)
             if error < lowest:
-                has_converged = error > 0.998 * lowest
-                rows, lowest, damping = trial, error, max(damping / DAMPING_FACTOR, 1e-6)
+                has_converged = lowest - error < LEAST_GAIN * lowest
+                rows, lowest, damping = trial, error, max(damping / DAMPING_FACTOR, SMALLEST_DAMPING)
                 break
             damping *= DAMPING_FACTOR
         advance()
@@ -360,7 +369,8 @@ def _derivatives(
     differences, changes = [], []
     for index, column in free:
         t = state.rows[index][column]
-        difference = 0.02 if column > 1 else max(3.0, 0.05 * t)
+        of_timestep = max(TIMESTEP_DIFFERENCE, RELATIVE_TIMESTEP_DIFFERENCE * t)
+        difference = WEIGHT_DIFFERENCE if column > 1 else of_timestep
         for sign in (1, -1):
             rows = _moved(state.rows, [(index, column)], np.array([sign * difference]), num_train_timesteps)
             moved = rows[index][column] - t
