@@ -84,8 +84,13 @@ def in_float64(reference: DiffusersScheduler) -> DiffusersScheduler:
 def options(
     config: dict, S: int
 ) -> Iterator[tuple[DDIMScheduler, DiffusersScheduler, DiffusersScheduler, tuple[int, float, bool]]]:
-    """Yield our scheduler, that of diffusers, its float64 twin, and timestep, eta and use_clipped_model_output."""
-    for clip, set_alpha_to_one in itertools.product(CLIPS, (True, False)):
+    """Yield our scheduler, that of diffusers, its float64 twin, and timestep, eta and use_clipped_model_output.
+
+    A case of the grid has one kind of clipping: each meets every subsequence, prediction type and schedule.
+    """
+    block, place = divmod(GRID.index((config, S)), len(SUBSEQUENCES))
+    clip = CLIPS[(block + place) % len(CLIPS)]
+    for set_alpha_to_one in (True, False):
         ours, reference = (
             make(**config, **clip, set_alpha_to_one=set_alpha_to_one) for make in (DDIMScheduler, DiffusersScheduler)
         )
