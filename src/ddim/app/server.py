@@ -25,7 +25,7 @@ from ddim.app.models import ModelCache
 from ddim.app.pictures import describe_images
 from ddim.app.requests import Function
 from ddim.app.runs import MAX_WAITING_RUNS
-from ddim.app.tabs import interpolate, invert, model, sample, steps
+from ddim.app.tabs import interpolate, invert, model, restore, sample, steps
 from ddim.app.uploads import UPLOAD_LIFETIME_SECONDS, UploadLedger
 
 MAX_EVENTS = MAX_UNHEARD_RUNS + 2 * MAX_WAITING_RUNS
@@ -62,6 +62,7 @@ def build(models: ModelCache, downloads: str) -> gr.Blocks:
             ("Steps", steps.tab),
             ("Interpolate", interpolate.tab),
             ("Invert", invert.tab),
+            ("Restore", restore.tab),
             ("Model", model.tab),
         ):
             with gr.Tab(name):
