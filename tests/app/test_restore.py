@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from ddim.app import inputs
+from ddim.app.brush import read_marks, show_sheet
 from ddim.app.class_inputs import ClassInputs
 from ddim.app.events import Endpoint, Shared
 from ddim.app.handlers.restore import INPAINT, SUPER_RESOLVE, RestoreHandlers
 from ddim.app.measurements import Hole, Reduced, Source, check_factor, factors, read_mask
-from ddim.app.painting import read_painting, show_sheet
 from ddim.app.pictures import Picture
 from ddim.app.restoration import RestoreSettings, restore
 from ddim.app.runs import Run, RunProgress, RunResult
@@ -121,7 +121,7 @@ def test_factors_divide_height_and_width(pipe: DDIMPipeline) -> None:
         Reduced.of(pipe, Source.of(pipe, noise()), 2, "lanczos")
 
 
-# --- what is painted
+# --- what is marked
 
 
 HOSTILE: dict[str, tuple[Any, str]] = {
@@ -136,21 +136,21 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "no image": ("data:image/png;base64,AAAA", "the drawing is not an image of a known format"),
     "many pixels": (data_url(Image.new("1", (6000, 6000))), "the drawing must have at most 25 million pixels"),
     "another size": (data_url(box_mask((H, W))), "mask must have the 12 x 8 pixels of the image, got 8 x 12"),
-    "nothing painted": (data_url(Image.new("L", (W, H), 127)), "nothing is painted; paint over what is unknown"),
-    "nothing painted on a clear canvas": (data_url(Image.new("RGBA", (W, H))), "nothing is painted"),
-    "everything painted": (data_url(Image.new("L", (W, H), 128)), "everything is painted; erase what is known"),
+    "nothing marked": (data_url(Image.new("L", (W, H), 127)), "nothing is marked; brush over what is unknown"),
+    "nothing marked on a clear canvas": (data_url(Image.new("RGBA", (W, H))), "nothing is marked"),
+    "everything marked": (data_url(Image.new("L", (W, H), 128)), "everything is marked; erase what is known"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_paintings_are_refused(pipe: DDIMPipeline, name: str) -> None:
+def test_hostile_marks_are_refused(pipe: DDIMPipeline, name: str) -> None:
     value, sentence = HOSTILE[name]
     with pytest.raises(ValueError, match=sentence):
-        read_painting(pipe, value)
+        read_marks(pipe, value)
 
 
 def test_white_is_unknown(pipe: DDIMPipeline) -> None:
-    missing = read_painting(pipe, data_url(box_mask().convert("RGBA")))
+    missing = read_marks(pipe, data_url(box_mask().convert("RGBA")))
     assert np.array_equal(missing[0].numpy(), np.asarray(box_mask()) > 0)
 
 
@@ -237,7 +237,7 @@ def make_handlers(pipe: DDIMPipeline, folder: Path) -> RestoreHandlers:
     )
 
 
-def test_upload_is_painted_over_and_restored(pipe: DDIMPipeline, tmp_path: Path) -> None:
+def test_marks_on_an_upload_are_filled_in(pipe: DDIMPipeline, tmp_path: Path) -> None:
     handlers = make_handlers(pipe, tmp_path)
     noise().save(tmp_path / "uploads" / "x.png")
     source = handlers.use_upload("tiny", str(tmp_path / "uploads" / "x.png"))[handlers.source]
@@ -305,13 +305,13 @@ def test_sampled_and_pinned_images_are_used(tmp_path: Path) -> None:
 
 def test_mistakes_are_refused_before_anything_runs(pipe: DDIMPipeline, tmp_path: Path) -> None:
     handlers = make_handlers(pipe, tmp_path)
-    source, painting = Source.of(pipe, noise()), data_url(box_mask())
+    source, marks = Source.of(pipe, noise()), data_url(box_mask())
     common: Any = (2, 3, 0, "any", 1)
     noise().save(tmp_path / "x.png")
     for call, sentence in (
-        (lambda: handlers.restore(painting, "x", None, INPAINT, 2, "box", *common), "an image is missing; upload one"),
-        (lambda: handlers.restore(painting, "x", source, "Paint", 2, "box", *common), "task must be one of Inpaint or"),
-        (lambda: handlers.restore(painting, "x", source, [], 2, "box", *common), r"task must be .*, got \[\]"),
+        (lambda: handlers.restore(marks, "x", None, INPAINT, 2, "box", *common), "an image is missing; upload one"),
+        (lambda: handlers.restore(marks, "x", source, "Paint", 2, "box", *common), "task must be one of Inpaint or"),
+        (lambda: handlers.restore(marks, "x", source, [], 2, "box", *common), r"task must be .*, got \[\]"),
         (lambda: handlers.restore("", "x", source, INPAINT, 2, "box", *common), "the drawing must be a PNG"),
         (lambda: handlers.restore("", "x", source, SUPER_RESOLVE, 3, "box", *common), "factor must be one of 2 or 4"),
         (lambda: handlers.restore("", "x", source, SUPER_RESOLVE, 2, "", *common), "kernel must be one of box or"),

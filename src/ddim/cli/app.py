@@ -60,9 +60,10 @@ def app(
     """
     require("the page", "gradio")
     integer("--port", port, 0, 65535)
-    from ddim.app import serve
+    from ddim.app import Access, serve
     from ddim.io.hub import builtin_models
 
     given = [*(models or []), *(model or [])] or dict.fromkeys([DEFAULT_MODEL, *builtin_models()])
     names = [with_weights(name, weights) for name in given]
-    serve(names, host, port, share, allow_paths, allow_host or (), open_browser, device, engine)
+    access = Access(host, share, frozenset(name.lower() for name in allow_host or ()))
+    serve(names, access, port, allow_paths, open_browser, device, engine)

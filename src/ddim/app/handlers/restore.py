@@ -12,12 +12,12 @@ import numpy as np
 
 from ddim import validation
 from ddim.app import inputs, page
+from ddim.app.brush import read_marks, show_image, show_sheet
 from ddim.app.class_inputs import ClassInputs
 from ddim.app.conditions import ConditionSettings, guidance_of
 from ddim.app.events import Endpoint, Shared, Task, Updates, make_download_folder
 from ddim.app.handlers.interpolate import make_endpoints
 from ddim.app.measurements import Hole, Measurement, Reduced, Source, factors
-from ddim.app.painting import read_painting, show_image, show_sheet
 from ddim.app.rendering import Cell, grid
 from ddim.app.restoration import Restored, RestoreSettings, restore
 from ddim.app.runs import RunResult
@@ -193,7 +193,7 @@ class RestoreHandlers:
         }
 
     def follow(self, model: str, source: Source | None, task: Any, factor: Any, kernel: Any) -> Updates:
-        """Show what the task takes: the image to paint on, or the small one.
+        """Show what the task takes: the image to mark, or the small one.
 
         Args:
             model: the model's name.
@@ -214,7 +214,7 @@ class RestoreHandlers:
             image = Reduced.of(self.shared.models.open(model), source, factor, kernel).picture.shown
             shown = show_image(image, f"{image.width} x {image.height} pixels: the measurement")
         return {
-            # Hidden, not removed: what is painted stays.
+            # Hidden, not removed: what is marked stays.
             self.sheet: gr.HTML(visible=True if is_inpainting else "hidden"),
             self.reduced: gr.HTML(value=shown, visible=not is_inpainting),
             self.reduction: gr.Group(visible=not is_inpainting),
@@ -245,44 +245,30 @@ class RestoreHandlers:
         }
 
     def restore(
-        self,
-        painting: Any,
-        model: str,
-        source: Source | None,
-        task: Any,
-        factor: Any,
-        kernel: Any,
-        count: Any,
-        steps: Any,
-        seed: Any,
-        label: Any,
-        guidance: Any,
+        self, marks: Any, model: str, source: Source | None, task: Any, factor: Any, kernel: Any, *values: Any
     ) -> Task[Restored]:
         """Return the task of the restoration.
 
         Args:
-            painting: what was painted, as `read_painting` takes it.
+            marks: what was marked, as `read_marks` takes it.
             model: the model's name.
             source: the image of the tab.
             task: one of `TASKS`.
             factor: of super-resolution.
             kernel: of super-resolution.
-            count: number of answers.
-            steps: number of steps.
-            seed: of the first answer.
-            label: the class of the answers, or `any`.
-            guidance: of a class.
+            values: the arguments of `RestoreSettings.checked` but the last.
 
         Raises:
             ValueError: if an input is not allowed.
             TypeError: if the guidance is not a number.
         """
         base, image = self.shared.models.open(model), check_source(source)
+        count, steps, seed, label, guidance = values
         scale = guidance_of(label, guidance)
         settings = RestoreSettings.checked(count, steps, seed, label, scale, base.classes)
         measurement: Measurement
         if validation.choice("task", task, TASKS) == INPAINT:
-            measurement = Hole.of(base, image.picture, read_painting(base, painting))
+            measurement = Hole.of(base, image.picture, read_marks(base, marks))
         else:
             measurement = Reduced.of(base, image, factor, kernel)
 

@@ -7,15 +7,15 @@ from typing import Any
 import gradio as gr
 
 from ddim.app import inputs, page
+from ddim.app.brush import show_image, show_sheet
 from ddim.app.class_inputs import ClassInputs
 from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors
 from ddim.app.handlers.restore import INPAINT, READY, TASKS, RestoreHandlers, default_factor
 from ddim.app.measurements import factors
-from ddim.app.painting import show_image, show_sheet
 from ddim.app.restoration import RestoreSettings
 from ddim.restoration import KERNELS
 
-PAINT = """
+BRUSH = """
 // The canvas has the image's own pixels, so that a stroke covers whole ones; it is shown magnified, above the image.
 const COLOR = '#e11d48';
 const canvas = () => element.querySelector('canvas');
@@ -32,8 +32,8 @@ const report = () => {
   const { data } = canvas().getContext('2d').getImageData(0, 0, width, height);
   let count = 0;
   for (let i = 3; i < data.length; i += 4) count += data[i] > 127;
-  tool('painted').textContent = count
-    ? `${count} of ${width * height} pixels are unknown.` : 'Nothing is painted yet.';
+  tool('marked').textContent = count
+    ? `${count} of ${width * height} pixels are unknown.` : 'Nothing is marked yet.';
 };
 const clear = () => {
   if (!canvas()) return;
@@ -59,7 +59,7 @@ const stroke = (event) => {
   for (let i = 1; i <= steps; i++) dab(fromX + (x - fromX) * i / steps, fromY + (y - fromY) * i / steps);
   last = [x, y];
 };
-const paintBox = () => {
+const markBox = () => {
   const fields = ['x', 'y', 'width', 'height'].map((name) => tool(`box-${name}`));
   if (!fields.every((field) => field.value !== '' && field.reportValidity())) return;
   fill(...fields.map((field) => Number(field.value)));
@@ -77,28 +77,28 @@ for (const end of ['pointerup', 'pointercancel']) {
 }
 element.addEventListener('click', (event) => {
   if (event.target.closest('[data-clear]')) clear();
-  if (event.target.closest('[data-box]')) paintBox();
+  if (event.target.closest('[data-box]')) markBox();
 });
 element.addEventListener('keydown', (event) => {
-  if (event.key === 'Enter' && event.target.type === 'number') paintBox();
+  if (event.key === 'Enter' && event.target.type === 'number') markBox();
 });
 element.addEventListener('change', (event) => {
   if (event.target.matches('[data-erase]')) {
-    tool('box').textContent = event.target.checked ? 'Erase the box' : 'Paint the box';
+    tool('box').textContent = event.target.checked ? 'Erase the box' : 'Mark the box';
   }
 });
 watch('value', clear);
 """
-"""A brush of whole pixels, a box that the keyboard paints, and the count of what is painted; another image is clean."""
+"""A brush of whole pixels, a box that the keyboard marks, and the count of what is marked; another image is clean."""
 
-READ_PAINTING = """
+READ_MARKS = """
 (...values) => {
-  const painted = document.querySelector('#sheet canvas');
-  if (!painted) return ['', ...values.slice(1)];
-  const { width, height } = painted;
+  const marked = document.querySelector('#sheet canvas');
+  if (!marked) return ['', ...values.slice(1)];
+  const { width, height } = marked;
   const mask = Object.assign(document.createElement('canvas'), { width, height });
   const brush = mask.getContext('2d');
-  brush.drawImage(painted, 0, 0);
+  brush.drawImage(marked, 0, 0);
   for (const [rule, color] of [['source-in', '#ffffff'], ['destination-over', '#000000']]) {
     brush.globalCompositeOperation = rule;
     brush.fillStyle = color;
@@ -107,7 +107,7 @@ READ_PAINTING = """
   return [mask.toDataURL('image/png'), ...values.slice(1)];
 }
 """
-"""Makes what is painted the first input: white on black."""
+"""Makes what is marked the first input: white on black."""
 
 
 def tab(shared: Shared) -> None:
@@ -118,15 +118,15 @@ def tab(shared: Shared) -> None:
     """
     first, defaults = shared.models.open(shared.models.names[0]), RestoreSettings()
     choices = factors(first)
-    source, painting = gr.State(None), gr.Textbox(visible=False)
+    source, marks = gr.State(None), gr.Textbox(visible=False)
     page.lead(
-        "A model knows what images look like; what is left of an image says which one it is. Paint over what is "
+        "A model knows what images look like; what is left of an image says which one it is. Brush over what is "
         "unknown, or let the image be small: there are many images that agree with the rest, and each answer is one of "
         "them. Their mean is the best guess, and their spread shows what is left open.",
     )
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=280):
-            file = gr.File(label="Image", type="filepath", height=120)
+            file = gr.File(label="Image", type="filepath", height=120, elem_id="restore-file")
             with gr.Row(equal_height=False, elem_classes="ends"):
                 image_seed = gr.Number(0, label="Seed of an image", precision=0, minimum=0, maximum=inputs.MAX_SEED,
                                        scale=3, min_width=120)  # fmt: skip
@@ -139,7 +139,7 @@ def tab(shared: Shared) -> None:
                 kernel = gr.Radio(list(KERNELS), value=next(iter(KERNELS)), label="Kernel",
                                   info="How images are made small: means of squares, or as PIL does.")  # fmt: skip
         with gr.Column(scale=3, min_width=300):
-            sheet = gr.HTML(show_sheet(None), js_on_load=PAINT, elem_id="sheet")
+            sheet = gr.HTML(show_sheet(None), js_on_load=BRUSH, elem_id="sheet")
             reduced = gr.HTML(show_image(None), elem_id="reduced", visible=False)
     with gr.Row(equal_height=True):
         count = gr.Slider(1, inputs.MAX_LATENTS, defaults.count, step=1, label="Answers", min_width=200)
@@ -179,9 +179,9 @@ def tab(shared: Shared) -> None:
         gr.on(
             [start.click, seed.submit],
             follow_run(handlers.restore, status),
-            [painting, shared.model, source, task, factor, kernel, count, steps, seed, *condition],
+            [marks, shared.model, source, task, factor, kernel, count, steps, seed, *condition],
             [status, *results],
-            js=READ_PAINTING,
+            js=READ_MARKS,
             **RUN_EVENT,
         ),
     ]

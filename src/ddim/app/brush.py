@@ -1,4 +1,4 @@
-"""Painting over what is unknown of an image: the canvas as HTML, and what was painted on it."""
+"""Marking what is unknown of an image with a brush: the canvas as HTML, and what was marked on it."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ddim.app.rendering import data_url
 from ddim.pipeline import DDIMPipeline
 
 SHEET_SIZE = 336
-"""Longer side of the image that is painted on, in pixels of the screen; a large image has its own size."""
+"""Longer side of the image that is marked, in pixels of the screen; a large image has its own size."""
 
 BRUSH_PARTS = 7
 """The brush is this many times smaller than the image, at first."""
 
 
-def read_painting(base: DDIMPipeline, url: Any) -> Tensor:
-    """Return what was painted over.
+def read_marks(base: DDIMPipeline, url: Any) -> Tensor:
+    """Return what was marked as unknown.
 
     Args:
         base: the model.
-        url: the `data:` URL of a PNG of the model's size, white where it was painted, black elsewhere.
+        url: the `data:` URL of a PNG of the model's size, white where it was marked, black elsewhere.
 
     Returns:
         Boolean (1, H, W).
 
     Raises:
-        ValueError: for anything else, or where nothing or everything was painted.
+        ValueError: for anything else, or where nothing or everything was marked.
     """
     _, height, width = base.sample_shape
 
@@ -39,9 +39,9 @@ def read_painting(base: DDIMPipeline, url: Any) -> Tensor:
         if image.size == (width, height):
             low, high = image.convert("L").point(lambda value: 255 * (value > 127)).getextrema()
             if high == 0:
-                raise ValueError("nothing is painted; paint over what is unknown, or give a box")
+                raise ValueError("nothing is marked; brush over what is unknown, or give a box")
             if low == 255:
-                raise ValueError("everything is painted; erase what is known")
+                raise ValueError("everything is marked; erase what is known")
         return read_mask(base, image, (width, height))
 
     missing: Tensor = inputs.drawing(url, read)
@@ -49,7 +49,7 @@ def read_painting(base: DDIMPipeline, url: Any) -> Tensor:
 
 
 def show_sheet(image: Image.Image | None) -> str:
-    """Return an image that can be painted on as HTML, with the tools for it; or an empty box.
+    """Return an image that can be marked as HTML, with the tools for it; or an empty box.
 
     Args:
         image: of the model's size.
@@ -68,18 +68,18 @@ def show_sheet(image: Image.Image | None) -> str:
     )
     longer = max(width, height)
     brush = f'<input type="range" min="1" max="{longer}" value="{max(1, round(longer / BRUSH_PARTS))}" data-size>'
-    return f"""<div class="paint"><div class="sheet" style="{_sheet_style(width, height)}">
+    return f"""<div class="brush"><div class="sheet" style="{_sheet_style(width, height)}">
 <img src="{data_url(image)}" alt="the image, {width} x {height} pixels"><canvas width="{width}" height="{height}"
-role="img" aria-label="Paint over what is unknown; from the keyboard, give a box below"></canvas></div>
-<output data-painted role="status">Nothing is painted yet.</output>
+role="img" aria-label="Brush over what is unknown; from the keyboard, give a box below"></canvas></div>
+<output data-marked role="status">Nothing is marked yet.</output>
 <div class="tools"><label>Brush {brush}</label> <label><input type="checkbox" data-erase> Erase</label>
 <button type="button" data-clear>Clear</button></div>
 <div class="tools" role="group" aria-label="A box, in pixels">{numbers}
-<button type="button" data-box>Paint the box</button></div></div>"""
+<button type="button" data-box>Mark the box</button></div></div>"""
 
 
 def show_image(image: Image.Image | None, label: str = "") -> str:
-    """Return an image as large as one that is painted on as HTML, or an empty box.
+    """Return an image as large as one that is marked as HTML, or an empty box.
 
     Args:
         image: of any size.
@@ -91,7 +91,7 @@ def show_image(image: Image.Image | None, label: str = "") -> str:
         content = f'<img src="{data_url(image)}" alt="{escape(label)}">'
     text = escape(label) or "no image yet"
     return (
-        f'<div class="paint"><div class="sheet" style="{_sheet_style(width, height)}">{content}</div>'
+        f'<div class="brush"><div class="sheet" style="{_sheet_style(width, height)}">{content}</div>'
         f"<output>{text}</output></div>"
     )
 
