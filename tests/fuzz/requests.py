@@ -65,6 +65,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "count": st.integers(1, 3),
         "steps": st.integers(1, 4),
         "seed": st.integers(0, 9),
+        "label": st.just("any"),
+        "guidance": st.just(1),
     },
     "super_resolve": {
         "picture": st.just("uploaded"),
@@ -74,6 +76,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "count": st.integers(1, 3),
         "steps": st.integers(1, 4),
         "seed": st.integers(0, 9),
+        "label": st.just("any"),
+        "guidance": st.just(1),
     },
     "info": {"model": st.just("tiny")},
 }

@@ -47,7 +47,7 @@ def app(
     device: options.Device = "auto",
     engine: options.Engine = "auto",
 ) -> None:
-    """Serve a web page where DDIM can be seen at work: sample, compare, interpolate, invert.
+    """Serve a web page where DDIM can be seen at work: sample, compare, interpolate, invert, restore.
 
     The page's address is printed. It works without internet and sends nothing anywhere; Ctrl+C stops it.
 
