@@ -558,7 +558,7 @@ def test_page_starts_with_a_model_with_classes(desktop: BrowserContext, tmp_path
         assert frames.first.get_attribute("src") != frames.last.get_attribute("src")
         set_seeds(page, "6")
         button(page, "Interpolate").click()
-        refusal = "the number of endpoints must be a multiple of the 2 labels, got 3"
+        refusal = "The number of endpoints must be a multiple of the 2 labels, got 3"
         expect(page.locator("#interpolate-status")).to_contain_text(refusal)
         page.close()
         assert "Traceback" not in server.log.read_text()
