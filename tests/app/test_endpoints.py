@@ -173,6 +173,54 @@ def test_reconstruction_and_edits_of_a_class(server: AppServer, tmp_path: Path) 
     assert np.array_equal(pixels(edits["images"][0]), np.asarray(expected_edit))
 
 
+def make_mask(box: tuple[int, int, int, int], size: tuple[int, int] = (28, 28)) -> Image.Image:
+    mask = Image.new("L", size)
+    mask.paste(255, box)
+    return mask
+
+
+def test_inpainting_matches_ddim_inpaint(
+    server: AppServer, run_command: Callable[[list[str]], Path], mnist: DDIMPipeline, tmp_path: Path
+) -> None:
+    mnist(seeds=[3], num_inference_steps=5).images[0].save(tmp_path / "three.png")
+    make_mask((7, 7, 21, 21)).save(tmp_path / "hole.png")
+    result = server.call(
+        "/inpaint",
+        picture=handle_file(tmp_path / "three.png"),
+        mask=handle_file(tmp_path / "hole.png"),
+        count=2,
+        steps=5,
+        seed=9,
+    )
+    arguments = [str(tmp_path / "three.png"), "--box", "7,7,14,14", "-n", "2", "--steps", "5", "--seed", "9"]
+    expected = np.load(run_command(["inpaint", *arguments, "--out", "filled.npz"]))["arr_0"][..., 0]
+    answers = np.stack([pixels(path) for path in result["images"]])
+    assert np.array_equal(answers, expected)
+    assert result["seeds"] == [9, 10]
+    known = np.asarray(make_mask((7, 7, 21, 21))) == 0
+    assert np.array_equal(pixels(result["measurement"])[known], pixels(tmp_path / "three.png")[known])
+    assert np.abs(pixels(result["mean"]) - answers.mean(0)).max() <= 1
+    spread = pixels(result["spread"]) / 255 * result["max_spread"]
+    assert np.abs(spread - answers.std(0, ddof=1) / 255).max() < 0.01
+
+
+def test_super_resolution_matches_ddim_super_resolve(
+    server: AppServer, run_command: Callable[[list[str]], Path], mnist: DDIMPipeline, tmp_path: Path
+) -> None:
+    """Of an image that the endpoint makes small, and of the small one itself."""
+    mnist(seeds=[3], num_inference_steps=5).images[0].save(tmp_path / "three.png")
+    call: dict[str, Any] = {"factor": 4, "kernel": "bicubic", "count": 2, "steps": 5}
+    result = server.call("/super_resolve", picture=handle_file(tmp_path / "three.png"), **call)
+    small = result["measurement"]
+    assert pixels(small).shape == (7, 7)
+    again = server.call("/super_resolve", picture=handle_file(small), **call)
+    options = ["--factor", "4", "--kernel", "bicubic", "-n", "2", "--steps", "5"]
+    expected = np.load(run_command(["super-resolve", str(small), *options, "--out", "large.npz"]))["arr_0"][..., 0]
+    for one, other, image in zip(result["images"], again["images"], expected, strict=True):
+        assert np.array_equal(pixels(one), image)
+        assert np.array_equal(pixels(other), image)
+
+
 def test_info(server: AppServer) -> None:
     facts = server.call("/info")
     assert facts["parameters"] == 1_805_121
@@ -198,6 +246,7 @@ def test_documented_example_runs(server: AppServer, tmp_path: Path, monkeypatch:
 
 
 CLASSES = {"model": "mnist-labels"}
+NO_FILES: dict[str, Any] = {"picture": None, "mask": None}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "negative steps": ("/sample", {"steps": -5}, "steps must be an integer from 1 to 1000, got -5"),
     "huge steps": ("/sample", {"steps": 10**30}, "steps must be an integer from 1 to 1000, got 1000"),
@@ -249,6 +298,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no image": ("/reconstruct", {"picture": None}, "picture must be an uploaded file, got None"),
     "path": ("/reconstruct", {"picture": {"path": "/etc/passwd"}}, "picture must be a file that was uploaded here"),
     "no path": ("/reconstruct", {"picture": {"path": "\0"}}, "picture must be a file that was uploaded here"),
+    "many answers": ("/inpaint", {**NO_FILES, "count": 9}, "count must be an integer from 1 to 8, got 9"),
+    "many steps": ("/super_resolve", {"picture": None, "steps": 1001}, "steps must be an integer from 1 to 1000, got"),
+    "no image to fill": ("/inpaint", NO_FILES, "picture must be an uploaded file, got None"),
+    "label of answers": ("/inpaint", {**NO_FILES, "label": "3"}, "label and guidance require a model with classes"),
 }
 
 
@@ -257,6 +310,35 @@ def test_mistakes_are_reported_in_one_sentence(server: AppServer, name: str) -> 
     endpoint, arguments, sentence = REFUSED[name]
     with pytest.raises(AppError, match=sentence) as caught:
         server.call(endpoint, **arguments)
+    assert "Traceback" not in str(caught.value)
+
+
+UNFIT: dict[str, tuple[str, dict[str, Any], str]] = {
+    "nothing": ("/inpaint", {"mask": make_mask((0, 0, 0, 0))}, "masks must leave some pixels and miss others"),
+    "everything": ("/inpaint", {"mask": make_mask((0, 0, 28, 28))}, "masks must leave some pixels and miss others"),
+    "size": (
+        "/inpaint",
+        {"mask": make_mask((0, 0, 5, 5), (14, 28))},
+        "mask must have the 28 x 28 pixels of the image, got 14 x 28",
+    ),
+    "no mask": ("/inpaint", {"mask": None}, "mask must be an uploaded file, got None"),
+    "path": ("/inpaint", {"mask": {"path": "/etc/passwd"}}, "mask must be a file that was uploaded here"),
+    "factor": ("/super_resolve", {"factor": 3}, "factor must be one of 2, 4, 7, 14, or 28, got 3"),
+    "words as factor": ("/super_resolve", {"factor": "box:4"}, "factor must be an integer .*, got 'box:4'"),
+    "kernel": ("/super_resolve", {"kernel": "lanczos"}, "kernel must be one of box or bicubic, got 'lanczos'"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_unfit_measurements_are_refused(server: AppServer, tmp_path: Path, name: str) -> None:
+    endpoint, given, sentence = UNFIT[name]
+    arguments = {"picture": make_mask((3, 3, 20, 20))} | given
+    for key, value in arguments.items():
+        if isinstance(value, Image.Image):
+            value.save(tmp_path / f"{key}.png")
+            arguments[key] = handle_file(tmp_path / f"{key}.png")
+    with pytest.raises(AppError, match=sentence) as caught:
+        server.call(endpoint, steps=2, **arguments)
     assert "Traceback" not in str(caught.value)
 
 

@@ -40,7 +40,7 @@ new PerformanceObserver((list) => {
 
 DESKTOP: Any = {"width": 1200, "height": 900}
 PHONE: Any = {"width": 390, "height": 844}
-TABS = ("Sample", "Steps", "Interpolate", "Invert", "Model")
+TABS = ("Sample", "Steps", "Interpolate", "Invert", "Restore", "Model")
 
 UNNAMED = """
 () => [...document.querySelectorAll('button, input, select, textarea, [role=slider]')]
@@ -229,6 +229,9 @@ def test_page_follows_the_model(visit: Callable[..., Page]) -> None:
     tab(page, "Invert")
     button(page, "Use the image pinned last").click()
     expect(page.locator("#seen")).to_contain_text("28 x 28")
+    tab(page, "Restore")
+    button(page, "Use the image pinned last").filter(visible=True).click()
+    expect(page.locator("#sheet canvas")).to_be_visible()
 
     tab(page, "Model")
     name = page.get_by_label("Model", exact=True).last
@@ -243,6 +246,7 @@ def test_page_follows_the_model(visit: Callable[..., Page]) -> None:
     expect(visit().locator("#header")).to_contain_text("Model: mnist, gray, 28 x 28 pixels")
     page.bring_to_front()  # a tab behind another draws a frame per second
     expect(page.locator("#seen")).to_contain_text("no image yet")
+    expect(page.locator("#sheet")).to_contain_text("no image yet")
     expect(page.locator("#endpoints button")).to_have_count(0)
 
     tab(page, "Sample")
@@ -287,6 +291,77 @@ def test_page_follows_the_model(visit: Callable[..., Page]) -> None:
     check_looks(page, "color-invert")
 
 
+def test_what_is_marked_is_filled_in(
+    visit: Callable[..., Page], run_command: Callable[[list[str]], Path], tmp_path: Path
+) -> None:
+    """With the mouse and from the keyboard; the command samples the same answers of the files that the page offers."""
+    page = visit()
+    tab(page, "Restore")
+    status, marked = page.locator("#restore-status"), page.locator("#sheet output")
+    button(page, "Restore").click()
+    expect(status).to_contain_text("An image is missing; upload one, sample one, or use a pinned one.")
+    digit = Image.new("L", (28, 28))
+    digit.paste(200, (12, 4, 17, 24))
+    digit.save(tmp_path / "digit.png")
+    page.locator("#restore-file input[type=file]").set_input_files(tmp_path / "digit.png")
+    expect(marked).to_have_text("Nothing is marked yet.")
+    button(page, "Restore").click()
+    expect(status).to_contain_text("Nothing is marked; brush over what is unknown, or give a box.")
+
+    box = page.locator("#sheet canvas").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] * 6 / 28, box["y"] + box["height"] * 14 / 28)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 22 / 28, box["y"] + box["height"] * 14 / 28, steps=3)
+    page.mouse.up()
+    # Rows 12 and 15 of a round brush of 4 pixels are shorter by a pixel at each end.
+    expect(marked).to_have_text(f"{2 * 20 + 2 * 18} of 784 pixels are unknown.")
+    for label, value in (("x", 2), ("y", 2), ("width", 3), ("height", 4)):
+        page.locator("#sheet").get_by_label(label, exact=True).fill(str(value))
+    page.keyboard.press("Enter")
+    expect(marked).to_have_text(f"{76 + 12} of 784 pixels are unknown.")
+    page.get_by_label("Erase").check()
+    button(page, "Erase the box").click()
+    expect(marked).to_have_text("76 of 784 pixels are unknown.")
+
+    set_number(page, "number input for Answers", 2)
+    set_number(page, "number input for Steps", 5)
+    button(page, "Restore").click()
+    expect(status).to_contain_text("2 answers in")
+    names = ("measurement", "mask", "answer-0", "answer-1", "mean", "spread")
+    images = {}
+    for name in names:
+        with page.expect_download() as download:
+            page.get_by_role("link", name=f"Save {name}.png").click()
+        download.value.save_as(tmp_path / f"{name}.png")
+        images[name] = np.asarray(Image.open(tmp_path / f"{name}.png"))
+    assert images["mask"][12:16, 6:22].all()
+    assert np.count_nonzero(images["mask"]) == 76
+    known = images["mask"] == 0
+    assert np.array_equal(images["measurement"][known], np.asarray(digit)[known])
+    button(page, "The same on the command line").click()
+    command = page.locator(".cm-content").filter(visible=True).inner_text().split()
+    files = [str(tmp_path / word) if word in ("measurement.png", "mask.png") else word for word in command[1:]]
+    expected = np.load(run_command([*files[:-1], "restored.npz"]))["arr_0"]
+    for index, answer in enumerate(expected):
+        assert np.array_equal(images[f"answer-{index}"], answer[..., 0])
+    check_looks(page, "restore")
+
+    page.get_by_label("Super-resolve").check()
+    expect(page.locator("#reduced")).to_contain_text("7 x 7 pixels: the measurement")
+    button(page, "Restore").click()
+    expect(page.locator("#restored img").first).to_have_js_property("naturalWidth", 7)
+    expect(page.locator("#restored img")).to_have_count(1 + 2 + 2)
+    page.get_by_label("Inpaint").check()
+    expect(marked).to_have_text("76 of 784 pixels are unknown.")
+
+    set_number(page, "number input for Steps", 1000)
+    button(page, "Restore").click()
+    expect(status).to_contain_text("step ")
+    button(page, "Stop").filter(visible=True).press("Enter")
+    expect(status).to_contain_text("Stopped.")
+
+
 def drawn_pixel(page: Page, x: int, y: int) -> Any:
     """The color of a pixel on the screen: of the canvas, or of its background before it was drawn on."""
     image = page.locator("#draw canvas").screenshot()
@@ -301,6 +376,11 @@ def test_phone(visit: Callable[..., Page]) -> None:
     for name in TABS:
         page.get_by_role("tab", name=name, exact=True).tap()
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    page.get_by_role("tab", name="Restore", exact=True).tap()
+    button(page, "Sample it").tap()
+    # The brush of 4 x 4 pixels without its corners.
+    page.locator("#sheet canvas").tap()
+    expect(page.locator("#sheet output")).to_have_text("12 of 784 pixels are unknown.")
 
 
 def test_tracks_of_sliders_are_dark_in_the_dark(visit: Callable[..., Page]) -> None:
@@ -478,7 +558,7 @@ def test_page_starts_with_a_model_with_classes(desktop: BrowserContext, tmp_path
         assert frames.first.get_attribute("src") != frames.last.get_attribute("src")
         set_seeds(page, "6")
         button(page, "Interpolate").click()
-        refusal = "the number of endpoints must be a multiple of the 2 labels, got 3"
+        refusal = "The number of endpoints must be a multiple of the 2 labels, got 3"
         expect(page.locator("#interpolate-status")).to_contain_text(refusal)
         page.close()
         assert "Traceback" not in server.log.read_text()

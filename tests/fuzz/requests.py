@@ -58,8 +58,32 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "steps": st.just(2),
         "seed": st.just(0),
     },
+    "inpaint": {
+        "picture": st.just("uploaded"),
+        "mask": st.just("uploaded"),
+        "model": st.just("tiny"),
+        "count": st.integers(1, 3),
+        "steps": st.integers(1, 4),
+        "seed": st.integers(0, 9),
+        "label": st.just("any"),
+        "guidance": st.just(1),
+    },
+    "super_resolve": {
+        "picture": st.just("uploaded"),
+        "model": st.just("tiny"),
+        "factor": st.sampled_from([2, 4, 8]),
+        "kernel": st.sampled_from(["box", "bicubic"]),
+        "count": st.integers(1, 3),
+        "steps": st.integers(1, 4),
+        "seed": st.integers(0, 9),
+        "label": st.just("any"),
+        "guidance": st.just(1),
+    },
     "info": {"model": st.just("tiny")},
 }
+FILES = ("picture", "pictures", "mask")
+"""Arguments that are uploads."""
+
 PICTURES = st.sampled_from(
     [
         *(
@@ -205,7 +229,7 @@ def requests(draw: Callable[[Any], Any]) -> Request:
         name = draw(st.sampled_from(["sample", "sample", *PARAMETERS]))
         body = {key: draw(value) for key, value in PARAMETERS[name].items()}
         for key in draw(st.sampled_from([[], [draw(st.sampled_from(sorted(body)))]])):
-            body[key] = draw(PICTURES | VALUES if key.startswith("picture") else VALUES)
+            body[key] = draw(PICTURES | VALUES if key in FILES else VALUES)
         if draw(st.integers(0, 9)) == 0:
             body[draw(st.sampled_from(["x", "session_hash", "data", "fn_index", "event_id"]))] = draw(VALUES)
         return Request(kind, name, body=body, headers=headers)
@@ -234,10 +258,15 @@ def requests(draw: Callable[[Any], Any]) -> Request:
 EXAMPLES = requests()
 
 
+def make_image() -> np.ndarray:
+    """Return an image of the model's size whose lower half is bright, which makes it a mask, too."""
+    return np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
+
+
 def encode_image() -> bytes:
     """Return a small PNG."""
     stream = io.BytesIO()
-    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(stream, "PNG")
+    Image.fromarray(make_image()).save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -318,6 +347,8 @@ class Check:
         # What the endpoint `info` says of a model's images is text.
         for image in result.get("images", []) if name != "info" else []:
             expect(self.folder in Path(image["path"]).parents, f"a file {image['path']}")
+        if name in ("inpaint", "super_resolve"):
+            self.check_answers(name, body, result)
         if name != "sample" or body["eta"] or body["spacing"] != "the model's own":
             return
         count, seed = int(body["count"]), int(body["seed"])
@@ -326,9 +357,26 @@ class Check:
         settings = {"num_inference_steps": int(body["steps"]), "order": int(body["order"])}
         expected = self.pipe.sample_images(count, seed, **settings)
         for image, own in zip(result["images"], expected, strict=True):
-            answer = self.client.get(f"{API}/file={quote(image['path'])}")
-            pixels = np.asarray(Image.open(io.BytesIO(answer.content)), int)
-            expect(int(np.abs(pixels - np.asarray(own, int)).max()) <= 1, "an image that is not the library's")
+            largest = int(np.abs(self.pixels(image) - np.asarray(own, int)).max())
+            expect(largest <= 1, "an image that is not the library's")
+
+    def check_answers(self, name: str, body: dict[str, Any], result: Any) -> None:
+        """Compare what is known of the answers of a restoration with the image that was uploaded."""
+        expect(len(result["images"]) == int(body["count"]), f"{len(result['images'])} answers")
+        image = make_image().astype(float)
+        for answer in result["images"]:
+            pixels = self.pixels(answer).astype(float)
+            if name == "inpaint":
+                expect(bool((abs(pixels - image)[image < 128] <= 1).all()), "known pixels that are not the image's")
+            elif body["kernel"] == "box":
+                f = int(body["factor"])
+                means = [values.reshape(8 // f, f, 8 // f, f).mean((1, 3)) for values in (pixels, image)]
+                expect(float(abs(means[0] - means[1]).max()) < 2, "an answer of another measurement")
+
+    def pixels(self, image: dict[str, Any]) -> np.ndarray:
+        """Return an image of a result."""
+        answer = self.client.get(f"{API}/file={quote(image['path'])}")
+        return np.asarray(Image.open(io.BytesIO(answer.content)), int)
 
     def send(self, request: Request) -> None:
         """Send a request with any path and method."""

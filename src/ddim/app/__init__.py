@@ -5,6 +5,8 @@
     inputs.py      checks and limits of everything that clients send
     conditions.py  classes and guidance; class_inputs.py, their inputs on the page
     models.py      the models that may be opened
+    pictures.py    images of any model, as they are shown
+    measurements.py  what the tab Restore is given; restoration.py, its work; brush.py, the canvas that is marked
     runs.py        how work runs: one run at a time, with progress, stopped within a step
     events.py      how an event of the page becomes a run, and what the tabs share
     tabs/          one module per tab: its layout, and which event calls which handler
@@ -27,6 +29,7 @@ import os
 # Gradio reads it when it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
+from ddim.app.guard import Access
 from ddim.app.server import build, serve
 
-__all__ = ["build", "serve"]
+__all__ = ["Access", "build", "serve"]

@@ -25,7 +25,9 @@ from ddim.app.handlers import invert as inversion
 from ddim.app.handlers import sample as sampling
 from ddim.app.handlers import steps as comparison
 from ddim.app.listeners import StreamAudience
+from ddim.app.measurements import Hole, Measurement, Reduced, Source, read_mask
 from ddim.app.pictures import Picture, fit
+from ddim.app.restoration import DEFAULT_STEPS, RestoreSettings, restore
 from ddim.app.runs import Run, RunProgress, RunResult, RunWaiting, run_events
 from ddim.io.image_files import save_image
 
@@ -164,12 +166,62 @@ def add_endpoints(shared: Shared) -> None:
 
         return work
 
+    def restore_work(model: str, measurement: Measurement, settings: RestoreSettings) -> Work:
+        def work(run: Run) -> Answer:
+            result = restore(run, open_model(model), measurement, settings)
+            measured, mean, spread = files([measurement.picture.shown, result.mean.shown, result.spread])
+            return {
+                "seeds": list(settings.seeds),
+                "measurement": measured,
+                "images": files([answer.shown for answer in result.answers]),
+                "mean": mean,
+                "spread": spread,
+                "max_spread": result.max_spread,
+                "evaluations": result.nfe * settings.count,
+            }
+
+        return work
+
+    def inpaint(
+        picture: gr.FileData,
+        mask: gr.FileData,
+        model: str = first,
+        count: int = 1,
+        steps: int = DEFAULT_STEPS,
+        seed: int = 0,
+        label: str = ANY,
+        guidance: float = 1.0,
+    ) -> Work:
+        """Fill in what is missing of an image, where the mask, of the same size, is white."""
+        base = open_model(model)
+        settings = RestoreSettings.checked(count, steps, seed, label, guidance, base.classes)
+        size, image = inputs.upload(picture, shared.uploads, lambda image: (image.size, fit(base, image)))
+        missing = inputs.upload(mask, shared.uploads, lambda image: read_mask(base, image, size), "mask")
+        return restore_work(model, Hole.of(base, image, missing), settings)
+
+    def super_resolve(
+        picture: gr.FileData,
+        model: str = first,
+        factor: int = 4,
+        kernel: str = "box",
+        count: int = 1,
+        steps: int = DEFAULT_STEPS,
+        seed: int = 0,
+        label: str = ANY,
+        guidance: float = 1.0,
+    ) -> Work:
+        """Sample images that are this one when made small; one of another size is made small first."""
+        base = open_model(model)
+        settings = RestoreSettings.checked(count, steps, seed, label, guidance, base.classes)
+        source: Source = inputs.upload(picture, shared.uploads, lambda image: Source.of(base, image))
+        return restore_work(model, Reduced.of(base, source, factor, kernel), settings)
+
     def info(model: str = first) -> Work:
         """Describe a model: parameters, cost, configurations, card."""
         name = shared.models.check(model)
         return lambda run: shared.models.facts(name)
 
-    for prepare in (sample, consistency, interpolate, reconstruct, edit, info):
+    for prepare in (sample, consistency, interpolate, reconstruct, edit, inpaint, super_resolve, info):
         api(
             report_progress(prepare),
             api_name=prepare.__name__,

@@ -7,6 +7,9 @@ argument and what is allowed.
 
 from __future__ import annotations
 
+import base64
+import binascii
+import io
 import threading
 import warnings
 from collections.abc import Callable
@@ -29,11 +32,14 @@ MAX_SEED = 2**53 - 1 - MAX_COUNT
 """Browsers cannot represent larger integers exactly."""
 
 MAX_LATENTS = 8
-"""Latents shown side by side, endpoints of a path, and images per upload."""
+"""Latents shown side by side, endpoints of a path, answers of a restoration, and images per upload."""
 
 MAX_FRAMES = 33
 MAX_MEGABYTES = 10
 MAX_PIXELS = 25_000_000
+MAX_DRAWING_CHARACTERS = 1_000_000
+"""Length of the `data:` URL of a drawing."""
+
 MAX_DECODED = 2
 """Images of clients that are decoded at a time: one may take 100 MB."""
 
@@ -135,13 +141,19 @@ def seed(value: Any) -> int:
     return integer("seed", value, 0, MAX_SEED)
 
 
-def upload(source: Any, folder: str | Path, finish: Callable[[Image.Image], Any] = lambda image: image) -> Any:
+def upload(
+    source: Any,
+    folder: str | Path,
+    finish: Callable[[Image.Image], Any] = lambda image: image,
+    name: str = "picture",
+) -> Any:
     """Decode an uploaded image, after its size and its header have been checked.
 
     Args:
         source: the path of a file, or the dictionary with a `path` that Gradio's clients send.
         folder: where uploads are stored; no other file is opened.
         finish: makes what is kept of the image; a few images at a time are in memory until then.
+        name: the argument's name, for the message.
 
     Returns:
         What `finish` returned.
@@ -151,15 +163,45 @@ def upload(source: Any, folder: str | Path, finish: Callable[[Image.Image], Any]
     """
     given = source.get("path") if isinstance(source, dict) else source
     if not isinstance(given, str | Path) or not str(given):
-        raise ValueError(f"picture must be an uploaded file, got {shown(source)}")
+        raise ValueError(f"{name} must be an uploaded file, got {shown(source)}")
     # The path is compared before the file is looked up: answers must not reveal which files this machine has.
     path = Path(given).resolve() if "\0" not in str(given) else Path("/")
     if not path.is_relative_to(Path(folder).resolve()) or not path.is_file():
-        raise ValueError("picture must be a file that was uploaded here; upload it first")
+        raise ValueError(f"{name} must be a file that was uploaded here; upload it first")
     if (size := path.stat().st_size) > MAX_MEGABYTES * 1_000_000:
         raise ValueError(f"{path.name} must have at most {MAX_MEGABYTES} MB, got {size / 1e6:.1f} MB")
     with _decoding, path.open("rb") as file:
         return finish(decode(file, path.name))
+
+
+def drawing(url: Any, finish: Callable[[Image.Image], Any] = lambda image: image) -> Any:
+    """Decode what was drawn on a canvas.
+
+    Args:
+        url: the `data:` URL of a PNG, as the canvas sends it.
+        finish: as for `upload`.
+
+    Returns:
+        What `finish` returned.
+
+    Raises:
+        ValueError: for anything else, or a URL of more than `MAX_DRAWING_CHARACTERS`.
+
+    Example:
+        >>> drawing("http://example.org/x.png")
+        Traceback (most recent call last):
+        ValueError: the drawing must be a PNG of at most 1 MB
+    """
+    prefix = "data:image/png;base64,"
+    message = "the drawing must be a PNG of at most 1 MB"
+    if not isinstance(url, str) or not url.startswith(prefix) or len(url) > MAX_DRAWING_CHARACTERS:
+        raise ValueError(message)
+    try:
+        data = base64.b64decode(url.removeprefix(prefix), validate=True)
+    except (binascii.Error, ValueError):  # ValueError: letters beyond ASCII
+        raise ValueError(message) from None
+    with _decoding:
+        return finish(decode(io.BytesIO(data), "the drawing"))
 
 
 def decode(file: IO[bytes], name: str) -> Image.Image:

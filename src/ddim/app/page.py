@@ -46,8 +46,8 @@ CSS = """
 .stage figure { margin: 0; width: min(100%, 280px); } .stage figcaption { font-size: var(--text-sm); }
 .stage .controls { display: flex; gap: 12px; align-items: center; width: min(100%, 560px); }
 .stage .controls input { flex: 1; accent-color: var(--color-accent); min-height: 44px; }
-.stage .controls button, .draw button { min-height: 44px; min-width: 5.5em; border-radius: 8px; cursor: pointer;
-  border: 1px solid var(--border-color-primary); background: var(--button-secondary-background-fill);
+.stage .controls button, .draw button, .brush button { min-height: 44px; min-width: 5.5em; border-radius: 8px;
+  cursor: pointer; border: 1px solid var(--border-color-primary); background: var(--button-secondary-background-fill);
   color: var(--button-secondary-text-color); }
 .draw canvas { width: min(100%, 280px); border-radius: 8px; touch-action: none; cursor: crosshair; display: block;
   margin-bottom: 8px; border: 1px solid var(--border-color-primary); box-sizing: border-box; }
@@ -55,6 +55,20 @@ CSS = """
 .draw .tools label { display: inline-flex; gap: 6px; align-items: center; }
 .draw input[type=color] { width: 44px; height: 44px; padding: 2px; border-radius: 8px; cursor: pointer;
   border: 1px solid var(--border-color-primary); background: var(--button-secondary-background-fill); }
+.brush { display: grid; gap: 10px; justify-items: start; }
+.brush .sheet { position: relative; border-radius: 8px; overflow: hidden;
+  box-shadow: 0 0 0 1px var(--border-color-primary); }
+.brush .sheet > * { display: block; width: 100%; height: 100%; margin: 0; image-rendering: pixelated; }
+.brush canvas { position: absolute; inset: 0; opacity: .75; touch-action: none; cursor: crosshair; }
+.brush output { font-size: var(--text-sm); color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
+.brush .tools { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center; }
+.brush button { padding: 0 12px; font: inherit; }
+.brush .tools label { display: inline-flex; gap: 6px; align-items: center; min-height: 44px; }
+.brush .tools input { accent-color: var(--color-accent); }
+.brush input[type=number] { width: 4em; min-height: 40px; padding: 0 6px; border-radius: 8px; font: inherit;
+  color: var(--body-text-color); background: var(--input-background-fill);
+  border: 1px solid var(--border-color-primary); }
+.brush input[type=checkbox] { width: 20px; height: 20px; }
 table.facts { border-collapse: collapse; width: 100%; max-width: 46em; font-variant-numeric: tabular-nums; }
 table.facts, table.facts tr, table.facts th, table.facts td { border: 0 !important; }
 table.facts th, table.facts td { text-align: start; padding: 5px 12px 5px 0 !important; vertical-align: top;
@@ -66,15 +80,18 @@ table.facts th, table.facts td { text-align: start; padding: 5px 12px 5px 0 !imp
 #card table { display: block; overflow-x: auto; } #card th, #card td { overflow-wrap: normal; word-break: normal; }
 table.facts th { width: 40%; color: var(--body-text-color-subdued); }
 .dark input[type=range] { --neutral-200: var(--neutral-600); } /* Gradio's color of the track, which is too bright */
-.dark .stage input { color-scheme: dark; }
-#inverted:not(:has(.ways)) { display: none; } /* the gap around it, too */
+.dark .stage input, .dark .brush input { color-scheme: dark; }
+#restored .images { --size: 120px; }
+#inverted:not(:has(.ways)), #restored:not(:has(.rows)) { display: none; } /* the gap around it, too */
 #header p { margin: 0 0 4px; overflow-wrap: anywhere; }
 :focus-visible { outline: 3px solid var(--color-accent); outline-offset: 2px; }
 @media (max-width: 640px) {
   /* All tabs are visible; the hidden ones are those that Gradio measures. */
-  .tab-container button { padding: 0 7px !important; font-size: 14px !important; }
-  .gradio-container main { padding: 12px 8px !important; }
+  .tab-container button { padding: 0 6px !important; font-size: 13px !important; }
+  /* Gradio's margins take a sixth of the screen. */
+  #header, .tabs { margin-inline: -20px; width: calc(100% + 40px) !important; }
   .images { --size: 68px; gap: 8px; }
+  #restored .images { --size: 104px; }
   .rows section { grid-template-columns: 1fr; gap: 4px; }
 }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }

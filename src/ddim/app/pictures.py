@@ -54,12 +54,13 @@ def show_output(pipe: DDIMPipeline, images: Any) -> list[Image.Image]:
     return [picture.shown for picture in pictures_of(pipe, images)]
 
 
-def fit(base: DDIMPipeline, image: Image.Image) -> Picture:
-    """Fit an image to the model's size and mode.
+def fit(base: DDIMPipeline, image: Image.Image, factor: int = 1) -> Picture:
+    """Fit an image to the model's size, or a part of it, and to its mode.
 
     Args:
         base: the model.
         image: of any size; of any mode where the model has 8 bits, else of the mode of its values.
+        factor: by which the model's size is divided.
 
     Returns:
         The image, cropped, scaled and converted.
@@ -68,6 +69,7 @@ def fit(base: DDIMPipeline, image: Image.Image) -> Picture:
         ValueError: if the model takes no such image.
     """
     channels, height, width = base.sample_shape
+    height, width = height // factor, width // factor
     if shows_values(channels, base.pixel_format):
         fitted = fit_image(image, height, width, channels)
         return Picture(fitted, fitted)

@@ -25,7 +25,7 @@ from ddim.app.models import ModelCache
 from ddim.app.pictures import describe_images
 from ddim.app.requests import Function
 from ddim.app.runs import MAX_WAITING_RUNS
-from ddim.app.tabs import interpolate, invert, model, sample, steps
+from ddim.app.tabs import interpolate, invert, model, restore, sample, steps
 from ddim.app.uploads import UPLOAD_LIFETIME_SECONDS, UploadLedger
 
 MAX_EVENTS = MAX_UNHEARD_RUNS + 2 * MAX_WAITING_RUNS
@@ -62,6 +62,7 @@ def build(models: ModelCache, downloads: str) -> gr.Blocks:
             ("Steps", steps.tab),
             ("Interpolate", interpolate.tab),
             ("Invert", invert.tab),
+            ("Restore", restore.tab),
             ("Model", model.tab),
         ):
             with gr.Tab(name):
@@ -107,11 +108,9 @@ def guarded(blocks: gr.Blocks, access: Access) -> Callable[[App], AbstractAsyncC
 
 def serve(
     names: Sequence[str],
-    host: str = "127.0.0.1",
+    access: Access,
     port: int = 7860,
-    share: bool = False,
     allow_paths: bool = False,
-    allow_hosts: Sequence[str] = (),
     open_browser: bool = True,
     device: str = "auto",
     engine: str = "auto",
@@ -120,11 +119,10 @@ def serve(
 
     Args:
         names: models that are opened at once: built-in models, folders or hub ids, at least one.
-        host: the address to listen on.
+        access: who may use the server; with the address to listen on, and whether the page is published on the internet
+            through Gradio's servers.
         port: the port to listen on; 0 for a free one.
-        share: publish the page on the internet through Gradio's servers.
         allow_paths: let the page open any folder of this machine as a model.
-        allow_hosts: names that the page is reached by beside those of this machine, such as a reverse proxy's.
         open_browser: open the page in a browser.
         device: where networks run: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         engine: how they run: `auto`, `eager` or `compile`.
@@ -134,11 +132,10 @@ def serve(
         ValueError: if a model is damaged, or no such device or engine exists.
         OSError: if the port is taken, or the host is not an address of this machine.
     """
-    host = host.strip("[]")
+    host = access.host.strip("[]")
     models = ModelCache(names, allow_paths, device, engine)
     processing_utils.async_ssrf_protected_download = _fetch_nothing
     free_port = check_port(host, port)
-    access = Access(host, share, frozenset(name.lower() for name in allow_hosts))
     with server_folder() as temporary:
         # Gradio stores uploads there, and copies of files that are offered for download.
         os.environ["GRADIO_TEMP_DIR"] = str(temporary / "gradio")
@@ -148,7 +145,7 @@ def serve(
         _, address, public = blocks.launch(
             server_name=f"[{host}]" if ":" in host else host,  # Gradio makes an address of it
             server_port=free_port,
-            share=share,
+            share=access.share,
             inbrowser=open_browser,
             quiet=True,
             prevent_thread_lock=True,

@@ -47,7 +47,7 @@ def app(
     device: options.Device = "auto",
     engine: options.Engine = "auto",
 ) -> None:
-    """Serve a web page where DDIM can be seen at work: sample, compare, interpolate, invert.
+    """Serve a web page where DDIM can be seen at work: sample, compare, interpolate, invert, restore.
 
     The page's address is printed. It works without internet and sends nothing anywhere; Ctrl+C stops it.
 
@@ -60,9 +60,10 @@ def app(
     """
     require("the page", "gradio")
     integer("--port", port, 0, 65535)
-    from ddim.app import serve
+    from ddim.app import Access, serve
     from ddim.io.hub import builtin_models
 
     given = [*(models or []), *(model or [])] or dict.fromkeys([DEFAULT_MODEL, *builtin_models()])
     names = [with_weights(name, weights) for name in given]
-    serve(names, host, port, share, allow_paths, allow_host or (), open_browser, device, engine)
+    access = Access(host, share, frozenset(name.lower() for name in allow_host or ()))
+    serve(names, access, port, allow_paths, open_browser, device, engine)

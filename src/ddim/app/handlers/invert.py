@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,9 +31,6 @@ CANVAS_SIZE = 280
 
 NUM_EDITS = 8
 """Edits of one image, side by side."""
-
-MAX_DRAWING_CHARACTERS = 1_000_000
-"""Length of the `data:` URL of a drawing."""
 
 LATENT_RANGE = 3
 """Standard deviations from black to gray, and from gray to white, in the image of a latent."""
@@ -211,34 +205,6 @@ def check_image(image: Picture | None) -> Picture:
     return image
 
 
-def decode_drawing(url: Any) -> Image.Image:
-    """Decode a drawing.
-
-    Args:
-        url: the `data:` URL of a PNG, as the canvas sends it.
-
-    Returns:
-        The image.
-
-    Raises:
-        ValueError: for anything else, or a URL of more than `MAX_DRAWING_CHARACTERS`.
-
-    Example:
-        >>> decode_drawing("http://example.org/x.png")
-        Traceback (most recent call last):
-        ValueError: the drawing must be a PNG of at most 1 MB
-    """
-    prefix = "data:image/png;base64,"
-    message = "the drawing must be a PNG of at most 1 MB"
-    if not isinstance(url, str) or not url.startswith(prefix) or len(url) > MAX_DRAWING_CHARACTERS:
-        raise ValueError(message)
-    try:
-        data = base64.b64decode(url.removeprefix(prefix), validate=True)
-    except binascii.Error:
-        raise ValueError(message) from None
-    return inputs.decode(io.BytesIO(data), "the drawing")
-
-
 def show_comparison(comparison: InversionComparison) -> str:
     """Return inversions as HTML: a row per method, of the image, its latent and what the latent decodes to.
 
@@ -340,7 +306,7 @@ class InvertHandlers:
         Raises:
             ValueError: if it is not a drawing.
         """
-        return self._use(self._fit(model, decode_drawing(event_value(event))))
+        return self._use(inputs.drawing(event_value(event), lambda image: self._fit(model, image)))
 
     def use_last_pinned(self, model: str, endpoints: Sequence[Endpoint]) -> Updates:
         """Use the image that was pinned last.
