@@ -15,7 +15,8 @@ from website.commands import commands_text
 from website.equations import equation
 from website.links import move_links
 
-SOURCES = {place: path for path, place in pages.site_paths().items() if not place.startswith("api/")}
+PLACES = pages.site_paths()
+SOURCES = {place: path for path, place in PLACES.items() if not place.startswith("api/")}
 """The path in the repository of each page."""
 NOT_LINKED = re.compile(r"(<(a|h[1-6]|pre|nav)\b.*?</\2>)", re.DOTALL)
 NAME = re.compile(r"<code>(ddim(?:\.\w+)+)(?:\(\))?</code>")
@@ -51,7 +52,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Move the links of a page that stands in the repository."""
     source = SOURCES.get(page.file.src_uri)
-    return markdown if source is None else move_links(markdown, source, pages.site_paths())
+    return markdown if source is None else move_links(markdown, source, PLACES, pages.titles())
 
 
 def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:

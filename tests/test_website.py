@@ -88,13 +88,14 @@ def test_every_command_and_option_is_listed(
         ("[a](../../README.md#b)", "docs/a/x.md", "[a](../index.md#b)"),
         ("[a](docs/a/x.md) ![i](docs/i.png)", "README.md", "[a](a/x.md) ![i](i.png)"),
         ("[the `code`\nof it](src/x.py), [d](tests)", "README.md", "the `code`\nof it, d"),
+        ("[docs/y.md](docs/y.md#z) [y](docs/y.md)", "README.md", "[Why](y.md#z) [y](y.md)"),
         ("[a](https://host/x.md) [b](#b)", "README.md", "[a](https://host/x.md) [b](#b)"),
         ('<a href="docs/y.md#z"><img src="docs/i.png">', "README.md", '<a href="y.html#z"><img src="i.png">'),
         ("`x[0](tests)`\n```python\nx[0](tests)\n```\n", "README.md", "`x[0](tests)`\n```python\nx[0](tests)\n```\n"),
     ],
 )
 def test_links_are_moved(text: str, source: str, moved: str) -> None:
-    assert move_links(text, source, PLACES) == moved
+    assert move_links(text, source, PLACES, {"y.md": "Why"}) == moved
 
 
 def test_places_of_the_site_are_distinct() -> None:

@@ -55,8 +55,8 @@ def _row(param: click.Parameter) -> str:
     default = param.default
     if default is True:
         default = param.opts[0]
-    is_shown = default not in (None, False, ()) and getattr(param, "show_default", True)
-    shown = f"`{default}`" if is_shown else ""
+    is_hidden = default is None or default is False or default == () or not getattr(param, "show_default", True)
+    shown = "" if is_hidden else f"`{default}`"
     return f"| {names} | {_escape(getattr(param, 'help', None) or '')} | {shown} |"
 
 

@@ -7,6 +7,7 @@ get a place in it here. Pages of modules are made from docstrings, so that they 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -39,6 +40,17 @@ def site_paths() -> dict[str, str]:
     paths |= repository_files()
     paths |= {path.relative_to(ROOT).as_posix(): module_page(name) for name, path in modules().items()}
     return paths | {"examples": "examples/index.md", "docs": "index.md", ".": "index.md"}
+
+
+@cache
+def titles() -> dict[str, str]:
+    """Return the first heading of each Markdown file, by its path in the site."""
+    headings = {}
+    for path, place in site_paths().items():
+        match = re.search(r"^# (.+)$", (ROOT / path).read_text(), re.MULTILINE) if path.endswith(".md") else None
+        if match and not path.startswith("benchmarks/"):
+            headings[place] = match[1]
+    return headings
 
 
 def docs_files() -> list[Path]:
