@@ -159,6 +159,7 @@ def reduce_work(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(function.__kwdefaults__, "num_latents", 2)  # type: ignore[arg-type]
     for method in (LatentSpace.encode, LatentSpace.reconstruct, LatentSpace.direction):
         monkeypatch.setitem(method.__kwdefaults__, "max_iterations", 3)  # type: ignore[arg-type]
+    monkeypatch.setattr(ddim.tuning, "MOVE_LENGTHS", (1 / 4,))
     for module in (ddim.tuning, ddim.coefficients):
         monkeypatch.setattr(module, "REFERENCE_STEPS", 10)
     monkeypatch.setattr(ddim.coefficients, "MAX_EVALUATIONS_PER_LATENT", 20)
