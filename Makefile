@@ -1,4 +1,5 @@
 # make demo   sample 16 faces and 16 digits with the built-in models
+# make docs   build the documentation site into build/docs, and check its links
 # make test   lint, formatting, spelling, types, the import contract and the whole test suite
 
 PYTHON ?= python3
@@ -6,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CODE := src tests benchmarks scripts examples
 
-.PHONY: demo test clean
+.PHONY: demo test docs clean
 
 demo: $(VENV)/core
 	$(BIN)/ddim sample --model faces --count 16 --steps 20 --scale 2 --out demo.png
@@ -20,8 +21,12 @@ test: $(VENV)/dev
 	$(BIN)/lint-imports
 	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	$(BIN)/python scripts/check_website.py
+
 clean:
-	rm -rf $(VENV) demo.png demo-digits.png
+	rm -rf $(VENV) build/docs demo.png demo-digits.png
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "ddim needs Python 3.11 or newer")'
@@ -33,4 +38,8 @@ $(VENV)/core: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/dev: $(VENV)/core
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	touch $@

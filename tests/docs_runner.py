@@ -34,6 +34,7 @@ from ddim.cli.checks import Command, check_options
 from ddim.data import parquet
 from ddim.io import hub
 from ddim.io.hub import find_model
+from ddim.latents import LatentSpace
 from ddim.pipeline import DDIMPipeline
 from ddim.training.config import read_preset
 from ddim.unet import UNet2DModel
@@ -47,6 +48,7 @@ NOT_RUN = re.compile(r"<!-- not run: .+ -->\n\Z")
 """Stands before a snippet that is not run, with the reason."""
 PARSED_ONLY = ("convert",)
 """Commands that need a file which cannot be made here: a checkpoint of another project."""
+RESTORING = ("inpaint", "super-resolve", "restore")
 PROGRAMS = ("ddim", "pip", "make", "torchrun", "accelerate", "python")
 
 
@@ -155,6 +157,9 @@ def reduce_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Command, "invoke", invoke)
     for function in (ddim.tuning.tune, ddim.tuning.enough_steps):
         monkeypatch.setitem(function.__kwdefaults__, "num_latents", 2)  # type: ignore[arg-type]
+    for method in (LatentSpace.encode, LatentSpace.reconstruct, LatentSpace.direction):
+        monkeypatch.setitem(method.__kwdefaults__, "max_iterations", 3)  # type: ignore[arg-type]
+    monkeypatch.setattr(ddim.tuning, "MOVE_LENGTHS", (1 / 4,))
     for module in (ddim.tuning, ddim.coefficients):
         monkeypatch.setattr(module, "REFERENCE_STEPS", 10)
     monkeypatch.setattr(ddim.coefficients, "MAX_EVALUATIONS_PER_LATENT", 20)
@@ -194,6 +199,8 @@ def reduced(command: str, given: dict[str, Any]) -> dict[str, Any]:
     options = {name: change(given[name]) for name, change in smaller.items() if name in given}
     if command == "evaluate" and (given["table"] or given["figure"]):
         options["table_steps"] = "3"
+    if command in RESTORING and given["steps"] is None:
+        options["steps"] = 3
     if command == "interpolate" and all(point.isdecimal() for point in given["points"]):
         options["steps"] = 3
     if command == "distill":

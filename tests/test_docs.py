@@ -15,7 +15,7 @@ from docs_runner import excluded, make_small_models, parse_shell, run_page, snip
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "src" / "ddim" / "models").glob("*/README.md")),
 ]
 DEVELOPERS_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")

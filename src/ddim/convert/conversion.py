@@ -21,6 +21,7 @@ from ddim.scheduler import DDIMScheduler
 from ddim.validation import choice, integer, shown
 
 LAYOUTS = ("auto", "ddpm", "openai", "diffusers")
+"""The naming schemes of checkpoints; `auto` detects which of the others it is."""
 ATTENTION_SIZE = 16
 """Height and width of the feature maps to which the published models with a single attention level apply attention."""
 

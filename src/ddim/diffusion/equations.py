@@ -32,6 +32,7 @@ from torch import Tensor
 from ddim.validation import join_choices, shown
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+"""What a network may predict: epsilon, x_0 (`sample`) or v."""
 
 
 def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ NoiseSource = Callable[[], Tensor]
 """Draws the next standard Gaussian tensor of a fixed shape."""
 
 MAX_SEED = 2**63 - 1
+"""The largest seed that is accepted."""
 
 
 def list_seeds(seeds: Iterable[int]) -> list[int]:

@@ -24,7 +24,9 @@ from numpy.typing import ArrayLike, NDArray
 from ddim.validation import as_integer, integer, join_choices, nearest, shorten, shown
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "quad", "const", "jsd")
+"""The formulas of `make_betas`."""
 SPACINGS = ("leading", "trailing", "linspace", "quad", "logsnr", "blend")
+"""The formulas of `make_timesteps`."""
 
 MAX_TRAIN_TIMESTEPS = 1_000_000
 MAX_DIGITS = len(str(MAX_TRAIN_TIMESTEPS))

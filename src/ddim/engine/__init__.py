@@ -23,6 +23,7 @@ from ddim.validation import choice
 logger = logging.getLogger(__name__)
 
 ENGINES = ("auto", "eager", "compile")
+"""The names of the engines."""
 
 _cache: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Engine]] = weakref.WeakKeyDictionary()
 """The engine of each network, and the fingerprint of the weights that it was made from."""

@@ -35,6 +35,7 @@ from ddim.validation import choice
 logger = logging.getLogger(__name__)
 
 METRICS = ("fid", "kid", "is", "precision", "recall")
+"""The names of the metrics that `measure` knows."""
 NUM_NEIGHBORS = 3
 """The neighbor whose distance is the radius of a ball of the manifold."""
 MIN_KID_IMAGES = 500

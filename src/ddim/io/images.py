@@ -26,6 +26,7 @@ from ddim.validation import choice
 logger = logging.getLogger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt")
+"""The types that samples are returned as: PIL images, NumPy arrays (two names), tensors."""
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are decoded, whatever a file's name; PIL would start other programs for some of the others."""
 CONVERTIBLE_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}
