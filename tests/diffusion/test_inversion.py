@@ -216,7 +216,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 # PyTorch splits sums of 32768 or more values among threads.
 @pytest.mark.parametrize(
-    ("shape", "number"), [((1, 8, 8), 1), ((3, 28, 28), 1), ((3, 28, 28), 2), ((3, 128, 128), 1), ((3, 128, 128), 2)]
+    ("shape", "number"), [((1, 8, 8), 1), ((3, 28, 28), 1), ((3, 28, 28), 2), ((3, 106, 106), 1), ((3, 106, 106), 2)]
 )
 def test_solution_is_independent_of_batch(shape: tuple[int, ...], number: int, threads: Callable[[int], None]) -> None:
     threads(number)
@@ -231,7 +231,7 @@ def test_solution_is_independent_of_batch(shape: tuple[int, ...], number: int, t
 
     full_batch = solve(list(range(count)))
     assert len(set(full_batch[3].tolist())) > 2
-    for images in [*([i] for i in range(count)), [8, 0, 3]]:
+    for images in ([0], [4], [8], [8, 0, 3]):
         for batch_result, subset_result in zip(full_batch, solve(images), strict=True):
             assert torch.equal(batch_result[images], subset_result), images
 
