@@ -519,8 +519,8 @@ def check_model_index(folder: Path, component_names: Sequence[str] = ("unet", "s
     index = read_json(path)
     if index.get("_class_name") == DISCRETE_CLASS:
         raise DiscreteModelError(
-            f"{folder} is a discrete model: ddim.discrete.{DISCRETE_CLASS} loads it; ddim sample, evaluate, info and "
-            "ema take it"
+            f"{folder} is a discrete model: ddim.discrete.{DISCRETE_CLASS} loads it; ddim sample, evaluate, info, "
+            "ema and export take it"
         )
     allowed = {"unet": UNET_CLASSES, "scheduler": SCHEDULER_CLASSES}
     is_custom = set(component_names) - {"self"} != set(allowed)

@@ -205,8 +205,9 @@ def test_commands(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.M
     assert json.loads(result.stdout)["images"]["num_values"] == 2
     result = command(monkeypatch, "ema", out, "--sigma-rel", "0.1", "--out", tmp_path / "ema")
     assert result.exit_code == 0, result.output
+    assert command(monkeypatch, "export", out, "--weights", "raw", "--out", tmp_path / "raw").exit_code == 0
     average = DiscreteDDIMPipeline.from_pretrained(tmp_path / "ema").unet.state_dict()
-    assert same_tensors(average, DiscreteDDIMPipeline.from_pretrained(f"{out}@raw").unet.state_dict())
+    assert same_tensors(average, DiscreteDDIMPipeline.from_pretrained(tmp_path / "raw").unet.state_dict())
 
     for words, message in (
         (("sample", out, "--order", "2"), "order must be 1 for a discrete process, got 2"),
