@@ -106,7 +106,7 @@ def test_classes_and_guidance() -> None:
         ({"order": 2}, "order must be 1 for a discrete process, got 2"),
         ({"use_clipped_model_output": True}, "use_clipped_model_output must be False for a discrete process"),
         ({"eta": 1, "use_sigma_hat": True}, "use_sigma_hat must be False for a discrete process"),
-        ({"num_inference_steps": 1001}, "num_inference_steps must be at most 1000"),
+        ({"num_inference_steps": 1001}, "num_inference_steps must be an integer from 1 to 1000"),
         ({"timesteps": [3, 5]}, "timesteps must be strictly decreasing"),
         ({"seeds": [-1]}, "seeds must be integers from 0"),
         ({"seeds": [1], "generator": seeded()}, "seeds and generator exclude each other"),

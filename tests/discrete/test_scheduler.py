@@ -126,3 +126,17 @@ def test_no_byte_is_between_two_values() -> None:
     for num_values in range(2, 257):
         fraction = (unit * (num_values - 1)) % 1
         assert float((fraction - 0.5).abs().min()) > 1e-3
+
+
+@pytest.mark.parametrize("num_inference_steps", [1, 2, 20, 333, 1000])
+def test_steps_are_equal_in_alpha(num_inference_steps: int) -> None:
+    scheduler = DiscreteDDIMScheduler()
+    timesteps = scheduler.make_timesteps(num_inference_steps)
+    assert len(timesteps) == num_inference_steps == len(set(timesteps))
+    assert timesteps[0] == 999
+    assert timesteps == sorted(timesteps, reverse=True)
+    if num_inference_steps <= 20:
+        alphas = torch.tensor([*scheduler.alphas_cumprod[timesteps], 1.0])
+        torch.testing.assert_close(
+            alphas.diff(), torch.full_like(alphas[1:], 1 / num_inference_steps), atol=2e-3, rtol=0
+        )

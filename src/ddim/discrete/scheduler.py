@@ -27,6 +27,8 @@ from ddim.io.pretrained import SchedulerFiles
 from ddim.outputs import DDIMSchedulerOutput
 from ddim.validation import choice, integer, shown
 
+SPACINGS = ("alpha", *schedule.SPACINGS)
+
 
 class DiscreteDDIMScheduler(SchedulerFiles):
     """The noise schedule of values, the timesteps at which the network is evaluated, and the step between them.
@@ -38,7 +40,8 @@ class DiscreteDDIMScheduler(SchedulerFiles):
         beta_schedule: one of `ddim.diffusion.schedule.BETA_SCHEDULES`. A beta is the probability that a value is drawn
             anew between two timesteps.
         trained_betas: betas that replace the schedule, as many as `num_train_timesteps`.
-        timestep_spacing: one of `ddim.diffusion.schedule.SPACINGS`.
+        timestep_spacing: `alpha`, equal steps in alpha from x_T to a clean image: each step decides about as many
+            values. Or one of `ddim.diffusion.schedule.SPACINGS`.
         num_values: K, from 2 to 256.
 
     Attributes:
@@ -57,7 +60,7 @@ class DiscreteDDIMScheduler(SchedulerFiles):
         >>> scheduler = DiscreteDDIMScheduler(num_values=3)
         >>> scheduler.set_timesteps(4)
         >>> scheduler.timesteps
-        tensor([999, 749, 499, 249])
+        tensor([999, 663, 495, 327])
     """
 
     config_name = "scheduler_config.json"
@@ -72,11 +75,11 @@ class DiscreteDDIMScheduler(SchedulerFiles):
         beta_end: float = 0.02,
         beta_schedule: str = "squaredcos_cap_v2",
         trained_betas: ArrayLike | None = None,
-        timestep_spacing: str = "trailing",
+        timestep_spacing: str = "alpha",
         num_values: int = 2,
     ) -> None:
         self.num_values = integer("num_values", num_values, 2, MAX_VALUES)
-        choice("timestep_spacing", timestep_spacing, schedule.SPACINGS)
+        choice("timestep_spacing", timestep_spacing, SPACINGS)
         betas = schedule.make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
         if trained_betas is not None:
             betas = schedule.check_betas(trained_betas)
@@ -100,7 +103,7 @@ class DiscreteDDIMScheduler(SchedulerFiles):
 
         Args:
             num_inference_steps: S, from 1 to T.
-            spacing: one of `ddim.diffusion.schedule.SPACINGS`; `None` for the configured one.
+            spacing: one of `SPACINGS`; `None` for the configured one.
 
         Returns:
             At most S integers in [0, T - 1], strictly decreasing.
@@ -109,10 +112,17 @@ class DiscreteDDIMScheduler(SchedulerFiles):
             ValueError: for an unknown spacing, or a number of steps that is not an integer from 1 to T.
 
         Example:
-            >>> DiscreteDDIMScheduler().make_timesteps(2)
-            [999, 499]
+            >>> DiscreteDDIMScheduler().make_timesteps(2), DiscreteDDIMScheduler().make_timesteps(2, "trailing")
+            ([999, 495], [999, 499])
         """
-        chosen = self.config.timestep_spacing if spacing is None else spacing
+        chosen = choice("spacing", self.config.timestep_spacing if spacing is None else spacing, SPACINGS)
+        if chosen == "alpha":
+            S = integer("num_inference_steps", num_inference_steps, 1, len(self))
+            # The alphas from which steps start, largest first; the last timestep, of least alpha, is always among them.
+            starts = np.arange(S)[::-1] / S
+            nearest = np.abs(self.alphas_cumprod_float64 - starts[:, None]).argmin(1)
+            nearest[-1] = len(self) - 1
+            return schedule.make_distinct(nearest, len(self) - 1)[::-1].tolist()
         return schedule.make_timesteps(chosen, num_inference_steps, self.alphas_cumprod_float64)
 
     def make_steps(self, timesteps: Sequence[int], eta: float = 0.0) -> list[Step]:
