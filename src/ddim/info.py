@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddim.discrete.pipeline import open_pipeline
 from ddim.io import hub
 from ddim.io.config import public_entries
 from ddim.io.images import height_and_width
 from ddim.io.runs import split_variant
 from ddim.io.weights import choose_weights
-from ddim.pipeline import DDIMPipeline, component_folder
+from ddim.pipeline import ImagePipeline, component_folder
 from ddim.unet import UNet2DModel
 
 DEFAULT_SAMPLE_SIZE = 32
@@ -42,7 +43,7 @@ def describe(model: str | Path) -> dict[str, Any]:
     """
     name, variant = split_variant(model)
     folder = hub.find_model(name, variant=variant)
-    pipe = DDIMPipeline.from_pretrained(folder, variant=variant)
+    pipe = open_pipeline(folder, variant=variant)
     weights_folder = component_folder(folder, "unet", pipe.unet.config_name)
     return {
         "model": str(model),
@@ -57,11 +58,15 @@ def describe(model: str | Path) -> dict[str, Any]:
     }
 
 
-def _describe_images(pipe: DDIMPipeline) -> dict[str, Any]:
+def _describe_images(pipe: ImagePipeline) -> dict[str, Any]:
     """Return what images the model has."""
     size, pixel_format = pipe.unet.config.sample_size, pipe.pixel_format
     sides = {} if size is None else dict(zip(("height", "width"), height_and_width(size), strict=True))
-    facts = {**sides, "channels": pipe.unet.config.in_channels, "dtype": pixel_format.dtype}
+    num_values = pipe.scheduler.config.get("num_values")
+    channels = pipe.unet.config.in_channels // (num_values or 1)
+    facts = {**sides, "channels": channels, "dtype": pixel_format.dtype}
+    if num_values is not None:
+        return facts | {"num_values": num_values}
     if pixel_format.is_eight_bit:
         return facts
     return facts | {"low": list(pixel_format.low), "high": list(pixel_format.high)}

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self, Unpack, cast
+from typing import Any, Self, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -64,68 +64,59 @@ SCHEDULER_CLASSES = (
     "LMSDiscreteScheduler",
     "UniPCMultistepScheduler",
 )
+DISCRETE_CLASS = "DiscreteDDIMPipeline"
+"""The pipeline of `ddim.discrete`, whose folders are refused by name."""
 
 
-class DDIMPipeline(ComponentPipeline, LatentSpace, Restoration):
-    """A denoising diffusion model: samples images, and encodes images into latents and back.
+class DiscreteModelError(ValueError):
+    """A model of the discrete process, where one of Gaussian noise is required.
 
-    Args:
-        unet: a `UNet2DModel`, this library's or `diffusers`', or any object with `unet(sample, timestep).sample` and a
-            `.config` that has `sample_size` and `in_channels`.
-        scheduler: anything with the `.config` of a diffusion scheduler, such as a `DDPMScheduler`; a `DDIMScheduler` of
-            that configuration is used.
-        engine: how the network is run: `auto`, `eager` or `compile` (`ddim.engine`).
+    Example:
+        >>> raise DiscreteModelError("a discrete model")
+        Traceback (most recent call last):
+        ddim.pipeline.DiscreteModelError: a discrete model
+    """
+
+
+SamplerType = TypeVar("SamplerType", bound=Sampler)
+
+
+class ImagePipeline(ComponentPipeline):
+    """A pipeline of a network and a scheduler that samples images by its `sampler`: what those of all processes share.
 
     Attributes:
         unet: the network; may be replaced.
-        scheduler: the scheduler; may be replaced by any that has `set_timesteps` and `step`.
+        scheduler: the scheduler; may be replaced.
         engine: the name of the engine that runs the network; may be changed.
-
-    Raises:
-        TypeError: for a network or scheduler without `.config`.
-        ValueError: for an unknown engine.
-
-    References:
-        Denoising Diffusion Implicit Models, arXiv 2010.02502.
-
-    Example:
-        >>> pipe = DDIMPipeline.from_pretrained("mnist")
-        >>> pipe.set_progress_bar_config(disable=True)
-        >>> pipe(seeds=[0, 1], num_inference_steps=4).images[1].size
-        (28, 28)
     """
 
-    model_cpu_offload_seq = "unet"
     unet: Any = None
     scheduler: Any = None
     engine: str = "auto"
     _progress_bar_config: Mapping[str, Any] = MappingProxyType({})
 
-    def __init__(self, unet: Any = None, scheduler: Any = None, *, engine: str = "auto") -> None:
-        self.engine = check_engine(engine)
-        if unet is None and scheduler is None and type(self) is not DDIMPipeline:
-            return  # a subclass registers its components itself
-        for name, component in (("unet", unet), ("scheduler", scheduler)):
-            if not hasattr(component, "config"):
-                raise TypeError(f"{name} must have a .config to read its settings from, got {type(component).__name__}")
-        if not callable(unet):
-            raise TypeError(f"unet must be a network, called as unet(sample, timestep), got {type(unet).__name__}")
-        self.register_modules(unet=unet, scheduler=DDIMScheduler.from_config(scheduler.config))
-        if type(self).__call__ is DDIMPipeline.__call__:
-            check_output_channels(unet.config)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        if "_registered" not in state:  # pickled with `diffusers`
-            names = [name for name, entry in self._internal_dict.items() if isinstance(entry, tuple)]
-            self.register_modules(**{name: state[name] for name in names})
-
     @property
     def sampler(self) -> Sampler:
         """The network, the scheduler and the engine as they are now, ready to run."""
-        sampler = Sampler(self.unet, self.scheduler, self.engine)
+        raise NotImplementedError
+
+    def with_progress_bar(self, sampler: SamplerType) -> SamplerType:
+        """Return a sampler after giving it the settings of this pipeline's progress bar.
+
+        Args:
+            sampler: a new one.
+        """
         sampler.progress_bar_config = dict(self._progress_bar_config)
         return sampler
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample images.
+
+        Args:
+            args: of the process.
+            kwargs: of the process.
+        """
+        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
@@ -163,6 +154,150 @@ class DDIMPipeline(ComponentPipeline, LatentSpace, Restoration):
             total: its length.
         """
         return self.sampler.progress_bar(iterable, total)
+
+    def sample_images(self, count: int, seed: int = 0, batch_size: int = 64, **settings: Any) -> list[Any]:
+        """Sample any number of images in batches, image i from seed `seed + i`.
+
+        Batches are all of one size, the last one filled up with further seeds: networks round a little differently for
+        batches of different sizes, and an image must not depend on its place in the last batch.
+
+        Args:
+            count: the number of images.
+            seed: of the first image.
+            batch_size: images per network evaluation; at most `count` are taken.
+            settings: `eta`, `num_inference_steps`, `use_clipped_model_output`, `timesteps`, `order`, `use_sigma_hat`,
+                `output_type`, classes and guidance of a call of the pipeline; as many labels as images, or one.
+
+        Returns:
+            `count` PIL images, or as many arrays (H, W, C) or tensors (C, H, W), as `output_type` says.
+
+        Raises:
+            ValueError: for an argument out of range, before the network runs.
+            TypeError: for one of a wrong type.
+
+        Example:
+            >>> pipe = DDIMPipeline.from_pretrained("mnist")
+            >>> pipe.set_progress_bar_config(disable=True)
+            >>> len(pipe.sample_images(3, seed=7, batch_size=2, num_inference_steps=1))
+            3
+        """
+        count, batch_size = integer("count", count, 1), integer("batch_size", batch_size, 1)
+        seed = integer("seed", seed, 0)
+        batch_size = min(count, batch_size)
+        images: list[Any] = []
+        for first in range(0, count, batch_size):
+            of_batch = arguments_of_batch(settings, first, batch_size, count)
+            seeds = range(seed + first, seed + first + batch_size)
+            (batch,) = cast(tuple[Any], self(batch_size, return_dict=False, seeds=seeds, **of_batch))
+            images.extend(batch)
+        return images[:count]
+
+    def quiet_copy(self) -> ImagePipeline:
+        """Return a pipeline of the same components, whose progress bar is not shown."""
+        quiet = type(self)(self.unet, self.scheduler, engine=self.engine)  # type: ignore[call-arg]
+        quiet.set_progress_bar_config(disable=True)
+        return quiet
+
+    @property
+    def classes(self) -> ClassLabels | None:
+        """The classes that the model knows; `None` for an unconditional one."""
+        return self.sampler.classes
+
+    def conditions(self, count: int, **condition: Unpack[Condition]) -> Conditions | None:
+        """Return what the samples of a run are conditioned on, checked; see `Sampler.conditions`.
+
+        Args:
+            count: N, the number of samples.
+            condition: classes and guidance.
+        """
+        return self.sampler.conditions(count, **condition)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *, engine: str = "auto", **options: Any
+    ) -> Self:
+        """Load a pipeline: a built-in model, a folder, or a hub id.
+
+        Args:
+            pretrained_model_name_or_path: `"mnist"`, `"mnist-labels"` or `"faces"`, which are built in; a folder of
+                any layout that `ddim.io.hub` describes; or a hub id such as `"google/ddpm-cifar10-32"`.
+            engine: how the network is run: `auto`, `eager` or `compile`.
+            options: those of `ComponentPipeline.from_pretrained`: `torch_dtype`, `variant`, `use_safetensors`,
+                `device_map`; `cache_dir`, `local_files_only`, `revision`, `token`, `force_download`; `unet` or
+                `scheduler` instead of what the folder holds.
+
+        Returns:
+            The pipeline, its network in evaluation mode on the CPU.
+
+        Raises:
+            FileNotFoundError: if no such model exists, or files are missing in it; names the files looked for.
+            ValueError: if a file is damaged, does not fit, or names a class that is not allowed.
+            TypeError: for another option.
+
+        Example:
+            >>> DDIMPipeline.from_pretrained("mnist", engine="eager").sample_shape
+            (1, 28, 28)
+        """
+        check_engine(engine)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **options)
+        pipe.engine = engine
+        return pipe
+
+
+class DDIMPipeline(ImagePipeline, LatentSpace, Restoration):
+    """A denoising diffusion model: samples images, and encodes images into latents and back.
+
+    Args:
+        unet: a `UNet2DModel`, this library's or `diffusers`', or any object with `unet(sample, timestep).sample` and a
+            `.config` that has `sample_size` and `in_channels`.
+        scheduler: anything with the `.config` of a diffusion scheduler, such as a `DDPMScheduler`; a `DDIMScheduler` of
+            that configuration is used.
+        engine: how the network is run: `auto`, `eager` or `compile` (`ddim.engine`).
+
+    Attributes:
+        unet: the network; may be replaced.
+        scheduler: the scheduler; may be replaced by any that has `set_timesteps` and `step`.
+        engine: the name of the engine that runs the network; may be changed.
+
+    Raises:
+        TypeError: for a network or scheduler without `.config`.
+        ValueError: for an unknown engine.
+
+    References:
+        Denoising Diffusion Implicit Models, arXiv 2010.02502.
+
+    Example:
+        >>> pipe = DDIMPipeline.from_pretrained("mnist")
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> pipe(seeds=[0, 1], num_inference_steps=4).images[1].size
+        (28, 28)
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(self, unet: Any = None, scheduler: Any = None, *, engine: str = "auto") -> None:
+        self.engine = check_engine(engine)
+        if unet is None and scheduler is None and type(self) is not DDIMPipeline:
+            return  # a subclass registers its components itself
+        for name, component in (("unet", unet), ("scheduler", scheduler)):
+            if not hasattr(component, "config"):
+                raise TypeError(f"{name} must have a .config to read its settings from, got {type(component).__name__}")
+        if not callable(unet):
+            raise TypeError(f"unet must be a network, called as unet(sample, timestep), got {type(unet).__name__}")
+        self.register_modules(unet=unet, scheduler=DDIMScheduler.from_config(scheduler.config))
+        if type(self).__call__ is DDIMPipeline.__call__:
+            check_output_channels(unet.config)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if "_registered" not in state:  # pickled with `diffusers`
+            names = [name for name, entry in self._internal_dict.items() if isinstance(entry, tuple)]
+            self.register_modules(**{name: state[name] for name in names})
+
+    @property
+    def sampler(self) -> Sampler:
+        """The network, the scheduler and the engine as they are now, ready to run."""
+        return self.with_progress_bar(Sampler(self.unet, self.scheduler, self.engine))
 
     def __call__(
         self,
@@ -288,47 +423,11 @@ class DDIMPipeline(ComponentPipeline, LatentSpace, Restoration):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images) if return_dict else (images,)
 
-    def sample_images(self, count: int, seed: int = 0, batch_size: int = 64, **settings: Any) -> list[Any]:
-        """Sample any number of images in batches, image i from seed `seed + i`.
-
-        Batches are all of one size, the last one filled up with further seeds: networks round a little differently for
-        batches of different sizes, and an image must not depend on its place in the last batch.
-
-        Args:
-            count: the number of images.
-            seed: of the first image.
-            batch_size: images per network evaluation; at most `count` are taken.
-            settings: `eta`, `num_inference_steps`, `use_clipped_model_output`, `timesteps`, `order`, `use_sigma_hat`,
-                `output_type`, classes and guidance of a call of the pipeline; as many labels as images, or one.
-
-        Returns:
-            `count` PIL images, or as many arrays (H, W, C) or tensors (C, H, W), as `output_type` says.
-
-        Raises:
-            ValueError: for an argument out of range, before the network runs.
-            TypeError: for one of a wrong type.
-
-        Example:
-            >>> pipe = DDIMPipeline.from_pretrained("mnist")
-            >>> pipe.set_progress_bar_config(disable=True)
-            >>> len(pipe.sample_images(3, seed=7, batch_size=2, num_inference_steps=1))
-            3
-        """
-        count, batch_size = integer("count", count, 1), integer("batch_size", batch_size, 1)
-        seed = integer("seed", seed, 0)
-        batch_size = min(count, batch_size)
-        images: list[Any] = []
-        for first in range(0, count, batch_size):
-            of_batch = arguments_of_batch(settings, first, batch_size, count)
-            seeds = range(seed + first, seed + first + batch_size)
-            (batch,) = cast(tuple[Any], self(batch_size, return_dict=False, seeds=seeds, **of_batch))
-            images.extend(batch)
-        return images[:count]
-
-    @property
-    def classes(self) -> ClassLabels | None:
-        """The classes that the model knows; `None` for an unconditional one."""
-        return self.sampler.classes
+    def quiet_copy(self) -> DDIMPipeline:
+        """Return a `DDIMPipeline` of the same components, whatever the subclass, whose progress bar is not shown."""
+        quiet = DDIMPipeline(self.unet, self.scheduler, engine=self.engine)
+        quiet.set_progress_bar_config(disable=True)
+        return quiet
 
     def conditions(self, count: int, **condition: Unpack[Condition]) -> Conditions | None:
         """Return what the samples of a run are conditioned on, checked.
@@ -367,37 +466,6 @@ class DDIMPipeline(ComponentPipeline, LatentSpace, Restoration):
         """
         warnings.warn("paint is deprecated; use sample_images", DeprecationWarning, stacklevel=2)
         return self.sample_images(*args, **kwargs)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], *, engine: str = "auto", **options: Any
-    ) -> Self:
-        """Load a pipeline: a built-in model, a folder, or a hub id.
-
-        Args:
-            pretrained_model_name_or_path: `"mnist"`, `"mnist-labels"` or `"faces"`, which are built in; a folder of
-                any layout that `ddim.io.hub` describes; or a hub id such as `"google/ddpm-cifar10-32"`.
-            engine: how the network is run: `auto`, `eager` or `compile`.
-            options: those of `ComponentPipeline.from_pretrained`: `torch_dtype`, `variant`, `use_safetensors`,
-                `device_map`; `cache_dir`, `local_files_only`, `revision`, `token`, `force_download`; `unet` or
-                `scheduler` instead of what the folder holds.
-
-        Returns:
-            The pipeline, its network in evaluation mode on the CPU.
-
-        Raises:
-            FileNotFoundError: if no such model exists, or files are missing in it; names the files looked for.
-            ValueError: if a file is damaged, does not fit, or names a class that is not in this module's tables.
-            TypeError: for another option.
-
-        Example:
-            >>> DDIMPipeline.from_pretrained("mnist", engine="eager").sample_shape
-            (1, 28, 28)
-        """
-        check_engine(engine)
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **options)
-        pipe.engine = engine
-        return pipe
 
     @classmethod
     def _check_index(cls, folder: Path) -> dict[str, Any]:
@@ -440,6 +508,7 @@ def check_model_index(folder: Path, component_names: Sequence[str] = ("unet", "s
 
     Raises:
         ValueError: naming the first class or component that is not in them.
+        DiscreteModelError: for a folder of the discrete process (`ddim.discrete`).
 
     Example:
         >>> check_model_index(hub.find_model("mnist"))
@@ -447,9 +516,15 @@ def check_model_index(folder: Path, component_names: Sequence[str] = ("unet", "s
     path = folder / hub.MODEL_INDEX
     if not path.exists():
         return
+    index = read_json(path)
+    if index.get("_class_name") == DISCRETE_CLASS:
+        raise DiscreteModelError(
+            f"{folder} is a discrete model: ddim.discrete.{DISCRETE_CLASS} loads it; ddim sample, evaluate, info, "
+            "ema and export take it"
+        )
     allowed = {"unet": UNET_CLASSES, "scheduler": SCHEDULER_CLASSES}
     is_custom = set(component_names) - {"self"} != set(allowed)
-    for name, entry in read_json(path).items():
+    for name, entry in index.items():
         if name.startswith("_"):
             continue
         if name not in (component_names if is_custom else allowed):

@@ -215,13 +215,34 @@ class Sampler:
         if batch_size == 1:
             batch_size = len(seeds or ()) or (len(latents) if isinstance(latents, Tensor) and latents.ndim else 1) or 1
         shape = (batch_size, *(latents.shape[1:] if isinstance(latents, Tensor) else self.sample_shape))
-        if seeds is not None:
-            noise = noise_from_seeds(shape, check_seeds(seeds, batch_size), self.device)
-        else:
-            noise = noise_from_generator(shape, generator, self.device, self.dtype)
+        noise = self.noise_source(shape, generator, seeds)
         if latents is not None:
             return self.check_latents(latents, batch_size), noise
         return noise().to(self.sample_dtype), noise
+
+    def noise_source(
+        self,
+        shape: Sequence[int],
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        seeds: Sequence[int] | None,
+    ) -> NoiseSource:
+        """Return the source of all noise of a run.
+
+        Args:
+            shape: (N, C, H, W).
+            generator: one, or a list of N; `None` for PyTorch's global one.
+            seeds: N integers instead of a generator; `None` for none.
+
+        Returns:
+            A function that draws noise of this shape, on the network's device.
+
+        Raises:
+            ValueError: for another number of generators or seeds than N.
+            TypeError: for a generator that is not one.
+        """
+        if seeds is not None:
+            return noise_from_seeds(shape, check_seeds(seeds, shape[0]), self.device)
+        return noise_from_generator(shape, generator, self.device, self.dtype)
 
     def check_latents(self, latents: Tensor, batch_size: int | None = None) -> Tensor:
         """Return latents on the network's device, in `sample_dtype` or their own wider dtype.

@@ -26,7 +26,7 @@ from ddim.io.images import to_values
 from ddim.io.json_files import to_json
 from ddim.io.locks import OutputLock
 from ddim.latents import Condition
-from ddim.pipeline import DDIMPipeline
+from ddim.pipeline import DDIMPipeline, ImagePipeline
 from ddim.validation import integer, pluralize
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class BulkResult:
 
 
 def sample_many(
-    pipe: DDIMPipeline,
+    pipe: ImagePipeline,
     out: str | Path,
     count: int,
     seed: int = 0,
@@ -123,8 +123,7 @@ def sample_many(
             f"overwrite=True must run in a single process, got {world_size}: it deletes files that others write"
         )
 
-    quiet_pipe = DDIMPipeline(pipe.unet, pipe.scheduler, engine=pipe.engine)
-    quiet_pipe.set_progress_bar_config(disable=True)
+    quiet_pipe = pipe.quiet_copy()
     batches = target.batches[rank::world_size]
     with OutputLock(target.lock_path, job_name()) as lock:
         _open(target, identity, overwrite, batches)
@@ -153,7 +152,7 @@ def sample_many(
     return BulkResult(sampled, total, count)
 
 
-def _identity(pipe: DDIMPipeline, target: Target, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(pipe: ImagePipeline, target: Target, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything that decides the images' bytes, as JSON returns it."""
     plan = pipe.sampler.plan(SamplingConfig(**settings))
     identity: dict[str, Any] = {

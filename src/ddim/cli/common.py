@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ddim.io.latent_files import LatentSettings
-    from ddim.pipeline import DDIMPipeline
+    from ddim.pipeline import DDIMPipeline, ImagePipeline
 
 DEFAULT_MODEL = "mnist"
 PIPELINE_FILES = (
@@ -84,7 +84,7 @@ class SamplingOptions:
         """
         return cls(steps, spacing, None if timesteps is None else parse_integers(timesteps, "--timesteps"), **settings)
 
-    def choose_timesteps(self, pipe: DDIMPipeline) -> Sequence[int] | None:
+    def choose_timesteps(self, pipe: ImagePipeline) -> Sequence[int] | None:
         """Return the timesteps that the options name.
 
         Args:
@@ -97,7 +97,7 @@ class SamplingOptions:
             return self.timesteps
         return pipe.scheduler.make_timesteps(self.steps, self.spacing)
 
-    def config(self, pipe: DDIMPipeline) -> SamplingConfig:
+    def config(self, pipe: ImagePipeline) -> SamplingConfig:
         """Return the options as settings of the library.
 
         Args:
@@ -124,7 +124,9 @@ class SamplingOptions:
         return SamplingConfig(num_steps, self.eta, timesteps, self.order, self.sigma_hat, self.clipped_model_output)
 
 
-def load_pipeline(model: str, device: str, dtype: str = "float32", engine: str = "auto") -> DDIMPipeline:
+def load_pipeline(
+    model: str, device: str, dtype: str = "float32", engine: str = "auto", takes_discrete: bool = False
+) -> Any:
     """Load a pipeline and move it to its device.
 
     Args:
@@ -132,20 +134,29 @@ def load_pipeline(model: str, device: str, dtype: str = "float32", engine: str =
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         dtype: of the network: `float32`, `bfloat16` or `float16`.
         engine: how the network runs: `auto`, `eager` or `compile`.
+        takes_discrete: load a discrete model (`ddim.discrete`), too, as its own pipeline.
 
     Returns:
-        The pipeline.
+        The pipeline, a `DDIMPipeline` or, where they are taken, a `DiscreteDDIMPipeline`.
 
     Raises:
         FileNotFoundError: if no such model exists.
         ValueError: if it is damaged, or no such device, dtype or engine exists.
     """
     from ddim.devices import choose_device, choose_dtype
-    from ddim.pipeline import DDIMPipeline
+    from ddim.pipeline import DDIMPipeline, DiscreteModelError
 
     # Checked before the weights are read, which takes long.
     target = choose_device(device), choose_dtype(dtype)
-    pipe = DDIMPipeline.from_pretrained(model, engine=engine)
+    pipe: Any
+    try:
+        pipe = DDIMPipeline.from_pretrained(model, engine=engine)
+    except DiscreteModelError:
+        if not takes_discrete:
+            raise
+        from ddim.discrete import DiscreteDDIMPipeline
+
+        pipe = DiscreteDDIMPipeline.from_pretrained(model, engine=engine)
     if pipe.unet.class_embedding is not None and pipe.classes is None:
         raise ValueError(f"{model} takes other conditions than class labels, which are supported in Python alone")
     return pipe.to(*target)

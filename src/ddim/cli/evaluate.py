@@ -343,7 +343,7 @@ class Source:
             if like is None:
                 return open_files(name, count, None, self.split)
             return open_files(name, count, like.shape, self.split, like.pixel_format)
-        pipe = load_pipeline(name, self.device, engine=self.engine)
+        pipe = load_pipeline(name, self.device, engine=self.engine, takes_discrete=True)
         count = 10_000 if count is None else count
         settings: dict[str, Any] = asdict(sampling.config(pipe))
         if self.conditions != NO_CONDITIONS:

@@ -31,8 +31,8 @@ def export(
       ddim export runs/mine --step 20000 --weights raw --dtype float16 --out mine-raw
     """
     from ddim.devices import choose_dtype
+    from ddim.discrete.pipeline import open_pipeline
     from ddim.io.runs import check_model_folder, split_variant
-    from ddim.pipeline import DDIMPipeline
     from ddim.training.averages import find_checkpoint
 
     target = choose_dtype(dtype)
@@ -41,7 +41,7 @@ def export(
     name, variant = split_variant(run)
     checkpoint = find_checkpoint(Path(name), step)
     model = str(checkpoint) if variant is None else f"{checkpoint}@{variant}"
-    pipe = DDIMPipeline.from_pretrained(with_weights(model, weights)).to(target)
+    pipe = open_pipeline(with_weights(model, weights)).to(target)
     num_replaced = count_model_files(folder)
     pipe.save_pretrained(folder)
     report_result(folder, num_replaced, f"{checkpoint.name}, {pipe.unet.num_parameters():,} parameters, {dtype}")

@@ -96,6 +96,7 @@ def sample(
     from ddim.bulk import sample_many
     from ddim.distributed import local_device, rank_and_world_size
     from ddim.io.image_files import OUTPUT_SUFFIXES, check_output_path, is_folder_path
+    from ddim.pipeline import DDIMPipeline
 
     target = check_output_path(out, OUTPUT_SUFFIXES | {".tar": "WebDataset shards"})
     sampling = SamplingOptions.parse(
@@ -112,7 +113,10 @@ def sample(
     if sampling.steps is not None and tolerance is not None:
         raise ValueError(f"--tolerance requires --steps auto, got --steps {steps}")
     rank, world_size = rank_and_world_size()
-    pipe = load_pipeline(choose_model(model, model_option, DEFAULT_MODEL, weights), local_device(device), dtype, engine)
+    name = choose_model(model, model_option, DEFAULT_MODEL, weights)
+    pipe = load_pipeline(name, local_device(device), dtype, engine, takes_discrete=True)
+    if sampling.steps is None and not isinstance(pipe, DDIMPipeline):
+        raise ValueError(f"--steps auto requires a model of Gaussian noise, and {name} is discrete; give a number")
     num_labels = conditions.num_labels(pipe)
     if count is None:
         count = 16 if num_labels == 1 else 8 * num_labels

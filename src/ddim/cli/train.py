@@ -42,6 +42,12 @@ def train(
             "of metadata.jsonl; defaults to none, which trains without."
         ),
     ] = None,
+    process: Annotated[
+        str | None,
+        typer.Option(
+            help="gaussian noise, or discrete values, 2 of them or --set scheduler.num_values=K; defaults to gaussian."
+        ),
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="Start from settings that come with the package.")] = None,
     config: Annotated[str | None, typer.Option(help="A YAML file with settings, or RUN/config.yaml.")] = None,
     settings: Annotated[
@@ -148,6 +154,7 @@ def train(
     overrides: dict[str, Any] = {
         "data.source": data,
         "data.labels": labels,
+        "process": process,
         "init": init,
         "model.sample_size": resolution,
         "seed": seed,

@@ -44,7 +44,9 @@ def plan_table(plan: Plan) -> str:
     network = f"{model['block_out_channels']}, {pluralize(model['layers_per_block'], 'block')} per level"
     if attention:
         network += f", attention at {', '.join(attention)} pixels"
-    objective = config.scheduler.get("prediction_type", "epsilon")
+    prediction = (config.scheduler.get("prediction_type", "epsilon"), "--set scheduler.prediction_type")
+    if config.process == "discrete":
+        prediction = (f"x_0, of {config.scheduler.get('num_values', 2)} values", "--set scheduler.num_values")
     decay = f", {optim.decay} decay over the last {optim.decay_steps:,}" if optim.decay_steps else ""
     rows = [
         ("images", describe_images(plan.survey), ""),
@@ -54,7 +56,7 @@ def plan_table(plan: Plan) -> str:
         ("size", f"{height}x{width}, {describe_channels(model['in_channels'])}", "--resolution"),
         ("network", network, "--set model.block_out_channels"),
         ("", f"{costs.parameters:,} parameters", ""),
-        ("prediction", objective, "--set scheduler.prediction_type"),
+        ("prediction", *prediction),
         ("batch", f"{config.batch_size} images, {config.precision}", "--batch-size, --precision"),
         ("learning rate", f"{optim.lr:.2g}{decay}", "--set optim.lr"),
         ("average", f"of about {round(1 / (1 - config.ema.decay)):,} steps", "--set ema.decay"),

@@ -16,7 +16,10 @@ from torch import Tensor
 from ddim.validation import as_integer, shown
 
 NoiseSource = Callable[[], Tensor]
-"""Draws the next standard Gaussian tensor of a fixed shape."""
+"""Draws the next tensor of a fixed shape, standard Gaussian if nothing else is said."""
+
+Distribution = Callable[..., Tensor]
+"""`torch.randn`, or another function of its arguments."""
 
 MAX_SEED = 2**63 - 1
 """The largest seed that is accepted."""
@@ -75,13 +78,16 @@ def check_seeds(seeds: Iterable[int], batch_size: int) -> list[int]:
     return checked
 
 
-def noise_from_seeds(shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> NoiseSource:
+def noise_from_seeds(
+    shape: Sequence[int], seeds: Sequence[int], device: torch.device, distribution: Distribution = torch.randn
+) -> NoiseSource:
     """Return a source of noise in which image i depends on `seeds[i]` alone.
 
     Args:
         shape: (N, C, H, W).
         seeds: N integers, as `check_seeds` returns them.
         device: the device of the noise.
+        distribution: `torch.randn` for standard Gaussian noise, `torch.rand` for uniform numbers.
 
     Returns:
         A function that draws float32 noise (N, C, H, W), other noise at each call.
@@ -92,7 +98,8 @@ def noise_from_seeds(shape: Sequence[int], seeds: Sequence[int], device: torch.d
         >>> torch.equal(two[1:], one)
         True
     """
-    return noise_from_generator(shape, [torch.Generator().manual_seed(seed) for seed in seeds], device, torch.float32)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return noise_from_generator(shape, generators, device, torch.float32, distribution)
 
 
 def noise_from_generator(
@@ -100,6 +107,7 @@ def noise_from_generator(
     generator: torch.Generator | Sequence[torch.Generator] | None,
     device: torch.device,
     dtype: torch.dtype,
+    distribution: Distribution = torch.randn,
 ) -> NoiseSource:
     """Return a source of noise in the order in which `diffusers` draws it.
 
@@ -108,6 +116,7 @@ def noise_from_generator(
         generator: one for the whole batch, a list of N, or `None` for PyTorch's global one.
         device: the device of the noise. CPU generators draw on the CPU, whatever the device.
         dtype: in which the noise is drawn.
+        distribution: `torch.randn` for standard Gaussian noise, `torch.rand` for uniform numbers.
 
     Returns:
         A function that draws noise (N, C, H, W), other noise at each call.
@@ -139,7 +148,7 @@ def noise_from_generator(
 
     def draw() -> Tensor:
         parts = [
-            _to_device(torch.randn(part_shape, generator=g, device=g.device if g else device, dtype=dtype), device)
+            _to_device(distribution(part_shape, generator=g, device=g.device if g else device, dtype=dtype), device)
             for g in generators
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -231,7 +231,7 @@ def make_timesteps(
         w = u + np.log1p(u / BLEND_BEND) * BLEND_WEIGHT
         end = float(np.interp((T - 1) / T, u, w))
         steps = np.interp(np.arange(1, S + 1) / S * end, w, u)
-        ascending = _distinct(np.round(T * steps).astype(np.int64), T - 1)
+        ascending = make_distinct(np.round(T * steps).astype(np.int64), T - 1)
     elif spacing == "logsnr":
         ascending = _equal_log_snr(S, alphas_cumprod)
     else:
@@ -253,11 +253,20 @@ def _equal_log_snr(S: int, alphas_cumprod: NDArray[np.float64]) -> NDArray[np.in
     # From the noisy end, which a single step must start from.
     targets = np.linspace(log_snr[finite[-1]], log_snr[finite[0]], S)[::-1]
     steps = finite[0] + np.round(np.interp(-targets, -log_snr[finite], np.arange(len(finite)))).astype(np.int64)
-    return _distinct(steps, int(finite[-1]))
+    return make_distinct(steps, int(finite[-1]))
 
 
-def _distinct(steps: NDArray[np.int64], last: int) -> NDArray[np.int64]:
-    """Return ascending timesteps without the repeats near t = 0: pushed up, then back under the last timestep."""
+def make_distinct(steps: NDArray[np.int64], last: int) -> NDArray[np.int64]:
+    """Return ascending timesteps without the repeats near t = 0: pushed up, then back under the last timestep.
+
+    Args:
+        steps: int64 (S,), not decreasing.
+        last: the largest timestep that is allowed, at least S - 1.
+
+    Example:
+        >>> make_distinct(np.array([0, 0, 0, 5]), 9).tolist()
+        [0, 1, 2, 5]
+    """
     index = np.arange(len(steps))
     steps = np.maximum.accumulate(steps - index) + index
     return np.minimum(steps, last - index[::-1])

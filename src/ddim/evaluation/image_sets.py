@@ -28,7 +28,7 @@ from ddim.io.class_labels import arguments_of_batch
 from ddim.io.images import as_array, decode_image, fit_array, fit_image, to_values
 from ddim.io.pixel_format import EIGHT_BIT, PixelFormat, measured_format
 from ddim.io.reading import reader_reason
-from ddim.pipeline import DDIMPipeline
+from ddim.pipeline import ImagePipeline
 from ddim.validation import shown
 
 BATCH_SIZE = 64
@@ -169,7 +169,9 @@ def _scale(values: Tensor, pixel_format: PixelFormat) -> Tensor:
     return values if pixel_format.is_eight_bit else pixel_format.to_samples(values) / 2 + 0.5
 
 
-def sample_image_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = "samples", **settings: Any) -> ImageSet:
+def sample_image_set(
+    pipe: ImagePipeline, count: int, seed: int = 0, name: str = "samples", **settings: Any
+) -> ImageSet:
     """Return samples of a pipeline from seeds `seed` to `seed + count - 1`, equal to those of bulk sampling.
 
     Images are sampled when a batch is read.
@@ -186,12 +188,12 @@ def sample_image_set(pipe: DDIMPipeline, count: int, seed: int = 0, name: str = 
         The set; with labels, its column `label` holds the names of the classes.
 
     Example:
+        >>> from ddim import DDIMPipeline
         >>> digits = sample_image_set(DDIMPipeline.from_pretrained("mnist"), 100, num_inference_steps=20)
         >>> digits.shape, len(digits)
         ((1, 28, 28), 2)
     """
-    quiet_pipe = DDIMPipeline(pipe.unet, pipe.scheduler, engine=pipe.engine)
-    quiet_pipe.set_progress_bar_config(disable=True)
+    quiet_pipe = pipe.quiet_copy()
     size, pixel_format = min(BATCH_SIZE, count), pipe.pixel_format
 
     def read_batch(number: int) -> Tensor:

@@ -48,6 +48,8 @@ def model_sha256(pipe: HasModel) -> str:
     sha256.update(to_json(config).encode())
     if (pixel_format := format_of(pipe.unet.config).record()) is not None:
         sha256.update(to_json(pixel_format).encode())
-    sha256.update(pipe.scheduler.config.prediction_type.encode())
+    # A discrete process has a number of values instead.
+    scheduler = pipe.scheduler.config
+    sha256.update(str(getattr(scheduler, "prediction_type", None) or f"{scheduler.num_values} values").encode())
     sha256.update(pipe.scheduler.alphas_cumprod.cpu().numpy().tobytes())
     return sha256.hexdigest()

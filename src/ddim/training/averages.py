@@ -20,10 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ddim.discrete.pipeline import open_pipeline
 from ddim.io.atomic import atomic_write
 from ddim.io.runs import CHECKPOINTS, checkpoint_step, list_checkpoints, verify_checksums
 from ddim.io.weights import read_tensors, write_safetensors
-from ddim.pipeline import DDIMPipeline
+from ddim.pipeline import ImagePipeline
 from ddim.training.checkpoint import TENSOR_FILES
 from ddim.training.power_average import Profile, combine, decay
 from ddim.validation import choice, shorten
@@ -214,7 +215,7 @@ class Reconstruction(NamedTuple):
         residual: root mean square of what its profile lacks, relative to the profile: 0.01 is one percent.
     """
 
-    pipe: DDIMPipeline
+    pipe: ImagePipeline
     step: int
     snapshots: int
     residual: float
@@ -276,7 +277,7 @@ class RunAverages:
                 _, _, parameter = name.partition("/")
                 part = by_profile[Profile(step, _length(name))] * tensor.double()
                 total[parameter] = total[parameter] + part if parameter in total else part
-        pipe = DDIMPipeline.from_pretrained(self.checkpoint)
+        pipe = open_pipeline(self.checkpoint)
         pipe.unet.load_state_dict(total)
         return Reconstruction(pipe, self.step, len(steps), residual)
 

@@ -14,6 +14,7 @@ from ddim.io.images import height_and_width
 from ddim.io.pixel_format import PixelFormat
 from ddim.training.config import DistillConfig
 from ddim.training.history import format_history
+from ddim.training.processes import PROCESSES
 from ddim.training.trainer import Trainer
 
 CARD = """---
@@ -32,9 +33,9 @@ A denoising diffusion model of {kind}, trained with `ddim`.
 {count} samples from seeds 0 to {last} at {steps} steps, none picked{shown}.
 
 ```python
-from ddim import DDIMPipeline{origin}{units}
+from {module} import {pipeline}{origin}{units}
 
-pipe = DDIMPipeline.from_pretrained("{name}")  # this folder, or its id on the hub
+pipe = {pipeline}.from_pretrained("{name}")  # this folder, or its id on the hub
 images = pipe(batch_size=16, num_inference_steps={steps}{output}).images
 ```
 
@@ -73,7 +74,7 @@ def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
     held_out = f", {len(trainer.held_out):,} more held out" if len(trainer.held_out) else ""
     facts = {
         "network": f"`UNet2DModel`, {trainer.model.num_parameters():,} parameters",
-        "predicts": f"{scheduler.config.prediction_type}; {scheduler.config.beta_schedule} betas, T = {len(scheduler)}",
+        "predicts": f"{_describe_prediction(scheduler)}; {scheduler.config.beta_schedule} betas, T = {len(scheduler)}",
         "weights": f"exponential moving average, decay {config.ema.decay}"
         if config.ema.sigma_rel is None
         else f"power-function average, sigma_rel {config.ema.sigma_rel:g}",
@@ -99,14 +100,16 @@ def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
         step = line.pop("step")
         facts |= {key.replace("_", " "): f"{value:.4g}, at step {step:,}" for key, value in line.items()}
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
-    model = config.model
+    model, is_gaussian = config.model, config.process == "gaussian"
     channels = model.get("in_channels", 3)
     return CARD.format(
         name=out.resolve().name,
         kind=_describe_images(height_and_width(model["sample_size"]), channels, pixel_format),
         units="" if pixel_format.is_eight_bit or trainer.classes is not None else ", whose images are in [0, 1]",
+        module="ddim" if is_gaussian else "ddim.discrete",
+        pipeline=PROCESSES[config.process].pipeline.__name__,
         tag="" if trainer.classes is not None else "pipeline_tag: unconditional-image-generation\n",
-        origin="" if trainer.classes is not None else "  # or: from diffusers import DDIMPipeline",
+        origin="" if trainer.classes is not None or not is_gaussian else "  # or: from diffusers import DDIMPipeline",
         output=(f", class_labels={_an_example(trainer.classes)}" if trainer.classes is not None else "")
         + ("" if pixel_format.is_eight_bit and pixel_format.fits_pil(channels) else ', output_type="np"'),
         shown=of_class + ("" if shows_values(channels, pixel_format) else ", in false color"),
@@ -116,6 +119,12 @@ def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
         facts="\n".join(f"| {name} | {fact} |" for name, fact in facts.items()),
         settings=yaml.safe_dump(record["config"], sort_keys=False),
     )
+
+
+def _describe_prediction(scheduler: Any) -> str:
+    """Return what the network predicts."""
+    num_values = scheduler.config.get("num_values")
+    return f"x_0 of {num_values} values" if num_values is not None else str(scheduler.config.prediction_type)
 
 
 def _describe_teacher(config: DistillConfig) -> dict[str, str]:

@@ -23,18 +23,15 @@ from ddim.data.config import DataConfig, Section
 from ddim.data.labels import NONE
 from ddim.io.array_files import MAX_CHANNELS
 from ddim.io.images import height_and_width
-from ddim.scheduler import DDIMScheduler
 from ddim.training.power_average import MAX_SIGMA_REL, MIN_SIGMA_REL
+from ddim.training.processes import PROCESSES
 from ddim.unet import UNet2DModel
-from ddim.validation import as_integer, choice, find_nearest, nearest, shorten, shown
+from ddim.validation import as_integer, choice, find_nearest, join_choices, nearest, shorten, shown
 
 PRESETS = resources.files("ddim.training") / "presets"
 
 MAX_FEATURES = 4096
 """Most features of a Fréchet distance, whose covariances grow with their square."""
-
-SCHEDULER_DEFAULTS: Mapping[str, Any] = {"clip_sample": False}
-"""Where a trained model's scheduler differs from `DDIMScheduler()`: without clipping more steps converge to a limit."""
 
 MAX_YAML_VALUES = 100_000
 """Values of a YAML file, each alias counted as what it stands for: a few lines of aliases can stand for billions."""
@@ -50,7 +47,8 @@ class ObjectiveConfig(Section):
     """The loss; see `ddim.training.objective`. What the network predicts is `scheduler.prediction_type`.
 
     Attributes:
-        weighting: weights of timesteps: `simple` (DDPM's), `min_snr` or `truncated_snr`.
+        weighting: weights of timesteps: `simple` (DDPM's), `min_snr` or `truncated_snr`; of the discrete process
+            `simple` (cross-entropy of x_0) or `kl` (divergence of the posteriors).
         gamma: bound of the signal-to-noise ratio for `min_snr`.
         antithetic: draw timesteps in pairs t, T - 1 - t.
         class_dropout: part of the labels, drawn anew in every step, that are replaced by the null class, which guidance
@@ -61,7 +59,7 @@ class ObjectiveConfig(Section):
         5.0
     """
 
-    weighting: Literal["simple", "min_snr", "truncated_snr"] = "simple"
+    weighting: Literal["simple", "min_snr", "truncated_snr", "kl"] = "simple"
     gamma: PositiveFloat = Field(default=5.0, allow_inf_nan=False)
     antithetic: bool = True
     class_dropout: float = Field(default=0.1, ge=0, lt=1)
@@ -210,12 +208,14 @@ class TrainConfig(Section):
 
     Attributes:
         data: the images.
-        model: arguments of `UNet2DModel`, `sample_size` among them. With `init` they override single arguments of that
-            model.
+        model: arguments of `UNet2DModel`, `sample_size` among them, with the images' channels. With `init` they
+            override single arguments of that model.
         init: weights to start from, as `DDIMPipeline.from_pretrained` takes them: a built-in model, a folder, a hub id.
+        process: `gaussian` noise, or `discrete` values (`ddim.discrete`): gray values are rounded to the nearest of
+            `scheduler.num_values`, 2 by default, and noise draws some of them anew.
         scheduler: arguments of `DDIMScheduler`: the betas, the prediction type, how the result is sampled. Where they
             are omitted, the scheduler of `init` decides; without `init`, `clip_sample` is false, and the others have
-            the defaults of `DDIMScheduler`.
+            the defaults of `DDIMScheduler`. Of the discrete process they are those of `DiscreteDDIMScheduler`.
         objective: the loss.
         distill: distillation of another model's steps.
         optim: the optimizer.
@@ -243,6 +243,7 @@ class TrainConfig(Section):
     data: DataConfig
     model: dict[str, Any] = Field(default_factory=dict)
     init: str | None = None
+    process: Literal["gaussian", "discrete"] = "gaussian"
     scheduler: dict[str, Any] = Field(default_factory=dict)
     objective: ObjectiveConfig = ObjectiveConfig()
     distill: DistillConfig = DistillConfig()
@@ -516,7 +517,8 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
     if config.init is None:
         check_model(config.model)
     _check_section("model", UNet2DModel.__init__, config.model)
-    _check_section("scheduler", DDIMScheduler.__init__, config.scheduler)
+    _check_section("scheduler", PROCESSES[config.process].scheduler.__init__, config.scheduler)
+    _check_process(config)
     optim = config.optim
     if config.batch_size % optim.accumulate:
         raise _invalid("optim.accumulate", f"must divide batch_size ({config.batch_size}), got {optim.accumulate}")
@@ -532,7 +534,7 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
     if config.model:
         check_augmentation(config.data, config.model)
     if config.init is None:
-        check_scheduler(config.scheduler)
+        check_scheduler(config.scheduler, config.process)
     if config.data.balanced and config.data.labels == NONE:
         raise _invalid("data.balanced", "requires data.labels: auto, or a column, got none")
     ema = config.ema
@@ -631,11 +633,25 @@ def check_augmentation(data: DataConfig, model: Mapping[str, Any]) -> None:
             raise _invalid(f"data.{name}", f"requires 8-bit images of three channels, got model.in_channels={channels}")
 
 
-def check_scheduler(scheduler: Mapping[str, Any]) -> None:
+def _check_process(config: TrainConfig) -> None:
+    """Check the entries that only one process has."""
+    weightings = PROCESSES[config.process].weightings
+    if config.objective.weighting not in weightings:
+        raise _invalid(
+            "objective.weighting",
+            f"must be one of {join_choices(weightings)} for process={config.process}, got {config.objective.weighting}",
+        )
+    for entry, value in (("init", config.init), ("distill.teacher", config.distill.teacher)):
+        if config.process != "gaussian" and value is not None:
+            raise _invalid(entry, f"requires process=gaussian, got {config.process}")
+
+
+def check_scheduler(scheduler: Mapping[str, Any], process: str = "gaussian") -> None:
     """Check what training requires of the scheduler's arguments.
 
     Args:
-        scheduler: arguments of `DDIMScheduler`.
+        scheduler: arguments of the scheduler of the process, such as `DDIMScheduler`.
+        process: one of `ddim.training.processes.PROCESSES`.
 
     Raises:
         ValueError: naming the wrong argument.
@@ -644,9 +660,11 @@ def check_scheduler(scheduler: Mapping[str, Any]) -> None:
         >>> check_scheduler({"clip_sample": False})
     """
     try:
-        DDIMScheduler.from_config({}, **scheduler)
+        PROCESSES[process].scheduler.from_config({}, **scheduler)
     except (TypeError, ValueError) as error:
         raise _invalid("scheduler", str(error)) from None
+    if process != "gaussian":
+        return
     betas = scheduler.get("trained_betas")
     has_zero_snr = scheduler.get("rescale_betas_zero_snr") or (betas is not None and max(betas) >= 1)
     if has_zero_snr and scheduler.get("prediction_type", "epsilon") == "epsilon":

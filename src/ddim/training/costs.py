@@ -37,7 +37,7 @@ from ddim.training.config import TrainConfig, describe_preset, preset_names, rea
 from ddim.training.machine import is_emulated
 from ddim.training.metrics_logger import memory_mib
 from ddim.training.run import check_batch_size, complete_config, resolve_length, start_processes
-from ddim.training.trainer import Trainer, class_arguments
+from ddim.training.trainer import Trainer, network_arguments
 from ddim.unet import UNet2DModel
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def estimate_costs(config: TrainConfig, device: str | torch.device = "auto") -> 
         labels = replace(lazy.labels, indices=classes)
     dataset = CachedImageDataset(pixels, pixel_format=lazy.pixel_format, labels=labels)
 
-    arguments = class_arguments(config, labels)
+    arguments = network_arguments(config, labels)
     network = _meta_network(config.model | arguments)
     flop_per_image = PASSES * count_flop(network)
     local_batch = config.batch_size // accelerator.num_processes
@@ -214,7 +214,7 @@ def memory_bytes(config: TrainConfig, batch_size: int, classes: Mapping[str, Any
     Args:
         config: the completed configuration.
         batch_size: images per backward pass.
-        classes: arguments of the network that follow from the labels (`ddim.training.trainer.class_arguments`).
+        classes: arguments of the network that `config.model` does not have (`ddim.training.trainer.network_arguments`).
 
     Returns:
         Bytes.

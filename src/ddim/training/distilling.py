@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +26,14 @@ from ddim.engine.cuda import CUDAEngine, fill, record_graph
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler, check_own_steps
 from ddim.training.config import DistillConfig, ObjectiveConfig, TrainConfig
+from ddim.training.discrete import DiscreteObjective
 from ddim.training.machine import PRECISIONS
 from ddim.training.objective import DenoisingObjective, Objective, loss_weights
 
 logger = logging.getLogger(__name__)
 
 
-def make_objective(config: TrainConfig, scheduler: DDIMScheduler, device: torch.device) -> Objective:
+def make_objective(config: TrainConfig, scheduler: Any, device: torch.device) -> Objective:
     """Create the objective that a configuration describes.
 
     Args:
@@ -40,7 +42,8 @@ def make_objective(config: TrainConfig, scheduler: DDIMScheduler, device: torch.
         device: device to train on.
 
     Returns:
-        `DistillationObjective` where there is a teacher, else `DenoisingObjective`.
+        `DistillationObjective` where there is a teacher, `DiscreteObjective` of the discrete process, else
+        `DenoisingObjective`.
 
     Raises:
         FileNotFoundError: if the teacher does not exist.
@@ -51,6 +54,8 @@ def make_objective(config: TrainConfig, scheduler: DDIMScheduler, device: torch.
         >>> make_objective(load_config("digits"), DDIMScheduler(), torch.device("cpu"))  # doctest: +ELLIPSIS
         <ddim.training.objective.DenoisingObjective object at ...>
     """
+    if config.process == "discrete":
+        return DiscreteObjective(scheduler, config.objective.antithetic, config.objective.weighting)
     if config.distill.teacher is None:
         return DenoisingObjective(scheduler, config.objective.antithetic)
     pipe = DDIMPipeline.from_pretrained(config.distill.teacher).to(device)
@@ -58,7 +63,7 @@ def make_objective(config: TrainConfig, scheduler: DDIMScheduler, device: torch.
     return DistillationObjective(pipe, scheduler, config.distill, config.precision)
 
 
-class DistillationObjective:
+class DistillationObjective(DenoisingObjective):
     """Several steps of a teacher in one.
 
     Args:
@@ -84,6 +89,7 @@ class DistillationObjective:
     def __init__(
         self, teacher: DDIMPipeline, scheduler: DDIMScheduler, config: DistillConfig, precision: str = "fp32"
     ) -> None:
+        super().__init__(scheduler)
         S = check_student_steps(config.num_inference_steps, len(scheduler))
         given = check_own_steps(teacher.scheduler)
         if not torch.equal(given.alphas_cumprod.cpu(), scheduler.alphas_cumprod.cpu()):

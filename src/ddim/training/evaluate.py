@@ -11,13 +11,13 @@ from ddim.data.seeding import generator_for
 from ddim.evaluation.features import Pixels
 from ddim.evaluation.image_sets import sample_image_set
 from ddim.evaluation.metrics import frechet
-from ddim.pipeline import DDIMPipeline
+from ddim.pipeline import ImagePipeline
 from ddim.training.trainer import Trainer
 
 BATCH_SIZE = 256
 
 
-def evaluate(trainer: Trainer, pipe: DDIMPipeline) -> dict[str, float]:
+def evaluate(trainer: Trainer, pipe: ImagePipeline) -> dict[str, float]:
     """Compute the metrics that the configuration enables.
 
     Args:
@@ -37,7 +37,7 @@ def evaluate(trainer: Trainer, pipe: DDIMPipeline) -> dict[str, float]:
 
 @torch.no_grad()
 def held_out_loss(trainer: Trainer) -> float:
-    """Compute the simple loss of the averaged weights on the held-out images.
+    """Compute the loss of the averaged weights on the held-out images, without the weights of timesteps.
 
     Timesteps are evenly spaced and the noise is the same at every call, so that values can be compared.
 
@@ -45,25 +45,25 @@ def held_out_loss(trainer: Trainer) -> float:
         trainer: the run, with at least one held-out image.
 
     Returns:
-        Mean squared error of what the network predicts.
+        Mean squared error of what the network predicts; of the discrete process, nats per value.
     """
-    scheduler, total = trainer.scheduler, 0.0
+    objective, total = trainer.objective, 0.0
     count = len(trainer.held_out)
-    timesteps = trainer.objective.spread_timesteps(count)
+    timesteps = objective.spread_timesteps(count)
     images, labels = trainer.dataset.read_labeled(trainer.held_out)
     images = center_crop(images.cpu(), trainer.batches.size)
     x0 = trainer.dataset.pixel_format.to_samples(images).clamp(-1, 1)
-    noise = torch.randn(x0.shape, generator=generator_for(trainer.config.seed, "held-out noise", 0))
+    noise = objective.draw_noise(x0.shape, generator_for(trainer.config.seed, "held-out noise", 0))
     for part in (slice(start, start + BATCH_SIZE) for start in range(0, count, BATCH_SIZE)):
         x, e, t = (tensor[part].to(trainer.device) for tensor in (x0, noise, timesteps))
         classes = () if labels is None else (labels[part].to(trainer.device),)
-        noisy = scheduler.add_noise(x, e, t)
-        target = trainer.objective.target(x, e, t, noisy)
-        total += float((trainer.ema(noisy, t, *classes).sample - target).square().flatten(1).mean(1).sum())
+        noisy = objective.noised(x, e, t)
+        target = objective.target(x, e, t, noisy)
+        total += float(objective.losses(trainer.ema(noisy, t, *classes).sample, target, noisy, t).sum())
     return total / count
 
 
-def sample_distance(trainer: Trainer, pipe: DDIMPipeline) -> float:
+def sample_distance(trainer: Trainer, pipe: ImagePipeline) -> float:
     """Compute the Fréchet distance of samples from seeds 0, 1, 2, ... to real images.
 
     The real images are the held-out ones, or, where these are fewer than the samples, as many trained ones.

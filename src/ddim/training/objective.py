@@ -14,7 +14,8 @@ alpha) carries them over: an error of epsilon is SNR times that of x_0, an error
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ QUARTILES = 4
 class Objective(Protocol):
     """What the network learns to predict, and at which timesteps.
 
-    `ddim.training.trainer` draws x_0 and epsilon, noises x_0 to x_t at the timesteps of this object, and takes steps
-    towards its targets.
+    `ddim.training.trainer` draws x_0, and by this object timesteps, noise and x_t; it takes steps down the gradient of
+    its losses.
     """
 
     def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
@@ -56,6 +57,31 @@ class Objective(Protocol):
         """
         ...
 
+    def draw_noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Draw the noise of a batch.
+
+        Args:
+            shape: (n, C, H, W).
+            generator: draws it, on its device.
+
+        Returns:
+            float32 (n, C, H, W), on the device of the generator.
+        """
+        ...
+
+    def noised(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return x_t as the network is given it.
+
+        Args:
+            x0: clean images in [-1, 1], float32 (n, C, H, W).
+            noise: as `draw_noise` draws it.
+            timesteps: int64 (n,).
+
+        Returns:
+            float32, (n, C, H, W) with the network's channels.
+        """
+        ...
+
     def loss_weights(self, config: ObjectiveConfig) -> Tensor:
         """Return the weight of every timestep on the error of what the network predicts.
 
@@ -77,7 +103,21 @@ class Objective(Protocol):
             noisy: x_t, which the network is given.
 
         Returns:
-            float32 (n, C, H, W), without gradients.
+            (n, C, H, W), without gradients; float32, or the int64 values of x_0 of a discrete process.
+        """
+        ...
+
+    def losses(self, predicted: Tensor, target: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the losses of predictions, before their weights.
+
+        Args:
+            predicted: by the network, in any floating dtype, (n, C, H, W) with its channels.
+            target: as `target` returns it.
+            noisy: x_t, which the network was given.
+            timesteps: int64 (n,).
+
+        Returns:
+            float32 (n,), one loss per image.
         """
         ...
 
@@ -95,6 +135,8 @@ class DenoisingObjective:
         tensor([  0, 250, 500, 750])
     """
 
+    scheduler: Any
+
     def __init__(self, scheduler: DDIMScheduler, antithetic: bool = True) -> None:
         self.scheduler, self.antithetic = scheduler, antithetic
 
@@ -106,6 +148,15 @@ class DenoisingObjective:
         """Return evenly spaced timesteps; see `Objective.spread_timesteps`."""
         return torch.arange(count) * len(self.scheduler) // count
 
+    def draw_noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Draw standard Gaussian noise; see `Objective.draw_noise`."""
+        return torch.randn(tuple(shape), generator=generator, device=generator.device)
+
+    def noised(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return x_t; see `Objective.noised`."""
+        noisy: Tensor = self.scheduler.add_noise(x0, noise, timesteps)
+        return noisy
+
     def loss_weights(self, config: ObjectiveConfig) -> Tensor:
         """Return the weights that the configuration names; see `Objective.loss_weights`."""
         scheduler = self.scheduler
@@ -114,7 +165,12 @@ class DenoisingObjective:
 
     def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor, noisy: Tensor) -> Tensor:
         """Return epsilon, x_0 or v, by the prediction type; see `Objective.target`."""
-        return self.scheduler.training_target(x0, noise, timesteps)
+        target: Tensor = self.scheduler.training_target(x0, noise, timesteps)
+        return target
+
+    def losses(self, predicted: Tensor, target: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """Return mean squared errors; see `Objective.losses`."""
+        return (predicted.float() - target).square().flatten(1).mean(1)
 
 
 def draw_timesteps(count: int, num_train_timesteps: int, antithetic: bool, generator: torch.Generator) -> Tensor:

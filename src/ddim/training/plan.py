@@ -166,7 +166,8 @@ def plan_run(tree: Mapping[str, Any], device: str | torch.device = "auto", max_m
 
     # The network.
     if given.init is None:
-        chosen = merge(RECIPE, {"model": choose_model(survey, machine, given_model)})
+        recipe = {name: entry for name, entry in RECIPE.items() if name != "scheduler" or given.process == "gaussian"}
+        chosen = merge(recipe, {"model": choose_model(survey, machine, given_model)})
     else:
         # The model to start from keeps its network and its scheduler.
         recipe = {name: RECIPE[name] for name in ("optim", "samples")}

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import BaseModel
 
-from ddim.scheduler import DDIMScheduler
-from ddim.training.config import CLASS_ARGUMENTS, SCHEDULER_DEFAULTS, TrainConfig
+from ddim.training.config import CLASS_ARGUMENTS, TrainConfig
+from ddim.training.processes import PROCESSES
 from ddim.unet import UNet2DModel
 
-COMPONENTS: Mapping[str, type[Any]] = {"model": UNet2DModel, "scheduler": DDIMScheduler}
+COMPONENTS = ("model", "scheduler")
 """Sections whose entries are the arguments of a class."""
 DECIDED_BY_DATA = {"pixel_format", *CLASS_ARGUMENTS}
 """Arguments of these classes that are not entries."""
@@ -55,12 +55,15 @@ class Entry(NamedTuple):
     is_section: bool
 
 
-def list_entries(section: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterator[Entry]:
+def list_entries(
+    section: type[BaseModel] = TrainConfig, prefix: str = "", process: str = "gaussian"
+) -> Iterator[Entry]:
     """Yield all sections and entries, each section before its entries.
 
     Args:
         section: class of the section.
         prefix: before every name.
+        process: whose scheduler's arguments are listed.
 
     Yields:
         The entries in the order of the classes; those of the top level, which have no section, last.
@@ -78,7 +81,9 @@ def list_entries(section: type[BaseModel] = TrainConfig, prefix: str = "") -> It
             continue
         yield Entry(full, None, description, True)
         if name in COMPONENTS and not prefix:
-            yield from _list_arguments(COMPONENTS[name], f"{full}.", SCHEDULER_DEFAULTS if name == "scheduler" else {})
+            scheduler, defaults = PROCESSES[process].scheduler, PROCESSES[process].scheduler_defaults
+            component = {"model": (UNet2DModel, {}), "scheduler": (scheduler, defaults)}[name]
+            yield from _list_arguments(component[0], f"{full}.", component[1])
         elif isinstance(field.annotation, type):
             yield from list_entries(field.annotation, f"{full}.")
     for name in plain:
@@ -106,7 +111,7 @@ def commented_yaml(values: Mapping[str, Any]) -> str:
         (True, True, True)
     """
     lines: list[str] = []
-    for entry in list_entries():
+    for entry in list_entries(process=str(values.get("process", "gaussian"))):
         *sections, name = entry.name.split(".")
         indent = "  " * len(sections)
         if not sections:

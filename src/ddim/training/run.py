@@ -46,14 +46,13 @@ from ddim.io.images import to_values
 from ddim.io.locks import LOCK_NAME, OutputLock
 from ddim.io.pixel_format import NonFiniteError
 from ddim.io.runs import CHECKPOINTS, FINAL, list_checkpoints
-from ddim.pipeline import DDIMPipeline
+from ddim.pipeline import DDIMPipeline, ImagePipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.training.averages import AVERAGES, remove_snapshots_after, take_over_snapshots
 from ddim.training.card import model_card
 from ddim.training.checkpoint import Checkpoint, load_checkpoint, load_newest, remove_partial
 from ddim.training.config import (
     CLASS_ARGUMENTS,
-    SCHEDULER_DEFAULTS,
     TrainConfig,
     check_augmentation,
     check_model,
@@ -67,6 +66,7 @@ from ddim.training.history import describe_changes, extend_history, format_histo
 from ddim.training.machine import is_emulated
 from ddim.training.metrics_logger import MetricsLogger, plot_loss
 from ddim.training.optim import learning_rate
+from ddim.training.processes import PROCESSES
 from ddim.training.progress import Progress
 from ddim.training.trackers import check_trackers
 from ddim.training.trainer import Trainer
@@ -168,7 +168,7 @@ def complete_config(config: TrainConfig) -> TrainConfig:
 
     Returns:
         A configuration with `model`, and with the entries of `scheduler` that are not defaults of `DDIMScheduler`;
-        `clip_sample` is always among them.
+        `clip_sample` is always among them, unless the process is discrete.
 
     Raises:
         FileNotFoundError: if the model `config.init` does not exist.
@@ -181,7 +181,8 @@ def complete_config(config: TrainConfig) -> TrainConfig:
         >>> complete_config(load_config("digits", settings=["scheduler.clip_sample=true"])).scheduler
         {'clip_sample': True}
     """
-    model, scheduler = config.model, dict(SCHEDULER_DEFAULTS)
+    scheduler_defaults = PROCESSES[config.process].scheduler_defaults
+    model, scheduler = config.model, dict(scheduler_defaults)
     if config.init is not None:
         pipe = DDIMPipeline.from_pretrained(config.init)
         if (embed_type := getattr(pipe.unet.config, "class_embed_type", None)) is not None:
@@ -192,12 +193,12 @@ def complete_config(config: TrainConfig) -> TrainConfig:
         scheduler = {
             name: value
             for name, value in _plain_values(pipe.scheduler.config).items()
-            if name in SCHEDULER_DEFAULTS or (name in defaults and value != defaults[name])
+            if name in scheduler_defaults or (name in defaults and value != defaults[name])
         }
     scheduler |= config.scheduler
     check_model(model)
     check_augmentation(config.data, model)
-    check_scheduler(scheduler)
+    check_scheduler(scheduler, config.process)
     distill = config.distill
     if distill.teacher is not None:
         sha256 = model_sha256(DDIMPipeline.from_pretrained(distill.teacher))
@@ -264,6 +265,8 @@ def prepare_dataset(config: TrainConfig, accelerator: Accelerator, device: torch
             "data.brightness, contrast, saturation and hue must be 0 for images that do not have 8 bits, got "
             f"{dataset.pixel_format.dtype}"
         )
+    if config.process == "discrete" and not dataset.pixel_format.is_eight_bit:
+        raise ValueError(f"process=discrete requires images of 8 bits, got {dataset.pixel_format.dtype}")
     check_batch_size(config, dataset.shape[0])
     if config.data.on_device and isinstance(dataset, CachedImageDataset):
         dataset = dataset.to(device)
@@ -396,9 +399,9 @@ def _write_result(trainer: Trainer, out: Path, record: dict[str, Any]) -> Path:
     return final
 
 
-def _make_pipeline(trainer: Trainer) -> DDIMPipeline:
+def _make_pipeline(trainer: Trainer) -> ImagePipeline:
     """Wrap the averaged weights, without a copy."""
-    pipe = DDIMPipeline(trainer.ema, trainer.scheduler)
+    pipe = trainer.make_pipeline()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

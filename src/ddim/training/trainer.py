@@ -40,8 +40,7 @@ from ddim.distributed import ProcessGroup
 from ddim.io.class_labels import MAX_NAMES_SHOWN, ClassLabels
 from ddim.io.pixel_format import EIGHT_BIT, PixelFormat
 from ddim.io.runs import CHECKPOINTS, checkpoint_step, list_checkpoints
-from ddim.pipeline import DDIMPipeline
-from ddim.scheduler import DDIMScheduler
+from ddim.pipeline import DDIMPipeline, ImagePipeline
 from ddim.training.averages import AVERAGES, PowerAverages, save_snapshot, snapshot_interval
 from ddim.training.checkpoint import Checkpoint, save_checkpoint
 from ddim.training.config import TrainConfig
@@ -50,6 +49,7 @@ from ddim.training.finetuning import fit_classes, load_weights
 from ddim.training.machine import PRECISIONS
 from ddim.training.objective import QUARTILES, by_quartile
 from ddim.training.optim import ema_update, learning_rate, make_optimizer, zero_last_layers
+from ddim.training.processes import PROCESSES, channel_arguments
 from ddim.training.progress import Progress, StepMetrics, TrainingStopped
 from ddim.unet import UNet2DModel
 from ddim.validation import pluralize
@@ -108,7 +108,7 @@ class Trainer:
             )
 
         # The objective.
-        self.scheduler = DDIMScheduler.from_config({}, **config.scheduler)
+        self.scheduler = PROCESSES[config.process].scheduler.from_config({}, **config.scheduler)
         self.objective = make_objective(config, self.scheduler, device)
         self._loss_weights = self.objective.loss_weights(config.objective).to(device)
 
@@ -154,8 +154,9 @@ class Trainer:
             self._network = torch.compile(self._network)
         with torch.no_grad():
             # A trial run raises the model's own errors for images that do not fit, before anything is written.
-            label = None if self.classes is None else torch.zeros(1, dtype=torch.int64, device=device)
-            self.model(torch.zeros(1, dataset.shape[1], *self.batches.size, device=device), 0, label)
+            zero = torch.zeros(1, dtype=torch.int64, device=device)
+            image = torch.zeros(1, dataset.shape[1], *self.batches.size, device=device)
+            self.model(self.objective.noised(image, image, zero), 0, None if self.classes is None else zero)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint.
@@ -220,7 +221,7 @@ class Trainer:
             "seconds": self.seconds,
             "records": self.pending_metrics,
         }
-        pipe = DDIMPipeline(self.ema, self.scheduler)
+        pipe = self.make_pipeline()
         configs = {
             pipe.config_name: pipe.to_json_string(),
             f"unet/{self.ema.config_name}": self.ema.to_json_string(),
@@ -228,6 +229,11 @@ class Trainer:
         }
         keep, keep_every = self.config.checkpoints.keep, self.config.checkpoints.keep_every
         return save_checkpoint(self.out / CHECKPOINTS, self.step, tensors, state, keep, keep_every, configs)
+
+    def make_pipeline(self) -> ImagePipeline:
+        """Return a pipeline of the averaged weights, without a copy."""
+        pipe: ImagePipeline = PROCESSES[self.config.process].pipeline(self.ema, self.scheduler)
+        return pipe
 
     def train(
         self,
@@ -334,12 +340,12 @@ class Trainer:
             step: number of steps taken before.
 
         Returns:
-            x_0 in [-1, 1], epsilon, both float32 (n, C, H, W), and timesteps, int64 (n,).
+            x_0 in [-1, 1], the noise, both float32 (n, C, H, W), and timesteps, int64 (n,).
         """
         local, batch_size = self.batches.local, self.config.batch_size
         generator = generator_for(self.config.seed, "step", step, self.device)
         timesteps = self.objective.draw_timesteps(batch_size, generator)
-        noise = torch.randn((batch_size, *images.shape[1:]), generator=generator, device=self.device)
+        noise = self.objective.draw_noise((batch_size, *images.shape[1:]), generator)
         return self.dataset.pixel_format.to_samples(images).clamp(-1, 1), noise[local], timesteps[local]
 
     def drop_labels(self, labels: Tensor, step: int) -> Tensor:
@@ -367,9 +373,9 @@ class Trainer:
         """
         config = self.config
 
-        # Draw x_0, epsilon and t; noise x_0 to x_t.
+        # Draw x_0, the noise and t; noise x_0 to x_t.
         x0, noise, timesteps = self.draw(images, self.step)
-        noisy = self.scheduler.add_noise(x0, noise, timesteps)
+        noisy = self.objective.noised(x0, noise, timesteps)
         if config.channels_last:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
         target = self.objective.target(x0, noise, timesteps, noisy)
@@ -390,9 +396,9 @@ class Trainer:
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self._network):
                 with torch.autocast(self.device.type, PRECISIONS[config.precision], config.precision != "fp32"):
                     predicted = self._network(x, t, *c).sample
-                sample_losses = (predicted.float() - y).square().flatten(1).mean(1)
+                sample_losses = self.objective.losses(predicted, y, x, t)
                 loss = (self._loss_weights[t] * sample_losses).mean() / passes
-                self.grad_scaler.scale(loss).backward()
+                self.grad_scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             losses.append(sample_losses.detach())
 
         # Clip.
@@ -497,8 +503,8 @@ def training_bar(total: int, initial: int, description: str, is_shown: bool = Tr
     return tqdm(total=total, initial=initial, desc=description, unit="step", dynamic_ncols=True, disable=not is_shown)
 
 
-def class_arguments(config: TrainConfig, labels: ImageLabels | None) -> dict[str, Any]:
-    """Return the arguments of the network that follow from the labels of the images.
+def network_arguments(config: TrainConfig, labels: ImageLabels | None) -> dict[str, Any]:
+    """Return the arguments of the network that follow from the labels of the images and from the process.
 
     Args:
         config: the configuration; with `objective.class_dropout` there is a null class, the last one.
@@ -510,13 +516,14 @@ def class_arguments(config: TrainConfig, labels: ImageLabels | None) -> dict[str
     Example:
         >>> from ddim.training.config import load_config
         >>> labels = ImageLabels(("cat", "dog"), torch.tensor([1, 0]), "label")
-        >>> class_arguments(load_config("digits"), labels)
+        >>> network_arguments(load_config("digits"), labels)
         {'num_class_embeds': 3, 'class_names': ['cat', 'dog'], 'has_null_class': True}
     """
+    channels = channel_arguments(PROCESSES[config.process].scheduler.from_config({}, **config.scheduler), config.model)
     if labels is None:
-        return {}
+        return channels
     has_null = config.objective.class_dropout > 0
-    return {
+    return channels | {
         "num_class_embeds": len(labels.names) + has_null,
         "class_names": list(labels.names),
         "has_null_class": has_null,
@@ -549,7 +556,7 @@ def build_model(
         18521
     """
     torch.manual_seed(config.seed)
-    arguments = config.model | class_arguments(config, labels)
+    arguments = config.model | network_arguments(config, labels)
     model = UNet2DModel.from_config({}, **arguments, pixel_format=pixel_format.record())
     if config.init is None:
         zero_last_layers(model)
