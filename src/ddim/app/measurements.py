@@ -93,14 +93,11 @@ class Source:
 
 
 class Measurement(Protocol):
-    """What was measured of an image.
-
-    Attributes:
-        picture: the measurement as an image, which the command reads from a file.
-    """
+    """What was measured of an image."""
 
     @property
-    def picture(self) -> Picture: ...  # noqa: D102 - described above
+    def picture(self) -> Picture:
+        """The measurement as an image, which the command reads from a file."""
 
     def restore(self, pipe: DDIMPipeline, **arguments: Any) -> RestoreOutput:
         """Sample images of it, with arguments of `ddim.restoration.Restoration.restore`."""
