@@ -50,7 +50,7 @@ def test_models_of_any_images_run_on_the_page(
     previews: list[Any] = []
     run = Run(previews.append)
 
-    sampled = sample(run, pipe, SampleSettings(2, 0.5, 1, count=2))
+    sampled = sample(run, pipe, SampleSettings(2, 0.5, count=2))
     assert [(image.mode, image.size) for image in sampled.images] == [(mode, (8, 6))] * 2
     grid, array = save(sampled, tmp_path)
     values = np.load(array)["arr_0"]

@@ -61,7 +61,7 @@ def add_endpoints(shared: Shared) -> None:
         steps: int = 20,
         seed: int = 0,
         eta: float = 0.0,
-        order: int = 1,
+        order: int | str = sampling.MODELS_OWN,
         spacing: str = sampling.MODELS_OWN,
         label: str = ANY,
         guidance: float = 1.0,

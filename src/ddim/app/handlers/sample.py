@@ -31,7 +31,7 @@ from ddim.pipeline import DDIMPipeline
 from ddim.validation import pluralize
 
 MODELS_OWN = "the model's own"
-"""The spacing that leaves the timesteps to the model."""
+"""The order and the spacing that leave the steps to the model, with what it has learned for their number."""
 
 NOTHING_SAMPLED = "Nothing has been sampled yet."
 
@@ -43,7 +43,7 @@ class SampleSettings:
     Attributes:
         num_inference_steps: number of steps.
         eta: 0 for DDIM, 1 for DDPM.
-        order: of the method, 1 to 4.
+        order: of the method, 1 to 4; `None` for the model's own.
         spacing: of the timesteps.
         count: number of images.
         seed: of the first image.
@@ -52,7 +52,7 @@ class SampleSettings:
 
     num_inference_steps: int = 20
     eta: float = 0.0
-    order: int = 1
+    order: int | None = None
     spacing: str = MODELS_OWN
     count: int = 16
     seed: int = 0
@@ -73,7 +73,7 @@ class SampleSettings:
         Args:
             steps: an integer from 1 to `inputs.MAX_STEPS`.
             eta: a number from 0 to `inputs.MAX_ETA`.
-            order: 1 to 4.
+            order: `MODELS_OWN`, or 1 to 4.
             spacing: `MODELS_OWN` or one of `SPACINGS`.
             count: an integer from 1 to `inputs.MAX_COUNT`.
             seed: an integer from 0 to `inputs.MAX_SEED`.
@@ -88,7 +88,7 @@ class SampleSettings:
         return cls(
             inputs.integer("steps", steps, 1, inputs.MAX_STEPS),
             validation.real("eta", eta, 0, inputs.MAX_ETA),
-            inputs.integer("order", order, 1, ORDERS[-1]),
+            None if order == MODELS_OWN else inputs.integer("order", order, 1, ORDERS[-1]),
             validation.choice("spacing", spacing, [MODELS_OWN, *SPACINGS]),
             inputs.integer("count", count, 1, inputs.MAX_COUNT),
             inputs.seed(seed),
@@ -157,8 +157,9 @@ class SampleSettings:
         if self.spacing != MODELS_OWN:
             lines.append(f"timesteps = pipe.scheduler.make_timesteps({self.num_inference_steps}, {self.spacing!r})")
             steps = "timesteps=timesteps"
+        order = "" if self.order is None else f", order={self.order}"
         lines.append(
-            f"images = pipe.sample_images({self.count}, seed={self.seed}, {steps}, eta={self.eta}, order={self.order}"
+            f"images = pipe.sample_images({self.count}, seed={self.seed}, {steps}, eta={self.eta}{order}"
             f"{self.condition.as_python(self.count)}{output})"
         )
         return "\n".join(lines)
@@ -170,10 +171,11 @@ class SampleSettings:
             model: the model's name.
             to_png: whether PNG keeps the images; an array is written otherwise.
         """
+        order = "" if self.order is None else f" --order {self.order}"
         spacing = "" if self.spacing == MODELS_OWN else f" --spacing {self.spacing}"
         return (
             f"ddim sample --model {shlex.quote(model)} --count {self.count} --seed {self.seed} "
-            f"--steps {self.num_inference_steps} --eta {self.eta} --order {self.order}{spacing}"
+            f"--steps {self.num_inference_steps} --eta {self.eta}{order}{spacing}"
             f"{self.condition.as_command()} --out samples.{'png' if to_png else 'npz'}"
         )
 

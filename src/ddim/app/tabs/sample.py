@@ -40,8 +40,8 @@ def tab(shared: Shared) -> None:
             with gr.Accordion("More settings", open=False):
                 eta = gr.Slider(0, 1, defaults.eta, step=0.05, label="Eta",
                                 info="0 is DDIM, 1 is DDPM; values between add some noise in each step.")  # fmt: skip
-                order = gr.Radio([("1: DDIM", 1), *((str(order), order) for order in ORDERS[1:])],
-                                 value=defaults.order, label="Order",
+                order = gr.Radio([MODELS_OWN, ("1: DDIM", 1), *((str(order), order) for order in ORDERS[1:])],
+                                 value=MODELS_OWN, label="Order",
                                  info="2 to 4 use as many predictions, and require eta = 0.")  # fmt: skip
                 spacing = gr.Dropdown([MODELS_OWN, *SPACINGS], value=defaults.spacing, label="Spacing",
                                       info="Spacing of the timesteps.")  # fmt: skip
