@@ -64,7 +64,6 @@ def export_onnx(
         Traceback (most recent call last):
         ValueError: an exported loop requires eta=0 (deterministic sampling), got eta=1
     """
-    require("export to ONNX", "onnx", "onnxscript")
     target = check_target(path, ONNX_SUFFIX, overwrite)
     model = _convert(pipe, loop, guidance_scale, negative_label)
     with atomic_write(target) as temporary:
@@ -108,7 +107,6 @@ def export_openvino(
         Traceback (most recent call last):
         ValueError: path must end in .xml, got 'mnist.onnx'
     """
-    require("export to OpenVINO", "openvino", "onnx", "onnxscript")
     target = check_target(path, OPENVINO_SUFFIX, overwrite)
     model = _convert(pipe, loop, guidance_scale, negative_label)
     import openvino
@@ -120,7 +118,7 @@ def export_openvino(
 
 
 def check_target(path: str | os.PathLike[str], suffix: str, overwrite: bool) -> Path:
-    """Check, before any work, that a file can be written.
+    """Check, before any work, that a file can be written, and that what writes it is installed.
 
     Args:
         path: the file.
@@ -131,14 +129,17 @@ def check_target(path: str | os.PathLike[str], suffix: str, overwrite: bool) -> 
         The path.
 
     Raises:
+        ImportError: without the extra `export`.
         ValueError: for another suffix.
         FileExistsError: if it, or for OpenVINO the file of its weights, exists and `overwrite` is false.
         FileNotFoundError: if its folder does not exist.
+        IsADirectoryError: if it is a folder.
 
     Example:
         >>> check_target("model.onnx", ".onnx", overwrite=False)
         PosixPath('model.onnx')
     """
+    require("export", "onnx", "onnxscript", *(["openvino"] if suffix == OPENVINO_SUFFIX else []))
     target = Path(path)
     if target.suffix != suffix:
         raise ValueError(f"path must end in {suffix}, got {shown(str(target))}")
