@@ -21,6 +21,10 @@ EXTRAS = {
     "fastapi": "app",
     "gradio": "app",
     "uvicorn": "app",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+    "openvino": "export",
 }
 """Extras by the modules that they bring, those of a package's own dependencies among them."""
 

@@ -155,6 +155,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         ("spacing", "device", "dtype", "engine", "metrics", "metric", "features", "split", "layout"), CHOICES
     ),
     **dict.fromkeys(("out", "pairs", "plot", "curve", "resume"), OUTS),
+    "file_format": ("onnx", "openvino", "folder", "x", ""),
     "sigma_rel": ("0.08", "0.05..0.2", "0.05,0.1", "0.05..", "nan", "0.1..inf", "..", ",", "1e400", "x", ""),
     "weights": ("raw", "ema", "x", ""),
     "tracker": ("none", "tensorboard", "wandb", "tensorboard,x", ",", ""),
@@ -236,6 +237,7 @@ def command_lines(draw: Callable[[Any], Any]) -> CommandLine:
         ["out"] if name in ("convert", "tune", "distill", "train", "ema", "export") and "out" not in chosen else []
     )
     hostile = set(draw(st.sampled_from([[], [], chosen[:1], chosen[:1], chosen[:2]])))
+    chosen += ["model"] if name == "export" and "model" not in chosen else []
     options, values = [], []
     for key in chosen:
         parameter = parameters[key]

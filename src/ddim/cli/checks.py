@@ -40,6 +40,7 @@ NOT_EMPTY = (
     "curve",
     "metric",
     "run",
+    "file_format",
     "sigma_rel",
     "tracker",
     "held_out",
@@ -153,6 +154,13 @@ COMMAND_CONFLICTS: Mapping[str, Sequence[Conflict]] = {
     "convert": (
         Conflict(("head_channels",), lambda values: values["heads"] is not None, "beside --heads"),
         Conflict(("ema",), lambda values: Path(values["checkpoint"]).is_dir(), "for a diffusers folder"),
+    ),
+    "export": (
+        Conflict(
+            ("steps", "spacing", "timesteps", "order", "clipped_model_output", "guidance", "negative_label"),
+            lambda values: not values["loop"],
+            "without --loop",
+        ),
     ),
     "ema": (
         Conflict(

@@ -92,7 +92,7 @@ BY_COMMAND: dict[str, dict[str, str]] = {
         "ema=False": "--raw",
     },
     "ema": {"sigma_rel": "--sigma-rel", "metrics": "--metric", "step": "--step", "curve": "--curve"},
-    "export": {"step": "--step"},
+    "export": {"step": "--step", "path": "--out", "loop": "--loop"},
     "train": {
         "source": "--data",
         "settings": "--set",

@@ -173,7 +173,7 @@ def dynamic_threshold(x0: Tensor, ratio: float = 0.995, max_value: float = 1.0) 
     flat = x0.flatten(1)
     # quantile exists for float32 and float64 only.
     wide = flat if flat.dtype == torch.float64 else flat.float()
-    s = wide.abs().quantile(ratio, dim=1, keepdim=True).clamp(1, max(1.0, max_value))
+    s = wide.abs().quantile(ratio, dim=1, keepdim=True).clamp(1.0, max(1.0, max_value))
     return (wide.clamp(-s, s) / s).to(x0.dtype).view_as(x0)
 
 

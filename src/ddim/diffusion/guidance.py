@@ -162,7 +162,8 @@ def predict_guided(
     """
     guidance = conditions.guidance
     given = conditions.labels, conditions.baseline_labels
-    labels, baseline_labels = (t if t is None else t.expand(len(x), *t.shape[1:]) for t in given)
+    N = x.shape[0]  # not len(x), which fixes the batch size of a graph that is exported
+    labels, baseline_labels = (t if t is None else t.expand(N, *t.shape[1:]) for t in given)
     # The timestep itself is needed for an interval alone: reading it waits for the device.
     scale = guidance.scale if guidance.interval is None else guidance.scale_at(int(t))
     if scale == 1:
@@ -175,8 +176,7 @@ def predict_guided(
     assert labels is not None
     assert baseline_labels is not None
     both = predict(torch.cat([x, x]), t, torch.cat([labels, baseline_labels]))
-    prediction, baseline = both.chunk(2)
-    return torch.lerp(baseline, prediction, scale)
+    return torch.lerp(both[N:], both[:N], scale)
 
 
 class ConditionalDenoiser:
