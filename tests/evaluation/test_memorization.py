@@ -142,7 +142,8 @@ def test_distances_of_features(as_files: AsFiles) -> None:
     with torch.no_grad():
         differences = extractor(samples).double()[:, None] - extractor(training).double()
     expected = differences.square().mean(2).sqrt().amin(1)
-    torch.testing.assert_close(result.samples.distances, expected)
+    # Features are float32, and round a little differently in other batches.
+    torch.testing.assert_close(result.samples.distances, expected, rtol=1e-5, atol=1e-6)
     assert report["settings"]["features"].startswith("DigitClassifier-64-")
 
 

@@ -41,6 +41,9 @@ RUN_EVENT: dict[str, Any] = DEVICE_EVENT | {"show_progress": "hidden", "api_visi
 INSTANT_EVENT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """Arguments of events that do not run the network."""
 
+STOP_SECONDS = 0.5
+"""How long the last reports of a run that is stopped may be on their way."""
+
 DOWNLOAD_SECONDS = 60
 """Age at which folders of downloads are deleted; Gradio copies files as soon as they are named to it."""
 
@@ -140,6 +143,12 @@ def follow_run(prepare: Callable[..., Task[Any]], status: gr.HTML) -> Callable[.
             yield {status: page.failed(error)}
 
     return handle
+
+
+async def report_stop() -> str:
+    """Return what is shown once a run has been stopped: after its last reports, which would replace it."""
+    await asyncio.sleep(STOP_SECONDS)
+    return page.status("Stopped.")
 
 
 def report_errors(answer: Callable[..., Updates], status: gr.HTML) -> Callable[..., Updates]:

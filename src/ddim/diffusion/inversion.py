@@ -196,10 +196,9 @@ def _accelerate(xs: Tensor, fs: Tensor, mixing: float) -> Tensor:
     if xs.shape[1] == 1:
         return x + mixing * f
     dx, df = xs.diff(dim=1), fs.diff(dim=1)
-    # Least squares for f = gamma df by the normal equations, each difference scaled to length 1. One product gives all
-    # lengths and angles: sums and products with vectors round differently for one image than for several.
-    rows = torch.cat([df, f[:, None]], 1)
-    products = rows @ rows.mT
+    # Least squares for f = gamma df by the normal equations, each difference scaled to length 1. One product per image
+    # gives all lengths and angles: sums, and products of several images, round differently for one image.
+    products = torch.stack([rows @ rows.mT for rows in torch.cat([df, f[:, None]], 1)])
     scale = products.diagonal(dim1=1, dim2=2)[:, :-1, None].clamp_min(torch.finfo(f.dtype).tiny).rsqrt()
     gram = scale * products[:, :-1, :-1] * scale.mT
     gram = gram + REGULARIZATION * torch.eye(df.shape[1], dtype=f.dtype, device=f.device)

@@ -8,7 +8,7 @@ import gradio as gr
 
 from ddim.app import inputs, page
 from ddim.app.class_inputs import ClassInputs
-from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors
+from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors, report_stop
 from ddim.app.handlers.interpolate import READY, InterpolateHandlers
 
 SCRUB = """
@@ -103,5 +103,5 @@ def tab(shared: Shared) -> None:
     shared.model.change(
         handlers.reset, shared.model, [status, strip, animation, *class_inputs.components], **INSTANT_EVENT
     )
-    stop.click(lambda: page.status("Stopped."), None, status, cancels=runs, **INSTANT_EVENT)
+    stop.click(report_stop, None, status, cancels=runs, **INSTANT_EVENT)
     shared.endpoint_list.select(report_errors(handlers.remove, status), shared.endpoints, endpoints, **INSTANT_EVENT)

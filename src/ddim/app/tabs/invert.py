@@ -8,7 +8,7 @@ import gradio as gr
 
 from ddim.app import inputs, page
 from ddim.app.class_inputs import ClassInputs
-from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors
+from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors, report_stop
 from ddim.app.handlers.invert import READY, InvertHandlers, show_canvas, show_image
 
 DRAW = """
@@ -112,7 +112,7 @@ def tab(shared: Shared) -> None:
             **RUN_EVENT,
         ),
     ]
-    stop.click(lambda: page.status("Stopped."), None, status, cancels=runs, **INSTANT_EVENT)
+    stop.click(report_stop, None, status, cancels=runs, **INSTANT_EVENT)
     shared.model.change(
         handlers.clear,
         shared.model,

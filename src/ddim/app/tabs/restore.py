@@ -9,7 +9,7 @@ import gradio as gr
 from ddim.app import inputs, page
 from ddim.app.brush import show_image, show_sheet
 from ddim.app.class_inputs import ClassInputs
-from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors
+from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors, report_stop
 from ddim.app.handlers.restore import INPAINT, READY, TASKS, RestoreHandlers, default_factor
 from ddim.app.measurements import factors
 from ddim.app.restoration import RestoreSettings
@@ -185,7 +185,7 @@ def tab(shared: Shared) -> None:
             **RUN_EVENT,
         ),
     ]
-    stop.click(lambda: page.status("Stopped."), None, status, cancels=runs, **INSTANT_EVENT)
+    stop.click(report_stop, None, status, cancels=runs, **INSTANT_EVENT)
     gr.on(
         [task.change, factor.change, kernel.change, source.change],
         report_errors(handlers.follow, status),

@@ -6,7 +6,7 @@ import gradio as gr
 
 from ddim.app import inputs, page
 from ddim.app.class_inputs import ClassInputs
-from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors
+from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors, report_stop
 from ddim.app.handlers.sample import MODELS_OWN, NOTHING_SAMPLED, SampleHandlers, SampleSettings, show_empty
 from ddim.diffusion.sampling_config import ORDERS
 from ddim.diffusion.schedule import SPACINGS
@@ -79,7 +79,7 @@ def tab(shared: Shared) -> None:
         [status, count],
         **INSTANT_EVENT,
     )
-    stop.click(lambda: page.status("Stopped."), None, status, cancels=run, **INSTANT_EVENT)
+    stop.click(report_stop, None, status, cancels=run, **INSTANT_EVENT)
     new_seed.click(None, None, seed, js=RANDOM_SEED, **INSTANT_EVENT)
     images.select(
         report_errors(handlers.pin, status),

@@ -6,7 +6,7 @@ import gradio as gr
 
 from ddim.app import inputs, page
 from ddim.app.class_inputs import ClassInputs
-from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run
+from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_stop
 from ddim.app.handlers.steps import NOTHING_COMPARED, StepsHandlers
 
 
@@ -41,4 +41,4 @@ def tab(shared: Shared) -> None:
         **RUN_EVENT,
     )
     shared.model.change(handlers.reset, shared.model, [status, images, *class_inputs.components], **INSTANT_EVENT)
-    stop.click(lambda: page.status("Stopped."), None, status, cancels=run, **INSTANT_EVENT)
+    stop.click(report_stop, None, status, cancels=run, **INSTANT_EVENT)
