@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
@@ -46,6 +46,31 @@ MAX_DECODED = 2
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 _decoding = threading.BoundedSemaphore(MAX_DECODED)
+
+T = TypeVar("T")
+
+
+def present_image(image: T | None, way: str) -> T:
+    """Check that a tab has its image.
+
+    Args:
+        image: the image of the tab.
+        way: how the tab gets one, beside uploads and pinned ones: a verb, for the message.
+
+    Returns:
+        The image.
+
+    Raises:
+        ValueError: if there is none.
+
+    Example:
+        >>> present_image(None, "draw")
+        Traceback (most recent call last):
+        ValueError: an image is missing; upload one, draw one, or use a pinned one
+    """
+    if image is None:
+        raise ValueError(f"an image is missing; upload one, {way} one, or use a pinned one")
+    return image
 
 
 def integer(name: str, value: Any, minimum: int, maximum: int) -> int:

@@ -11,6 +11,7 @@ x are values: int64 (N, C, H, W) in 0..K-1. What the network is given and predic
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ddim.diffusion import schedule
-from ddim.diffusion.equations import Step
+from ddim.diffusion.equations import Step, make_steps
 from ddim.diffusion.noise import noise_from_generator
 from ddim.discrete.process import draw, marginal, max_sigma, posterior, sigma_of_eta
 from ddim.discrete.values import MAX_VALUES, from_channels, one_hot, to_channels
@@ -140,12 +141,8 @@ class DiscreteDDIMScheduler(SchedulerFiles):
             >>> [step.sigma for step in DiscreteDDIMScheduler().make_steps([900, 300, 0], eta=1.0)]
             [0.0, 0.0, 0.0]
         """
-        checked = schedule.check_timesteps(timesteps, len(self))
-        alphas = [float(self.alphas_cumprod_float64[t]) for t in checked] + [1.0]
-        return [
-            Step(t, t_prev, alpha, alpha_prev, sigma_of_eta(alpha, alpha_prev, eta))
-            for t, t_prev, alpha, alpha_prev in zip(checked, [*checked[1:], -1], alphas, alphas[1:], strict=False)
-        ]
+        steps = make_steps(schedule.check_timesteps(timesteps, len(self)), self.alphas_cumprod_float64)
+        return [replace(step, sigma=sigma_of_eta(step.alpha, step.alpha_prev, eta)) for step in steps]
 
     def set_timesteps(
         self,

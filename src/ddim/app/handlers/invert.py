@@ -183,28 +183,6 @@ def edit(run: Run, base: DDIMPipeline, image: Picture, settings: EditSettings) -
     return show_output(pipe, edits.images)
 
 
-def check_image(image: Picture | None) -> Picture:
-    """Check that there is an image.
-
-    Args:
-        image: the image of the tab.
-
-    Returns:
-        The image.
-
-    Raises:
-        ValueError: if there is none.
-
-    Example:
-        >>> check_image(None)
-        Traceback (most recent call last):
-        ValueError: an image is missing; upload one, draw one, or use a pinned one
-    """
-    if image is None:
-        raise ValueError("an image is missing; upload one, draw one, or use a pinned one")
-    return image
-
-
 def show_comparison(comparison: InversionComparison) -> str:
     """Return inversions as HTML: a row per method, of the image, its latent and what the latent decodes to.
 
@@ -323,7 +301,7 @@ class InvertHandlers:
         """
         if not endpoints:
             raise ValueError("no image is pinned; click one in the tab Sample first")
-        return self._use(check_image(endpoints[-1].picture))
+        return self._use(inputs.present_image(endpoints[-1].picture, "draw"))
 
     def _fit(self, model: str, image: Image.Image) -> Picture:
         return fit(self.shared.models.open(model), image)
@@ -371,7 +349,7 @@ class InvertHandlers:
             ValueError: if an input is not allowed.
             TypeError: if the guidance is not a number.
         """
-        checked, S = check_image(image), inputs.integer("steps", steps, 2, inputs.MAX_STEPS)
+        checked, S = inputs.present_image(image, "draw"), inputs.integer("steps", steps, 2, inputs.MAX_STEPS)
         classes = self.shared.models.open(model).classes
         condition = ConditionSettings.checked(label, guidance_of(label, guidance), classes, 1)
 
@@ -411,7 +389,7 @@ class InvertHandlers:
             ValueError: if an input is not allowed.
             TypeError: if the strength or the guidance is not a number.
         """
-        checked, classes = check_image(image), self.shared.models.open(model).classes
+        checked, classes = inputs.present_image(image, "draw"), self.shared.models.open(model).classes
         scale = guidance_of(label, guidance)
         settings = EditSettings.checked(strength, steps, seed, NUM_EDITS, label, scale, classes)
 

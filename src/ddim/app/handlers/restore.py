@@ -32,28 +32,6 @@ SUPER_RESOLVE = "Super-resolve"
 TASKS = (INPAINT, SUPER_RESOLVE)
 
 
-def check_source(source: Source | None) -> Source:
-    """Check that there is an image.
-
-    Args:
-        source: the image of the tab.
-
-    Returns:
-        The image.
-
-    Raises:
-        ValueError: if there is none.
-
-    Example:
-        >>> check_source(None)
-        Traceback (most recent call last):
-        ValueError: an image is missing; upload one, sample one, or use a pinned one
-    """
-    if source is None:
-        raise ValueError("an image is missing; upload one, sample one, or use a pinned one")
-    return source
-
-
 def show_restored(restored: Restored) -> str:
     """Return the results as HTML: what was given, the answers, and what they have in common.
 
@@ -262,7 +240,7 @@ class RestoreHandlers:
             ValueError: if an input is not allowed.
             TypeError: if the guidance is not a number.
         """
-        base, image = self.shared.models.open(model), check_source(source)
+        base, image = self.shared.models.open(model), inputs.present_image(source, "sample")
         count, steps, seed, label, guidance = values
         scale = guidance_of(label, guidance)
         settings = RestoreSettings.checked(count, steps, seed, label, scale, base.classes)
