@@ -226,4 +226,5 @@ def test_invalid_masks_raise(masks: Tensor, error: type[Exception], message: str
 
 def test_defaults_are_those_of_the_method() -> None:
     assert RestorationConfig("repaint").resolved() == RestorationConfig("repaint", 250, 1.0, 1, (10, 10))
+    assert RestorationConfig("ddnm").resolved(8).num_inference_steps == 8
     assert RestorationConfig("mmps", 20).resolved() == RestorationConfig("mmps", 20, 0.0, 2, None)

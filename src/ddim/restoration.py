@@ -70,12 +70,17 @@ class RestorationConfig:
             for name, value in zip(("length", "repeats"), self.resampling, strict=True):
                 integer(f"the {name} of resampling", value, 1, 1000)
 
-    def resolved(self) -> RestorationConfig:
-        """Return the configuration with the defaults of its method."""
+    def resolved(self, num_train_timesteps: int = 1000) -> RestorationConfig:
+        """Return the configuration with the defaults of its method.
+
+        Args:
+            num_train_timesteps: of the model; a default number of steps is at most that.
+        """
         method = METHODS[self.method]
+        default_steps = min(method.default_steps, num_train_timesteps)
         return RestorationConfig(
             self.method,
-            method.default_steps if self.num_inference_steps is None else self.num_inference_steps,
+            default_steps if self.num_inference_steps is None else self.num_inference_steps,
             method.default_eta if self.eta is None else self.eta,
             method.default_order if self.order is None else self.order,
             method.default_resampling if self.resampling is None else self.resampling,
@@ -146,7 +151,7 @@ class Restoration(SamplerMethods):
         noise_std = real("noise_std", noise_std, 0, below=1e3)
         if method is None:
             method = "ddnm" if isinstance(operator, LinearOperator) and not noise_std else "mmps"
-        config = RestorationConfig(method, num_inference_steps, eta, order, resampling).resolved()
+        config = RestorationConfig(method, num_inference_steps, eta, order, resampling).resolved(len(sampler.scheduler))
         chosen = METHODS[method]
         _check_method(chosen, operator, noise_std, config)
         measurement = _check_measurement(measurement, operator, sampler)
