@@ -42,8 +42,8 @@ from ddim.unet import UNet2DModel
 
 logger = logging.getLogger(__name__)
 
-MEASURED_FLOP_PER_CORE = 30e9
-"""Operations of a measured step per CPU core: about a second. Much smaller batches take longer per image."""
+MEASURED_FLOP_PER_CORE = 20e9
+"""Operations of a measured step per CPU core: a second or less. Much smaller batches take longer per image."""
 PASSES = 3
 """Operations of a step relative to those of the forward pass: the backward pass counts as two."""
 EMULATED_SLOWDOWN = 10
