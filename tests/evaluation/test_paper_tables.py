@@ -86,22 +86,48 @@ def test_times_are_of_one_engine(small: DDIMPipeline, features_cache: Path) -> N
     assert len(list((features_cache.parent / "tables").iterdir())) == 2
 
 
+class Means(torch.nn.Module):
+    """Means of the channels as features."""
+
+    num_features = 3
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().mean((2, 3))
+
+
 def test_published_rows_are_included(make_unet: Any, as_files: Callable[..., ImageSet]) -> None:
     pipe = DDIMPipeline(make_unet(sample_size=32), DDIMScheduler())
     pixels = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
-    mean = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-
-    class Means(torch.nn.Module):
-        num_features = 3
-
-        def forward(self, images: Tensor) -> Tensor:
-            result: Tensor = mean(images.float())
-            return result
-
     table = paper_tables.table_1(pipe, as_files(pixels), Means(), 4, steps=(10, 7))
     rows = dict(table.rows)
     assert rows["eta = 0, paper, CIFAR-10"] == [13.36, None]
     assert rows["sigma-hat, paper, CIFAR-10"] == [367.43, None]
+
+
+def test_table_3_has_the_rows_of_both_data_sets(
+    make_unet: Any, as_files: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert paper_tables.LSUN_SHAPE == (3, 256, 256)
+    monkeypatch.setattr(paper_tables, "LSUN_SHAPE", (3, 32, 32))
+    pipe = DDIMPipeline(make_unet(sample_size=32), DDIMScheduler())
+    pixels = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
+    table = paper_tables.table_3(pipe, as_files(pixels), Means(), 2, steps=(1, 10))
+    rows = dict(table.rows)
+    assert list(rows) == [
+        *("eta = 0", "eta = 0, paper, Bedroom", "eta = 0, paper, Church"),
+        *("eta = 1", "eta = 1, paper, Bedroom", "eta = 1, paper, Church"),
+    ]
+    assert rows["eta = 0, paper, Bedroom"] == [None, 16.95]
+    assert rows["eta = 1, paper, Church"] == [None, 51.56]
+
+
+def test_table_3_takes_its_cells_from_table_1(small: DDIMPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = open_files("digits", 60)
+    features = Pixels(digits.shape)
+    first = dict(paper_tables.table_1(small, digits, features, 12, steps=(2, 3)).rows)
+    monkeypatch.setattr(paper_tables, "sample_image_set", pytest.fail)
+    third = dict(paper_tables.table_3(small, digits, features, 12, steps=(2, 3)).rows)
+    assert third == {name: first[name] for name in ("eta = 0", "eta = 1")}
 
 
 def test_table_2(pipe: DDIMPipeline, as_files: Callable[..., ImageSet]) -> None:
@@ -148,8 +174,8 @@ def test_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mnist", "--table", "3"], "--table 1, --table 2 and --figure 4"),
-        (["mnist", "--table", "1", "--figure", "4"], "--table 1, --table 2 and --figure 4"),
+        (["mnist", "--table", "4"], "--table 1, --table 2, --table 3 and --figure 4"),
+        (["mnist", "--table", "1", "--figure", "4"], "--table 1, --table 2, --table 3 and --figure 4"),
         (["mnist", "--table", "1"], "--reference"),
         (["real", "--table", "1", "--reference", "real"], "the paper's tables require a model, got real"),
         (["mnist", "--table", "1", "--reference", "real", "--out", "x.csv"], "x.csv"),

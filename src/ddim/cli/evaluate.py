@@ -105,7 +105,8 @@ def evaluate(
     table: Annotated[
         int | None,
         typer.Option(
-            help="Table of the paper: 1 (Fréchet distance by steps and eta) or 2 (error of encoding and decoding)."
+            help="Table of the paper: 1 (Fréchet distance by steps and eta), 2 (error of encoding and decoding) or 3 "
+            "(as 1, for LSUN)."
         ),
     ] = None,
     figure: Annotated[int | None, typer.Option(help="Figure of the paper: 4 (time and quality by steps).")] = None,
@@ -176,8 +177,8 @@ def evaluate(
     if table is not None or figure is not None:
         if conditions != NO_CONDITIONS:
             raise ValueError("--table and --figure sample from all classes; leave --label and guidance out")
-        if (table, figure) not in ((1, None), (2, None), (None, 4)):
-            raise ValueError("give one of --table 1, --table 2 and --figure 4")
+        if (table, figure) not in ((1, None), (2, None), (3, None), (None, 4)):
+            raise ValueError("give one of --table 1, --table 2, --table 3 and --figure 4")
         if reference is None:
             raise ValueError("--table and --figure require images as the --reference")
         numbers_of_steps = None if table_steps is None else parse_integers(table_steps, "--table-steps", "10,20,50")
@@ -356,7 +357,7 @@ class PaperTable:
     """A table or a figure of the paper.
 
     Attributes:
-        table: 1, 2, or `None` for the figure.
+        table: 1, 2, 3, or `None` for the figure.
         figure: 4, or `None` for a table.
         numbers_of_steps: of its rows; `None` for the paper's.
         spacing: of the timesteps; `None` for the model's own, and for quadratic ones on CIFAR's shape.
@@ -415,8 +416,12 @@ class PaperTable:
                 data = open_files(reference, reference_count, *kind)
                 extractor = load_features(self.features, pipe.sample_shape, pipe.pixel_format)
                 count = 50_000 if count is None else count
-                numbers_of_steps = self.numbers_of_steps or paper_tables.TABLE_1_STEPS
-                make = paper_tables.table_1 if self.table == 1 else paper_tables.figure_4
+                make, default_steps = {
+                    1: (paper_tables.table_1, paper_tables.TABLE_1_STEPS),
+                    3: (paper_tables.table_3, paper_tables.TABLE_3_STEPS),
+                    None: (paper_tables.figure_4, paper_tables.TABLE_1_STEPS),
+                }[self.table]
+                numbers_of_steps = self.numbers_of_steps or default_steps
                 result = make(pipe, data, extractor, count, source.seed, numbers_of_steps, group)
         if group.is_main:
             for path in out:

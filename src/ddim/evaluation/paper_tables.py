@@ -1,9 +1,11 @@
-"""Tables 1 and 2 and Figure 4 of the paper (arXiv 2010.02502, section 5) for any model, beside the published values.
+"""Tables 1 to 3 and Figure 4 of the paper (arXiv 2010.02502) for any model, beside the published values.
 
 - Table 1: the Fréchet distance for S in 10, 20, 50, 100, 1000 steps and eta in 0, 0.2, 0.5, 1, and for the larger
   sigma-hat of DDPM. All cells use the same seeds.
 - Table 2: the mean squared error per pixel in [0, 1] of encoding and decoding, by Euler steps as in the paper, and
   exactly.
+- Table 3 (appendix D): the Fréchet distance for S in 10, 20, 50, 100 steps and eta in 0, 1; the cells are those of
+  Table 1.
 - Figure 4: seconds of sampling and the Fréchet distance against the number of steps, eta = 0.
 
 The paper's settings: `quad` timesteps for CIFAR-10, uniform (`leading`) ones elsewhere, averaged weights, 50,000
@@ -21,7 +23,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ from ddim.scheduler import DDIMScheduler
 TABLE_1_STEPS = (10, 20, 50, 100, 1000)
 """Numbers of steps in Table 1 and Figure 4."""
 TABLE_2_STEPS = (10, 20, 50, 100, 200, 500, 1000)
+TABLE_3_STEPS = (10, 20, 50, 100)
 SIGMA_HAT = "sigma-hat"
 SIGMA_HAT_SETTINGS = {"eta": 1.0, "use_sigma_hat": True, "use_clipped_model_output": True}
 ETAS: tuple[float | str, ...] = (0.0, 0.2, 0.5, 1.0, SIGMA_HAT)
@@ -68,8 +71,15 @@ PUBLISHED_FID: dict[str, dict[float | str, tuple[float, ...]]] = {
 }
 PUBLISHED_MSE = dict(zip(TABLE_2_STEPS, (0.014, 0.0065, 0.0023, 0.0009, 0.0004, 0.0001, 0.0001), strict=True))
 """Table 2, on CIFAR-10."""
+TABLE_3_ETAS: tuple[float, ...] = (0.0, 1.0)
+PUBLISHED_LSUN_FID: dict[str, dict[float | str, tuple[float, ...]]] = {
+    "Bedroom": {0.0: (16.95, 8.89, 6.75, 6.62), 1.0: (42.78, 22.77, 10.81, 6.81)},
+    "Church": {0.0: (19.45, 12.47, 10.84, 10.58), 1.0: (51.56, 23.37, 11.16, 8.27)},
+}
+"""Table 3. The shape of an image does not tell which of the two data sets it is of."""
 CLIPPING = "with sigma-hat only"
 CIFAR_SHAPE = (3, 32, 32)
+LSUN_SHAPE = (3, 256, 256)
 DATASET_BY_SHAPE = {CIFAR_SHAPE: "CIFAR-10", (3, 64, 64): "CelebA"}
 """The paper's data sets; images of these shapes are assumed to be theirs."""
 RECONSTRUCTION_BATCH_SIZE = 32
@@ -145,34 +155,43 @@ def table_1(
     References:
         Song et al., Table 1, arXiv 2010.02502.
     """
-    cache = _CellCache(pipe, _settings(count, seed, extractor), group)
-    real = compute_features(reference, extractor, group)
-    rows: list[tuple[str, list[float | None]]] = []
-    for eta in ETAS:
-        values: list[float | None] = []
-        for number in steps:
-            settings: dict[str, Any] = {"num_inference_steps": number}
-            settings |= SIGMA_HAT_SETTINGS if eta == SIGMA_HAT else {"eta": float(eta)}
-            fingerprint = SamplingConfig(**settings).fingerprint()
+    dataset = DATASET_BY_SHAPE.get(pipe.sample_shape)
+    published = {} if dataset is None else {dataset: (TABLE_1_STEPS, PUBLISHED_FID[dataset])}
+    title = "Fréchet distance by number of steps (Table 1 of the paper)"
+    return _distance_table(title, ETAS, published, pipe, reference, extractor, count, seed, steps, group)
 
-            def measure(settings: dict[str, Any] = settings, eta: float | str = eta) -> dict[str, float]:
-                name = f"{settings['num_inference_steps']} steps, {_row_name(eta)}"
-                paper_pipe = _with_paper_settings(pipe, clip_sample=eta == SIGMA_HAT)
-                samples = sample_image_set(paper_pipe, count, seed, name, **settings)
-                return {"fid": frechet(compute_features(samples, extractor, group).values, real.values)}
 
-            key = {"table": 1, "reference": real.sha256, "sampling": fingerprint}
-            values.append(cache.get(key, ("fid",), measure)["fid"])
-        rows.append((_row_name(eta), values))
-        if dataset := DATASET_BY_SHAPE.get(pipe.sample_shape):
-            published = dict(zip(TABLE_1_STEPS, PUBLISHED_FID[dataset][eta], strict=True))
-            rows.append((f"{_row_name(eta)}, paper, {dataset}", [published.get(number) for number in steps]))
-    return ResultTable(
-        "Fréchet distance by number of steps (Table 1 of the paper)",
-        ["", *map(str, steps)],
-        rows,
-        cache.settings | {"reference": reference.name, "reference_count": reference.count},
-    )
+def table_3(
+    pipe: DDIMPipeline,
+    reference: ImageSet,
+    extractor: nn.Module,
+    count: int,
+    seed: int = 0,
+    steps: Sequence[int] = TABLE_3_STEPS,
+    group: ProcessGroup = SINGLE_PROCESS,
+) -> ResultTable:
+    """Compute Table 3: Fréchet distances by number of steps for eta = 0 and eta = 1.
+
+    Args:
+        pipe: the model, with its scheduler's spacing.
+        reference: the data.
+        extractor: the feature extractor.
+        count: images per cell.
+        seed: seed of the first image of each cell.
+        steps: numbers of steps, the columns.
+        group: the processes that share the work.
+
+    Returns:
+        The table, with the paper's rows of both its data sets, LSUN bedrooms and churches, for images of 3x256x256.
+
+    References:
+        Song et al., Table 3 (appendix D), arXiv 2010.02502.
+    """
+    published = {}
+    if pipe.sample_shape == LSUN_SHAPE:
+        published = {name: (TABLE_3_STEPS, rows) for name, rows in PUBLISHED_LSUN_FID.items()}
+    title = "Fréchet distance by number of steps (Table 3 of the paper)"
+    return _distance_table(title, TABLE_3_ETAS, published, pipe, reference, extractor, count, seed, steps, group)
 
 
 def table_2(
@@ -303,6 +322,63 @@ def plot(table: ResultTable, path: Path) -> None:
     axes.legend(fontsize="small")
     with atomic_write(path) as temporary:
         figure.savefig(temporary)
+
+
+def _distance_table(
+    title: str,
+    etas: Sequence[float | str],
+    published: Mapping[str, tuple[Sequence[int], Mapping[float | str, Sequence[float]]]],
+    pipe: DDIMPipeline,
+    reference: ImageSet,
+    extractor: nn.Module,
+    count: int,
+    seed: int,
+    steps: Sequence[int],
+    group: ProcessGroup,
+) -> ResultTable:
+    """Compute a table of Fréchet distances by number of steps and eta.
+
+    Args:
+        title: of the table.
+        etas: the rows.
+        published: by data set, the numbers of steps and the paper's rows.
+        pipe: the model, with its scheduler's spacing.
+        reference: the data.
+        extractor: the feature extractor.
+        count: images per cell.
+        seed: seed of the first image of each cell.
+        steps: numbers of steps, the columns.
+        group: the processes that share the work.
+    """
+    cache = _CellCache(pipe, _settings(count, seed, extractor), group)
+    real = compute_features(reference, extractor, group)
+    rows: list[tuple[str, list[float | None]]] = []
+    for eta in etas:
+        values: list[float | None] = []
+        for number in steps:
+            settings: dict[str, Any] = {"num_inference_steps": number}
+            settings |= SIGMA_HAT_SETTINGS if eta == SIGMA_HAT else {"eta": float(eta)}
+            fingerprint = SamplingConfig(**settings).fingerprint()
+
+            def measure(settings: dict[str, Any] = settings, eta: float | str = eta) -> dict[str, float]:
+                name = f"{settings['num_inference_steps']} steps, {_row_name(eta)}"
+                paper_pipe = _with_paper_settings(pipe, clip_sample=eta == SIGMA_HAT)
+                samples = sample_image_set(paper_pipe, count, seed, name, **settings)
+                return {"fid": frechet(compute_features(samples, extractor, group).values, real.values)}
+
+            # Tables 1 and 3 have cells in common, under the same key.
+            key = {"table": 1, "reference": real.sha256, "sampling": fingerprint}
+            values.append(cache.get(key, ("fid",), measure)["fid"])
+        rows.append((_row_name(eta), values))
+        for dataset, (published_steps, published_rows) in published.items():
+            by_steps = dict(zip(published_steps, published_rows[eta], strict=True))
+            rows.append((f"{_row_name(eta)}, paper, {dataset}", [by_steps.get(number) for number in steps]))
+    return ResultTable(
+        title,
+        ["", *map(str, steps)],
+        rows,
+        cache.settings | {"reference": reference.name, "reference_count": reference.count},
+    )
 
 
 def _settings(count: int, seed: int, extractor: nn.Module) -> dict[str, Any]:
