@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self, TypeVar, Unpack, cast
+from typing import Any, Literal, Self, TypeVar, Unpack, cast, overload
 
 import torch
 from torch import Tensor
@@ -299,7 +299,35 @@ class DDIMPipeline(ImagePipeline, LatentSpace, Restoration):
         """The network, the scheduler and the engine as they are now, ready to run."""
         return self.with_progress_bar(Sampler(self.unet, self.scheduler, self.engine))
 
+    @overload
     def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        eta: float = 0.0,
+        num_inference_steps: int = 50,
+        use_clipped_model_output: bool | None = None,
+        output_type: str = "pil",
+        return_dict: Literal[True] = True,
+        *,
+        seeds: Iterable[int] | None = None,
+        latents: Tensor | None = None,
+        timesteps: Sequence[int] | None = None,
+        order: int | None = None,
+        use_sigma_hat: bool = False,
+        class_labels: Labels | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[int, int] | None = None,
+        negative_labels: Labels | None = None,
+        guide: DDIMPipeline | str | os.PathLike[str] | None = None,
+        callback_on_step_end: Callable[[DDIMPipeline, int, int, dict[str, Tensor]], dict[str, Tensor] | None]
+        | None = None,
+    ) -> ImagePipelineOutput: ...
+
+    @overload
+    def __call__(self, *args: Any, return_dict: Literal[False], **kwargs: Any) -> tuple[Any]: ...
+
+    def __call__(  # type: ignore[misc]  # the second signature stands for all arguments
         self,
         batch_size: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,

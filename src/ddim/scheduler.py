@@ -16,7 +16,7 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, overload
 
 import numpy as np
 import torch
@@ -424,7 +424,23 @@ class DDIMScheduler(SchedulerFiles):
         """
         return learned_steps(rows, self.alphas_cumprod_float64, float(self._before_rounding("final_alpha_cumprod")))
 
+    @overload
     def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | int,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: Literal[True] = True,
+    ) -> DDIMSchedulerOutput: ...
+
+    @overload
+    def step(self, *args: Any, return_dict: Literal[False], **kwargs: Any) -> tuple[Tensor, Tensor]: ...
+
+    def step(  # type: ignore[misc]  # the second signature stands for all arguments
         self,
         model_output: Tensor,
         timestep: Tensor | int,
@@ -681,7 +697,15 @@ class DDIMInverseScheduler(DDIMScheduler):
         self.timesteps = self.timesteps.flip(0)
         self._listed = self.timesteps, timesteps[::-1]
 
-    def step(  # type: ignore[override]  # the interface of `diffusers`
+    @overload  # type: ignore[override]  # the interface of `diffusers`
+    def step(
+        self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: Literal[True] = True
+    ) -> DDIMSchedulerOutput: ...
+
+    @overload
+    def step(self, *args: Any, return_dict: Literal[False], **kwargs: Any) -> tuple[Tensor, Tensor]: ...
+
+    def step(  # type: ignore[misc]  # the second signature stands for all arguments
         self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """Return x_t from x at the next smaller timestep.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack, overload
 
 import torch
 
@@ -76,7 +76,24 @@ class DiscreteDDIMPipeline(ImagePipeline):
         """The network, the scheduler and the engine as they are now, ready to run."""
         return self.with_progress_bar(DiscreteSampler(self.unet, self.scheduler, self.engine))
 
+    @overload
     def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        eta: float = 0.0,
+        num_inference_steps: int = 50,
+        output_type: str = "pil",
+        return_dict: Literal[True] = True,
+        *,
+        seeds: Iterable[int] | None = None,
+        **settings: Any,
+    ) -> ImagePipelineOutput: ...
+
+    @overload
+    def __call__(self, *args: Any, return_dict: Literal[False], **kwargs: Any) -> tuple[Any]: ...
+
+    def __call__(  # type: ignore[misc]  # the second signature stands for all arguments
         self,
         batch_size: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -191,7 +192,22 @@ class DiscreteDDIMScheduler(SchedulerFiles):
         """
         return to_channels(sample, self.num_values)
 
+    @overload
     def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | int,
+        sample: Tensor,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        uniform: Tensor | None = None,
+        return_dict: Literal[True] = True,
+    ) -> DDIMSchedulerOutput: ...
+
+    @overload
+    def step(self, *args: Any, return_dict: Literal[False], **kwargs: Any) -> tuple[Tensor, Tensor]: ...
+
+    def step(  # type: ignore[misc]  # the second signature stands for all arguments
         self,
         model_output: Tensor,
         timestep: Tensor | int,
