@@ -8,7 +8,7 @@ import * as ort from "./ort/ort.wasm.min.mjs";
 import { randn, slerp } from "./noise.js";
 
 ort.env.wasm.wasmPaths = new URL("./ort/", import.meta.url).href;
-ort.env.wasm.numThreads = 1; // more require headers that a static server does not send
+ort.env.wasm.numThreads = crossOriginIsolated ? navigator.hardwareConcurrency : 1;
 
 const element = (id) => document.getElementById(id);
 const [form, model, label, seed, count, other, button, status, canvas] =
@@ -17,6 +17,21 @@ const PADDING = 2;
 const SCALED_WIDTH = 128;
 const sessions = new Map();
 let models = [];
+
+// Loads the page again, once, with the headers that threads require (isolation.js). Where that is not possible, as in
+// pages that are not secure, everything works with one thread.
+async function isolate() {
+  if (crossOriginIsolated || !navigator.serviceWorker || sessionStorage.getItem("isolation")) return;
+  sessionStorage.setItem("isolation", "tried");
+  try {
+    await navigator.serviceWorker.register("isolation.js");
+    await navigator.serviceWorker.ready;
+  } catch {
+    return;
+  }
+  location.reload();
+  await new Promise(() => {}); // nothing more happens before the page is loaded again
+}
 
 function showLabels() {
   const { labels } = models[model.selectedIndex];
@@ -85,6 +100,7 @@ form.addEventListener("submit", async (event) => {
   button.disabled = false;
 });
 
+await isolate();
 models = await (await fetch("models.json")).json();
 model.replaceChildren(...models.map(({ name }) => new Option(name)));
 model.addEventListener("change", showLabels);

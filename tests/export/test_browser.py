@@ -81,6 +81,8 @@ def test_page_samples_the_images_of_the_library(pipe: DDIMPipeline, address: str
         page = browser.new_page()
         page.on("request", lambda request: None if request.url.startswith(address) else outside.append(request.url))
         page.goto(address)
+        page.get_by_role("option", name="tiny").wait_for(state="attached")
+        assert page.evaluate("crossOriginIsolated")  # the requirement of threads
         results = []
         for seed, count, other in (("5", "16", ""), ("5", "3", "9")):
             page.get_by_label("Seed", exact=True).fill(seed)
