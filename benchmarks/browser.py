@@ -4,9 +4,9 @@
     python -m benchmarks.browser --model faces --steps 4 --count 4 --runtime node_modules/onnxruntime-web
 
 The page is built with the model's loop, served from this machine alone, and sampled from `--repeats` times after a
-first time, which loads the model. Shown are the median seconds from pressing Sample to the drawn images, the first time, and
-the largest difference of a byte from the images of the same seeds in Python. Requires Debian's chromium; without
-`--runtime` npm fetches it.
+first time, which loads the model. Shown are the median seconds from pressing Sample to the drawn images, the first
+time, and the largest difference of a byte from the images of the same seeds in Python. Requires Debian's chromium;
+without `--runtime` npm fetches it.
 """
 
 from __future__ import annotations
