@@ -36,6 +36,7 @@ EXTRAS = "app,export,train"
 TOOLS = ("mypy", "pytest", "types-PyYAML", "types-psutil", "types-tqdm", "gradio_client")
 """What the checks require beside the package."""
 PAGES = ("README.md", "docs/start.md", "docs/tutorials")
+PROJECT_FILES = ("pyproject.toml", "constraints.txt")
 NEEDED_FILES = ("ddim/py.typed", "ddim/models/mnist/unet/", "ddim/models/faces/LICENSE", "ddim/training/presets/")
 """Beginnings of paths without which a wheel is incomplete."""
 GUARD = """import sys
@@ -124,7 +125,7 @@ def check_five_lines(folder: Path, environment: Mapping[str, str]) -> None:
 
 def check_pages(folder: Path, environment: Mapping[str, str]) -> None:
     """Run the snippets of the pages, from a copy of the pages and of the tests alone."""
-    for name in ("docs", "tests", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "pyproject.toml", "Makefile"):
+    for name in ("docs", "tests", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", *PROJECT_FILES):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
         copy(ROOT / name, folder / name)
     pages = " or ".join(PAGES)
