@@ -5,9 +5,11 @@ oversubscribe the cores. Kernels therefore run on PyTorch's own pool: their addr
 compiler does for `#pragma omp parallel`, and each thread does its range of the work. Without a GNU OpenMP runtime they
 run on the calling thread.
 
-numba compiles a kernel from `ddim.kernels.<folder>.source` once per machine. The object code is kept in the user's
-cache folder, or in `DDIM_KERNEL_CACHE`, under a hash of the sources, the compiler and the processor (`ddim.io.cache`).
-Loading it takes llvmlite and a few milliseconds, without numba. Where nothing can be kept, each process compiles anew.
+Object code comes with the package, for the common processors (`ddim.kernels.objects`). Loading it takes llvmlite and a
+few milliseconds, without numba. For other processors, and changed sources, numba compiles a kernel from
+`ddim.kernels.<folder>.source` once per machine. That code is kept in the user's cache folder, or in
+`DDIM_KERNEL_CACHE`, under a hash of the sources, the compiler and the processor (`ddim.io.cache`). Where nothing can be
+kept, each process compiles anew.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import torch
 from torch import Tensor
 
 from ddim.io.cache import Cache
+from ddim.kernels import objects
 from ddim.kernels.machine import THREAD_COUNT_SYMBOL, THREAD_SYMBOL, describe_machine, target_machine
 from ddim.kernels.record import Field, Record
 
@@ -78,12 +81,14 @@ class Kernel:
 
     @functools.cached_property
     def address(self) -> int:
-        """The address of the code, which is compiled or loaded on first use.
+        """The address of the code, which is loaded on first use, and compiled before where it does not come along.
 
         Raises:
             ImportError: if it has to be compiled and numba is not installed.
         """
         openmp_library()
+        if (code := objects.read(self.name)) is not None:
+            return _load(code, self.symbol)
         cached = kernel_cache().read(self.entry, lambda content: _load(content.tobytes(), self.symbol))
         return _load(_compile(self), self.symbol) if cached is None else cached
 
@@ -120,7 +125,8 @@ def ensure_compiled(*kernels: Kernel) -> None:
     """
     # One alone is compiled here: a process would import numba all the same.
     cache = kernel_cache()
-    missing = [kernel for kernel in kernels if not kernel.is_loaded and not cache.exists(kernel.entry)]
+    to_load = [kernel for kernel in kernels if not kernel.is_loaded and not objects.has(kernel.name)]
+    missing = [kernel for kernel in to_load if not cache.exists(kernel.entry)]
     if len(missing) > 1 and cache.is_usable(missing[0].entry):
         _compile_in_processes(missing)
     for kernel in kernels:
@@ -199,14 +205,11 @@ def _compile(kernel: Kernel) -> bytes:
 @functools.cache
 def _code_version() -> str:
     """Return a hash of everything that the code depends on: the sources, the compiler, the processor."""
-    # All sources of the package, since kernels share code.
-    sources = sorted(Path(__file__).parent.rglob("*.py"))
     try:
         compiler = version("numba")
     except PackageNotFoundError:
         compiler = "none"
-    description = f"{compiler} {describe_machine()}".encode()
-    return hashlib.sha256(description + b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
+    return hashlib.sha256(f"{compiler} {describe_machine()} {objects.sources_sha256()}".encode()).hexdigest()[:16]
 
 
 def _load(code: bytes, symbol: str) -> int:
