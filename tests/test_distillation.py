@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import numpy as np
@@ -18,7 +18,7 @@ from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
 from ddim.distillation import Stage, distill, fit_lengths, plan_stages, student_scheduler
 from ddim.io.runs import checkpoint_step, list_checkpoints
 from digits import TINY_MODEL, write_digits
-from helpers import environment, messages, seeded
+from helpers import environment, messages, randn, seeded
 from programs import run_cli, start_cli
 
 TINY = {"max_steps": 6, "batch_size": 8, "samples.count": 4, "trackers": []}
@@ -215,10 +215,60 @@ def test_folder_with_other_content_is_refused(teacher: str, students: list[Path]
         distill(teacher, students[0].parent, [4], device="cpu")
 
 
-def test_model_with_classes_is_refused(tmp_path: Path) -> None:
-    DDIMPipeline(UNet2DModel(**TINY_MODEL, num_class_embeds=3), DDIMScheduler()).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"model must be unconditional, .* has classes"):
-        distill(str(tmp_path / "model"), tmp_path / "out", device="cpu")
+def save_model(folder: Path, **arguments: Any) -> str:
+    torch.manual_seed(0)
+    unet = UNet2DModel(**TINY_MODEL, **arguments)
+    DDIMPipeline(unet, DDIMScheduler(prediction_type="v_prediction")).save_pretrained(folder)
+    return str(folder)
+
+
+class TestClasses:
+    ARGUMENTS: ClassVar = {"num_class_embeds": 4, "class_names": ("cat", "dog", "frog"), "has_null_class": True}
+
+    @pytest.fixture(scope="class")
+    def pets(self, tmp_path_factory: pytest.TempPathFactory) -> str:
+        return save_model(tmp_path_factory.mktemp("models") / "pets", **self.ARGUMENTS)
+
+    def test_students_have_the_classes_of_their_teacher(self, pets: str, tmp_path: Path) -> None:
+        folders = distill(
+            pets, tmp_path / "out", [2, 1], count=12, teacher_steps=4, guidance_scale=2, overrides=TINY, device="cpu"
+        )
+        for folder in folders:
+            student = DDIMPipeline.from_pretrained(folder)
+            assert student.classes == DDIMPipeline.from_pretrained(pets).classes
+            student.set_progress_bar_config(disable=True)
+            by_class = student(3, class_labels=["cat", "dog", "frog"], latents=randn(1, 1, 8, 8).expand(3, -1, -1, -1))
+            assert len({image.tobytes() for image in by_class.images}) == 3
+        configs = [yaml.safe_load((tmp_path / f"out/runs/{name}/config.yaml").read_text())["config"] for name in "21"]
+        assert [config["distill"]["guidance_scale"] for config in configs] == [2.0, 1.0]
+        labels = np.load(tmp_path / "out/samples.npz")["arr_1"]
+        assert np.bincount(labels).tolist() == [4, 4, 4]
+        assert "of order 1 of" in (folders[0] / "README.md").read_text()
+        assert "with guidance 2" in (folders[0] / "README.md").read_text()
+        with pytest.raises(ValueError, match="guidance_scale: expected 2"):
+            distill(pets, tmp_path / "out", [2, 1], count=12, teacher_steps=4, overrides=TINY, device="cpu")
+
+    def test_images_may_have_the_classes_in_another_order(self, pets: str, tmp_path: Path) -> None:
+        for name in ("frog", "cat"):
+            write_digits(tmp_path / "images" / name, 6)
+        (folder,) = distill(pets, tmp_path / "out", [2], str(tmp_path / "images"), overrides=TINY, device="cpu")
+        assert DDIMPipeline.from_pretrained(folder).classes.names == ("cat", "dog", "frog")  # type: ignore[union-attr]
+        write_digits(tmp_path / "images" / "cow", 6)
+        with pytest.raises(ValueError, match="must be from 0 to 2 or one of cat, dog, frog, got 'cow'"):
+            distill(pets, tmp_path / "other", [2], str(tmp_path / "images"), overrides=TINY, device="cpu")
+
+    def test_guidance_requires_a_null_class(self, teacher: str, tmp_path: Path) -> None:
+        without = save_model(tmp_path / "model", num_class_embeds=3)
+        for model in (without, teacher):
+            with pytest.raises(ValueError, match="guidance_scale requires a model with classes and a null class"):
+                distill(model, tmp_path / "out", guidance_scale=1.5, device="cpu")
+        with pytest.raises(ValueError, match="guidance_scale must be a number of at least 0"):
+            distill(teacher, tmp_path / "out", guidance_scale=-1, device="cpu")
+
+    def test_other_conditions_are_refused(self, tmp_path: Path) -> None:
+        model = save_model(tmp_path / "model", class_embed_type="timestep")
+        with pytest.raises(ValueError, match="takes other conditions"):
+            distill(model, tmp_path / "out", device="cpu")
 
 
 def test_command_translates_arguments(teacher: str, tmp_path: Path) -> None:

@@ -30,9 +30,11 @@ import torch
 import yaml
 
 from ddim.bulk import sample_many
+from ddim.data.labels import AUTO
 from ddim.data.sources import open_source
 from ddim.devices import choose_device
 from ddim.diffusion.distillation import check_student_steps
+from ddim.diffusion.guidance import Guidance
 from ddim.distributed import rank_and_world_size
 from ddim.io.atomic import atomic_write, is_vacant, replace_folder
 from ddim.io.fingerprint import model_sha256
@@ -168,6 +170,7 @@ def distill(
     *,
     count: int = SAMPLE_COUNT,
     teacher_steps: int | None = None,
+    guidance_scale: float = 1.0,
     direct: bool = False,
     settings: Iterable[str] = (),
     overrides: Mapping[str, Any] | None = None,
@@ -183,6 +186,8 @@ def distill(
         data: images of the kind that the model generates, as `ddim train` takes them; `None` for its own samples.
         count: number of the model's own samples, where no images are given.
         teacher_steps: steps of the model that the first student learns from; see `plan_stages`.
+        guidance_scale: of the model, which must have classes and a null class. The first student learns the guided
+            steps, and its samples are guided without any guidance of their own.
         direct: every student learns from the model itself, instead of from the student before it. A training step then
             takes `teacher_steps` / S evaluations of the model, and no errors of earlier students are learned.
         settings: `key=value` entries of the training configuration, which replace what is chosen here.
@@ -212,6 +217,7 @@ def distill(
         raise FileExistsError(f"{out} is not empty and does not hold a distillation (no {RECORD}); use another folder")
     pipe = DDIMPipeline.from_pretrained(model)
     check_teacher(pipe, model)
+    guidance_scale = check_guidance(pipe, model, guidance_scale)
     stages = plan_stages(steps, pipe.scheduler, teacher_steps, direct)
     count = integer("count", count, 1)
     given = merge_config(None, None, settings, overrides)
@@ -224,6 +230,8 @@ def distill(
         "direct": direct,
         "data": data,
     }
+    if pipe.classes is not None:
+        identity["guidance_scale"] = guidance_scale
     record = _read_record(out / RECORD, identity)
     if record is None:
         record = {"model": model, **identity, "settings": choose_settings(pipe, target, count)}
@@ -235,7 +243,7 @@ def distill(
         open_source(config.data.source, config.data.split, config.data.column)
     _write_record(out / RECORD, record)
 
-    source = data if data is not None else str(generate_samples(pipe, out, count, target))
+    source = data if data is not None else str(generate_samples(pipe, out, count, target, guidance_scale))
     if "lengths" not in record:
         record["lengths"] = [FIRST_LENGTH, *[LATER_LENGTH] * (len(stages) - 1)]
         if deadline < math.inf and "max_steps" not in given:
@@ -247,6 +255,8 @@ def distill(
     previous, configs = model, []
     for index, (stage, length) in enumerate(zip(stages, record["lengths"], strict=True)):
         chosen = merge(record["settings"], stage_settings(pipe, index, length))
+        if index == 0 or direct:
+            chosen = merge(chosen, {"distill": {"guidance_scale": guidance_scale}})
         teacher = model if direct else previous
         configs.append(_stage_config(pipe, stage, teacher, previous, source, chosen, given))
         previous = str(out / RUNS / stage.name / FINAL)
@@ -289,20 +299,46 @@ def check_teacher(pipe: DDIMPipeline, model: str) -> None:
         model: its name, for messages.
 
     Raises:
-        ValueError: if it has classes or a learned variance, or its configuration lacks the size of its images.
+        ValueError: if it has other conditions than class labels, or a learned variance, or its configuration lacks the
+            size of its images.
 
     Example:
         >>> check_teacher(DDIMPipeline.from_pretrained("mnist"), "mnist")
     """
     config = pipe.unet.config
-    if pipe.unet.class_embedding is not None:
-        raise ValueError(f"model must be unconditional, {model} has classes; its distillation is not supported yet")
+    if pipe.unet.class_embedding is not None and pipe.classes is None:
+        raise ValueError(f"model must have class labels or be unconditional, {model} takes other conditions")
     if config.out_channels != config.in_channels:
         raise ValueError(
             f"model must predict as many channels as it takes, {model} predicts a variance besides; its distillation "
             "is not supported yet"
         )
     pipe.sample_shape  # noqa: B018  # raises where the configuration lacks the size
+
+
+def check_guidance(pipe: DDIMPipeline, model: str, guidance_scale: float) -> float:
+    """Check the guidance that a student is to learn.
+
+    Args:
+        pipe: the model.
+        model: its name, for messages.
+        guidance_scale: w, at least 0.
+
+    Returns:
+        The scale.
+
+    Raises:
+        ValueError: if it is out of range, or the model has no null class to guide away from.
+
+    Example:
+        >>> check_guidance(DDIMPipeline.from_pretrained("mnist"), "mnist", 2)
+        Traceback (most recent call last):
+        ValueError: guidance_scale requires a model with classes and a null class, which mnist does not have
+    """
+    scale = Guidance(guidance_scale).scale
+    if scale != 1 and (pipe.classes is None or not pipe.classes.has_null):
+        raise ValueError(f"guidance_scale requires a model with classes and a null class, which {model} does not have")
+    return scale
 
 
 def choose_settings(pipe: DDIMPipeline, device: torch.device, count: int) -> dict[str, Any]:
@@ -371,18 +407,25 @@ def fit_lengths(stages: Sequence[Stage], seconds_per_step: float, seconds: float
     return [max(1, int(TIME_SHARE * share * seconds / cost)) for share, cost in zip(shares, costs, strict=True)]
 
 
-def generate_samples(pipe: DDIMPipeline, out: Path, count: int, device: torch.device) -> Path:
-    """Generate the model's own samples to distill on; those that are present are kept.
+def generate_samples(
+    pipe: DDIMPipeline, out: Path, count: int, device: torch.device, guidance_scale: float = 1.0
+) -> Path:
+    """Generate the model's own samples to distill on, of all classes alike; those that are present are kept.
 
     Args:
         pipe: the model.
         out: the folder.
         count: number of samples.
         device: where to generate them.
+        guidance_scale: of a model with classes.
 
     Returns:
         The file.
     """
+    condition: dict[str, Any] = {}
+    if pipe.classes is not None:
+        labels = [index % pipe.classes.count for index in range(count)]
+        condition = {"class_labels": labels, "guidance_scale": guidance_scale}
     path = out / SAMPLES
     own_steps = pipe.scheduler.distilled_steps
     order = 1 if own_steps else 2
@@ -394,6 +437,7 @@ def generate_samples(pipe: DDIMPipeline, out: Path, count: int, device: torch.de
         batch_size=batch_size,
         num_inference_steps=own_steps or SAMPLE_STEPS,
         order=order,
+        **condition,
     )
     return path
 
@@ -412,12 +456,18 @@ def _stage_config(
     data: dict[str, Any] = {"source": source}
     if not pixel_format.is_eight_bit:
         data["value_range"] = [list(pair) for pair in zip(pixel_format.low, pixel_format.high, strict=True)]
+    objective: dict[str, Any] = {"weighting": "truncated_snr"}
+    if (classes := pipe.classes) is not None:
+        # The student has its teacher's classes.
+        names = [classes.name_of(index) for index in range(classes.count)]
+        data |= {"labels": AUTO, "class_names": names}
+        objective |= {} if classes.has_null else {"class_dropout": 0.0}
     base = {
         "data": data,
         "init": init,
         "model": {"dropout": 0.0},
         "scheduler": student_scheduler(S, len(pipe.scheduler)),
-        "objective": {"weighting": "truncated_snr"},
+        "objective": objective,
         "distill": {"teacher": teacher, "num_inference_steps": S, "substeps": stage.substeps},
         "optim": {"decay": "linear"},
         "ema": {"sigma_rels": []},

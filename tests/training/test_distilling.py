@@ -54,6 +54,36 @@ def test_exact_student_samples_the_images_of_its_teacher(prediction_type: str, p
     torch.testing.assert_close(last.sample, expected, atol=1e-3 * float(expected.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5, 0.0])
+def test_exact_student_has_the_classes_and_the_guidance_of_its_teacher(guidance_scale: float) -> None:
+    torch.manual_seed(0)
+    unet = UNet2DModel(**TINY_MODEL, num_class_embeds=4, class_names=("a", "b", "c"), has_null_class=True).eval()
+    teacher = DDIMPipeline(unet, DDIMScheduler(clip_sample=False, prediction_type="v_prediction"))
+    scheduler = make_student_scheduler(2)
+    config = DistillConfig(num_inference_steps=2, substeps=3, guidance_scale=guidance_scale)
+    objective = DistillationObjective(teacher, scheduler, config)
+    labels, x = torch.tensor([2, 0, 1]), randn(3, 1, 8, 8)
+
+    def student(x: Tensor, t: Tensor) -> Tensor:
+        return objective.target(x, x, t.expand(len(x)), x, labels)
+
+    *_, last = sample(student, x, scheduler.make_steps(scheduler.make_timesteps(2)), StepSettings("v_prediction"))
+    teacher.set_progress_bar_config(disable=True)
+    expected = teacher(
+        3,
+        latents=x,
+        timesteps=teacher.scheduler.make_timesteps(6, "trailing"),
+        class_labels=labels.tolist(),
+        guidance_scale=guidance_scale,
+        output_type="pt",
+    ).images
+    torch.testing.assert_close((last.sample / 2 + 0.5).clamp(0, 1), expected, atol=1e-4, rtol=0)
+    null = torch.full_like(labels, 3)
+    t = torch.full_like(labels, 999)
+    unguided = DistillationObjective(teacher, scheduler, config.model_copy(update={"guidance_scale": 1.0}))
+    torch.testing.assert_close(objective.target(x, x, t, x, null), unguided.target(x, x, t, x, null), atol=1e-4, rtol=0)
+
+
 def test_teacher_clips_where_its_scheduler_does() -> None:
     scheduler = make_student_scheduler(1)
     config = DistillConfig(num_inference_steps=1, substeps=2)
@@ -132,6 +162,11 @@ def test_recorded_targets_are_those_that_are_computed(monkeypatch: pytest.Monkey
     results = [recorded.target(x, x, timesteps, x) for x in batches]
     for x, result in zip(batches, results, strict=True):
         torch.testing.assert_close(result, objective.target(x, x, timesteps, x), rtol=1e-4, atol=1e-4)
+    with_classes = DistillationObjective(make_teacher(), make_student_scheduler(4), DistillConfig(substeps=2))
+    with_classes._records = True
+    monkeypatch.setattr(with_classes, "_predict", lambda x, t, labels: x * labels.view(-1, 1, 1, 1))
+    targets = [with_classes.target(x, x, timesteps, x, torch.full((4,), label)) for label in (0, 1, 0)]
+    assert not torch.equal(targets[0], targets[1])
     # Of another shape, such as that of the last held-out images, nothing is recorded.
     assert recorded.target(batches[0][:2], batches[0][:2], timesteps[:2], batches[0][:2]).shape == (2, 1, 8, 8)
 

@@ -53,6 +53,8 @@ class DataConfig(Section):
         labels: classes of the images: `none` trains without, `auto` uses the column `label`, class folders, or what
             else there is (`ddim.data.labels`); or the name of a column of a table, of an array of an `.npz` file, of an
             entry of `metadata.jsonl`.
+        class_names: the classes, in this order, instead of those that have images; requires `labels`. A label is the
+            name of one of them, or its number.
         balanced: visit every class equally often, in random order, instead of every image; requires `labels`.
         holdout: number of images, drawn by the seed, that are not trained on; the averaged weights are evaluated on
             them.
@@ -79,6 +81,7 @@ class DataConfig(Section):
     cache: Literal["auto", "memory", "disk", "none"] = "auto"
     on_device: bool = False
     labels: str = Field(default="none", min_length=1)
+    class_names: tuple[str, ...] | None = None
     balanced: bool = False
     holdout: NonNegativeInt = 0
     max_unreadable: NonNegativeInt = 10

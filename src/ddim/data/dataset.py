@@ -405,7 +405,7 @@ def open_dataset(config: DataConfig, size: int | Sequence[int], channels: int, s
         (1, 3, 8, 8)
     """
     source = open_source(config.source, config.split, config.column)
-    labels = read_labels(source, config.labels)
+    labels = read_labels(source, config.labels, class_names=config.class_names)
     unused_labels = source.labels if labels is None else None
     dtype = find_dtype(source, channels) if config.dtype == "auto" else config.dtype
     given = _given_format(config, dtype, channels)

@@ -20,6 +20,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from ddim.io.class_labels import ClassLabels
 from ddim.validation import nearest, pluralize, shorten
 
 AUTO, NONE = "auto", "none"
@@ -104,7 +105,11 @@ class LabeledCollection(Protocol):
 
 
 def read_labels(
-    source: LabeledCollection, labels: str, argument: str = "data.labels", min_classes: int = 2
+    source: LabeledCollection,
+    labels: str,
+    argument: str = "data.labels",
+    min_classes: int = 2,
+    class_names: Sequence[str] | None = None,
 ) -> ImageLabels | None:
     """Read the classes of a collection's images.
 
@@ -113,6 +118,8 @@ def read_labels(
         labels: `none`, `auto`, or the name of a column.
         argument: the name of this argument, for messages.
         min_classes: fewer are refused, and from 2 on values of which each image has another.
+        class_names: the classes, in this order, with or without images; `None` for those that occur. Values may also be
+            their numbers.
 
     Returns:
         The classes; `None` for `none`.
@@ -152,6 +159,9 @@ def read_labels(
         raise ValueError(f"{label} must hold at most {MAX_CLASSES} classes, got {len(names)}")
     if "" in names:
         raise ValueError(f"{label} must not be empty, which it is for {pluralize(values.count(''), 'image')}")
+    if class_names is not None:
+        known = ClassLabels(len(class_names), tuple(class_names))
+        return ImageLabels(known.names, known.resolve(values, len(values), label), column)
     index = {name: number for number, name in enumerate(names)}
     return ImageLabels(names, torch.tensor([index[value] for value in values]), column)
 

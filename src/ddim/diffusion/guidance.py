@@ -147,7 +147,7 @@ def predict_guided(
     Args:
         predict: the network.
         x: x_t, (N, C, H, W).
-        t: the timestep, a tensor ().
+        t: the timestep, a tensor (); without an interval also one per sample, (N,).
         conditions: of these N samples.
         guide: the network of the conditions' guide, if they have one.
 
@@ -175,7 +175,7 @@ def predict_guided(
         return predict(x, t, baseline_labels)
     assert labels is not None
     assert baseline_labels is not None
-    both = predict(torch.cat([x, x]), t, torch.cat([labels, baseline_labels]))
+    both = predict(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t, torch.cat([labels, baseline_labels]))
     return torch.lerp(both[N:], both[:N], scale)
 
 

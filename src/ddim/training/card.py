@@ -132,9 +132,10 @@ def _describe_teacher(config: DistillConfig) -> dict[str, str]:
     if config.teacher is None:
         return {}
     S = config.num_inference_steps
+    guidance = "" if config.guidance_scale == 1 else f" with guidance {config.guidance_scale:g}"
     return {
         "steps": f"{S}, and no other number",
-        "distilled from": f"{S * config.substeps} steps of order {config.order} of `{config.teacher}`",
+        "distilled from": f"{S * config.substeps} steps of order {config.order} of `{config.teacher}`{guidance}",
     }
 
 

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from ddim.annotations import check_arguments
 from ddim.data.config import DataConfig, Section
@@ -74,6 +74,8 @@ class DistillConfig(Section):
         num_inference_steps: steps of the network: it learns at the `trailing` timesteps of this number alone.
         substeps: steps of the teacher for each step of the network.
         order: order of the teacher's solver: 1 (DDIM) or 2.
+        guidance_scale: guidance of a teacher with classes, which the network's samples then have without any: what it
+            learns for the null class is not guided.
         weighting: weights of the network's timesteps: `step`, by the error of x where its step ends, or `objective`, by
             `objective.weighting`.
         teacher_sha256: SHA-256 of the teacher, which runs record; a run resumes only with the same.
@@ -87,6 +89,7 @@ class DistillConfig(Section):
     num_inference_steps: PositiveInt = 4
     substeps: PositiveInt = 8
     order: Literal[1, 2] = 1
+    guidance_scale: NonNegativeFloat = 1.0
     weighting: Literal["step", "objective"] = "step"
     teacher_sha256: str | None = None
 
@@ -535,6 +538,8 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
         check_augmentation(config.data, config.model)
     if config.init is None:
         check_scheduler(config.scheduler, config.process)
+    if config.data.class_names is not None and config.data.labels == NONE:
+        raise _invalid("data.class_names", "requires data.labels: auto, or a column, got none")
     if config.data.balanced and config.data.labels == NONE:
         raise _invalid("data.balanced", "requires data.labels: auto, or a column, got none")
     ema = config.ema

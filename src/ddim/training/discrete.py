@@ -56,7 +56,9 @@ class DiscreteObjective(DenoisingObjective):
         values = self.scheduler.add_noise(quantize(x0, self.scheduler.num_values), noise, timesteps)
         return self.scheduler.scale_model_input(values)
 
-    def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor, noisy: Tensor) -> Tensor:
+    def target(
+        self, x0: Tensor, noise: Tensor, timesteps: Tensor, noisy: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
         """Return the values of x_0, int64 (n, C, H, W); see `Objective.target`."""
         return quantize(x0, self.scheduler.num_values)
 

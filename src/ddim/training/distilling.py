@@ -6,13 +6,16 @@ from training: data, optimizer, averages, checkpoints and resuming are those of 
 
 The images decide where the teacher is asked, not what is learned: the teacher's own samples serve as well.
 
+A teacher with classes is given those of the images, with guidance of its own (Meng et al., arXiv 2210.03142): what two
+evaluations per step of the teacher give, the student gives with one.
+
 On a GPU the k steps of the teacher are recorded as one CUDA graph, so that they are one launch.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,7 +24,8 @@ from torch import Tensor
 
 from ddim.diffusion.distillation import Segments, check_student_steps, follow_teacher, velocity_target
 from ddim.diffusion.equations import Step, make_steps
-from ddim.diffusion.loop import Denoiser, StepSettings
+from ddim.diffusion.guidance import ConditionalDenoiser, Conditions, Guidance, Predictor
+from ddim.diffusion.loop import StepSettings
 from ddim.engine.cuda import CUDAEngine, fill, record_graph
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler, check_own_steps
@@ -79,11 +83,12 @@ class DistillationObjective(DenoisingObjective):
         timesteps: of the student, decreasing.
 
     Raises:
-        ValueError: if the student's steps do not divide the schedule, the teacher has fewer timesteps than steps, or
-            the schedules or prediction types do not fit.
+        ValueError: if the student's steps do not divide the schedule, the teacher has fewer timesteps than steps or no
+            null class for its guidance, or the schedules or prediction types do not fit.
 
     References:
-        Salimans and Ho, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512.
+        Salimans and Ho, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512; Meng et al.,
+        On Distillation of Guided Diffusion Models, arXiv 2210.03142.
     """
 
     def __init__(
@@ -113,7 +118,10 @@ class DistillationObjective(DenoisingObjective):
         alphas = torch.from_numpy(scheduler.alphas_cumprod_float64).to(self.device)[self._timesteps]
         self._signal, self._noise = alphas.sqrt().float(), (1 - alphas).sqrt().float()
         self._settings = StepSettings(given.config.prediction_type, given.clip)
-        self._denoiser = _denoiser_of(teacher, self._segments.timesteps.flatten().tolist())
+        self._guidance = Guidance(config.guidance_scale)
+        if self._guidance.is_active and (teacher.classes is None or not teacher.classes.has_null):
+            raise ValueError(f"guidance_scale {self._guidance.scale:g} requires a teacher with a null class")
+        self._predict = _predictor_of(teacher, self._segments.timesteps.flatten().tolist())
         self._recorded: RecordedTarget | None = None
         self._records = self.device.type == "cuda"
 
@@ -149,19 +157,25 @@ class DistillationObjective(DenoisingObjective):
         return weights
 
     @torch.no_grad()
-    def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor, noisy: Tensor) -> Tensor:
+    def target(
+        self, x0: Tensor, noise: Tensor, timesteps: Tensor, noisy: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
         """Return the v or the x_0 that takes x_t where the teacher leads; see `Objective.target`."""
-        index = self._index[timesteps]
+        inputs = (noisy, self._index[timesteps], *(() if labels is None else (labels,)))
         if self._records:
-            recorded = self._get_recorded(noisy)
+            recorded = self._get_recorded(inputs)
             if recorded is not None:
-                return recorded(noisy, index)
-        return self._compute(noisy.contiguous(), index)
+                return recorded(*inputs)
+        return self._compute(noisy.contiguous(), *inputs[1:])
 
-    def _compute(self, x: Tensor, index: Tensor) -> Tensor:
-        """Return the targets of x_t, (n, C, H, W), in the segments `index`, int64 (n,)."""
+    def _compute(self, x: Tensor, index: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the targets of x_t, (n, C, H, W), in the segments `index`, int64 (n,), for the classes `labels`."""
+        classes, baseline = self.teacher.classes, None
+        if self._guidance.is_active and labels is not None and classes is not None:
+            baseline = torch.full_like(labels, classes.count)
+        denoiser = ConditionalDenoiser(self._predict, Conditions(labels, baseline, self._guidance))
         with self._autocast():
-            x_prev = follow_teacher(self._denoiser, x, self._segments, index, self._settings)
+            x_prev = follow_teacher(denoiser, x, self._segments, index, self._settings)
         v = velocity_target(x, x_prev, self._segments, index)
         if self._prediction_type == "v_prediction":
             return v
@@ -173,7 +187,7 @@ class DistillationObjective(DenoisingObjective):
         # A recorded graph must not depend on weights that autocast has cached.
         return torch.autocast(self.device.type, PRECISIONS[self._precision], is_used, cache_enabled=False)
 
-    def _get_recorded(self, like: Tensor) -> RecordedTarget | None:
+    def _get_recorded(self, like: Sequence[Tensor]) -> RecordedTarget | None:
         """Return the recorded computation for a batch's shape; `None` for another shape than the first one's."""
         if self._recorded is None:
             try:
@@ -184,7 +198,7 @@ class DistillationObjective(DenoisingObjective):
                 )
                 self._records = False
                 return None
-        return self._recorded if self._recorded.shape == like.shape else None
+        return self._recorded if self._recorded.shape == like[0].shape else None
 
 
 def teacher_steps(scheduler: DDIMScheduler, num_inference_steps: int, substeps: int) -> list[Step]:
@@ -213,42 +227,41 @@ def teacher_steps(scheduler: DDIMScheduler, num_inference_steps: int, substeps: 
 
 
 class RecordedTarget:
-    """A function of x_t and segments, recorded as a CUDA graph.
+    """A function of x_t, segments and classes, recorded as a CUDA graph.
 
     Args:
-        compute: the function: takes (N, C, H, W) and int64 (N,), returns (N, C, H, W).
-        like: an x_t of the shape that it is recorded for, on a CUDA device.
+        compute: the function: takes (N, C, H, W) and int64 (N,), with classes another int64 (N,); returns (N, C, H, W).
+        like: what it takes, of the shapes that it is recorded for, on a CUDA device.
 
     Attributes:
         shape: of x_t.
     """
 
-    def __init__(self, compute: Callable[[Tensor, Tensor], Tensor], like: Tensor) -> None:
-        self.shape = like.shape
+    def __init__(self, compute: Callable[..., Tensor], like: Sequence[Tensor]) -> None:
+        x, device = like[0], like[0].device
+        self.shape = x.shape
         with torch.no_grad():
-            self._x = torch.zeros(like.shape, device=like.device)
-            self._index = torch.zeros(len(like), dtype=torch.int64, device=like.device)
-            self._result = torch.zeros(like.shape, device=like.device)
+            self._inputs = [torch.zeros(t.shape, dtype=t.dtype, device=device) for t in like]
+            self._result = torch.zeros(x.shape, device=device)
 
         def run() -> None:
             with torch.no_grad():
-                self._result.copy_(compute(self._x, self._index))
+                self._result.copy_(compute(*self._inputs))
 
-        stream = torch.cuda.Stream(like.device)  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._graph = record_graph(run, stream)
 
-    def __call__(self, x: Tensor, index: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         """Run the graph; the result is the caller's to keep."""
-        fill(self._x, x)
-        fill(self._index, index)
+        for buffer, tensor in zip(self._inputs, inputs, strict=True):
+            fill(buffer, tensor)
         self._graph.replay()
         return self._result.clone()
 
 
-def _denoiser_of(teacher: DDIMPipeline, timesteps: list[int]) -> Denoiser:
-    """Return the teacher as a function of x_t and one timestep per sample, run by its fastest engine."""
+def _predictor_of(teacher: DDIMPipeline, timesteps: list[int]) -> Predictor:
+    """Return the teacher as a function of x_t, one timestep and one class per sample, run by its fastest engine."""
     if teacher.device.type == "cuda":
         predict = CUDAEngine(teacher.unet).predict
-        return lambda x, t: predict(x, t)[:, : x.shape[1]].float()
-    predictor = teacher.sampler.predictor(timesteps)
-    return lambda x, t: predictor(x, t, None)
+        return lambda x, t, labels: predict(x, t, labels)[:, : x.shape[1]].float()
+    return teacher.sampler.predictor(timesteps)

@@ -56,10 +56,10 @@ def held_out_loss(trainer: Trainer) -> float:
     noise = objective.draw_noise(x0.shape, generator_for(trainer.config.seed, "held-out noise", 0))
     for part in (slice(start, start + BATCH_SIZE) for start in range(0, count, BATCH_SIZE)):
         x, e, t = (tensor[part].to(trainer.device) for tensor in (x0, noise, timesteps))
-        classes = () if labels is None else (labels[part].to(trainer.device),)
+        classes = None if labels is None else labels[part].to(trainer.device)
         noisy = objective.noised(x, e, t)
-        target = objective.target(x, e, t, noisy)
-        total += float(objective.losses(trainer.ema(noisy, t, *classes).sample, target, noisy, t).sum())
+        target = objective.target(x, e, t, noisy, classes)
+        total += float(objective.losses(trainer.ema(noisy, t, classes).sample, target, noisy, t).sum())
     return total / count
 
 

@@ -93,7 +93,9 @@ class Objective(Protocol):
         """
         ...
 
-    def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor, noisy: Tensor) -> Tensor:
+    def target(
+        self, x0: Tensor, noise: Tensor, timesteps: Tensor, noisy: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
         """Return what the network learns to predict.
 
         Args:
@@ -101,6 +103,7 @@ class Objective(Protocol):
             noise: epsilon, of the same shape.
             timesteps: int64 (n,).
             noisy: x_t, which the network is given.
+            labels: the classes that it is given, int64 (n,); `None` for a network without classes.
 
         Returns:
             (n, C, H, W), without gradients; float32, or the int64 values of x_0 of a discrete process.
@@ -163,7 +166,9 @@ class DenoisingObjective:
         prediction_type = scheduler.config.prediction_type
         return loss_weights(scheduler.alphas_cumprod, prediction_type, config.weighting, config.gamma)
 
-    def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor, noisy: Tensor) -> Tensor:
+    def target(
+        self, x0: Tensor, noise: Tensor, timesteps: Tensor, noisy: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
         """Return epsilon, x_0 or v, by the prediction type; see `Objective.target`."""
         target: Tensor = self.scheduler.training_target(x0, noise, timesteps)
         return target

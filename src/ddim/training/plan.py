@@ -160,7 +160,7 @@ def plan_run(tree: Mapping[str, Any], device: str | torch.device = "auto", max_m
     accelerator, local_device = start_processes(device)
     machine = inspect_machine(local_device)
     source = open_source(given.data.source, given.data.split, given.data.column)
-    labels = read_labels(source, given.data.labels)
+    labels = read_labels(source, given.data.labels, class_names=given.data.class_names)
     with left_to_the_run():
         survey = survey_images(source)
 

@@ -378,7 +378,8 @@ class Trainer:
         noisy = self.objective.noised(x0, noise, timesteps)
         if config.channels_last:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
-        target = self.objective.target(x0, noise, timesteps, noisy)
+        labels = None if labels is None else self.drop_labels(labels, self.step)
+        target = self.objective.target(x0, noise, timesteps, noisy, labels)
         # Dropout draws from the global generators; each process seeds its own.
         purpose = f"dropout {self.accelerator.process_index}"
         torch.manual_seed(generator_for(config.seed, purpose, self.step).initial_seed())
@@ -388,7 +389,7 @@ class Trainer:
         passes = config.optim.accumulate
         parts = [tensor.chunk(passes) for tensor in (noisy, timesteps, target)]
         # The network takes labels only where it has classes.
-        labels_of_parts = [()] * passes if labels is None else zip(self.drop_labels(labels, self.step).chunk(passes))
+        labels_of_parts = [()] * passes if labels is None else zip(labels.chunk(passes))
         losses = []
         for index, (x, t, y, c) in enumerate(zip(*parts, labels_of_parts, strict=True)):
             # The processes exchange gradients once, in the last pass.
