@@ -56,14 +56,7 @@ def atomic_write(path: Path, mode: int | None = None, keep_leftovers: bool = Fal
     """
     if not keep_leftovers:
         remove_leftovers(path.parent, re.escape(path.stem[:MAX_STEM_LENGTH]), path.suffix)
-    descriptor, name = tempfile.mkstemp(
-        dir=path.parent, prefix=f"{TEMPORARY_PREFIX}{path.stem[:MAX_STEM_LENGTH]}-", suffix=path.suffix
-    )
-    temporary = Path(name)
-    is_locked = try_flock(descriptor)
-    if not is_locked:
-        # Windows renames no open file.
-        os.close(descriptor)
+    temporary, descriptor = _make_temporary(path)
     try:
         yield temporary
         _publish(temporary, path, mode)
@@ -71,9 +64,25 @@ def atomic_write(path: Path, mode: int | None = None, keep_leftovers: bool = Fal
         temporary.unlink(missing_ok=True)
         raise
     finally:
-        if is_locked:
+        if descriptor is not None:
             os.close(descriptor)
     _flush(path.parent)
+
+
+def _make_temporary(path: Path) -> tuple[Path, int | None]:
+    """Create a temporary file beside `path`, and return it with the descriptor that locks it, if there are locks."""
+    prefix = f"{TEMPORARY_PREFIX}{path.stem[:MAX_STEM_LENGTH]}-"
+    while True:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
+        is_locked = try_flock(descriptor)
+        # Before it was locked, another process may have taken it for a leftover.
+        if is_locked and os.fstat(descriptor).st_nlink:
+            return Path(name), descriptor
+        # Windows renames no open file.
+        os.close(descriptor)
+        if is_locked is None:
+            return Path(name), None
+        Path(name).unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path, stem: str, suffix: str) -> None:
@@ -97,19 +106,23 @@ def remove_leftovers(folder: Path, stem: str, suffix: str) -> None:
         for entry in [entry for entry in entries if pattern.fullmatch(entry.name)]:
             # It may be renamed, or belong to another user.
             with contextlib.suppress(FileNotFoundError, PermissionError):
-                if entry.is_file(follow_symlinks=False) and _is_abandoned(Path(entry.path)):
-                    Path(entry.path).unlink()
+                if entry.is_file(follow_symlinks=False):
+                    _remove_if_abandoned(Path(entry.path))
 
 
-def _is_abandoned(temporary: Path) -> bool:
-    """Return whether no process writes a temporary file."""
+def _remove_if_abandoned(temporary: Path) -> None:
+    """Delete a temporary file that no process writes."""
     descriptor = os.open(temporary, os.O_RDWR)
     try:
         is_free = try_flock(descriptor)
         age = time.time() - os.fstat(descriptor).st_mtime
+        if is_free:
+            # While it is locked, so that a writer that locks it next finds it deleted.
+            temporary.unlink()
     finally:
         os.close(descriptor)
-    return age > ABANDONED_SECONDS if is_free is None else is_free
+    if is_free is None and age > ABANDONED_SECONDS:
+        temporary.unlink()
 
 
 @contextmanager
