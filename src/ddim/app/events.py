@@ -6,8 +6,8 @@ import asyncio
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -17,7 +17,7 @@ import gradio as gr
 from PIL import Image
 
 from ddim.app import page
-from ddim.app.listeners import StreamAudience
+from ddim.app.listeners import StreamAudience, session_of_this_event
 from ddim.app.models import ModelCache
 from ddim.app.pictures import Picture
 from ddim.app.rendering import Cell, grid
@@ -25,6 +25,7 @@ from ddim.app.runs import Run, RunPreview, RunProgress, RunResult, RunWaiting, r
 from ddim.validation import pluralize
 
 T = TypeVar("T")
+Event = TypeVar("Event")
 
 Updates = dict[Any, Any]
 """New values of components."""
@@ -40,9 +41,6 @@ RUN_EVENT: dict[str, Any] = DEVICE_EVENT | {"show_progress": "hidden", "api_visi
 
 INSTANT_EVENT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """Arguments of events that do not run the network."""
-
-STOP_SECONDS = 0.5
-"""How long the last reports of a run that is stopped may be on their way."""
 
 DOWNLOAD_SECONDS = 60
 """Age at which folders of downloads are deleted; Gradio copies files as soon as they are named to it."""
@@ -124,31 +122,92 @@ def follow_run(prepare: Callable[..., Task[Any]], status: gr.HTML) -> Callable[.
 
     async def handle(*values: Any) -> AsyncIterator[Updates]:
         audience = StreamAudience.of_this_event()
-        try:
-            # Decoding an image, or opening a model, takes its time.
-            task = await asyncio.to_thread(prepare, *values)
-            yield {status: page.status(task.description, 0)}
-            async with aclosing(run_events(task.work, audience)) as events:
-                async for event in events:
-                    if isinstance(event, RunWaiting):
-                        yield {status: page.status(f"Waiting: {pluralize(event.ahead, 'run')} before this one.")}
-                    elif isinstance(event, RunProgress):
-                        details = f"step {event.done} of {event.total}, {event.seconds:.1f} s"
-                        yield {status: page.status(task.description, event.done / max(1, event.total), details)}
-                    elif isinstance(event, RunPreview):
-                        yield _some(task.show_preview(event.value))
-                    else:
-                        yield _some(task.show_result(event))
-        except REPORTED_ERRORS as error:
-            yield {status: page.failed(error)}
+        with _stoppable(status) as stopped:
+            try:
+                # Decoding an image, or opening a model, takes its time.
+                task = await asyncio.to_thread(prepare, *values)
+                yield {status: page.status(task.description, 0)}
+                async with aclosing(run_events(task.work, audience)) as events:
+                    async for event in _until(stopped, events):
+                        if isinstance(event, RunWaiting):
+                            yield {status: page.status(f"Waiting: {pluralize(event.ahead, 'run')} before this one.")}
+                        elif isinstance(event, RunProgress):
+                            details = f"step {event.done} of {event.total}, {event.seconds:.1f} s"
+                            yield {status: page.status(task.description, event.done / max(1, event.total), details)}
+                        elif isinstance(event, RunPreview):
+                            yield _some(task.show_preview(event.value))
+                        else:
+                            yield _some(task.show_result(event))
+                if stopped.is_set():
+                    yield {status: page.status("Stopped.")}
+            except REPORTED_ERRORS as error:
+                yield {status: page.failed(error)}
 
     return handle
 
 
-async def report_stop() -> str:
-    """Return what is shown once a run has been stopped: after its last reports, which would replace it."""
-    await asyncio.sleep(STOP_SECONDS)
-    return page.status("Stopped.")
+def stop_runs(status: gr.HTML) -> Callable[[], Awaitable[None]]:
+    """Make an event handler that stops the runs of the session that are followed in a place of the page.
+
+    That a run was stopped is the last report of the run itself: no other report can come after it.
+
+    Args:
+        status: where the runs are followed.
+
+    Returns:
+        The handler.
+    """
+
+    async def handle() -> None:
+        for stopped in _stops.get(_place(status), ()):
+            stopped.set()
+
+    return handle
+
+
+_stops: dict[tuple[str | None, int], set[asyncio.Event]] = {}
+"""What stops the runs that are followed, by the session and the place on the page."""
+
+
+@contextmanager
+def _stoppable(status: gr.HTML) -> Iterator[asyncio.Event]:
+    """Register a run of this session, and return what `stop_runs` sets."""
+    place, stopped = _place(status), asyncio.Event()
+    _stops.setdefault(place, set()).add(stopped)
+    try:
+        yield stopped
+    finally:
+        _stops[place].discard(stopped)
+        if not _stops[place]:
+            del _stops[place]
+
+
+def _place(status: gr.HTML) -> tuple[str | None, int]:
+    return session_of_this_event(), status._id
+
+
+async def _until(stopped: asyncio.Event, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+    """Yield events until they end, or are to be stopped."""
+    stopping = asyncio.ensure_future(stopped.wait())
+    try:
+        while True:
+            coming = asyncio.ensure_future(anext(events))
+            try:
+                await asyncio.wait({coming, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                # Not waited for any more, by a stop or because the client has left.
+                if not coming.done():
+                    coming.cancel()
+                    await asyncio.wait({coming})
+            if coming.cancelled():
+                return
+            try:
+                event = coming.result()
+            except StopAsyncIteration:
+                return
+            yield event
+    finally:
+        stopping.cancel()
 
 
 def report_errors(answer: Callable[..., Updates], status: gr.HTML) -> Callable[..., Updates]:

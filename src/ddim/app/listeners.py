@@ -170,6 +170,11 @@ def cancel_index(event: str) -> int:
     return zlib.crc32(event.encode())
 
 
+def session_of_this_event() -> str | None:
+    """Return the id of the session whose event Gradio is handling; `None` for a client without one."""
+    return getattr(LocalContext.request.get(None), "session_hash", None)
+
+
 @dataclass(frozen=True)
 class StreamAudience:
     """Who listens to a run of the page: streams of its session, or of the run itself.
@@ -187,8 +192,7 @@ class StreamAudience:
         Gradio cancels tasks by their names, which hold the session and the function: all runs of a client that called
         one function. The task of the event is renamed, so that `cancel_index` stands for it alone.
         """
-        request, event = LocalContext.request.get(None), LocalContext.event_id.get(None)
-        session = getattr(request, "session_hash", None)
+        session, event = session_of_this_event(), LocalContext.event_id.get(None)
         if event and (task := asyncio.current_task()):
             task.set_name(f"{session}_{cancel_index(event)}<gradio-sep>{event}")
         return cls(frozenset(key for key in (session, event) if key))

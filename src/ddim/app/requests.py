@@ -188,19 +188,19 @@ class Function:
 
     Attributes:
         name: of the endpoint; empty if it has none.
-        num_inputs: how many values it takes; `None` for any number.
+        num_inputs: how many values it takes.
         parameters: their names, of an endpoint.
     """
 
     name: str
-    num_inputs: int | None
+    num_inputs: int
     parameters: tuple[str, ...] = ()
 
     @property
     def description(self) -> str:
         """The function and what it takes, for a message."""
         names = f" ({', '.join(self.parameters)})" if self.parameters else ""
-        return f"{self.name or 'this event'} takes {pluralize(self.num_inputs or 0, 'value')}{names}"
+        return f"{self.name or 'this event'} takes {pluralize(self.num_inputs, 'value')}{names}"
 
 
 def check_body(path: str, names: Mapping[str, str], body: dict[str, Any], functions: Mapping[int, Function]) -> None:
@@ -236,7 +236,7 @@ def check_body(path: str, names: Mapping[str, str], body: dict[str, Any], functi
     _check_type(body, "data", list, optional=False)
     if path.endswith("/queue/join") and session is None:
         raise Refusal(400, "session_hash must be given")
-    if function.num_inputs not in (None, len(body["data"])):
+    if function.num_inputs != len(body["data"]):
         raise Refusal(400, f"{function.description}, got {len(body['data'])}")
 
 

@@ -81,7 +81,7 @@ def functions(blocks: gr.Blocks) -> dict[int, Function]:
     return {
         index: Function(
             function.api_name if isinstance(function.api_name, str) else "",
-            None if function.cancels else len(function.inputs),
+            len(function.inputs),
             tuple(inspect.signature(function.fn).parameters) if function.fn and function.api_visibility == "public"
             else (),
         )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import gradio as gr
 
 from ddim.app import inputs, page
 from ddim.app.class_inputs import ClassInputs
-from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors, report_stop
+from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors, stop_runs
 from ddim.app.handlers.interpolate import READY, InterpolateHandlers
 
 SCRUB = """
@@ -77,31 +75,29 @@ def tab(shared: Shared) -> None:
     handlers = InterpolateHandlers(shared, status, strip, animation, class_inputs)
     endpoints = [status, shared.endpoints, shared.endpoint_list]
     condition = [class_inputs.label, class_inputs.guidance]
-    runs: list[Any] = [
-        gr.on(
-            [add_seeds.click, seeds.submit],
-            follow_run(handlers.add_seeds, status),
-            [shared.model, shared.endpoints, seeds, *condition],
-            endpoints,
-            **RUN_EVENT,
-        ),
-        files.upload(
-            follow_run(handlers.add_files, status),
-            [shared.model, shared.endpoints, files],
-            endpoints,
-            **RUN_EVENT,
-        ),
-        start.click(
-            follow_run(handlers.interpolate, status),
-            [shared.model, shared.endpoints, seeds, frames, steps, closed, *condition],
-            [*endpoints, strip, animation],
-            **RUN_EVENT,
-        ),
-    ]
+    gr.on(
+        [add_seeds.click, seeds.submit],
+        follow_run(handlers.add_seeds, status),
+        [shared.model, shared.endpoints, seeds, *condition],
+        endpoints,
+        **RUN_EVENT,
+    )
+    files.upload(
+        follow_run(handlers.add_files, status),
+        [shared.model, shared.endpoints, files],
+        endpoints,
+        **RUN_EVENT,
+    )
+    start.click(
+        follow_run(handlers.interpolate, status),
+        [shared.model, shared.endpoints, seeds, frames, steps, closed, *condition],
+        [*endpoints, strip, animation],
+        **RUN_EVENT,
+    )
     # The seeds in the box are those that are not endpoints yet.
     shared.endpoints.change(lambda: "", None, seeds, **INSTANT_EVENT)
     shared.model.change(
         handlers.reset, shared.model, [status, strip, animation, *class_inputs.components], **INSTANT_EVENT
     )
-    stop.click(report_stop, None, status, cancels=runs, **INSTANT_EVENT)
+    stop.click(stop_runs(status), **INSTANT_EVENT)
     shared.endpoint_list.select(report_errors(handlers.remove, status), shared.endpoints, endpoints, **INSTANT_EVENT)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import gradio as gr
 
 from ddim.app import inputs, page
 from ddim.app.class_inputs import ClassInputs
-from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors, report_stop
+from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors, stop_runs
 from ddim.app.handlers.invert import READY, InvertHandlers, show_canvas, show_image
 
 DRAW = """
@@ -98,21 +96,19 @@ def tab(shared: Shared) -> None:
     use_pinned.click(
         report_errors(handlers.use_last_pinned, status), [shared.model, shared.endpoints], outputs, **INSTANT_EVENT
     )
-    runs: list[Any] = [
-        start_inversion.click(
-            follow_run(handlers.invert, status),
-            [shared.model, image, steps, *condition],
-            [status, inverted],
-            **RUN_EVENT,
-        ),
-        start_edit.click(
-            follow_run(handlers.edit, status),
-            [shared.model, image, strength, steps, seed, *condition],
-            [status, edited],
-            **RUN_EVENT,
-        ),
-    ]
-    stop.click(report_stop, None, status, cancels=runs, **INSTANT_EVENT)
+    start_inversion.click(
+        follow_run(handlers.invert, status),
+        [shared.model, image, steps, *condition],
+        [status, inverted],
+        **RUN_EVENT,
+    )
+    start_edit.click(
+        follow_run(handlers.edit, status),
+        [shared.model, image, strength, steps, seed, *condition],
+        [status, edited],
+        **RUN_EVENT,
+    )
+    stop.click(stop_runs(status), **INSTANT_EVENT)
     shared.model.change(
         handlers.clear,
         shared.model,

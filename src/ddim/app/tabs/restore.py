@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import gradio as gr
 
 from ddim.app import inputs, page
 from ddim.app.brush import show_image, show_sheet
 from ddim.app.class_inputs import ClassInputs
-from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors, report_stop
+from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors, stop_runs
 from ddim.app.handlers.restore import INPAINT, READY, TASKS, RestoreHandlers, default_factor
 from ddim.app.measurements import factors
 from ddim.app.restoration import RestoreSettings
@@ -168,24 +166,22 @@ def tab(shared: Shared) -> None:
     use_pinned.click(
         report_errors(handlers.use_last_pinned, status), [shared.model, shared.endpoints], image, **INSTANT_EVENT
     )
-    runs: list[Any] = [
-        gr.on(
-            [sample.click, image_seed.submit],
-            follow_run(handlers.sample, status),
-            [shared.model, image_seed, *condition],
-            image,
-            **RUN_EVENT,
-        ),
-        gr.on(
-            [start.click, seed.submit],
-            follow_run(handlers.restore, status),
-            [marks, shared.model, source, task, factor, kernel, count, steps, seed, *condition],
-            [status, *results],
-            js=READ_MARKS,
-            **RUN_EVENT,
-        ),
-    ]
-    stop.click(report_stop, None, status, cancels=runs, **INSTANT_EVENT)
+    gr.on(
+        [sample.click, image_seed.submit],
+        follow_run(handlers.sample, status),
+        [shared.model, image_seed, *condition],
+        image,
+        **RUN_EVENT,
+    )
+    gr.on(
+        [start.click, seed.submit],
+        follow_run(handlers.restore, status),
+        [marks, shared.model, source, task, factor, kernel, count, steps, seed, *condition],
+        [status, *results],
+        js=READ_MARKS,
+        **RUN_EVENT,
+    )
+    stop.click(stop_runs(status), **INSTANT_EVENT)
     gr.on(
         [task.change, factor.change, kernel.change, source.change],
         report_errors(handlers.follow, status),

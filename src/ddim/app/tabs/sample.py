@@ -6,7 +6,7 @@ import gradio as gr
 
 from ddim.app import inputs, page
 from ddim.app.class_inputs import ClassInputs
-from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors, report_stop
+from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_errors, stop_runs
 from ddim.app.handlers.sample import MODELS_OWN, NOTHING_SAMPLED, SampleHandlers, SampleSettings, show_empty
 from ddim.diffusion.sampling_config import ORDERS
 from ddim.diffusion.schedule import SPACINGS
@@ -65,7 +65,7 @@ def tab(shared: Shared) -> None:
     )
     settings = [shared.model, steps, eta, order, spacing, count, seed, class_inputs.label, class_inputs.guidance]
     outputs = [status, images, sampled, grid_file, array_file, python, command]
-    run = gr.on(
+    gr.on(
         [start.click, seed.submit],
         follow_run(handlers.sample, status),
         settings,
@@ -79,7 +79,7 @@ def tab(shared: Shared) -> None:
         [status, count],
         **INSTANT_EVENT,
     )
-    stop.click(report_stop, None, status, cancels=run, **INSTANT_EVENT)
+    stop.click(stop_runs(status), **INSTANT_EVENT)
     new_seed.click(None, None, seed, js=RANDOM_SEED, **INSTANT_EVENT)
     images.select(
         report_errors(handlers.pin, status),

@@ -6,7 +6,7 @@ import gradio as gr
 
 from ddim.app import inputs, page
 from ddim.app.class_inputs import ClassInputs
-from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, report_stop
+from ddim.app.events import INSTANT_EVENT, RUN_EVENT, Shared, follow_run, stop_runs
 from ddim.app.handlers.steps import NOTHING_COMPARED, StepsHandlers
 
 
@@ -33,7 +33,7 @@ def tab(shared: Shared) -> None:
     images = gr.HTML(elem_id="steps-images")
 
     handlers = StepsHandlers(shared, status, images, class_inputs)
-    run = gr.on(
+    gr.on(
         [start.click, seed.submit],
         follow_run(handlers.compare, status),
         [shared.model, seed, count, class_inputs.label, class_inputs.guidance],
@@ -41,4 +41,4 @@ def tab(shared: Shared) -> None:
         **RUN_EVENT,
     )
     shared.model.change(handlers.reset, shared.model, [status, images, *class_inputs.components], **INSTANT_EVENT)
-    stop.click(report_stop, None, status, cancels=run, **INSTANT_EVENT)
+    stop.click(stop_runs(status), **INSTANT_EVENT)
