@@ -106,6 +106,10 @@ def parse(path: Path) -> ast.Module:
 def _definitions(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, ast.AST]]:
     for child in node.body:
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and child.name[0] != "_":
+            if any(
+                isinstance(decorator, ast.Name) and decorator.id == "overload" for decorator in child.decorator_list
+            ):
+                continue  # what follows the signatures has the docstring
             name = f"{prefix}.{child.name}"
             yield name, child
             if isinstance(child, ast.ClassDef):

@@ -36,7 +36,7 @@ from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.distributed import SINGLE_PROCESS, ProcessGroup
 from ddim.evaluation.features import extractor_id
 from ddim.evaluation.image_sets import ImageSet, sample_image_set
-from ddim.evaluation.metrics import compute_features, frechet
+from ddim.evaluation.metrics import FeatureSet, compute_features, frechet
 from ddim.extras import require
 from ddim.io.atomic import atomic_write
 from ddim.io.cache import Cache
@@ -158,7 +158,7 @@ def table_1(
     dataset = DATASET_BY_SHAPE.get(pipe.sample_shape)
     published = {} if dataset is None else {dataset: (TABLE_1_STEPS, PUBLISHED_FID[dataset])}
     title = "Fréchet distance by number of steps (Table 1 of the paper)"
-    return _distance_table(title, ETAS, published, pipe, reference, extractor, count, seed, steps, group)
+    return _Distances(pipe, reference, extractor, count, seed, group).table(title, ETAS, steps, published)
 
 
 def table_3(
@@ -191,7 +191,7 @@ def table_3(
     if pipe.sample_shape == LSUN_SHAPE:
         published = {name: (TABLE_3_STEPS, rows) for name, rows in PUBLISHED_LSUN_FID.items()}
     title = "Fréchet distance by number of steps (Table 3 of the paper)"
-    return _distance_table(title, TABLE_3_ETAS, published, pipe, reference, extractor, count, seed, steps, group)
+    return _Distances(pipe, reference, extractor, count, seed, group).table(title, TABLE_3_ETAS, steps, published)
 
 
 def table_2(
@@ -324,61 +324,66 @@ def plot(table: ResultTable, path: Path) -> None:
         figure.savefig(temporary)
 
 
-def _distance_table(
-    title: str,
-    etas: Sequence[float | str],
-    published: Mapping[str, tuple[Sequence[int], Mapping[float | str, Sequence[float]]]],
-    pipe: DDIMPipeline,
-    reference: ImageSet,
-    extractor: nn.Module,
-    count: int,
-    seed: int,
-    steps: Sequence[int],
-    group: ProcessGroup,
-) -> ResultTable:
-    """Compute a table of Fréchet distances by number of steps and eta.
+@dataclass(frozen=True)
+class _Distances:
+    """Fréchet distances of a model's samples to data: the cells of Tables 1 and 3.
 
-    Args:
-        title: of the table.
-        etas: the rows.
-        published: by data set, the numbers of steps and the paper's rows.
+    Attributes:
         pipe: the model, with its scheduler's spacing.
         reference: the data.
         extractor: the feature extractor.
         count: images per cell.
         seed: seed of the first image of each cell.
-        steps: numbers of steps, the columns.
         group: the processes that share the work.
     """
-    cache = _CellCache(pipe, _settings(count, seed, extractor), group)
-    real = compute_features(reference, extractor, group)
-    rows: list[tuple[str, list[float | None]]] = []
-    for eta in etas:
-        values: list[float | None] = []
-        for number in steps:
-            settings: dict[str, Any] = {"num_inference_steps": number}
-            settings |= SIGMA_HAT_SETTINGS if eta == SIGMA_HAT else {"eta": float(eta)}
-            fingerprint = SamplingConfig(**settings).fingerprint()
 
-            def measure(settings: dict[str, Any] = settings, eta: float | str = eta) -> dict[str, float]:
-                name = f"{settings['num_inference_steps']} steps, {_row_name(eta)}"
-                paper_pipe = _with_paper_settings(pipe, clip_sample=eta == SIGMA_HAT)
-                samples = sample_image_set(paper_pipe, count, seed, name, **settings)
-                return {"fid": frechet(compute_features(samples, extractor, group).values, real.values)}
+    pipe: DDIMPipeline
+    reference: ImageSet
+    extractor: nn.Module
+    count: int
+    seed: int
+    group: ProcessGroup
 
-            # Tables 1 and 3 have cells in common, under the same key.
-            key = {"table": 1, "reference": real.sha256, "sampling": fingerprint}
-            values.append(cache.get(key, ("fid",), measure)["fid"])
-        rows.append((_row_name(eta), values))
-        for dataset, (published_steps, published_rows) in published.items():
-            by_steps = dict(zip(published_steps, published_rows[eta], strict=True))
-            rows.append((f"{_row_name(eta)}, paper, {dataset}", [by_steps.get(number) for number in steps]))
-    return ResultTable(
-        title,
-        ["", *map(str, steps)],
-        rows,
-        cache.settings | {"reference": reference.name, "reference_count": reference.count},
-    )
+    def table(
+        self,
+        title: str,
+        etas: Sequence[float | str],
+        steps: Sequence[int],
+        published: Mapping[str, tuple[Sequence[int], Mapping[float | str, Sequence[float]]]],
+    ) -> ResultTable:
+        """Compute a table of distances by eta and number of steps.
+
+        Args:
+            title: of the table.
+            etas: the rows.
+            steps: numbers of steps, the columns.
+            published: by data set, the paper's numbers of steps and its rows, which are shown below ours.
+        """
+        cache = _CellCache(self.pipe, _settings(self.count, self.seed, self.extractor), self.group)
+        real = compute_features(self.reference, self.extractor, self.group)
+        rows: list[tuple[str, list[float | None]]] = []
+        for eta in etas:
+            rows.append((_row_name(eta), [self._cell(cache, real, eta, number) for number in steps]))
+            for dataset, (published_steps, published_rows) in published.items():
+                by_steps = dict(zip(published_steps, published_rows[eta], strict=True))
+                rows.append((f"{_row_name(eta)}, paper, {dataset}", [by_steps.get(number) for number in steps]))
+        facts = {"reference": self.reference.name, "reference_count": self.reference.count}
+        return ResultTable(title, ["", *map(str, steps)], rows, cache.settings | facts)
+
+    def _cell(self, cache: _CellCache, real: FeatureSet, eta: float | str, number: int) -> float:
+        """Return the distance of samples in a number of steps, from the cache where it is known."""
+        settings: dict[str, Any] = {"num_inference_steps": number}
+        settings |= SIGMA_HAT_SETTINGS if eta == SIGMA_HAT else {"eta": float(eta)}
+
+        def measure() -> dict[str, float]:
+            paper_pipe = _with_paper_settings(self.pipe, clip_sample=eta == SIGMA_HAT)
+            name = f"{number} steps, {_row_name(eta)}"
+            samples = sample_image_set(paper_pipe, self.count, self.seed, name, **settings)
+            return {"fid": frechet(compute_features(samples, self.extractor, self.group).values, real.values)}
+
+        # Tables 1 and 3 have cells in common, under the same key.
+        key = {"table": 1, "reference": real.sha256, "sampling": SamplingConfig(**settings).fingerprint()}
+        return cache.get(key, ("fid",), measure)["fid"]
 
 
 def _settings(count: int, seed: int, extractor: nn.Module) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def choose_level(system: str, features: Mapping[str, bool], given: str | None = 
         A name of `LEVELS`; `None` where the processor or the system has none.
 
     Raises:
-        ValueError: if `given` is no level.
+        ValueError: if `given` is something else.
 
     Example:
         >>> choose_level("linux", {"avx2": True, "fma": True})  # incomplete
