@@ -13,6 +13,7 @@ import pytest
 
 from ddim.io import atomic
 from ddim.io.atomic import atomic_write, is_vacant, write_folder
+from ddim.io.locks import try_flock
 from ddim.pipeline import DDIMPipeline
 
 
@@ -46,6 +47,28 @@ def test_failed_atomic_write_keeps_the_old_file(tmp_path: Path, error: type[Base
         with pytest.raises(error):
             write_and_fail(atomic_write(tmp_path / name), error)
     assert contents(tmp_path) == {"file.txt": b"old"}
+
+
+@pytest.mark.parametrize("taken", ["locked", "deleted", "locked and deleted"])
+def test_file_that_another_process_takes_for_a_leftover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: str
+) -> None:
+    """It looks for leftovers between the creation of a temporary file and its lock."""
+    first: list[Path] = []
+
+    def lock(descriptor: int) -> bool | None:
+        if first:
+            return try_flock(descriptor)
+        first.extend(tmp_path.glob(".writing-*"))
+        if "deleted" in taken:
+            first[0].unlink()
+        return False if "locked" in taken else try_flock(descriptor)
+
+    monkeypatch.setattr(atomic, "try_flock", lock)
+    with atomic_write(tmp_path / "file.txt") as path:
+        path.write_text("content")
+        assert path != first[0]
+    assert contents(tmp_path) == {"file.txt": b"content"}
 
 
 def test_atomic_write_requires_the_folder(tmp_path: Path) -> None:
