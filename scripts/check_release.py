@@ -8,7 +8,8 @@ Both packages are built, the wheel from the sdist, so that neither depends on th
 an empty virtual environment with all that the pages use, and there, in an empty folder,
 
 - README's five lines run,
-- the snippets of README, of `docs/start.md` and of the tutorials run, on small networks (`tests/docs_runner.py`),
+- the snippets of README and the notebooks of `docs/start.md` and of the tutorials run, on small networks
+  (`tests/docs_runner.py`),
 - `ddim app` starts, and samples by its endpoint,
 - `mypy --strict` checks a client's program (`tests/typed_client.py`).
 
@@ -33,10 +34,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MAX_WHEEL_MB = 25
 EXTRAS = "app,export,train"
-TOOLS = ("mypy", "pytest", "types-PyYAML", "types-psutil", "types-tqdm", "gradio_client")
+TOOLS = (
+    *("mypy", "types-PyYAML", "types-psutil", "types-tqdm", "pytest", "ipykernel", "nbclient", "nbformat"),
+    "gradio_client",
+)
 """What the checks require beside the package."""
-PAGES = ("README.md", "docs/start.md", "docs/tutorials")
-PROJECT_FILES = ("pyproject.toml", "constraints.txt")
+PAGES = "(test_snippets_run_in_order and README.md) or test_notebook_runs"
+"""Which tests run the pages, as an expression of pytest."""
+PROJECT_FILES = ("Makefile", "pyproject.toml", "constraints.txt", "scripts/notebooks.py")
 NEEDED_FILES = ("ddim/py.typed", "ddim/models/mnist/unet/", "ddim/models/faces/LICENSE", "ddim/training/presets/")
 """Beginnings of paths without which a wheel is incomplete."""
 GUARD = """import sys
@@ -124,13 +129,14 @@ def check_five_lines(folder: Path, environment: Mapping[str, str]) -> None:
 
 
 def check_pages(folder: Path, environment: Mapping[str, str]) -> None:
-    """Run the snippets of the pages, from a copy of the pages and of the tests alone."""
-    for name in ("docs", "tests", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", *PROJECT_FILES):
+    """Run the snippets of the pages, from a copy of the pages, the notebooks and the tests alone."""
+    (folder / "scripts").mkdir()
+    for name in ("docs", "notebooks", "tests", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", *PROJECT_FILES):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
         copy(ROOT / name, folder / name)
-    pages = " or ".join(PAGES)
-    tests = ["tests/test_docs.py", "--override-ini=testpaths=tests", "--override-ini=pythonpath=tests"]
-    run(["python", "-m", "pytest", *tests, "-k", f"test_snippets_run_in_order and ({pages})"], folder, environment)
+    tests = ["tests/test_docs.py", "tests/test_notebooks.py"]
+    settings = ["--override-ini=testpaths=tests", "--override-ini=pythonpath=tests scripts"]
+    run(["python", "-m", "pytest", *tests, *settings, "-k", PAGES], folder, environment)
 
 
 def check_page_server(folder: Path, environment: Mapping[str, str]) -> None:

@@ -40,6 +40,7 @@ os.environ.setdefault("DDIM_KERNEL_CACHE", str(Path(__file__).parents[1] / ".pyt
 SLOW = (
     *("endpoints", "page", "bulk", "cli", "cli_latents", "convert", "clients", "differences", "paper_tables", "report"),
     *("modules", "checkpoint", "interruption", "learning", "processes", "run", "trainer", "compat", "docs"),
+    "notebooks",
 )
 
 

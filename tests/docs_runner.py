@@ -16,7 +16,7 @@ import tarfile
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,9 +25,10 @@ import yaml
 from PIL import Image
 from typer.core import TyperCommand
 
-import ddim.app
 import ddim.coefficients
 import ddim.distillation
+import ddim.training.costs
+import ddim.training.run
 import ddim.tuning
 from ddim.cli import main
 from ddim.cli.checks import Command, check_options
@@ -39,39 +40,14 @@ from ddim.pipeline import DDIMPipeline
 from ddim.training.config import read_preset
 from ddim.unet import UNet2DModel
 from digits import TINY_MODEL, digits, write_digits
+from docs_snippets import parse_shell, snippets
 from image_data import write_hugging_face
 
 ROOT = Path(__file__).parents[1]
 FACES = Path(__file__).with_name("evaluation") / "faces.parquet"
-SNIPPET = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NOT_RUN = re.compile(r"<!-- not run: .+ -->\n\Z")
-"""Stands before a snippet that is not run, with the reason."""
 PARSED_ONLY = ("convert",)
 """Commands that need a file which cannot be made here: a checkpoint of another project."""
 RESTORING = ("inpaint", "super-resolve", "restore")
-PROGRAMS = ("ddim", "pip", "make", "torchrun", "accelerate", "python")
-
-
-class Snippet(NamedTuple):
-    """A block of code, its language, and the line it starts in."""
-
-    language: str
-    code: str
-    line: int
-
-
-def snippets(text: str) -> list[Snippet]:
-    """Return the Python and shell snippets of a page, without those that a comment excludes."""
-    return [
-        Snippet(match[1], match[2], text[: match.start()].count("\n") + 2)
-        for match in SNIPPET.finditer(text)
-        if not NOT_RUN.search(text[: match.start()])
-    ]
-
-
-def excluded(text: str) -> list[str]:
-    """Return the reasons of the snippets that are not run."""
-    return re.findall(r"<!-- not run: (.+) -->\n```", text)
 
 
 def make_small_models(folder: Path) -> dict[str, Path]:
@@ -90,12 +66,37 @@ def make_small_models(folder: Path) -> dict[str, Path]:
     return models
 
 
+def prepare_kernel(models: Path, folder: Path) -> None:
+    """Make the kernel that calls this run lines with `!` in its process, as `run_page` runs shell snippets.
+
+    Args:
+        models: where small models are saved, by the first call.
+        folder: empty; what readers of notebooks download is written there, and the kernel runs in it from now on.
+    """
+    from IPython import get_ipython
+
+    def system(line: str) -> None:
+        for command in parse_shell(line):
+            run_command(command)
+
+    get_ipython().system = system
+    monkeypatch = pytest.MonkeyPatch()
+    small = {path.name: path for path in models.iterdir()} if models.exists() else make_small_models(models)
+    monkeypatch.setattr(hub, "builtin_models", lambda: small)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.chdir(folder)
+    write_mnist(folder)
+    reduce_work(monkeypatch)
+
+
 def run_page(page: Path, models: dict[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the snippets of a page in a folder, with other built-in models; the first that fails raises."""
     monkeypatch.setattr(hub, "builtin_models", lambda: models)
     text = page.read_text()
     bring_files(folder, text)
     reduce_work(monkeypatch)
+    # Imported here, because it takes seconds and notebooks do not use it.
+    monkeypatch.setattr("ddim.app.serve", lambda names, *_: [find_model(name) for name in names])
     monkeypatch.chdir(folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     monkeypatch.setattr(sys, "argv", sys.argv)
@@ -107,14 +108,6 @@ def run_page(page: Path, models: dict[str, Path], folder: Path, monkeypatch: pyt
         else:
             for command in parse_shell(snippet.code):
                 run_command(command)
-
-
-def parse_shell(code: str) -> list[list[str]]:
-    """Return the commands of a shell snippet, as `sh` reads them: comments, quotes and continued lines included."""
-    functions = "".join(f"{name}() {{ printf '%s\\0' {name} \"$@\"; printf '\\001'; }}\n" for name in PROGRAMS)
-    done = subprocess.run(["sh", "-eu", "-c", functions + code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [command.split("\0")[:-1] for command in done.stdout.split("\001")[:-1]]
 
 
 def run_command(command: list[str]) -> None:
@@ -165,9 +158,10 @@ def reduce_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ddim.coefficients, "MAX_EVALUATIONS_PER_LATENT", 20)
     monkeypatch.setitem(ddim.coefficients.learn.__kwdefaults__, "num_latents", 2)  # type: ignore[arg-type]
     monkeypatch.setitem(ddim.distillation.distill.__kwdefaults__, "count", 8)
+    monkeypatch.setattr(ddim.training.costs, "TIMED_STEPS", 1)
+    monkeypatch.setattr(ddim.training.run, "plot_loss", lambda _, path: Image.new("L", (1, 1)).save(path))
     for length in ("FIRST_LENGTH", "LATER_LENGTH"):
         monkeypatch.setattr(ddim.distillation, length, 2)
-    monkeypatch.setattr(ddim.app, "serve", lambda names, *_: [find_model(name) for name in names])
     # A model and a data set on the hub: those that the reader's machine has in the cache.
     monkeypatch.setattr(hub, "_download", lambda *_: find_model("mnist"))
     monkeypatch.setattr(
@@ -220,9 +214,9 @@ def reduced(command: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def bring_files(folder: Path, text: str) -> None:
     """Write what readers have: images, a data set, a configuration; and results of other pages' runs."""
-    for name in ("mnist", "docs/images", "src/ddim/models", "runs"):
+    for name in ("docs/images", "src/ddim/models", "runs"):
         (folder / name).mkdir(parents=True)
-    large = np.kron(digits(40), np.ones((4, 4), np.uint8))[:, 2:30, 2:30]
+    large = large_digits()
     for name, count in {"digits": 3, "images": 40, "photos": 3, "pics": 40}.items():
         write_digits(folder / name, count)
     for index, pixels in enumerate(large[:2]):
@@ -231,8 +225,8 @@ def bring_files(folder: Path, text: str) -> None:
     (folder / "digits/0002.png").unlink()
     (folder / "small").mkdir()
     Image.fromarray(np.ascontiguousarray(large[0])).resize((7, 7)).save(folder / "small/0.png")
+    write_mnist(folder)
     for name in ("train", "test"):
-        write_hugging_face(folder / f"mnist/{name}.parquet", large, num_classes=10)
         (folder / "faces").mkdir(exist_ok=True)
         shutil.copy(FACES, folder / f"faces/{name}.parquet")
     write_hugging_face(folder / "train.parquet", large)
@@ -245,6 +239,17 @@ def bring_files(folder: Path, text: str) -> None:
         if f"--out {name.removesuffix('/final')}" not in text:
             DDIMPipeline.from_pretrained("mnist").save_pretrained(folder / name)
     (folder / "mine.yaml").write_text(yaml.safe_dump({"model": TINY_MODEL, "samples": {"every": 1000}}))
+
+
+def large_digits() -> np.ndarray:
+    """Return 40 digits in the size of MNIST's, uint8 (40, 28, 28)."""
+    return np.kron(digits(40), np.ones((4, 4), np.uint8))[:, 2:30, 2:30]
+
+
+def write_mnist(folder: Path) -> None:
+    """Write digits as the two files of MNIST."""
+    for name in ("train", "test"):
+        write_hugging_face(folder / f"mnist/{name}.parquet", large_digits(), num_classes=10)
 
 
 def save(pixels: np.ndarray, path: Path) -> None:

@@ -10,7 +10,9 @@ import pytest
 
 from ddim.info import describe
 from ddim.io.hub import builtin_models
-from docs_runner import excluded, make_small_models, parse_shell, run_page, snippets
+from docs_runner import make_small_models, run_command, run_page
+from docs_snippets import excluded, parse_shell, snippets
+from notebooks import PAGES as NOTEBOOK_PAGES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -18,7 +20,8 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "src" / "ddim" / "models").glob("*/README.md")),
 ]
-DEVELOPERS_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")
+NOT_RUN_HERE = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *NOTEBOOK_PAGES.values()]
+"""Pages for developers, and those whose snippets `test_notebooks.py` runs."""
 MAX_NOT_RUN = 4
 """Snippets of all pages that are not run."""
 MAX_LINE = 120
@@ -61,11 +64,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return make_small_models(tmp_path_factory.mktemp("models"))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in DEVELOPERS_PAGES], ids=by_name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in NOT_RUN_HERE], ids=by_name)
 def test_snippets_run_in_order(
     page: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_page(page, models, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("page", NOTEBOOK_PAGES.values(), ids=by_name)
+def test_installation_names_extras(page: Path) -> None:
+    for snippet in snippets(page.read_text()):
+        if snippet.language == "sh":
+            for command in parse_shell(snippet.code):
+                if command[0] == "pip":
+                    run_command(command)
 
 
 def test_few_snippets_are_not_run() -> None:
