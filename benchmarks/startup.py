@@ -3,9 +3,9 @@
     python -m benchmarks.startup [--repeats 5]
 
 Images are sampled in 10 steps by the built-in model and by a network of the usual size for CIFAR-10 (random weights),
-from the same folder for both libraries, by the same five lines; and by `ddim sample`. Every row is a fresh process.
-Rows are interleaved, so that drifts of the machine's speed affect all alike; medians are printed. The images of both
-libraries are compared.
+from the same folder for both libraries, by the same five lines; and by `ddim sample`, also with empty caches, as on a
+machine where it never ran, with and without its engine. Every row is a fresh process. Rows are interleaved, so that
+drifts of the machine's speed affect all alike; medians are printed. The images of both libraries are compared.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ pipe = DDIMPipeline.from_pretrained(sys.argv[1])
 pipe(generator=torch.Generator().manual_seed(0), num_inference_steps=10).images[0].save(sys.argv[2])
 """
 DDIM = DIFFUSERS.replace("from diffusers", "from ddim")
+WITHOUT_CACHE = 'XDG_CACHE_HOME=$(mktemp -d -p "$0") DDIM_KERNEL_CACHE= exec "$@"'
+"""Runs a command as the first on a machine, whose caches are empty; the first argument is a folder for them."""
 
 
 def first_image_commands(name: str, model: Path, folder: Path) -> dict[str, list[str]]:
@@ -45,6 +47,13 @@ def first_image_commands(name: str, model: Path, folder: Path) -> dict[str, list
     return {
         f"first image, {name}: ddim": [sys.executable, "-c", DDIM, str(model), ours],
         f"first image, {name}: ddim sample": [*command, "--out", sampled],
+        **{
+            f"first image on a machine, {name}: ddim sample {' '.join(options)}".strip(): [
+                *("sh", "-c", WITHOUT_CACHE, str(folder)),
+                *(*command, "--out", sampled, *options),
+            ]
+            for options in ((), ("--engine", "eager"))
+        },
         f"first image, {name}: diffusers": [sys.executable, "-c", DIFFUSERS, str(model), theirs],
     }
 
