@@ -131,6 +131,19 @@ def test_arrays(folder: Path) -> None:
     assert (labels.names, labels.indices.tolist(), labels.column) == (("3", "7"), [1, 1, 0, 0], "arr_1")
 
 
+def test_given_classes(folder: Path) -> None:
+    """By name or number, in the given order, with images or without, and however few images there are."""
+    images = np.zeros((2, 4, 4), np.uint8)
+    for values, expected in ((np.array([3, 0]), [3, 0]), (np.array(["car", "bird"]), [2, 1])):
+        np.savez(folder / "a.npz", images=images, label=values)
+        labels = read_labels(open_source(str(folder / "a.npz")), "auto", class_names=(*NAMES, "dog"))
+        assert labels is not None
+        assert (labels.names, labels.indices.tolist()) == ((*NAMES, "dog"), expected)
+    np.savez(folder / "a.npz", images=images, label=np.array(["car", "cow"]))
+    with pytest.raises(ValueError, match="must be from 0 to 2 or one of apple, bird, car, got 'cow'"):
+        read_labels(open_source(str(folder / "a.npz")), "auto", class_names=NAMES)
+
+
 def test_digits() -> None:
     from sklearn.datasets import load_digits
 

@@ -149,8 +149,11 @@ def read_labels(
     # Tables that passed through other tools hold 3.0 for the class 3.
     if all(_is_whole(value.removesuffix(".0")) for value in values):
         values = [value.removesuffix(".0") for value in values]
-    names = order_classes(values, source.class_names(column))
     label = f"{argument}: {shorten(column)} of {source.name}"
+    if class_names is not None:
+        known = ClassLabels(len(class_names), tuple(class_names))
+        return ImageLabels(known.names, known.resolve(values, len(values), label), column)
+    names = order_classes(values, source.class_names(column))
     if len(names) < min_classes:
         raise ValueError(f"{label} must hold at least {min_classes} classes, got {shorten(', '.join(names))}")
     if len(names) == len(values) > 2 <= min_classes:
@@ -159,9 +162,6 @@ def read_labels(
         raise ValueError(f"{label} must hold at most {MAX_CLASSES} classes, got {len(names)}")
     if "" in names:
         raise ValueError(f"{label} must not be empty, which it is for {pluralize(values.count(''), 'image')}")
-    if class_names is not None:
-        known = ClassLabels(len(class_names), tuple(class_names))
-        return ImageLabels(known.names, known.resolve(values, len(values), label), column)
     index = {name: number for number, name in enumerate(names)}
     return ImageLabels(names, torch.tensor([index[value] for value in values]), column)
 

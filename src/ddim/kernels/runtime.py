@@ -90,7 +90,7 @@ class Kernel:
         if (code := objects.read(self.name)) is not None:
             return _load(code, self.symbol)
         cached = kernel_cache().read(self.entry, lambda content: _load(content.tobytes(), self.symbol))
-        return _load(_compile(self), self.symbol) if cached is None else cached
+        return _load(compile_code(self), self.symbol) if cached is None else cached
 
     @property
     def is_loaded(self) -> bool:
@@ -191,8 +191,18 @@ def openmp_library() -> ctypes.CDLL | None:
 _return_0, _return_1 = (ctypes.CFUNCTYPE(ctypes.c_int32)(number) for number in (lambda: 0, lambda: 1))
 
 
-def _compile(kernel: Kernel) -> bytes:
-    """Compile a kernel and cache its code."""
+def compile_code(kernel: Kernel) -> bytes:
+    """Compile a kernel, and keep its object code in the cache.
+
+    Args:
+        kernel: the kernel.
+
+    Returns:
+        The object code.
+
+    Raises:
+        ImportError: if numba is not installed.
+    """
     logger.info("compiling %s, once per machine", kernel.name)
     # By name: sources and the compiler need numba, running a compiled kernel does not.
     source = importlib.import_module(f"ddim.kernels.{kernel.folder}.source")
