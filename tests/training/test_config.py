@@ -553,6 +553,7 @@ OTHER = {
     "distill.teacher": ("mnist", True),
     "distill.num_inference_steps": (2, False),
     "distill.substeps": (2, False),
+    "distill.guidance_scale": (2.0, False),
     "distill.order": (2, False),
     "distill.weighting": ("objective", False),
     "distill.teacher_sha256": ("0" * 64, False),
@@ -587,7 +588,7 @@ OTHER = {
     "gradient_checkpointing": (True, True),
     "compile": (True, True),
 }
-NEITHER = {"data.balanced", "optim.decay_steps", "evaluate.features", "log_every", "epochs"}
+NEITHER = {"data.balanced", "data.class_names", "optim.decay_steps", "evaluate.features", "log_every", "epochs"}
 """Entries that are compared but not changed here, and `epochs`, which a run replaces by `max_steps`."""
 
 
