@@ -10,7 +10,6 @@ do it: LLVM compiles for levels that the processor does not have.
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from ddim.io.json_files import to_json
 from ddim.kernels import conv_grad, direct, norm, objects, winograd
 from ddim.kernels.machine import LEVEL_VARIABLE, LEVELS
-from ddim.kernels.runtime import Kernel
+from ddim.kernels.runtime import Kernel, compile_code, openmp_library
 
 KERNELS = {kernel.name: kernel for package in (norm, winograd, direct, conv_grad) for kernel in package.KERNELS}
 COMPILER = ("numba", "llvmlite")
@@ -29,13 +28,9 @@ COMPILER = ("numba", "llvmlite")
 
 def compile_one(kernel: Kernel, path: Path) -> None:
     """Compile a kernel for this process's level, and write its object code."""
-    from ddim.kernels.compiler import compile_kernel
-    from ddim.kernels.runtime import openmp_library
-
     openmp_library()
-    source = importlib.import_module(f"ddim.kernels.{kernel.folder}.source")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(compile_kernel(getattr(source, kernel.function), kernel.record.dtype, kernel.symbol))
+    path.write_bytes(compile_code(kernel))
 
 
 def compile_in_process(name: str, level: str, folder: Path) -> Path:
