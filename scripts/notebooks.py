@@ -335,14 +335,20 @@ def execute(notebook: NotebookNode, folder: Path, setup: str, kernel: AsyncKerne
     Raises:
         nbclient.exceptions.CellExecutionError: if a cell raises.
     """
-    NotebookClient(
+    client = NotebookClient(
         new_notebook(cells=[new_code_cell(setup), *notebook.cells], metadata=notebook.metadata),
         km=kernel,
         timeout=None,
         record_timing=False,
         coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
-    ).execute()
+    )
+    try:
+        client.execute()
+    finally:
+        # The client of a kernel that runs on is left connected, which its collection some time later complains about.
+        if kernel is not None and client.kc is not None:
+            client.kc.stop_channels()
 
 
 def clean_outputs(notebook: NotebookNode, folder: Path) -> None:
