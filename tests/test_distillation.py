@@ -112,7 +112,7 @@ class TestStudents:
 
     def test_card_says_what_was_distilled(self, students: list[Path], teacher: str) -> None:
         card = (students[0] / "README.md").read_text()
-        assert f"| distilled from | 32 steps of order 1 of `{teacher}` |" in card
+        assert f"| distilled from | 32 steps of order 2 of `{teacher}` |" in card
         assert "| steps | 4, and no other number |" in card
 
     def test_student_is_a_teacher_of_its_own_steps(self, students: list[Path]) -> None:
@@ -243,7 +243,7 @@ class TestClasses:
         assert [config["distill"]["guidance_scale"] for config in configs] == [2.0, 1.0]
         labels = np.load(tmp_path / "out/samples.npz")["arr_1"]
         assert np.bincount(labels).tolist() == [4, 4, 4]
-        assert "of order 1 of" in (folders[0] / "README.md").read_text()
+        assert "of order 2 of" in (folders[0] / "README.md").read_text()
         assert "with guidance 2" in (folders[0] / "README.md").read_text()
         with pytest.raises(ValueError, match="guidance_scale: expected 2"):
             distill(pets, tmp_path / "out", [2, 1], count=12, teacher_steps=4, overrides=TINY, device="cpu")

@@ -52,9 +52,9 @@ from ddim.validation import integer, pluralize, real
 logger = logging.getLogger(__name__)
 
 RECORD, RUNS, SAMPLES = "distillation.yaml", "runs", "samples.npz"
-TEACHER_STEPS = 32
-"""Steps of the model that the first student takes at once, about."""
-FIRST_LENGTH, LATER_LENGTH = 2000, 1000
+TEACHER_STEPS, TEACHER_ORDER = 32, 2
+"""Steps of the model that the first student takes at once, about, and the order of its solver there."""
+FIRST_LENGTH, LATER_LENGTH = 8000, 4000
 """Training steps of the first student and of each further one."""
 FIRST_SHARE = 0.7
 """The part of a time limit that the first student gets, where there are several."""
@@ -63,6 +63,8 @@ LATER_LR = 0.5
 SAMPLE_COUNT, SAMPLE_STEPS, SAMPLE_BATCH = 4096, 20, 64
 """The model's own samples that are distilled on where no images are given: how many, and in how many steps."""
 GPU_BATCH_PIXELS, GPU_BATCH_SIZE, GPU_SAMPLE_BATCH = 2**20, 512, 512
+CPU_BATCH_SIZE, CPU_REPEATS = 16, 4
+"""On a CPU: images of a batch, of which more would take fewer steps in the same time, and steps for each batch."""
 BACKWARD = 3
 """A training step of the student costs as much as so many evaluations of the teacher."""
 
@@ -249,14 +251,17 @@ def distill(
         if deadline < math.inf and "max_steps" not in given:
             config = _stage_config(pipe, stages[0], model, model, source, record["settings"], given)
             seconds_per_step = estimate_costs(config, target).seconds_per_step
-            record["lengths"] = fit_lengths(stages, seconds_per_step, deadline - time.monotonic())
+            record["lengths"] = fit_lengths(
+                stages, seconds_per_step, deadline - time.monotonic(), config.distill.repeats
+            )
         _write_record(out / RECORD, record)
 
     previous, configs = model, []
     for index, (stage, length) in enumerate(zip(stages, record["lengths"], strict=True)):
         chosen = merge(record["settings"], stage_settings(pipe, index, length))
         if index == 0 or direct:
-            chosen = merge(chosen, {"distill": {"guidance_scale": guidance_scale}})
+            order = 1 if pipe.scheduler.distilled_steps else TEACHER_ORDER
+            chosen = merge(chosen, {"distill": {"guidance_scale": guidance_scale, "order": order}})
         teacher = model if direct else previous
         configs.append(_stage_config(pipe, stage, teacher, previous, source, chosen, given))
         previous = str(out / RUNS / stage.name / FINAL)
@@ -355,12 +360,18 @@ def choose_settings(pipe: DDIMPipeline, device: torch.device, count: int) -> dic
     machine = inspect_machine(device)
     size = pipe.sample_shape[1:]
     if machine.is_cpu:
-        batch_size, precision = choose_batch_size(size, count, is_cpu=True), "fp32"
+        batch_size = min(CPU_BATCH_SIZE, choose_batch_size(size, count, is_cpu=True))
+        precision, repeats = "fp32", CPU_REPEATS
     else:
         largest = min(GPU_BATCH_SIZE, max(MIN_BATCH_SIZE, GPU_BATCH_PIXELS // math.prod(size)), count)
         batch_size = 2 ** int(math.log2(largest))
-        precision = choose_precisions(machine)[0]
-    return {"batch_size": batch_size, "precision": precision, "data": {"on_device": not machine.is_cpu}}
+        precision, repeats = choose_precisions(machine)[0], 1
+    return {
+        "batch_size": batch_size,
+        "precision": precision,
+        "data": {"on_device": not machine.is_cpu},
+        "distill": {"repeats": repeats},
+    }
 
 
 def stage_settings(pipe: DDIMPipeline, index: int, max_steps: int) -> dict[str, Any]:
@@ -384,15 +395,16 @@ def stage_settings(pipe: DDIMPipeline, index: int, max_steps: int) -> dict[str, 
     }
 
 
-def fit_lengths(stages: Sequence[Stage], seconds_per_step: float, seconds: float) -> list[int]:
+def fit_lengths(stages: Sequence[Stage], seconds_per_step: float, seconds: float, repeats: int = 1) -> list[int]:
     """Choose the lengths of all runs so that they fit into a time.
 
     The first run gets `FIRST_SHARE`, since all further students inherit its errors, the others equal parts of the rest.
 
     Args:
         stages: the students.
-        seconds_per_step: of a training step of the first.
+        seconds_per_step: of a training step of the first with its teacher's evaluations.
         seconds: the time for all.
+        repeats: steps that share these evaluations.
 
     Returns:
         Training steps, at least 1 each.
@@ -403,7 +415,8 @@ def fit_lengths(stages: Sequence[Stage], seconds_per_step: float, seconds: float
     """
     later = len(stages) - 1
     shares = [FIRST_SHARE, *[(1 - FIRST_SHARE) / later] * later] if later else [1.0]
-    costs = [seconds_per_step * (stage.substeps + BACKWARD) / (stages[0].substeps + BACKWARD) for stage in stages]
+    seconds_per_evaluation = seconds_per_step / (stages[0].substeps + BACKWARD)
+    costs = [seconds_per_evaluation * (stage.substeps / repeats + BACKWARD) for stage in stages]
     return [max(1, int(TIME_SHARE * share * seconds / cost)) for share, cost in zip(shares, costs, strict=True)]
 
 

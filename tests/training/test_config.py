@@ -556,6 +556,7 @@ OTHER = {
     "distill.guidance_scale": (2.0, False),
     "distill.order": (2, False),
     "distill.weighting": ("objective", False),
+    "distill.repeats": (2, False),
     "distill.teacher_sha256": ("0" * 64, False),
     "optim.lr": (1e-3, True),
     "optim.betas": ([0.9, 0.99], False),

@@ -78,6 +78,8 @@ class DistillConfig(Section):
             learns for the null class is not guided.
         weighting: weights of the network's timesteps: `step`, by the error of x where its step ends, or `objective`, by
             `objective.weighting`.
+        repeats: steps that take each batch, with what the teacher made of it: the teacher's evaluations cost more than
+            the network's step.
         teacher_sha256: SHA-256 of the teacher, which runs record; a run resumes only with the same.
 
     Example:
@@ -91,6 +93,7 @@ class DistillConfig(Section):
     order: Literal[1, 2] = 1
     guidance_scale: NonNegativeFloat = 1.0
     weighting: Literal["step", "objective"] = "step"
+    repeats: PositiveInt = 1
     teacher_sha256: str | None = None
 
 

@@ -51,6 +51,7 @@ from ddim.training.objective import QUARTILES, by_quartile
 from ddim.training.optim import ema_update, learning_rate, make_optimizer, zero_last_layers
 from ddim.training.processes import PROCESSES, channel_arguments
 from ddim.training.progress import Progress, StepMetrics, TrainingStopped
+from ddim.training.repeats import RepeatedBatches
 from ddim.unet import UNet2DModel
 from ddim.validation import pluralize
 
@@ -111,6 +112,7 @@ class Trainer:
         self.scheduler = PROCESSES[config.process].scheduler.from_config({}, **config.scheduler)
         self.objective = make_objective(config, self.scheduler, device)
         self._loss_weights = self.objective.loss_weights(config.objective).to(device)
+        self._repeated = RepeatedBatches(config.distill.repeats)
 
         # The network, its average, and the optimizer.
         self.model = build_model(config, dataset.pixel_format, dataset.labels).to(device)
@@ -332,35 +334,35 @@ class Trainer:
         self.step += 1
         return self.pending_metrics.pop()
 
-    def draw(self, images: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw the random numbers of this process's part of a step.
+    def draw(self, images: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw the random numbers of this process's part of a batch.
 
         Args:
             images: (n, C, H, W) on the device, in the data's units.
-            step: number of steps taken before.
+            number: of the batch: without repeats, the number of steps taken before.
 
         Returns:
             x_0 in [-1, 1], the noise, both float32 (n, C, H, W), and timesteps, int64 (n,).
         """
         local, batch_size = self.batches.local, self.config.batch_size
-        generator = generator_for(self.config.seed, "step", step, self.device)
+        generator = generator_for(self.config.seed, "step", number, self.device)
         timesteps = self.objective.draw_timesteps(batch_size, generator)
         noise = self.objective.draw_noise((batch_size, *images.shape[1:]), generator)
         return self.dataset.pixel_format.to_samples(images).clamp(-1, 1), noise[local], timesteps[local]
 
-    def drop_labels(self, labels: Tensor, step: int) -> Tensor:
-        """Replace some labels of this process's part of a step by the null class.
+    def drop_labels(self, labels: Tensor, number: int) -> Tensor:
+        """Replace some labels of this process's part of a batch by the null class.
 
         Args:
             labels: int64 (n,) on the device.
-            step: number of steps taken before.
+            number: of the batch.
 
         Returns:
             int64 (n,).
         """
         if self.classes is None or not self.classes.has_null:
             return labels
-        generator = generator_for(self.config.seed, "class dropout", step, self.device)
+        generator = generator_for(self.config.seed, "class dropout", number, self.device)
         numbers = torch.rand(self.config.batch_size, generator=generator, device=self.device)[self.batches.local]
         return labels.masked_fill(numbers < self.config.objective.class_dropout, self.classes.count)
 
@@ -374,12 +376,13 @@ class Trainer:
         config = self.config
 
         # Draw x_0, the noise and t; noise x_0 to x_t.
-        x0, noise, timesteps = self.draw(images, self.step)
+        number = self._repeated.number(self.step)
+        x0, noise, timesteps = self.draw(images, number)
         noisy = self.objective.noised(x0, noise, timesteps)
         if config.channels_last:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
-        labels = None if labels is None else self.drop_labels(labels, self.step)
-        target = self.objective.target(x0, noise, timesteps, noisy, labels)
+        labels = None if labels is None else self.drop_labels(labels, number)
+        target = self._repeated.target(self.step, lambda: self.objective.target(x0, noise, timesteps, noisy, labels))
         # Dropout draws from the global generators; each process seeds its own.
         purpose = f"dropout {self.accelerator.process_index}"
         torch.manual_seed(generator_for(config.seed, purpose, self.step).initial_seed())
@@ -414,12 +417,13 @@ class Trainer:
 
     def _fetch(self, step: int) -> tuple[Tensor, ...]:
         """Read this process's images of a step, and their classes if they have any; copy them to the device."""
+        number = self._repeated.number(step)
         if self._fetch_stream is None:
-            return tuple(tensor.to(self.device) for tensor in self.batches.read_labeled(step) if tensor is not None)
+            return tuple(tensor.to(self.device) for tensor in self.batches.read_labeled(number) if tensor is not None)
         # On a stream of its own: what waits for a copy in here would wait for the steps that are queued on the default
         # stream, and leave the device without work until the next one is queued.
         with torch.cuda.stream(self._fetch_stream):
-            tensors = tuple(tensor for tensor in self.batches.read_labeled(step) if tensor is not None)
+            tensors = tuple(tensor for tensor in self.batches.read_labeled(number) if tensor is not None)
             tensors = tuple(t if t.is_cuda else t.pin_memory().to(self.device, non_blocking=True) for t in tensors)
         self._fetch_stream.synchronize()
         for tensor in tensors:
