@@ -143,6 +143,8 @@ def test_lengths_fit_into_a_time() -> None:
     seconds = [length * (stage.substeps + 3) / 10 for length, stage in zip(lengths, stages, strict=True)]
     assert 800 < sum(seconds) < 1000
     assert seconds[0] == pytest.approx(0.7 * sum(seconds), rel=0.01)
+    repeated = fit_lengths(stages, seconds_per_step=1.1, seconds=1000, repeats=4)
+    assert repeated[0] == pytest.approx(lengths[0] * (8 + 3) / (8 / 4 + 3), abs=2)
 
 
 def test_killed_run_equals_uninterrupted_run(teacher: str, images: str, tmp_path: Path) -> None:

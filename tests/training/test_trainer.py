@@ -5,6 +5,7 @@ must not change the result; initialization, and stopping.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import signal
@@ -23,9 +24,11 @@ from ddim.data.dataset import CachedImageDataset
 from ddim.outputs import UNet2DOutput
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
+from ddim.training import trainer as trainer_module
 from ddim.training.checkpoint import load_checkpoint, load_newest
 from ddim.training.config import TrainConfig
 from ddim.training.progress import Progress, StepMetrics, TrainingStopped
+from ddim.training.repeats import RepeatedBatches
 from ddim.training.trainer import Trainer
 from ddim.unet import UNet2DModel
 from digits import TINY_MODEL
@@ -457,6 +460,36 @@ def test_restored_run_equals_uninterrupted_run(make_config: MakeConfig, images: 
     assert all(same_tensors(a[index], b[index]) for index in a)
 
 
+def test_repeated_batches_are_visited_again_and_their_targets_computed_once(
+    make_config: MakeConfig, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "RepeatedBatches", functools.partial(RepeatedBatches, window=3))
+    config = make_config(max_steps=12, distill={"repeats": 2}, checkpoints={"every": 4, "keep": 3})
+    computed: list[Tensor] = []
+
+    def count(trainer: Trainer) -> None:
+        compute = trainer.objective.target
+
+        def target(x0: Tensor, noise: Tensor, timesteps: Tensor, *rest: Any) -> Tensor:
+            computed.append(noise)
+            return compute(x0, noise, timesteps, *rest)
+
+        monkeypatch.setattr(trainer.objective, "target", target)
+
+    whole, trace = run(config, images, tmp_path / "whole", count)
+    # Steps with the same input, and no others.
+    groups = {step: [k for k in range(12) if torch.equal(trace.noisy[k], trace.noisy[step])] for step in range(12)}
+    assert groups == {step: [step // 6 * 6 + step % 3 + visit for visit in (0, 3)] for step in range(12)}
+    assert len(computed) == 6
+    assert not whole._repeated._targets
+
+    # In the middle of a window, without what was kept.
+    resumed = start(config, images, tmp_path / "resumed")
+    resumed.restore(load_checkpoint(tmp_path / "whole" / "checkpoints" / "step-00000004"))
+    assert resumed.train(lambda progress: None)
+    assert same_tensors(resumed.model.state_dict(), whole.model.state_dict())
+
+
 def test_checkpoint_of_another_model_raises(make_config: MakeConfig, images: Tensor, tmp_path: Path) -> None:
     run(make_config(max_steps=1), images, tmp_path)
     checkpoint = load_newest(tmp_path / "checkpoints")
@@ -641,6 +674,7 @@ from pathlib import Path
 import torch
 from ddim.training.config import validate
 from ddim.data.dataset import CachedImageDataset
+from ddim.training.repeats import RepeatedBatches
 from ddim.training.trainer import Trainer
 
 def interrupt(module, arguments):
