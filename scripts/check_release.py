@@ -112,7 +112,7 @@ def make_environment(folder: Path, python: str, wheel: Path) -> dict[str, str]:
 
 def check_guard(folder: Path, environment: Mapping[str, str]) -> None:
     """Check that the environment has the wheel's package, and that the guard works."""
-    where = output(["python", "-c", "import ddim; print(ddim.__file__)"], folder, environment)
+    where = run(["python", "-c", "import ddim; print(ddim.__file__)"], folder, environment, subprocess.PIPE)
     expect(where.startswith(environment["VIRTUAL_ENV"]), f"ddim was imported from {where}")
     forbidden = ["python", "-c", f"open({str(ROOT / 'README.md')!r})"]
     done = subprocess.run(forbidden, cwd=folder, env=environment, capture_output=True)
@@ -164,20 +164,26 @@ def check_types(folder: Path, environment: Mapping[str, str]) -> None:
     run(["python", "-m", "mypy", "--strict", "client.py"], folder, environment)
 
 
-def run(command: Sequence[str | Path], folder: Path, environment: Mapping[str, str] | None = None) -> None:
-    """Run a command in a folder; end the program where it fails."""
+def run(
+    command: Sequence[str | Path],
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    stdout: int | None = None,
+) -> str:
+    """Run a command in a folder; end the program where it fails.
+
+    Args:
+        command: the program and its arguments.
+        folder: where it runs.
+        environment: its variables, whose PATH leads to the program; those of this process by default.
+        stdout: `subprocess.PIPE` to return what it prints; nothing is returned, and all printed, by default.
+    """
     print("+", *command, flush=True)
     program = command[0] if environment is None else shutil.which(str(command[0]), path=environment["PATH"])
-    done = subprocess.run([str(program), *command[1:]], cwd=folder, env=environment and dict(environment))
+    environment = None if environment is None else dict(environment)
+    done = subprocess.run([str(program), *command[1:]], cwd=folder, env=environment, stdout=stdout, text=True)
     expect(done.returncode == 0, f"failed with status {done.returncode}")
-
-
-def output(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> str:
-    """Return what a command prints."""
-    program = shutil.which(command[0], path=environment["PATH"])
-    done = subprocess.run([str(program), *command[1:]], cwd=folder, env=dict(environment), stdout=subprocess.PIPE)
-    expect(done.returncode == 0, f"failed with status {done.returncode}")
-    return done.stdout.decode()
+    return done.stdout or ""
 
 
 def expect(condition: bool, message: str) -> None:
