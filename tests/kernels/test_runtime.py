@@ -18,12 +18,11 @@ from numba import carray
 from torch import nn
 
 from ddim.io.cache import Cache
-from ddim.kernels import objects
 from ddim.kernels.compiler import compile_kernel
 from ddim.kernels.machine import target_machine
 from ddim.kernels.norm import FORWARD
 from ddim.kernels.record import Count, Flag, Pointer, Real, Record
-from ddim.kernels.runtime import Kernel, kernel_cache
+from ddim.kernels.runtime import Kernel
 from ddim.nn.ops import load_kernels, norm_act
 from helpers import randn
 from kernel_helpers import channels_last, distance, gradients, make_norm
@@ -39,8 +38,8 @@ print('numba' in sys.modules)
 """
 LOAD_TRAINING_KERNELS = """
 import sys
-from ddim.kernels import objects
-objects.has = lambda kernel: False
+from ddim.kernels import shipped
+shipped.find = lambda symbol: None
 from ddim.nn.ops import load_kernels
 assert load_kernels('norm') is not None
 print('numba' in sys.modules)
@@ -60,6 +59,8 @@ torch.testing.assert_close(y, torch.nn.functional.group_norm(x, 2))
 WITHOUT_NUMBA_AND_LLVMLITE = """
 import sys, torch
 sys.modules['numba'] = sys.modules['llvmlite'] = None
+from ddim.kernels import shipped
+shipped.find = lambda symbol: None
 from ddim.engine import get_engine
 from ddim.nn.ops import load_kernels
 from ddim.unet import UNet2DModel
@@ -100,7 +101,7 @@ class TestFallbacks:
         monkeypatch.setattr(sys, "executable", "")  # other processes could compile
         for name in [name for name in sys.modules if name.startswith("ddim.kernels.")]:
             monkeypatch.delitem(sys.modules, name)
-        monkeypatch.setattr("ddim.kernels.objects.has", lambda kernel: False)
+        monkeypatch.setattr("ddim.kernels.shipped.find", lambda symbol: None)
         monkeypatch.setitem(sys.modules, "numba", None)
         load_kernels.cache_clear()
         norm, x = make_norm(8, 2), channels_last(randn(2, 8, 4, 4)).requires_grad_()
@@ -134,15 +135,12 @@ def compiled_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class TestCache:
     def test_several_are_compiled_by_other_processes(self, tmp_path: Path) -> None:
-        """Those that are missing: the others are compiled already, for all tests."""
-        assert load_kernels("norm") is not None
+        """Those that are missing."""
         missing = {"norm.backward", "conv_grad.weight_gradient"}
         kept = {"norm.forward", "winograd.normalize_and_convolve"}
-        cache, entry = Cache("kernels", tmp_path), FORWARD.entry
+        cache = Cache("kernels", tmp_path)
         for name in kept:
-            code = objects.read(name) or kernel_cache().read(entry.replace(FORWARD.name, name), bytes)
-            assert code is not None
-            assert cache.write(entry.replace(FORWARD.name, name), [code])
+            assert cache.write(FORWARD.entry.replace(FORWARD.name, name), [_object_code(*name.split("."))])
         before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.o")}
         assert output(LOAD_TRAINING_KERNELS, DDIM_KERNEL_CACHE=str(tmp_path)) == "False\n"
         assert {file.stem for file in tmp_path.rglob("*.o")} == kept | missing

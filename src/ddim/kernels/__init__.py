@@ -7,7 +7,8 @@
     codegen     what kernels are written with: vector code, memory, threads
     norm, winograd, direct, conv_grad
                 one folder per kernel: what Python calls in `__init__`, what numba compiles in `source`
+    shipped     compiled code that comes with the package
 
-Only `runtime`, by name, imports `compiler` and the sources, and only where something has to be compiled: running
-compiled kernels takes llvmlite and no numba.
+Only `runtime`, by name, imports `compiler` and the sources, and only where something has to be compiled: what comes
+with the package runs without numba and llvmlite.
 """

@@ -61,9 +61,9 @@ def compile_kernel(function: Callable[..., None], record: np.dtype[Any], symbol:
         )
     )
     # All else becomes internal, so that LLVM inlines it and drops what is left.
-    for function_ in module.functions:
-        if not function_.is_declaration and function_.name != symbol:
-            function_.linkage = "internal"
+    for value in (*module.functions, *module.global_variables):
+        if not value.is_declaration and value.name != symbol:
+            value.linkage = "internal"
     machine = target_machine()
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
     # A second round sees through what the first has inlined.

@@ -1,36 +1,50 @@
 """What the processor has: its vector registers, and how LLVM is to compile for it.
 
 Nearly all x86-64 processors have one of two sets of instructions, the levels of `LEVELS`. Kernels are compiled for a
-level instead of for a processor: object code for both comes with the package (`ddim.kernels.objects`), and equal code
-runs on all machines of a level. Other processors get code of their own, compiled on first use.
+level instead of for a processor: code for both comes with the package (`ddim.kernels.shipped`), and equal code runs on
+all machines of a level. Other processors get code of their own, compiled on first use.
+
+LLVM takes 40 MiB of a process, and is loaded only where something has to be compiled.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
-
-import llvmlite.binding as llvm
 
 LEVELS = {
     "x86-64-v4": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
-    "x86-64-v3": ("avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe"),
+    "x86-64-v3": ("avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"),
 }
-"""Levels of the x86-64 psABI, the highest first, and the features that each requires beside those of the next."""
+"""Levels of the x86-64 psABI, the highest first, and what each requires beside the next, as Linux names it."""
 LEVEL_VARIABLE = "DDIM_KERNEL_LEVEL"
 """Names a level lower than the processor's, to run its kernels, or any, to compile for it."""
 # LLVM uses registers of 512 bits for code that was written for them, whatever it prefers for its own loops.
 LEVEL_FEATURES = {"x86-64-v4": "-prefer-256-bit", "x86-64-v3": ""}
 
 
-def choose_level(system: str, features: Mapping[str, bool], given: str | None = None) -> str | None:
+def read_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """Return what the processor has, as Linux names it; nothing on other systems.
+
+    Args:
+        cpuinfo: the file that tells.
+    """
+    try:
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+
+
+def choose_level(system: str, flags: Collection[str], given: str | None = None) -> str | None:
     """Return the level that kernels are compiled for.
 
     Args:
-        system: as `sys.platform`; object code for Linux is ELF.
-        features: of the processor, as LLVM names them.
+        system: as `sys.platform`; code that comes with the package is for Linux.
+        flags: of the processor, as `read_flags` returns them.
         given: the level that a user chose, if any.
 
     Returns:
@@ -40,7 +54,7 @@ def choose_level(system: str, features: Mapping[str, bool], given: str | None = 
         ValueError: if `given` is something else.
 
     Example:
-        >>> choose_level("linux", {"avx2": True, "fma": True})  # incomplete
+        >>> choose_level("linux", {"avx2", "fma"})  # incomplete
         >>> choose_level("linux", {}, "x86-64-v3")
         'x86-64-v3'
     """
@@ -48,17 +62,23 @@ def choose_level(system: str, features: Mapping[str, bool], given: str | None = 
         raise ValueError(f"{LEVEL_VARIABLE} must be one of {', '.join(LEVELS)}, got {given!r}")
     if system != "linux":
         return None
-    has = [all(features.get(name) for name in required) for required in LEVELS.values()]
+    has = [all(name in flags for name in required) for required in LEVELS.values()]
     # A level includes those below it.
     complete = [all(has[index:]) for index in range(len(has))]
     return given or next((level for level, found in zip(LEVELS, complete, strict=True) if found), None)
 
 
-_FEATURES = llvm.get_host_cpu_features()
-LEVEL = choose_level(sys.platform, _FEATURES, os.environ.get(LEVEL_VARIABLE) or None)
+def _host_features() -> Any:
+    """Return the processor's features as LLVM knows them, a dictionary of booleans."""
+    import llvmlite.binding as llvm
+
+    return llvm.get_host_cpu_features()
+
+
+LEVEL = choose_level(sys.platform, read_flags(), os.environ.get(LEVEL_VARIABLE) or None)
 """The level that this process's kernels are compiled for."""
 
-HAS_AVX512 = LEVEL == "x86-64-v4" if LEVEL else bool(_FEATURES.get("avx512f"))
+HAS_AVX512 = LEVEL == "x86-64-v4" if LEVEL else bool(_host_features().get("avx512f"))
 """Whether there are 32 vector registers of 16 float32 numbers each, not 16 of 8."""
 
 # Output channels that a product of matrices computes side by side: two registers of them. Weights are stored in
@@ -75,12 +95,14 @@ REGISTER_ROWS = 9 if HAS_AVX512 else 6
 CACHE_LINE_BYTES = 64
 CACHE_LINE_FLOATS = CACHE_LINE_BYTES // 4
 
-THREAD_SYMBOL, THREAD_COUNT_SYMBOL = "ddim_thread", "ddim_threads"
-"""The names under which kernels call for the number of the thread that runs them, and for the number of threads."""
+THREAD_SYMBOL, THREAD_COUNT_SYMBOL = "omp_get_thread_num", "omp_get_num_threads"
+"""What kernels call for the number of the thread that runs them, and for the number of threads."""
 
 
 def target_machine() -> Any:
     """Return LLVM's target machine for `LEVEL`, or else for this processor with all of its features.
+
+    Code for a level can be linked to a shared library, other code only be loaded by LLVM.
 
     Returns:
         An `llvmlite.binding.TargetMachine`.
@@ -89,14 +111,17 @@ def target_machine() -> Any:
         >>> bool(target_machine().triple)
         True
     """
+    import llvmlite.binding as llvm
+
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    return llvm.Target.from_default_triple().create_target_machine(
-        cpu=LEVEL or llvm.get_host_cpu_name(),
-        features=LEVEL_FEATURES[LEVEL] if LEVEL else _FEATURES.flatten(),
-        opt=3,
-        codemodel="jitdefault",
-        jit=True,
+    target = llvm.Target.from_default_triple()
+    if LEVEL:
+        features = LEVEL_FEATURES[LEVEL]
+        return target.create_target_machine(cpu=LEVEL, features=features, opt=3, reloc="pic", codemodel="small")
+    features = _host_features().flatten()
+    return target.create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=features, opt=3, codemodel="jitdefault", jit=True
     )
 
 
@@ -107,4 +132,6 @@ def describe_machine() -> str:
         >>> describe_machine() == describe_machine()
         True
     """
-    return f"{llvm.llvm_version_info} {LEVEL or f'{llvm.get_host_cpu_name()} {_FEATURES.flatten()}'}"
+    import llvmlite.binding as llvm
+
+    return f"{llvm.llvm_version_info} {LEVEL or f'{llvm.get_host_cpu_name()} {_host_features().flatten()}'}"

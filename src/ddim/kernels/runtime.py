@@ -5,11 +5,11 @@ oversubscribe the cores. Kernels therefore run on PyTorch's own pool: their addr
 compiler does for `#pragma omp parallel`, and each thread does its range of the work. Without a GNU OpenMP runtime they
 run on the calling thread.
 
-Object code comes with the package, for the common processors (`ddim.kernels.objects`). Loading it takes llvmlite and a
-few milliseconds, without numba. For other processors, and changed sources, numba compiles a kernel from
-`ddim.kernels.<folder>.source` once per machine. That code is kept in the user's cache folder, or in
-`DDIM_KERNEL_CACHE`, under a hash of the sources, the compiler and the processor (`ddim.io.cache`). Where nothing can be
-kept, each process compiles anew.
+Compiled code comes with the package, for the common processors (`ddim.kernels.shipped`). Loading it takes neither
+numba nor llvmlite. For other processors, and changed sources, numba compiles a kernel from
+`ddim.kernels.<folder>.source` once per machine, to object code that LLVM loads. That is kept in the user's cache
+folder, or in `DDIM_KERNEL_CACHE`, under a hash of the sources, the compiler and the processor (`ddim.io.cache`). Where
+nothing can be kept, each process compiles anew.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import llvmlite.binding as llvm
 import torch
 from torch import Tensor
 
 from ddim.io.cache import Cache
-from ddim.kernels import objects
+from ddim.kernels import shipped
 from ddim.kernels.machine import THREAD_COUNT_SYMBOL, THREAD_SYMBOL, describe_machine, target_machine
 from ddim.kernels.record import Field, Record
 
@@ -43,7 +42,7 @@ MAX_COMPILERS = 4
 """Processes that compile at the same time; there are about as many kernels."""
 
 _execution_engines: list[Any] = []
-"""Own the loaded code."""
+"""Own the code that LLVM has loaded."""
 
 
 class Kernel:
@@ -71,7 +70,7 @@ class Kernel:
 
     @property
     def symbol(self) -> str:
-        """The name of the function in the object code."""
+        """The name of the function in the compiled code."""
         return f"ddim_{self.folder}_{self.function}"
 
     @property
@@ -84,11 +83,10 @@ class Kernel:
         """The address of the code, which is loaded on first use, and compiled before where it does not come along.
 
         Raises:
-            ImportError: if it has to be compiled and numba is not installed.
+            ImportError: if it has to be compiled and numba or llvmlite is not installed.
         """
-        openmp_library()
-        if (code := objects.read(self.name)) is not None:
-            return _load(code, self.symbol)
+        if (address := shipped.find(self.symbol)) is not None:
+            return address
         cached = kernel_cache().read(self.entry, lambda content: _load(content.tobytes(), self.symbol))
         return _load(compile_code(self), self.symbol) if cached is None else cached
 
@@ -121,12 +119,12 @@ def ensure_compiled(*kernels: Kernel) -> None:
         kernels: those that will run.
 
     Raises:
-        ImportError: if one has to be compiled and numba is not installed.
+        ImportError: if one has to be compiled and numba or llvmlite is not installed.
     """
-    # One alone is compiled here: a process would import numba all the same.
     cache = kernel_cache()
-    to_load = [kernel for kernel in kernels if not kernel.is_loaded and not objects.has(kernel.name)]
+    to_load = [kernel for kernel in kernels if not kernel.is_loaded and shipped.find(kernel.symbol) is None]
     missing = [kernel for kernel in to_load if not cache.exists(kernel.entry)]
+    # One alone is compiled here: a process would import numba all the same.
     if len(missing) > 1 and cache.is_usable(missing[0].entry):
         _compile_in_processes(missing)
     for kernel in kernels:
@@ -168,7 +166,7 @@ def _compile_in_processes(kernels: Sequence[Kernel]) -> None:
 
 @functools.cache
 def openmp_library() -> ctypes.CDLL | None:
-    """Return the OpenMP library that PyTorch runs on, after binding the symbols that kernels call.
+    """Return the OpenMP library that PyTorch runs on.
 
     Returns:
         The library; `None` if it has no `GOMP_parallel`, so that kernels run on the calling thread.
@@ -176,13 +174,11 @@ def openmp_library() -> ctypes.CDLL | None:
     try:
         # The symbols that this process has loaded already, PyTorch's OpenMP library among them.
         library = ctypes.CDLL(None)
-        for symbol, name in ((THREAD_SYMBOL, "omp_get_thread_num"), (THREAD_COUNT_SYMBOL, "omp_get_num_threads")):
-            llvm.add_symbol(symbol, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+        for symbol in (THREAD_SYMBOL, THREAD_COUNT_SYMBOL):
+            getattr(library, symbol)
         library.GOMP_parallel.restype = None
         library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     except (AttributeError, OSError, TypeError):
-        for symbol, number in ((THREAD_SYMBOL, _return_0), (THREAD_COUNT_SYMBOL, _return_1)):
-            llvm.add_symbol(symbol, ctypes.cast(number, ctypes.c_void_p).value)
         return None
     return library
 
@@ -219,15 +215,22 @@ def _code_version() -> str:
         compiler = version("numba")
     except PackageNotFoundError:
         compiler = "none"
-    return hashlib.sha256(f"{compiler} {describe_machine()} {objects.sources_sha256()}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{compiler} {describe_machine()} {shipped.sources_sha256()}".encode()).hexdigest()[:16]
 
 
 def _load(code: bytes, symbol: str) -> int:
     """Load object code, and return the address of a function in it.
 
     Raises:
+        ImportError: if llvmlite is not installed.
         ValueError: if it is not an object file, or has no such function.
     """
+    import llvmlite.binding as llvm
+
+    library = openmp_library()
+    for name, number in ((THREAD_SYMBOL, _return_0), (THREAD_COUNT_SYMBOL, _return_1)):
+        function = number if library is None else getattr(library, name)
+        llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
     # LLVM ends the process where it is given no object file, and so would a call of the address 0.
     if not (object_file := llvm.ObjectFileRef.from_data(code)):
         raise ValueError("it is not an object file")
