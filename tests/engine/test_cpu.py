@@ -23,7 +23,7 @@ from ddim.diffusion.noise import noise_from_seeds
 from ddim.engine import get_engine
 from ddim.engine.base import EagerEngine, unsupported_reason
 from ddim.engine.cpu import CPUEngine
-from ddim.kernels import direct, norm, objects, winograd
+from ddim.kernels import direct, norm, shipped, winograd
 from ddim.training.config import read_preset
 from ddim.unet import UNet2DModel
 from helpers import randn
@@ -273,7 +273,7 @@ class TestGetEngine:
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
     ) -> None:
         """No compiler and an empty cache: the network runs as it is, which the log reports."""
-        monkeypatch.setattr(objects, "has", lambda kernel: False)
+        monkeypatch.setattr(shipped, "find", lambda symbol: None)
         monkeypatch.setitem(sys.modules, "numba", None)
         monkeypatch.setenv("DDIM_KERNEL_CACHE", str(tmp_path))
         monkeypatch.setattr(sys, "executable", "")  # other processes could compile

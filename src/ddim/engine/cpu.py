@@ -119,6 +119,9 @@ class CPUEngine:
             return
         labels = None if classes is None else classes.repeat(len(timesteps))
         projected = self._project(unet.embed(torch.tensor(timesteps).repeat_interleave(count), labels))
+        # Not read again before the next run.
+        for linear in self._projections:
+            drop_pages(linear.weight.detach())
         by_timestep = {
             float(t): [rows[i * count : (i + 1) * count] for rows in projected] for i, t in enumerate(timesteps)
         }
@@ -397,7 +400,10 @@ class _Linear:
     def stack(cls, linears: Sequence[Any]) -> _Linear:
         """Return one layer whose outputs are those of several, side by side."""
         weights, biases = ([getattr(x, name).detach() for x in linears] for name in ("weight", "bias"))
-        return cls(torch.cat(weights), torch.cat(biases))
+        stacked = cls(torch.cat(weights), torch.cat(biases))
+        for weight in weights:
+            drop_pages(weight)
+        return stacked
 
     def __call__(self, x: FeatureMap, residual: FeatureMap | None = None) -> FeatureMap:
         """Apply the layer and add the residual."""
@@ -505,14 +511,16 @@ class _Resnet:
         scale, shift = None, embedding
         if self.scale_shift:
             scale, shift = (half.contiguous() for half in embedding.chunk(2, dim=1))
-        residual = self._apply_shortcut(a, b)
+        # The residual after the first convolution, whose input, the largest feature map, is gone by then.
         if self.resample is None:
             x = normalize_and_convolve(self.norm1, self.conv1, a, b)
+            residual = self._apply_shortcut(a, b)
         else:
             normed = self.norm1.normalize(a)
             normed = self.resample(normed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            residual = self.resample(residual.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
             x = self.conv1.convolve(normed)
+            residual = self._apply_shortcut(a, b)
+            residual = self.resample(residual.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
         x = normalize_and_convolve(self.norm2, self.conv2, x, None, shift, scale, residual)
         return x if self.factor == 1 else x.div_(self.factor)
 

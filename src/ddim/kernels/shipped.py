@@ -1,8 +1,8 @@
 """The kernels' compiled code that comes with the package, as `scripts/ship_kernels.py` makes it.
 
-    shipped/x86-64-v3.so    all kernels for a level of `ddim.kernels.machine`, a shared library
-    shipped/x86-64-v4.so
-    shipped/versions.json   of what: the sources as a hash, the compiler's versions, the object code as hashes
+    libraries/x86-64-v3.so    all kernels for a level of `ddim.kernels.machine`, a shared library
+    libraries/x86-64-v4.so
+    libraries/versions.json   of what: the sources as a hash, the compiler's versions, the object code as hashes
 
 The libraries call the C library, and OpenMP's functions for the number of the thread, which PyTorch has loaded. Where
 they cannot be loaded, and where the sources have changed since, kernels are compiled on first use. A test compiles them
@@ -22,7 +22,7 @@ from ddim.kernels.machine import LEVEL
 
 logger = logging.getLogger(__name__)
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "libraries"
 VERSIONS = FOLDER / "versions.json"
 
 
@@ -76,7 +76,7 @@ def find(symbol: str) -> int | None:
         symbol: its name, as of `ddim.kernels.runtime.Kernel`.
 
     Example:
-        >>> find("ddim_norm_sideways")  # there is no such kernel
+        >>> find("ddim_norm_sideways")  # no kernel
     """
     try:
         return ctypes.cast(getattr(_library(), symbol), ctypes.c_void_p).value
