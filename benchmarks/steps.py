@@ -1,6 +1,6 @@
-"""Quality against the number of steps: DDIM, order 2, learned timesteps and learned coefficients, built-in model.
+"""Quality against the number of steps: DDIM, order 2, learned timesteps and coefficients, students; built-in model.
 
-    python -m benchmarks.steps --data mnist/test.parquet --out benchmarks/results
+    python -m benchmarks.steps --data mnist/test.parquet --students mnist-fast --out benchmarks/results
 
 1. Mean squared error per value in [0, 1] of the images of 512 latents to those of 1,000 steps of DDIM from the same
    latents.
@@ -10,7 +10,8 @@ With `--clipping` instead: mean squared differences between the images of S step
 three kinds of clipping.
 
 Timesteps are learned with `ddim.tuning.tune`, coefficients with `ddim.coefficients.learn`, both from other latents; the
-seconds that the latter took are among the results. Results that `steps.json` in `--out` has are not
+seconds that the latter took are among the results. Students are those of `ddim distill mnist --out mnist-fast`, one
+per number of steps; without them their rows are left out. Results that `steps.json` in `--out` has are not
 measured again, so that an interrupted run resumes; delete it for a new run.
 """
 
@@ -37,8 +38,16 @@ from ddim.evaluation.metrics import compute_features, frechet
 from ddim.io.json_files import to_json
 from ddim.tuning import tune
 
-STEPS = (5, 7, 10, 15, 20)
-METHODS = ("DDIM", "order 2", "order 2, learned timesteps", "learned coefficients")
+STEPS = (1, 2, 4, 5, 7, 10, 15, 20)
+LEARNED = (5, 7, 10, 15, 20)
+METHODS = {
+    "DDIM": STEPS,
+    "order 2": STEPS[1:],
+    "order 2, learned timesteps": LEARNED,
+    "learned coefficients": LEARNED,
+    "students": (1, 2, 4),
+}
+"""Numbers of steps by method: order 2 in a single step is DDIM."""
 SEED = 100_000
 """Of the first latent: far from those that timesteps are learned with."""
 BATCH_SIZE = 64
@@ -60,9 +69,15 @@ class Results:
         return self.values[name]
 
 
-def with_method(pipe: DDIMPipeline, method: str, number: int, results: Results) -> tuple[DDIMPipeline, dict[str, Any]]:
+def with_method(
+    pipe: DDIMPipeline, method: str, number: int, results: Results, students: Path | None
+) -> tuple[DDIMPipeline, dict[str, Any]]:
     """Return the pipeline, and the arguments of its call, for a method and a number of steps."""
     arguments: dict[str, Any] = {"num_inference_steps": number}
+    if method == "students" and students is not None:
+        pipe = DDIMPipeline.from_pretrained(students / str(number))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe, arguments
     if method == "learned coefficients":
         rows = results.get(f"coefficients, {number}", lambda: learn_rows(pipe, number, results))
         scheduler = DDIMScheduler.from_config(pipe.scheduler.config, coefficients_by_steps={str(number): rows})
@@ -93,7 +108,7 @@ def sample_latents(pipe: DDIMPipeline, count: int, **arguments: Any) -> Tensor:
     return torch.cat(batches)[:count]
 
 
-def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
+def plot(rows: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
     """Plot both results over the number of steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -102,8 +117,10 @@ def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, (title, values) in zip(figure.subplots(1, 2), rows.items(), strict=True):
         for method, numbers in values.items():
-            axes.plot(STEPS, numbers, marker="o", label=method)
-        axes.set(title=title, xlabel="steps", xticks=STEPS, yscale="log")
+            axes.plot(list(numbers), list(numbers.values()), marker="o", label=method)
+        axes.set(title=title, xlabel="steps", xscale="log", yscale="log")
+        axes.set_xticks(STEPS, map(str, STEPS), minor=False)
+        axes.set_xticks([], minor=True)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in "25" else "")
     figure.axes[0].legend(fontsize="small")
@@ -133,6 +150,7 @@ def main() -> None:
     """Measure what is not cached; write and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="images: a parquet file, a folder, ...")
+    parser.add_argument("--students", type=Path, help="folder of `ddim distill mnist --steps 4,2,1`")
     parser.add_argument("--clipping", action="store_true", help="compare kinds of clipping instead")
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results"), help="a folder for steps.json, steps.md, steps.png"
@@ -154,7 +172,7 @@ def main() -> None:
     def error(method: str, number: int) -> float:
         if not limit:
             limit.append(sample_latents(pipe, arguments.latents, num_inference_steps=1000))
-        sampled, settings = with_method(pipe, method, number, results)
+        sampled, settings = with_method(pipe, method, number, results, arguments.students)
         images = sample_latents(sampled, arguments.latents, **settings)
         return float((images - limit[0]).double().square().mean())
 
@@ -162,7 +180,7 @@ def main() -> None:
     real = compute_features(open_files(arguments.data, shape=pipe.sample_shape), extractor)
 
     def distance(method: str, number: int) -> float:
-        sampled, settings = with_method(pipe, method, number, results)
+        sampled, settings = with_method(pipe, method, number, results, arguments.students)
         generated = sample_image_set(sampled, arguments.images, name=f"{method}, {number}", **settings)
         return frechet(compute_features(generated, extractor).values, real.values)
 
@@ -170,17 +188,19 @@ def main() -> None:
         f"mean squared error to 1,000 steps, {arguments.latents} latents": error,
         f"Fréchet distance, {arguments.images:,} images": distance,
     }
+    methods = {method: numbers for method, numbers in METHODS.items() if arguments.students or method != "students"}
     rows = {
         title: {
-            method: [results.get(f"{title}: {method}, {n}", lambda m=measure, a=(method, n): m(*a)) for n in STEPS]
-            for method in METHODS
+            method: {n: results.get(f"{title}: {method}, {n}", lambda m=measure, a=(method, n): m(*a)) for n in numbers}
+            for method, numbers in methods.items()
         }
         for title, measure in titles.items()
     }
     lines = [f"| {' | '.join(['', 'steps', *map(str, STEPS)])} |", "|---" * (2 + len(STEPS)) + "|"]
     for title, values in rows.items():
         for method, numbers in values.items():
-            lines.append(f"| {' | '.join([title, method, *(f'{n:.3g}' for n in numbers)])} |")
+            cells = [f"{numbers[n]:.3g}" if n in numbers else "" for n in STEPS]
+            lines.append(f"| {' | '.join([title, method, *cells])} |")
     lines += ["", f"torch {torch.__version__}", ""]
     write_files(arguments.out, {"steps.md": "\n".join(lines)})
     plot(rows, arguments.out / "steps.png")
