@@ -132,6 +132,16 @@ def test_without_data_the_models_own_samples_are_used(teacher: str, tmp_path: Pa
     assert DDIMPipeline.from_pretrained(student).scheduler.config.prediction_type == "v_prediction"
 
 
+def test_teacher_with_a_variance(images: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    unet = UNet2DModel(**TINY_MODEL | {"out_channels": 2})
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path / "teacher")
+    (folder,) = distill(str(tmp_path / "teacher"), tmp_path / "out", [2], images, overrides=TINY, device="cpu")
+    student = DDIMPipeline.from_pretrained(folder)
+    assert student.unet.config.out_channels == 1
+    assert student(num_inference_steps=2, output_type="pt").images.shape == (1, 1, 8, 8)
+
+
 def test_direct_students_learn_from_the_model() -> None:
     assert plan_stages([4, 2, 1], DDIMScheduler(), 16, direct=True) == [Stage(4, 4), Stage(2, 8), Stage(1, 16)]
 

@@ -304,8 +304,8 @@ def check_teacher(pipe: DDIMPipeline, model: str) -> None:
         model: its name, for messages.
 
     Raises:
-        ValueError: if it has other conditions than class labels, or a learned variance, or its configuration lacks the
-            size of its images.
+        ValueError: if it has other conditions than class labels, or predicts something else than images, or its
+            configuration lacks the size of its images.
 
     Example:
         >>> check_teacher(DDIMPipeline.from_pretrained("mnist"), "mnist")
@@ -313,10 +313,10 @@ def check_teacher(pipe: DDIMPipeline, model: str) -> None:
     config = pipe.unet.config
     if pipe.unet.class_embedding is not None and pipe.classes is None:
         raise ValueError(f"model must have class labels or be unconditional, {model} takes other conditions")
-    if config.out_channels != config.in_channels:
+    if config.out_channels not in (config.in_channels, 2 * config.in_channels):
         raise ValueError(
-            f"model must predict as many channels as it takes, {model} predicts a variance besides; its distillation "
-            "is not supported yet"
+            f"model must predict as many channels as it takes, or twice as many with a variance, {model} takes "
+            f"{config.in_channels} and predicts {config.out_channels}"
         )
     pipe.sample_shape  # noqa: B018  # raises where the configuration lacks the size
 

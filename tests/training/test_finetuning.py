@@ -55,6 +55,20 @@ def test_another_size_keeps_every_weight(tmp_path: Path, make_config: Any) -> No
     assert model(randn(1, 1, 16, 16), 3).sample.shape == (1, 1, 16, 16)
 
 
+def test_network_with_a_variance_is_trained_without_it(tmp_path: Path, make_config: Any) -> None:
+    source = make_network(out_channels=2)
+    DDIMPipeline(source, DDIMPipeline.from_pretrained("mnist").scheduler).save_pretrained(tmp_path / "model")
+    config = make_config(init=str(tmp_path / "model")).model_copy(update={"model": {}})
+    model = build_model(complete_config(config))
+    x = randn(2, 1, 8, 8)
+    assert torch.equal(model(x, 3).sample, source(x, 3).sample[:, :1])
+
+
+def test_two_channels_are_no_variance() -> None:
+    model = make_network()
+    assert load_weights(model, make_network(in_channels=2, out_channels=2).state_dict()) == list(CHANNEL_LAYERS)
+
+
 def test_other_architectures_are_refused() -> None:
     source = make_network()
     for arguments in ({"block_out_channels": [16, 16]}, {"layers_per_block": 2}, {"mid_block_type": None}):

@@ -1,7 +1,8 @@
 """Fine-tuning: the weights of a trained network in one that may have other channels or another size.
 
 A U-Net is convolutional, so that its weights fit every size. The number of channels of the images shows in two layers
-alone, `conv_in` and `conv_out`: where it differs, these two are new and all other weights are kept.
+alone, `conv_in` and `conv_out`: where it differs, these two are new and all other weights are kept. A network that
+predicts a variance, in as many channels again, is taken without it: it is not trained here.
 
 Classes show in one layer alone, the rows of the class embedding, which are added to the embedding of the timestep.
 Classes are the same where their names are; the null class is one of them. New classes of a network that had none are
@@ -70,6 +71,27 @@ def fit_classes(
     return result | {CLASS_WEIGHT: rows}, new
 
 
+def without_variance(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a network without the outputs of a learned variance: the second half of them.
+
+    Args:
+        weights: the state dict of a network. One that has not twice as many outputs as inputs is left as it is.
+
+    Returns:
+        The weights.
+
+    Example:
+        >>> weights = {"conv_in.weight": torch.zeros(8, 3, 3, 3), "conv_out.bias": torch.zeros(6)}
+        >>> without_variance(weights)["conv_out.bias"].shape
+        torch.Size([3])
+    """
+    channels = weights["conv_in.weight"].shape[1]
+    return {
+        name: tensor[:channels] if name.startswith("conv_out.") and len(tensor) == 2 * channels else tensor
+        for name, tensor in weights.items()
+    }
+
+
 def load_weights(model: UNet2DModel, weights: Mapping[str, Tensor]) -> list[str]:
     """Load weights into a network that may have other channels.
 
@@ -93,6 +115,7 @@ def load_weights(model: UNet2DModel, weights: Mapping[str, Tensor]) -> list[str]
         ['conv_in', 'conv_out']
     """
     own = model.state_dict()
+    weights = without_variance(weights)
     new = [
         layer
         for layer in CHANNEL_LAYERS

@@ -188,6 +188,9 @@ def complete_config(config: TrainConfig) -> TrainConfig:
         if (embed_type := getattr(pipe.unet.config, "class_embed_type", None)) is not None:
             raise ValueError(f"init: training does not support class_embed_type={embed_type}, which {config.init} has")
         trained = {name: v for name, v in _plain_values(pipe.unet.config).items() if name not in CLASS_ARGUMENTS}
+        # A learned variance is not trained, and DDIM does not use it.
+        if trained["out_channels"] == 2 * trained["in_channels"]:
+            trained["out_channels"] = trained["in_channels"]
         model = trained | model
         defaults = DDIMScheduler().config
         scheduler = {
