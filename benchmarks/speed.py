@@ -1,14 +1,17 @@
-"""Time and memory of a network evaluation, which is what a step of sampling costs, beside `diffusers` and OpenVINO.
+"""Time and memory of a network evaluation, which is what a step of sampling costs, beside the peers.
 
     python -m benchmarks.speed [--networks cifar10 mnist lsun] [--batches 1 8] [--compile] [--out benchmarks/results]
 
 - ddim: the engine, `ddim.engine.get_engine(unet)`; ddim eager: `UNet2DModel` itself.
 - diffusers eager: its `UNet2DModel` with the same weights, in either memory format.
 - diffusers compiled, with `--compile`: `torch.compile` with frozen weights, for each batch size.
-- OpenVINO, if it can be imported: the network of `diffusers`, converted for each batch size, float32.
+- OpenVINO, if it can be imported: the network of `diffusers`, converted for each batch size, in float32 and in what
+  OpenVINO chooses by default, which is bfloat16 where the processor has instructions for it.
+- ONNX Runtime, if it can be imported: the file that `ddim export` writes.
+- with `--bf16`, both libraries with `torch_dtype=torch.bfloat16`, in channels_last.
 
 Before timing, every row is compared with ddim eager, at single timesteps and at a different one for each image; a row
-that is off by more than 1e-3 of the largest value ends the run with status 1.
+that is off by more than 1e-3 of the largest value, 5e-2 where it may be in bfloat16, ends the run with status 1.
 
 A round times every row once, in alternating order, so that drifts of the machine's speed affect all alike; the
 first is dropped. Short evaluations are repeated, after one that is not timed, because threads of the previous row may
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib.util
 import math
 import os
@@ -48,6 +52,7 @@ from benchmarks.networks import NETWORKS, make_unet, save_pipeline
 from benchmarks.report import markdown_table, write_files
 from ddim.engine import get_engine
 from ddim.engine.base import EagerEngine
+from ddim.export import export_onnx
 from ddim.io.atomic import atomic_write
 from ddim.io.json_files import to_json
 
@@ -60,9 +65,12 @@ MEMORY_PROCESSES = 3
 MIN_ROUND_SECONDS = 0.25
 """A row is repeated in a round for at least this time."""
 
-TOLERANCE = 1e-3
+TOLERANCE, BF16_TOLERANCE = 1e-3, 5e-2
 DDIM, EAGER, DIFFUSERS, DIFFUSERS_NHWC = "ddim", "ddim eager", "diffusers eager", "diffusers eager, channels_last"
-COMPILED, OPENVINO = "diffusers compiled", "OpenVINO"
+COMPILED, OPENVINO, OPENVINO_DEFAULT = "diffusers compiled", "OpenVINO, float32", "OpenVINO, default"
+ONNX, DDIM_BF16, DIFFUSERS_BF16 = "ONNX Runtime", "ddim, bfloat16", "diffusers eager, bfloat16, channels_last"
+ROUNDED = (OPENVINO_DEFAULT, DDIM_BF16, DIFFUSERS_BF16)
+"""Rows that are, or may be, in bfloat16."""
 
 Run = Callable[[Tensor, Tensor], Tensor]
 """A sample (N, C, H, W) and a timestep () or (N,) -> the prediction."""
@@ -127,8 +135,8 @@ def compiled_run(unet: Any, x: Tensor, t: Tensor) -> Run:
     return lambda x, t: network(x, t.expand(len(x))).sample
 
 
-def openvino_run(unet: Any, x: Tensor, t: Tensor) -> Run:
-    """Convert a U-Net of `diffusers` for the shapes of `x` and `t`."""
+def openvino_run(unet: Any, x: Tensor, t: Tensor, precision: str | None = "f32") -> Run:
+    """Convert a U-Net of `diffusers` for the shapes of `x` and `t`; `None` for OpenVINO's choice of the precision."""
     import openvino as ov
 
     class Network(torch.nn.Module):
@@ -144,9 +152,43 @@ def openvino_run(unet: Any, x: Tensor, t: Tensor) -> Run:
         warnings.simplefilter("ignore")  # Checks of shapes warn, and shapes are fixed.
         model = ov.convert_model(Network().eval(), example_input=(x, t), input=shapes)
     threads = torch.get_num_threads()
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    settings |= {} if precision is None else {"INFERENCE_PRECISION_HINT": precision}
     network = ov.Core().compile_model(model, "CPU", settings)
     return lambda x, t: torch.from_numpy(network([x.numpy(), t.expand(len(x)).contiguous().numpy()])[0])
+
+
+def onnx_run(unet: ddim.UNet2DModel, x: Tensor, t: Tensor) -> Run:
+    """Load the file that `ddim export` writes of our U-Net; it takes any batch."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "network.onnx")
+        export_onnx(ddim.DDIMPipeline(unet, ddim.DDIMScheduler()), path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+
+    def run(x: Tensor, t: Tensor) -> Tensor:
+        values = (x.numpy(), t.expand(len(x)).contiguous().numpy())
+        return torch.from_numpy(session.run(None, dict(zip(names, values, strict=True)))[0])
+
+    return run
+
+
+def bf16_rows(unet: ddim.UNet2DModel, theirs: Any) -> list[Row]:
+    """Build the rows in bfloat16; predictions are compared in float32."""
+    ours: Any = copy.deepcopy(unet).to(torch.bfloat16)
+    engine = get_engine(ours)
+    rounded: Any = copy.deepcopy(theirs).to(torch.bfloat16, memory_format=torch.channels_last)
+    return [
+        Row(DDIM_BF16, lambda x, t: engine.predict(x.bfloat16(), t).float()),
+        Row(
+            DIFFUSERS_BF16,
+            lambda x, t: rounded(x.to(torch.bfloat16, memory_format=torch.channels_last), t).sample.float(),
+        ),
+    ]
 
 
 def batch_row(name: str, make: Callable[[Any, Tensor, Tensor], Run], unet: Any, x: Tensor) -> Row:
@@ -159,7 +201,7 @@ def batch_row(name: str, make: Callable[[Any, Tensor, Tensor], Run], unet: Any, 
     return Row(name, run, time.perf_counter() - started)
 
 
-def make_rows(unet: ddim.UNet2DModel, engine: Any, prepared: float, x: Tensor, compiled: bool) -> list[Row]:
+def make_rows(unet: ddim.UNet2DModel, engine: Any, prepared: float, x: Tensor, compiled: bool, bf16: bool) -> list[Row]:
     """Build all rows for the batch size of `x`; `prepared` is the engine's preparation in seconds."""
     theirs = diffusers.UNet2DModel(**unet.config).eval()
     theirs.load_state_dict(unet.state_dict())
@@ -174,14 +216,20 @@ def make_rows(unet: ddim.UNet2DModel, engine: Any, prepared: float, x: Tensor, c
         Row(DIFFUSERS_NHWC, lambda x, t: theirs_nhwc(x.to(memory_format=torch.channels_last), t).sample),
     ]
     rows += [batch_row(COMPILED, compiled_run, theirs, x)] if compiled else []
-    return [*rows, batch_row(OPENVINO, openvino_run, theirs, x)]
+    rows += bf16_rows(unet, theirs) if bf16 else []
+    return [
+        *rows,
+        batch_row(OPENVINO, openvino_run, theirs, x),
+        batch_row(OPENVINO_DEFAULT, functools.partial(openvino_run, precision=None), theirs, x),
+        batch_row(ONNX, onnx_run, unet, x),
+    ]
 
 
 def compare(rows: list[Row], x: Tensor) -> None:
     """Set the rows' errors, relative to the largest value of the prediction.
 
     Raises:
-        SystemExit: if the error of a row is above `TOLERANCE`.
+        SystemExit: if the error of a row is above `TOLERANCE`, or `BF16_TOLERANCE`.
     """
     runs = {row.name: row.run for row in rows if row.run}
     errors: dict[str, list[Tensor]] = {name: [] for name in runs}
@@ -192,8 +240,9 @@ def compare(rows: list[Row], x: Tensor) -> None:
     for row in rows:
         if row.run and row.name != EAGER:
             row.error = float(torch.stack(errors[row.name]).max())  # PyTorch's max() propagates NaN.
-            if not row.error <= TOLERANCE:
-                raise SystemExit(f"{row.name}, batch {len(x)}: off by {row.error:.1e}; {TOLERANCE:g} is allowed")
+            allowed = BF16_TOLERANCE if row.name in ROUNDED else TOLERANCE
+            if not row.error <= allowed:
+                raise SystemExit(f"{row.name}, batch {len(x)}: off by {row.error:.1e}; {allowed:g} is allowed")
 
 
 def measure(rows: list[Row], x: Tensor, rounds: int) -> None:
@@ -221,7 +270,11 @@ def measure(rows: list[Row], x: Tensor, rounds: int) -> None:
 def numbers(name: str, batch: int, rows: list[Row]) -> list[dict[str, Any]]:
     """Return the rows with what follows from their medians."""
     medians = {row.name: statistics.median(row.seconds) for row in rows if row.seconds}
-    baselines = {"diffusers": min(medians[DIFFUSERS], medians[DIFFUSERS_NHWC]), "openvino": medians.get(OPENVINO)}
+    openvino = [medians[name] for name in (OPENVINO, OPENVINO_DEFAULT) if name in medians]
+    baselines = {
+        "diffusers": min(medians[DIFFUSERS], medians[DIFFUSERS_NHWC]),
+        "openvino": min(openvino, default=None),
+    }
     results = []
     for row in rows:
         values = {"network": name, "batch": batch} | {key: value for key, value in vars(row).items() if key != "run"}
@@ -235,9 +288,9 @@ def numbers(name: str, batch: int, rows: list[Row]) -> list[dict[str, Any]]:
 
 
 LEGEND = (
-    "Medians. `/ diffusers eager`: speed relative to the better of its two rows. `error`: largest difference from "
-    "`ddim eager`, relative to the largest value. `preparation`: of the engine, as above the table; conversion; "
-    "compilation by the first call."
+    "Medians. `/ diffusers eager`: speed relative to the better of its two rows in float32. `/ OpenVINO`: to the"
+    " better of its two. `error`: largest difference from `ddim eager`, relative to the largest value. `preparation`: of the "
+    "engine, as above the table; conversion; compilation by the first call."
 )
 COLUMNS = {
     "ms per evaluation": ("median_ms", ",.1f"),
@@ -257,7 +310,8 @@ def describe_machine() -> str:
     info = Path("/proc/cpuinfo")
     models = [line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
     versions = [f"ddim {ddim.__version__}", f"torch {torch.__version__}", f"diffusers {diffusers.__version__}"]
-    versions += [f"openvino {metadata.version('openvino')}"] if importlib.util.find_spec("openvino") else []
+    peers = [name for name in ("openvino", "onnxruntime") if importlib.util.find_spec(name)]
+    versions += [f"{name} {metadata.version(name)}" for name in peers]
     return (
         f"{next(iter(models), platform.machine())}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} "
         f"threads, load before the run {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, "
@@ -305,7 +359,7 @@ def measure_network(name: str, folder: Path, options: argparse.Namespace) -> tup
     for batch in options.batches or BATCHES[name]:
         print(f"{name}, batch {batch}", file=sys.stderr)
         x = torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0))
-        rows = make_rows(unet, engine, prepared, x, options.compile)
+        rows = make_rows(unet, engine, prepared, x, options.compile, options.bf16)
         compare(rows, x)
         measure(rows, x, min(options.rounds, MAX_ROUNDS.get(name, options.rounds)))
         for row in rows:
@@ -328,6 +382,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", help="batch sizes of all networks")
     parser.add_argument("--rounds", type=int, default=9, help="rounds after a warm-up (at most 3 for lsun)")
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile, which takes minutes")
+    parser.add_argument("--bf16", action="store_true", help="also measure both libraries in bfloat16")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure memory")
     parser.add_argument("--out", type=Path, help="a folder for speed.md, speed.json and speed.png")
     options = parser.parse_args()
