@@ -288,9 +288,9 @@ def numbers(name: str, batch: int, rows: list[Row]) -> list[dict[str, Any]]:
 
 
 LEGEND = (
-    "Medians. `/ diffusers eager`: speed relative to the better of its two rows in float32. `/ OpenVINO`: to the"
-    " better of its two. `error`: largest difference from `ddim eager`, relative to the largest value. `preparation`: of the "
-    "engine, as above the table; conversion; compilation by the first call."
+    "Medians. `/ diffusers eager`: speed relative to the better of its two rows in float32. `/ OpenVINO`: to the "
+    "better of its two. `error`: largest difference from `ddim eager`, relative to the largest value. `preparation`: "
+    "of the engine, as above the table; conversion; compilation by the first call."
 )
 COLUMNS = {
     "ms per evaluation": ("median_ms", ",.1f"),

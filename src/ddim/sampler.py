@@ -322,8 +322,8 @@ class Sampler:
             classes: distinct class labels of the run, int64 (L,); `None` for a network without classes.
             engine: the engine; `None` for `get_engine()`.
         """
-        dtype = self.dtype
         chosen = self.get_engine() if engine is None else engine
+        dtype = chosen.dtype or self.dtype
         chosen.prepare(timesteps, classes)
 
         def predict(x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:

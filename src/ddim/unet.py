@@ -620,19 +620,7 @@ class UNet2DModel(ModelFiles, nn.Module):
             ValueError: if labels are missing, or given to a model without classes.
         """
         timesteps = timestep if isinstance(timestep, Tensor) else as_timesteps(timestep, execution_device(self))
-        emb = self.time_embedding(self.time_proj(timesteps.reshape(-1)).to(self.dtype))
-        if (self.class_embedding is None) != (class_labels is None):
-            raise ValueError(
-                "class_labels must be None: the model is unconditional"
-                if self.class_embedding is None
-                else "class_labels must be given: the model is class-conditional"
-            )
-        if self.class_embedding is not None and class_labels is not None:
-            if self.config.class_embed_type == "timestep":
-                class_labels = cast(Tensor, self.time_proj(class_labels)).to(self.dtype)
-            is_embedded = isinstance(self.class_embedding, nn.Embedding) and class_labels.is_floating_point()
-            emb = emb + (class_labels if is_embedded else self.class_embedding(class_labels)).to(self.dtype)
-        return emb
+        return embed_conditions(self, timesteps, class_labels, self.dtype)
 
     def check_sample(self, sample: Tensor) -> None:
         """Check that a sample's shape fits the model.
@@ -719,6 +707,42 @@ def as_timesteps(timestep: Tensor | float, device: torch.device) -> Tensor:
     if isinstance(timestep, Tensor):
         return timestep.to(device)
     return torch.as_tensor(timestep, dtype=torch.long, device=device)
+
+
+def embed_conditions(network: Any, timesteps: Tensor, class_labels: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Embed timesteps and classes by the modules of a network; see `UNet2DModel.embed`.
+
+    Args:
+        network: has the modules `time_proj`, `time_embedding` and `class_embedding` of `UNet2DModel`, and its `config`.
+        timesteps: () or (N,).
+        class_labels: as `UNet2DModel.embed` takes them.
+        dtype: of the modules.
+
+    Returns:
+        (N, D), or (1, D).
+
+    Raises:
+        ValueError: if labels are missing, or given to a network without classes.
+
+    Example:
+        >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
+        >>> embed_conditions(unet, torch.tensor([3, 999]), None, torch.float32).shape
+        torch.Size([2, 32])
+    """
+    embedding = network.class_embedding
+    emb: Tensor = network.time_embedding(network.time_proj(timesteps.reshape(-1)).to(dtype))
+    if (embedding is None) != (class_labels is None):
+        raise ValueError(
+            "class_labels must be None: the model is unconditional"
+            if embedding is None
+            else "class_labels must be given: the model is class-conditional"
+        )
+    if embedding is not None and class_labels is not None:
+        if network.config.class_embed_type == "timestep":
+            class_labels = cast(Tensor, network.time_proj(class_labels)).to(dtype)
+        is_embedded = isinstance(embedding, nn.Embedding) and class_labels.is_floating_point()
+        emb = emb + (class_labels if is_embedded else embedding(class_labels)).to(dtype)
+    return emb
 
 
 def check_embeddings(emb: Tensor, sample: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import random
 import re
@@ -85,6 +86,37 @@ class TestNetwork:
         unet = build(**SMALL | changes)
         assert compare(unet, 3, (8, 8), torch.tensor([7, 400, 999])) < 1e-5
         assert compare(unet, 1, (8, 8), 20) < 1e-5
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            RESNET,
+            {"time_embedding_type": "fourier"},
+            {"time_embedding_type": "learned", "num_train_timesteps": 1000},
+            {"num_class_embeds": 5},
+            {"class_embed_type": "timestep"},
+        ],
+        ids=str,
+    )
+    @torch.no_grad()
+    def test_half_precision_weights_compute_in_float32(self, changes: dict[str, Any], dtype: torch.dtype) -> None:
+        """As the network of the same weights in float32, at a single timestep, prepared or not, and at several."""
+        unet = build(**SMALL | changes).to(dtype)
+        wide = copy.deepcopy(unet).float()
+        engine = get_engine(unet)
+        assert isinstance(engine, CPUEngine)
+        labels = (torch.tensor([4, 0, 1]),) if "class" in str(changes) else ()
+        if "class_embed_type" not in changes:
+            engine.prepare([400], torch.tensor([0, 1, 4]) if labels else None)
+        sample = randn(3, 3, 8, 8)
+        for timesteps in (torch.tensor([7, 400, 999]), torch.tensor(400), torch.tensor(20)):
+            expected = wide(sample, timesteps, *labels).sample
+            assert distance(engine.predict(sample, timesteps, *labels), expected) < 1e-5
+            rounded = engine.predict(sample.to(dtype), timesteps, *labels)
+            assert rounded.dtype == dtype
+            assert distance(rounded.float(), expected) < 4 * torch.finfo(dtype).eps
 
     def test_classes(self) -> None:
         assert (

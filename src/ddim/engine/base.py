@@ -23,7 +23,7 @@ STATE_NAMES = frozenset({"training", "sample_size", "gradient_checkpointing"})
 
 UNET_ARGUMENTS = frozenset(inspect.signature(UNet2DModel.__init__).parameters) - {"self"}
 
-CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Engine(Protocol):
@@ -33,16 +33,20 @@ class Engine(Protocol):
     def name(self) -> str:
         """The name under which manifests record the engine."""
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype in which the engine computes, whatever that of the weights; `None` for the network's."""
+
     def predict(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         """Evaluate the network.
 
         Args:
-            sample: x_t, (N, C, H, W), in the network's dtype and on its device.
+            sample: x_t, (N, C, H, W), in `dtype` or the network's dtype, and on its device.
             timestep: t, in 0..T-1; one number, a tensor (), or one per sample (N,).
             class_labels: int64 (N,), or embeddings (N, D), for class-conditional networks.
 
         Returns:
-            The prediction, (N, C, H, W) in the default (contiguous) memory format.
+            The prediction, (N, C, H, W), in the sample's dtype and the default (contiguous) memory format.
         """
 
     def prepare(self, timesteps: Sequence[int], classes: Tensor | None = None) -> None:
@@ -79,6 +83,8 @@ class EagerEngine:
         >>> engine.predict(torch.ones(1, 1, 1, 1), 3).item()
         3.0
     """
+
+    dtype: torch.dtype | None = None
 
     def __init__(self, unet: Any) -> None:
         self.unet = unet
@@ -146,15 +152,13 @@ def unsupported_reason(unet: Any, device_type: str | None = None) -> str | None:
     if reason := _change_reason(unet, modules):
         return reason
     parameters = [p for module in modules.values() for p in module._parameters.values() if p is not None]
-    if (device_type or unet.device.type) != "cuda":
-        supported = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in parameters)
-        return None if supported else "its parameters are not all float32 on the CPU, or on one CUDA device"
     if any(p.dtype != unet.dtype for p in parameters):
         return "its parameters have several dtypes"
-    if unet.dtype not in CUDA_DTYPES:
+    if unet.dtype not in DTYPES:
         return f"its dtype is {unet.dtype}"
-    if any(p.device.type != "cuda" or p.device != unet.device for p in parameters):
-        return "its parameters are not all on one CUDA device"
+    kind = "cuda" if (device_type or unet.device.type) == "cuda" else "cpu"
+    if any(p.device.type != kind or p.device != unet.device for p in parameters):
+        return "its parameters are not all on the CPU, or on one CUDA device"
     return None
 
 

@@ -12,6 +12,7 @@
   are one product.
 - The projections of the time embedding are computed for all timesteps of a run before the first step (`prepare`).
 - Large batches pass through the network a few samples at a time.
+- Weights in bfloat16 or float16 are widened when they are arranged: everything is computed in float32, in its time.
 
 Feature maps are (N, H, W, C) float32, contiguous. What has no kernel (other activations, attention itself) runs on
 PyTorch's operators in the same layout.
@@ -19,12 +20,13 @@ PyTorch's operators in the same layout.
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -41,7 +43,7 @@ from ddim.kernels.norm import NormTerms
 from ddim.kernels.runtime import ensure_compiled
 from ddim.kernels.winograd.constants import POINTS
 from ddim.nn.layers import Attention, ResnetBlock2D, Upsample2D
-from ddim.unet import UNet2DModel, as_timesteps, check_embeddings
+from ddim.unet import UNet2DModel, as_timesteps, check_embeddings, embed_conditions
 
 FeatureMap = Tensor
 """(N, H, W, C) float32, contiguous."""
@@ -72,7 +74,7 @@ class CPUEngine:
     network alive. Threads may share it.
 
     Args:
-        unet: float32 on the CPU, one that `ddim.engine.base.unsupported_reason` supports.
+        unet: on the CPU, one that `ddim.engine.base.unsupported_reason` supports.
 
     Raises:
         ImportError: without llvmlite, or if kernels have to be compiled and numba is not installed.
@@ -84,19 +86,26 @@ class CPUEngine:
     """
 
     name = "CPUEngine"
+    dtype: torch.dtype | None = torch.float32
 
     def __init__(self, unet: UNet2DModel) -> None:
         ensure_compiled(norm_kernels.NORMALIZE, *winograd.KERNELS, direct.CONVOLVE)
         self._unet = weakref.ref(unet)
         buffers = PaddedBuffers()
         projections: list[nn.Linear] = []
+        embedders = (unet.time_proj, unet.time_embedding, unet.class_embedding)
+        self._embedders = SimpleNamespace(
+            **dict(zip(("time_proj", "time_embedding", "class_embedding"), map(_widened, embedders), strict=True)),
+            config=unet.config,
+        )
         self._conv_in = _Conv3x3(unet.conv_in, buffers)
         self._down_blocks = [_Block(block, buffers, projections) for block in unet.down_blocks]
         self._mid_block = None if unet.mid_block is None else _Block(unet.mid_block, buffers, projections)
         self._up_blocks = [_Block(block, buffers, projections) for block in unet.up_blocks]
         self._norm_out = _Norm(unet.conv_norm_out, "silu")
         self._conv_out = _Conv3x3(unet.conv_out, buffers)
-        self._projections = projections
+        # Each residual block's projection of the embedding: weights and bias.
+        self._projections = [(linear.weight.detach().float(), linear.bias.detach().float()) for linear in projections]
         self._act: Any = next(m for m in unet.modules() if isinstance(m, ResnetBlock2D)).nonlinearity
         self._prepared = PreparedEmbeddings({}, None)
 
@@ -118,10 +127,10 @@ class CPUEngine:
         if count * len(timesteps) > MAX_PREPARED_EMBEDDINGS:
             return
         labels = None if classes is None else classes.repeat(len(timesteps))
-        projected = self._project(unet.embed(torch.tensor(timesteps).repeat_interleave(count), labels))
+        projected = self._project(self._embed(torch.tensor(timesteps).repeat_interleave(count), labels))
         # Not read again before the next run.
-        for linear in self._projections:
-            drop_pages(linear.weight.detach())
+        for weight, _ in self._projections:
+            drop_pages(weight)
         by_timestep = {
             float(t): [rows[i * count : (i + 1) * count] for rows in projected] for i, t in enumerate(timesteps)
         }
@@ -132,18 +141,19 @@ class CPUEngine:
         """Evaluate the network; see `Engine.predict`.
 
         Args:
-            sample: x_t, (N, C, H, W) float32.
+            sample: x_t, (N, C, H, W), float32 or in the network's dtype.
             timestep: t, in 0..T-1; one number, a tensor (), or one per sample (N,).
             class_labels: int64 (N,), or embeddings (N, D), for class-conditional networks.
 
         Returns:
-            The prediction, (N, C, H, W), contiguous.
+            The prediction, (N, C, H, W), contiguous, in the sample's dtype.
 
         Raises:
             ValueError: as `UNet2DModel.forward`.
         """
         unet = self._get_network()
         unet.check_sample(sample)
+        dtype, sample = sample.dtype, sample.float()
         if unet.config.center_input_sample:
             sample = 2 * sample - 1
 
@@ -151,7 +161,7 @@ class CPUEngine:
         timesteps = as_timesteps(timestep, sample.device)
         embeddings = self._prepared.find(timesteps, class_labels) if timesteps.ndim == 0 else None
         if embeddings is None:
-            emb = unet.embed(timesteps, class_labels)
+            emb = self._embed(timesteps, class_labels)
             check_embeddings(emb, sample)
             embeddings = self._project(emb)
 
@@ -166,7 +176,7 @@ class CPUEngine:
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if unet.config.time_embedding_type == "fourier":
             output = output / timesteps.to(output.dtype).reshape(-1, 1, 1, 1)
-        return output
+        return output.to(dtype)
 
     def step_fn(self, latents: Tensor, steps: Sequence[Step], settings: StepSettings) -> StepFn | None:
         """Return `None`: steps are run from Python.
@@ -200,10 +210,21 @@ class CPUEngine:
             raise RuntimeError("the network that this engine was made from has been deleted")
         return unet
 
+    def _embed(self, timesteps: Tensor, class_labels: Tensor | None) -> Tensor:
+        """Embed timesteps () or (N,) and classes: (N, E)."""
+        return embed_conditions(self._embedders, timesteps, class_labels, torch.float32)
+
     def _project(self, emb: Tensor) -> list[Tensor]:
         """Project embeddings (N, E) for each residual block: (N, F)."""
         emb = self._act(emb)
-        return [F.linear(emb, linear.weight, linear.bias) for linear in self._projections]
+        return [F.linear(emb, weight, bias) for weight, bias in self._projections]
+
+
+def _widened(module: nn.Module | None) -> nn.Module | None:
+    """Return a module whose parameters are float32: itself, or a copy."""
+    if module is None or all(parameter.dtype == torch.float32 for parameter in module.parameters()):
+        return module
+    return copy.deepcopy(module).float()
 
 
 class PreparedEmbeddings(NamedTuple):
@@ -303,16 +324,16 @@ def pad_outputs(x: Tensor) -> Tensor:
     """Pad weights or a bias with zeros to whole panels of output channels.
 
     Args:
-        x: (K, ...).
+        x: (K, ...), of any floating dtype.
 
     Returns:
-        (K rounded up to a multiple of `OUTPUT_LANES`, ...), contiguous, without gradients.
+        (K rounded up to a multiple of `OUTPUT_LANES`, ...), float32, contiguous, without gradients.
 
     Example:
         >>> pad_outputs(torch.ones(1)).shape == (OUTPUT_LANES,)
         True
     """
-    x = x.detach()
+    x = x.detach().float()
     missing = -x.shape[0] % OUTPUT_LANES
     return F.pad(x, (0, 0) * (x.ndim - 1) + (0, missing)) if missing else x.contiguous()
 
@@ -420,7 +441,7 @@ class _Norm:
 
     def __init__(self, norm: nn.GroupNorm, act: str | nn.Module | None) -> None:
         self.groups, self.eps = norm.num_groups, norm.eps
-        self.weight, self.bias = norm.weight.detach()[None], norm.bias.detach()[None]
+        self.weight, self.bias = norm.weight.detach().float()[None], norm.bias.detach().float()[None]
         self.no_shift = torch.zeros_like(self.weight)
         self.silu = act == "silu" or isinstance(act, nn.SiLU)
         self.act = act if isinstance(act, nn.Module) and not self.silu else None

@@ -69,6 +69,7 @@ class CUDAEngine:
     """
 
     name = "CUDAEngine"
+    dtype: torch.dtype | None = None
 
     def __init__(self, unet: UNet2DModel) -> None:
         self.device = unet.device
