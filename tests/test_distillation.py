@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -15,7 +17,7 @@ import torch
 import yaml
 
 from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
-from ddim.distillation import Stage, distill, fit_lengths, plan_stages, student_scheduler
+from ddim.distillation import Stage, choose_count, distill, fit_lengths, plan_stages, student_scheduler
 from ddim.io.runs import checkpoint_step, list_checkpoints
 from digits import TINY_MODEL, write_digits
 from helpers import environment, messages, randn, seeded
@@ -195,7 +197,17 @@ def test_killed_run_equals_uninterrupted_run(teacher: str, images: str, tmp_path
         ({"teacher_steps": 2000}, "teacher_steps must be an integer from 1 to 1000, got 2000"),
         ({"model": "no/such/folder"}, "no/such/folder"),
         ({"settings": ["optim.lr=-1"]}, "training configuration, optim.lr: must be greater than 0, got -1"),
-        ({"overrides": {"epochs": 2}}, "epochs does not apply to a distillation; use max_steps"),
+        ({"overrides": {"epochs": 2}}, "epochs cannot be set: .* decide it; use max_steps"),
+        ({"settings": ["distill.teacher=mnist"]}, "distill.teacher cannot be set: the model and the arguments"),
+        ({"settings": ["distill.num_inference_steps=8"]}, "distill.num_inference_steps cannot be set"),
+        ({"settings": ["scheduler.timestep_spacing=leading"]}, "scheduler.timestep_spacing cannot be set"),
+        ({"settings": ["data.source=other"]}, "data.source cannot be set"),
+        ({"settings": ["model.sample_size=16"]}, "model.sample_size cannot be set"),
+        ({"settings": ["init=mnist"]}, "init cannot be set"),
+        ({"settings": ["scheduler.prediction_type=epsilon"]}, "prediction_type of a student must be"),
+        ({"count": 4}, "count is of the model's own samples, and data gives images; leave one of them out"),
+        ({"max_minutes": 1e-6, "overrides": {}}, "max_minutes is too short for 20 training steps of each student"),
+        ({"settings": ["data.column=nothing"]}, "nothing"),
         ({"max_minutes": 0}, "max_minutes must be"),
         ({"data": "no/such/images"}, "no/such/images"),
         ({"data": None, "count": 4, "overrides": {"batch_size": 8}}, "batch_size must be at most the number of images"),
@@ -208,6 +220,39 @@ def test_bad_input_is_refused_before_anything_is_written(
     with pytest.raises((ValueError, OSError), match=f"^.*{message}"):
         distill(**given | arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_paths_and_a_single_number_of_steps(teacher: str, images: str, tmp_path: Path) -> None:
+    (folder,) = distill(Path(teacher), tmp_path / "a", 2, Path(images), overrides=TINY, device="cpu")
+    assert distill(folder, tmp_path / "b", [1], Path(images), overrides=TINY, device="cpu") == [tmp_path / "b" / "1"]
+
+
+def test_lengths_of_students_that_others_learned_from_are_kept(
+    teacher: str, images: str, tmp_path: Path, students: list[Path]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(students[0].parent, out)
+    before = contents(out)
+    with pytest.raises(ValueError, match="max_steps must be 6 as before: students of fewer steps have learned from"):
+        distill(teacher, out, [4, 2], images, overrides=TINY | {"max_steps": 7}, device="cpu")
+    assert contents(out) == before
+
+
+def test_number_of_samples_fits_a_time(teacher: str) -> None:
+    pipe = DDIMPipeline.from_pretrained(teacher)
+    pipe.set_progress_bar_config(disable=True)
+    assert choose_count(pipe, torch.device("cpu"), 1.0, 1e-9) == 256
+    assert choose_count(pipe, torch.device("cpu"), 1.0, math.inf) == 4096
+
+
+def test_time_that_is_too_short_keeps_the_samples(teacher: str, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"overrides": {**TINY, "max_steps": None}, "device": "cpu"}
+    with pytest.raises(ValueError, match="max_minutes is too short"):
+        distill(teacher, tmp_path / "out", 4, count=8, max_minutes=1e-6, **arguments)
+    assert (tmp_path / "out" / "samples.npz").is_file()
+    with pytest.raises(ValueError, match=r"holds another distillation \(count: expected 8, got 9\)"):
+        distill(teacher, tmp_path / "out", 4, count=9, **arguments)
+    assert distill(teacher, tmp_path / "out", 4, overrides=TINY, device="cpu") == [tmp_path / "out" / "4"]
 
 
 def test_teacher_of_few_timesteps(tmp_path: Path) -> None:
@@ -268,6 +313,11 @@ class TestClasses:
         write_digits(tmp_path / "images" / "cow", 6)
         with pytest.raises(ValueError, match="must be from 0 to 2 or one of cat, dog, frog, got 'cow'"):
             distill(pets, tmp_path / "other", [2], str(tmp_path / "images"), overrides=TINY, device="cpu")
+
+    def test_images_without_labels_are_refused(self, pets: str, images: str, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"data has no labels, and .* has classes; give images with labels, or"):
+            distill(pets, tmp_path / "out", [2], images, overrides=TINY, device="cpu")
+        assert not (tmp_path / "out").exists()
 
     def test_guidance_requires_a_null_class(self, teacher: str, tmp_path: Path) -> None:
         without = save_model(tmp_path / "model", num_class_embeds=3)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +31,7 @@ import torch
 import yaml
 
 from ddim.bulk import sample_many
-from ddim.data.labels import AUTO
+from ddim.data.labels import AUTO, read_labels
 from ddim.data.sources import open_source
 from ddim.devices import choose_device
 from ddim.diffusion.distillation import check_student_steps
@@ -43,6 +44,7 @@ from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.training.config import TrainConfig, merge, merge_config, read_yaml, validate
 from ddim.training.costs import estimate_costs
+from ddim.training.distilling import check_student_prediction
 from ddim.training.machine import inspect_machine
 from ddim.training.plan import LR_WIDTH, MIN_BATCH_SIZE, PEAK_LR, TIME_SHARE, choose_batch_size, choose_precisions
 from ddim.training.run import check_batch_size, train
@@ -62,11 +64,22 @@ LATER_LR = 0.5
 """Learning rate of further students, relative to that of the first."""
 SAMPLE_COUNT, SAMPLE_STEPS, SAMPLE_BATCH = 4096, 20, 64
 """The model's own samples that are distilled on where no images are given: how many, and in how many steps."""
+SAMPLE_SHARE, MIN_SAMPLES, TIMED_SAMPLES = 0.2, 256, 8
+"""The part of a time limit that may go to them, where their number is not given; how many there are at least, and how
+many are timed."""
 GPU_BATCH_PIXELS, GPU_BATCH_SIZE, GPU_SAMPLE_BATCH = 2**20, 512, 512
 CPU_BATCH_SIZE, CPU_REPEATS = 16, 4
 """On a CPU: images of a batch, of which more would take fewer steps in the same time, and steps for each batch."""
 BACKWARD = 3
 """A training step of the student costs as much as so many evaluations of the teacher."""
+MIN_LENGTH = 20
+"""Training steps per student, at least, where a time limit decides them: fewer teach nothing."""
+DECIDED = ("init", "process", "epochs", "model", "scheduler", "data.source", "data.class_names")
+"""Entries of the training configuration, and sections, that a distillation decides itself."""
+DECIDED_OF_TEACHER = ("teacher", "num_inference_steps", "substeps", "guidance_scale", "teacher_sha256")
+"""Those of its section `distill`."""
+OPEN = ("model.dropout", "scheduler.prediction_type")
+"""Entries of such sections that may be set."""
 
 
 @dataclass(frozen=True)
@@ -165,12 +178,12 @@ def student_scheduler(num_inference_steps: int, num_train_timesteps: int) -> dic
 
 
 def distill(
-    model: str,
-    out: str | Path,
-    steps: Sequence[int] = (4,),
-    data: str | None = None,
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    steps: int | Sequence[int] = (4,),
+    data: str | os.PathLike[str] | None = None,
     *,
-    count: int = SAMPLE_COUNT,
+    count: int | None = None,
     teacher_steps: int | None = None,
     guidance_scale: float = 1.0,
     direct: bool = False,
@@ -184,18 +197,21 @@ def distill(
     Args:
         model: the teacher of the first student: a built-in model, a folder, a run, or a hub id.
         out: folder for the students; empty, missing, or that of the same call, which resumes.
-        steps: numbers of steps, decreasing; each divides the one before.
+        steps: numbers of steps, decreasing; each divides the one before. One number for a single student.
         data: images of the kind that the model generates, as `ddim train` takes them; `None` for its own samples.
-        count: number of the model's own samples, where no images are given.
+        count: number of the model's own samples, where no images are given; defaults to 4,096, and with `max_minutes`
+            to as many as a fifth of the time allows.
         teacher_steps: steps of the model that the first student learns from; see `plan_stages`.
         guidance_scale: of the model, which must have classes and a null class. The first student learns the guided
             steps, and its samples are guided without any guidance of their own.
         direct: every student learns from the model itself, instead of from the student before it. A training step then
             takes `teacher_steps` / S evaluations of the model, and no errors of earlier students are learned.
-        settings: `key=value` entries of the training configuration, which replace what is chosen here.
+        settings: `key=value` entries of the training configuration, which replace what is chosen here. What this call
+            or the model decides is no setting: the network, the schedule, the teacher and its steps, the data.
         overrides: the same by dotted key.
-        max_minutes: stop after this time; the same call resumes. Where no `max_steps` is set, the first call also
-            chooses the lengths of the runs so that all fit into it.
+        max_minutes: stop after this time, or once the model's own samples are there; the same call resumes. Where no
+            `max_steps` is set, the call that starts to train also chooses the lengths of the runs so that all fit into
+            the time that is left.
         device: device to train on.
 
     Returns:
@@ -204,12 +220,15 @@ def distill(
     Raises:
         FileNotFoundError: if the model or the data does not exist.
         FileExistsError: if `out` holds something else.
-        ValueError: if the steps do not fit each other or the model, an entry is wrong, or `out` holds the distillation
-            of another model or to other steps.
+        ValueError: if the steps do not fit each other or the model, an entry is wrong or no setting, the images lack
+            the model's classes, the time is too short, or `out` holds the distillation of another model or to other
+            steps, or students of another length that others have learned from.
         TrainingStopped: on a signal, or a non-finite loss or gradient.
     """
     # Check everything before anything is written.
-    out, target = Path(out), choose_device(device)
+    model, out, target = os.fspath(model), Path(out), choose_device(device)
+    data = None if data is None else os.fspath(data)
+    steps = [steps] if isinstance(steps, int) else steps
     deadline = math.inf
     if max_minutes is not None:
         deadline = time.monotonic() + 60 * real("max_minutes", max_minutes, above=0)
@@ -221,51 +240,90 @@ def distill(
     check_teacher(pipe, model)
     guidance_scale = check_guidance(pipe, model, guidance_scale)
     stages = plan_stages(steps, pipe.scheduler, teacher_steps, direct)
-    count = integer("count", count, 1)
-    given = merge_config(None, None, settings, overrides)
-    if given.get("epochs") is not None:
-        raise ValueError("epochs does not apply to a distillation; use max_steps")
-    identity = {
+    if data is not None and count is not None:
+        raise ValueError("count is of the model's own samples, and data gives images; leave one of them out")
+    if count is not None:
+        count = integer("count", count, 1)
+    given = check_settings(merge_config(None, None, settings, overrides))
+    identity: dict[str, Any] = {
         "model_sha256": model_sha256(pipe),
         "steps": [stage.num_inference_steps for stage in stages],
         "substeps": [stage.substeps for stage in stages],
         "direct": direct,
         "data": data,
     }
+    if count is not None:
+        identity["count"] = count
     if pipe.classes is not None:
         identity["guidance_scale"] = guidance_scale
     record = _read_record(out / RECORD, identity)
     if record is None:
-        record = {"model": model, **identity, "settings": choose_settings(pipe, target, count)}
+        if data is None and count is None:
+            seconds = SAMPLE_SHARE * (deadline - time.monotonic())
+            identity["count"] = choose_count(pipe, target, guidance_scale, seconds)
+        chosen_settings = choose_settings(pipe, target, identity.get("count", SAMPLE_COUNT))
+        record = {"model": model, **identity, "settings": chosen_settings}
     # What is wrong with an entry or the images is reported before samples are generated.
     config = _stage_config(pipe, stages[0], model, model, data or SAMPLES, record["settings"], given)
+    check_student_prediction(config.scheduler["prediction_type"])
     if data is None:
-        check_batch_size(config, count)
+        check_batch_size(config, record["count"])
     else:
-        open_source(config.data.source, config.data.split, config.data.column)
+        check_images(config, pipe, model)
+    is_new = not out.exists()
     _write_record(out / RECORD, record)
+    try:
+        configs = _plan_runs(pipe, model, out, stages, record, given, target, deadline)
+        return _run_stages(out, stages, configs, target, deadline)
+    except (ValueError, OSError):
+        # Nothing but the record: another call may be another distillation.
+        if [path.name for path in out.iterdir()] == [RECORD]:
+            (out / RECORD).unlink()
+            if is_new:
+                out.rmdir()
+        raise
 
-    source = data if data is not None else str(generate_samples(pipe, out, count, target, guidance_scale))
+
+def _plan_runs(
+    pipe: DDIMPipeline,
+    model: str,
+    out: Path,
+    stages: Sequence[Stage],
+    record: dict[str, Any],
+    given: Mapping[str, Any],
+    device: torch.device,
+    deadline: float,
+) -> list[TrainConfig]:
+    """Generate the model's own samples where they are missing, choose the lengths of the runs; return all of them."""
+    settings, scale = record["settings"], record.get("guidance_scale", 1.0)
+    source = record["data"] or str(generate_samples(pipe, out, record["count"], device, scale))
     if "lengths" not in record:
         record["lengths"] = [FIRST_LENGTH, *[LATER_LENGTH] * (len(stages) - 1)]
         if deadline < math.inf and "max_steps" not in given:
-            config = _stage_config(pipe, stages[0], model, model, source, record["settings"], given)
-            seconds_per_step = estimate_costs(config, target).seconds_per_step
-            record["lengths"] = fit_lengths(
-                stages, seconds_per_step, deadline - time.monotonic(), config.distill.repeats
-            )
+            config = _stage_config(pipe, stages[0], model, model, source, settings, given)
+            seconds_per_step = estimate_costs(config, device).seconds_per_step
+            seconds = deadline - time.monotonic()
+            record["lengths"] = fit_lengths(stages, seconds_per_step, seconds, config.distill.repeats)
+            if min(record["lengths"]) < MIN_LENGTH:
+                raise ValueError(
+                    f"max_minutes is too short for {MIN_LENGTH} training steps of each student, of which those of the "
+                    f"first take {seconds_per_step:.2g} s each; the same call with more time, or with max_steps, goes "
+                    "on from here"
+                )
         _write_record(out / RECORD, record)
 
     previous, configs = model, []
     for index, (stage, length) in enumerate(zip(stages, record["lengths"], strict=True)):
-        chosen = merge(record["settings"], stage_settings(pipe, index, length))
-        if index == 0 or direct:
+        chosen = merge(settings, stage_settings(pipe, index, length))
+        if index == 0 or record["direct"]:
             order = 1 if pipe.scheduler.distilled_steps else TEACHER_ORDER
-            chosen = merge(chosen, {"distill": {"guidance_scale": guidance_scale, "order": order}})
-        teacher = model if direct else previous
+            chosen = merge(chosen, {"distill": {"guidance_scale": scale, "order": order}})
+        teacher = model if record["direct"] else previous
         configs.append(_stage_config(pipe, stage, teacher, previous, source, chosen, given))
         previous = str(out / RUNS / stage.name / FINAL)
-    return _run_stages(out, stages, configs, target, deadline)
+    if not record["direct"]:
+        check_lengths(out, stages, configs)
+    return configs
 
 
 def _run_stages(
@@ -294,6 +352,78 @@ def _run_stages(
                 bar.n = sum(lengths[: index + 1])
             done.append(result)
     return done
+
+
+def check_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Check that settings leave alone what a distillation decides itself.
+
+    Args:
+        given: entries of the training configuration, nested.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: naming an entry that is no setting.
+
+    Example:
+        >>> check_settings({"optim": {"lr": 1e-3}})
+        {'optim': {'lr': 0.001}}
+        >>> check_settings({"init": "mnist"})
+        Traceback (most recent call last):
+        ValueError: init cannot be set: the model and the arguments of a distillation decide it
+    """
+    decided = {*DECIDED, *(f"distill.{name}" for name in DECIDED_OF_TEACHER)}
+    for section, value in given.items():
+        names = [f"{section}.{name}" for name in value] if isinstance(value, dict) else [section]
+        for name in names:
+            if value is not None and name not in OPEN and (name in decided or section in decided):
+                hint = "; use max_steps" if name == "epochs" else ""
+                raise ValueError(f"{name} cannot be set: the model and the arguments of a distillation decide it{hint}")
+    return given
+
+
+def check_images(config: TrainConfig, pipe: DDIMPipeline, model: str) -> None:
+    """Check that images can be found, and have the classes of the model.
+
+    Args:
+        config: of the first student's run.
+        pipe: the model.
+        model: its name, for messages.
+
+    Raises:
+        FileNotFoundError: if there are no images.
+        ValueError: if they have no classes, or others, or cannot be read.
+    """
+    data = config.data
+    source = open_source(data.source, data.split, data.column)
+    if pipe.classes is not None:
+        if data.labels == AUTO and not source.label_columns():
+            raise ValueError(
+                f"data has no labels, and {model} has classes; give images with labels, or none, for the model's own "
+                "samples"
+            )
+        read_labels(source, data.labels, class_names=data.class_names)
+
+
+def check_lengths(out: Path, stages: Sequence[Stage], configs: Sequence[TrainConfig]) -> None:
+    """Check that no student changes from which another one has learned.
+
+    Args:
+        out: the folder.
+        stages: the students, each of which learns from the one before.
+        configs: of their runs.
+
+    Raises:
+        ValueError: naming the lengths that a student has and should have.
+    """
+    for index, (stage, config) in enumerate(zip(stages, configs, strict=True)):
+        trained = _trained_steps(out / RUNS / stage.name)
+        if trained != config.max_steps and any((out / RUNS / later.name).exists() for later in stages[index + 1 :]):
+            raise ValueError(
+                f"max_steps must be {trained} as before: students of fewer steps have learned from that of "
+                f"{pluralize(stage.num_inference_steps, 'step')}; got {config.max_steps}; use another folder"
+            )
 
 
 def check_teacher(pipe: DDIMPipeline, model: str) -> None:
@@ -420,6 +550,41 @@ def fit_lengths(stages: Sequence[Stage], seconds_per_step: float, seconds: float
     return [max(1, int(TIME_SHARE * share * seconds / cost)) for share, cost in zip(shares, costs, strict=True)]
 
 
+def choose_count(pipe: DDIMPipeline, device: torch.device, guidance_scale: float, seconds: float) -> int:
+    """Choose how many samples of the model are made, from the time that a few take.
+
+    Args:
+        pipe: the model.
+        device: where they are made.
+        guidance_scale: of a model with classes.
+        seconds: the time for all of them; infinity for no limit.
+
+    Returns:
+        The number: a multiple of `MIN_SAMPLES`, at most `SAMPLE_COUNT`.
+
+    Example:
+        >>> choose_count(DDIMPipeline.from_pretrained("mnist"), torch.device("cpu"), 1.0, math.inf)
+        4096
+    """
+    if seconds == math.inf:
+        return SAMPLE_COUNT
+    settings = _sampling_settings(pipe.to(device), TIMED_SAMPLES, guidance_scale)
+    started = time.monotonic()
+    pipe.sample_images(TIMED_SAMPLES, output_type="np", **settings)
+    affordable = seconds * TIMED_SAMPLES / (time.monotonic() - started)
+    return min(SAMPLE_COUNT, max(1, int(affordable) // MIN_SAMPLES) * MIN_SAMPLES)
+
+
+def _sampling_settings(pipe: DDIMPipeline, count: int, guidance_scale: float) -> dict[str, Any]:
+    """Return the settings of the model's own samples, of all classes alike."""
+    own_steps = pipe.scheduler.distilled_steps
+    settings = {"num_inference_steps": own_steps or SAMPLE_STEPS, "order": 1 if own_steps else 2}
+    if pipe.classes is None:
+        return settings
+    labels = [index % pipe.classes.count for index in range(count)]
+    return {**settings, "class_labels": labels, "guidance_scale": guidance_scale}
+
+
 def generate_samples(
     pipe: DDIMPipeline, out: Path, count: int, device: torch.device, guidance_scale: float = 1.0
 ) -> Path:
@@ -435,23 +600,10 @@ def generate_samples(
     Returns:
         The file.
     """
-    condition: dict[str, Any] = {}
-    if pipe.classes is not None:
-        labels = [index % pipe.classes.count for index in range(count)]
-        condition = {"class_labels": labels, "guidance_scale": guidance_scale}
     path = out / SAMPLES
-    own_steps = pipe.scheduler.distilled_steps
-    order = 1 if own_steps else 2
     batch_size = SAMPLE_BATCH if device.type == "cpu" else GPU_SAMPLE_BATCH
-    sample_many(
-        pipe.to(device),
-        path,
-        count,
-        batch_size=batch_size,
-        num_inference_steps=own_steps or SAMPLE_STEPS,
-        order=order,
-        **condition,
-    )
+    settings = _sampling_settings(pipe, count, guidance_scale)
+    sample_many(pipe.to(device), path, count, batch_size=batch_size, **settings)
     return path
 
 

@@ -36,8 +36,11 @@ def distill(
         ),
     ] = None,
     count: Annotated[
-        int, typer.Option("--count", "-n", help="Number of the model's own samples, where no --data is given.")
-    ] = 4096,
+        int | None,
+        typer.Option(
+            "--count", "-n", help="Number of the model's own samples, where no --data is given; defaults to 4096."
+        ),
+    ] = None,
     teacher_steps: Annotated[
         int | None,
         typer.Option(
@@ -60,7 +63,7 @@ def distill(
         list[str] | None, typer.Option("--set", help="One setting, such as optim.lr=2e-4; can be repeated.")
     ] = None,
     max_steps: Annotated[
-        int | None, typer.Option(help="Training steps per student; defaults to 2000, and 1000 for further ones.")
+        int | None, typer.Option(help="Training steps per student; defaults to 8000, and 4000 for further ones.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per training step.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 of the networks' operations.")] = None,

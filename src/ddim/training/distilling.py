@@ -101,11 +101,7 @@ class DistillationObjective(DenoisingObjective):
             raise ValueError("the student must have the noise schedule of its teacher, got another one")
         self._prediction_type, self._weighting = scheduler.config.prediction_type, config.weighting
         self._alphas = scheduler.alphas_cumprod
-        if self._prediction_type == "epsilon":
-            raise ValueError(
-                "prediction_type of a student must be v_prediction or sample, got epsilon, which says nothing about "
-                "x_0 where there is only noise"
-            )
+        check_student_prediction(self._prediction_type)
         # Kept, because engines do not keep their network alive.
         self.teacher, self.device, self._precision = teacher, teacher.device, precision
         steps = teacher_steps(given, S, config.substeps)
@@ -199,6 +195,25 @@ class DistillationObjective(DenoisingObjective):
                 self._records = False
                 return None
         return self._recorded if self._recorded.shape == like[0].shape else None
+
+
+def check_student_prediction(prediction_type: str) -> None:
+    """Check what a student predicts.
+
+    Args:
+        prediction_type: of its scheduler.
+
+    Raises:
+        ValueError: if it is `epsilon`.
+
+    Example:
+        >>> check_student_prediction("sample")
+    """
+    if prediction_type == "epsilon":
+        raise ValueError(
+            "prediction_type of a student must be v_prediction or sample, got epsilon, which says nothing about x_0 "
+            "where there is only noise"
+        )
 
 
 def teacher_steps(scheduler: DDIMScheduler, num_inference_steps: int, substeps: int) -> list[Step]:
