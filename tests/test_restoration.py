@@ -200,6 +200,20 @@ def test_invalid_arguments_raise(pipe: DDIMPipeline, images: Tensor, arguments: 
         ([1.0], BoxDownsample((1, 8, 8), 2), TypeError, "measurement must be a floating tensor"),
         (torch.zeros(1, 1, 8, 8), "blur", TypeError, "operator must be a function of images, got str"),
         (torch.zeros(1, 1, 8, 8), Mask((1, 8, 8), torch.ones(3, 1, 8, 8).bool()), ValueError, "mask: expected one, or"),
+        (torch.zeros(2, 3), lambda x: x.mean((1, 2, 3)), ValueError, r"expected shape \(N,\), got \(2, 3\)"),
+        (torch.zeros(2, 1), lambda x: (x > 0).float(), ValueError, "operator must be differentiable: what it returns"),
+        (
+            torch.zeros(2, 1),
+            lambda x: x.mean(),
+            ValueError,
+            r"operator must return a tensor \(N, ...\).*got shape \(\)",
+        ),
+        (
+            torch.zeros(2, 1),
+            lambda x: 3,
+            ValueError,
+            r"operator must return a tensor \(N, ...\).*got int for one image",
+        ),
     ],
 )
 def test_invalid_measurements_raise(
@@ -207,6 +221,24 @@ def test_invalid_measurements_raise(
 ) -> None:
     with pytest.raises(error, match=message):
         pipe.restore(measurement, operator)
+
+
+@pytest.mark.parametrize("method", ["pigdm", "mmps", "dps"])
+def test_measurements_of_a_number_per_image(pipe: DDIMPipeline, method: str) -> None:
+    result = pipe.restore(torch.zeros(2), lambda x: x.mean((1, 2, 3)), 0.1, method, 2, output_type="pt", seeds=[0, 1])
+    assert torch.as_tensor(result.images).shape == (2, 1, 8, 8)
+
+
+def test_arguments_of_other_calls_are_refused(pipe: DDIMPipeline, images: Tensor) -> None:
+    with pytest.raises(TypeError, match="generator is not an argument of this method; use seeds"):
+        pipe.inpaint(images, torch.eye(8).bool(), generator=torch.Generator())  # type: ignore[call-arg]
+
+
+def test_hints_are_of_arguments_that_there_are(pipe: DDIMPipeline) -> None:
+    with pytest.raises(ValueError, match=r"^images\[0\] must be 4x4 L, got 5x4 L$"):
+        pipe.super_resolve(Image.new("L", (5, 4)), 2)
+    with pytest.raises(ValueError, match=r"^masks\[0\] must be 8x8 L, got 5x4 L; resize=True"):
+        read_masks(Image.new("L", (5, 4)), 1, (8, 8))
 
 
 @pytest.mark.parametrize(

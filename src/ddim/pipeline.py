@@ -470,13 +470,16 @@ class DDIMPipeline(ImagePipeline, LatentSpace, Restoration):
         Raises:
             ValueError: for a class that does not exist, labels or guidance that the model does not take, or a guide
                 that does not fit it.
-            TypeError: for an argument of a wrong type.
+            TypeError: for an argument of a wrong type, or another one.
 
         Example:
             >>> DDIMPipeline.from_pretrained("mnist").conditions(4, class_labels=3)
             Traceback (most recent call last):
             ValueError: class_labels and negative_labels must be None: the model has no classes
         """
+        if unknown := sorted(condition.keys() - Condition.__annotations__.keys()):
+            hint = "; use seeds" if "generator" in unknown else ""
+            raise TypeError(f"{unknown[0]} is not an argument of this method{hint}")
         given: dict[str, Any] = dict(condition)
         guide = given.pop("guide", None)
         if isinstance(guide, str | os.PathLike):

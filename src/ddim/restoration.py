@@ -264,7 +264,7 @@ class Restoration(SamplerMethods):
         sampler = self.sampler
         operator = KERNELS[choice("kernel", kernel, tuple(KERNELS))](sampler.sample_shape, factor)
         channels, height, width = operator.measurement_shape
-        y = to_samples(images, channels, height, width, pixel_format=sampler.pixel_format)
+        y = to_samples(images, channels, height, width, None, pixel_format=sampler.pixel_format)
         y = y.to(sampler.device)
         return self.restore(y, operator, noise_std, method, num_inference_steps, output_type, **arguments)
 
@@ -292,15 +292,26 @@ def _check_measurement(measurement: Tensor, operator: Operator, sampler: Sampler
             )
         expected = operator.measurement_shape
     else:
-        blank = torch.zeros(1, *sampler.sample_shape, device=sampler.device, dtype=sampler.sample_dtype)
-        expected = tuple(operator(blank).shape[1:])
+        expected = _measure_blank(operator, sampler)
     if tuple(measurement.shape[1:]) != expected or not len(measurement):
-        raise ValueError(
-            f"measurement: expected shape (N, {', '.join(map(str, expected))}), got {tuple(measurement.shape)}"
-        )
+        shape = ", ".join(["N", *map(str, expected)]) if expected else "N,"
+        raise ValueError(f"measurement: expected shape ({shape}), got {tuple(measurement.shape)}")
     if not bool(torch.isfinite(measurement).all()):
         raise ValueError("measurement must be finite, got NaN or infinity")
     return measurement.to(sampler.device, sampler.sample_dtype)
+
+
+def _measure_blank(operator: Operator, sampler: Sampler) -> tuple[int, ...]:
+    """Return the shape of a function's measurement of one image, after checking what it returns for a blank one."""
+    blank = torch.zeros(1, *sampler.sample_shape, device=sampler.device, dtype=sampler.sample_dtype)
+    with torch.enable_grad():
+        measured = operator(blank.requires_grad_())
+    if not isinstance(measured, Tensor) or not measured.ndim or len(measured) != 1:
+        got = f"shape {tuple(measured.shape)}" if isinstance(measured, Tensor) else type(measured).__name__
+        raise ValueError(f"operator must return a tensor (N, ...) for images (N, C, H, W), got {got} for one image")
+    if not measured.requires_grad:
+        raise ValueError("operator must be differentiable: what it returns has no gradient with respect to the images")
+    return tuple(measured.shape[1:])
 
 
 def _repeat(problem: Problem, samples: int) -> Problem:
@@ -359,7 +370,7 @@ def read_masks(masks: Any, count: int, size: tuple[int, int], resize: bool = Fal
     if isinstance(masks, Image.Image):
         masks = [masks]
     if isinstance(masks, list | tuple) and all(isinstance(mask, Image.Image) for mask in masks):
-        masks = to_samples([mask.convert("L") for mask in masks], 1, *size, resize)[:, 0] > 0
+        masks = to_samples([mask.convert("L") for mask in masks], 1, *size, resize, "masks")[:, 0] > 0
     missing = torch.as_tensor(masks)
     if missing.dtype != torch.bool:
         raise TypeError(f"masks must be boolean or PIL images, got {missing.dtype}")

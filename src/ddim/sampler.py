@@ -150,9 +150,12 @@ class Sampler:
         if timesteps is None:
             timesteps = scheduler.make_timesteps(config.num_inference_steps, order=order)
         distilled = scheduler.distilled_steps
-        if distilled is not None and list(timesteps) != scheduler.make_timesteps(distilled):
+        if distilled is not None and (
+            list(timesteps) != scheduler.make_timesteps(distilled) or order != 1 or config.eta
+        ):
             logger.warning(
-                "this model was distilled to %s at its own timesteps; at others its images are worse",
+                "this model was distilled to %s of order 1 and eta 0 at its own timesteps; at others its images are "
+                "worse",
                 pluralize(distilled, "step"),
             )
         steps = scheduler.make_steps(timesteps, config.eta, config.use_sigma_hat, order)

@@ -71,7 +71,12 @@ BY_COMMAND: dict[str, dict[str, str]] = {
     },
     "inpaint": {"masks": "--mask", "samples": "--count", "resampling": "--resampling"},
     "super-resolve": {"samples": "--count", "resampling": "--resampling"},
-    "restore": {"samples": "--count", "resampling": "--resampling", "operator": "--operator"},
+    "restore": {
+        "samples": "--count",
+        "resampling": "--resampling",
+        "operator": "--operator",
+        "factor": "the factor of --operator",
+    },
     "interpolate": {"count": "the number of points"},
     "tune": {"model": "MODEL", "num_latents": "--codes", "codes": "--codes"},
     "evaluate": {"num_images": "--count", "num_samples": "--count", "samples": "SAMPLES"},

@@ -346,8 +346,12 @@ def parse_box(text: str, size: tuple[int, int]) -> Tensor:
     if len(numbers) != 4:
         raise ValueError(f"--box must be X,Y,WIDTH,HEIGHT, such as 7,7,14,14, got {shown(text)}")
     x, y, width, height = numbers
-    if min(x, y) < 0 or min(width, height) < 1 or x + width > W or y + height > H:
+    if min(width, height) < 1:
+        raise ValueError(f"--box must have a width and a height of at least 1, got {shown(text)}")
+    if min(x, y) < 0 or x + width > W or y + height > H:
         raise ValueError(f"--box must lie within the model's {W} x {H} pixels, got {shown(text)}")
+    if (width, height) == (W, H):
+        raise ValueError(f"--box must leave some of the model's {W} x {H} pixels, got {shown(text)}")
     missing = torch.zeros(size, dtype=torch.bool)
     missing[y : y + height, x : x + width] = True
     return missing
@@ -404,7 +408,9 @@ def make_operator(pipe: DDIMPipeline, name: str, number: float | None) -> Linear
 def _as_image(image: Image.Image | np.ndarray) -> Image.Image:
     from PIL import Image as Images
 
-    return image if isinstance(image, Images.Image) else Images.fromarray(image)
+    if isinstance(image, Images.Image):
+        return image
+    return Images.fromarray(image.astype("uint8") * 255 if image.dtype == bool else image)
 
 
 def _fill(pipe: DDIMPipeline, small: Sequence[Image.Image | np.ndarray], factor: int) -> list[Image.Image]:

@@ -404,7 +404,7 @@ class Grayscale(LinearOperator):
         super().__init__(shape)
         C, H, W = self.shape
         if C != 3:
-            raise ValueError(f"shape must be (3, H, W) of color images, got {self.shape}")
+            raise ValueError(f"a gray measurement requires color images, of shape (3, H, W), got {self.shape}")
         _, s, vh = torch.linalg.svd(torch.tensor([LUMA], dtype=torch.float64), full_matrices=True)
         # The sign of a singular vector is free.
         self._basis = vh * vh[0].sum().sign()

@@ -449,7 +449,7 @@ def conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, iterat
     """
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).flatten(1).sum(1).view(-1, *[1] * (a.ndim - 1))
+        return (a * b).reshape(len(a), -1).sum(1).view(-1, *[1] * (a.ndim - 1))
 
     solution, residual, direction = torch.zeros_like(right), right, right
     square = dot(residual, residual)
@@ -496,7 +496,7 @@ class DPS(Method):
         with torch.enable_grad():
             sample = x.detach().requires_grad_()
             x0, epsilon = predict(sample)
-            residual = (problem.measurement - problem.operator(x0)).flatten(1)
+            residual = (problem.measurement - problem.operator(x0)).reshape(len(x), -1)
             (gradient,) = torch.autograd.grad(residual.norm(dim=1).sum(), sample)
         x0 = x0.detach()
         return _update(step, x0, epsilon.detach(), noise) - self.scale * gradient, x0

@@ -115,7 +115,7 @@ def to_samples(
     channels: int,
     height: int,
     width: int,
-    resize: bool = False,
+    resize: bool | None = False,
     name: str = "images",
     pixel_format: PixelFormat = EIGHT_BIT,
 ) -> Tensor:
@@ -128,7 +128,7 @@ def to_samples(
         height: H that it requires, in pixels.
         width: W that it requires, in pixels.
         resize: crop, scale and convert listed images of other sizes and modes, as `fit_image` and `fit_array` do;
-            otherwise they are refused.
+            otherwise they are refused, and the message recommends it, unless this is `None`.
         name: the argument's name in messages.
         pixel_format: of the model. Where it is not that of 8-bit images, images and arrays hold values of its type, in
             the data's units; values beyond the range are clipped, with a warning.
@@ -516,7 +516,7 @@ def _to_pixels(
     channels: int,
     height: int,
     width: int,
-    resize: bool,
+    resize: bool | None,
     name: str,
     pixel_format: PixelFormat,
 ) -> np.ndarray:
@@ -528,18 +528,14 @@ def _to_pixels(
             raise ValueError(f"{name} must be an array of {channels} channels, got an image of mode {image.mode}")
         values = as_array(image, pixel_format.dtype, name)
         if not resize and values.shape[:2] != (height, width):
-            raise ValueError(
-                f"{name} must be {width}x{height}, got {values.shape[1]}x{values.shape[0]}; resize=True crops the "
-                "center and scales it"
-            )
+            hint = "" if resize is None else "; resize=True crops the center and scales it"
+            raise ValueError(f"{name} must be {width}x{height}, got {values.shape[1]}x{values.shape[0]}{hint}")
         return fit_array(values, height, width, channels, name=name)
     mode = MODES[channels]
     if not resize and (image.size != (width, height) or image.mode != mode):
         blended = ", with white behind transparent pixels" if channels in (1, 3) else ""
-        raise ValueError(
-            f"{name} must be {width}x{height} {mode}, got {image.width}x{image.height} {image.mode}; resize=True crops "
-            f"the center, scales it and converts it{blended}"
-        )
+        hint = "" if resize is None else f"; resize=True crops the center, scales it and converts it{blended}"
+        raise ValueError(f"{name} must be {width}x{height} {mode}, got {image.width}x{image.height} {image.mode}{hint}")
     setattr(image, "filename", name)  # noqa: B010 - messages name images by it
     return np.atleast_3d(np.asarray(fit_image(image, height, width, channels)))
 
