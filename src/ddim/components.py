@@ -188,7 +188,7 @@ class ComponentPipeline(ConfigMixin, hub.PushToHub):
         if device is None and torch.accelerator.is_available():
             device = torch.accelerator.current_accelerator()
         if device is None:
-            raise RuntimeError("enable_model_cpu_offload requires an accelerator, and this machine has none")
+            raise RuntimeError("offloading requires an accelerator, and this machine has none")
         chosen = torch.device(device)
         if gpu_id is not None and chosen.index is not None:
             raise ValueError(f"device must have no index where gpu_id is given, got {chosen} and gpu_id={gpu_id}")

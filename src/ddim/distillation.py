@@ -207,7 +207,7 @@ def distill(
         direct: every student learns from the model itself, instead of from the student before it. A training step then
             takes `teacher_steps` / S evaluations of the model, and no errors of earlier students are learned.
         settings: `key=value` entries of the training configuration, which replace what is chosen here. What this call
-            or the model decides is no setting: the network, the schedule, the teacher and its steps, the data.
+            or the model decides cannot be set: the network, the schedule, the teacher and its steps, the data.
         overrides: the same by dotted key.
         max_minutes: stop after this time, or once the model's own samples are there; the same call resumes. Where no
             `max_steps` is set, the call that starts to train also chooses the lengths of the runs so that all fit into
@@ -220,7 +220,7 @@ def distill(
     Raises:
         FileNotFoundError: if the model or the data does not exist.
         FileExistsError: if `out` holds something else.
-        ValueError: if the steps do not fit each other or the model, an entry is wrong or no setting, the images lack
+        ValueError: if the steps do not fit each other or the model, an entry is wrong or cannot be set, the images lack
             the model's classes, the time is too short, or `out` holds the distillation of another model or to other
             steps, or students of another length that others have learned from.
         TrainingStopped: on a signal, or a non-finite loss or gradient.
@@ -364,7 +364,7 @@ def check_settings(given: dict[str, Any]) -> dict[str, Any]:
         The same.
 
     Raises:
-        ValueError: naming an entry that is no setting.
+        ValueError: naming an entry that cannot be set.
 
     Example:
         >>> check_settings({"optim": {"lr": 1e-3}})
@@ -392,7 +392,7 @@ def check_images(config: TrainConfig, pipe: DDIMPipeline, model: str) -> None:
         model: its name, for messages.
 
     Raises:
-        FileNotFoundError: if there are no images.
+        FileNotFoundError: if the images do not exist.
         ValueError: if they have no classes, or others, or cannot be read.
     """
     data = config.data
@@ -660,7 +660,7 @@ def _read_record(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | No
 def _write_record(path: Path, record: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
-        temporary.write_text(yaml.safe_dump(dict(record), sort_keys=False))
+        temporary.write_text(yaml.safe_dump(dict(record), allow_unicode=True, sort_keys=False), encoding="utf-8")
 
 
 def _trained_steps(run: Path) -> int:

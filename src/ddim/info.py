@@ -30,8 +30,8 @@ def describe(model: str | Path) -> dict[str, Any]:
     Returns:
         `model`, `found` (the folder), `layout` (`diffusers` or `flat`), `weights` (the file), `parameters`,
         `gflop_per_image_and_step` (one function evaluation on one image; a multiplication and an addition count as
-        two), `images` (their channels, type of values, and for other than 8 bits the ranges), `unet` and `scheduler`
-        (their configurations).
+        two), `images` (their channels, type of values, and for other than 8 bits the ranges), `distilled_steps` (the
+        steps of a student, of other models left out), `unet` and `scheduler` (their configurations).
 
     Raises:
         FileNotFoundError: if the model does not exist, or files are missing in it.
@@ -45,6 +45,7 @@ def describe(model: str | Path) -> dict[str, Any]:
     folder = hub.find_model(name, variant=variant)
     pipe = open_pipeline(folder, variant=variant)
     weights_folder = component_folder(folder, "unet", pipe.unet.config_name)
+    steps = getattr(pipe.scheduler, "distilled_steps", None)
     return {
         "model": str(model),
         "found": str(folder),
@@ -53,6 +54,7 @@ def describe(model: str | Path) -> dict[str, Any]:
         "parameters": pipe.unet.num_parameters(),
         "gflop_per_image_and_step": round(count_flop(pipe.unet) / 1e9, 3),
         "images": _describe_images(pipe),
+        **({} if steps is None else {"distilled_steps": steps}),
         "unet": public_entries(pipe.unet.config),
         "scheduler": public_entries(pipe.scheduler.config),
     }

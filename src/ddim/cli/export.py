@@ -132,5 +132,8 @@ def _checkpoint(model: str, step: int | None, weights: str | None) -> str:
     from ddim.training.averages import find_checkpoint
 
     name, variant = split_variant(model)
-    checkpoint = find_checkpoint(Path(name), step)
+    try:
+        checkpoint = find_checkpoint(Path(name), step)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; other models are exported to x.onnx or x.xml as --out") from None
     return with_weights(str(checkpoint) if variant is None else f"{checkpoint}@{variant}", weights)

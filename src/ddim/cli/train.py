@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 
 from ddim.cli import options
 from ddim.extras import require
+from ddim.validation import shown
 
 REQUIRED_MODULES = (
     "accelerate",
@@ -59,7 +61,8 @@ def train(
         typer.Option(help="Start from the weights of a model: built in, a run, a folder or a hub id."),
     ] = None,
     resolution: Annotated[
-        int | None, typer.Option(help="Height and width that images are fitted to, in pixels.")
+        str | None,
+        typer.Option(help="Height and width that images are fitted to, in pixels: 64, or 48x64 for 48 rows of 64."),
     ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Number of steps after which the run ends.")] = None,
     epochs: Annotated[
@@ -156,7 +159,7 @@ def train(
         "data.labels": labels,
         "process": process,
         "init": init,
-        "model.sample_size": resolution,
+        "model.sample_size": None if resolution is None else parse_resolution(resolution),
         "seed": seed,
         "max_steps": max_steps,
         "epochs": epochs,
@@ -212,6 +215,29 @@ def train(
         )
         print(f"published: {address}", file=sys.stderr)
     print(final)
+
+
+def parse_resolution(text: str) -> int | list[int]:
+    """Parse the value of `--resolution`.
+
+    Args:
+        text: one number for squares, or height and width.
+
+    Returns:
+        The number, or [height, width].
+
+    Raises:
+        ValueError: for anything else.
+
+    Example:
+        >>> parse_resolution("64"), parse_resolution("48x64")
+        (64, [48, 64])
+    """
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text, re.ASCII)
+    if match is None:
+        raise ValueError(f"--resolution must be a number of pixels, or HEIGHTxWIDTH such as 48x64, got {shown(text)}")
+    height, width = match.groups()
+    return int(height) if width is None else [int(height), int(width)]
 
 
 def parse_trackers(text: str) -> list[str]:

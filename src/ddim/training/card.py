@@ -117,7 +117,7 @@ def model_card(trainer: Trainer, out: Path, record: dict[str, Any]) -> str:
         last=count - 1,
         steps=config.samples.num_inference_steps,
         facts="\n".join(f"| {name} | {fact} |" for name, fact in facts.items()),
-        settings=yaml.safe_dump(record["config"], sort_keys=False),
+        settings=yaml.safe_dump(record["config"], allow_unicode=True, sort_keys=False),
     )
 
 

@@ -195,7 +195,8 @@ def _get(tree: Any, names: list[str]) -> Any:
 
 def _dump(value: Any) -> str:
     """Write a value as YAML in one line."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
+    text = yaml.safe_dump(value, allow_unicode=True, default_flow_style=True, width=10_000)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _wrap(text: str, width: int) -> list[str]:

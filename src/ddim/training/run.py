@@ -148,7 +148,7 @@ def train(
         if isinstance(resume, Path):
             take_over_snapshots(resume, out / AVERAGES)
         with atomic_write(out / "config.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(record, sort_keys=False))
+            temporary.write_text(yaml.safe_dump(record, allow_unicode=True, sort_keys=False), encoding="utf-8")
         _write_data(trainer, out / DATA_GRID)
         _train_and_log(trainer, out, max_minutes, shared_bar)
         final = _write_result(trainer, out, record)
