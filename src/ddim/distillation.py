@@ -545,8 +545,9 @@ def fit_lengths(stages: Sequence[Stage], seconds_per_step: float, seconds: float
     """
     later = len(stages) - 1
     shares = [FIRST_SHARE, *[(1 - FIRST_SHARE) / later] * later] if later else [1.0]
-    seconds_per_evaluation = seconds_per_step / (stages[0].substeps + BACKWARD)
-    costs = [seconds_per_evaluation * (stage.substeps / repeats + BACKWARD) for stage in stages]
+    costs = [
+        seconds_per_step * (stage.substeps / repeats + BACKWARD) / (stages[0].substeps + BACKWARD) for stage in stages
+    ]
     return [max(1, int(TIME_SHARE * share * seconds / cost)) for share, cost in zip(shares, costs, strict=True)]
 
 
