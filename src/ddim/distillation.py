@@ -267,7 +267,7 @@ def distill(
     config = _stage_config(pipe, stages[0], model, model, data or SAMPLES, record["settings"], given)
     check_student_prediction(config.scheduler["prediction_type"])
     if data is None:
-        check_batch_size(config, record["count"])
+        check_batch_size(config, record.get("count", SAMPLE_COUNT))
     else:
         check_images(config, pipe, model)
     is_new = not out.exists()
@@ -296,7 +296,7 @@ def _plan_runs(
 ) -> list[TrainConfig]:
     """Generate the model's own samples where they are missing, choose the lengths of the runs; return all of them."""
     settings, scale = record["settings"], record.get("guidance_scale", 1.0)
-    source = record["data"] or str(generate_samples(pipe, out, record["count"], device, scale))
+    source = record["data"] or str(generate_samples(pipe, out, record.get("count", SAMPLE_COUNT), device, scale))
     if "lengths" not in record:
         record["lengths"] = [FIRST_LENGTH, *[LATER_LENGTH] * (len(stages) - 1)]
         if deadline < math.inf and "max_steps" not in given:
