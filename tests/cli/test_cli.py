@@ -392,7 +392,8 @@ def test_eta_and_sigma_hat_add_noise(results: Commands, folder: Path) -> None:
 
 
 def test_dtype_sets_the_precision(results: Commands, folder: Path) -> None:
-    assert {dtype for _, _, dtype in results["bfloat16"].evaluations} == {"torch.bfloat16"}
+    """Of the weights, which the engine widens: images differ by their rounding."""
+    assert {dtype for _, _, dtype in results["bfloat16"].evaluations} == {"torch.float32"}
     difference = np.abs(pixels(results.output("bfloat16")) - pixels(results.output("ten")))
     assert 0 < difference.mean() < 8
 

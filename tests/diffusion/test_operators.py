@@ -150,7 +150,10 @@ def test_masks_may_differ_by_image() -> None:
         (lambda: GaussianBlur(SHAPE, 0.0), "std must be a number above 0"),
         (lambda: Blur(SHAPE, torch.ones(9, 2)), r"kernel must be \(h, w\), at most \(8, 6\), got \(9, 2\)"),
         (lambda: Blur(SHAPE, torch.zeros(3, 3)), "kernel must be finite, and not zero everywhere"),
-        (lambda: Grayscale((1, 8, 6)), r"shape must be \(3, H, W\) of color images, got \(1, 8, 6\)"),
+        (
+            lambda: Grayscale((1, 8, 6)),
+            r"requires color images, of shape \(3, H, W\), got \(1, 8, 6\)",
+        ),
         (lambda: Matrix(SHAPE, torch.ones(2, 5)), r"matrix: expected shape \(M, 144\), got \(2, 5\)"),
         (lambda: Matrix(SHAPE, torch.full((2, SIZE), torch.nan)), "matrix must be finite, and not zero everywhere"),
         (lambda: Matrix((3, 64, 64), torch.ones(1, 3 * 64 * 64)), "matrix must have at most 67,108,864 entries"),

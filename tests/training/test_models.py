@@ -246,7 +246,10 @@ def content(path: Path) -> np.ndarray:
         ("images", "--weights requires a model as what is evaluated"),
         ("again", "newest is not empty; pass --overwrite to replace a model in it, or write elsewhere"),
         ("no step", "--step must be one of 3 or 6, got 4"),
-        ("no run", "mnist is not a training run with checkpoints"),
+        (
+            "no run",
+            "mnist is not a training run with checkpoints; others are exported to x.onnx or x.xml",
+        ),
         ("into", "run is a training run or one of its checkpoints; write to another folder"),
         ("no checkpoints", "--every-checkpoint requires a training run with checkpoints, got 'mnist'"),
         ("attributes", "--attributes has no effect beside --every-checkpoint; leave it out"),

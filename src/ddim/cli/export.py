@@ -135,5 +135,5 @@ def _checkpoint(model: str, step: int | None, weights: str | None) -> str:
     try:
         checkpoint = find_checkpoint(Path(name), step)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; other models are exported to x.onnx or x.xml as --out") from None
+        raise FileNotFoundError(f"{error}; others are exported to x.onnx or x.xml") from None
     return with_weights(str(checkpoint) if variant is None else f"{checkpoint}@{variant}", weights)

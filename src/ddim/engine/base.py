@@ -158,7 +158,7 @@ def unsupported_reason(unet: Any, device_type: str | None = None) -> str | None:
         return f"its dtype is {unet.dtype}"
     kind = "cuda" if (device_type or unet.device.type) == "cuda" else "cpu"
     if any(p.device.type != kind or p.device != unet.device for p in parameters):
-        return "its parameters are not all on the CPU, or on one CUDA device"
+        return f"its parameters are not all on {'one CUDA device' if kind == 'cuda' else 'the CPU'}"
     return None
 
 
