@@ -157,7 +157,7 @@ def reduce_work(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "REFERENCE_STEPS", 10)
     monkeypatch.setattr(ddim.coefficients, "MAX_EVALUATIONS_PER_LATENT", 20)
     monkeypatch.setitem(ddim.coefficients.learn.__kwdefaults__, "num_latents", 2)  # type: ignore[arg-type]
-    monkeypatch.setitem(ddim.distillation.distill.__kwdefaults__, "count", 8)
+    monkeypatch.setattr(ddim.distillation, "SAMPLE_COUNT", 8)
     monkeypatch.setattr(ddim.training.costs, "TIMED_STEPS", 1)
     monkeypatch.setattr(ddim.training.run, "plot_loss", lambda _, path: Image.new("L", (1, 1)).save(path))
     for length in ("FIRST_LENGTH", "LATER_LENGTH"):
@@ -177,7 +177,7 @@ def fewer(steps: Any) -> Any:
 def reduced(command: str, given: dict[str, Any]) -> dict[str, Any]:
     """Return options with less work, of those that a command has."""
     smaller: dict[str, Callable[[Any], Any]] = {
-        "count": lambda count: count if count is None and command == "edit" else min(count or 8, 8),
+        "count": lambda count: count if count is None and command in ("edit", "distill") else min(count or 8, 8),
         "reference_count": lambda count: 8,
         "frames": lambda frames: min(frames, 3),
         "grid": lambda grid: grid and "2x2",
