@@ -38,7 +38,10 @@ def distill(
     count: Annotated[
         int | None,
         typer.Option(
-            "--count", "-n", help="Number of the model's own samples, where no --data is given; defaults to 4096."
+            "--count",
+            "-n",
+            help="Number of the model's own samples, where no --data is given; defaults to 4096, and with "
+            "--max-minutes to as many as a fifth of the time allows.",
         ),
     ] = None,
     teacher_steps: Annotated[

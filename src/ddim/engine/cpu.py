@@ -93,9 +93,10 @@ class CPUEngine:
         self._unet = weakref.ref(unet)
         buffers = PaddedBuffers()
         projections: list[nn.Linear] = []
-        embedders = (unet.time_proj, unet.time_embedding, unet.class_embedding)
         self._embedders = SimpleNamespace(
-            **dict(zip(("time_proj", "time_embedding", "class_embedding"), map(_widened, embedders), strict=True)),
+            time_proj=_widened(unet.time_proj),
+            time_embedding=_widened(unet.time_embedding),
+            class_embedding=_widened(unet.class_embedding),
             config=unet.config,
         )
         self._conv_in = _Conv3x3(unet.conv_in, buffers)
