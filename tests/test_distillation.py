@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
-from ddim.distillation import Stage, choose_count, distill, fit_lengths, plan_stages, student_scheduler
+from ddim.distillation import Stage, choose_count, distill, fit_lengths, plan_stages
 from ddim.io.runs import checkpoint_step, list_checkpoints
 from digits import TINY_MODEL, write_digits
 from helpers import environment, messages, randn, seeded
@@ -107,6 +107,15 @@ class TestStudents:
             "worse"
         ]
 
+    def test_more_steps_than_it_has_are_not_taken(self, students: list[Path], caplog: pytest.LogCaptureFixture) -> None:
+        pipe = DDIMPipeline.from_pretrained(students[0])
+        pipe.set_progress_bar_config(disable=True)
+        given: dict[str, Any] = {"seeds": [5], "output_type": "pt"}
+        assert torch.equal(pipe(**given).images, pipe(num_inference_steps=4, **given).images)
+        assert caplog.messages == ["this model was distilled to 4 steps and takes no more; 50 were asked for"]
+        with pytest.raises(ValueError, match="num_inference_steps must be at most 4"):
+            pipe.scheduler.make_timesteps(50, "leading")
+
     def test_same_call_changes_nothing(self, students: list[Path], teacher: str, images: str) -> None:
         out = students[0].parent
         before = contents(out)
@@ -123,8 +132,8 @@ class TestStudents:
     def test_student_is_a_teacher_of_its_own_steps(self, students: list[Path]) -> None:
         scheduler = DDIMPipeline.from_pretrained(students[0]).scheduler
         assert scheduler.distilled_steps == 4
-        assert plan_stages([2, 1], scheduler) == [Stage(2, 2), Stage(1, 2)]
-        with pytest.raises(ValueError, match="teacher_steps must be 4, the steps of this distilled model, got 8"):
+        assert plan_stages([2, 1], scheduler) == [Stage((3, 1), (3, 1), 2), Stage((3,), (1,), 2)]
+        with pytest.raises(ValueError, match="teacher_steps must be an integer from 1 to 4, got 8"):
             plan_stages([2], scheduler, teacher_steps=8)
 
 
@@ -148,7 +157,40 @@ def test_teacher_with_a_variance(images: str, tmp_path: Path) -> None:
 
 
 def test_direct_students_learn_from_the_model() -> None:
-    assert plan_stages([4, 2, 1], DDIMScheduler(), 16, direct=True) == [Stage(4, 4), Stage(2, 8), Stage(1, 16)]
+    starts = (999, 749, 499, 249)
+    assert plan_stages([4, 2, 1], DDIMScheduler(), 16, direct=True) == [
+        Stage(starts, starts, 4),
+        Stage((999, 499), (999, 499), 8),
+        Stage((999,), (999,), 16),
+    ]
+
+
+def test_students_share_their_timesteps() -> None:
+    """The noise of those of further students is that of the first's."""
+    stages = plan_stages([4, 2], DDIMScheduler(), starts=[999, 700, 450, 200])
+    assert stages == [Stage((999, 700, 450, 200), (999, 700, 450, 200), 8), Stage((999, 450), (3, 1), 2)]
+
+
+def test_chosen_timesteps(teacher: str, images: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"overrides": TINY, "device": "cpu"}
+    folders = distill(teacher, tmp_path / "out", [4, 2], images, starts=[999, 700, 450, 200], **given)
+    alphas = DDIMScheduler().alphas_cumprod_float64
+    for folder, timesteps in zip(folders, ([999, 700, 450, 200], [999, 450]), strict=True):
+        scheduler = DDIMPipeline.from_pretrained(folder).scheduler
+        np.testing.assert_allclose(scheduler.alphas_cumprod_float64[::-1], alphas[timesteps], rtol=1e-9)
+    assert "| teacher's timesteps | 999, 700, 450, 200 |" in (folders[0] / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"holds another distillation \(starts: expected \[999, 700, 450, 200\]"):
+        distill(teacher, tmp_path / "out", [4, 2], images, **given)
+
+
+def test_student_starts_as_its_teacher(teacher: str, images: str, tmp_path: Path) -> None:
+    """The teacher predicts v: at its own timesteps the untrained student does the same."""
+    overrides = TINY | {"max_steps": 1, "optim.lr": 1e-12}
+    (folder,) = distill(teacher, tmp_path / "out", [3], images, starts=[999, 600, 300], overrides=overrides)
+    student, model = (DDIMPipeline.from_pretrained(name).unet for name in (folder, teacher))
+    for told, timestep in enumerate([300, 600, 999]):
+        x = randn(1, 1, 8, 8)
+        torch.testing.assert_close(student(x, told).sample, model(x, timestep).sample, atol=1e-5, rtol=1e-4)
 
 
 def test_lengths_fit_into_a_time() -> None:
@@ -191,7 +233,10 @@ def test_killed_run_equals_uninterrupted_run(teacher: str, images: str, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": [3]}, "num_inference_steps must divide the 1000 timesteps of the model, so that diffusers takes"),
+        ({"steps": [0]}, "num_inference_steps must be an integer from 1 to 1000, got 0"),
+        ({"starts": [999, 500]}, "starts must be 4, one for each step of the first student, got 2"),
+        ({"starts": [998, 700, 400, 100]}, "starts must decrease from 999, where the noise is sampled, to at"),
+        ({"starts": [999, 700, 697, 100]}, "substeps must be at most 3, the timesteps from 700 to 698, got 8"),
         ({"steps": [2, 4]}, "num_inference_steps must decrease, each number dividing the one before, got 4 after 2"),
         ({"steps": [5, 2]}, "num_inference_steps must decrease, each number dividing the one before, got 2 after 5"),
         ({"steps": []}, "num_inference_steps must be at least one number, got none"),
@@ -202,7 +247,7 @@ def test_killed_run_equals_uninterrupted_run(teacher: str, images: str, tmp_path
         ({"settings": ["optim.lr=-1"]}, "training configuration, optim.lr: must be greater than 0, got -1"),
         ({"overrides": {"epochs": 2}}, "epochs cannot be set: .* decide it; use max_steps"),
         ({"settings": ["distill.teacher=mnist"]}, "distill.teacher cannot be set: the model and the arguments"),
-        ({"settings": ["distill.num_inference_steps=8"]}, "distill.num_inference_steps cannot be set"),
+        ({"settings": ["distill.starts=[999, 9]"]}, "distill.starts cannot be set"),
         ({"settings": ["scheduler.timestep_spacing=leading"]}, "scheduler.timestep_spacing cannot be set"),
         ({"settings": ["data.source=other"]}, "data.source cannot be set"),
         ({"settings": ["model.sample_size=16"]}, "model.sample_size cannot be set"),
@@ -259,9 +304,8 @@ def test_time_that_is_too_short_keeps_the_samples(teacher: str, tmp_path: Path) 
 
 def test_teacher_of_few_timesteps(tmp_path: Path) -> None:
     scheduler = DDIMScheduler(10)
-    assert plan_stages([5], scheduler) == [Stage(5, 2)]
-    with pytest.raises(ValueError, match="must divide the 10 timesteps"):
-        plan_stages([4], scheduler)
+    assert plan_stages([5], scheduler) == [Stage((9, 7, 5, 3, 1), (9, 7, 5, 3, 1), 2)]
+    assert plan_stages([4], scheduler) == [Stage((9, 7, 4, 1), (9, 7, 4, 1), 2)]
     with pytest.raises(ValueError, match="teacher_steps must be an integer from 1 to 10, got 20"):
         plan_stages([10], scheduler)
 
@@ -296,7 +340,12 @@ class TestClasses:
             student = DDIMPipeline.from_pretrained(folder)
             assert student.classes == DDIMPipeline.from_pretrained(pets).classes
             student.set_progress_bar_config(disable=True)
-            by_class = student(3, class_labels=["cat", "dog", "frog"], latents=randn(1, 1, 8, 8).expand(3, -1, -1, -1))
+            by_class = student(
+                3,
+                class_labels=["cat", "dog", "frog"],
+                num_inference_steps=1,
+                latents=randn(1, 1, 8, 8).expand(3, -1, -1, -1),
+            )
             assert len({image.tobytes() for image in by_class.images}) == 3
         configs = [yaml.safe_load((tmp_path / f"out/runs/{name}/config.yaml").read_text())["config"] for name in "21"]
         assert [config["distill"]["guidance_scale"] for config in configs] == [2.0, 1.0]
@@ -337,15 +386,10 @@ class TestClasses:
 
 def test_command_translates_arguments(teacher: str, tmp_path: Path) -> None:
     env: Callable[..., Any] = environment
-    result = run_cli("distill", teacher, "--steps", "3", "--out", tmp_path / "out", env=env(tmp_path))
+    arguments = ("--steps", "3", "--starts", "990,600,300", "--out", tmp_path / "out")
+    result = run_cli("distill", teacher, *arguments, env=env(tmp_path))
     assert result.returncode == 1
     assert messages(result.stderr) == [
-        "ddim: --steps must divide the 1000 timesteps of the model, so that diffusers takes the same steps, got 3"
+        "ddim: --starts must decrease from 999, where the noise is sampled, to at least 0, got 990, 600, 300"
     ]
     assert not (tmp_path / "out").exists()
-
-
-def test_student_scheduler_loads_in_diffusers() -> None:
-    scheduler = DDIMScheduler.from_config({}, **student_scheduler(4, 1000))
-    theirs = diffusers.DDIMScheduler.from_config(dict(scheduler.config))
-    assert (theirs.config.timestep_spacing, theirs.config.prediction_type) == ("trailing", "v_prediction")

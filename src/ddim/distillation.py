@@ -27,14 +27,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from numpy.typing import NDArray
 
 from ddim.bulk import sample_many
 from ddim.data.labels import AUTO, read_labels
 from ddim.data.sources import open_source
 from ddim.devices import choose_device
-from ddim.diffusion.distillation import check_student_steps
+from ddim.diffusion.distillation import check_starts, divide_segments, student_betas
 from ddim.diffusion.guidance import Guidance
 from ddim.distributed import rank_and_world_size
 from ddim.io.atomic import atomic_write, is_vacant, replace_folder
@@ -76,7 +78,7 @@ MIN_LENGTH = 20
 """Training steps per student, at least, where a time limit decides them: fewer teach nothing."""
 DECIDED = ("init", "process", "epochs", "model", "scheduler", "data.source", "data.class_names")
 """Entries of the training configuration, and sections, that a distillation decides itself."""
-DECIDED_OF_TEACHER = ("teacher", "num_inference_steps", "substeps", "guidance_scale", "teacher_sha256")
+DECIDED_OF_TEACHER = ("teacher", "starts", "substeps", "guidance_scale", "teacher_sha256")
 """Those of its section `distill`."""
 OPEN = ("model.dropout", "scheduler.prediction_type")
 """Entries of such sections that may be set."""
@@ -87,16 +89,24 @@ class Stage:
     """One student.
 
     Attributes:
-        num_inference_steps: its number of steps, S.
-        substeps: steps of its teacher for each of them.
+        timesteps: of the model that is distilled, with the noise of the student's own timesteps: as many as it has
+            steps.
+        starts: those of its teacher with this noise: the same, where the model itself is the teacher.
+        substeps: steps of its teacher for each of its own.
 
     Example:
-        >>> Stage(num_inference_steps=4, substeps=8).name
-        '4'
+        >>> Stage(timesteps=(999, 499), starts=(3, 1), substeps=2).name
+        '2'
     """
 
-    num_inference_steps: int
+    timesteps: tuple[int, ...]
+    starts: tuple[int, ...]
     substeps: int
+
+    @property
+    def num_inference_steps(self) -> int:
+        """S, the number of its steps."""
+        return len(self.timesteps)
 
     @property
     def name(self) -> str:
@@ -105,7 +115,11 @@ class Stage:
 
 
 def plan_stages(
-    steps: Sequence[int], scheduler: DDIMScheduler, teacher_steps: int | None = None, direct: bool = False
+    steps: Sequence[int],
+    scheduler: DDIMScheduler,
+    teacher_steps: int | None = None,
+    direct: bool = False,
+    starts: Sequence[int] | None = None,
 ) -> list[Stage]:
     """Return the students that lead to some numbers of steps.
 
@@ -115,22 +129,24 @@ def plan_stages(
         teacher_steps: steps of the model that the first student learns from, a multiple of its own; defaults to the
             number of steps of a model that is a student itself, else to the last multiple up to 32.
         direct: the model is the teacher of every student.
+        starts: timesteps of the model where steps of the first student start; defaults to `trailing` ones. Those of
+            further students are among them.
 
     Returns:
         One stage per number.
 
     Raises:
-        ValueError: naming what does not divide what, or if the model has too few timesteps.
+        ValueError: naming what does not divide what, if the model has too few timesteps, or for wrong timesteps.
 
     Example:
-        >>> plan_stages([4, 2, 1], DDIMScheduler())
-        [Stage(num_inference_steps=4, substeps=8), Stage(num_inference_steps=2, substeps=2), \
-Stage(num_inference_steps=1, substeps=2)]
+        >>> plan_stages([4, 2], DDIMScheduler())
+        [Stage(timesteps=(999, 749, 499, 249), starts=(999, 749, 499, 249), substeps=8), \
+Stage(timesteps=(999, 499), starts=(3, 1), substeps=2)]
     """
     T = len(scheduler)
     if not steps:
         raise ValueError("num_inference_steps must be at least one number, got none")
-    counts = [check_student_steps(count, T) for count in steps]
+    counts = [integer("num_inference_steps", count, 1, T) for count in steps]
     for larger, smaller in itertools.pairwise(counts):
         if smaller >= larger or larger % smaller:
             raise ValueError(
@@ -147,33 +163,50 @@ Stage(num_inference_steps=1, substeps=2)]
         raise ValueError(
             f"teacher_steps must be a multiple of the first number of steps, {first}, and larger, got {teacher_steps}"
         )
-    taken = [teacher_steps] * len(counts) if direct else [teacher_steps, *counts]
-    return [Stage(count, number // count) for number, count in zip(taken, counts, strict=False)]
+    if starts is None:
+        starts = scheduler.make_timesteps(first, "trailing", order=1)
+    if len(starts) != first:
+        raise ValueError(f"starts must be {first}, one for each step of the first student, got {len(starts)}")
+    starts = check_starts(starts, T)
+    divide_segments(starts, teacher_steps // first)
+    stages: list[Stage] = []
+    for count in counts:
+        timesteps = tuple(starts[:: first // count])
+        if stages and not direct:
+            taught = stages[-1].num_inference_steps
+            own = tuple(range(taught - 1, -1, -(taught // count)))
+            stages.append(Stage(timesteps, own, taught // count))
+        else:
+            stages.append(Stage(timesteps, timesteps, teacher_steps // count))
+    return stages
 
 
-def student_scheduler(num_inference_steps: int, num_train_timesteps: int) -> dict[str, Any]:
-    """Return the arguments of a student's scheduler; the noise schedule is its teacher's.
+def student_scheduler(alphas_cumprod: NDArray[np.float64], timesteps: Sequence[int]) -> dict[str, Any]:
+    """Return the arguments of a student's scheduler.
 
     Args:
-        num_inference_steps: S, which divides T.
-        num_train_timesteps: T.
+        alphas_cumprod: alpha_t of the model, (T,).
+        timesteps: S of the model's, decreasing, with the noise of the student's.
 
     Returns:
         Arguments of `DDIMScheduler`, by which `diffusers` takes the same steps.
 
     Example:
-        >>> student_scheduler(2, 1000)["timesteps_by_steps"]
-        {'2': [999, 499]}
+        >>> student_scheduler(DDIMScheduler().alphas_cumprod_float64, [999, 499])["timesteps_by_steps"]
+        {'2': [1, 0]}
     """
-    S, T = num_inference_steps, num_train_timesteps
+    S = len(timesteps)
     return {
+        "num_train_timesteps": S,
+        "trained_betas": student_betas(alphas_cumprod, timesteps),
+        "rescale_betas_zero_snr": False,
         "prediction_type": "v_prediction",
         "timestep_spacing": "trailing",
         "steps_offset": 0,
         "set_alpha_to_one": True,
         "clip_sample": False,
         "thresholding": False,
-        "timesteps_by_steps": {str(S): [T - 1 - index * (T // S) for index in range(S)]},
+        "timesteps_by_steps": {str(S): list(range(S - 1, -1, -1))},
     }
 
 
@@ -185,6 +218,7 @@ def distill(
     *,
     count: int | None = None,
     teacher_steps: int | None = None,
+    starts: Sequence[int] | None = None,
     guidance_scale: float = 1.0,
     direct: bool = False,
     settings: Iterable[str] = (),
@@ -202,6 +236,7 @@ def distill(
         count: number of the model's own samples, where no images are given; defaults to 4,096, and with `max_minutes`
             to as many as a fifth of the time allows.
         teacher_steps: steps of the model that the first student learns from; see `plan_stages`.
+        starts: timesteps of the model where steps of the first student start; see `plan_stages`.
         guidance_scale: of the model, which must have classes and a null class. The first student learns the guided
             steps, and its samples are guided without any guidance of their own.
         direct: every student learns from the model itself, instead of from the student before it. A training step then
@@ -239,7 +274,7 @@ def distill(
     pipe = DDIMPipeline.from_pretrained(model)
     check_teacher(pipe, model)
     guidance_scale = check_guidance(pipe, model, guidance_scale)
-    stages = plan_stages(steps, pipe.scheduler, teacher_steps, direct)
+    stages = plan_stages(steps, pipe.scheduler, teacher_steps, direct, starts)
     if data is not None and count is not None:
         raise ValueError("count is of the model's own samples, and data gives images; leave one of them out")
     if count is not None:
@@ -248,6 +283,7 @@ def distill(
     identity: dict[str, Any] = {
         "model_sha256": model_sha256(pipe),
         "steps": [stage.num_inference_steps for stage in stages],
+        "starts": list(stages[0].starts),
         "substeps": [stage.substeps for stage in stages],
         "direct": direct,
         "data": data,
@@ -540,7 +576,7 @@ def fit_lengths(stages: Sequence[Stage], seconds_per_step: float, seconds: float
         Training steps, at least 1 each.
 
     Example:
-        >>> fit_lengths([Stage(4, 8), Stage(2, 2), Stage(1, 2)], seconds_per_step=0.1, seconds=100)
+        >>> fit_lengths(plan_stages([4, 2, 1], DDIMScheduler()), seconds_per_step=0.1, seconds=100)
         [595, 280, 280]
     """
     later = len(stages) - 1
@@ -631,10 +667,10 @@ def _stage_config(
     base = {
         "data": data,
         "init": init,
-        "model": {"dropout": 0.0},
-        "scheduler": student_scheduler(S, len(pipe.scheduler)),
+        "model": {"dropout": 0.0, "time_embedding_type": "learned", "num_train_timesteps": S},
+        "scheduler": student_scheduler(pipe.scheduler.alphas_cumprod_float64, stage.timesteps),
         "objective": objective,
-        "distill": {"teacher": teacher, "num_inference_steps": S, "substeps": stage.substeps},
+        "distill": {"teacher": teacher, "starts": list(stage.starts), "substeps": stage.substeps},
         "optim": {"decay": "linear"},
         "ema": {"sigma_rels": []},
         "samples": {"every": 0, "num_inference_steps": S},

@@ -45,7 +45,7 @@ from ddim.io.diffusers_mixins import join_mixins
 from ddim.io.pretrained import SchedulerFiles
 from ddim.outputs import DDIMSchedulerOutput
 from ddim.untouched import are_operators_transformed, has_members
-from ddim.validation import as_integer, choice, integer, real
+from ddim.validation import as_integer, choice, integer, pluralize, real
 
 logger = logging.getLogger(__name__)
 
@@ -243,17 +243,15 @@ class DDIMScheduler(SchedulerFiles):
     def distilled_steps(self) -> int | None:
         """The number of steps that a model was distilled to (`ddim.distillation`); `None` for one that samples in any.
 
-        It is not an entry of its own: a student has the `trailing` timesteps of one number of steps, at order 1, listed
-        in `timesteps_by_steps`.
+        It is not an entry of its own: a student has as many timesteps as steps, and `timesteps_by_steps` lists them.
 
         Example:
-            >>> DDIMScheduler(timestep_spacing="trailing", timesteps_by_steps={"2": [999, 499]}).distilled_steps
+            >>> DDIMScheduler(trained_betas=[0.5, 0.999], timesteps_by_steps={"2": [1, 0]}).distilled_steps
             2
         """
-        if self.config.timestep_spacing != "trailing" or len(self._learned_timesteps) != 1 or self.solver_order != 1:
-            return None
-        ((steps, timesteps),) = self._learned_timesteps.items()
-        return steps if timesteps == self.make_timesteps(steps, "trailing") else None
+        S = len(self)
+        is_student = self.solver_order == 1 and self._learned_timesteps == {S: list(range(S - 1, -1, -1))}
+        return S if is_student else None
 
     @property
     def clip(self) -> Callable[[Tensor], Tensor] | None:
@@ -277,7 +275,7 @@ class DDIMScheduler(SchedulerFiles):
         """Return the subsequence of timesteps for a number of steps.
 
         Args:
-            num_inference_steps: S, from 1 to T.
+            num_inference_steps: S, from 1 to T. A model that was distilled to fewer steps takes those, with a warning.
             spacing: one of `ddim.diffusion.schedule.SPACINGS`; `None` for learned timesteps where the configuration has
                 some for S and this order, else those of the configured spacing; above order 1, `leading`, the default
                 of all configurations, stands for `blend`.
@@ -302,6 +300,13 @@ class DDIMScheduler(SchedulerFiles):
             spacing = config.timestep_spacing
             if order > 1 and spacing == "leading":
                 spacing = "blend"
+            distilled, asked = self.distilled_steps, as_integer(num_inference_steps)
+            if distilled is not None and asked is not None and asked > distilled:
+                logger.warning(
+                    "this model was distilled to %s and takes no more; %d were asked for",
+                    *(pluralize(distilled, "step"), asked),
+                )
+                num_inference_steps = distilled
         return schedule.make_timesteps(spacing, num_inference_steps, self.alphas_cumprod_float64, config.steps_offset)
 
     def make_steps(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddim import DDIMScheduler
-from ddim.diffusion.distillation import Segments, check_student_steps, follow_teacher, velocity_target
+from ddim.diffusion.distillation import Segments, divide_segments, follow_teacher, student_betas, velocity_target
 from ddim.diffusion.equations import Step, ddim_step
 from ddim.diffusion.loop import StepSettings, sample
 from ddim.distillation import student_scheduler
@@ -121,19 +121,35 @@ def test_target_is_finite_without_any_signal() -> None:
     assert torch.isfinite(velocity_target(x, x_prev, segments, torch.arange(4))).all()
 
 
-@pytest.mark.parametrize("S", [1, 2, 4, 5, 8, 10, 100])
-def test_timesteps_are_those_of_diffusers(S: int) -> None:
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("starts", [[999], [999, 450], [999, 640, 300], [999, 640, 450, 280, 100]])
+def test_diffusers_takes_the_steps_of_a_student(starts: list[int], spacing: str) -> None:
+    """Whatever its spacing: the process has no other timesteps."""
     import diffusers
 
-    theirs = diffusers.DDIMScheduler(timestep_spacing="trailing")
+    S = len(starts)
+    arguments = student_scheduler(SCHEDULER.alphas_cumprod_float64, starts)
+    listed = arguments.pop("timesteps_by_steps")[str(S)]
+    theirs = diffusers.DDIMScheduler(**{**arguments, "timestep_spacing": spacing})
     theirs.set_timesteps(S)
-    listed = student_scheduler(S, 1000)["timesteps_by_steps"][str(S)]
-    assert theirs.timesteps.tolist() == listed
-    # Each step of theirs leads to the next entry.
-    assert [t - 1000 // S for t in listed] == [*listed[1:], -1]
+    assert theirs.timesteps.tolist() == listed == list(range(S))[::-1]
+    # They round 1 - beta to float32.
+    torch.testing.assert_close(theirs.alphas_cumprod[listed].double(), ALPHAS[starts], rtol=1e-5, atol=1e-7)
+    # From the last step on, alpha is 1.
+    x, v = randn(1, 1, 4, 4), randn(1, 1, 4, 4, seed=1)
+    alpha = float(ALPHAS[starts[-1]])
+    x0 = math.sqrt(alpha) * x - math.sqrt(1 - alpha) * v
+    torch.testing.assert_close(theirs.step(v, 0, x).prev_sample, x0, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("S", [0, 3, 1001, 2.5])
-def test_other_numbers_of_steps_are_refused(S: float) -> None:
-    with pytest.raises(ValueError, match=r"^num_inference_steps must "):
-        check_student_steps(S, 1000)  # type: ignore[arg-type]
+@pytest.mark.parametrize("S", [1, 2, 3, 4, 7, 8])
+def test_evenly_divided_steps_are_trailing_ones(S: int) -> None:
+    starts = SCHEDULER.make_timesteps(S, "trailing")
+    assert divide_segments(starts, 5) == pytest.approx(SCHEDULER.make_timesteps(5 * S, "trailing"), abs=1)
+    assert divide_segments(starts, 1) == starts
+
+
+def test_schedule_without_any_signal_stays_one() -> None:
+    alphas = DDIMScheduler(rescale_betas_zero_snr=True).alphas_cumprod_float64
+    student = DDIMScheduler(trained_betas=student_betas(alphas, [999, 499]))
+    assert student.alphas_cumprod_float64[1] == 0

@@ -551,7 +551,7 @@ OTHER = {
     "objective.antithetic": (False, False),
     "objective.class_dropout": (0.2, False),
     "distill.teacher": ("mnist", True),
-    "distill.num_inference_steps": (2, False),
+    "distill.starts": ([999, 499], False),
     "distill.substeps": (2, False),
     "distill.guidance_scale": (2.0, False),
     "distill.order": (2, False),

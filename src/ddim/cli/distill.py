@@ -51,6 +51,12 @@ def distill(
             "below."
         ),
     ] = None,
+    starts: Annotated[
+        str | None,
+        typer.Option(
+            help="Timesteps of the model where the steps of the first student start, such as 999,749,499,249.",
+        ),
+    ] = None,
     guidance: Annotated[
         float,
         typer.Option(
@@ -117,6 +123,7 @@ def distill(
         data,
         count=count,
         teacher_steps=teacher_steps,
+        starts=None if starts is None else parse_integers(starts, "--starts", "999,749,499,249"),
         guidance_scale=guidance,
         direct=direct,
         settings=settings or (),

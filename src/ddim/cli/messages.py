@@ -66,6 +66,7 @@ BY_COMMAND: dict[str, dict[str, str]] = {
         "model": "MODEL",
         "source": "--data",
         "settings": "--set",
+        "starts": "--starts",
         "teacher_steps": "--teacher-steps",
         "max_steps": "--max-steps",
     },

@@ -1,7 +1,12 @@
 """The mathematics of distilling several steps of DDIM into one.
 
-A student of S steps has the timesteps of the `trailing` spacing, T - 1, T - 1 - T/S, ..., T/S - 1, and takes plain
-steps of DDIM (eta = 0) between them, the last one to alpha = 1. A teacher divides each of them into k of its own,
+A student of S steps has a process of its own: its S timesteps S - 1, ..., 0 have the noise of the timesteps
+tau_0 > tau_1 > ... > tau_{S-1} of its teacher,
+
+    alpha'(S - 1 - i) = alpha(tau_i)
+
+so that DDIM in S steps, in whatever library and by whatever spacing, visits all of them. It takes plain steps of DDIM
+(eta = 0) between them, the last one to alpha = 1. A teacher divides each of them into k of its own,
 
     x_t -> ... -> x_s            one step of the student from t to s, k steps of the teacher
 
@@ -15,18 +20,18 @@ which is finite at every t, also where alpha = 0. The x_0 that belongs to it is 
 progressive distillation (Salimans and Ho, arXiv 2202.00512),
 
     x_0 = (x_s - sin(phi_s) / sin(phi_t) x_t) / (cos(phi_s) - sin(phi_s) / sin(phi_t) cos(phi_t))
-
-The timesteps are those that `diffusers` visits for `trailing`: its steps lead from t to t - T // S, so that S must
-divide T.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ddim.diffusion.equations import Coefficients, Step, ddim_step
@@ -38,32 +43,79 @@ UNCLIPPED = StepSettings()
 """Of a teacher that predicts epsilon."""
 
 
-def check_student_steps(num_inference_steps: int, num_train_timesteps: int) -> int:
-    """Check that a student can have a number of steps.
+def check_starts(starts: Sequence[int], num_train_timesteps: int) -> list[int]:
+    """Check the timesteps of a teacher where the steps of a student start.
 
     Args:
-        num_inference_steps: S.
-        num_train_timesteps: T.
+        starts: tau_0, ..., tau_{S-1}.
+        num_train_timesteps: T of the teacher.
 
     Returns:
-        S.
+        A list of them.
 
     Raises:
-        ValueError: if it is not a positive integer that divides T.
+        ValueError: if they are not integers that decrease from T - 1 to at least 0.
 
     Example:
-        >>> check_student_steps(3, 1000)
+        >>> check_starts([999, 450], 1000)
+        [999, 450]
+        >>> check_starts([900, 450], 1000)
         Traceback (most recent call last):
-        ValueError: num_inference_steps must divide the 1000 timesteps of the model, so that diffusers takes the same \
-steps, got 3
+        ValueError: starts must decrease from 999, where the noise is sampled, to at least 0, got 900, 450
     """
-    S = integer("num_inference_steps", num_inference_steps, 1)
-    if num_train_timesteps % S:
+    T = num_train_timesteps
+    checked = [integer("starts", start, 0, T - 1) for start in starts]
+    if checked[:1] != [T - 1] or any(after >= start for start, after in itertools.pairwise(checked)):
         raise ValueError(
-            f"num_inference_steps must divide the {num_train_timesteps} timesteps of the model, so that diffusers "
-            f"takes the same steps, got {S}"
+            f"starts must decrease from {T - 1}, where the noise is sampled, to at least 0, got "
+            f"{', '.join(map(str, checked)) or 'none'}"
         )
-    return S
+    return checked
+
+
+def divide_segments(starts: Sequence[int], substeps: int) -> list[int]:
+    """Return the timesteps of a teacher: k of them, evenly, from each start to the next, and from the last one to -1.
+
+    Args:
+        starts: timesteps of the teacher where a step of the student starts, decreasing.
+        substeps: k.
+
+    Returns:
+        k times as many timesteps, decreasing. Those of `trailing` starts are `trailing` ones.
+
+    Raises:
+        ValueError: if there are fewer than k timesteps from a start to the next.
+
+    Example:
+        >>> divide_segments([999, 649, 399, 199], 2)
+        [999, 824, 649, 524, 399, 299, 199, 99]
+    """
+    timesteps = []
+    for start, end in itertools.pairwise([*starts, -1]):
+        if start - end < substeps:
+            raise ValueError(
+                f"substeps must be at most {start - end}, the timesteps from {start} to {end + 1}, got {substeps}"
+            )
+        timesteps += [round(start + 1 - (start - end) * k / substeps) - 1 for k in range(substeps)]
+    return timesteps
+
+
+def student_betas(alphas_cumprod: NDArray[np.float64], starts: Sequence[int]) -> list[float]:
+    """Return the variances of a student's process.
+
+    Args:
+        alphas_cumprod: alpha_t of the teacher, (T,), decreasing.
+        starts: S timesteps of the teacher, decreasing.
+
+    Returns:
+        S numbers beta, the least noisy timestep first, with alpha'(u) = product over v <= u of (1 - beta_v).
+
+    Example:
+        >>> student_betas(np.array([0.9, 0.8, 0.6, 0.2]), [3, 1])
+        [0.19999999999999996, 0.75]
+    """
+    alphas = [1.0, *(float(alphas_cumprod[start]) for start in reversed(starts))]
+    return [1 - noisier / alpha for alpha, noisier in itertools.pairwise(alphas)]
 
 
 @dataclass(frozen=True)

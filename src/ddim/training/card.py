@@ -131,10 +131,11 @@ def _describe_teacher(config: DistillConfig) -> dict[str, str]:
     """Return what the steps of a student are, and where they come from."""
     if config.teacher is None:
         return {}
-    S = config.num_inference_steps
+    S = len(config.starts)
     guidance = "" if config.guidance_scale == 1 else f" with guidance {config.guidance_scale:g}"
     return {
         "steps": f"{S}, and no other number",
+        "teacher's timesteps": ", ".join(map(str, config.starts)),
         "distilled from": f"{S * config.substeps} steps of order {config.order} of `{config.teacher}`{guidance}",
     }
 

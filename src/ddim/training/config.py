@@ -71,12 +71,13 @@ class DistillConfig(Section):
     Attributes:
         teacher: model whose steps the network learns to take at once, named as in `init`; null to learn from images
             alone.
-        num_inference_steps: steps of the network: it learns at the `trailing` timesteps of this number alone.
+        starts: timesteps of the teacher where steps of the network start, decreasing from its last one: as many as the
+            network has timesteps.
         substeps: steps of the teacher for each step of the network.
         order: order of the teacher's solver: 1 (DDIM) or 2.
         guidance_scale: guidance of a teacher with classes, which the network's samples then have without any: what it
             learns for the null class is not guided.
-        weighting: weights of the network's timesteps: `step`, by the error of x where its step ends, or `objective`, by
+        weighting: weights of the network's timesteps: `image`, by the error that reaches the image, or `objective`, by
             `objective.weighting`.
         repeats: steps that take each batch, with what the teacher made of it: the teacher's evaluations cost more than
             the network's step.
@@ -88,11 +89,11 @@ class DistillConfig(Section):
     """
 
     teacher: str | None = None
-    num_inference_steps: PositiveInt = 4
+    starts: tuple[NonNegativeInt, ...] = (999, 749, 499, 249)
     substeps: PositiveInt = 8
     order: Literal[1, 2] = 1
     guidance_scale: NonNegativeFloat = 1.0
-    weighting: Literal["step", "objective"] = "step"
+    weighting: Literal["image", "objective"] = "image"
     repeats: PositiveInt = 1
     teacher_sha256: str | None = None
 

@@ -1,8 +1,9 @@
 """The objective of distillation: to take several steps of a teacher in one (`ddim.diffusion.distillation`).
 
-Each batch has equally many images at each of the S timesteps of the student. A noised image x_t goes through k steps of
-the teacher to x_s; the network learns the v (or the x_0) that takes x_t there in one step of DDIM. Nothing else differs
-from training: data, optimizer, averages, checkpoints and resuming are those of `ddim.training.trainer`.
+Each batch has equally many images at each of the S timesteps of the student, whose noise schedule has the noise of S of
+the teacher's timesteps. A noised image x_t goes through k steps of the teacher to x_s; the network learns the v (or the
+x_0) that takes x_t there in one step of DDIM. Nothing else differs from training: data, optimizer, averages,
+checkpoints and resuming are those of `ddim.training.trainer`.
 
 The images decide where the teacher is asked, not what is learned: the teacher's own samples serve as well.
 
@@ -19,11 +20,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ddim.diffusion.distillation import Segments, check_student_steps, follow_teacher, velocity_target
-from ddim.diffusion.equations import Step, make_steps
+from ddim.diffusion.distillation import Segments, check_starts, divide_segments, follow_teacher, velocity_target
+from ddim.diffusion.equations import make_steps
 from ddim.diffusion.guidance import ConditionalDenoiser, Conditions, Guidance, Predictor
 from ddim.diffusion.loop import StepSettings
 from ddim.engine.cuda import CUDAEngine, fill, record_graph
@@ -35,6 +37,10 @@ from ddim.training.machine import PRECISIONS
 from ddim.training.objective import DenoisingObjective, Objective, loss_weights
 
 logger = logging.getLogger(__name__)
+
+CONTRACTION = 0.04
+"""An error of x_s / sqrt(alpha_s) that has five times the noise of the signal counts half; chosen by measurement on
+digits (docs/distillation.md)."""
 
 
 def make_objective(config: TrainConfig, scheduler: Any, device: torch.device) -> Objective:
@@ -72,19 +78,19 @@ class DistillationObjective(DenoisingObjective):
 
     Args:
         teacher: the model whose steps are taken, on the device to train on.
-        scheduler: of the student: the same noise schedule; it predicts v or x_0.
-        config: numbers of steps of the student and the teacher.
+        scheduler: of the student, with the noise of `config.starts` at its own
+            (`ddim.diffusion.distillation.student_betas`); it predicts v or x_0.
+        config: where the student's steps start, and how many of the teacher they are.
         precision: `fp32`, or `bf16` or `fp16` for autocast of the teacher on a GPU; on a CPU it runs in float32, on
             its engine.
 
     Attributes:
         teacher: as given.
         device: of the teacher.
-        timesteps: of the student, decreasing.
 
     Raises:
-        ValueError: if the student's steps do not divide the schedule, the teacher has fewer timesteps than steps or no
-            null class for its guidance, or the schedules or prediction types do not fit.
+        ValueError: if the teacher has fewer timesteps than steps or no null class for its guidance, or the schedules
+            or prediction types do not fit.
 
     References:
         Salimans and Ho, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512; Meng et al.,
@@ -95,24 +101,22 @@ class DistillationObjective(DenoisingObjective):
         self, teacher: DDIMPipeline, scheduler: DDIMScheduler, config: DistillConfig, precision: str = "fp32"
     ) -> None:
         super().__init__(scheduler)
-        S = check_student_steps(config.num_inference_steps, len(scheduler))
         given = check_own_steps(teacher.scheduler)
-        if not torch.equal(given.alphas_cumprod.cpu(), scheduler.alphas_cumprod.cpu()):
-            raise ValueError("the student must have the noise schedule of its teacher, got another one")
+        starts = check_starts(config.starts, len(given))
+        alphas = given.alphas_cumprod_float64
+        own = scheduler.alphas_cumprod_float64[::-1]
+        if len(own) != len(starts) or not np.allclose(own, alphas[starts], rtol=1e-6, atol=0):
+            raise ValueError("the student must have the noise of its teacher's timesteps at its own, got other noise")
         self._prediction_type, self._weighting = scheduler.config.prediction_type, config.weighting
         self._alphas = scheduler.alphas_cumprod
         check_student_prediction(self._prediction_type)
         # Kept, because engines do not keep their network alive.
         self.teacher, self.device, self._precision = teacher, teacher.device, precision
-        steps = teacher_steps(given, S, config.substeps)
-        self._segments = Segments.of(steps, S, config.order).to(self.device)
-        self.timesteps: list[int] = self._segments.timesteps[:, 0].tolist()
-        self._timesteps = self._segments.timesteps[:, 0].contiguous()
-        # The segment of each timestep.
-        self._index = torch.zeros(len(scheduler), dtype=torch.int64, device=self.device)
-        self._index[self._timesteps] = torch.arange(S, device=self.device)
-        alphas = torch.from_numpy(scheduler.alphas_cumprod_float64).to(self.device)[self._timesteps]
-        self._signal, self._noise = alphas.sqrt().float(), (1 - alphas).sqrt().float()
+        steps = make_steps(divide_segments(starts, config.substeps), alphas)
+        self._segments = Segments.of(steps, len(starts), config.order).to(self.device)
+        # By segment: the noisiest is first.
+        levels = self._alphas.flip(0).to(self.device)
+        self._signal, self._noise = levels.sqrt(), (1 - levels).sqrt()
         self._settings = StepSettings(given.config.prediction_type, given.clip)
         self._guidance = Guidance(config.guidance_scale)
         if self._guidance.is_active and (teacher.classes is None or not teacher.classes.has_null):
@@ -123,41 +127,44 @@ class DistillationObjective(DenoisingObjective):
 
     def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw timesteps of the student, equally many of each; see `Objective.draw_timesteps`."""
-        S, device = len(self.timesteps), generator.device
+        S, device = len(self._alphas), generator.device
         first = torch.randint(S, (), generator=generator, device=device)
-        return self._timesteps.to(device)[(torch.arange(count, device=device) + first) % S]
+        return (torch.arange(count, device=device) + first) % S
 
     def spread_timesteps(self, count: int) -> Tensor:
         """Return the timesteps of the student in turn; see `Objective.spread_timesteps`."""
-        return torch.tensor(self.timesteps)[torch.arange(count) % len(self.timesteps)]
+        return torch.arange(count) % len(self._alphas)
 
     def loss_weights(self, config: ObjectiveConfig) -> Tensor:
-        """Return weights by the error of x_s, with a mean of 1 over the student's timesteps; 0 at all others.
+        """Return weights by the error of the image, with a mean of 1.
 
-        An error of v is multiplied by sin(phi_t - phi_s) in x_s. That of a first step from nearly pure noise to hardly
-        less of it counts little, and is largest: the v that leads there is not smooth.
+        An error of v is multiplied by sin(phi_t - phi_s) in x_s, and counts 1 / sqrt(alpha_s) times as much in units of
+        x_0. Further steps lead from there to the image; where the noise is much larger than all differences between
+        images they lead to nearly the same ones whatever x_s is. So the weight is
+
+            sin^2(phi_t - phi_s) / (alpha_s + c (1 - alpha_s)),        c = CONTRACTION
 
         Args:
             config: the weighting that is used instead where `distill.weighting` is `objective`.
 
         Returns:
-            float32 (T,).
+            float32 (S,).
         """
         if self._weighting == "objective":
             return loss_weights(self._alphas, self._prediction_type, config.weighting, config.gamma)
-        factors = self._segments.rotations[:, 1]
+        # Where each segment ends, the next one starts; the last one ends without noise.
+        ends = torch.cat([self._signal[1:] ** 2, self._signal.new_ones(1)])
+        weights = self._segments.rotations[:, 1] ** 2 / (ends + CONTRACTION * (1 - ends))
         if self._prediction_type == "sample":
-            factors = factors / self._noise
-        weights = torch.zeros(len(self._alphas), device=self.device)
-        weights[self._timesteps] = factors**2 / (factors**2).mean()
-        return weights
+            weights = weights / self._noise**2
+        return (weights / weights.mean()).flip(0)
 
     @torch.no_grad()
     def target(
         self, x0: Tensor, noise: Tensor, timesteps: Tensor, noisy: Tensor, labels: Tensor | None = None
     ) -> Tensor:
         """Return the v or the x_0 that takes x_t where the teacher leads; see `Objective.target`."""
-        inputs = (noisy, self._index[timesteps], *(() if labels is None else (labels,)))
+        inputs = (noisy, len(self._alphas) - 1 - timesteps, *(() if labels is None else (labels,)))
         if self._records:
             recorded = self._get_recorded(inputs)
             if recorded is not None:
@@ -214,31 +221,6 @@ def check_student_prediction(prediction_type: str) -> None:
             "prediction_type of a student must be v_prediction or sample, got epsilon, which says nothing about x_0 "
             "where there is only noise"
         )
-
-
-def teacher_steps(scheduler: DDIMScheduler, num_inference_steps: int, substeps: int) -> list[Step]:
-    """Return the steps of a teacher: DDIM's, between `trailing` timesteps, the last one to alpha = 1.
-
-    Args:
-        scheduler: the teacher's.
-        num_inference_steps: S, the steps of the student; divides T.
-        substeps: k, the steps of the teacher for each of them.
-
-    Returns:
-        S k steps.
-
-    Raises:
-        ValueError: if there are more of them than timesteps.
-
-    Example:
-        >>> [step.timestep for step in teacher_steps(DDIMScheduler(), 2, 2)]
-        [999, 749, 499, 249]
-    """
-    T, S = len(scheduler), num_inference_steps
-    if S * substeps > T:
-        raise ValueError(f"substeps must be at most {T // S} for {S} steps of a model of {T} timesteps, got {substeps}")
-    timesteps = scheduler.make_timesteps(S * substeps, "trailing", order=1)
-    return make_steps(timesteps, scheduler.alphas_cumprod_float64)
 
 
 class RecordedTarget:

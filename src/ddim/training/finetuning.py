@@ -8,21 +8,27 @@ Classes show in one layer alone, the rows of the class embedding, which are adde
 Classes are the same where their names are; the null class is one of them. New classes of a network that had none are
 zero, so that it starts as it was trained; those of a network with classes start as its null class, or as the mean of
 its classes.
+
+A student of distillation (`ddim.diffusion.distillation`) has few timesteps of its own. Their embedding is a table of
+features, which starts as those that its teacher has for the same noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ddim.io.class_labels import ClassLabels
+from ddim.scheduler import DDIMScheduler
 from ddim.unet import UNet2DModel
 
 CHANNEL_LAYERS = ("conv_in", "conv_out")
 """The layers whose shapes depend on the channels of the images."""
-
+TINY = 1e-12
+"""Added to alpha, which is 0 where there is no signal."""
 
 CLASS_WEIGHT = "class_embedding.weight"
 
@@ -90,6 +96,61 @@ def without_variance(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: tensor[:channels] if name.startswith("conv_out.") and len(tensor) == 2 * channels else tensor
         for name, tensor in weights.items()
     }
+
+
+def fit_timesteps(weights: Mapping[str, Tensor], network: UNet2DModel, timesteps: Sequence[int]) -> dict[str, Tensor]:
+    """Return the weights of a trained network with a table of features of some of its timesteps.
+
+    Args:
+        weights: of the trained network.
+        network: the trained network.
+        timesteps: those of its timesteps that a network with `time_embedding_type: learned` is told as 0, 1, ...
+
+    Returns:
+        Weights.
+
+    Raises:
+        ValueError: if there are more features of a timestep than a table has, as with `fourier`.
+
+    Example:
+        >>> shape = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "norm_num_groups": 2,
+        ...          "up_block_types": ("UpBlock2D",), "attention_head_dim": 4}
+        >>> teacher = UNet2DModel(8, 1, 1, **shape)
+        >>> student = UNet2DModel(8, 1, 1, **shape, time_embedding_type="learned", num_train_timesteps=2)
+        >>> weights = fit_timesteps(teacher.state_dict(), teacher, [300, 999])
+        >>> load_weights(student, weights)
+        []
+        >>> x = torch.ones(1, 1, 8, 8)
+        >>> bool(torch.equal(student(x, 0).sample, teacher(x, 300).sample))
+        True
+    """
+    with torch.no_grad():
+        features: Tensor = network.time_proj(torch.tensor(timesteps))
+    channels = network.config.block_out_channels[0]
+    if features.shape[1] != channels:
+        raise ValueError(
+            f"time_embedding_type must be positional or learned, with {channels} features of a timestep, got "
+            f"{network.config.time_embedding_type} with {features.shape[1]}"
+        )
+    return {**weights, "time_proj.weight": features.to(weights["conv_in.weight"].dtype)}
+
+
+def nearest_timesteps(trained: DDIMScheduler, scheduler: DDIMScheduler) -> list[int]:
+    """Return the timesteps that have the noise of those of another schedule, as nearly as possible.
+
+    Args:
+        trained: whose timesteps are returned.
+        scheduler: the other one, of S timesteps.
+
+    Returns:
+        S timesteps, for 0, ..., S - 1 of the other schedule.
+
+    Example:
+        >>> nearest_timesteps(DDIMScheduler(), DDIMScheduler(num_train_timesteps=2, trained_betas=[0.5, 0.9999]))
+        [258, 988]
+    """
+    alphas, others = (np.log(s.alphas_cumprod_float64 + TINY) for s in (trained, scheduler))
+    return [int(np.abs(alphas - other).argmin()) for other in others]
 
 
 def load_weights(model: UNet2DModel, weights: Mapping[str, Tensor]) -> list[str]:

@@ -45,7 +45,7 @@ from ddim.training.averages import AVERAGES, PowerAverages, save_snapshot, snaps
 from ddim.training.checkpoint import Checkpoint, save_checkpoint
 from ddim.training.config import TrainConfig
 from ddim.training.distilling import make_objective
-from ddim.training.finetuning import fit_classes, load_weights
+from ddim.training.finetuning import fit_classes, fit_timesteps, load_weights, nearest_timesteps
 from ddim.training.machine import PRECISIONS
 from ddim.training.objective import QUARTILES, by_quartile
 from ddim.training.optim import ema_update, learning_rate, make_optimizer, zero_last_layers
@@ -566,9 +566,13 @@ def build_model(
     if config.init is None:
         zero_last_layers(model)
         return model
-    source = DDIMPipeline.from_pretrained(config.init).unet
+    pipe = DDIMPipeline.from_pretrained(config.init)
+    source, weights = pipe.unet, pipe.unet.state_dict()
     try:
-        weights, new_classes = fit_classes(source.state_dict(), ClassLabels.of(source.config), model)
+        if config.distill.teacher is not None:
+            own = PROCESSES[config.process].scheduler.from_config({}, **config.scheduler)
+            weights = fit_timesteps(weights, source, nearest_timesteps(pipe.scheduler, own))
+        weights, new_classes = fit_classes(weights, ClassLabels.of(source.config), model)
         new_layers = load_weights(model, weights)
     except ValueError as error:
         raise ValueError(f"init: the weights of {config.init} do not fit the model: {error}") from None
