@@ -28,7 +28,7 @@ from ddim.unet import UNet2DModel
 CHANNEL_LAYERS = ("conv_in", "conv_out")
 """The layers whose shapes depend on the channels of the images."""
 TINY = 1e-12
-"""Added to alpha, which is 0 where there is no signal."""
+"""Added to alpha, which may be 0."""
 
 CLASS_WEIGHT = "class_embedding.weight"
 
@@ -104,7 +104,7 @@ def fit_timesteps(weights: Mapping[str, Tensor], network: UNet2DModel, timesteps
     Args:
         weights: of the trained network.
         network: the trained network.
-        timesteps: those of its timesteps that a network with `time_embedding_type: learned` is told as 0, 1, ...
+        timesteps: those of its timesteps that a network with `time_embedding_type: learned` has as 0, 1, ...
 
     Returns:
         Weights.
