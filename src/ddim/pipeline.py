@@ -478,7 +478,7 @@ class DDIMPipeline(ImagePipeline, LatentSpace, Restoration):
             ValueError: class_labels and negative_labels must be None: the model has no classes
         """
         if unknown := sorted(condition.keys() - Condition.__annotations__.keys()):
-            hint = "; use seeds" if "generator" in unknown else ""
+            hint = "; methods that draw noise take seeds" if "generator" in unknown else ""
             raise TypeError(f"{unknown[0]} is not an argument of this method{hint}")
         given: dict[str, Any] = dict(condition)
         guide = given.pop("guide", None)
