@@ -1,4 +1,4 @@
-"""Table 2 of the paper, the error of encoding and decoding, for three encoders.
+"""Table 2 of the paper, the error of encoding and decoding, for four encoders.
 
     python -m benchmarks.inversion --data mnist/test.parquet
 
@@ -6,10 +6,11 @@ encodes the first 256 images of a data set with the built-in model and decodes t
 
 - Euler: `pipe.encode(images, S, exact=False)`, equation (13) of the paper;
 - exact: `pipe.encode(images, S)`;
+- pair: `pipe.encode(images, S, method="pair")`, two states of second order;
 - diffusers: its `DDIMInverseScheduler` and its `DDIMScheduler`, with the same network and configuration, but for
   `set_alpha_to_one=False`, which favors it over its default.
 
-All three use the same network, run by the CPU engine. The error is the mean squared error per pixel in [0, 1], before
+All four use the same network, run by the CPU engine. The error is the mean squared error per pixel in [0, 1], before
 clipping and rounding. Numbers of steps above 200 take two hours on two cores (`--images-beyond` uses fewer images for
 them). Results are cached in `--cache`, one file per 32 images, with a hash of the weights, so that a run can be resumed
 and several can share the work: `--part 0/2` and `--part 1/2` do every other file each, and a run without it prints the
@@ -67,12 +68,13 @@ def moments(latents: Tensor) -> dict[str, list[float]]:
 def measure(pipe: DDIMPipeline, samples: Tensor, steps: int) -> dict:
     """Measure errors, moments of latents and costs; lists have one entry per image."""
     result: dict = {}
-    for name, exact in (("euler", False), ("exact", True)):
-        reconstruction = pipe.reconstruct(samples, steps, exact=exact, output_type="pt")
+    encoders: dict[str, dict[str, Any]] = {"euler": {"exact": False}, "exact": {}, "pair": {"method": "pair"}}
+    for name, settings in encoders.items():
+        reconstruction = pipe.reconstruct(samples, steps, output_type="pt", **settings)
         encoded = reconstruction.codes
         result[name] = {"mse": reconstruction.mse.tolist()} | moments(encoded.latents)
         result[name]["evaluations"] = encoded.evaluations.sum(1).tolist()
-        if exact:
+        if name == "exact":
             unsolved = encoded.residuals > encoded.tolerance
             result[name]["missed"] = {
                 str(t): int(n) for t, n in zip(encoded.timesteps, unsolved.sum(0).tolist(), strict=True) if n
@@ -91,25 +93,27 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 def report(rows: dict[int, dict]) -> None:
     """Print both tables: number of steps -> merged results."""
     names = ["steps", "images", "paper, CIFAR-10", "diffusers", "Euler", "exact", "Euler / exact"]
-    names += ["evaluations per step", "not solved"]
+    names += ["evaluations per step", "not solved", "pair", "evaluations per step"]
     print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|")
     for steps, row in rows.items():
-        euler, exact, theirs = (sum(row[k]["mse"]) / len(row[k]["mse"]) for k in ("euler", "exact", "diffusers"))
-        cost = sum(row["exact"]["evaluations"]) / len(row["exact"]["evaluations"]) / steps
+        euler, exact, pair, theirs = (
+            sum(row[k]["mse"]) / len(row[k]["mse"]) for k in ("euler", "exact", "pair", "diffusers")
+        )
+        costs = [sum(row[k]["evaluations"]) / len(row[k]["evaluations"]) / steps for k in ("exact", "pair")]
         unsolved = ", ".join(f"{n} at t = {t}" for t, n in row["exact"]["missed"].items()) or "none"
         errors = [f"{theirs:.1e}", f"{euler:.1e}", f"{exact:.1e}", f"{euler / exact:,.0f}"]
         images = len(row["exact"]["mse"])
-        print(
-            "| " + " | ".join(map(str, [steps, images, PAPER.get(steps, ""), *errors, f"{cost:.1f}", unsolved])) + " |"
-        )
+        columns = [steps, images, PAPER.get(steps, ""), *errors, f"{costs[0]:.1f}", unsolved]
+        print(f"| {' | '.join(map(str, columns))} | {pair:.1e} | {costs[1]:.1f} |")
     print(
         "\nlatents: mean and standard deviation over the pixels of an image, averaged over images, ± standard error\n"
     )
-    print("| steps | Euler: mean | standard deviation | exact: mean | standard deviation |\n|---|---|---|---|---|")
+    names = [f"{name}: {moment}" for name in ("Euler", "exact", "pair") for moment in ("mean", "standard deviation")]
+    print(f"| steps | {' | '.join(names)} |\n|---{'|---' * len(names)}|")
     for steps, row in rows.items():
         cells = [
             "{:.3f} ± {:.3f}".format(*mean_and_error(row[name][moment]))
-            for name in ("euler", "exact")
+            for name in ("euler", "exact", "pair")
             for moment in ("mean", "std")
         ]
         print(f"| {steps} | {' | '.join(cells)} |")

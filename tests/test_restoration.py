@@ -230,7 +230,9 @@ def test_measurements_of_a_number_per_image(pipe: DDIMPipeline, method: str) -> 
 
 
 def test_arguments_of_other_calls_are_refused(pipe: DDIMPipeline, images: Tensor) -> None:
-    with pytest.raises(TypeError, match="generator is not an argument of this method; methods that draw noise take seeds"):
+    with pytest.raises(
+        TypeError, match="generator is not an argument of this method; methods that draw noise take seeds"
+    ):
         pipe.inpaint(images, torch.eye(8).bool(), generator=torch.Generator())  # type: ignore[call-arg]
 
 

@@ -35,20 +35,29 @@ from ddim.diffusion.equations import Step
 from ddim.diffusion.guidance import Conditions, take_rows
 from ddim.diffusion.interpolation import grid_weights, path_weights, slerp_grid, slerp_path
 from ddim.diffusion.inversion import Inversion
-from ddim.diffusion.loop import State, StepSettings, generative_step
+from ddim.diffusion.loop import State, StepFn, StepSettings, generative_step
 from ddim.diffusion.noise import check_seeds, list_seeds, noise_from_seeds
+from ddim.diffusion.pairs import Leapfrog, reversed_step
 from ddim.diffusion.sampling_config import SamplingConfig, check_order
 from ddim.io.class_labels import Labels
 from ddim.io.images import to_samples
 from ddim.outputs import EncodeOutput, ImagePipelineOutput, ReconstructOutput, TrajectoryOutput
 from ddim.sampler import ProgressBar, Sampler, SamplingPlan, evaluating
 from ddim.scheduler import NO_INVERSE, DDIMScheduler, check_own_steps
-from ddim.validation import as_integer, integer, real, shown
+from ddim.validation import as_integer, choice, integer, real, shown
 
 logger = logging.getLogger(__name__)
 
 GRAY_LEVEL = 1 / 255
 """A root mean square error above this is logged as a warning."""
+
+METHODS = ("solve", "pair")
+"""Of exact inversion: solve the equation of each step of DDIM (`ddim.diffusion.inversion`), or go from two states to
+the next (`ddim.diffusion.pairs`)."""
+
+PAIR_ITERATIONS = 8
+"""Function evaluations for the first step of pairs, at most. It need not be solved: more of them hardly change the
+latents."""
 
 BATCHES_PER_GROUP = 8
 """Batches whose images are inverted together: as images converge, the others are gathered into full batches."""
@@ -59,12 +68,13 @@ class InversionConfig:
     """How images are inverted.
 
     Attributes:
-        exact: solve each step's equation; `False` takes the paper's Euler steps (equation 13).
+        exact: the latents decode to the image again; `False` takes the paper's Euler steps (equation 13).
         tolerance: a step is solved when the step of decoding lands this close to where encoding came from, in every
             value, on the scale of [-1, 1]; above 0, below 1.
         max_iterations: function evaluations per step and image, at most; from 1 to 1000.
         batch_size: images per network evaluation.
         verify: decode the latents and report each image's error, for S more function evaluations per image.
+        method: of exact inversion, one of `METHODS`.
 
     Raises:
         ValueError: for a value out of range.
@@ -81,8 +91,12 @@ class InversionConfig:
     max_iterations: int = 50
     batch_size: int = 8
     verify: bool = True
+    method: str = "solve"
 
     def __post_init__(self) -> None:
+        choice("method", self.method, METHODS)
+        if self.method == "pair" and not self.exact:
+            raise ValueError("method='pair' requires exact=True, got exact=False")
         real("tolerance", self.tolerance, above=0, below=1)
         integer("max_iterations", self.max_iterations, 1, 1000)
         integer("batch_size", self.batch_size, 1)
@@ -150,6 +164,7 @@ class LatentSpace(SamplerMethods):
         resize: bool = False,
         verify: bool = True,
         batch_size: int = InversionConfig.batch_size,
+        method: str = InversionConfig.method,
         **condition: Unpack[Condition],
     ) -> EncodeOutput:
         """Encode images into latents from which `decode` gives them back.
@@ -175,6 +190,9 @@ class LatentSpace(SamplerMethods):
             verify: decode the latents and report each image's error, for S more function evaluations per image.
             batch_size: images per network evaluation; the latents depend on it in their last digits, and on no other
                 image.
+            method: of exact encoding: `solve` solves the equation of each step of DDIM, so that any decoding of
+                `.latents` gives the image back; `pair` keeps two states, `.latents` and `.second_latents`, for one
+                evaluation per step and no equation, and `decode` of the whole result gives the image back.
             condition: classes and guidance, as for a call of the pipeline.
 
         Returns:
@@ -185,7 +203,8 @@ class LatentSpace(SamplerMethods):
             TypeError: for one of a wrong type.
 
         References:
-            Equation (13) and section 4.3 of arXiv 2010.02502; the exact inverse: `ddim.diffusion.inversion`.
+            Equation (13) and section 4.3 of arXiv 2010.02502; the exact inverse: `ddim.diffusion.inversion`; pairs of
+            states: O-BELM of arXiv 2410.07273, `ddim.diffusion.pairs`.
 
         Example:
             >>> from ddim import DDIMPipeline
@@ -198,7 +217,7 @@ class LatentSpace(SamplerMethods):
         """
         if check_order(order) != 1:
             raise ValueError(f"order=2 cannot encode: {NO_INVERSE}")
-        settings = InversionConfig(exact, tolerance, max_iterations, batch_size, verify)
+        settings = InversionConfig(exact, tolerance, max_iterations, batch_size, verify, method)
         samples = self._to_samples(images, resize)
         steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps)
         conditions = self.conditions(len(samples), **condition)
@@ -245,6 +264,7 @@ class LatentSpace(SamplerMethods):
         """
         self.sampler.check_output(output_type)
         steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps, order)
+        second = None
         if isinstance(latents, EncodeOutput):
             if order != 1:
                 raise ValueError(f"the latents were encoded at order 1, got order={order}; pass .latents to force it")
@@ -254,9 +274,11 @@ class LatentSpace(SamplerMethods):
                     f"the latents were encoded in {len(latents.timesteps)} steps from timestep {latents.timesteps[0]}, "
                     f"got {len(visited)} steps from {visited[0]}; use the same steps, or pass .latents"
                 )
-            latents = latents.latents
+            latents, second = latents.latents, latents.second_latents
         x = self.sampler.check_latents(latents)
-        samples = generate(self.sampler, x, steps, batch_size, self.progress_bar, self.conditions(len(x), **condition))
+        second = None if second is None else self.sampler.check_latents(second)
+        conditions = self.conditions(len(x), **condition)
+        samples = generate(self.sampler, x, steps, batch_size, self.progress_bar, conditions, second)
         return ImagePipelineOutput(self.sampler.to_output(samples, output_type))
 
     def reconstruct(
@@ -271,6 +293,7 @@ class LatentSpace(SamplerMethods):
         timesteps: Sequence[int] | None = None,
         resize: bool = False,
         batch_size: int = InversionConfig.batch_size,
+        method: str = InversionConfig.method,
         **condition: Unpack[Condition],
     ) -> ReconstructOutput:
         """Encode images, decode their latents, and compare.
@@ -287,6 +310,7 @@ class LatentSpace(SamplerMethods):
             timesteps: a custom subsequence instead of S: strictly decreasing integers.
             resize: fit PIL images of other sizes and modes; otherwise they are refused.
             batch_size: images per network evaluation.
+            method: of exact encoding: `solve` or `pair`; see `encode`.
             condition: classes and guidance, as for a call of the pipeline.
 
         Returns:
@@ -308,7 +332,7 @@ class LatentSpace(SamplerMethods):
             True
         """
         self.sampler.check_output(output_type)
-        settings = InversionConfig(exact, tolerance, max_iterations, batch_size)
+        settings = InversionConfig(exact, tolerance, max_iterations, batch_size, method=method)
         samples = self._to_samples(images, resize)
         steps = invertible_steps(self.sampler.scheduler, num_inference_steps, timesteps)
         conditions = self.conditions(len(samples), **condition)
@@ -731,7 +755,11 @@ def invert(
     denoiser = sampler.denoiser(steps, config.batch_size, conditions=conditions)
     samples = samples.to(torch.promote_types(samples.dtype, sampler.sample_dtype))
     to_noise = drop_identity_steps(steps)[::-1]
-    latents = samples.clone()
+    is_pair = config.method == "pair"
+    if is_pair:
+        check_pair_steps(to_noise)
+    solved, further = (to_noise[:1], to_noise[1:]) if is_pair else (to_noise, [])
+    latents, second = samples.clone(), samples.clone() if is_pair else None
     residuals = samples.new_zeros(len(samples), len(steps))
     evaluations = torch.zeros(len(samples), len(steps), dtype=torch.int64, device=samples.device)
     group_size = BATCHES_PER_GROUP * config.batch_size
@@ -743,20 +771,30 @@ def invert(
                 sampler.scheduler.config.prediction_type,
                 config.exact,
                 config.tolerance,
-                config.max_iterations,
+                min(config.max_iterations, PAIR_ITERATIONS) if is_pair else config.max_iterations,
             )
-            latents[group] = sampler.take_steps(samples[group], to_noise, inversion, bar)
-            residuals[group, : len(to_noise)] = torch.stack(inversion.residuals[::-1], 1)
-            evaluations[group, : len(to_noise)] = torch.stack(inversion.evaluations[::-1], 1)
+            x = sampler.take_steps(samples[group], solved, inversion, bar)
+            evaluations[group, len(further) : len(to_noise)] = torch.stack(inversion.evaluations[::-1], 1)
+            if second is None:
+                residuals[group, : len(to_noise)] = torch.stack(inversion.residuals[::-1], 1)
+            else:
+                leapfrog = Leapfrog(
+                    take_rows(denoiser, group), inversion.prediction_type, samples[group], to_noise[0].alpha_prev
+                )
+                away = [reversed_step(step) for step in further]
+                x = sampler.take_steps(x, away, leapfrog, bar)
+                second[group] = leapfrog.other
+                evaluations[group, : len(further)] = 1
+            latents[group] = x
     decoded = samples
     if config.verify:
-        decoded = generate(sampler, latents, steps, config.batch_size, progress_bar, conditions)
+        decoded = generate(sampler, latents, steps, config.batch_size, progress_bar, conditions, second)
     # In [0, 1] differences are half of those in [-1, 1].
     mse = ((decoded - samples) / 2).double().square().flatten(1).mean(1)
     if not config.verify:
         mse = torch.full_like(mse, math.nan)
     timesteps = [step.timestep for step in steps]
-    result = EncodeOutput(latents, timesteps, residuals, evaluations, config.tolerance, mse)
+    result = EncodeOutput(latents, timesteps, residuals, evaluations, config.tolerance, mse, second)
     if config.exact:
         _log_shortfalls(result, config.verify)
     return result, decoded
@@ -769,6 +807,7 @@ def generate(
     batch_size: int,
     progress_bar: ProgressBar | None = None,
     conditions: Conditions | None = None,
+    second: Tensor | None = None,
 ) -> Tensor:
     """Decode latents along steps, without clipping.
 
@@ -779,6 +818,7 @@ def generate(
         batch_size: images per network evaluation.
         progress_bar: opens the bar; `None` for the sampler's own.
         conditions: of the samples, as `Sampler.conditions` returns them.
+        second: the second states of pairs, x after the first step; `None` for steps of DDIM.
 
     Returns:
         Samples at the schedule's first alpha, (N, C, H, W).
@@ -792,9 +832,31 @@ def generate(
     """
     moves = drop_identity_steps(steps)
     denoiser = sampler.denoiser(steps, integer("batch_size", batch_size, 1), conditions=conditions)
-    settings = StepSettings(sampler.scheduler.config.prediction_type)
+    prediction_type = sampler.scheduler.config.prediction_type
+    step_fn: StepFn = generative_step(denoiser, moves, StepSettings(prediction_type))
+    if second is not None:
+        check_pair_steps(moves)
+        step_fn, x, moves = Leapfrog(denoiser, prediction_type, x, moves[0].alpha), second, moves[1:]
     with evaluating(sampler.unet), sampler.running(len(moves), progress_bar) as bar:
-        return sampler.take_steps(x, moves, generative_step(denoiser, moves, settings), bar)
+        return sampler.take_steps(x, moves, step_fn, bar)
+
+
+def check_pair_steps(steps: Sequence[Step]) -> None:
+    """Check that pairs of states can take steps.
+
+    Args:
+        steps: those that change x, in any order.
+
+    Raises:
+        ValueError: if there is only one, or the schedule ends without any signal.
+
+    Example:
+        >>> check_pair_steps(drop_identity_steps(invertible_steps(DDIMScheduler(), 3)))
+    """
+    if len(steps) < 2:
+        raise ValueError("method='pair' requires at least two timesteps above 0, got one")
+    if min(step.alpha for step in steps) == 0:
+        raise ValueError("method='pair' requires a schedule that leaves some signal at every timestep")
 
 
 def drop_identity_steps(steps: Sequence[Step]) -> list[Step]:

@@ -147,11 +147,14 @@ class EncodeOutput(Output):
         timesteps: the S timesteps, strictly decreasing; `decode` requires the same.
         residuals: (N, S): the largest difference, among the values of an image in [-1, 1], between the result of a
             decoding step and the sample that the encoding step started from. Column j belongs to the step from
-            `timesteps[j]`; the step from timestep 0 does not move, and has no residual and no cost.
+            `timesteps[j]`; the step from timestep 0 does not move, and has no residual and no cost. All are 0 of
+            `method="pair"`, which solves no equations.
         evaluations: int64 (N, S): function evaluations (NFE) of each step.
         tolerance: the residual required of each step.
         mse: float64 (N,): the mean squared error per value in [0, 1] of the decoded images, before clipping and
             rounding; NaN if it was not computed (`verify=False`).
+        second_latents: of `method="pair"`: x at `timesteps[1]`, of the shape of `latents`, from which together with
+            these `decode` goes on; `None` otherwise.
 
     Example:
         >>> import torch
@@ -167,6 +170,7 @@ class EncodeOutput(Output):
     evaluations: torch.Tensor
     tolerance: float
     mse: torch.Tensor
+    second_latents: torch.Tensor | None = None
 
     @property
     def residual(self) -> torch.Tensor:

@@ -74,6 +74,7 @@ GOOD = {
     # reconstruction
     "reconstruct": ["reconstruct", "digits", *TEN, *THREE, "--out", "sides.png"],
     "reconstruct euler": ["reconstruct", "mnist", "digits", *TEN, *THREE, "--euler", "-o", "euler.png"],
+    "reconstruct pair": ["reconstruct", "mnist", "digits", *TEN, *THREE, "--method", "pair", "-o", "pair.png"],
     # interpolation
     "strip": ["interpolate", "mnist", "3", "14", "--frames", "4", *TEN, "--batch-size", "4", "--out", "strip.png"],
     "path": ["interpolate", "3", "14", "7", "--frames", "3", *TEN, "--batch-size", "5", "--out", "path.png"],
@@ -645,7 +646,7 @@ def test_help_names_every_option(results: Commands, name: str) -> None:
             assert re.search(rf"(?<![\w-]){option}(?![\w-])", stdout, re.IGNORECASE)
         assert parameter.help.split(";")[0] in " ".join(stdout.replace("│", " ").split())
     examples = re.findall(rf"^ *ddim {name} (.*\S)\s*$", stdout, re.MULTILINE)
-    assert len(examples) == {"consistency": 1, "interpolate": 4, "decode": 3}.get(name, 2)
+    assert len(examples) == {"consistency": 1, "interpolate": 4, "decode": 3, "reconstruct": 3}.get(name, 2)
     for example in examples:
         # The options exist and their values are of the right kind.
         command.make_context(name, shlex.split(example))
@@ -875,6 +876,13 @@ def test_table_matches_the_api(
     assert (table(results["reconstruct euler"])[:, 0] >= 100 * table(results["reconstruct"])[:, 0]).all()
     assert (table(results["reconstruct euler"])[:, 2] == 10).all()
     assert table(results["reconstruct"])[:, 0].max() < 1e-5
+
+
+def test_pairs_cost_less_and_are_exact(results: Commands) -> None:
+    pair = table(results["reconstruct pair"])
+    assert pair[:, 0].max() < 1e-11
+    assert pair[:, 2].max() <= 17
+    assert (pair[:, 3] == 0).all()
 
 
 def test_originals_are_above_their_reconstructions(

@@ -33,6 +33,13 @@ def reconstruct(
     spacing: options.Spacing = None,
     timesteps: options.Timesteps = None,
     exact: options.Exact = True,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="Of exact encoding: solve, each step's equation, or pair, which keeps two states for about one "
+            "evaluation per step."
+        ),
+    ] = "solve",
     tolerance: options.Tolerance = 1e-5,
     max_iterations: options.MaxIterations = 50,
     resize: options.Resize = False,
@@ -52,6 +59,8 @@ def reconstruct(
       ddim reconstruct digits/ --out side_by_side.png
 
       ddim reconstruct digits/ --euler --steps 20
+
+      ddim reconstruct digits/ --method pair --steps 20
     """
     from ddim.io.image_files import check_output_path, enlarge, save_image, stack_rows
 
@@ -69,6 +78,7 @@ def reconstruct(
         timesteps=sampling.choose_timesteps(pipe),
         resize=resize,
         batch_size=batch_size,
+        method=method,
         output_type="np",
         **conditions.condition(pipe, len(originals)),
     )
