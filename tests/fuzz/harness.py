@@ -24,10 +24,11 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
+
+from programs import FORKSERVER
 
 ACCEPTED, REFUSED = "accepted", "refused"
 TRACEBACK, CRASH, DIFFERENCE, HANG, MEMORY = "traceback", "crash", "difference", "hang", "memory"
@@ -199,8 +200,6 @@ class Worker:
 
     def __init__(self, target: str, folder: Path) -> None:
         self._target, self._folder = target, folder
-        self._context = get_context("forkserver")
-        self._context.set_forkserver_preload(["fuzz.preload"])
         self._process: Any = None
         self._connection: Any = None
 
@@ -259,8 +258,8 @@ class Worker:
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def _start(self) -> None:
-        self._connection, other = self._context.Pipe()
-        self._process = self._context.Process(target=_serve, args=(other, self._target, self._folder), daemon=False)
+        self._connection, other = FORKSERVER.Pipe()
+        self._process = FORKSERVER.Process(target=_serve, args=(other, self._target, self._folder), daemon=False)
         self._process.start()
         other.close()
         if not self._connection.poll(START_SECONDS):
@@ -285,7 +284,6 @@ class Worker:
 def _serve(connection: Connection, target: str, folder: Path) -> None:
     """Check inputs as they come: the main function of a worker."""
     os.setsid()
-    # The server that forked this process has not imported it where the package is not on its path.
     importlib.import_module("fuzz.preload")
     log = (empty(folder) / "log").open("w")
     for stream in (1, 2):
