@@ -1,29 +1,27 @@
-"""`ddim` commands in one process, which imports PyTorch once.
-
-As a module, for tests that look at results by the names of commands:
+"""`ddim` commands in one process, for tests that look at results by the names of commands.
 
     with Commands(folder, {"encode": ["encode", "x.png", "-o", "x.npz"], "decode": ["decode", "x.npz"]}) as commands:
         commands["decode"].stdout      # runs `encode`, whose output it reads, then `decode`; each of them once
 
-As a program it is that process: it reads lines of JSON, `[[argument, ...], ...]`, and answers each with a line, a list
-of `{"code", "stdout", "stderr", "evaluations"}`. Both streams are captured at the file descriptors, so that nothing
+The process is forked as those of `programs.py` are. Both streams are captured at the file descriptors, so that nothing
 escapes; `evaluations` has an entry for each call of a network: the timestep (-1 for a whole tensor of them), the batch
 size and the network's dtype.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, Self
+
+from programs import FORKSERVER
 
 
 class Result(NamedTuple):
@@ -51,23 +49,30 @@ class Commands(Mapping[str, Result]):
         folder: where they run.
         table: their arguments, by name.
         requires: the names of commands that run before, for what cannot be seen from the arguments.
+        variables: their whole environment, instead of that of `environment`.
     """
 
     def __init__(
-        self, folder: Path, table: Mapping[str, list[str]], requires: Mapping[str, Sequence[str]] | None = None
+        self,
+        folder: Path,
+        table: Mapping[str, list[str]],
+        requires: Mapping[str, Sequence[str]] | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.table, self._requires = folder, table, requires or {}
         self._results: dict[str, Result] = {}
         # Of several commands that write one path, the first makes it.
         self._writers = {path: name for name in reversed(list(table)) if (path := output_path(table[name])) is not None}
-        self._process: subprocess.Popen[str] | None = None
+        self._variables = environment(folder / "home") if variables is None else dict(variables)
+        self._process: Any = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
-            self._process.communicate()
+            self._connection.close()
+            self._process.join()
 
     def __getitem__(self, name: str) -> Result:
         if name not in self._results:
@@ -99,18 +104,13 @@ class Commands(Mapping[str, Result]):
 
     def _run(self, arguments: list[str]) -> Result:
         if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, __file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=self.folder,
-                env=environment(self.folder / "home"),
-            )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps([arguments]), file=self._process.stdin, flush=True)
-        return Result(**json.loads(self._process.stdout.readline())[0])
+            self._connection, other = FORKSERVER.Pipe()
+            self._process = FORKSERVER.Process(target=_serve, args=(other, self.folder, self._variables))
+            self._process.start()
+            other.close()
+        self._connection.send(arguments)
+        result: Result = self._connection.recv()
+        return result
 
 
 def output_path(arguments: Sequence[str]) -> str | None:
@@ -121,13 +121,13 @@ def output_path(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def run(arguments: list[str], evaluations: list[tuple[int, int, str]]) -> dict[str, Any]:
+def run(arguments: list[str], evaluations: list[tuple[int, int, str]]) -> Result:
     """Run a command in this process."""
     sys.argv = ["ddim", *arguments]
     evaluations.clear()
     with captured(1) as stdout, captured(2) as stderr:
         status = exit_code()
-    return {"code": status, "stdout": stdout[0], "stderr": stderr[0], "evaluations": list(evaluations)}
+    return Result(status, stdout[0], stderr[0], list(evaluations))
 
 
 def exit_code() -> int:
@@ -147,7 +147,7 @@ def exit_code() -> int:
     return 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def captured(stream: int) -> Iterator[list[str]]:
     """A list that holds, after the block, what was written to a file descriptor inside it."""
     text: list[str] = []
@@ -187,7 +187,13 @@ def record_evaluations() -> list[tuple[int, int, str]]:
     return evaluations
 
 
-if __name__ == "__main__":
-    recorded_evaluations = record_evaluations()
-    for line in sys.stdin:
-        print(json.dumps([run(arguments, recorded_evaluations) for arguments in json.loads(line)]), flush=True)
+def _serve(connection: Connection, folder: Path, variables: Mapping[str, str]) -> None:
+    """Run commands as they come: the main function of the process."""
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(folder)
+    tempfile.tempdir = None  # as TMPDIR says
+    evaluations = record_evaluations()
+    with contextlib.suppress(EOFError):
+        while True:
+            connection.send(run(connection.recv(), evaluations))

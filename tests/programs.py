@@ -38,6 +38,9 @@ STREAMS = ("stdout", "stderr")
 class Program:
     """A running program, with the interface of `subprocess.Popen`.
 
+    Attributes:
+        streams: the folder of the files `stdout` and `stderr`.
+
     Args:
         code: Python code, which finds the arguments in `sys.argv[1:]`.
         arguments: of the program.
@@ -46,14 +49,13 @@ class Program:
     """
 
     def __init__(self, code: str, *arguments: str | Path, env: Mapping[str, str], cwd: Path | None = None) -> None:
-        self._streams = tempfile.TemporaryDirectory()
+        self._folder = tempfile.TemporaryDirectory()
+        self.streams = Path(self._folder.name)
         self.args = [*map(str, arguments)]
         folder = str(cwd or Path.cwd())
         for name in STREAMS:
-            Path(self._streams.name, name).touch()
-        self._process = FORKSERVER.Process(
-            target=_execute, args=(code, self.args, dict(env), folder, self._streams.name)
-        )
+            (self.streams / name).touch()
+        self._process = FORKSERVER.Process(target=_execute, args=(code, self.args, dict(env), folder, self.streams))
         self._process.start()
 
     def __enter__(self) -> Self:
@@ -63,7 +65,7 @@ class Program:
         if kind is not None:
             self.send_signal(signal.SIGKILL)
         self._process.join()
-        self._streams.cleanup()
+        self._folder.cleanup()
 
     @property
     def pid(self) -> int:
@@ -96,7 +98,7 @@ class Program:
     def communicate(self, timeout: float = 300) -> tuple[str, str]:
         """Wait for the end of the process, and return its standard output and standard error."""
         self.wait(timeout)
-        stdout, stderr = (Path(self._streams.name, name).read_text() for name in STREAMS)
+        stdout, stderr = ((self.streams / name).read_text() for name in STREAMS)
         return stdout, stderr
 
 
@@ -153,10 +155,10 @@ def _finish(program: Program) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(program.args, program.returncode, stdout, stderr)
 
 
-def _execute(code: str, arguments: list[str], env: dict[str, str], cwd: str, streams: str) -> None:
+def _execute(code: str, arguments: list[str], env: dict[str, str], cwd: str, streams: Path) -> None:
     """Execute code as the main module, in the process that was started for it."""
     for descriptor, name in enumerate(STREAMS, 1):
-        with Path(streams, name).open("w") as file:
+        with (streams / name).open("w") as file:
             os.dup2(file.fileno(), descriptor)
     os.environ.clear()
     os.environ.update(env)

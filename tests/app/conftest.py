@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from app_server import AppServer
 from cli_batch import Commands, Result
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.unet import UNet2DModel
+from digits import TINY_MODEL
 
 
 def save_color_model(folder: Path) -> None:
@@ -29,12 +31,21 @@ def save_color_model(folder: Path) -> None:
     DDIMPipeline(unet, DDIMScheduler(num_train_timesteps=100)).save_pretrained(folder)
 
 
+def save_tiny_model(folder: Path) -> None:
+    """A model of 8x8 gray images of two classes and 1000 timesteps, whose images are inverted in few evaluations."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(**TINY_MODEL, num_class_embeds=3, class_names=("cat", "dog"), has_null_class=True)
+    unet.conv_out.weight.data.mul_(0.1)
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
-    """`ddim app mnist color`."""
+    """`ddim app mnist color tiny`."""
     folder = tmp_path_factory.mktemp("app")
     save_color_model(folder / "color")
-    with AppServer(folder, "mnist", "color") as server:
+    save_tiny_model(folder / "tiny")
+    with AppServer(folder, "mnist", "color", "tiny") as server:
         yield server
 
 
@@ -42,6 +53,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
 def mnist() -> DDIMPipeline:
     """The built-in model in this process."""
     pipe = DDIMPipeline.from_pretrained("mnist")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny(server: AppServer) -> DDIMPipeline:
+    """The model `tiny` in this process."""
+    pipe = DDIMPipeline.from_pretrained(server.folder / "tiny")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -92,7 +92,7 @@ def test_progress_is_reported(server: AppServer) -> None:
 
 
 def test_consistency(server: AppServer) -> None:
-    rows = server.call("/consistency", count=1, seed=5)["rows"]
+    rows = server.call("/consistency", model="tiny", count=1, seed=5)["rows"]
     assert [(row["method"], row["steps"]) for row in rows] == [
         *(("DDIM", steps) for steps in (5, 10, 20, 50, 100)),
         ("DDPM", 1000),
@@ -102,10 +102,11 @@ def test_consistency(server: AppServer) -> None:
     assert np.abs(hundred - fifty).mean() < np.abs(hundred - ddpm).mean()
 
 
-def test_interpolation_passes_through_seeds_and_images(server: AppServer, mnist: DDIMPipeline, tmp_path: Path) -> None:
-    image = mnist(seeds=[3], num_inference_steps=10).images[0]
+def test_interpolation_passes_through_seeds_and_images(server: AppServer, tiny: DDIMPipeline, tmp_path: Path) -> None:
+    image = tiny(seeds=[3], num_inference_steps=10).images[0]
     image.save(tmp_path / "three.png")
-    result = server.call("/interpolate", seeds=[1], pictures=[handle_file(tmp_path / "three.png")], frames=4, steps=10)
+    picture = handle_file(tmp_path / "three.png")
+    result = server.call("/interpolate", model="tiny", seeds=[1], pictures=[picture], frames=4, steps=10)
     frames = [pixels(path).astype(int) for path in result["images"]]
     assert len(frames) == 4
     # Inversion is exact: the path ends at the image.
@@ -124,52 +125,50 @@ def test_interpolation_goes_from_class_to_class(server: AppServer, run_command: 
         assert np.array_equal(pixels(path), frame[..., 0])
 
 
-def test_interpolation_between_classes_passes_through_images(server: AppServer, tmp_path: Path) -> None:
-    pipe = DDIMPipeline.from_pretrained("mnist-labels")
-    pipe.set_progress_bar_config(disable=True)
-    image = pipe(seeds=[3], class_labels=3, num_inference_steps=10).images[0]
+def test_interpolation_between_classes_passes_through_images(
+    server: AppServer, tiny: DDIMPipeline, tmp_path: Path
+) -> None:
+    image = tiny(seeds=[3], class_labels=1, num_inference_steps=10).images[0]
     image.save(tmp_path / "three.png")
     result = server.call(
         "/interpolate",
-        model="mnist-labels",
+        model="tiny",
         seeds=[1],
         pictures=[handle_file(tmp_path / "three.png")],
         frames=2,
         steps=10,
-        label="1,8",
+        label="dog,cat",
         guidance=1.5,
     )
     assert np.abs(pixels(result["images"][-1]).astype(int) - np.asarray(image)).mean() < 1
 
 
 def test_reconstruction_and_edits(server: AppServer, mnist: DDIMPipeline, tmp_path: Path) -> None:
-    image = mnist(seeds=[3], num_inference_steps=10).images[0]
+    image = mnist(seeds=[3], num_inference_steps=5).images[0]
     image.save(tmp_path / "three.png")
-    result = server.call("/reconstruct", picture=handle_file(tmp_path / "three.png"), steps=10)
-    expected = mnist.reconstruct(image, 10)
+    result = server.call("/reconstruct", picture=handle_file(tmp_path / "three.png"), steps=5)
+    expected = mnist.reconstruct(image, 5)
     assert result["exact"]["mse"] == pytest.approx(float(expected.mse[0]), rel=0.1, abs=1e-8)
     assert result["exact"]["mse"] < result["euler"]["mse"]
     assert result["euler"]["evaluations"] < result["exact"]["evaluations"]
     assert np.array_equal(pixels(result["exact"]["image"]), np.asarray(expected.images[0]))
 
-    edits = server.call("/edit", picture=handle_file(tmp_path / "three.png"), strength=0.4, count=2, steps=10, seed=9)
+    edits = server.call("/edit", picture=handle_file(tmp_path / "three.png"), strength=0.4, count=2, steps=5, seed=9)
     assert edits["seeds"] == [9, 10]
-    expected_edits = mnist.edit([image] * 2, 0.4, 10, seeds=[9, 10]).images
+    expected_edits = mnist.edit([image] * 2, 0.4, 5, seeds=[9, 10]).images
     for path, edit in zip(edits["images"], expected_edits, strict=True):
         assert np.array_equal(pixels(path), np.asarray(edit))
 
 
-def test_reconstruction_and_edits_of_a_class(server: AppServer, tmp_path: Path) -> None:
-    pipe = DDIMPipeline.from_pretrained("mnist-labels")
-    pipe.set_progress_bar_config(disable=True)
-    image = pipe(seeds=[3], class_labels=3, num_inference_steps=5).images[0]
+def test_reconstruction_and_edits_of_a_class(server: AppServer, tiny: DDIMPipeline, tmp_path: Path) -> None:
+    image = tiny(seeds=[3], class_labels=0, num_inference_steps=5).images[0]
     image.save(tmp_path / "three.png")
-    condition: dict[str, Any] = {"model": "mnist-labels", "steps": 5, "label": "8", "guidance": 2}
+    condition: dict[str, Any] = {"model": "tiny", "steps": 5, "label": "dog", "guidance": 2}
     result = server.call("/reconstruct", picture=handle_file(tmp_path / "three.png"), **condition)
-    expected = pipe.reconstruct(image, 5, exact=False, class_labels=8, guidance_scale=2)
+    expected = tiny.reconstruct(image, 5, exact=False, class_labels=1, guidance_scale=2)
     assert result["euler"]["mse"] == pytest.approx(float(expected.mse[0]), rel=1e-3)
     edits = server.call("/edit", picture=handle_file(tmp_path / "three.png"), strength=0.8, count=1, **condition)
-    expected_edit = pipe.edit(image, 0.8, 5, seeds=[0], class_labels=8, guidance_scale=2).images[0]
+    expected_edit = tiny.edit(image, 0.8, 5, seeds=[0], class_labels=1, guidance_scale=2).images[0]
     assert np.array_equal(pixels(edits["images"][0]), np.asarray(expected_edit))
 
 
@@ -238,7 +237,7 @@ def test_documented_example_runs(server: AppServer, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     assert "http://127.0.0.1:7860" in example
     scope: dict[str, Any] = {}
-    exec(example.replace("http://127.0.0.1:7860", server.url), scope)
+    exec(example.replace("http://127.0.0.1:7860", server.url).replace("steps=20", "steps=4"), scope)
     assert len(scope["result"]["images"]) == 4
 
 
@@ -420,7 +419,7 @@ def test_large_bodies_are_refused(server: AppServer) -> None:
 
 def test_files_of_the_machine_are_not_served(server: AppServer) -> None:
     (server.folder / "mine.txt").write_text("secret")
-    for path in ("/etc/passwd", server.folder / "mine.txt", server.folder / "app.log", Path(__file__)):
+    for path in ("/etc/passwd", server.folder / "mine.txt", server.log, Path(__file__)):
         answer = httpx.get(f"{server.url}/gradio_api/file={path}")
         assert answer.status_code in (403, 404)
         assert "secret" not in answer.text
@@ -445,7 +444,7 @@ def test_twenty_clients_at_once(server: AppServer, mnist: DDIMPipeline) -> None:
             return error.response.text
         if "error" in answer:
             return str(answer["error"])
-        return pixels(io.BytesIO(httpx.get(answer["images"][0]["url"]).content))
+        return pixels(io.BytesIO(server.http.get(answer["images"][0]["url"]).content))
 
     with ThreadPoolExecutor(20) as pool:
         list(pool.map(ask, range(20)))

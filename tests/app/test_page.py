@@ -5,6 +5,7 @@ Screenshots are written to the folder screenshots/ of the checkout.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import shutil
@@ -67,9 +68,9 @@ def desktop(browser: Browser) -> BrowserContext:
     return browser.new_context(viewport=DESKTOP, accept_downloads=True)
 
 
-@pytest.fixture
-def visit(browser: Browser, desktop: BrowserContext, server: AppServer) -> Iterator[Callable[..., Page]]:
-    """`visit(...)`: the page in a new tab, or in a new browser of other settings.
+@contextlib.contextmanager
+def watched(browser: Browser, desktop: BrowserContext, server: AppServer) -> Iterator[Callable[..., Page]]:
+    """`open_page(...)`: the page in a new tab, or in a new browser of other settings.
 
     It contacts no other host, none of its scripts fails, and the server logs no failure.
     """
@@ -95,6 +96,28 @@ def visit(browser: Browser, desktop: BrowserContext, server: AppServer) -> Itera
     assert "Traceback" not in server.log.read_text()
 
 
+@pytest.fixture
+def visit(browser: Browser, desktop: BrowserContext, server: AppServer) -> Iterator[Callable[..., Page]]:
+    """`visit(...)`: the page as it is when it has loaded, as `watched` opens it."""
+    with watched(browser, desktop, server) as open_page:
+        yield open_page
+
+
+@pytest.fixture(scope="module")
+def loaded(browser: Browser, desktop: BrowserContext, server: AppServer) -> Iterator[Page]:
+    """The page of `page`: loading it takes most of the time of a short test."""
+    with watched(browser, desktop, server) as open_page:
+        yield open_page()
+
+
+@pytest.fixture
+def page(loaded: Page) -> Page:
+    """A page that other tests have used, for those that set all that they depend on."""
+    loaded.bring_to_front()  # a tab behind another draws a frame per second
+    tab(loaded, "Sample")
+    return loaded
+
+
 def button(page: Page, name: str) -> Locator:
     # What folds away has an arrow in its name.
     return page.get_by_role("button", name=re.compile(rf"^{re.escape(name)}( \W+)?$"))
@@ -109,9 +132,10 @@ def shot(page: Page, name: str) -> None:
     page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
 
 
-def sample(page: Page) -> None:
+def sample(page: Page, num_evaluations: int | None = None) -> None:
+    """Sample, and wait for the result: with as many function evaluations, where the one before had another number."""
     button(page, "Sample").click()
-    expect(page.locator("#sample-status")).to_contain_text("in all.")
+    expect(page.locator("#sample-status")).to_contain_text(f"{num_evaluations or ''} in all.")
 
 
 def set_number(page: Page, label: str, value: int) -> None:
@@ -150,9 +174,9 @@ def test_every_tab_works(visit: Callable[..., Page]) -> None:
     """One walk through all tabs, as a user would go."""
     page = visit()
     expect(page.locator("#header")).to_contain_text(
-        "Model: mnist, gray, 28 x 28 pixels; in the tab Model also color, faces"
+        "Model: mnist, gray, 28 x 28 pixels; in the tab Model also color, tiny, faces"
     )
-    set_number(page, "number input for Steps", 10)
+    set_number(page, "number input for Steps", 4)
     sample(page)
     images = page.locator("#sample-images")
     expect(images.locator("img")).to_have_count(16)
@@ -169,7 +193,7 @@ def test_every_tab_works(visit: Callable[..., Page]) -> None:
     button(page, "Add seeds").click()
     expect(ends.get_by_role("button")).to_have_count(3)
     expect(page.get_by_label("Seeds")).to_have_value("")
-    set_number(page, "number input for Steps", 10)
+    set_number(page, "number input for Steps", 4)
     button(page, "Interpolate").click()
     walk = page.locator("#walk")
     expect(walk.locator(".strip img")).to_have_count(21)
@@ -189,7 +213,7 @@ def test_every_tab_works(visit: Callable[..., Page]) -> None:
     draw(page)
     button(page, "Use the drawing").click()
     expect(page.locator("#seen")).to_contain_text("28 x 28")
-    set_number(page, "number input for Steps", 10)
+    set_number(page, "number input for Steps", 4)
     button(page, "Edit").click()
     expect(page.locator("#edited img")).to_have_count(8)
     # The place of an inversion that was not asked for is not held free.
@@ -392,26 +416,23 @@ def test_tracks_of_sliders_are_dark_in_the_dark(visit: Callable[..., Page]) -> N
     assert right.max() < 150
 
 
-def test_images_load_without_layout_shifts(visit: Callable[..., Page]) -> None:
-    page = visit()
+def test_images_load_without_layout_shifts(page: Page) -> None:
     set_number(page, "number input for Steps", 5)
-    sample(page)
+    set_number(page, "number input for Images", 16)
+    sample(page, 80)
     before = page.evaluate("window.shifted")
     # Longer than the half second after an input whose shifts are not counted.
     set_number(page, "number input for Steps", 30)
     page.wait_for_timeout(600)
-    sample(page)
+    sample(page, 480)
     # The authors of the measure call less than 0.1 good.
     assert page.evaluate("window.shifted") - before < 0.02
 
 
-def test_downloads_match_ddim_sample(
-    visit: Callable[..., Page], tmp_path: Path, run_command: Callable[[list[str]], Path]
-) -> None:
-    page = visit()
+def test_downloads_match_ddim_sample(page: Page, tmp_path: Path, run_command: Callable[[list[str]], Path]) -> None:
     set_number(page, "number input for Steps", 5)
     set_number(page, "number input for Images", 4)
-    sample(page)
+    sample(page, 20)
     names = {"Grid as PNG": "grid.png", "Array as NPZ": "array.npz"}
     for name, file in names.items():
         expect(button(page, name)).to_be_enabled()
@@ -431,13 +452,11 @@ def test_downloads_match_ddim_sample(
             assert np.array_equal(np.asarray(three), array["arr_0"][3, ..., 0])
 
 
-def test_shown_command_and_program_sample_the_same_images(
-    visit: Callable[..., Page], run_command: Callable[[list[str]], Path]
-) -> None:
-    page = visit()
+def test_shown_command_and_program_sample_the_same_images(page: Page, run_command: Callable[[list[str]], Path]) -> None:
     set_number(page, "Seed", 5)
+    set_number(page, "number input for Steps", 7)
     set_number(page, "number input for Images", 3)
-    sample(page)
+    sample(page, 21)
     button(page, "The same in Python and on the command line").click()
     expect(page.locator(".cm-content")).to_have_count(2)
     code = [block.inner_text() for block in page.locator(".cm-content").all()]
@@ -570,8 +589,7 @@ def choose(page: Page, name: str) -> None:
     page.get_by_role("option", name=name, exact=True).click()
 
 
-def test_failures_are_shown_on_the_page(visit: Callable[..., Page], tmp_path: Path) -> None:
-    page = visit()
+def test_failures_are_shown_on_the_page(page: Page, tmp_path: Path) -> None:
     tab(page, "Interpolate")
     set_seeds(page, "")
     button(page, "Interpolate").click()
@@ -595,19 +613,17 @@ def long_run(page: Page) -> None:
     expect(page.locator("#sample-status")).to_contain_text("of 1000")
 
 
-def test_stop_frees_the_device(visit: Callable[..., Page]) -> None:
-    page = visit()
+def test_stop_frees_the_device(page: Page) -> None:
     long_run(page)
     # By keyboard: a click waits for the page to be still, which may take long on a busy machine.
     button(page, "Stop").first.press("Enter")
     expect(page.locator("#sample-status")).to_contain_text("Stopped.")
     few_steps(page)
-    sample(page)
+    sample(page, 4)
     expect(page.locator("#sample-images img")).to_have_count(2)
 
 
-def test_position_in_the_queue_is_shown(visit: Callable[..., Page], server: AppServer) -> None:
-    page = visit()
+def test_position_in_the_queue_is_shown(page: Page, server: AppServer) -> None:
     few_steps(page)
     with server.listen("/sample", server.post("/sample", count=16, steps=1000)) as reports:
         next(report for report in reports if "done" in report)
@@ -624,12 +640,12 @@ def test_closing_the_tab_frees_the_device(visit: Callable[..., Page], server: Ap
     assert len(server.call("/sample", count=1, steps=1)["images"]) == 1
 
 
-def test_keyboard_suffices(visit: Callable[..., Page]) -> None:
-    page = visit()
-    few_steps(page)
+def test_keyboard_suffices(page: Page) -> None:
+    set_number(page, "number input for Steps", 2)
+    set_number(page, "number input for Images", 3)
     button(page, "Sample").focus()
     page.keyboard.press("Enter")
-    expect(page.locator("#sample-status")).to_contain_text("in all.")
+    expect(page.locator("#sample-status")).to_contain_text("6 in all.")
     page.locator("#sample-images").get_by_role("button").first.focus()
     page.keyboard.press("Space")
     expect(page.locator("#sample-images [aria-pressed=true]")).to_have_count(1)

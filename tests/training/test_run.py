@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-import cli_batch
+from cli_batch import Commands
 from ddim.data.dataset import CachedImageDataset
 from ddim.data.seeding import generator_for
 from ddim.io.locks import LOCK_NAME, OutputLock
@@ -750,20 +748,8 @@ def results(folder: Path, hub: Hub) -> dict[str, Result]:
         "COLUMNS": "200",
     }
     inherited = {name: value for name, value in environment(folder).items() if not name.startswith("HF_")}
-    done = subprocess.run(
-        [sys.executable, cli_batch.__file__],
-        input=json.dumps(list(COMMANDS.values())),
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=inherited | {"HF_HOME": str(folder / "hf")} | variables,
-        check=True,
-    )
-    results = json.loads(done.stdout)
-    return {
-        name: Result(result["code"], result["stdout"], result["stderr"])
-        for name, result in zip(COMMANDS, results, strict=True)
-    }
+    with Commands(folder, COMMANDS, variables=inherited | {"HF_HOME": str(folder / "hf")} | variables) as commands:
+        return {name: Result(*commands[name][:3]) for name in COMMANDS}
 
 
 def test_list_presets(results: dict[str, Result]) -> None:
