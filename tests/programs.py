@@ -8,8 +8,8 @@
         stdout, stderr = program.communicate()
 
 Each has its own environment, working folder, streams, signals and exit status, as a command that a shell starts; only
-the imports, two seconds of work each, are shared. Where starting is what is tested, tests start the installed command
-or the interpreter.
+the imports, up to ten seconds of work each, are shared. Where starting is what is tested, tests start the installed
+command or the interpreter.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ from typing import Any, Self
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 # Neither numba nor huggingface_hub: tests look whether numba was imported, and the hub's client reads its environment
-# when it is. Optimizers import torch._dynamo.
+# when it is. Optimizers import torch._dynamo, evaluations torchmetrics, each of which takes three seconds.
 FORKSERVER.set_forkserver_preload(
-    ["ddim.cli", "ddim.pipeline", "ddim.latents", "ddim.engine.cpu", "ddim.bulk", "ddim.tuning", "torch._dynamo"]
+    [
+        *("ddim.cli", "ddim.pipeline", "ddim.latents", "ddim.engine.cpu", "ddim.bulk", "ddim.tuning"),
+        *("torch._dynamo", "torchmetrics.image"),
+    ]
 )
 
 STREAMS = ("stdout", "stderr")
@@ -100,6 +103,11 @@ class Program:
         self.wait(timeout)
         stdout, stderr = ((self.streams / name).read_text() for name in STREAMS)
         return stdout, stderr
+
+
+def start_torchrun(*arguments: str | Path, env: Mapping[str, str], cwd: Path | None = None) -> Program:
+    """Start `torchrun` with arguments; the processes that it starts are not forked."""
+    return Program("from torch.distributed.run import main; main()", *arguments, env=env, cwd=cwd)
 
 
 def start_cli(*arguments: str | Path, env: Mapping[str, str], cwd: Path | None = None) -> Program:

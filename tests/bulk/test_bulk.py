@@ -8,8 +8,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +23,7 @@ from ddim.bulk import sample_many
 from ddim.bulk.targets import FolderTarget, NpzTarget
 from ddim.pipeline import DDIMPipeline
 from helpers import environment, messages
-from programs import Program, free_port, launcher_environment, run_cli, start_cli
+from programs import Program, free_port, launcher_environment, run_cli, start_cli, start_torchrun
 
 FORMATS = ("images", "images.npz", "images.tar")
 STEPS = 2
@@ -391,7 +389,7 @@ class TestInvalidInput:
         assert not list(tmp_path.iterdir())
 
 
-OPTIONS = ["-n", "96", "--steps", "3", "--batch-size", "8"]
+OPTIONS = ["-n", "48", "--steps", "3", "--batch-size", "8"]
 
 
 def options(name: str) -> list[str]:
@@ -438,7 +436,7 @@ class TestProcesses:
         for _ in range(4):
             with start(tmp_path, name) as program:
                 wait_for(manifest_path(tmp_path, name), program)
-                time.sleep(chance.uniform(0, 0.8))
+                time.sleep(chance.uniform(0, 0.4))
                 program.send_signal(signal.SIGKILL)
         finish(tmp_path, name)
         assert hashes(tmp_path) == uninterrupted[name]
@@ -468,18 +466,17 @@ class TestProcesses:
             assert hashes(folder) == uninterrupted[name]
 
     def test_launchers(self, uninterrupted: dict[str, dict[str, str]], tmp_path: Path) -> None:
-        torchrun = [sys.executable, "-m", "torch.distributed.run"]
         command = ["-m", "ddim", "sample"]
-        together = [*torchrun, "--standalone", "--nproc-per-node", "2", *command]
+        together = ["--standalone", "--nproc-per-node", "2", *command]
         rendezvous = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-        machine = [*torchrun, "--nnodes", "2", "--nproc-per-node", "1", *rendezvous, "--node-rank"]
+        machine = ["--nnodes", "2", "--nproc-per-node", "1", *rendezvous, "--node-rank"]
         commands = {"a/images": [together], "b/images.tar": [[*machine, node, *command] for node in ("0", "1")]}
         for out, parts in commands.items():
             folder, name = out.split("/")
             (tmp_path / folder).mkdir()
-            processes = [
-                subprocess.Popen([*part, *options(name)], cwd=tmp_path / folder, env=environment(tmp_path))
+            programs = [
+                start_torchrun(*part, *options(name), env=environment(tmp_path), cwd=tmp_path / folder)
                 for part in parts
             ]
-            assert [process.wait(120) for process in processes] == [0] * len(parts)
+            assert [program.wait(120) for program in programs] == [0] * len(parts)
             assert hashes(tmp_path / folder) == uninterrupted[name]

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 from ddim.evaluation.image_sets import ImageSet
 from ddim.evaluation.report import evaluate
 from digits import write_digits
-from programs import run_cli
+from programs import run_cli, start_cli, start_torchrun
 
 
 def test_report_describes_everything_that_changes_the_numbers(
@@ -61,14 +60,17 @@ def test_two_processes_report_equal_numbers(tmp_path: Path) -> None:
     shared = ["mnist", "--reference", "real", "--features", "mnist", "-n", "150", "--steps", "1"]
     shared += ["--metrics", "fid,kid,is,precision,recall"]
     results = []
-    for number, launcher in enumerate(([], ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"])):
+    torchrun = ["--standalone", "--nproc-per-node", "2", "-m", "ddim"]
+    for number in range(2):
         folder = tmp_path / str(number)
         folder.mkdir()
         environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder)}
-        command = [sys.executable, "-m", *launcher, "ddim", "evaluate", *shared, "--out", f"{number}.json"]
-        completed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert completed.returncode == 0, completed.stderr
-        assert completed.stdout.count("Fréchet distance") == 1
+        command = ["evaluate", *shared, "--out", f"{number}.json"]
+        start, arguments = (start_torchrun, [*torchrun, *command]) if number else (start_cli, command)
+        with start(*arguments, env=environment, cwd=tmp_path) as program:
+            stdout, stderr = program.communicate()
+        assert program.returncode == 0, stderr
+        assert stdout.count("Fréchet distance") == 1
         assert len(list((folder / "ddim" / "features").iterdir())) == 1
         results.append(json.loads((tmp_path / f"{number}.json").read_text()))
     assert results[0] == results[1]

@@ -5,7 +5,6 @@ processes that fail or are stopped, as the launchers `torchrun` and `accelerate`
 from __future__ import annotations
 
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,22 @@ from ddim.training.checkpoint import TENSOR_FILES
 from ddim.training.config import validate
 from ddim.training.run import train
 from digits import TINY_MODEL, write_digits
-from helpers import BIN, environment, messages, read_jsonl
-from programs import free_port, launcher_environment, run_pair, start_cli
+from helpers import environment, messages, read_jsonl
+from programs import free_port, launcher_environment, run_pair, run_python, start_cli, start_torchrun
 
-TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "ddim", "train"]
-ACCELERATE = [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+TORCHRUN = ["--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "ddim", "train"]
 
 SETTINGS: dict[str, Any] = {
     "model": TINY_MODEL,
     "batch_size": 16,
-    "max_steps": 50,
+    "max_steps": 30,
     "log_every": 1,
     "optim": {"lr": 2e-3, "warmup_steps": 5, "accumulate": 2},
-    "checkpoints": {"every": 25, "keep": 2},
-    "samples": {"every": 25, "count": 1, "num_inference_steps": 1},
-    "evaluate": {"every": 30, "count": 4, "num_inference_steps": 1},
+    "checkpoints": {"every": 15, "keep": 2},
+    "samples": {"every": 15, "count": 1, "num_inference_steps": 1},
+    "evaluate": {"every": 20, "count": 4, "num_inference_steps": 1},
 }
 
 FAILING = """
@@ -73,10 +72,6 @@ def command(launcher: list[str], settings: Path, out: Path, *options: str) -> li
     return [*launcher, "--config", str(settings), "--out", str(out), "--device", "cpu", *options]
 
 
-def run(arguments: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=180)
-
-
 def losses(out: Path) -> list[float]:
     lines = [line for line in read_jsonl(out / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
@@ -92,7 +87,7 @@ def max_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-def train_single(settings: Path, out: Path, max_steps: int = 50) -> None:
+def train_single(settings: Path, out: Path, max_steps: int = 30) -> None:
     """Train in this process."""
     config = validate(yaml.safe_load(settings.read_text()) | {"max_steps": max_steps})
     assert train(config, out, "cpu") == out / "final"
@@ -117,10 +112,10 @@ def pair(env: dict[str, str], settings: Path, tmp_path_factory: pytest.TempPathF
 
 
 def test_two_processes_match_one(single: Path, pair: Path) -> None:
-    assert len(losses(single)) == 50
+    assert len(losses(single)) == 30
     assert losses(single)[0] > 2 * losses(single)[-1]
     assert losses(pair) == pytest.approx(losses(single), abs=1e-5)
-    assert max_difference(ema_weights(single, 50), ema_weights(pair, 50)) < 1e-4
+    assert max_difference(ema_weights(single, 30), ema_weights(pair, 30)) < 1e-4
 
 
 def test_two_processes_match_one_with_labels(env: dict[str, str], tmp_path: Path) -> None:
@@ -144,38 +139,40 @@ def test_resumes_with_another_number_of_processes(
 ) -> None:
     """One process, then two that `accelerate` starts, then one."""
     out = tmp_path / "run"
-    train_single(settings, out, 15)
-    done = run(command(ACCELERATE, settings, out, "--max-steps", "35"), env)
+    train_single(settings, out, 10)
+    launch = "from accelerate.commands.accelerate_cli import main; main()"
+    done = run_python(launch, *command(ACCELERATE, settings, out, "--max-steps", "18"), env=env)
     # Only the main process prints the path of the result.
     assert (done.returncode, done.stdout) == (0, f"{out / 'final'}\n"), done.stderr
     train_single(settings, out)
     assert losses(out) == pytest.approx(losses(single), abs=1e-5)
-    assert max_difference(ema_weights(single, 50), ema_weights(out, 50)) < 1e-4
+    assert max_difference(ema_weights(single, 30), ema_weights(out, 30)) < 1e-4
 
 
 def test_two_machines_train_and_one_writes(single: Path, env: dict[str, str], settings: Path, tmp_path: Path) -> None:
     """Each has its own folder; the second gets the checkpoint from the first."""
-    train_single(settings, tmp_path / "0", 20)
+    train_single(settings, tmp_path / "0", 12)
     port = free_port()
     machines = []
     for rank in range(2):
-        arguments = command(["train"], settings, tmp_path / str(rank), "--max-steps", "30")
+        arguments = command(["train"], settings, tmp_path / str(rank), "--max-steps", "22")
         variables = launcher_environment(rank, 2, port, machines=2)
         machines.append(start_cli(*arguments, env=env | variables))
     ends = [(program.communicate()[0], program.returncode) for program in machines]
     assert ends == [(f"{tmp_path / '0' / 'final'}\n", 0), ("", 0)]
     assert not (tmp_path / "1").exists()
-    assert losses(tmp_path / "0") == pytest.approx(losses(single)[:30], abs=1e-5)
+    assert losses(tmp_path / "0") == pytest.approx(losses(single)[:22], abs=1e-5)
 
 
 def test_failure_of_one_process_ends_all(env: dict[str, str], settings: Path, tmp_path: Path) -> None:
     script = tmp_path / "failing.py"
     script.write_text(FAILING)
-    launcher = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", str(script), "train"]
-    done = run(command(launcher, settings, tmp_path / "run"), env)
-    assert done.returncode == 1
-    assert "ddim: the disk of this machine is on fire" in done.stderr
-    assert done.stdout == ""
+    arguments = command([*TORCHRUN, str(script), "train"], settings, tmp_path / "run")
+    with start_torchrun(*arguments, env=env) as program:
+        stdout, stderr = program.communicate()
+    assert program.returncode == 1
+    assert "ddim: the disk of this machine is on fire" in stderr
+    assert stdout == ""
     assert not (tmp_path / "run" / "final").exists()
 
 
@@ -183,22 +180,22 @@ def test_resumes_after_sigterm_to_the_launcher(
     env: dict[str, str], settings: Path, tmp_path: Path, single: Path
 ) -> None:
     out = tmp_path / "run"
-    arguments = command(TORCHRUN, settings, out, "--max-steps", "5000")
-    with subprocess.Popen(arguments, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as p:
+    arguments = command([*TORCHRUN, "-m", "ddim", "train"], settings, out, "--max-steps", "5000")
+    with start_torchrun(*arguments, env=env) as p:
         deadline = time.monotonic() + 120
         metrics = out / "metrics.jsonl"
         while not (metrics.exists() and metrics.stat().st_size) and p.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         p.send_signal(signal.SIGTERM)
-        stderr = p.communicate(timeout=180)[1]
+        stderr = p.communicate()[1]
     assert p.returncode != 0
     saved = max((out / "checkpoints").iterdir())
     step = int(saved.name.removeprefix("step-"))
     assert f"ddim: stopped by SIGTERM after step {step}; saved {saved}; run again to resume" in stderr
     assert len(losses(out)) == step
-    if step < 50:
-        train_single(settings, out)
-        assert losses(out) == pytest.approx(losses(single), abs=1e-5)
+    if step <= 25:
+        train_single(settings, out, step + 5)
+        assert losses(out) == pytest.approx(losses(single)[: step + 5], abs=1e-5)
 
 
 def test_indivisible_batch_raises(env: dict[str, str], settings: Path, tmp_path: Path) -> None:
