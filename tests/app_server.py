@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import subprocess
+import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,19 +22,18 @@ import httpx
 import psutil
 from gradio_client import Client
 
-from programs import start_cli
-
 
 class AppServer:
     """A server of the built-in model on a free port.
 
     Args:
-        folder: where it runs.
+        folder: where it runs and writes app.log.
         arguments: further arguments of the command line.
     """
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.folder = folder
+        self.log = folder / "app.log"
         self._client: Client | None = None
         self._lock = threading.Lock()
         environment = os.environ | {
@@ -44,15 +43,15 @@ class AppServer:
             # Uploads and downloads are stored there.
             "TMPDIR": str(folder),
         }
-        options = [*(arguments or ("mnist",)), "--port", "0", "--no-open"]
-        self.process = start_cli("app", *options, env=environment, cwd=folder)
-        self.log = self.process.streams / "stderr"
+        command = [sys.executable, "-m", "ddim", "app", *(arguments or ("mnist",)), "--port", "0", "--no-open"]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+            )
 
     def __enter__(self) -> Self:
-        output = self.process.streams / "stdout"
-        while not (text := output.read_text()).endswith("\n") and self.process.poll() is None:
-            time.sleep(0.05)
-        self.url = text.strip().rstrip("/")
+        assert self.process.stdout is not None
+        self.url = self.process.stdout.readline().strip().rstrip("/")
         assert self.url.startswith("http://127.0.0.1:"), self.log.read_text()
         # Shared: each new client reads all certificates.
         self.http = httpx.Client(base_url=self.url, timeout=60)
@@ -60,9 +59,8 @@ class AppServer:
 
     def __exit__(self, *_: object) -> None:
         self.http.close()
-        with self.process:
-            self.process.send_signal(signal.SIGTERM)
-            assert self.process.wait(30) == 0
+        self.process.terminate()
+        assert self.process.wait(30) == 0
         # Its temporary folder is deleted.
         assert not list(self.folder.glob("ddim-app-*"))
 

@@ -41,9 +41,6 @@ STREAMS = ("stdout", "stderr")
 class Program:
     """A running program, with the interface of `subprocess.Popen`.
 
-    Attributes:
-        streams: the folder of the files `stdout` and `stderr`.
-
     Args:
         code: Python code, which finds the arguments in `sys.argv[1:]`.
         arguments: of the program.
@@ -52,13 +49,14 @@ class Program:
     """
 
     def __init__(self, code: str, *arguments: str | Path, env: Mapping[str, str], cwd: Path | None = None) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        self.streams = Path(self._folder.name)
+        self._streams = tempfile.TemporaryDirectory()
         self.args = [*map(str, arguments)]
         folder = str(cwd or Path.cwd())
         for name in STREAMS:
-            (self.streams / name).touch()
-        self._process = FORKSERVER.Process(target=_execute, args=(code, self.args, dict(env), folder, self.streams))
+            Path(self._streams.name, name).touch()
+        self._process = FORKSERVER.Process(
+            target=_execute, args=(code, self.args, dict(env), folder, self._streams.name)
+        )
         self._process.start()
 
     def __enter__(self) -> Self:
@@ -68,7 +66,7 @@ class Program:
         if kind is not None:
             self.send_signal(signal.SIGKILL)
         self._process.join()
-        self._folder.cleanup()
+        self._streams.cleanup()
 
     @property
     def pid(self) -> int:
@@ -101,7 +99,7 @@ class Program:
     def communicate(self, timeout: float = 300) -> tuple[str, str]:
         """Wait for the end of the process, and return its standard output and standard error."""
         self.wait(timeout)
-        stdout, stderr = ((self.streams / name).read_text() for name in STREAMS)
+        stdout, stderr = (Path(self._streams.name, name).read_text() for name in STREAMS)
         return stdout, stderr
 
 
@@ -163,10 +161,10 @@ def _finish(program: Program) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(program.args, program.returncode, stdout, stderr)
 
 
-def _execute(code: str, arguments: list[str], env: dict[str, str], cwd: str, streams: Path) -> None:
+def _execute(code: str, arguments: list[str], env: dict[str, str], cwd: str, streams: str) -> None:
     """Execute code as the main module, in the process that was started for it."""
     for descriptor, name in enumerate(STREAMS, 1):
-        with (streams / name).open("w") as file:
+        with Path(streams, name).open("w") as file:
             os.dup2(file.fileno(), descriptor)
     os.environ.clear()
     os.environ.update(env)
