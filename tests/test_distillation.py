@@ -116,6 +116,13 @@ class TestStudents:
         with pytest.raises(ValueError, match="num_inference_steps must be at most 4"):
             pipe.scheduler.make_timesteps(50, "leading")
 
+    def test_evaluation_requires_its_number_of_steps(self, students: list[Path], tmp_path: Path) -> None:
+        """The default is 50, and the report would say so."""
+        command = ["evaluate", students[0], "--reference", "digits", "--features", "pixels", "-n", "4"]
+        result = run_cli(*command, env=environment(tmp_path))
+        assert result.returncode == 1
+        assert messages(result.stderr) == ["ddim: --steps must be at most 4, those of this distilled model, got 50"]
+
     def test_same_call_changes_nothing(self, students: list[Path], teacher: str, images: str) -> None:
         out = students[0].parent
         before = contents(out)

@@ -757,9 +757,9 @@ def invert(
     to_noise = drop_identity_steps(steps)[::-1]
     is_pair = config.method == "pair"
     if is_pair:
-        check_pair_steps(to_noise)
+        check_pair_steps(to_noise, samples.device)
     solved, further = (to_noise[:1], to_noise[1:]) if is_pair else (to_noise, [])
-    latents, second = samples.clone(), samples.clone() if is_pair else None
+    latents, second = (samples.double().clone(), samples.double().clone()) if is_pair else (samples.clone(), None)
     residuals = samples.new_zeros(len(samples), len(steps))
     evaluations = torch.zeros(len(samples), len(steps), dtype=torch.int64, device=samples.device)
     group_size = BATCHES_PER_GROUP * config.batch_size
@@ -779,7 +779,11 @@ def invert(
                 residuals[group, : len(to_noise)] = torch.stack(inversion.residuals[::-1], 1)
             else:
                 leapfrog = Leapfrog(
-                    take_rows(denoiser, group), inversion.prediction_type, samples[group], to_noise[0].alpha_prev
+                    inversion.denoiser,
+                    inversion.prediction_type,
+                    samples[group],
+                    to_noise[0].alpha_prev,
+                    sampler.sample_dtype,
                 )
                 away = [reversed_step(step) for step in further]
                 x = sampler.take_steps(x, away, leapfrog, bar)
@@ -835,24 +839,28 @@ def generate(
     prediction_type = sampler.scheduler.config.prediction_type
     step_fn: StepFn = generative_step(denoiser, moves, StepSettings(prediction_type))
     if second is not None:
-        check_pair_steps(moves)
-        step_fn, x, moves = Leapfrog(denoiser, prediction_type, x, moves[0].alpha), second, moves[1:]
+        check_pair_steps(moves, x.device)
+        step_fn = Leapfrog(denoiser, prediction_type, x, moves[0].alpha, sampler.sample_dtype)
+        x, moves = second, moves[1:]
     with evaluating(sampler.unet), sampler.running(len(moves), progress_bar) as bar:
         return sampler.take_steps(x, moves, step_fn, bar)
 
 
-def check_pair_steps(steps: Sequence[Step]) -> None:
+def check_pair_steps(steps: Sequence[Step], device: torch.device) -> None:
     """Check that pairs of states can take steps.
 
     Args:
         steps: those that change x, in any order.
+        device: of the states.
 
     Raises:
-        ValueError: if there is only one, or the schedule ends without any signal.
+        ValueError: if there is only one step, the schedule ends without any signal, or the device has no float64.
 
     Example:
-        >>> check_pair_steps(drop_identity_steps(invertible_steps(DDIMScheduler(), 3)))
+        >>> check_pair_steps(drop_identity_steps(invertible_steps(DDIMScheduler(), 3)), torch.device("cpu"))
     """
+    if device.type == "mps":
+        raise ValueError("method='pair' requires a device with float64, got mps")
     if len(steps) < 2:
         raise ValueError("method='pair' requires at least two timesteps above 0, got one")
     if min(step.alpha for step in steps) == 0:

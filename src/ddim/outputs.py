@@ -142,8 +142,8 @@ class EncodeOutput(Output):
     """The latents of N images, and the errors and the cost of their encoding.
 
     Attributes:
-        latents: float32 (N, C, H, W) on the model's device: x at `timesteps[0]`. Float64 images, or a float64 model,
-            give float64 latents.
+        latents: float32 (N, C, H, W) on the model's device: x at `timesteps[0]`. Float64 images, a float64 model
+            and `method="pair"` give float64 latents.
         timesteps: the S timesteps, strictly decreasing; `decode` requires the same.
         residuals: (N, S): the largest difference, among the values of an image in [-1, 1], between the result of a
             decoding step and the sample that the encoding step started from. Column j belongs to the step from

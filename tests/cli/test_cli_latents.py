@@ -880,7 +880,7 @@ def test_table_matches_the_api(
 
 def test_pairs_cost_less_and_are_exact(results: Commands) -> None:
     pair = table(results["reconstruct pair"])
-    assert pair[:, 0].max() < 1e-11
+    assert pair[:, 0].max() < 1e-14
     assert pair[:, 2].max() <= 17
     assert (pair[:, 3] == 0).all()
 

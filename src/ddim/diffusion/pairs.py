@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from ddim.diffusion.equations import Step, predict_x0_epsilon
@@ -47,7 +48,6 @@ def leapfrog(
         x at `alpha_target`.
 
     Example:
-        >>> import torch
         >>> a, b, epsilon = torch.randn(3, 1, 1, 2, 2)
         >>> c = leapfrog(a, b, epsilon, 0.9, 0.5, 0.1)
         >>> bool(torch.allclose(leapfrog(c, b, epsilon, 0.1, 0.5, 0.9), a, atol=1e-5))
@@ -66,40 +66,45 @@ def leapfrog(
 class Leapfrog:
     """The step function of `run_steps` that takes leapfrog steps, towards the image or towards the noise.
 
-    It serves one run. A step leads from `step.timestep` to `step.prev_timestep`, whichever is larger.
+    It serves one run. A step leads from `step.timestep` to `step.prev_timestep`, whichever is larger. States are
+    float64: in u, rounding at the noisiest timestep is 1 / sqrt(alpha) times as large, and reaches the image.
 
     Args:
         denoiser: the network.
         prediction_type: what it predicts: `epsilon`, `sample` or `v_prediction`.
         other: the state before the first one, (N, C, H, W).
         alpha_other: alphas_cumprod of that state, above 0.
+        dtype: in which the network is evaluated.
 
     Attributes:
-        other: the state before the last one.
+        other: the state before the last one, float64.
 
     Example:
-        >>> import torch
         >>> from ddim.diffusion.loop import run_steps
         >>> steps = [Step(timestep=5, prev_timestep=0, alpha=0.5, alpha_prev=0.9)]
-        >>> step_fn = Leapfrog(lambda x, t: 0.1 * x, "epsilon", torch.ones(1, 1, 2, 2), 0.1)
+        >>> step_fn = Leapfrog(lambda x, t: 0.1 * x, "epsilon", torch.ones(1, 1, 2, 2), 0.1, torch.float32)
         >>> (state,) = run_steps(torch.ones(1, 1, 2, 2), steps, step_fn)
         >>> state.sample.shape
         torch.Size([1, 1, 2, 2])
     """
 
-    def __init__(self, denoiser: Denoiser, prediction_type: str, other: Tensor, alpha_other: float) -> None:
+    def __init__(
+        self, denoiser: Denoiser, prediction_type: str, other: Tensor, alpha_other: float, dtype: torch.dtype
+    ) -> None:
         self.denoiser, self.prediction_type = denoiser, prediction_type
-        self.other, self._alpha_other = other, alpha_other
+        self.other, self._alpha_other, self._dtype = other.double(), alpha_other, dtype
 
     def __call__(self, x: Tensor, timestep: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Return x at `step.prev_timestep` and the x_0 predicted at `step.timestep`.
+        """Return x at `step.prev_timestep` and the x_0 predicted at `step.timestep`, both float64.
 
         Args:
             x: x at `step.timestep`, (N, C, H, W).
             timestep: `step.timestep` as an int64 tensor () on the same device.
             step: the coefficients.
         """
-        x0, epsilon = predict_x0_epsilon(self.denoiser(x, timestep), x, step.alpha, self.prediction_type)
+        x = x.double()
+        output = self.denoiser(x.to(self._dtype), timestep).double()
+        x0, epsilon = predict_x0_epsilon(output, x, step.alpha, self.prediction_type)
         result = leapfrog(self.other, x, epsilon, self._alpha_other, step.alpha, step.alpha_prev)
         self.other, self._alpha_other = x, step.alpha
         return result, x0
