@@ -19,6 +19,7 @@ import yaml
 from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
 from ddim.distillation import Stage, choose_count, distill, fit_lengths, plan_stages
 from ddim.io.runs import checkpoint_step, list_checkpoints
+from ddim.latents import invertible_steps
 from digits import TINY_MODEL, write_digits
 from helpers import environment, messages, randn, seeded
 from programs import run_cli, start_cli
@@ -86,6 +87,9 @@ class TestStudents:
         pipe.set_progress_bar_config(disable=True)
         images = pipe(seeds=[0, 1], num_inference_steps=4).images
         encoded = pipe.encode(images, num_inference_steps=4)
+        # All steps are inverted, up to the one that leads to the image.
+        assert (encoded.evaluations > 0).all()
+        assert invertible_steps(pipe.scheduler, 4)[-1].alpha_prev == pytest.approx(0.9999)
         decoded = pipe.decode(encoded, num_inference_steps=4).images
         # An untrained network is far from invertible in its last step, which is a fourth of all.
         pairs = zip(images, decoded, strict=True)

@@ -48,6 +48,8 @@ from ddim.validation import as_integer, choice, integer, real, shown
 
 logger = logging.getLogger(__name__)
 
+CLEAN_ALPHA = 0.9999
+"""Alpha of an image of a model that was distilled to few steps: the first of DDPM's schedule."""
 GRAY_LEVEL = 1 / 255
 """A root mean square error above this is logged as a warning."""
 
@@ -694,7 +696,7 @@ class LatentSpace(SamplerMethods):
 def invertible_steps(
     scheduler: DDIMScheduler, num_inference_steps: int, timesteps: Sequence[int] | None = None, order: int = 1
 ) -> list[Step]:
-    """Return the steps of decoding, from the largest timestep to the schedule's first alpha.
+    """Return the steps of decoding, from the largest timestep to the schedule's first alpha, or that of an image.
 
     Args:
         scheduler: the noise schedule.
@@ -713,7 +715,11 @@ def invertible_steps(
     without_jump = DDIMScheduler.from_config(check_own_steps(scheduler).config, set_alpha_to_one=False)
     # A schedule that was assigned to the scheduler is not in its configuration.
     without_jump.alphas_cumprod = scheduler.alphas_cumprod
-    without_jump.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    final_alpha = scheduler.alphas_cumprod[0]
+    # The last timestep of a student is far from the image.
+    if scheduler.distilled_steps is not None:
+        final_alpha = final_alpha.clamp_min(CLEAN_ALPHA)
+    without_jump.final_alpha_cumprod = final_alpha
     chosen = without_jump.make_timesteps(num_inference_steps, order=order) if timesteps is None else timesteps
     steps = without_jump.make_steps(chosen, order=order)
     if not drop_identity_steps(steps):

@@ -147,7 +147,7 @@ class EncodeOutput(Output):
         timesteps: the S timesteps, strictly decreasing; `decode` requires the same.
         residuals: (N, S): the largest difference, among the values of an image in [-1, 1], between the result of a
             decoding step and the sample that the encoding step started from. Column j belongs to the step from
-            `timesteps[j]`; the step from timestep 0 does not move, and has no residual and no cost. All are 0 of
+            `timesteps[j]`; a step from timestep 0 to its own alpha has no residual and no cost. All are 0 of
             `method="pair"`, which solves no equations.
         evaluations: int64 (N, S): function evaluations (NFE) of each step.
         tolerance: the residual required of each step.

@@ -118,6 +118,9 @@ class Inversion:
         if not self.exact or len(self._history) == 1:
             return epsilon
         t0, previous_epsilon = self._history[0]
+        # The network knows no timestep of the image itself, which a step from timestep 0 leads to.
+        if t0 == t1:
+            return epsilon
         return epsilon + min(1.0, (t - t1) / (t1 - t0)) * (epsilon - previous_epsilon)
 
 
