@@ -276,7 +276,7 @@ class LatentSpace(SamplerMethods):
                     f"the latents were encoded in {len(latents.timesteps)} steps from timestep {latents.timesteps[0]}, "
                     f"got {len(visited)} steps from {visited[0]}; use the same steps, or pass .latents"
                 )
-            latents, second = latents.latents, latents.second_latents
+            second, latents = latents.second_latents, latents.latents
         x = self.sampler.check_latents(latents)
         second = None if second is None else self.sampler.check_latents(second)
         conditions = self.conditions(len(x), **condition)
