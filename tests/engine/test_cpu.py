@@ -301,6 +301,31 @@ class TestGetEngine:
         assert distance(engine.predict(sample, torch.tensor([9, 500]))[:1], alone[0][:1]) < 1e-5
         assert distance(engine.predict(sample, 7), unet(sample, 7).sample) < 1e-5
 
+    def test_runs_before_do_not_change_predictions(self) -> None:
+        """Not even to rounding, which depends on the timesteps that are projected together."""
+        unet, sample = build(**SMALL), randn(2, 3, 8, 8)
+        expected = {}
+        for timesteps in ([500, 0], [0, 500], [500]):
+            engine = CPUEngine(unet)
+            engine.prepare(timesteps)
+            expected[tuple(timesteps)] = engine.predict(sample, 500)
+        engine = CPUEngine(unet)
+        for timesteps in ([750, 500, 250, 0], list(range(1000))):
+            for run, prediction in expected.items():
+                engine.prepare(timesteps)
+                engine.prepare(run)
+                assert torch.equal(engine.predict(sample, 500), prediction)
+
+    def test_many_classes_are_predicted_as_by_a_new_engine(self) -> None:
+        """Of a run with too many pairs of timesteps and classes to prepare, after one that was prepared."""
+        unet, sample = build(**SMALL, num_class_embeds=5), randn(2, 3, 8, 8)
+        labels = torch.tensor([0, 1])
+        expected = CPUEngine(unet).predict(sample, 500, labels)
+        engine = CPUEngine(unet)
+        engine.prepare([750, 500, 250, 0], torch.arange(5))
+        engine.prepare(range(1000), torch.arange(5))
+        assert torch.equal(engine.predict(sample, 500, labels), expected)
+
     def test_without_numba(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
     ) -> None:

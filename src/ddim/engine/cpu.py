@@ -114,18 +114,20 @@ class CPUEngine:
     def prepare(self, timesteps: Sequence[int], classes: Tensor | None = None) -> None:
         """Project the embeddings of all timesteps of a run at once, for each of its classes.
 
-        Others can still be predicted at.
+        Others can still be predicted at. How a product rounds depends on its number of rows, so that a run has the rows
+        of its own timesteps and classes alone, whatever was prepared before: its results are the same to the bit.
 
         Args:
             timesteps: those of the run, in any order.
             classes: its distinct class labels, int64 (L,), in ascending order; `None` for an unconditional network.
         """
-        unet = self._get_network()
-        is_conditional = unet.class_embedding is not None
-        if not timesteps or is_conditional != (classes is not None) or self._prepared.holds(timesteps, classes):
+        unet, timesteps = self._get_network(), list(dict.fromkeys(timesteps))
+        if self._prepared.holds(timesteps, classes):
             return
+        self._prepared = PreparedEmbeddings({}, None)
+        is_conditional = unet.class_embedding is not None
         count = 1 if classes is None else len(classes)
-        if count * len(timesteps) > MAX_PREPARED_EMBEDDINGS:
+        if not timesteps or is_conditional != (classes is not None) or count * len(timesteps) > MAX_PREPARED_EMBEDDINGS:
             return
         labels = None if classes is None else classes.repeat(len(timesteps))
         projected = self._project(self._embed(torch.tensor(timesteps).repeat_interleave(count), labels))
@@ -245,13 +247,13 @@ class PreparedEmbeddings(NamedTuple):
     classes: Tensor | None
 
     def holds(self, timesteps: Sequence[int], classes: Tensor | None) -> bool:
-        """Return whether there are embeddings of all these timesteps, of exactly these classes.
+        """Return whether there are embeddings of exactly these timesteps, in this order, and classes.
 
         Args:
-            timesteps: in any order.
+            timesteps: of a run, each once.
             classes: int64 (L,); `None` without classes.
         """
-        if (self.classes is None) != (classes is None) or not set(timesteps) <= self.by_timestep.keys():
+        if (self.classes is None) != (classes is None) or list(self.by_timestep) != timesteps:
             return False
         return self.classes is None or torch.equal(self.classes, cast(Tensor, classes))
 
