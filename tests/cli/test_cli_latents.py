@@ -751,7 +751,7 @@ def test_latents_in_safetensors(results: Commands, folder: Path) -> None:
 def test_euler_calls_the_network_once_per_step_and_once_to_verify(
     results: Commands, folder: Path, pipe: DDIMPipeline, originals: np.ndarray
 ) -> None:
-    assert results["encode euler"].evaluations == [[t, 3, "torch.float32"] for t in (*TIMESTEPS[::-1], *TIMESTEPS[:-1])]
+    assert results["encode euler"].evaluations == [(t, 3, "torch.float32") for t in (*TIMESTEPS[::-1], *TIMESTEPS[:-1])]
     assert "10 function evaluations per image" in results["encode euler"].stderr
     # The images in the order in which they were named.
     expected = pipe.encode([Image.fromarray(originals[i]) for i in (2, 0)], 10, exact=False, batch_size=3).latents
