@@ -291,7 +291,7 @@ def test_sample_writes_a_grid(results: Commands, folder: Path) -> None:
     assert (code, stdout) == (0, "grid.png\n")
     assert "2/2" in stderr
     assert re.search(r"^5 images in \d+\.\d s$", stderr, re.MULTILINE)
-    assert evaluations == [[500, 5, "torch.float32"], [0, 5, "torch.float32"]]
+    assert evaluations == [(500, 5, "torch.float32"), (0, 5, "torch.float32")]
     with Image.open(results.output("grid")) as grid:
         # Enlarged, so that digits of 28 pixels have 64 or more.
         assert (grid.mode, grid.size) == ("L", (3 * (3 * 30 + 2), 3 * (2 * 30 + 2)))
