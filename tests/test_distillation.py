@@ -393,6 +393,9 @@ class TestClasses:
         model = save_model(tmp_path / "model", class_embed_type="timestep")
         with pytest.raises(ValueError, match="takes other conditions"):
             distill(model, tmp_path / "out", device="cpu")
+        model = save_model(tmp_path / "fourier", time_embedding_type="fourier")
+        with pytest.raises(ValueError, match="model must embed timesteps as positional or learned"):
+            distill(model, tmp_path / "out", device="cpu")
 
 
 def test_command_translates_arguments(teacher: str, tmp_path: Path) -> None:

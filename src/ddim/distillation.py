@@ -470,8 +470,8 @@ def check_teacher(pipe: DDIMPipeline, model: str) -> None:
         model: its name, for messages.
 
     Raises:
-        ValueError: if it has other conditions than class labels, or predicts something else than images, or its
-            configuration lacks the size of its images.
+        ValueError: if it has other conditions than class labels, predicts something else than images, or embeds
+            timesteps as `fourier`, or its configuration lacks the size of its images.
 
     Example:
         >>> check_teacher(DDIMPipeline.from_pretrained("mnist"), "mnist")
@@ -479,6 +479,11 @@ def check_teacher(pipe: DDIMPipeline, model: str) -> None:
     config = pipe.unet.config
     if pipe.unet.class_embedding is not None and pipe.classes is None:
         raise ValueError(f"model must have class labels or be unconditional, {model} takes other conditions")
+    if config.time_embedding_type == "fourier":
+        raise ValueError(
+            f"model must embed timesteps as positional or learned, {model} does as fourier, with too many features for "
+            "a student's table"
+        )
     if config.out_channels not in (config.in_channels, 2 * config.in_channels):
         raise ValueError(
             f"model must predict as many channels as it takes, or twice as many with a variance, {model} takes "
