@@ -154,7 +154,7 @@ class EncodeOutput(Output):
         mse: float64 (N,): the mean squared error per value in [0, 1] of the decoded images, before clipping and
             rounding; NaN if it was not computed (`verify=False`).
         second_latents: of `method="pair"`: x at `timesteps[1]`, of the shape of `latents`, from which together with
-            these `decode` goes on; `None` otherwise.
+            these `decode` starts; `None` otherwise.
 
     Example:
         >>> import torch
