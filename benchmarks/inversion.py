@@ -176,7 +176,8 @@ def main() -> None:
             path = options.cache / f"{steps}-{first}-{len(part)}.json"
             if number % num_parts != part_index:
                 continue
-            if not path.exists() or json.loads(path.read_text())["weights"] != weights:
+            cached = json.loads(path.read_text()) if path.exists() else {}
+            if cached.get("weights") != weights or "pair" not in cached["result"]:
                 result = {"weights": weights, "result": measure(pipe, part, steps)}
                 with atomic_write(path) as temporary:
                     temporary.write_text(to_json(result))
