@@ -126,6 +126,10 @@ class TestStudents:
         result = run_cli(*command, env=environment(tmp_path))
         assert result.returncode == 1
         assert messages(result.stderr) == ["ddim: --steps must be at most 4, those of this distilled model, got 50"]
+        table = ["evaluate", students[0], "--reference", "digits", "--table", "2", "--table-steps", "8", "-n", "4"]
+        result = run_cli(*table, env=environment(tmp_path))
+        assert result.returncode == 1
+        assert messages(result.stderr)[-1].endswith("must be at most 4, those of this distilled model, got 8")
 
     def test_same_call_changes_nothing(self, students: list[Path], teacher: str, images: str) -> None:
         out = students[0].parent

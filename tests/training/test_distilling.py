@@ -74,6 +74,18 @@ def test_steps_may_start_anywhere() -> None:
     torch.testing.assert_close(last.sample, expected, atol=1e-4, rtol=0)
 
 
+def test_teacher_steps_end_in_a_clean_image() -> None:
+    """Also where the teacher's own steps end at its first alpha."""
+    scheduler, x = make_student_scheduler(1), randn(2, 1, 8, 8)
+    targets = [
+        DistillationObjective(
+            make_teacher(set_alpha_to_one=to_one), scheduler, DistillConfig(starts=STARTS[1], substeps=8)
+        ).target(x, x, torch.zeros(2, dtype=torch.int64), x)
+        for to_one in (True, False)
+    ]
+    assert torch.equal(*targets)
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5, 0.0])
 def test_exact_student_has_the_classes_and_the_guidance_of_its_teacher(guidance_scale: float) -> None:
     torch.manual_seed(0)

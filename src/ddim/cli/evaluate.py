@@ -346,12 +346,6 @@ class Source:
             return open_files(name, count, like.shape, self.split, like.pixel_format)
         pipe = load_pipeline(name, self.device, engine=self.engine, takes_discrete=True)
         count = 10_000 if count is None else count
-        # What is recorded must be what was measured.
-        distilled = getattr(pipe.scheduler, "distilled_steps", None)
-        if distilled is not None and sampling.timesteps is None and (sampling.steps or 0) > distilled:
-            raise ValueError(
-                f"--steps must be at most {distilled}, those of this distilled model, got {sampling.steps}"
-            )
         settings: dict[str, Any] = asdict(sampling.config(pipe))
         if self.conditions != NO_CONDITIONS:
             settings |= self.conditions.condition(pipe, count)

@@ -193,6 +193,7 @@ def sample_image_set(
         >>> digits.shape, len(digits)
         ((1, 28, 28), 2)
     """
+    check_own_number_of_steps(pipe, **settings)
     quiet_pipe = pipe.quiet_copy()
     size, pixel_format = min(BATCH_SIZE, count), pipe.pixel_format
 
@@ -218,6 +219,31 @@ def sample_image_set(
         pixel_format=pixel_format,
         label_columns=lambda: tuple(columns),
     )
+
+
+def check_own_number_of_steps(
+    pipe: ImagePipeline, num_inference_steps: int = 0, timesteps: Sequence[int] | None = None, **settings: Any
+) -> None:
+    """Check that a model takes the number of steps that is asked for: what is recorded must be what was measured.
+
+    Args:
+        pipe: the pipeline.
+        num_inference_steps: S.
+        timesteps: used instead of S.
+        settings: others of `sample_image_set`.
+
+    Raises:
+        ValueError: if the model was distilled to fewer steps, which it would take instead.
+
+    Example:
+        >>> from ddim import DDIMPipeline
+        >>> check_own_number_of_steps(DDIMPipeline.from_pretrained("mnist"), 50)
+    """
+    distilled = getattr(pipe.scheduler, "distilled_steps", None)
+    if distilled is not None and timesteps is None and num_inference_steps > distilled:
+        raise ValueError(
+            f"num_inference_steps must be at most {distilled}, those of this distilled model, got {num_inference_steps}"
+        )
 
 
 def batch_sha256(batch: Tensor) -> str:

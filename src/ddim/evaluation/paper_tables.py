@@ -35,7 +35,7 @@ from torch import nn
 from ddim.diffusion.sampling_config import SamplingConfig
 from ddim.distributed import SINGLE_PROCESS, ProcessGroup
 from ddim.evaluation.features import extractor_id
-from ddim.evaluation.image_sets import ImageSet, sample_image_set
+from ddim.evaluation.image_sets import ImageSet, check_own_number_of_steps, sample_image_set
 from ddim.evaluation.metrics import FeatureSet, compute_features, frechet
 from ddim.extras import require
 from ddim.io.atomic import atomic_write
@@ -211,6 +211,8 @@ def table_2(
     References:
         Song et al., Table 2, arXiv 2010.02502.
     """
+    for number in steps:
+        check_own_number_of_steps(pipe, number)
     samples = torch.cat(list(images.batches())).float()
     samples = samples / 127.5 - 1 if images.pixel_format.is_eight_bit else (2 * samples - 1).clamp(-1, 1)
     sha256 = hashlib.sha256(samples.numpy().tobytes()).hexdigest()
