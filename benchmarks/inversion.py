@@ -32,10 +32,10 @@ from torch import Tensor
 from ddim import DDIMPipeline
 from ddim.data.config import DataConfig
 from ddim.data.dataset import open_dataset
+from ddim.inversion import InversionConfig, invert, invertible_steps
 from ddim.io.atomic import atomic_write
 from ddim.io.json_files import to_json
 from ddim.io.weights import digest
-from ddim.latents import InversionConfig, invert, invertible_steps
 
 IMAGES_PER_FILE = 32
 NUM_NOISY_IMAGES = 64

@@ -157,7 +157,8 @@ def reduce_work(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "REFERENCE_STEPS", 10)
     monkeypatch.setattr(ddim.coefficients, "MAX_EVALUATIONS_PER_LATENT", 20)
     monkeypatch.setitem(ddim.coefficients.learn.__kwdefaults__, "num_latents", 2)  # type: ignore[arg-type]
-    monkeypatch.setattr(ddim.distillation, "SAMPLE_COUNT", 8)
+    for module in (ddim.distillation, ddim.distillation.samples):
+        monkeypatch.setattr(module, "SAMPLE_COUNT", 8)
     monkeypatch.setattr(ddim.training.costs, "TIMED_STEPS", 1)
     monkeypatch.setattr(ddim.training.run, "plot_loss", lambda _, path: Image.new("L", (1, 1)).save(path))
     for length in ("FIRST_LENGTH", "LATER_LENGTH"):

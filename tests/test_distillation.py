@@ -17,9 +17,12 @@ import torch
 import yaml
 
 from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
-from ddim.distillation import Stage, choose_count, distill, fit_lengths, plan_stages
+from ddim.distillation import distill
+from ddim.distillation.samples import choose_count
+from ddim.distillation.settings import fit_lengths
+from ddim.distillation.stages import Stage, plan_stages
+from ddim.inversion import invertible_steps
 from ddim.io.runs import checkpoint_step, list_checkpoints
-from ddim.latents import invertible_steps
 from digits import TINY_MODEL, write_digits
 from helpers import environment, messages, randn, seeded
 from programs import run_cli, start_cli

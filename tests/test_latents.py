@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ddim import DDIMPipeline, DDIMScheduler
 from ddim.diffusion.noise import noise_from_seeds
-from ddim.latents import BATCHES_PER_GROUP, generate, invertible_steps
+from ddim.inversion import BATCHES_PER_GROUP, generate, invertible_steps
 from ddim.outputs import EncodeOutput, UNet2DOutput
 from digits import digits
 from helpers import ALPHAS, matches, rand, randn

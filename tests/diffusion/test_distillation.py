@@ -13,7 +13,7 @@ from ddim import DDIMScheduler
 from ddim.diffusion.distillation import Segments, divide_segments, follow_teacher, student_betas, velocity_target
 from ddim.diffusion.equations import Step, ddim_step
 from ddim.diffusion.loop import StepSettings, sample
-from ddim.distillation import student_scheduler
+from ddim.distillation.stages import student_scheduler
 from helpers import randn
 
 MEAN, STD = 0.3, 0.5

@@ -12,7 +12,7 @@ from torch import Tensor
 from ddim import DDIMPipeline, DDIMScheduler, UNet2DModel
 from ddim.diffusion.loop import run_steps
 from ddim.diffusion.pairs import Leapfrog, leapfrog, reversed_step
-from ddim.latents import PAIR_ITERATIONS, drop_identity_steps, invertible_steps
+from ddim.inversion import PAIR_ITERATIONS, drop_identity_steps, invertible_steps
 from digits import TINY_MODEL
 from helpers import rand, randn
 

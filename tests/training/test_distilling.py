@@ -14,7 +14,7 @@ from ddim.data.dataset import CachedImageDataset
 from ddim.diffusion.equations import ddim_step
 from ddim.diffusion.loop import StepSettings, sample
 from ddim.diffusion.sampling_config import SamplingConfig
-from ddim.distillation import student_scheduler
+from ddim.distillation.stages import student_scheduler
 from ddim.engine.cuda import Rerun
 from ddim.training import distilling
 from ddim.training.config import DistillConfig, ObjectiveConfig, TrainConfig

@@ -62,10 +62,10 @@ def direction(
       ddim direction mnist/train.parquet --where label=3 --steps 20 --out three.safetensors
     """
     from ddim.data.sources import open_source
+    from ddim.inversion import InversionConfig
     from ddim.io.fingerprint import model_sha256
     from ddim.io.image_files import check_output_path
     from ddim.io.latent_files import LATENT_SUFFIXES, LatentSettings, save_latents
-    from ddim.latents import InversionConfig
 
     target = check_output_path(out, LATENT_SUFFIXES, folder_allowed=False)
     sampling = SamplingOptions.parse(steps, spacing, timesteps)
