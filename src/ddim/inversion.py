@@ -5,10 +5,10 @@ alpha = 1, where a good denoiser is a projection onto the images it knows. And m
 so that different x_t lead to one x_prev. Therefore both run between the largest timestep and the schedule's first alpha
 (`set_alpha_to_one=False`; with the usual schedule the noise left there is 0.01, which cannot be seen), and do not clip.
 
-Networks round a little differently for batches of different sizes, and near the images inversion magnifies small
-differences. Latents and their images are therefore computed in batches of exactly `batch_size`, filled up where they
-are short: an image's latent depends, to the bit, neither on the number of other images nor on which they are. A larger
-`batch_size` is faster on a GPU.
+Most networks round a little differently for batches of different sizes, and near the images inversion magnifies small
+differences. An image's latent depends, to the bit, neither on the number of other images nor on which they are: the
+CPU engine computes each image alone, and elsewhere batches have exactly `batch_size` images, filled up where they are
+short. A larger `batch_size` is faster on a GPU.
 
 Encoding and decoding run in evaluation mode, as dropout would make another function of the network each time.
 `ddim.diffusion.inversion` and `ddim.diffusion.pairs` have the mathematics of a step, `ddim.latents` what users call.

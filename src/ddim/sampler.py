@@ -280,6 +280,11 @@ class Sampler:
         """Return the engine that runs the network, made anew where weights have changed."""
         return get_engine(self.unet, self.engine)
 
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Whether the engine is (`ddim.engine.base.Engine`): samples need no batches of one size."""
+        return self.get_engine().is_batch_invariant
+
     def denoiser(
         self,
         steps: Sequence[Step],
@@ -291,7 +296,7 @@ class Sampler:
 
         Args:
             steps: the steps of the run, whose timesteps the engine prepares.
-            batch_size: evaluate the network on exactly so many samples at a time; `None` for all at once.
+            batch_size: evaluate the network on so many samples at a time (`divide_batches`); `None` for all at once.
             engine: the engine; `None` for `get_engine()`.
             conditions: of the run's samples, as `conditions` returns them; `None` for the null class of a network with
                 classes.
@@ -305,15 +310,20 @@ class Sampler:
         if conditions is None and self.classes is not None:
             conditions = self.conditions(1)
         classes = None if conditions is None else conditions.classes()
+        engine = self.get_engine() if engine is None else engine
+        fill = not engine.is_batch_invariant
         predict = self.predictor(timesteps, classes, engine)
         if conditions is not None:
-            guide = None if conditions.guide is None else conditions.guide.predictor(timesteps, classes)
-            return ConditionalDenoiser(predict, conditions, batch_size, guide)
+            guide = None
+            if conditions.guide is not None:
+                guide = conditions.guide.predictor(timesteps, classes)
+                fill |= not conditions.guide.is_batch_invariant
+            return ConditionalDenoiser(predict, conditions, batch_size, guide, fill)
 
         def denoiser(x: Tensor, t: Tensor) -> Tensor:
             return predict(x, t, None)
 
-        return denoiser if batch_size is None else in_batches(denoiser, batch_size)
+        return denoiser if batch_size is None else in_batches(denoiser, batch_size, fill)
 
     def predictor(
         self, timesteps: Sequence[int], classes: Tensor | None = None, engine: Engine | None = None
@@ -443,7 +453,7 @@ class Sampler:
             x: the initial sample, (N, C, H, W).
             plan: the steps that will be taken.
             noise: draws noise of the shape of `x`; used where `eta` is above 0.
-            batch_size: evaluate the network on exactly so many samples at a time; `None` for all at once.
+            batch_size: evaluate the network on so many samples at a time (`divide_batches`); `None` for all at once.
             conditions: of the samples, as `conditions` returns them.
         """
         scheduler, config = self.scheduler, plan.config
@@ -478,7 +488,7 @@ class Sampler:
             noise: draws noise of the shape of `x`; used where `eta` is above 0.
             on_step_end: called with the `State` after each step; it may replace `state.sample`.
             progress_bar: opens the bar; `None` for the sampler's own.
-            batch_size: evaluate the network on exactly so many samples at a time; `None` for all at once.
+            batch_size: evaluate the network on so many samples at a time (`divide_batches`); `None` for all at once.
             conditions: of the samples, as `conditions` returns them.
 
         Returns:

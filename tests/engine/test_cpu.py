@@ -65,6 +65,27 @@ RESNET = {
 }
 
 
+def draw_configuration(draw: random.Random, activations: list[str]) -> tuple[dict[str, Any], tuple[int, int]]:
+    """Return arguments of a network, and the size of its samples."""
+    levels = draw.choice([1, 2, 3])
+    groups = draw.choice([1, 2, 4])
+    channels = tuple(groups * draw.choice([4, 8, 12, 16, 5]) for _ in range(levels))
+    changes = {
+        "block_out_channels": channels,
+        "norm_num_groups": groups,
+        "down_block_types": draw.choices(["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"], k=levels),
+        "up_block_types": draw.choices(["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"], k=levels),
+        "layers_per_block": draw.choice([1, 2]),
+        "in_channels": draw.choice([1, 3, 4]),
+        "out_channels": draw.choice([1, 3, 16]),
+        "act_fn": draw.choice(activations),
+        "resnet_time_scale_shift": draw.choice(["default", "scale_shift"]),
+        "attention_head_dim": draw.choice([None, 4]),
+    }
+    multiple = 2 ** (levels - 1)
+    return changes, (multiple * draw.choice([1, 2, 3, 5]), multiple * draw.choice([1, 2, 4]))
+
+
 class TestNetwork:
     @pytest.mark.parametrize(
         "changes",
@@ -142,26 +163,8 @@ class TestNetwork:
 
     def test_random_configurations(self) -> None:
         draw = random.Random(0)
-        for _ in range(100):
-            levels = draw.choice([1, 2, 3])
-            groups = draw.choice([1, 2, 4])
-            channels = tuple(groups * draw.choice([4, 8, 12, 16, 5]) for _ in range(levels))
-            changes = {
-                "block_out_channels": channels,
-                "norm_num_groups": groups,
-                "down_block_types": draw.choices(
-                    ["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"], k=levels
-                ),
-                "up_block_types": draw.choices(["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"], k=levels),
-                "layers_per_block": draw.choice([1, 2]),
-                "in_channels": draw.choice([1, 3, 4]),
-                "out_channels": draw.choice([1, 3, 16]),
-                "act_fn": draw.choice(["silu", "relu", "mish"]),
-                "resnet_time_scale_shift": draw.choice(["default", "scale_shift"]),
-                "attention_head_dim": draw.choice([None, 4]),
-            }
-            multiple = 2 ** (levels - 1)
-            size = (multiple * draw.choice([1, 2, 3, 5]), multiple * draw.choice([1, 2, 4]))
+        for _ in range(40):
+            changes, size = draw_configuration(draw, ["silu", "relu", "mish"])
             unet = build(**changes)
             if replaced := draw.random() < 0.1:
                 unet.conv_in.register_forward_hook(lambda *_: None)
@@ -171,7 +174,7 @@ class TestNetwork:
                 difference = distance(get_engine(unet).predict(sample, timestep), unet(sample, timestep).sample)
             assert difference < 1e-3, (changes, size)
 
-    @pytest.mark.parametrize(("name", "num_steps"), [("mnist", 50), ("cifar10", 10)])
+    @pytest.mark.parametrize(("name", "num_steps"), [("mnist", 20), ("cifar10", 4)])
     def test_full_run(self, name: str, num_steps: int) -> None:
         """To 1e-3 in every prediction, to a gray level in 99.9% of the pixels after the last step: the built-in model,
         and the architecture of the CIFAR-10 one with random weights.
@@ -189,7 +192,7 @@ class TestNetwork:
             one.set_progress_bar_config(disable=True)
         engine = get_engine(pipe.unet)
         steps, seen = pipe.scheduler.make_steps(pipe.scheduler.make_timesteps(num_steps)), []
-        number = 8 if name == "mnist" else 1
+        number = 4 if name == "mnist" else 1
 
         def compare_predictions(x: Tensor, t: Tensor) -> Tensor:
             expected = pipe.unet(x, t).sample
@@ -302,19 +305,71 @@ class TestGetEngine:
         assert distance(engine.predict(sample, 7), unet(sample, 7).sample) < 1e-5
 
     def test_runs_before_do_not_change_predictions(self) -> None:
-        """Not even to rounding, which depends on the timesteps that are projected together."""
         unet, sample = build(**SMALL), randn(2, 3, 8, 8)
-        expected = {}
-        for timesteps in ([500, 0], [0, 500], [500]):
-            engine = CPUEngine(unet)
-            engine.prepare(timesteps)
-            expected[tuple(timesteps)] = engine.predict(sample, 500)
+        expected = CPUEngine(unet).predict(sample, 500)
         engine = CPUEngine(unet)
-        for timesteps in ([750, 500, 250, 0], list(range(1000))):
-            for run, prediction in expected.items():
-                engine.prepare(timesteps)
-                engine.prepare(run)
-                assert torch.equal(engine.predict(sample, 500), prediction)
+        for timesteps in ([500, 0], [750, 500, 250, 0], list(range(1000)), [0, 500], [500], [7]):
+            engine.prepare(timesteps)
+            assert torch.equal(engine.predict(sample, torch.tensor(500)), expected)
+
+    @pytest.mark.parametrize("num_threads", [1, 2])
+    def test_other_samples_do_not_change_predictions(self, num_threads: int) -> None:
+        """Not a bit, whatever the network; with classes and timesteps in other batches and runs too."""
+        draw, threads = random.Random(0), torch.get_num_threads()
+        try:
+            torch.set_num_threads(num_threads)
+            num_invariant = 0
+            for _ in range(50):
+                changes, size = draw_configuration(draw, ["silu"])
+                channels = [draw.choice([16, 32, 48]) for _ in changes["block_out_channels"]]
+                changes |= {"block_out_channels": channels, "attention_head_dim": draw.choice([None, 16])}
+                classes = draw.choice([{}, {"num_class_embeds": 5}])
+                unet = build(**changes, **classes, sample_size=size)
+                engine = CPUEngine(unet)
+                if not engine.is_batch_invariant:
+                    continue
+                num_invariant += 1
+                sample = randn(9, unet.config.in_channels, *size)
+                labels = torch.arange(9) % 5 if classes else None
+                engine.prepare([700, 20], None if labels is None else torch.arange(5))
+                expected = engine.predict(sample, torch.tensor(20), labels)
+                one_by_one = engine.predict(sample, torch.tensor([20] * 9), labels)
+                assert torch.equal(one_by_one, expected), (changes, size)
+                for rows in ([0], [8], [4, 2], [7, 1, 5], list(range(8))):
+                    some = None if labels is None else labels[rows]
+                    engine.prepare([20, 5], None if some is None else some.unique())
+                    assert torch.equal(engine.predict(sample[rows], torch.tensor(20), some), expected[rows]), changes
+            assert num_invariant >= 5
+        finally:
+            torch.set_num_threads(threads)
+
+    def test_what_rounds_by_the_batch_is_known(self) -> None:
+        """Other activations, attention of blocks that are not aligned, samples of any size."""
+        attention = {"attention_head_dim": 16, "block_out_channels": (16, 32), "norm_num_groups": 4}
+        assert CPUEngine(build(**SMALL | attention)).is_batch_invariant
+        for changes in ({"act_fn": "mish"}, {"attention_head_dim": 8}, {"sample_size": (10, 4)}, {"sample_size": None}):
+            assert not CPUEngine(build(**SMALL | attention | changes)).is_batch_invariant
+
+    @pytest.mark.parametrize("name", ["mnist", "mnist-labels", "faces", "cifar10"])
+    def test_common_networks_are_batch_invariant(self, name: str) -> None:
+        if name == "cifar10":
+            torch.manual_seed(0)
+            unet = UNet2DModel(**read_preset(name)["model"]).eval()
+        else:
+            unet = DDIMPipeline.from_pretrained(name).unet
+        engine = CPUEngine(unet)
+        assert engine.is_batch_invariant
+        x = randn(3, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        labels = None if unet.class_embedding is None else torch.tensor([3, 10, 3])
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(2)
+            expected = engine.predict(x, 500, labels)
+            for row in range(3):
+                one = slice(row, row + 1)
+                assert torch.equal(engine.predict(x[one], 500, None if labels is None else labels[one]), expected[one])
+        finally:
+            torch.set_num_threads(threads)
 
     def test_many_classes_are_predicted_as_by_a_new_engine(self) -> None:
         """Of a run with too many pairs of timesteps and classes to prepare, after one that was prepared."""

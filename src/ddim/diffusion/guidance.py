@@ -28,7 +28,7 @@ from typing import Protocol, Self, cast
 import torch
 from torch import Tensor
 
-from ddim.diffusion.loop import Denoiser, full_batches
+from ddim.diffusion.loop import Denoiser, divide_batches
 from ddim.validation import integer, real, shown
 
 Predictor = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -38,6 +38,10 @@ none; returns the prediction (N, C, H, W)."""
 
 class Guide(Protocol):
     """A weaker model, as `Conditions` hold it: a `ddim.sampler.Sampler`."""
+
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Whether its engine is (`ddim.engine.base.Engine`)."""
 
     def predictor(self, timesteps: Sequence[int], classes: Tensor | None) -> Predictor:
         """Return its network, prepared for a run.
@@ -185,9 +189,9 @@ class ConditionalDenoiser:
     Args:
         predict: the network.
         conditions: of all samples of the run.
-        batch_size: evaluate exactly so many samples at a time, the last batch filled up with its last sample; `None`
-            for all at once.
+        batch_size: evaluate so many samples at a time; `None` for all at once.
         guide: the network of the conditions' guide, if they have one.
+        fill: fill up the last batch with the last sample.
 
     Example:
         >>> predict = lambda x, t, labels: labels.view(-1, 1, 1, 1).expand_as(x)
@@ -202,9 +206,10 @@ class ConditionalDenoiser:
         conditions: Conditions,
         batch_size: int | None = None,
         guide: Predictor | None = None,
+        fill: bool = True,
     ) -> None:
         self.predict, self.conditions = predict, conditions
-        self.batch_size, self.guide = batch_size, guide
+        self.batch_size, self.guide, self.fill = batch_size, guide, fill
 
     def take(self, rows: Tensor | slice) -> ConditionalDenoiser:
         """Return the denoiser of some samples of the run.
@@ -212,7 +217,7 @@ class ConditionalDenoiser:
         Args:
             rows: their indices, int64 (n,), or a slice.
         """
-        return ConditionalDenoiser(self.predict, self.conditions.take(rows), self.batch_size, self.guide)
+        return ConditionalDenoiser(self.predict, self.conditions.take(rows), self.batch_size, self.guide, self.fill)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the guided prediction.
@@ -225,7 +230,7 @@ class ConditionalDenoiser:
             return predict_guided(self.predict, x, t, self.conditions, self.guide)
         outputs = [
             predict_guided(self.predict, x[rows], t, self.conditions.take(rows), self.guide)
-            for rows in full_batches(x, self.batch_size)
+            for rows in divide_batches(x, self.batch_size, self.fill)
         ]
         return torch.cat(outputs)[: len(x)]
 

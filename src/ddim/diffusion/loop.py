@@ -158,15 +158,13 @@ def generative_step(denoiser: Denoiser, steps: Sequence[Step], settings: StepSet
     return step_fn
 
 
-def in_batches(denoiser: Denoiser, batch_size: int) -> Denoiser:
-    """Return a denoiser that evaluates the network on exactly `batch_size` samples at a time.
-
-    Networks round a little differently for batches of different sizes. In batches of one size a sample's prediction
-    does not depend, to the bit, on the number of other samples: the last batch is filled up with the last sample.
+def in_batches(denoiser: Denoiser, batch_size: int, fill: bool = True) -> Denoiser:
+    """Return a denoiser that evaluates the network on `batch_size` samples at a time.
 
     Args:
         denoiser: the network.
         batch_size: samples per evaluation.
+        fill: fill up the last batch, as `divide_batches` does.
 
     Example:
         >>> sizes = []
@@ -176,24 +174,32 @@ def in_batches(denoiser: Denoiser, batch_size: int) -> Denoiser:
     """
 
     def batched(x: Tensor, timestep: Tensor) -> Tensor:
-        return torch.cat([denoiser(x[rows], timestep) for rows in full_batches(x, batch_size)])[: len(x)]
+        return torch.cat([denoiser(x[rows], timestep) for rows in divide_batches(x, batch_size, fill)])[: len(x)]
 
     return batched
 
 
-def full_batches(x: Tensor, batch_size: int) -> list[Tensor]:
-    """Divide samples into batches of exactly one size, the last one filled up with the last sample.
+def divide_batches(x: Tensor, batch_size: int, fill: bool = True) -> list[Tensor]:
+    """Divide samples into batches.
+
+    Most networks round a little differently for batches of different sizes. In batches of one size a sample's
+    prediction does not depend, to the bit, on the number of other samples: the last batch is filled up with the last
+    sample. That is not needed where the engine is batch-invariant (`ddim.engine.base.Engine`).
 
     Args:
         x: (N, C, H, W), N at least 1.
         batch_size: samples per batch.
+        fill: fill up the last batch.
 
     Returns:
         The indices of the samples in each batch, int64 (batch_size,), on the device of `x`.
 
     Example:
-        >>> [rows.tolist() for rows in full_batches(torch.zeros(3, 1, 2, 2), 2)]
+        >>> [rows.tolist() for rows in divide_batches(torch.zeros(3, 1, 2, 2), 2)]
         [[0, 1], [2, 2]]
+        >>> [rows.tolist() for rows in divide_batches(torch.zeros(3, 1, 2, 2), 2, fill=False)]
+        [[0, 1], [2]]
     """
-    indices = torch.arange(len(x) + -len(x) % batch_size, device=x.device).clamp_max(len(x) - 1)
+    count = len(x) + (-len(x) % batch_size if fill else 0)
+    indices = torch.arange(count, device=x.device).clamp_max(len(x) - 1)
     return list(torch.split(indices, batch_size))

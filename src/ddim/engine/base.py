@@ -37,6 +37,10 @@ class Engine(Protocol):
     def dtype(self) -> torch.dtype | None:
         """The dtype in which the engine computes, whatever that of the weights; `None` for the network's."""
 
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Whether the prediction of a sample does not depend, to the bit, on the other samples of its batch."""
+
     def predict(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         """Evaluate the network.
 
@@ -85,6 +89,7 @@ class EagerEngine:
     """
 
     dtype: torch.dtype | None = None
+    is_batch_invariant = False
 
     def __init__(self, unet: Any) -> None:
         self.unet = unet

@@ -10,7 +10,9 @@
 - Residuals are added where a convolution finishes its tiles.
 - 1x1 convolutions and attention's linear layers run by `ddim.kernels.direct` too; a block's queries, keys and values
   are one product.
-- The projections of the time embedding are computed for all timesteps of a run before the first step (`prepare`).
+- The projections of the time embedding are computed for all timesteps of a run before the first step (`prepare`),
+  row by row: how a product of several rows rounds depends on their number. As the kernels sum each output alone, in one
+  order, the prediction of a sample then depends, to the bit, on nothing but that sample, its timestep and its class.
 - Large batches pass through the network a few samples at a time.
 - Weights in bfloat16 or float16 are widened when they are arranged: everything is computed in float32, in its time.
 
@@ -60,6 +62,9 @@ CACHED_BUFFER_BYTES = 8 << 20
 """Largest padded buffer that is kept for the next step instead of made anew."""
 MAX_CACHED_BUFFERS = 64
 """Padded buffers of one thread, of as many shapes; beyond it all are dropped."""
+QUERY_BLOCK, ALIGNED_FLOATS = 32, 16
+"""PyTorch's attention: queries that a thread takes at a time, at least, where there are as many; and the numbers in 64
+bytes, to which memory is aligned."""
 MAX_PREPARED_EMBEDDINGS = 4096
 """Pairs of timesteps and classes whose embeddings are projected before a run; more are projected step by step."""
 MICRO_BATCH_BYTES = 4 << 20
@@ -109,20 +114,18 @@ class CPUEngine:
         self._projections = [(linear.weight.detach().float(), linear.bias.detach().float()) for linear in projections]
         self._act: Any = next(m for m in unet.modules() if isinstance(m, ResnetBlock2D)).nonlinearity
         self._prepared = PreparedEmbeddings({}, None)
+        self.is_batch_invariant = self._is_batch_invariant(unet)
 
     @torch.no_grad()
     def prepare(self, timesteps: Sequence[int], classes: Tensor | None = None) -> None:
-        """Project the embeddings of all timesteps of a run at once, for each of its classes.
-
-        Others can still be predicted at. How a product rounds depends on its number of rows, so that a run has the rows
-        of its own timesteps and classes alone, whatever was prepared before: its results are the same to the bit.
+        """Project the embeddings of all timesteps of a run, for each of its classes. Others can still be predicted at.
 
         Args:
             timesteps: those of the run, in any order.
             classes: its distinct class labels, int64 (L,), in ascending order; `None` for an unconditional network.
         """
         unet, timesteps = self._get_network(), list(dict.fromkeys(timesteps))
-        if self._prepared.holds(timesteps, classes):
+        if self._prepared.hold(timesteps, classes):
             return
         self._prepared = PreparedEmbeddings({}, None)
         is_conditional = unet.class_embedding is not None
@@ -164,9 +167,9 @@ class CPUEngine:
         timesteps = as_timesteps(timestep, sample.device)
         embeddings = self._prepared.find(timesteps, class_labels) if timesteps.ndim == 0 else None
         if embeddings is None:
-            emb = self._embed(timesteps, class_labels)
-            check_embeddings(emb, sample)
-            embeddings = self._project(emb)
+            rows = self._embed(timesteps, class_labels)
+            check_embeddings(torch.cat(rows), sample)
+            embeddings = self._project(rows)
 
         # Micro-batches. Embeddings of several samples are divided with them; one for all goes with each.
         bytes_per_sample = 4 * self._conv_in.K * sample[0, 0].numel()
@@ -207,20 +210,44 @@ class CPUEngine:
             x = block.apply_up(x, skips, remaining)
         return normalize_and_convolve(self._norm_out, self._conv_out, x).permute(0, 3, 1, 2).contiguous()
 
+    def _is_batch_invariant(self, unet: UNet2DModel) -> bool:
+        """Whether all that runs on PyTorch's operators rounds alike whatever the batch, for the network's own size."""
+        size = unet.config.sample_size
+        # Vectorized activations round differently at the end of a tensor.
+        if size is None or not isinstance(self._act, nn.SiLU):
+            return False
+        H, W = (size, size) if isinstance(size, int) else size
+        levels = [*range(len(self._down_blocks)), len(self._down_blocks) - 1, *range(len(self._up_blocks))[::-1]]
+        blocks = zip([*self._down_blocks, self._mid_block, *self._up_blocks], levels, strict=True)
+        return all(
+            attention.is_batch_invariant((H >> level) * (W >> level))
+            for block, level in blocks
+            if block is not None
+            for attention in block.attentions
+        )
+
     def _get_network(self) -> UNet2DModel:
         unet = self._unet()
         if unet is None:
             raise RuntimeError("the network that this engine was made from has been deleted")
         return unet
 
-    def _embed(self, timesteps: Tensor, class_labels: Tensor | None) -> Tensor:
-        """Embed timesteps () or (N,) and classes: (N, E)."""
-        return embed_conditions(self._embedders, timesteps, class_labels, torch.float32)
+    def _embed(self, timesteps: Tensor, class_labels: Tensor | None) -> list[Tensor]:
+        """Embed timesteps () or (N,) and classes (N, ...): N rows (1, E), or one for all samples."""
+        timesteps, labels = timesteps.reshape(-1), [class_labels]
+        single_ndim = 1 if self._embedders.config.class_embed_type == "identity" else 0
+        if class_labels is not None and class_labels.ndim > single_ndim:
+            labels = list(class_labels.unsqueeze(1).unbind())
+        count = max(len(timesteps), len(labels))
+        if len(labels) == 1:
+            labels *= count
+        pairs = zip(timesteps.expand(count).unsqueeze(1).unbind(), labels, strict=True)
+        return [embed_conditions(self._embedders, t, label, torch.float32) for t, label in pairs]
 
-    def _project(self, emb: Tensor) -> list[Tensor]:
-        """Project embeddings (N, E) for each residual block: (N, F)."""
-        emb = self._act(emb)
-        return [F.linear(emb, weight, bias) for weight, bias in self._projections]
+    def _project(self, rows: list[Tensor]) -> list[Tensor]:
+        """Project N embeddings (1, E) for each residual block: (N, F)."""
+        rows = [self._act(row) for row in rows]
+        return [torch.cat([F.linear(row, weight, bias) for row in rows]) for weight, bias in self._projections]
 
 
 def _widened(module: nn.Module | None) -> nn.Module | None:
@@ -246,14 +273,14 @@ class PreparedEmbeddings(NamedTuple):
     by_timestep: dict[float, list[Tensor]]
     classes: Tensor | None
 
-    def holds(self, timesteps: Sequence[int], classes: Tensor | None) -> bool:
-        """Return whether there are embeddings of exactly these timesteps, in this order, and classes.
+    def hold(self, timesteps: Sequence[int], classes: Tensor | None) -> bool:
+        """Return whether there are embeddings of these timesteps and exactly these classes.
 
         Args:
-            timesteps: of a run, each once.
+            timesteps: of a run.
             classes: int64 (L,); `None` without classes.
         """
-        if (self.classes is None) != (classes is None) or list(self.by_timestep) != timesteps:
+        if (self.classes is None) != (classes is None) or not self.by_timestep.keys() >= set(timesteps):
             return False
         return self.classes is None or torch.equal(self.classes, cast(Tensor, classes))
 
@@ -569,6 +596,7 @@ class _Attention:
     def __init__(self, attention: Attention) -> None:
         self.norm = None if attention.group_norm is None else _Norm(attention.group_norm, None)
         self.heads, self.factor = attention.heads, attention.rescale_output_factor
+        self.head_dim = attention.to_q.out_features // attention.heads
         self.qkv = _Linear.stack([attention.to_q, attention.to_k, attention.to_v])
         self.out = _Linear.stack([attention.to_out[0]])
 
@@ -576,9 +604,21 @@ class _Attention:
         N, H, W, _ = x.shape
         normed = x if self.norm is None else self.norm.normalize(x)
         q, k, v = self.qkv(normed).view(N, H * W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, H, W, -1)
+        # A single block of queries, which one thread could take, is summed by all threads in another order.
+        if N == self.heads == 1 and H * W <= QUERY_BLOCK:
+            q, k, v = (x.expand(2, -1, -1, -1) for x in (q, k, v))
+        attended = F.scaled_dot_product_attention(q, k, v)[:N].transpose(1, 2).reshape(N, H, W, -1)
         y = self.out(attended, x)
         return y if self.factor == 1 else y.div_(self.factor)
+
+    def is_batch_invariant(self, num_positions: int) -> bool:
+        """Whether a sample's result does not depend on the others: where PyTorch's threads work on aligned memory.
+
+        Each has a buffer for a block of queries: their products with the keys, the largest of them and their sums, and
+        the result. Products of matrices round differently where memory is not aligned.
+        """
+        P, D = num_positions, self.head_dim
+        return D % ALIGNED_FLOATS == 0 and (P > QUERY_BLOCK or P * (P + 2 + D) % ALIGNED_FLOATS == 0)
 
 
 class _Block:

@@ -70,6 +70,7 @@ class CUDAEngine:
 
     name = "CUDAEngine"
     dtype: torch.dtype | None = None
+    is_batch_invariant = False
 
     def __init__(self, unet: UNet2DModel) -> None:
         self.device = unet.device
