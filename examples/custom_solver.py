@@ -55,7 +55,7 @@ def adams_bashforth(denoiser: Denoiser) -> StepFn:
 def main() -> None:
     """Print the mean squared error of both solvers to 100 steps of DDIM from the same latents."""
     pipe = DDIMPipeline.from_pretrained("mnist")
-    latents = noise_from_seeds((4, *pipe.sample_shape), range(4), pipe.device)()
+    latents = noise_from_seeds((2, *pipe.sample_shape), range(2), pipe.device)()
 
     def solve(solver: Callable[[Denoiser], StepFn], num_steps: int) -> Tensor:
         steps = pipe.scheduler.make_steps(pipe.scheduler.make_timesteps(num_steps))

@@ -38,10 +38,15 @@ def count_hops(engine: str, every_file: bool = False) -> list[str]:
         every_file: count every file with a function that is called.
     """
     files: set[str] = set()
+    paths: dict[str, str | None] = {}
 
     def profile(frame: FrameType, event: str, result: Any) -> None:
-        path = Path(frame.f_code.co_filename)
-        if event not in ("call", "return") or not path.is_relative_to(ROOT):
+        name = frame.f_code.co_filename
+        if name not in paths:
+            path = Path(name)
+            paths[name] = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else None
+        file = paths[name]
+        if event not in ("call", "return") or file is None:
             return
         if every_file:
             passes = not any(name == "<module>" for name in callers(frame))
@@ -49,7 +54,7 @@ def count_hops(engine: str, every_file: bool = False) -> list[str]:
             values = [*frame.f_locals.values(), result if event == "return" else None]
             passes = any(map(is_sample, values)) and not any(name in LOADING for name in callers(frame))
         if passes:
-            files.add(path.relative_to(ROOT).as_posix())
+            files.add(file)
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["ddim", "sample", "--count", "1", "--steps", "2", "--out", f"{folder}/x.png", "--engine", engine]

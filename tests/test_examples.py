@@ -47,7 +47,7 @@ def test_train_minimal_learns_digits() -> None:
 
 
 def test_invert_compares_exact_with_euler() -> None:
-    rows = table(run_example("invert"))
+    rows = table(run_example("invert", "--steps", "5"))
     (euler, euler_nfe), (exact, exact_nfe) = rows["Euler"], rows["exact"]
     assert euler_nfe < 1.5 < exact_nfe
     assert exact < 1e-4 < euler

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import datasets
 import numpy as np
@@ -16,10 +16,12 @@ from ddim.data.base import Source
 from ddim.diffusion.interpolation import add_direction
 from ddim.io.latent_files import load_latents
 from ddim.pipeline import DDIMPipeline
+from ddim.scheduler import DDIMScheduler
+from ddim.unet import UNet2DModel
 from digits import digits
 
 TIMESTEPS = [700, 300, 0]
-STEPS = ["--timesteps", ",".join(map(str, TIMESTEPS)), "--batch-size", "1"]
+STEPS = ["--timesteps", ",".join(map(str, TIMESTEPS)), "--batch-size", "1", "--model", "tiny"]
 
 
 def handwritten() -> list[Image.Image]:
@@ -28,15 +30,16 @@ def handwritten() -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module")
-def pipe() -> DDIMPipeline:
-    pipe = DDIMPipeline.from_pretrained("mnist")
+def pipe(make_unet: Callable[..., UNet2DModel]) -> DDIMPipeline:
+    pipe = DDIMPipeline(make_unet(sample_size=28, in_channels=1, out_channels=1), DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+def commands(pipe: DDIMPipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     folder = tmp_path_factory.mktemp("direction")
+    pipe.save_pretrained(folder / "tiny")
     for kind, image in zip(("even", "odd", "even"), handwritten(), strict=True):
         (folder / kind).mkdir(exist_ok=True)
         image.save(folder / kind / f"{len(list((folder / kind).iterdir()))}.png")

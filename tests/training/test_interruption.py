@@ -73,8 +73,8 @@ def test_killed_run_equals_uninterrupted_run(
 ) -> None:
     rng, out, uninterrupted = random.Random(0), tmp_path / "run", tmp_path / "uninterrupted"
     newest = 0
-    targets = sorted(rng.sample(range(3, LAST_INTERRUPTED - 15), 5))
-    numbers = [signal.SIGKILL] * 5 + [signal.SIGTERM]
+    targets = sorted(rng.sample(range(3, LAST_INTERRUPTED - 15), 3))
+    numbers = [signal.SIGKILL] * 3 + [signal.SIGTERM]
     for number, target in zip(numbers, [*targets, LAST_INTERRUPTED], strict=True):
         last_modified = modified_ns(out)
         with begin(out) as process:
