@@ -24,7 +24,7 @@ from ddim.app.uploads import UploadLedger
 
 JSON = {"content-type": "application/json"}
 SAMPLE = ["mnist", 1, 1, 0, 0, 1, "the model's own"]
-LONG: dict[str, Any] = {"count": 64, "steps": 1000}
+LONG: dict[str, Any] = {"count": 16, "steps": 1000}
 SHORT: dict[str, Any] = {"count": 1, "steps": 1}
 BOUNDARY = {"content-type": "multipart/form-data; boundary=x"}
 
@@ -198,8 +198,8 @@ def test_malformed_http_is_refused(server: AppServer, data: bytes) -> None:
 
 
 def test_websockets_are_refused(server: AppServer) -> None:
-    answer = httpx.get(
-        f"{server.url}/gradio_api/queue/join",
+    answer = server.http.get(
+        "/gradio_api/queue/join",
         headers={
             "connection": "upgrade",
             "upgrade": "websocket",
@@ -235,7 +235,7 @@ def test_chunked_body_gets_its_sentence(server: AppServer) -> None:
         for _ in range(30):
             yield b" " * 100_000
 
-    answer = httpx.post(f"{server.url}/gradio_api/call/sample", content=body(), headers=JSON)
+    answer = server.http.post("/gradio_api/call/sample", content=body(), headers=JSON)
     assert (answer.status_code, answer.text) == (413, "a request has at most 2,000,000 bytes")
 
 
@@ -250,12 +250,12 @@ def test_endless_upload_ends_and_leaves_nothing(server: AppServer) -> None:
             for start in range(0, len(data), 500_000):
                 yield data[start : start + 500_000]
 
-    answer = httpx.post(f"{server.url}/gradio_api/upload", content=body(), headers=BOUNDARY, timeout=60)
+    answer = server.http.post("/gradio_api/upload", content=body(), headers=BOUNDARY)
     assert answer.status_code == 413
     assert answer.text == "uploads exceed the maximum allowed size of 81 MB per request"
     assert not [path for path in server.folder.rglob("*") if path.is_file() and path.stat().st_size > 5_000_000]
     # A refused upload does not count.
-    assert httpx.post(f"{server.url}/gradio_api/upload", files={"files": ("x.png", bytes(1000))}).is_success
+    assert server.http.post("/gradio_api/upload", files={"files": ("x.png", bytes(1000))}).is_success
 
 
 Receive = Callable[[], Any]
@@ -359,11 +359,11 @@ FOREIGN_HOSTS = (
 @pytest.mark.parametrize("host", FOREIGN_HOSTS)
 @pytest.mark.parametrize("path", ["/", "/config", "/gradio_api/info"])
 def test_foreign_hosts_are_refused(server: AppServer, host: str, path: str) -> None:
-    answer = httpx.get(f"{server.url}{path}", headers={"host": host, "origin": f"http://{host}"})
+    answer = server.http.get(path, headers={"host": host, "origin": f"http://{host}"})
     assert answer.status_code == 421
     assert "the host must be one of 127.0.0.1, ::1, localhost, got " in answer.text
     assert "access-control-allow-origin" not in answer.headers
-    forwarded = httpx.get(f"{server.url}{path}", headers={"x-forwarded-host": host})
+    forwarded = server.http.get(path, headers={"x-forwarded-host": host})
     assert forwarded.status_code == 421
 
 
@@ -373,9 +373,9 @@ def test_foreign_hosts_are_refused(server: AppServer, host: str, path: str) -> N
 def test_foreign_origins_are_refused(server: AppServer, origin: str) -> None:
     preflight = {"origin": origin, "access-control-request-method": "POST"}
     for answer in (
-        httpx.get(f"{server.url}/config", headers={"origin": origin}),
-        httpx.post(f"{server.url}/gradio_api/call/sample", json={"data": SAMPLE}, headers={"origin": origin}),
-        httpx.options(f"{server.url}/gradio_api/call/sample", headers=preflight),
+        server.http.get("/config", headers={"origin": origin}),
+        server.http.post("/gradio_api/call/sample", json={"data": SAMPLE}, headers={"origin": origin}),
+        server.http.options("/gradio_api/call/sample", headers=preflight),
     ):
         assert answer.status_code in (403, 405)
         assert "access-control-allow-origin" not in answer.headers
@@ -384,7 +384,7 @@ def test_foreign_origins_are_refused(server: AppServer, origin: str) -> None:
 def test_own_names_are_accepted(server: AppServer) -> None:
     port = urlsplit(server.url).port
     for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}", "localhost:9000"):
-        answer = httpx.get(f"{server.url}/config", headers={"host": host, "origin": f"http://{host}"})
+        answer = server.http.get("/config", headers={"host": host, "origin": f"http://{host}"})
         assert answer.status_code == 200, host
 
 
@@ -435,7 +435,7 @@ def test_runs_that_nobody_listens_to_do_not_start(server: AppServer) -> None:
     started = time.monotonic()
     assert len(server.call("/sample", count=1, steps=1)["images"]) == 1
     assert time.monotonic() - started < 10
-    # A run of 64 images takes a core for a minute.
+    # A run of 16 images takes a core for a minute.
     time.sleep(1)
     assert cpu_seconds(server) - before < 3
 
@@ -445,7 +445,7 @@ def test_posted_run_waits_for_its_listener(server: AppServer) -> None:
     time.sleep(1)
     with server.listen("/sample", run) as reports:
         assert any("images" in report for report in reports)
-    again = httpx.get(f"{server.url}/gradio_api/call/sample/{run}")
+    again = server.http.get(f"/gradio_api/call/sample/{run}")
     assert again.status_code == 404
     assert "waits for a listener" in again.text
 
@@ -454,7 +454,7 @@ def test_second_listener_is_refused_and_the_run_ends_with_the_first(server: AppS
     run = server.post("/sample", **LONG)
     with server.listen("/sample", run) as reports:
         next(report for report in reports if "done" in report)
-        second = httpx.get(f"{server.url}/gradio_api/call/sample/{run}")
+        second = server.http.get(f"/gradio_api/call/sample/{run}")
         assert (second.status_code, second.text) == (409, f"the run '{run}' is listened to already")
     started = time.monotonic()
     assert len(server.call("/sample", count=1, steps=1)["images"]) == 1
