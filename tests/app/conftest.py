@@ -1,7 +1,8 @@
-"""The server, the browser and the process of `ddim` commands that all tests of the page share."""
+"""The server and the `ddim` commands that all tests of the page share."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from app_server import AppServer
-from cli_batch import Commands, Result
+from cli_batch import exit_code
 from ddim.pipeline import DDIMPipeline
 from ddim.scheduler import DDIMScheduler
 from ddim.unet import UNet2DModel
@@ -18,6 +19,7 @@ from digits import TINY_MODEL
 
 def save_color_model(folder: Path) -> None:
     """A model of 64x64 color images and 100 timesteps with random weights."""
+    torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=64,
         in_channels=3,
@@ -32,11 +34,11 @@ def save_color_model(folder: Path) -> None:
 
 
 def save_tiny_model(folder: Path) -> None:
-    """A model of 8x8 gray images of two classes and 1000 timesteps, whose images are inverted in few evaluations."""
+    """A model of 8x8 gray images of two classes and 200 timesteps, whose images are inverted in few evaluations."""
     torch.manual_seed(0)
     unet = UNet2DModel(**TINY_MODEL, num_class_embeds=3, class_names=("cat", "dog"), has_null_class=True)
     unet.conv_out.weight.data.mul_(0.1)
-    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(folder)
+    DDIMPipeline(unet, DDIMScheduler(num_train_timesteps=200)).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -66,17 +68,16 @@ def tiny(server: AppServer) -> DDIMPipeline:
 
 
 @pytest.fixture(scope="session")
-def run_command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[list[str]], Path]]:
-    """`run_command(arguments)`: runs `ddim` in one process, and returns the path after `--out`."""
+def run_command(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], Path]:
+    """`run_command(arguments)`: runs `ddim` in this process, and returns the path after `--out`."""
     folder = tmp_path_factory.mktemp("commands")
-    table: dict[str, list[str]] = {}
-    with Commands(folder, table) as commands:
 
-        def run(arguments: list[str]) -> Path:
-            name = f"{len(table)}"
-            table[name] = arguments
-            result: Result = commands[name]
-            assert result.code == 0, result.stderr
-            return folder / arguments[arguments.index("--out") + 1]
+    def run(arguments: list[str]) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            # On the device of the server, which sees no other.
+            patch.setattr(sys, "argv", ["ddim", *arguments, "--device", "cpu"])
+            patch.chdir(folder)
+            assert exit_code() == 0
+        return folder / arguments[arguments.index("--out") + 1]
 
-        yield run
+    return run
