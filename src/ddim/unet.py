@@ -465,7 +465,7 @@ class UNet2DModel(ModelFiles, nn.Module):
             self.time_proj = GaussianFourierProjection(channels[0], FOURIER_SCALE)
             embedding_channels = 2 * channels[0]
         elif time_embedding_type == "learned":
-            self.time_proj = nn.Embedding(num_train_timesteps or 0, channels[0])
+            self.time_proj = _make_embedding(num_train_timesteps or 0, channels[0])
         else:
             self.time_proj = Timesteps(channels[0], flip_sin_to_cos, freq_shift)
         self.time_embedding = TimestepEmbedding(embedding_channels, temb_channels)
@@ -476,7 +476,7 @@ class UNet2DModel(ModelFiles, nn.Module):
         elif class_embed_type == "identity":
             self.class_embedding = nn.Identity()
         elif num_class_embeds is not None:
-            self.class_embedding = nn.Embedding(num_class_embeds, temb_channels)
+            self.class_embedding = _make_embedding(num_class_embeds, temb_channels)
 
         resnet = ResnetConfig(
             temb_channels=temb_channels,
@@ -691,6 +691,17 @@ class UNet2DModel(ModelFiles, nn.Module):
 
 
 join_mixins(UNet2DModel, "models.modeling_utils.ModelMixin", "configuration_utils.ConfigMixin")
+
+
+def _make_embedding(count: int, channels: int) -> nn.Embedding:
+    """Return an embedding with the weights of `nn.Embedding`, which are not drawn on the meta device.
+
+    There PyTorch imports `torch._dynamo` to draw normal numbers: seconds, for weights that are then read from a file.
+    """
+    weight = torch.empty(count, channels)
+    if not weight.is_meta:
+        nn.init.normal_(weight)
+    return nn.Embedding(count, channels, _weight=weight)
 
 
 def as_timesteps(timestep: Tensor | float, device: torch.device) -> Tensor:
