@@ -18,10 +18,10 @@ from digits import TINY_MODEL
 
 
 def save_color_model(folder: Path) -> None:
-    """A model of 64x64 color images and 100 timesteps with random weights."""
+    """A model of 32x32 color images and 50 timesteps with random weights."""
     torch.manual_seed(0)
     unet = UNet2DModel(
-        sample_size=64,
+        sample_size=32,
         in_channels=3,
         out_channels=3,
         block_out_channels=(8, 8),
@@ -30,7 +30,7 @@ def save_color_model(folder: Path) -> None:
         up_block_types=("UpBlock2D",) * 2,
         norm_num_groups=4,
     )
-    DDIMPipeline(unet, DDIMScheduler(num_train_timesteps=100)).save_pretrained(folder)
+    DDIMPipeline(unet, DDIMScheduler(num_train_timesteps=50)).save_pretrained(folder)
 
 
 def save_tiny_model(folder: Path) -> None:
@@ -68,16 +68,15 @@ def tiny(server: AppServer) -> DDIMPipeline:
 
 
 @pytest.fixture(scope="session")
-def run_command(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], Path]:
-    """`run_command(arguments)`: runs `ddim` in this process, and returns the path after `--out`."""
-    folder = tmp_path_factory.mktemp("commands")
+def run_command(server: AppServer) -> Callable[[list[str]], Path]:
+    """`run_command(arguments)`: runs `ddim` in this process and the server's folder; returns the path after `--out`."""
 
     def run(arguments: list[str]) -> Path:
         with pytest.MonkeyPatch.context() as patch:
             # On the device of the server, which sees no other.
             patch.setattr(sys, "argv", ["ddim", *arguments, "--device", "cpu"])
-            patch.chdir(folder)
+            patch.chdir(server.folder)
             assert exit_code() == 0
-        return folder / arguments[arguments.index("--out") + 1]
+        return server.folder / arguments[arguments.index("--out") + 1]
 
     return run

@@ -75,7 +75,7 @@ def test_images_match_ddim_sample(server: AppServer, run_command: Callable[[list
 
 def test_all_classes_share_the_images(server: AppServer, run_command: Callable[[list[str]], Path]) -> None:
     result = server.call("/sample", model="tiny", count=4, steps=2, label="all")
-    arguments = ["-m", str(server.folder / "tiny"), "-n", "4", "--steps", "2", "--label", "all"]
+    arguments = ["-m", "tiny", "-n", "4", "--steps", "2", "--label", "all"]
     expected = np.load(run_command(["sample", *arguments, "--out", "all.npz"]))["arr_0"]
     for path, image in zip(result["images"], expected, strict=True):
         assert np.array_equal(pixels(path), image[..., 0])
@@ -217,7 +217,7 @@ def test_super_resolution_matches_ddim_super_resolve(
     small = result["measurement"]
     assert pixels(small).shape == (2, 2)
     again = server.call("/super_resolve", picture=handle_file(small), **call)
-    options = ["-m", str(server.folder / "tiny"), "--factor", "4", "--kernel", "bicubic", "-n", "2", "--steps", "5"]
+    options = ["-m", "tiny", "--factor", "4", "--kernel", "bicubic", "-n", "2", "--steps", "5"]
     expected = np.load(run_command(["super-resolve", str(small), *options, "--out", "large.npz"]))["arr_0"][..., 0]
     for one, other, image in zip(result["images"], again["images"], expected, strict=True):
         assert np.array_equal(pixels(one), image)
