@@ -120,27 +120,31 @@ class CPUEngine:
     def prepare(self, timesteps: Sequence[int], classes: Tensor | None = None) -> None:
         """Project the embeddings of all timesteps of a run, for each of its classes. Others can still be predicted at.
 
+        Those of earlier runs are kept, as far as they are of the same classes.
+
         Args:
             timesteps: those of the run, in any order.
             classes: its distinct class labels, int64 (L,), in ascending order; `None` for an unconditional network.
         """
-        unet, timesteps = self._get_network(), list(dict.fromkeys(timesteps))
-        if self._prepared.hold(timesteps, classes):
-            return
-        self._prepared = PreparedEmbeddings({}, None)
+        unet = self._get_network()
         is_conditional = unet.class_embedding is not None
         count = 1 if classes is None else len(classes)
-        if not timesteps or is_conditional != (classes is not None) or count * len(timesteps) > MAX_PREPARED_EMBEDDINGS:
+        kept = self._prepared.by_timestep if self._prepared.has_classes(classes) else {}
+        missing = [t for t in dict.fromkeys(timesteps) if t not in kept]
+        if count * (len(kept) + len(missing)) > MAX_PREPARED_EMBEDDINGS:
+            kept, missing = {}, list(dict.fromkeys(timesteps))
+        if not missing or is_conditional != (classes is not None):
             return
-        labels = None if classes is None else classes.repeat(len(timesteps))
-        projected = self._project(self._embed(torch.tensor(timesteps).repeat_interleave(count), labels))
+        if count * len(missing) > MAX_PREPARED_EMBEDDINGS:
+            self._prepared = PreparedEmbeddings({}, None)
+            return
+        labels = None if classes is None else classes.repeat(len(missing))
+        projected = self._project(self._embed(torch.tensor(missing).repeat_interleave(count), labels))
         # Not read again before the next run.
         for weight, _ in self._projections:
             drop_pages(weight)
-        by_timestep = {
-            float(t): [rows[i * count : (i + 1) * count] for rows in projected] for i, t in enumerate(timesteps)
-        }
-        self._prepared = PreparedEmbeddings(by_timestep, classes)
+        added = {t: [rows[i * count : (i + 1) * count] for rows in projected] for i, t in enumerate(missing)}
+        self._prepared = PreparedEmbeddings(kept | added, classes)
 
     @torch.no_grad()
     def predict(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
@@ -273,16 +277,15 @@ class PreparedEmbeddings(NamedTuple):
     by_timestep: dict[float, list[Tensor]]
     classes: Tensor | None
 
-    def hold(self, timesteps: Sequence[int], classes: Tensor | None) -> bool:
-        """Return whether there are embeddings of these timesteps and exactly these classes.
+    def has_classes(self, classes: Tensor | None) -> bool:
+        """Return whether the rows are those of some classes.
 
         Args:
-            timesteps: of a run.
             classes: int64 (L,); `None` without classes.
         """
-        if (self.classes is None) != (classes is None) or not self.by_timestep.keys() >= set(timesteps):
-            return False
-        return self.classes is None or torch.equal(self.classes, cast(Tensor, classes))
+        if self.classes is None or classes is None:
+            return self.classes is classes
+        return torch.equal(self.classes, classes)
 
     def find(self, timestep: Tensor, class_labels: Tensor | None) -> list[Tensor] | None:
         """Return the rows of samples.
