@@ -664,11 +664,7 @@ class UNet2DModel(ModelFiles, nn.Module):
             sample = 2 * sample - 1
         N = sample.shape[0]
         timesteps = as_timesteps(timestep, sample.device).reshape(-1)
-        _check_count(timesteps.shape[0], N)
-        # An embedding (D,), or a label (), holds for the whole batch.
-        single_ndim = 1 if self.config.class_embed_type == "identity" else 0
-        if class_labels is not None and class_labels.ndim > single_ndim:
-            _check_count(class_labels.shape[0], N)
+        check_conditions(self, sample, timesteps, class_labels)
         emb = self.embed(timesteps.expand(N), class_labels)
 
         hidden_states = self.conv_in(sample)
@@ -756,22 +752,41 @@ def embed_conditions(network: Any, timesteps: Tensor, class_labels: Tensor | Non
     return emb
 
 
-def check_embeddings(emb: Tensor, sample: Tensor) -> None:
-    """Check that there is one embedding for all samples, or one for each.
+def check_conditions(network: Any, sample: Tensor, timesteps: Tensor, class_labels: Tensor | None) -> None:
+    """Check that there is one timestep and one class for all samples, or one for each.
 
     Args:
-        emb: (N, D) or (1, D).
+        network: has the `config` of `UNet2DModel`.
         sample: (N, C, H, W).
+        timesteps: () or (N,).
+        class_labels: as `UNet2DModel.forward` takes them.
 
     Raises:
-        ValueError: for another number of embeddings.
+        ValueError: for another number of them.
 
     Example:
-        >>> check_embeddings(torch.zeros(2, 8), torch.zeros(3, 1, 4, 4))
+        >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
+        >>> check_conditions(unet, torch.zeros(3, 3, 8, 8), torch.zeros(2), None)
         Traceback (most recent call last):
         ValueError: timestep and class_labels must be one for all samples or one per sample, got 2 for 3 samples
     """
-    _check_count(emb.shape[0], sample.shape[0])
+    if timesteps.ndim > 0:
+        _check_count(timesteps.shape[0], sample.shape[0])
+    if class_labels is not None and class_labels.ndim > label_ndim(network):
+        _check_count(class_labels.shape[0], sample.shape[0])
+
+
+def label_ndim(network: Any) -> int:
+    """Return the number of dimensions of what holds for the whole batch: a label (), or an embedding (D,).
+
+    Args:
+        network: has the `config` of `UNet2DModel`.
+
+    Example:
+        >>> label_ndim(UNet2DModel(sample_size=8, block_out_channels=(8, 8, 8, 8), norm_num_groups=4))
+        0
+    """
+    return 1 if network.config.class_embed_type == "identity" else 0
 
 
 def _check_count(number: int, samples: int) -> None:

@@ -331,10 +331,13 @@ class TestGetEngine:
                 num_invariant += 1
                 sample = randn(9, unet.config.in_channels, *size)
                 labels = torch.arange(9) % 5 if classes else None
+                alone = engine.predict(sample, 20, labels)
                 engine.prepare([700, 20], None if labels is None else torch.arange(5))
                 expected = engine.predict(sample, torch.tensor(20), labels)
-                one_by_one = engine.predict(sample, torch.tensor([20] * 9), labels)
-                assert torch.equal(one_by_one, expected), (changes, size)
+                assert torch.equal(expected, alone), (changes, size)
+                for timesteps in ([20] * 9, [20, 700] * 4 + [20], [20, 3] * 4 + [20]):
+                    mixed = engine.predict(sample, torch.tensor(timesteps), labels)
+                    assert torch.equal(mixed[::2], expected[::2]), (changes, size)
                 for rows in ([0], [8], [4, 2], [7, 1, 5], list(range(8))):
                     some = None if labels is None else labels[rows]
                     engine.prepare([20, 5], None if some is None else some.unique())

@@ -45,7 +45,7 @@ from ddim.kernels.norm import NormTerms
 from ddim.kernels.runtime import ensure_compiled
 from ddim.kernels.winograd.constants import POINTS
 from ddim.nn.layers import Attention, ResnetBlock2D, Upsample2D
-from ddim.unet import UNet2DModel, as_timesteps, check_embeddings, embed_conditions
+from ddim.unet import UNet2DModel, as_timesteps, check_conditions, embed_conditions, label_ndim
 
 FeatureMap = Tensor
 """(N, H, W, C) float32, contiguous."""
@@ -169,11 +169,10 @@ class CPUEngine:
 
         # Each residual block's projection of the time embedding: prepared, or computed here.
         timesteps = as_timesteps(timestep, sample.device)
-        embeddings = self._prepared.find(timesteps, class_labels) if timesteps.ndim == 0 else None
+        check_conditions(unet, sample, timesteps, class_labels)
+        embeddings = self._prepared.find(timesteps, class_labels)
         if embeddings is None:
-            rows = self._embed(timesteps, class_labels)
-            check_embeddings(torch.cat(rows), sample)
-            embeddings = self._project(rows)
+            embeddings = self._project(self._embed(timesteps, class_labels))
 
         # Micro-batches. Embeddings of several samples are divided with them; one for all goes with each.
         bytes_per_sample = 4 * self._conv_in.K * sample[0, 0].numel()
@@ -239,8 +238,7 @@ class CPUEngine:
     def _embed(self, timesteps: Tensor, class_labels: Tensor | None) -> list[Tensor]:
         """Embed timesteps () or (N,) and classes (N, ...): N rows (1, E), or one for all samples."""
         timesteps, labels = timesteps.reshape(-1), [class_labels]
-        single_ndim = 1 if self._embedders.config.class_embed_type == "identity" else 0
-        if class_labels is not None and class_labels.ndim > single_ndim:
+        if class_labels is not None and class_labels.ndim > label_ndim(self._embedders):
             labels = list(class_labels.unsqueeze(1).unbind())
         count = max(len(timesteps), len(labels))
         if len(labels) == 1:
@@ -287,25 +285,40 @@ class PreparedEmbeddings(NamedTuple):
             return self.classes is classes
         return torch.equal(self.classes, classes)
 
-    def find(self, timestep: Tensor, class_labels: Tensor | None) -> list[Tensor] | None:
+    def find(self, timesteps: Tensor, class_labels: Tensor | None) -> list[Tensor] | None:
         """Return the rows of samples.
 
         Args:
-            timestep: a tensor ().
+            timesteps: () or (N,).
             class_labels: int64 (N,), or anything that has no rows here.
 
         Returns:
             Per residual block (N, F), or (1, F) where they are the same for all; `None` where there are none.
         """
-        rows = self.by_timestep.get(float(timestep)) if self.by_timestep else None
-        if rows is None or self.classes is None or class_labels is None:
-            return rows if self.classes is None and class_labels is None else None
+        found = [self.by_timestep.get(t) for t in timesteps.reshape(-1).tolist()]
+        samples = [rows for rows in found if rows is not None]
+        places = self._find_places(class_labels)
+        if not found or len(samples) < len(found) or places is None:
+            return None
+        if len(samples) == 1:
+            return [rows[places] for rows in samples[0]]
+        if len(places) == 1:
+            places *= len(samples)
+        return [
+            torch.stack([rows[place] for rows, place in zip(blocks, places, strict=True)])
+            for blocks in zip(*samples, strict=True)
+        ]
+
+    def _find_places(self, class_labels: Tensor | None) -> list[int] | None:
+        """Return the rows of class labels, a single one where all are alike; `None` where there are none."""
+        if self.classes is None or class_labels is None:
+            return [0] if self.classes is class_labels else None
         if class_labels.is_floating_point() or class_labels.ndim != 1:
             return None
         index = torch.searchsorted(self.classes, class_labels.contiguous()).clamp_max(len(self.classes) - 1)
         if not torch.equal(self.classes[index], class_labels):
             return None
-        return rows if len(self.classes) == 1 else [row[index] for row in rows]
+        return [0] if len(self.classes) == 1 else index.tolist()
 
 
 class PaddedBuffers(threading.local):

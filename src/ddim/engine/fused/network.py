@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ddim.engine.fused import operations
 from ddim.engine.fused.reference import Norm
 from ddim.nn.layers import Attention, ResnetBlock2D, Upsample2D, sub_pixel_filters
-from ddim.unet import UNet2DModel, as_timesteps, check_embeddings
+from ddim.unet import UNet2DModel, as_timesteps, check_conditions
 
 TENSOR_CORE_CHANNELS = 8
 """Channels of convolutions on tensor cores are multiples of it."""
@@ -121,15 +121,10 @@ class FusedNetwork:
         """
         self.unet.check_sample(sample)
         timesteps = as_timesteps(timestep, sample.device)
-        check_embeddings(timesteps.reshape(-1), sample)
-        # An embedding (D,), or a label (), holds for the whole batch.
-        single_ndim = 1 if self.unet.config.class_embed_type == "identity" else 0
-        if class_labels is not None and class_labels.ndim > single_ndim:
-            check_embeddings(class_labels, sample)
+        check_conditions(self.unet, sample, timesteps, class_labels)
         on_device: Any = torch.cuda.device_of
         with torch.autocast(sample.device.type, enabled=False), on_device(sample):
             projected = self.project(timesteps, class_labels)
-            check_embeddings(projected, sample)
             return self.evaluate(sample, timesteps, projected)
 
     def evaluate(self, sample: Tensor, timesteps: Tensor, projected: Tensor) -> Tensor:
