@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from ddim.discrete.pipeline import open_pipeline
 from ddim.io import hub
@@ -14,6 +14,7 @@ from ddim.io.config import public_entries
 from ddim.io.images import height_and_width
 from ddim.io.runs import split_variant
 from ddim.io.weights import choose_weights
+from ddim.nn.layers import Attention
 from ddim.pipeline import ImagePipeline, component_folder
 from ddim.unet import UNet2DModel
 
@@ -90,18 +91,43 @@ def count_flop(unet: UNet2DModel) -> int:
         True
     """
     height, width = height_and_width(unet.config.sample_size or DEFAULT_SAMPLE_SIZE)
-    # On the meta device only shapes are computed.
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network = UNet2DModel.from_config(unet.config).eval()
-        sample, timestep = torch.empty(1, network.config.in_channels, height, width), torch.zeros((), dtype=torch.int64)
-        network(sample, timestep, None if network.class_embedding is None else _class_labels(network))
-    return counter.get_total_flops()
+    with torch.device("meta"):
+        network = UNet2DModel.from_config(unet.config)
+    levels = len(network.down_blocks)
+    positions = [(height >> level) * (width >> level) for level in range(levels)]
+    total = _count_layers(network.conv_in, positions[0]) + _count_layers(network.conv_out, positions[0])
+    total += _count_layers(network.time_embedding, 1)
+    if network.class_embedding is not None:
+        total += _count_layers(network.class_embedding, 1)
+    if network.mid_block is not None:
+        total += _count_layers(network.mid_block, positions[-1])
+    # Resampling layers run at the size that they lead to.
+    block: Any
+    for level, block in enumerate(network.down_blocks):
+        total += _count_block(block, positions[level], block.downsamplers, positions[min(level + 1, levels - 1)])
+    for level, block in zip(reversed(range(levels)), network.up_blocks, strict=True):
+        total += _count_block(block, positions[level], block.upsamplers, positions[max(level - 1, 0)])
+    return total
 
 
-def _class_labels(network: UNet2DModel) -> torch.Tensor:
-    """Return labels of a batch of one, in the form that a class-conditional network takes."""
-    if isinstance(network.class_embedding, torch.nn.Embedding):
-        return torch.zeros(1, dtype=torch.int64)
-    if isinstance(network.class_embedding, torch.nn.Identity):
-        return torch.zeros(1, network.time_embedding.linear_2.out_features)
-    return torch.zeros(1)
+def _count_block(block: Any, positions: int, resamplers: nn.Module | None, resampled_positions: int) -> int:
+    """Count the operations of a down or up block, given the positions of its feature maps and of what it leads to."""
+    total = _count_layers(block, positions)
+    if resamplers is not None:
+        total += _count_layers(resamplers, resampled_positions) - _count_layers(resamplers, positions)
+    return total
+
+
+def _count_layers(module: nn.Module, positions: int) -> int:
+    """Count the operations of all layers of a module on feature maps of so many positions."""
+    total = 0
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            total += 2 * layer.weight.numel() * positions
+        elif isinstance(layer, nn.Linear):
+            # The time is projected once for all positions.
+            total += 2 * layer.weight.numel() * (1 if name.endswith("time_emb_proj") else positions)
+        elif isinstance(layer, Attention):
+            # Queries with keys, and the attention with values.
+            total += 2 * 2 * layer.to_q.out_features * positions**2
+    return total

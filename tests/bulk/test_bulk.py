@@ -433,7 +433,7 @@ class TestProcesses:
     @pytest.mark.parametrize("name", FORMATS)
     def test_resumes_after_kill(self, uninterrupted: dict[str, dict[str, str]], tmp_path: Path, name: str) -> None:
         chance = random.Random(name)
-        for _ in range(4):
+        for _ in range(3):
             with start(tmp_path, name) as program:
                 wait_for(manifest_path(tmp_path, name), program)
                 time.sleep(chance.uniform(0, 0.4))
