@@ -204,7 +204,7 @@ class Prefetcher:
         self._pool.shutdown(cancel_futures=True)
 
 
-def loader_rate(batches: Batches, seconds: float = 0.2) -> float:
+def loader_rate(batches: Batches, seconds: float = 0.05) -> float:
     """Measure how fast a loader delivers images when nothing else runs.
 
     Args:
