@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+import ddim
 from ddim.training.checkpoint import TENSOR_FILES
 from ddim.training.config import validate
 from ddim.training.run import train
@@ -21,7 +22,8 @@ from digits import TINY_MODEL, write_digits
 from helpers import environment, messages, read_jsonl
 from programs import free_port, launcher_environment, run_pair, run_python, start_cli, start_torchrun
 
-TORCHRUN = ["--standalone", "--nproc-per-node", "2"]
+# Forked from a launcher that has imported everything; those of `accelerate` are not.
+TORCHRUN = ["--standalone", "--nproc-per-node", "2", "--start-method", "fork", "--run-path"]
 ACCELERATE = ["launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "ddim", "train"]
 
@@ -180,7 +182,8 @@ def test_resumes_after_sigterm_to_the_launcher(
     env: dict[str, str], settings: Path, tmp_path: Path, single: Path
 ) -> None:
     out = tmp_path / "run"
-    arguments = command([*TORCHRUN, "-m", "ddim", "train"], settings, out, "--max-steps", "5000")
+    script = str(Path(ddim.__file__).with_name("__main__.py"))
+    arguments = command([*TORCHRUN, script, "train"], settings, out, "--max-steps", "5000")
     with start_torchrun(*arguments, env=env) as p:
         deadline = time.monotonic() + 120
         metrics = out / "metrics.jsonl"
