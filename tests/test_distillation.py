@@ -27,7 +27,7 @@ from digits import TINY_MODEL, write_digits
 from helpers import environment, messages, randn, seeded
 from programs import run_cli, start_cli
 
-TINY = {"max_steps": 6, "batch_size": 8, "samples.count": 4, "trackers": []}
+TINY = {"max_steps": 3, "batch_size": 8, "samples.count": 4, "trackers": []}
 
 
 @pytest.fixture(scope="module")
@@ -298,8 +298,8 @@ def test_lengths_of_students_that_others_learned_from_are_kept(
     out = tmp_path / "out"
     shutil.copytree(students[0].parent, out)
     before = contents(out)
-    with pytest.raises(ValueError, match="max_steps must be 6 as before: students of fewer steps have learned from"):
-        distill(teacher, out, [4, 2], images, overrides=TINY | {"max_steps": 7}, device="cpu")
+    with pytest.raises(ValueError, match="max_steps must be 3 as before: students of fewer steps have learned from"):
+        distill(teacher, out, [4, 2], images, overrides=TINY | {"max_steps": 4}, device="cpu")
     assert contents(out) == before
 
 

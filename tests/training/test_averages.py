@@ -75,7 +75,8 @@ def test_inner_products_match_numerical_integration() -> None:
         gamma = exponent(profile.sigma_rel)
         return np.where(tau < profile.step, (gamma + 1) * (tau / profile.step) ** gamma / profile.step, 0)
 
-    expected = [[density(p) @ density(q) / 1e4 for q in profiles] for p in profiles]
+    densities = np.stack([density(profile) for profile in profiles])
+    expected = densities @ densities.T / 1e4
     np.testing.assert_allclose(inner_products(profiles, profiles), expected, rtol=1e-4)
 
 

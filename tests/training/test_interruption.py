@@ -22,8 +22,8 @@ from ddim.training.run import train
 from helpers import environment, file_names, messages
 from programs import Program, start_cli
 
-STEPS, CHECKPOINT_EVERY, LOG_EVERY = 160, 7, 3
-LAST_INTERRUPTED = 95  # long before the end, which a process that waits for the processor may miss
+STEPS, CHECKPOINT_EVERY, LOG_EVERY = 110, 7, 3
+LAST_INTERRUPTED = 45  # long before the end, which a process that waits for the processor may miss
 
 
 @pytest.fixture(scope="module")

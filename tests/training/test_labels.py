@@ -132,12 +132,12 @@ def test_resumed_run_equals_uninterrupted_one(
     make_config: MakeConfig, folder: Path, tmp_path: Path, balanced: bool
 ) -> None:
     data = {"source": str(folder), "labels": "auto", "balanced": balanced, "holdout": 4, "on_device": balanced}
-    checkpoints = {"every": 5}
-    config = make_config(data=data, checkpoints=checkpoints, max_steps=10)
+    checkpoints = {"every": 3}
+    config = make_config(data=data, checkpoints=checkpoints, max_steps=6)
     train(config, tmp_path / "whole", "cpu")
-    train(make_config(data=data, checkpoints=checkpoints, max_steps=5), tmp_path / "parts", "cpu")
+    train(make_config(data=data, checkpoints=checkpoints, max_steps=3), tmp_path / "parts", "cpu")
     train(config, tmp_path / "parts", "cpu")
-    whole, parts = (files_of(tmp_path / run / "checkpoints/step-00000010") for run in ("whole", "parts"))
+    whole, parts = (files_of(tmp_path / run / "checkpoints/step-00000006") for run in ("whole", "parts"))
     assert whole == parts
 
 
@@ -212,11 +212,10 @@ def test_costs_count_the_classes(make_config: MakeConfig, folder: Path) -> None:
 
 def test_classes_are_learned(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(
-        model=TINY_MODEL,
         scheduler={"prediction_type": "v_prediction"},
         batch_size=32,
         max_steps=250,
-        optim={"lr": 4e-3, "warmup_steps": 10, "decay": "linear"},
+        optim={"lr": 1e-2, "warmup_steps": 10, "decay": "linear"},
         ema={"decay": 0.95},
     )
     trainer = Trainer(config, labeled(90), tmp_path, CPU)

@@ -16,18 +16,23 @@ from ddim.training.run import train
 from digits import TINY_MODEL, digits
 from helpers import ALPHAS
 
-HELD_OUT, STEPS = 297, 300
+HELD_OUT, STEPS = 297, 340
+NETWORK = {
+    "block_out_channels": [16, 16],
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+}
 
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the preset `digits` with a smaller network, some ten seconds long."""
     settings = [
-        *("batch_size=64", f"max_steps={STEPS}", f"data.holdout={HELD_OUT}", "ema.decay=0.99", "samples.every=0"),
+        *("batch_size=32", f"max_steps={STEPS}", f"data.holdout={HELD_OUT}", "ema.decay=0.98", "samples.every=0"),
         *(f"evaluate.every={STEPS}", f"evaluate.count={HELD_OUT}", "evaluate.num_inference_steps=20"),
-        *("optim.lr=3e-3", "optim.warmup_steps=50", f"checkpoints.every={STEPS}"),
+        *("optim.lr=1e-2", "optim.warmup_steps=20", "optim.decay=linear", f"checkpoints.every={STEPS}"),
     ]
-    overrides = {f"model.{key}": value for key, value in (TINY_MODEL | {"block_out_channels": [16, 32]}).items()}
+    overrides = {f"model.{key}": value for key, value in (TINY_MODEL | NETWORK).items()}
     out = tmp_path_factory.mktemp("learned") / "run"
     train(load_config("digits", settings=settings, overrides=overrides), out, "cpu")
     return out
