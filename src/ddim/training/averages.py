@@ -59,8 +59,8 @@ class PowerAverages:
     """
 
     def __init__(self, model: nn.Module, sigma_rels: Sequence[float]) -> None:
-        self.model = model
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self._parameters: list[Tensor] = list(model.parameters())
         self.averages = {
             sigma_rel: {name: torch.clone(tensor) for name, tensor in parameters.items()} for sigma_rel in sigma_rels
         }
@@ -72,9 +72,8 @@ class PowerAverages:
         Args:
             step: number of steps taken, from 1.
         """
-        current: list[Tensor] = list(self.model.parameters())
         for sigma_rel, average in self.averages.items():
-            torch._foreach_lerp_(list(average.values()), current, 1 - decay(sigma_rel, step))
+            torch._foreach_lerp_(list(average.values()), self._parameters, 1 - decay(sigma_rel, step))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages: tensors by `LENGTH/NAME`, without a copy."""

@@ -127,6 +127,8 @@ class Trainer:
         self._num_averaged = 0
         self.ema.disable_gradient_checkpointing()
         self.ema.requires_grad_(False).eval()
+        # Listed once: walking a small network for them takes some percent of its step.
+        self._parameters, self._ema_parameters = (list(network.parameters()) for network in (self.model, self.ema))
         # Only the main process saves them.
         self.averages = PowerAverages(self.model, config.ema.sigma_rels if self.accelerator.is_main_process else ())
         self.optimizer = make_optimizer(self.model, config.optim)
@@ -181,10 +183,9 @@ class Trainer:
             logger.warning("the checkpoint has no averages for `ddim ema`; this run does not track them")
             self.averages = PowerAverages(self.model, ())
         moments: dict[int, dict[str, Tensor]] = {}
-        parameters = list(self.model.parameters())
         for name, tensor in checkpoint.tensors["optimizer"].items():
             index, _, key = name.partition(".")
-            like = parameters[int(index)]
+            like = self._parameters[int(index)]
             # The fused kernel requires moments in the memory layout of the weights.
             aligned = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor.to(like.device)
             moments.setdefault(int(index), {})[key] = aligned
@@ -407,7 +408,7 @@ class Trainer:
 
         # Clip.
         self.grad_scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.grad_clip)
+        grad_norm = nn.utils.clip_grad_norm_(self._parameters, config.optim.grad_clip)
 
         # Queue the metrics without waiting for the device.
         sample_losses = torch.cat(losses)
@@ -436,7 +437,7 @@ class Trainer:
             group["lr"] = learning_rate(self.config.optim, self.step, self.config.max_steps)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
-        self._update_average(list(self.ema.parameters()), list(self.model.parameters()), self._num_averaged)
+        self._update_average(self._ema_parameters, self._parameters, self._num_averaged)
         self._num_averaged += 1
         self.averages.update(self.step + 1)
 
