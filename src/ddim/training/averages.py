@@ -60,7 +60,7 @@ class PowerAverages:
 
     def __init__(self, model: nn.Module, sigma_rels: Sequence[float]) -> None:
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        self._parameters: list[Tensor] = list(model.parameters())
+        self._model_parameters: list[Tensor] = list(model.parameters())
         self.averages = {
             sigma_rel: {name: torch.clone(tensor) for name, tensor in parameters.items()} for sigma_rel in sigma_rels
         }
@@ -73,7 +73,7 @@ class PowerAverages:
             step: number of steps taken, from 1.
         """
         for sigma_rel, average in self.averages.items():
-            torch._foreach_lerp_(list(average.values()), self._parameters, 1 - decay(sigma_rel, step))
+            torch._foreach_lerp_(list(average.values()), self._model_parameters, 1 - decay(sigma_rel, step))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages: tensors by `LENGTH/NAME`, without a copy."""

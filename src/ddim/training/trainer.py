@@ -128,7 +128,9 @@ class Trainer:
         self.ema.disable_gradient_checkpointing()
         self.ema.requires_grad_(False).eval()
         # Listed once: walking a small network for them takes some percent of its step.
-        self._parameters, self._ema_parameters = (list(network.parameters()) for network in (self.model, self.ema))
+        self._model_parameters, self._ema_parameters = (
+            list(network.parameters()) for network in (self.model, self.ema)
+        )
         # Only the main process saves them.
         self.averages = PowerAverages(self.model, config.ema.sigma_rels if self.accelerator.is_main_process else ())
         self.optimizer = make_optimizer(self.model, config.optim)
@@ -185,7 +187,7 @@ class Trainer:
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in checkpoint.tensors["optimizer"].items():
             index, _, key = name.partition(".")
-            like = self._parameters[int(index)]
+            like = self._model_parameters[int(index)]
             # The fused kernel requires moments in the memory layout of the weights.
             aligned = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor.to(like.device)
             moments.setdefault(int(index), {})[key] = aligned
@@ -408,7 +410,7 @@ class Trainer:
 
         # Clip.
         self.grad_scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(self._parameters, config.optim.grad_clip)
+        grad_norm = nn.utils.clip_grad_norm_(self._model_parameters, config.optim.grad_clip)
 
         # Queue the metrics without waiting for the device.
         sample_losses = torch.cat(losses)
@@ -437,7 +439,7 @@ class Trainer:
             group["lr"] = learning_rate(self.config.optim, self.step, self.config.max_steps)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
-        self._update_average(self._ema_parameters, self._parameters, self._num_averaged)
+        self._update_average(self._ema_parameters, self._model_parameters, self._num_averaged)
         self._num_averaged += 1
         self.averages.update(self.step + 1)
 
