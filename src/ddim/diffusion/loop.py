@@ -192,7 +192,8 @@ def divide_batches(x: Tensor, batch_size: int, fill: bool = True) -> list[Tensor
         fill: fill up the last batch.
 
     Returns:
-        The indices of the samples in each batch, int64 (batch_size,), on the device of `x`.
+        The indices of the samples in each batch, int64 (batch_size,), on the device of `x`; fewer in the last one where
+        it is not filled up.
 
     Example:
         >>> [rows.tolist() for rows in divide_batches(torch.zeros(3, 1, 2, 2), 2)]

@@ -133,10 +133,8 @@ class CPUEngine:
         missing = [t for t in dict.fromkeys(timesteps) if t not in kept]
         if count * (len(kept) + len(missing)) > MAX_PREPARED_EMBEDDINGS:
             kept, missing = {}, list(dict.fromkeys(timesteps))
-        if not missing or is_conditional != (classes is not None):
-            return
-        if count * len(missing) > MAX_PREPARED_EMBEDDINGS:
-            self._prepared = PreparedEmbeddings({}, None)
+        is_possible = is_conditional == (classes is not None) and count * len(missing) <= MAX_PREPARED_EMBEDDINGS
+        if not missing or not is_possible:
             return
         labels = None if classes is None else classes.repeat(len(missing))
         projected = self._project(self._embed(torch.tensor(missing).repeat_interleave(count), labels))
